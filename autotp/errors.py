@@ -1,0 +1,26 @@
+"""Every error that autotp raises on purpose is an `AutoTPError`.
+
+A message says what is wrong, where (module path or argument), what was found, what was wanted and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class AutoTPError(RuntimeError):
+    """Base of all errors that autotp raises for bad input or for a model that it cannot handle."""
+
+
+class MeshError(AutoTPError):
+    """The mesh or the process group does not fit the request."""
+
+
+class TraceError(AutoTPError):
+    """The model could not be run on fake tensors; names the module, the operator and the ways out."""
+
+
+class InputError(AutoTPError):
+    """An argument of a public entry point has the wrong type or value."""
+
+
+class PlanError(AutoTPError):
+    """No plan satisfies the request (for example `strict=True` with replicated parameters)."""

@@ -1,0 +1,136 @@
+"""The Plan: what parallelize will do to a model, as an immutable value.
+
+A plan is made of per-parameter layouts and, for every module whose forward has something to do, a `ModulePlan`: which
+conversions happen to its arguments and results, which attributes become local, which call sites inside its forward are
+intervened on. Placements of a value over the tp mesh dim: R (whole on every rank), S (each rank its part), P (partial sum).
+
+Conversions (forward / backward):
+
+    COPY    R → R   identity / all-reduce                     (enters a region)
+    REDUCE  P → R   all-reduce / identity                     (leaves a region)
+    GATHER  S → R   all-gather, model order / own part
+    SLICE   R → S   own part / zero-padded part (a P gradient: COPY stands before it where a gradient is needed)
+    ONCE    R → P   value on rank 0, zeros elsewhere / identity   (a bias added to a partial sum)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from autotp.plan.layout import Expr, Layout
+
+
+class Op(Enum):
+    """Kinds of conversion between placements; see the module docstring."""
+
+    COPY = "copy"
+    REDUCE = "reduce"
+    GATHER = "gather"
+    SLICE = "slice"
+    ONCE = "once"
+
+
+class Kernel(Enum):
+    """An operator that needs a distributed form of its own when it runs on shards."""
+
+    LOOKUP = "lookup"  # embedding rows sharded: ids outside the rank's rows give zeros; the result is P
+    MEAN = "mean"  # mean over a sharded dim: the local mean / tp is P
+    RMS_NORM = "rms_norm"  # normalised dim sharded: mean square all-reduced
+    LAYER_NORM = "layer_norm"  # normalised dim sharded: mean and variance all-reduced
+    VAR = "var"  # var/std over a sharded dim
+    VECTOR_NORM = "vector_norm"  # 2-norm over a sharded dim
+
+
+class GradSum(Enum):
+    """What happens to a parameter's gradient after the local backward."""
+
+    NONE = "none"
+    ALL = "all"  # replicated parameter used inside a region: its gradient is a partial sum
+    REPEATED = "repeated"  # sharded parameter with repeated segments: those segments' gradients are partial sums
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """One conversion of one tensor. `dim` and `expr` say what is sliced or gathered (GATHER, SLICE only)."""
+
+    op: Op
+    dim: int | None = None
+    expr: Expr | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Conversions, in order, of one tensor at a module boundary.
+
+    `path` for an argument starts with the parameter name of `forward` (then keys or indices into it); for a result it is the
+    keys or indices into the returned structure, () for a bare tensor. A path that is absent in a call is passed over.
+    """
+
+    path: tuple[str | int, ...]
+    conversions: tuple[Conversion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A parameter or buffer that a module's forward reads: `owner` module path + `name`, and how it reads it.
+
+    `grad`: what the gradient of this use still needs. `conversions`: applied to the local tensor on each read (SLICE of a
+    replicated buffer, ONCE of a row-parallel bias); parameters with a sharded layout are read as their local shard.
+    """
+
+    owner: str
+    name: str
+    grad: GradSum = GradSum.NONE
+    conversions: tuple[Conversion, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAttribute:
+    """`path` of a plain attribute of the module (`num_heads`, `config.n_embd`, `split_sizes.0`) and its two values."""
+
+    path: str
+    value: int
+    local: int
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """An intervention on one operator call inside a module's forward, by the place that makes the call.
+
+    The place: `file` as in the code object, `function` (co_qualname), `line` (co_firstlineno of the function), `offset`
+    (f_lasti of the call). `ints`: (position among the call's int arguments in order, global value, local value); an int that is
+    not `global value` at run time is an error. `inputs`/`outputs`: (position among the call's tensor arguments/results,
+    conversions). `kernel`: run the operator's distributed form instead; its result is whatever the kernel says.
+    """
+
+    file: str
+    function: str
+    line: int
+    offset: int
+    ints: tuple[tuple[int, int, int], ...] = ()
+    inputs: tuple[tuple[int, tuple[Conversion, ...]], ...] = ()
+    outputs: tuple[tuple[int, tuple[Conversion, ...]], ...] = ()
+    kernel: Kernel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """Everything that changes at one module; `path` is "" for the root."""
+
+    path: str
+    inputs: tuple[Slot, ...] = ()
+    outputs: tuple[Slot, ...] = ()
+    uses: tuple[Use, ...] = ()
+    attributes: tuple[LocalAttribute, ...] = ()
+    sites: tuple[Site, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ParamPlan:
+    """Layout of one parameter; `axis` names its axis ("layers.0.attention: heads"), `reason` says why it is replicated."""
+
+    name: str
+    layout: Layout
+    axis: str = ""
+    reason: str = ""
