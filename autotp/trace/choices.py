@@ -1,0 +1,126 @@
+"""Running one operator on fake tensors, and what to do where its result depends on data.
+
+If all tensor arguments are known small tensors the operator is computed for real as well, and data-dependent results are the
+true ones. Where they are unknown, a choice is made: a mask selects `CHOSEN` rows, an unknown number is 0, an unknown condition
+is False. Choices are deterministic, so a second run of the same code makes the same ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    unset_fake_temporarily,
+)
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+if TYPE_CHECKING:
+    from autotp.trace.graph import Node
+    from autotp.trace.recorder import Recorder
+
+CHOSEN = 2
+SMALL = 65536
+_CREATE = {"arange", "zeros", "ones", "full", "eye", "scalar_tensor", "linspace", "tril_indices", "triu_indices"}
+
+
+class Untraceable(Exception):
+    """A module's forward failed on fake tensors; carries where."""
+
+    def __init__(self, module: str, cls: str, node: Node | None, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.module, self.cls, self.node, self.error = module, cls, node, error
+
+
+def small(tensor: Tensor) -> bool:
+    """True for tensors that are kept as real numbers beside their fake."""
+    return tensor.numel() <= SMALL and not isinstance(tensor, FakeTensor)
+
+
+def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The fake result of a call and, where it is known, the real one."""
+    known, real = _real(recorder, func, args, kwargs)
+    try:
+        return func(*args, **kwargs), real
+    except DataDependentOutputException:
+        if known:
+            return real, None
+        return _unknown_number(args[0]), None
+    except DynamicOutputShapeException:
+        if known:
+            fakes = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=_device(args)), real)
+            return fakes, real
+        return _chosen_shape(func, args, kwargs), None
+
+
+def _device(args: Any) -> torch.device:
+    return next((a.device for a in tree_flatten(args)[0] if isinstance(a, Tensor)), torch.device("cpu"))
+
+
+def _real(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
+    flat, spec = tree_flatten((args, kwargs))
+    tensors = [x for x in flat if isinstance(x, Tensor)]
+    name = func._schema.name.rsplit("::", 1)[-1]
+    reals = [recorder.concrete.get(recorder.value(t).id) for t in tensors]
+    usable = all(r is not None for r in reals) and torch.Tag.nondeterministic_seeded not in func.tags
+    if not tensors:
+        usable = usable and name in _CREATE
+    if not usable:
+        _forget_written(recorder, func, args)
+        return False, None
+    pending = iter(reals)
+    exact = [next(pending) if isinstance(x, Tensor) else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
+    new_args, new_kwargs = tree_unflatten(exact, spec)
+    try:
+        with unset_fake_temporarily(), torch.no_grad():
+            result = func(*new_args, **new_kwargs)
+    except (RuntimeError, TypeError, IndexError, NotImplementedError):
+        _forget_written(recorder, func, args)
+        return False, None
+    if any(isinstance(t, Tensor) and not small(t) for t in tree_flatten(result)[0]):
+        return False, None
+    return True, result
+
+
+def _forget_written(recorder: Recorder, func: Any, args: Any) -> None:
+    """A known tensor is overwritten with unknown data: it and its aliases are no longer known."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info and argument.alias_info.is_write and i < len(args) and isinstance(args[i], Tensor):
+            gone = recorder.concrete.pop(recorder.value(args[i]).id, None)
+            if gone is not None:
+                storage = gone.untyped_storage()._cdata
+                for key in [k for k, t in recorder.concrete.items() if t.untyped_storage()._cdata == storage]:
+                    del recorder.concrete[key]
+
+
+def _unknown_number(tensor: Any) -> Any:
+    dtype = tensor.dtype if isinstance(tensor, Tensor) else torch.bool
+    return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
+
+
+def _chosen_shape(func: Any, args: Any, kwargs: Any) -> Any:
+    name = func._schema.name.rsplit("::", 1)[-1]
+    source = args[0]
+    if name == "nonzero":
+        return source.new_empty((CHOSEN, source.dim()), dtype=torch.long)
+    if name == "nonzero_numpy":
+        return [source.new_empty((CHOSEN,), dtype=torch.long) for _ in range(max(source.dim(), 1))]
+    if name == "masked_select":
+        return source.new_empty((CHOSEN,))
+    if name in ("unique", "_unique2", "unique_dim", "unique_consecutive"):
+        return tuple(source.new_empty((CHOSEN,), dtype=t) for t in (source.dtype, torch.long, torch.long))
+    if name == "repeat_interleave":
+        return source.new_empty((CHOSEN,), dtype=torch.long)
+    if name in ("index", "_unsafe_index"):
+        indices: list[Any] = []
+        for index in args[1]:
+            if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+                indices += [index.new_empty((CHOSEN,), dtype=torch.long) for _ in range(index.dim())]
+            else:
+                indices.append(index)
+        return func(source, indices)
+    raise RuntimeError(f"the shape of {name}'s result depends on data that is not known without running the model")

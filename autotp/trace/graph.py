@@ -1,0 +1,143 @@
+"""The traced graph: values, nodes and module boundaries, as plain data.
+
+A `Node` is one ATen operator call, or one of three pseudo-operators that keep the structure of the modules visible: ENTER and
+EXIT (a tensor crosses a module boundary, identity) and REPEAT (a block alike to one already traced was called).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import CodeType
+from typing import Any
+
+import torch
+
+from autotp.trace.ints import IntExpr
+
+
+class Pseudo(Enum):
+    """Nodes that are no operator."""
+
+    ENTER = "enter"
+    EXIT = "exit"
+    REPEAT = "repeat"
+    WRITE = "write"  # an in-place operator changed this alias of its target
+
+
+class Origin(Enum):
+    """Where a value comes from."""
+
+    PARAM = "param"
+    BUFFER = "buffer"
+    INPUT = "input"
+    CONST = "const"
+    NODE = "node"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """One tensor of the trace. `name` is the fqn of a parameter or buffer, the keyword of an input."""
+
+    id: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    origin: Origin
+    name: str = ""
+
+    def __repr__(self) -> str:
+        return f"v{self.id}{list(self.shape)}" + (f"={self.name}" if self.name else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in the code a call was made; equal places are the same instruction."""
+
+    file: str
+    function: str
+    line: int
+    offset: int
+    lineno: int = field(compare=False)
+
+    @staticmethod
+    def of(code: CodeType, offset: int, lineno: int) -> Place:
+        """The place of instruction `offset` of `code`."""
+        return Place(code.co_filename, code.co_qualname, code.co_firstlineno, offset, lineno)
+
+    def __str__(self) -> str:
+        return f"{self.file.rsplit('site-packages/', 1)[-1]}:{self.lineno} in {self.function}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One call. `args`/`kwargs` hold `Value`s where the call had tensors.
+
+    `module` is the path of the innermost module whose forward was running, `frame` a number that tells calls of modules apart.
+    `ints` are the call's Python int arguments in order (as written in the code, before the dispatcher), with provenance.
+    `slot` is (module path, path in its arguments or result) for ENTER and EXIT.
+    """
+
+    index: int
+    op: torch._ops.OpOverload | Pseudo
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Value, ...]
+    module: str
+    frame: int
+    place: Place | None = None
+    ints: tuple[IntExpr, ...] = ()
+    slot: tuple[str, tuple[str | int, ...]] | None = None
+    tensors: tuple[int, ...] = ()  # ids of the call's tensor arguments in the order of the Python call
+    call: int = -1  # nodes of one Python call share this number
+
+    def inputs(self) -> Iterator[Value]:
+        """Every value among the arguments, in order."""
+        yield from values_in(self.args)
+        yield from values_in(tuple(self.kwargs.values()))
+
+    @property
+    def opname(self) -> str:
+        """`linear`, `view`, …: the operator's name without namespace and overload."""
+        return self.op.value if isinstance(self.op, Pseudo) else self.op._schema.name.rsplit("::", 1)[-1]
+
+    def __str__(self) -> str:
+        return f"{self.opname} in {self.module or '<root>'}" + (f" ({self.place})" if self.place else "")
+
+
+def values_in(tree: Any) -> Iterator[Value]:
+    """The values in a nest of tuples, lists and dicts."""
+    if isinstance(tree, Value):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from values_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from values_in(item)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one traced path returned to its caller: leaves with their paths (values, or plain Python scalars)."""
+
+    name: str
+    leaves: tuple[tuple[tuple[str | int, ...], Any], ...]
+    stop: int  # number of nodes recorded when the path ended
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A trace of one or more paths through a model.
+
+    `params`/`buffers`: fqn → Value (tied names share a value). `repeats`: path of a block → path of the alike block that was
+    traced in its place.
+    """
+
+    nodes: tuple[Node, ...]
+    params: Mapping[str, Value]
+    buffers: Mapping[str, Value]
+    results: tuple[Result, ...]
+    repeats: Mapping[str, str]
+    fills: Mapping[int, float]  # value id → number, for constants filled with one value
+    notes: tuple[str, ...] = ()

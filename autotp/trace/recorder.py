@@ -1,0 +1,330 @@
+"""Records a run of a model on fake tensors as a `Graph`.
+
+Two modes work together. A `TorchFunctionMode` sees each call as the code wrote it: raw Python ints with their provenance, and
+the place of the call. A dispatch mode on the PreDispatch key sees the same call as ATen operators that are not decomposed yet
+(`linear`, `scaled_dot_product_attention`, …). `nn.Module.__call__` is wrapped to record what crosses module boundaries.
+
+Small integer and constant tensors are computed for real beside the fake run, so that branches on masks and positions go the
+way they go for the user. Where code depends on data that is unknown (which experts are hit), sizes are chosen: see `choices`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import DispatchKey
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from autotp.trace import choices
+from autotp.trace.boundary import flatten_arguments, flatten_result
+from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, Result, Value
+from autotp.trace.ints import IntExpr, SizeRef, TaggedInt, expr_of
+from autotp.trace.places import call_place
+
+_SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
+_LEN = torch.Tensor.__len__
+_FILLS = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
+_FILL_AT = {"full": 1, "full_like": 1, "new_full": 2, "fill_": 1}
+
+
+class Recorder:
+    """Collects nodes; used as `with recorder.recording(): model(...)`."""
+
+    def __init__(
+        self, fake: FakeTensorMode, keep: Callable[[Any], bool], paths: dict[int, str], hidden: Callable[[str], bool] = lambda file: False
+    ) -> None:
+        """`keep`: operators recorded whole (others are decomposed if they can be). `paths`: id(module) → path.
+
+        `hidden(file)`: calls made from such a file are run but not recorded.
+        """
+        self.fake, self.keep, self.paths, self.hidden = fake, keep, paths, hidden
+        self.nodes: list[Node] = []
+        self.params: dict[str, Value] = {}
+        self.buffers: dict[str, Value] = {}
+        self.results: list[Result] = []
+        self.fills: dict[int, float] = {}
+        self.notes: list[str] = []
+        self.concrete: dict[int, Tensor] = {}  # value id → real tensor
+        self.modules: list[tuple[str, int]] = [("", 0)]
+        self._values: dict[int, Value] = {}  # id(tensor) → value
+        self._alive: list[Tensor] = []
+        self._aliases: dict[int, list[Tensor]] = {}
+        self._call: tuple[Any, Any, Any, Place] | None = None
+        self._calls = self._frames = 0
+        self._quiet = 0
+        self._count = 0
+        self.dispatch = _Dispatch(self)
+        self.function = _Function(self)
+
+    # values ---------------------------------------------------------------------------------------------------------------
+
+    def bind(self, tensor: Tensor, origin: Origin, name: str = "") -> Value:
+        """A new value for `tensor` (a tensor that was written in place gets a fresh one each time)."""
+        value = Value(self._count, tuple(tensor.shape), tensor.dtype, origin, name)
+        self._count += 1
+        self._values[id(tensor)] = value
+        self._alive.append(tensor)
+        if isinstance(tensor, FakeTensor):
+            self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+        return value
+
+    def value(self, tensor: Tensor) -> Value:
+        """The current value of `tensor`; a tensor never seen before is a constant."""
+        known = self._values.get(id(tensor))
+        if known is not None:
+            return known
+        value = self.bind(tensor, Origin.CONST)
+        real = tensor.constant if isinstance(tensor, FakeTensor) else tensor
+        if real is not None and real.device.type != "meta" and choices.small(real):
+            self.concrete[value.id] = real
+        return value
+
+    def graph(self, repeats: dict[str, str]) -> Graph:
+        """Everything recorded so far."""
+        return Graph(
+            tuple(self.nodes), dict(self.params), dict(self.buffers), tuple(self.results), dict(repeats), dict(self.fills), tuple(self.notes)
+        )
+
+    # nodes ----------------------------------------------------------------------------------------------------------------
+
+    def add(self, op: Any, args: Any, kwargs: Any, outputs: tuple[Value, ...], **more: Any) -> Node:
+        """Append a node at the current module."""
+        module, frame = self.modules[-1]
+        node = Node(len(self.nodes), op, args, kwargs, outputs, module, frame, **more)
+        self.nodes.append(node)
+        return node
+
+    def cross(self, tensor: Tensor, kind: Pseudo, module: str, path: tuple[str | int, ...]) -> Tensor:
+        """An alias of `tensor` on the other side of a module boundary."""
+        with self.paused():
+            alias = torch.ops.aten.alias.default(tensor)
+        before = self.value(tensor)
+        after = self.bind(alias, Origin.NODE)
+        if before.id in self.concrete:
+            self.concrete[after.id] = self.concrete[before.id]
+        if before.id in self.fills:
+            self.fills[after.id] = self.fills[before.id]
+        self.add(kind, (before,), {}, (after,), slot=(module, path))
+        return alias
+
+    def dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run and record one ATen call."""
+        place = self._call[3] if self._call else None
+        if self._quiet or (place is not None and self.hidden(place.file)):
+            return func(*args, **kwargs)
+        if not self.keep(func) and func._can_decompose():
+            with self.dispatch:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        to_value = lambda tree: tree_map_only(Tensor, self.value, tree)  # noqa: E731
+        vargs, vkwargs = to_value(args), to_value(kwargs)
+        result, real = choices.run(self, func, args, kwargs)
+        if not isinstance(result, (Tensor, tuple, list)):
+            return result
+        mutated = [args[i] for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write and i < len(args)]
+        outputs = []
+        flat = [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
+        reals = [real] if isinstance(result, Tensor) else real if real is not None else [None] * len(flat)
+        targets = {id(t) for m in mutated for t in (m if isinstance(m, (list, tuple)) else [m]) if isinstance(t, Tensor)}
+        for tensor, exact in zip(flat, reals, strict=False):
+            fresh = id(tensor) not in self._values or id(tensor) in targets
+            value = self.bind(tensor, Origin.NODE) if fresh else self._rebind(tensor)
+            outputs.append(value)
+            if exact is not None and choices.small(exact):
+                self.concrete[value.id] = exact
+        node = self.add(func, vargs, vkwargs, tuple(outputs), **self._provenance(args, kwargs))
+        self._note_fill(node)
+        for target in mutated:
+            if isinstance(target, Tensor):
+                self._written(target, outputs[0] if outputs else self.value(target))
+        return result
+
+    def _rebind(self, tensor: Tensor) -> Value:
+        return self.bind(tensor, Origin.NODE)
+
+    def _provenance(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        if self._call is None:
+            return {}
+        _, raw_args, raw_kwargs, place = self._call
+        ints: list[IntExpr] = []
+        tensors: list[int] = []
+        _gather(raw_args, ints, tensors, self)
+        _gather(tuple(raw_kwargs.values()), ints, tensors, self)
+        return {"place": place, "ints": tuple(ints), "tensors": tuple(tensors), "call": self._calls}
+
+    def _note_fill(self, node: Node) -> None:
+        name = node.opname
+        number = _FILLS.get(name)
+        if number is None and name in _FILL_AT:
+            at = _FILL_AT[name]
+            raw = node.args[at] if at < len(node.args) else None
+            number = float(raw) if isinstance(raw, (int, float)) else None
+        source = next(iter(node.inputs()), None)
+        if number is None and name in ("to", "clone", "contiguous", "expand", "view", "reshape", "detach", "alias", "unsqueeze", "lift_fresh"):
+            number = self.fills.get(source.id) if source is not None else None
+        if number is not None:
+            for out in node.outputs:
+                self.fills[out.id] = number
+
+    def _written(self, target: Tensor, new: Value) -> None:
+        """`target` was changed in place: every alias of its storage gets a new version that depends on the written value."""
+        self.fills.pop(new.id, None)
+        if self._values.get(id(target)) is not new:
+            self._values[id(target)] = new
+        if not isinstance(target, FakeTensor):
+            return
+        for alias in list(self._aliases.get(target.untyped_storage()._cdata, ())):
+            if alias is target:
+                continue
+            before = self.value(alias)
+            if before.origin in (Origin.PARAM,):
+                continue
+            exact = self.concrete.get(before.id) if new.id in self.concrete else None
+            after = Value(self._count, before.shape, before.dtype, Origin.NODE)
+            self._count += 1
+            self._values[id(alias)] = after
+            if exact is not None:
+                self.concrete[after.id] = exact
+            self.add(Pseudo.WRITE, (before, new), {}, (after,))
+
+    # context --------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Operators run inside are not recorded."""
+        self._quiet += 1
+        try:
+            yield
+        finally:
+            self._quiet -= 1
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record everything that runs inside."""
+        with torch.no_grad(), self.fake, self.function, enable_python_dispatcher(), self.dispatch, self._wrap_modules():
+            yield
+
+    @contextmanager
+    def _wrap_modules(self) -> Iterator[None]:
+        original = nn.Module.__call__
+        recorder = self
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            path = recorder.paths.get(id(module))
+            if path is None or recorder._quiet:
+                return original(module, *args, **kwargs)
+            return recorder.module_call(original, module, path, args, kwargs)
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+    def module_call(self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        """Run one module call with its tensors aliased at the boundary."""
+        args, kwargs = self.enter(module, path, args, kwargs)
+        self._frames += 1
+        self.modules.append((path, self._frames))
+        held, self._call = self._call, None
+        try:
+            result = original(module, *args, **kwargs)
+        except choices.Untraceable:
+            raise
+        except Exception as error:
+            raise choices.Untraceable(path, type(module).__name__, self.nodes[-1] if self.nodes else None, error) from error
+        finally:
+            self.modules.pop()
+            self._call = held
+        return self.leave(path, result)
+
+    def enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """`args`, `kwargs` with each tensor replaced by its alias inside the module."""
+        seen: dict[int, Tensor] = {}
+        return flatten_arguments(module, args, kwargs, lambda where, t: seen.setdefault(id(t), None) or self._once(seen, t, Pseudo.ENTER, path, where))
+
+    def leave(self, path: str, result: Any) -> Any:
+        """`result` with each tensor replaced by its alias outside the module."""
+        seen: dict[int, Tensor] = {}
+        return flatten_result(result, lambda where, t: seen.setdefault(id(t), None) or self._once(seen, t, Pseudo.EXIT, path, where))
+
+    def _once(self, seen: dict[int, Any], tensor: Tensor, kind: Pseudo, path: str, where: tuple[str | int, ...]) -> Tensor:
+        seen[id(tensor)] = self.cross(tensor, kind, path, where)
+        return seen[id(tensor)]  # type: ignore[no-any-return]
+
+    def finish(self, name: str, result: Any) -> None:
+        """Close one path: note what it returned."""
+        found: list[tuple[tuple[str | int, ...], Any]] = []
+        flatten_result(result, lambda where, t: found.append((where, self.value(t))) or t, lambda where, x: found.append((where, x)))
+        self.results.append(Result(name, tuple(found), len(self.nodes)))
+
+
+def _gather(tree: Any, ints: list[IntExpr], tensors: list[int], recorder: Recorder) -> None:
+    for item in tree:
+        if isinstance(item, Tensor):
+            known = recorder._values.get(id(item))
+            tensors.append(known.id if known else -1)
+        elif isinstance(item, int) and not isinstance(item, bool):
+            ints.append(expr_of(item))
+        elif isinstance(item, (tuple, list)):
+            _gather(item, ints, tensors, recorder)
+        elif isinstance(item, slice):
+            _gather((item.start, item.stop, item.step), ints, tensors, recorder)
+
+
+class _Dispatch(SchemaCheckMode):
+    """The ATen half. torch lets only a few classes of modes onto the PreDispatch key; SchemaCheckMode's slot is the plain one."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        TorchDispatchMode.__init__(self, _dispatch_key=DispatchKey.PreDispatch)  # type: ignore[arg-type]
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.recorder.dispatched(func, args, kwargs or {})
+
+
+class _Function(TorchFunctionMode):
+    """The Python half: sizes are answered with tagged ints, calls are noted with their place."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rec = self.recorder
+        if func is _SHAPE or func is _SIZE or func is _NUMEL or func is _LEN:
+            return self._size(func, args[0], args[1:], kwargs or {})
+        held = rec._call
+        code, offset = call_place(2)
+        frame = sys._getframe(1)
+        while frame.f_code is not code and frame.f_back is not None:
+            frame = frame.f_back
+        rec._calls += 1
+        rec._call = (func, args, kwargs or {}, Place.of(code, offset, frame.f_lineno))
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            rec._call = held
+
+    def _size(self, func: Any, tensor: Tensor, rest: Any, kwargs: Any) -> Any:
+        rec = self.recorder
+        plain = func(tensor, *rest, **kwargs)
+        if id(tensor) not in rec._values or rec._quiet:
+            return plain
+        value = rec._values[id(tensor)]
+        if isinstance(plain, torch.Size):
+            return torch.Size([TaggedInt(n, SizeRef(value.id, i, n)) for i, n in enumerate(plain)])
+        if func is _NUMEL:
+            return TaggedInt(plain, SizeRef(value.id, -1, plain))
+        dim = (rest[0] if rest else kwargs.get("dim", 0)) if func is _SIZE else 0
+        return TaggedInt(plain, SizeRef(value.id, int(dim) % max(tensor.dim(), 1), plain))
