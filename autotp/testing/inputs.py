@@ -1,0 +1,257 @@
+"""Inputs for a tiny transformers model, found from the signature of its `forward` and its config alone.
+
+Several sets of arguments are possible for most models (text with images, text only, …). `tiny_inputs` proposes them from
+rich to plain and returns the first that the model runs on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from autotp.errors import InputError
+
+Inputs = dict[str, Any]
+
+
+def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _configs(value)
+
+
+def _value(config: PreTrainedConfig, *names: str, default: Any = None) -> Any:
+    """The first of these fields that the config, or one nested in it, sets."""
+    for part in _configs(config):
+        for name in names:
+            value = vars(part).get(name)
+            if value is not None and not isinstance(value, PreTrainedConfig):
+                return value
+    return default
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return (int(value), int(value)) if isinstance(value, (int, float)) else (int(value[0]), int(value[-1]))
+
+
+class _Maker:
+    """Draws arguments by name for one model."""
+
+    def __init__(self, model: PreTrainedModel, batch: int, length: int, seed: int) -> None:
+        self.model = model
+        self.config = model.config
+        self.batch = batch
+        self.length = length
+        self.generator = torch.Generator().manual_seed(seed)
+        floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        self.dtype = floats[0] if floats else torch.float32
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32).to(self.dtype)
+
+    def ints(self, high: int, *shape: int, low: int = 0) -> Tensor:
+        return torch.randint(low, max(high, low + 1), shape, generator=self.generator)
+
+    @property
+    def width(self) -> int:
+        return int(_value(self.config, "hidden_size", "d_model", "n_embd", "dim", "embed_dim", default=64))
+
+    @property
+    def channels(self) -> int:
+        value = _value(self.config, "num_channels", "in_channels", "in_chans", "num_input_channels", default=3)
+        return int(value if isinstance(value, int) else 3)
+
+    @property
+    def special_ids(self) -> set[int]:
+        ids: set[int] = set()
+        for part in _configs(self.config):
+            for name, value in vars(part).items():
+                if name.endswith(("_token_id", "_token_index", "_id")) and isinstance(value, int):
+                    ids.add(value)
+        return ids
+
+    def tokens(self, length: int | None = None) -> Tensor:
+        """Ordinary token ids: none that the config gives a meaning."""
+        vocab = int(_value(self.config, "vocab_size", "n_tokens", "vocabulary_size", default=128))
+        plain = [i for i in range(min(vocab, 128)) if i not in self.special_ids] or list(range(vocab))
+        picks = self.ints(len(plain), self.batch, length or self.length)
+        return torch.tensor(plain)[picks]
+
+    def pixels(self) -> Tensor:
+        height, width = _pair(_value(self.config, "image_size", "img_size", "input_size", default=32))
+        frames = _value(self.config, "num_frames", "frames_per_clip", "video_length")
+        shape = [self.batch, self.channels, height, width]
+        return self.floats(*shape) if frames is None else self.floats(self.batch, int(frames), *shape[1:])
+
+    def video(self) -> Tensor:
+        height, width = _pair(_value(self.config, "image_size", "crop_size", "img_size", default=32))
+        frames = int(_value(self.config, "num_frames", "frames_per_clip", default=4))
+        return self.floats(self.batch, frames, self.channels, height, width)
+
+    def features(self) -> Tensor:
+        bins = int(_value(self.config, "num_mel_bins", "feature_size", "input_feat_per_channel", "mel_bins", "input_dim", default=80))
+        frames = 2 * int(_value(self.config, "max_source_positions", default=32))
+        wide = (self.batch, bins, frames)
+        return self.floats(*wide) if "max_source_positions" in _all_fields(self.config) else self.floats(self.batch, frames, bins)
+
+    def waves(self) -> Tensor:
+        return self.floats(self.batch, 3200)
+
+    def grid_pixels(self) -> Inputs:
+        """Images as a flat list of patches with a (time, height, width) grid each."""
+        patch = int(_value(self.config, "patch_size", default=8))
+        steps = int(_value(self.config, "temporal_patch_size", default=1))
+        grid = torch.tensor([[1, 4, 4]] * self.batch)
+        return {
+            "pixel_values": self.floats(self.batch * 16, self.channels * steps * patch * patch),
+            "image_grid_thw": grid,
+        }
+
+
+def _all_fields(config: PreTrainedConfig) -> set[str]:
+    return {name for part in _configs(config) for name in vars(part)}
+
+
+MAKERS: dict[str, Callable[[_Maker], Any]] = {
+    "input_ids": lambda m: m.tokens(),
+    "decoder_input_ids": lambda m: m.tokens(6),
+    "attention_mask": lambda m: torch.ones(m.batch, m.length, dtype=torch.long),
+    "token_type_ids": lambda m: torch.zeros(m.batch, m.length, dtype=torch.long),
+    "inputs_embeds": lambda m: m.floats(m.batch, m.length, m.width),
+    "hidden_states": lambda m: m.floats(m.batch, m.length, m.width),
+    "hidden_state": lambda m: m.floats(m.batch, m.length, m.width),
+    "encoder_hidden_states": lambda m: m.floats(m.batch, m.length, m.width),
+    "query_embeds": lambda m: m.floats(m.batch, 4, m.width),
+    "pixel_values": lambda m: m.pixels(),
+    "pixel_values_videos": lambda m: m.video(),
+    "video_values": lambda m: m.video(),
+    "high_res_pixel_values": lambda m: m.pixels(),
+    "pixel_mask": lambda m: torch.ones(m.batch, *_pair(_value(m.config, "image_size", default=32)), dtype=torch.long),
+    "input_features": lambda m: m.features(),
+    "input_values": lambda m: m.waves(),
+    "audio_values": lambda m: m.waves(),
+    "bbox": lambda m: _boxes(m),
+    "position_ids": lambda m: torch.arange(m.length).expand(m.batch, m.length).contiguous(),
+    "past_values": lambda m: m.floats(m.batch, int(_value(m.config, "context_length", default=32))),
+    "query_ids": lambda m: m.tokens(),
+    "image": lambda m: m.pixels(),
+    "images": lambda m: m.pixels(),
+    "visual_embeds": lambda m: m.floats(m.batch, 4, m.width),
+    "spectrogram": lambda m: m.floats(m.batch, 20, int(_value(m.config, "model_in_dim", "num_mel_bins", default=80))),
+    "return_loss": lambda m: False,
+    "timestep": lambda m: torch.full((m.batch,), 0.5, dtype=m.dtype),
+    "states": lambda m: m.floats(m.batch, 4, int(_value(m.config, "state_dim", default=17))),
+}
+
+
+def _boxes(m: _Maker) -> Tensor:
+    corner = m.ints(8, m.batch, m.length, 2)
+    return torch.cat([corner, corner + 1 + m.ints(8, m.batch, m.length, 2)], dim=-1)
+
+
+def _proposals(model: PreTrainedModel, m: _Maker) -> Iterator[Inputs | Exception]:
+    """Sets of arguments to try, rich to plain."""
+    parameters = inspect.signature(model.forward).parameters
+    names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = [n for n in names if parameters[n].default is inspect.Parameter.empty]
+    main = model.main_input_name if model.main_input_name in names else None
+    base = list(dict.fromkeys(([main] if main else []) + required))
+    decoder = ["decoder_input_ids"] if "decoder_input_ids" in names and model.config.is_encoder_decoder else []
+    text = ["input_ids"] if "input_ids" in names else []
+    media = [n for n in ("pixel_values", "input_features", "input_values") if n in names]
+    if text and media:
+        try:
+            yield from _with_placeholders(model, m, names, media[0])
+        except Exception as error:  # the model's own feature extraction, on a wrong guess
+            yield error
+    sets = [base + decoder + text + media[:1], base + decoder, base + decoder + text, text, media[:1], text + ["bbox"], text + media[:1] + ["bbox"],
+            base + ["position_ids"]]
+    seen: list[set[str]] = []
+    for chosen in sets:
+        wanted = set(chosen)
+        if not wanted or wanted in seen or not wanted <= set(names):
+            continue
+        seen.append(wanted)
+        missing = [n for n in wanted if n not in MAKERS]
+        if missing:
+            continue
+        made = {n: MAKERS[n](m) for n in dict.fromkeys(chosen)}
+        if "image_grid_thw" in names and "pixel_values" in made:
+            made |= m.grid_pixels()
+        yield made
+        if "pixel_values" in made and made["pixel_values"].dim() == 5:
+            yield {**made, "pixel_values": made["pixel_values"][:, 0].contiguous()}
+        if "input_values" in made:
+            yield {**made, "input_values": made["input_values"].unsqueeze(1)}
+        if "input_features" in made:
+            yield {**made, "input_features": made["input_features"].transpose(1, 2).contiguous()}
+
+
+def _with_placeholders(model: PreTrainedModel, m: _Maker, names: list[str], medium: str) -> Iterator[Inputs]:
+    """Text in which as many placeholder tokens stand as the model makes features of the image or sound."""
+    kind = "image" if medium == "pixel_values" else "audio"
+    token = _value(model.config, f"{kind}_token_id", f"{kind}_token_index")
+    getter = getattr(model, f"get_{kind}_features", None)
+    if token is None or getter is None:
+        return
+    made = {medium: MAKERS[medium](m)}
+    if medium == "pixel_values" and "image_grid_thw" in names:
+        made = m.grid_pixels()
+    if "image_sizes" in names:
+        size = _pair(_value(model.config, "image_size", default=32))
+        made["image_sizes"] = torch.tensor([size] * m.batch)
+        if made[medium].dim() == 4 and "image_grid_pinpoints" in _all_fields(model.config):
+            made[medium] = made[medium].unsqueeze(1).repeat(1, 2, 1, 1, 1)
+    with torch.no_grad():
+        taken = inspect.signature(getter).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        found = getter(**{n: v for n, v in made.items() if n in taken or open_ended})
+    features = getattr(found, "pooler_output", None) if not isinstance(found, (Tensor, tuple, list)) else found
+    if features is None:
+        features = found[0]
+    count = sum(_rows(f) for f in features) if isinstance(features, (tuple, list)) else _rows(features)
+    if count % m.batch:
+        return
+    each = count // m.batch
+    plain = m.tokens(6)
+    ids = torch.cat([plain[:, :2], torch.full((m.batch, each), int(token)), plain[:, 2:]], dim=1)
+    extra: Inputs = {}
+    if "mm_token_type_ids" in names:
+        extra["mm_token_type_ids"] = (ids == int(token)).long()
+    if "token_type_ids" in names:
+        extra["token_type_ids"] = (ids == int(token)).long()
+    yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), **made, **extra}
+
+
+def _rows(features: Tensor) -> int:
+    return features.numel() // features.shape[-1]
+
+
+def tiny_inputs(model: PreTrainedModel, *, batch: int = 2, length: int = 10, seed: int = 0) -> Inputs:
+    """Keyword arguments on which `model` runs: text, images, sound, whatever its `forward` asks for.
+
+    Raises:
+        InputError: no proposal ran; says which argument sets were tried and what each met.
+    """
+    tried: list[str] = []
+    proposals = _proposals(model, _Maker(model, batch, length, seed))
+    for inputs in proposals:
+        if isinstance(inputs, Exception):
+            tried.append(f"with placeholders: {type(inputs).__name__}: {str(inputs)[:160]}")
+            continue
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except Exception as error:  # a wrong guess may fail in any way
+            tried.append(f"{sorted(inputs)}: {type(error).__name__}: {str(error)[:160]}")
+            continue
+        return inputs
+    raise InputError(f"tiny_inputs: {type(model).__name__} ran on no guess; pass inputs by hand. Tried:\n  " + "\n  ".join(tried))
