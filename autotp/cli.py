@@ -1,0 +1,161 @@
+"""The command line: `autotp plan | explain | verify | demo`.
+
+Exit codes: 0 done, 1 a verification or the demo failed, 2 bad input. Errors are one line on stderr, `error: ...`; what was
+asked for goes to stdout, progress to stderr. torch is imported by the commands that need it, not by `--help`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from autotp.errors import AutoTPError, InputError
+
+app = typer.Typer(name="autotp", help="Tensor parallelism for any PyTorch model.", add_completion=False, rich_markup_mode=None)
+
+# The base of typer's usage errors lives in click or in typer's own copy of it, depending on the version.
+_USAGE_ERROR: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+TargetArgument = Annotated[
+    str, typer.Argument(metavar="TARGET", help="directory or config.json, model type of transformers, or package.module:callable")
+]
+TpOption = Annotated[int, typer.Option("--tp", min=1, help="number of ranks")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+InputsOption = Annotated[
+    str | None, typer.Option("--inputs", metavar="MODULE:CALLABLE", help="returns the keyword arguments of a call of the model")
+]
+
+
+@app.command()
+def plan(target: TargetArgument, tp: TpOption, as_json: JsonOption = False, inputs: InputsOption = None, tokens: int = 1) -> None:
+    """Print how TARGET would be sharded, and what that costs in bytes moved for TOKENS tokens."""
+    made = _plan(target, tp, inputs)
+    if as_json:
+        print_json(made.to_dict())
+        return
+    typer.echo(str(made))
+    from autotp.cli_render import collectives_table
+
+    Console(soft_wrap=True).print(collectives_table(made.collectives(tokens=tokens), tokens))
+
+
+@app.command()
+def explain(
+    target: TargetArgument,
+    name: Annotated[str, typer.Argument(metavar="PARAM_OR_MODULE")],
+    tp: TpOption,
+    inputs: InputsOption = None,
+) -> None:
+    """Say why one parameter or module of TARGET is sharded as it is, or why it is not."""
+    from autotp.targets import near
+
+    made = _plan(target, tp, inputs)
+    known = {*made.params, *(module.path for module in made.modules)}
+    known |= {path.rsplit(".", depth)[0] for path in made.params for depth in range(1, path.count(".") + 1)}
+    if name not in known:
+        raise InputError(f"explain: {target} has no parameter or module {name!r}{near(name, known)}")
+    typer.echo(made.explain(name))
+
+
+@app.command()
+def verify(
+    target: TargetArgument,
+    tp: TpOption,
+    as_json: JsonOption = False,
+    inputs: InputsOption = None,
+    timeout: Annotated[float, typer.Option(help="seconds for all ranks together")] = 300.0,
+) -> None:
+    """Run TARGET whole and over TP processes of this machine with random weights; compare outputs, gradients, tokens."""
+    from autotp.verify import verify as run
+
+    with _status("starting the ranks") as update:
+        report = run(target, tp, inputs=inputs, timeout=timeout, on_event=update)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def demo(
+    question: Annotated[str, typer.Option(help="what to ask the model")] = "What is the capital of France?",
+    tokens: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 40,
+) -> None:
+    """Run SmolLM2-135M-Instruct on 3 processes and compare it with one."""
+    from autotp.demo import run_demo
+
+    raise typer.Exit(run_demo(question, tokens))
+
+
+def _plan(target: str, tp: int, inputs: str | None) -> Any:
+    import autotp
+    from autotp import targets
+
+    module = targets.resolve(target)
+    options = {} if inputs is None else {"example_inputs": targets.load(inputs)()}
+    return autotp.plan(module, tp=tp, **options)
+
+
+def print_json(value: Any) -> None:
+    """`value` on stdout; infinite numbers become null, which JSON has no word for."""
+    typer.echo(json.dumps(_finite(value), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@contextmanager
+def _status(text: str) -> Iterator[Callable[[str], None]]:
+    """What is being done now, on stderr and only where a person watches."""
+    with Console(stderr=True).status(text) as status:
+        yield lambda now: status.update(now)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"autotp {version('autotp')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except AutoTPError as error:
+        return _fail(str(error))
+    except typer.Abort:
+        return _fail("interrupted", 130)
+    except _USAGE_ERROR as error:
+        return _fail(error.format_message())
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int = 2) -> int:
+    typer.echo(f"error: {message}", err=True)
+    return code

@@ -1,0 +1,136 @@
+"""Run a function on several ranks of this machine: one process a rank, gloo, a file as the store.
+
+Every way out is bounded: the ranks end when the function returns, when one of them fails (the others get a few seconds, as they
+may wait in a collective for it), at the timeout, and when the calling process dies. Nothing is left running.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from autotp.errors import AutoTPError
+
+_GRACE = 5.0  # seconds that the other ranks get after one has failed
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one rank came to: the value that the function returned, or the text of what stopped it."""
+
+    rank: int
+    value: Any = None
+    error: str | None = None
+
+
+class RankError(AutoTPError):
+    """At least one rank failed; the message holds the traceback of the first that did."""
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0, on_event: Callable[[int, Any], None] | None = None
+) -> tuple[Outcome, ...]:
+    """Call `function(emit, *args)` on `world_size` gloo ranks and return their outcomes in rank order.
+
+    Args:
+        function: importable by name, as are all of `args`; what it returns holds no tensors. `emit(value)` sends a value
+            to `on_event(rank, value)` of the calling process.
+        timeout: seconds for everything together.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="autotp-") as scratch:
+        pipes: list[Connection] = []
+        processes = []
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            job = (function, args, rank, world_size, str(Path(scratch) / "store"), timeout, sender)
+            process = context.Process(target=_rank_main, args=job, daemon=True, name=f"rank {rank}")
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            return _collect(pipes, timeout, on_event)
+        finally:
+            for process in processes:
+                process.join(1)  # a rank that has answered is on its way out
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def values(outcomes: tuple[Outcome, ...]) -> list[Any]:
+    """The values of all ranks, in rank order.
+
+    Raises:
+        RankError: some rank failed.
+    """
+    for outcome in outcomes:
+        if outcome.error is not None and not outcome.error.startswith("stopped"):
+            raise RankError(f"rank {outcome.rank} failed:\n{outcome.error}")
+    return [outcome.value for outcome in outcomes]
+
+
+def _collect(pipes: list[Connection], timeout: float, on_event: Callable[[int, Any], None] | None) -> tuple[Outcome, ...]:
+    outcomes: dict[int, Outcome] = {}
+    ranks = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline, failed = time.monotonic() + timeout, None
+    while ranks and (ready := wait(list(ranks), max(0.0, deadline - time.monotonic()))):
+        for pipe in ready:
+            rank = ranks[pipe]  # type: ignore[index]  # `wait` gives back what it was given
+            try:
+                kind, value = pipe.recv()  # type: ignore[union-attr]
+            except (EOFError, OSError):
+                kind, value = "error", "the process ended without a result (killed, or out of memory)"
+            if kind == "event":
+                if on_event is not None:
+                    on_event(rank, value)
+                continue
+            del ranks[pipe]  # type: ignore[arg-type]
+            outcomes[rank] = Outcome(rank, value) if kind == "result" else Outcome(rank, error=value)
+            if kind == "error" and failed is None:
+                failed, deadline = rank, min(deadline, time.monotonic() + _GRACE)
+    for rank in ranks.values():
+        reason = f"stopped: rank {failed} failed" if failed is not None else f"no result within {timeout:.0f} s"
+        outcomes[rank] = Outcome(rank, error=reason)
+    if failed is not None:  # what the others raise once a peer is gone is a consequence, not a cause
+        outcomes = {r: o if o.error is None or r == failed else Outcome(r, error=f"stopped: rank {failed} failed") for r, o in outcomes.items()}
+    return tuple(outcomes[rank] for rank in sorted(outcomes))
+
+
+def _rank_main(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, store: str, timeout: float, pipe: Connection
+) -> None:
+    os.dup2(2, 1)  # gloo and model code may print; the caller's stdout is for the report
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
+        pipe.send(("result", function(lambda value: pipe.send(("event", value)), *args)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send(("error", traceback.format_exc()))
+        os._exit(1)  # a failed rank must not wait for its peers in a destructor
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

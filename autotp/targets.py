@@ -1,0 +1,197 @@
+"""What a TARGET names, and the module that it stands for.
+
+A target is one of
+
+    path/to/dir, path/to/config.json    a config of Hugging Face form
+    llama                               a model type of transformers: its default config
+    package.module:callable             called without arguments, returns an `nn.Module`
+    a config object, an `nn.Module`     itself
+
+Nothing is ever downloaded. transformers is imported only for the targets that need it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotp.errors import InputError
+
+#: The Auto mappings tried in order for a config that names no class; the name of the mapping in transformers.
+_HEADS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+    "MODEL_MAPPING",
+)
+
+
+def resolve(target: object) -> nn.Module:
+    """The module that `target` stands for; on the meta device, without weights, unless it already is a module.
+
+    Raises:
+        InputError: `target` names nothing, or what it names cannot be built.
+    """
+    return target if isinstance(target, nn.Module) else build(load(target), device="meta")
+
+
+def load(target: object) -> Any:
+    """The config or module factory that `target` names; configs, factories and modules are themselves.
+
+    Raises:
+        InputError: `target` names nothing; the message lists near names.
+    """
+    if not isinstance(target, str | os.PathLike):
+        if isinstance(target, nn.Module) or callable(target) or _is_config(target):
+            return target
+        raise InputError(f"target: got {type(target).__name__}, wanted a path, a model type, package.module:callable, a config or a module")
+    text = os.fspath(target)
+    path = Path(text)
+    if path.exists() and (path.is_file() or (path / "config.json").is_file()):
+        return _load_config(path if path.is_file() else path / "config.json")
+    if ":" in text and os.sep not in text:
+        return _load_callable(text)
+    return _load_model_type(text)
+
+
+def build(loaded: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """The module of what `load` returned, on `device`, in `dtype` (float32 where None).
+
+    Raises:
+        InputError: the class cannot be built from its config, or the callable fails or returns something else.
+    """
+    if isinstance(loaded, nn.Module):
+        return loaded
+    name = getattr(loaded, "__name__", type(loaded).__name__)
+    try:
+        with torch.device(device):
+            module = _build_config(loaded) if _is_config(loaded) else loaded()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"target {name}: building it failed with {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(module, nn.Module):
+        raise InputError(f"target {name}: returned {type(module).__name__}, wanted an nn.Module")
+    return module if dtype is None else module.to(dtype)
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class for `config`.
+
+    Its first known `architectures` entry, else what the first Auto mapping that holds it says, else a class beside the
+    config's own that takes it (parts of a larger model are in no mapping).
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    for name in config.architectures or ():
+        cls = getattr(transformers, name, None)
+        if cls is not None:
+            return cls
+    heads = [name for name in _HEADS if hasattr(modeling_auto, name)]
+    if config.is_encoder_decoder:
+        heads.sort(key=lambda name: "SEQ" not in name)
+    for head in heads:
+        mapping = getattr(modeling_auto, head)
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, list | tuple) else found
+    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    beside = [cls for cls in vars(module).values() if inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)]
+    for cls in beside:
+        if cls.config_class is type(config) and not cls.__name__.endswith("PreTrainedModel"):
+            return cls
+    raise InputError(f"target {config.model_type}: transformers has no model class for {type(config).__name__}")
+
+
+def _build_config(config: Any) -> nn.Module:
+    module: nn.Module = model_class(config)._from_config(config, dtype=torch.float32)
+    return module.eval()
+
+
+def _is_config(value: object) -> bool:
+    transformers = sys.modules.get("transformers")  # a config object exists only after its package was imported
+    return transformers is not None and isinstance(value, transformers.PretrainedConfig)
+
+
+def _load_config(path: Path) -> Any:
+    if path.suffix != ".json":
+        raise InputError(f"target {path}: wanted a config.json or a directory that holds one")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"target {path}: not a readable JSON file: {error}") from error
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(model_type, str):
+        raise InputError(f"target {path}: holds no `model_type`, so it is no config of transformers")
+    _known_model_type(model_type, where=f"target {path}: ")
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(values)
+    except Exception as error:
+        raise InputError(f"target {path}: {model_type} config rejected: {error}") from error
+
+
+def _load_model_type(text: str) -> Any:
+    if os.sep in text or text.endswith(".json"):
+        raise InputError(f"target {text}: no such directory with a config.json, and nothing is downloaded{_near_paths(text)}")
+    _known_model_type(text, where="target ")
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[text]()
+
+
+def _known_model_type(name: str, *, where: str) -> None:
+    try:
+        from transformers import CONFIG_MAPPING
+    except ImportError as error:
+        raise InputError(f"{where}{name}: needs transformers, which is not installed: pip install 'autotp[hf]'") from error
+    if name not in CONFIG_MAPPING:
+        hint = near(name, CONFIG_MAPPING) or ", and is neither a path nor package.module:callable"
+        raise InputError(f"{where}{name}: transformers has no such model type{hint}")
+
+
+def _load_callable(text: str) -> Callable[[], nn.Module]:
+    module_name, _, name = text.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"target {text}: no module named {error.name!r} in the current directory or the installed packages") from error
+    except Exception as error:
+        raise InputError(f"target {text}: importing {module_name} failed with {type(error).__name__}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise InputError(f"target {text}: {module_name} has no {name!r}{near(name, dir(found))}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise InputError(f"target {text}: {name} is {type(found).__name__}, wanted something to call without arguments")
+    return found  # type: ignore[no-any-return]  # what it returns is checked by `build`
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`"; near names: a, b"` for the known names that resemble `name`, "" where none does."""
+    found = difflib.get_close_matches(name, [*known], n=4, cutoff=0.6)
+    return f"; near names: {', '.join(found)}" if found else ""
+
+
+def _near_paths(text: str) -> str:
+    parent = Path(text).parent
+    return near(Path(text).name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""

@@ -1,0 +1,45 @@
+"""Arithmetic fine enough that a wrong answer cannot hide behind rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+TOLERANCE = 1e-9
+
+_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_CASTS = {torch.Tensor.float: torch.Tensor.double, torch.Tensor.half: torch.Tensor.double, torch.Tensor.bfloat16: torch.Tensor.double}
+
+
+class Float64(TorchFunctionMode):
+    """Model code that asks for a narrower float gets float64; norms and softmaxes of transformers upcast to float32 by name."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide_kwargs = {name: _widen(value) for name, value in (kwargs or {}).items()}
+        return _CASTS.get(func, func)(*(_widen(value) for value in args), **wide_kwargs)
+
+
+def _widen(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest value of `wanted`; inf where shapes or non-finite values differ, 0 for empty tensors."""
+    if got.shape != wanted.shape:
+        return float("inf")
+    if not wanted.numel():
+        return 0.0
+    if not wanted.is_floating_point() and not wanted.is_complex():
+        return 0.0 if torch.equal(got, wanted) else float("inf")
+    finite = wanted.isfinite()
+    same_rest = (got == wanted) | (got.isnan() & wanted.isnan())
+    if not bool((finite & got.isfinite() | same_rest).all()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    difference = (got[finite] - wanted[finite]).abs().max().item()
+    scale = wanted[finite].abs().max().item()
+    return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))

@@ -1,0 +1,162 @@
+"""What one rank does for `verify`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from autotp import targets
+from autotp.errors import InputError
+from autotp.plan.layout import Layout
+from autotp.trace.boundary import flatten_result
+from autotp.verify.exact import Float64, relative_error
+from autotp.verify.modules import recorded
+
+#: Parallelizes the model in place; returns the layout of each of its parameters.
+Parallelizer = Callable[[nn.Module, DeviceMesh, "Mapping[str, Any] | None"], Mapping[str, Layout]]
+NEW_TOKENS = 8
+
+
+def with_autotp(model: nn.Module, mesh: DeviceMesh, inputs: Mapping[str, Any] | None) -> Mapping[str, Layout]:
+    """The parallelizer under test when no other is given."""
+    import autotp
+
+    parallel = autotp.parallelize(model, mesh) if inputs is None else autotp.parallelize(model, mesh, example_inputs=inputs)
+    return {name: param.layout for name, param in autotp.plan_of(parallel).params.items()}
+
+
+def check_rank(emit: Callable[[Any], None], job: Mapping[str, Any]) -> dict[str, Any]:
+    """Build, parallelize, run and compare; plain numbers come back, module outputs go to files in `job["folder"]`."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(job["seed"])
+    rank, folder = dist.get_rank(), Path(job["folder"])
+    emit("building the model")
+    reference = _model(job)
+    inputs = _inputs(reference, job)
+    parallel = copy.deepcopy(reference)
+    emit("running it on one rank")
+    with Float64(), recorded(reference) as record:
+        wanted = _run(reference, inputs)
+    if rank == 0:
+        torch.save(record, folder / "reference.pt")
+    emit("parallelizing it")
+    mesh = init_device_mesh("cpu", (job["tp"],), mesh_dim_names=("tp",))
+    example = None if job["inputs"] is None else inputs
+    layouts = job["parallelizer"](parallel, mesh, example)
+    emit("running it on all ranks")
+    try:
+        with Float64(), recorded(parallel) as record:
+            got = _run(parallel, inputs)
+    finally:
+        torch.save(record, folder / f"rank{rank}.pt")
+    emit("comparing")
+    result: dict[str, Any] = {
+        "model": type(reference).__name__,
+        "parameters": sum(p.numel() for p in reference.parameters()),
+        "outputs": {name: relative_error(got[name], value) if name in got else float("inf") for name, value in wanted.items()},
+        "gradients": _gradients(reference, parallel, layouts, rank),
+        "tokens": None,
+    }
+    if _can_generate(reference, inputs):
+        emit("generating")
+        with Float64():
+            result["tokens"] = [_generate(model, inputs) for model in (reference, parallel)]
+    return result
+
+
+def _model(job: Mapping[str, Any]) -> nn.Module:
+    from autotp.testing.tiny import randomise
+
+    model = targets.build(targets.load(job["target"]), device="cpu", dtype=torch.float64).eval()
+    randomise(model, seed=job["seed"])
+    for tensor in (*model.parameters(), *model.buffers()):  # a factory need not be deterministic
+        dist.broadcast(tensor.data, 0)
+    return model
+
+
+def _inputs(model: nn.Module, job: Mapping[str, Any]) -> dict[str, Any]:
+    if job["inputs"] is not None:
+        inputs = job["inputs"] if isinstance(job["inputs"], Mapping) else targets.load(job["inputs"])()
+    else:
+        from transformers import PreTrainedModel
+
+        from autotp.testing.inputs import tiny_inputs
+
+        if not isinstance(model, PreTrainedModel):
+            raise InputError(f"target {job['target']}: {type(model).__name__} is no transformers model, so name its inputs: --inputs module:callable")
+        with Float64():
+            inputs = tiny_inputs(model)
+        if "input_ids" in inputs and "ForCausalLM" in type(model).__name__:
+            inputs["labels"] = inputs["input_ids"]
+        if getattr(model.config, "use_cache", False):
+            inputs["use_cache"] = False  # a cache holds shards, and generation runs with it
+    return {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of the output by path; gradients of a fixed random projection of them are left in the parameters."""
+    model.zero_grad()
+    found: dict[str, Tensor] = {}
+    flatten_result(model(**inputs), lambda where, tensor: found.setdefault(".".join(map(str, where)) or "output", tensor))
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(())
+    for tensor in found.values():
+        if tensor.is_floating_point() and tensor.requires_grad:
+            total = total + (tensor * torch.randn(tensor.shape, generator=generator)).sum()
+    if total.requires_grad:
+        total.backward()
+    return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in found.items()}
+
+
+def _gradients(reference: nn.Module, parallel: nn.Module, layouts: Mapping[str, Layout], rank: int) -> dict[str, float]:
+    """Error of this rank's part of each gradient; parameters that neither model reaches are left out.
+
+    The parts of all ranks cover the parameter, so nothing needs to be gathered.
+    """
+    errors: dict[str, float] = {}
+    others = dict(parallel.named_parameters())
+    for name, param in reference.named_parameters():
+        grad = others[name].grad if name in others else None
+        if param.grad is None and grad is None:
+            continue
+        if param.grad is None or grad is None:
+            present = param.grad if grad is None else grad
+            errors[name] = float("inf") if bool((present != 0).any()) else 0.0
+            continue
+        layout, local = layouts.get(name), grad.to_local() if isinstance(grad, DTensor) else grad
+        wanted = param.grad if layout is None else layout.shard(param.grad, rank)
+        scale = param.grad.abs().max().item()
+        same_shape = local.shape == wanted.shape and bool(local.isfinite().all())
+        difference = (local - wanted).abs().max().item() if same_shape and wanted.numel() else 0.0 if same_shape else float("inf")
+        errors[name] = difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+    return errors
+
+
+def _can_generate(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel) and model.can_generate() and "input_ids" in inputs
+
+
+def _generate(model: Any, inputs: Mapping[str, Any]) -> list[list[int]] | str:
+    """Greedy continuation of the first rows; the text of the error where the model itself cannot."""
+    dropped = {"labels", "use_cache", "decoder_input_ids"}
+    arguments = {name: value for name, value in inputs.items() if name not in dropped}
+    try:
+        with torch.no_grad():
+            tokens = model.generate(**arguments, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    found: list[list[int]] = tokens.tolist()
+    return found
