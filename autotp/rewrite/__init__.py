@@ -1,0 +1,1 @@
+"""Plan × mesh → a model whose parameters are DTensors and whose modules run on local tensors."""

@@ -1,0 +1,188 @@
+"""Apply a plan's values to a model in place.
+
+Order: everything that can fail for a reason in the plan comes first (checks, attributes, classes); the parameters are
+replaced last. Whatever fails, the model is restored before the error leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from autotp.errors import PlanError
+from autotp.plan.layout import Layout
+from autotp.plan.model import ModulePlan, ParamPlan, Use
+from autotp.rewrite import embedding, linear, module
+from autotp.rewrite.attributes import localise
+from autotp.rewrite.classes import STATE, subclass
+from autotp.rewrite.comm import Comm
+from autotp.rewrite.embedding import EmbeddingRun, embedding_run
+from autotp.rewrite.linear import LinearRun, linear_run
+from autotp.rewrite.module import ModuleRun
+from autotp.rewrite.reads import Read
+from autotp.rewrite.shards import MakeParam
+from autotp.rewrite.sites import SiteTable
+from autotp.rewrite.slots import InputSlots, OutputSlots
+from autotp.rewrite.undo import Undo
+
+__all__ = ["Undo", "apply"]
+
+
+def apply(
+    model: nn.Module,
+    params: Mapping[str, ParamPlan],
+    modules: Sequence[ModulePlan],
+    *,
+    comm: Comm,
+    make_param: MakeParam,
+) -> Undo:
+    """Rewrite `model` in place so that this rank runs its part.
+
+    Args:
+        model: The model; `type(model)` stays, submodules become instances of subclasses of their classes.
+        params: A plan for every name in `model.named_parameters(remove_duplicate=False)`.
+        modules: What changes at which module.
+        comm: The group.
+        make_param: `(fqn, old parameter, layout) → new parameter`, called once for each distinct parameter.
+
+    Returns:
+        The journal: `undo()` restores the model exactly. It keeps the full parameters alive until `release()`.
+
+    Raises:
+        PlanError: if the plan does not fit the model. The model is then unchanged.
+    """
+    undo = Undo()
+    try:
+        _Rewriter(model, params, modules, comm, undo).run(make_param)
+    except BaseException:
+        undo.undo()
+        raise
+    return undo
+
+
+class _Rewriter:
+    def __init__(
+        self, model: nn.Module, params: Mapping[str, ParamPlan], modules: Sequence[ModulePlan], comm: Comm, undo: Undo
+    ) -> None:
+        self.model, self.params, self.comm, self.undo = model, params, comm, undo
+        self.named = dict(model.named_parameters(remove_duplicate=False))
+        self.paths: dict[int, str] = {}
+        self.modules: dict[int, nn.Module] = {}
+        for path, sub in model.named_modules():
+            self.paths[id(sub)], self.modules[id(sub)] = path, sub
+        self.plans = self._plans(modules)
+
+    def run(self, make_param: MakeParam) -> None:
+        self._check_params()
+        for sub in self.modules.values():
+            self._rewrite(sub, self.plans.get(id(sub)))
+        made: dict[int, nn.Parameter] = {}
+        for name, old in self.named.items():
+            owner, leaf = self._owner(name)
+            if id(old) not in made:
+                made[id(old)] = make_param(name, old, self.params[name].layout)
+            self.undo.set_item(owner._parameters, leaf, made[id(old)])  # type: ignore[arg-type]
+
+    def _plans(self, modules: Sequence[ModulePlan]) -> dict[int, ModulePlan]:
+        plans: dict[int, ModulePlan] = {}
+        for plan in modules:
+            try:
+                sub = self.model.get_submodule(plan.path)
+            except AttributeError as error:
+                raise PlanError(f"the plan names the module {plan.path!r}, which the model does not have") from error
+            other = plans.setdefault(id(sub), plan)
+            if other is not plan and _without_path(other) != _without_path(plan):
+                raise PlanError(f"{other.path!r} and {plan.path!r} are one module but their plans differ")
+        return plans
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(path), leaf
+
+    def _check_params(self) -> None:
+        problems = []
+        if missing := [n for n in self.named if n not in self.params]:
+            problems.append(f"parameters without a plan: {missing}")
+        if unknown := [n for n in self.params if n not in self.named]:
+            problems.append(f"plans for parameters that the model does not have: {unknown}")
+        first: dict[int, str] = {}
+        for name, p in self.named.items():
+            if name not in self.params:
+                continue
+            layout = self.params[name].layout
+            if tuple(p.shape) != layout.shape or layout.tp != self.comm.size:
+                problems.append(
+                    f"{name}: shape {tuple(p.shape)} over {self.comm.size} ranks, the plan has {layout.shape} over {layout.tp}"
+                )
+            tied = first.setdefault(id(p), name)
+            if tied in self.params and self.params[tied].layout != layout:
+                problems.append(f"{tied} and {name} are tied but their layouts differ: {self.params[tied].layout}; {layout}")
+        if problems:
+            raise PlanError("the plan does not fit the model:\n  " + "\n  ".join(problems))
+
+    def _reads(self, sub: nn.Module, uses: Sequence[Use]) -> tuple[Read, ...]:
+        """Reads of every own parameter, changed and extended by the plan's uses."""
+        path = self.paths[id(sub)]
+        reads = {(id(sub), n): self._read(sub, Use(path, n)) for n, p in sub._parameters.items() if p is not None}
+        for use in uses:
+            try:
+                owner = self.model.get_submodule(use.owner)
+            except AttributeError as error:
+                raise PlanError(f"{path}: a use names the module {use.owner!r}, which the model does not have") from error
+            reads[id(owner), use.name] = self._read(owner, use)
+        return tuple(reads.values())
+
+    def _read(self, owner: nn.Module, use: Use) -> Read:
+        if use.name not in owner._parameters and use.name not in owner._buffers:
+            raise PlanError(f"{use.owner!r} has no parameter or buffer {use.name!r}")
+        full = f"{use.owner}.{use.name}" if use.owner else use.name
+        plan = self.params.get(full) if use.name in owner._parameters else None
+        layout: Layout | None = None if plan is None else plan.layout
+        return Read(owner, use.name, self.comm, layout, use.grad, use.conversions)
+
+    def _rewrite(self, sub: nn.Module, plan: ModulePlan | None) -> None:
+        reads = self._reads(sub, plan.uses if plan is not None else ())
+        if plan is None and not reads:
+            return
+        where = self.paths[id(sub)] or type(sub).__name__
+        if plan is not None and plan.attributes:
+            localise(sub, plan.attributes, self.undo, where)
+        run, make_forward = self._run(sub, plan, reads, where)
+        if isinstance(run, ModuleRun) and self._keeps_class(sub):
+            self._hook(sub, run)
+            return
+        names = tuple(r.name for r in run.own)
+        self.undo.set_item(sub.__dict__, STATE, run)
+        self.undo.set_class(sub, subclass(type(sub), names, make_forward))
+
+    def _run(
+        self, sub: nn.Module, plan: ModulePlan | None, reads: tuple[Read, ...], where: str
+    ) -> tuple[ModuleRun | LinearRun | EmbeddingRun, Callable[..., Callable[..., object]]]:
+        own = len(reads) == sum(r.owner is sub for r in reads)
+        if own and not self._keeps_class(sub):
+            if type(sub).forward is nn.Linear.forward and (fast := linear_run(plan, reads, self.comm)) is not None:
+                return fast, linear.make_forward
+            if isinstance(sub, nn.Embedding) and type(sub).forward is nn.Embedding.forward and plan is not None:
+                found = embedding_run(sub, plan, reads, self.comm)
+                if found is not None:
+                    return found, embedding.make_forward
+        if plan is None:
+            return ModuleRun(sub, reads), module.make_forward
+        inputs = InputSlots(plan.inputs, sub.forward, self.comm, where) if plan.inputs else None
+        outputs = OutputSlots(plan.outputs, self.comm) if plan.outputs else None
+        sites = SiteTable(plan.sites, self.comm, where) if plan.sites else None
+        return ModuleRun(sub, reads, inputs, outputs, sites), module.make_forward
+
+    def _keeps_class(self, sub: nn.Module) -> bool:
+        return sub is self.model or "forward" in sub.__dict__
+
+    def _hook(self, sub: nn.Module, run: ModuleRun) -> None:
+        before = sub.register_forward_pre_hook(run.before, prepend=True, with_kwargs=True)
+        self.undo.push(before.remove)
+        after = sub.register_forward_hook(run.after, prepend=True, always_call=True)
+        self.undo.push(after.remove)
+
+
+def _without_path(plan: ModulePlan) -> tuple[object, ...]:
+    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites

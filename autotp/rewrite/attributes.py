@@ -1,0 +1,66 @@
+"""Plain attributes that become local: `num_heads`, `config.n_embd`, `split_sizes.0`.
+
+An object on the way (a config shared by all modules) is copied for the module, so nobody else sees the local value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from autotp.errors import PlanError
+from autotp.plan.model import LocalAttribute
+from autotp.rewrite.undo import Undo
+
+
+def localise(module: nn.Module, attributes: Sequence[LocalAttribute], undo: Undo, where: str) -> None:
+    """Set every attribute in `attributes` of `module` to its local value.
+
+    Raises:
+        PlanError: if an attribute is absent or does not hold the plan's global value.
+    """
+    copies: dict[int, Any] = {}
+    for attribute in attributes:
+        head, *rest = attribute.path.split(".")
+        if not hasattr(module, head):
+            raise PlanError(f"{where}: no attribute {head!r} to make local ({attribute.path})")
+        value = _changed(getattr(module, head), rest, attribute, copies, where)
+        if isinstance(getattr(module, head), nn.Module):
+            raise PlanError(f"{where}: {attribute.path} belongs to the module {head!r}; plan it there")
+        undo.set_attribute(module, head, value)
+
+
+def _changed(value: Any, path: list[str], attribute: LocalAttribute, copies: dict[int, Any], where: str) -> Any:
+    if not path:
+        if value != attribute.value or isinstance(value, bool):
+            raise PlanError(f"{where}: {attribute.path} is {value!r}, the plan was made for {attribute.value}")
+        return attribute.local
+    key, rest = path[0], path[1:]
+    if isinstance(value, tuple | list):
+        items = list(value)
+        items[int(key)] = _changed(items[int(key)], rest, attribute, copies, where)
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, dict):
+        actual = key if key in value else int(key)
+        return {**value, actual: _changed(value[actual], rest, attribute, copies, where)}
+    clone = _private(value, copies, where, attribute)
+    key = getattr(type(value), "attribute_map", {}).get(key, key)  # transformers' aliases: n_embd → hidden_size
+    if key not in clone.__dict__:
+        raise PlanError(f"{where}: {type(value).__name__} holds no plain attribute {key!r} ({attribute.path})")
+    clone.__dict__[key] = _changed(clone.__dict__[key], rest, attribute, copies, where)
+    return clone
+
+
+def _private(value: Any, copies: dict[int, Any], where: str, attribute: LocalAttribute) -> Any:
+    """This module's own shallow copy of `value`: made once, found again by the original or by the copy itself."""
+    if id(value) not in copies:
+        if not hasattr(value, "__dict__") or isinstance(value, nn.Module):
+            raise PlanError(f"{where}: cannot copy the {type(value).__name__} that holds {attribute.path}")
+        clone = object.__new__(type(value))
+        clone.__dict__.update(value.__dict__)
+        copies[id(value)] = copies[id(clone)] = clone
+    return copies[id(value)]

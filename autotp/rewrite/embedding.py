@@ -1,0 +1,113 @@
+"""`nn.Embedding` with sharded rows: each rank looks up the ids it holds, zeros stand for the others, the sum is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.distributed.tensor import DTensor
+
+from autotp.errors import AutoTPError, PlanError
+from autotp.plan.model import GradSum, Kernel, ModulePlan, Op
+from autotp.rewrite.classes import STATE
+from autotp.rewrite.comm import Comm
+from autotp.rewrite.convert import reduce
+from autotp.rewrite.kernels import local_ids
+from autotp.rewrite.reads import Read, local_tensor
+
+
+class EmbeddingRun:
+    """Which rows this rank holds and whether the lookup's partial sum is reduced here."""
+
+    __slots__ = ("comm", "own", "padding", "reads", "reduces", "runs", "weight")
+
+    def __init__(self, weight: Read, padding_idx: int | None, comm: Comm, *, reduces: bool) -> None:
+        if weight.layout is None or weight.layout.repeated:
+            raise PlanError("a sharded embedding needs a layout without repeated rows")
+        self.weight = weight
+        self.own = self.reads = (weight,)
+        self.comm = comm
+        self.reduces = reduces
+        self.runs = weight.layout.intervals(comm.rank)
+        self.padding = -1
+        offset = 0
+        for a, b in self.runs:
+            if padding_idx is not None and a <= padding_idx < b:
+                self.padding = padding_idx - a + offset
+            offset += b - a
+
+    def composed(self, input: Tensor) -> Tensor:
+        """The lookup from separate differentiable steps."""
+        ids, outside = local_ids(input, self.runs)
+        weight = self.weight.value()
+        padding = None if self.padding < 0 else self.padding
+        y = F.embedding(ids, weight, padding).masked_fill(outside.unsqueeze(-1), 0)  # type: ignore[arg-type]
+        return reduce(y, self.comm) if self.reduces else y
+
+    def local(self, ids: Tensor, outside: Tensor, w: Tensor) -> Tensor:
+        """Rows [.., width] of local ids, zero where `outside`, summed over ranks; nothing recorded."""
+        y = F.embedding(ids, w).masked_fill_(outside.unsqueeze(-1), 0)
+        return self.comm.all_reduce_(y) if self.reduces else y
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: DTensor, run: EmbeddingRun) -> Tensor:
+        ids, outside = local_ids(input, run.runs)
+        ctx.save_for_backward(ids, outside)
+        ctx.run, ctx.spec, ctx.rows = run, weight._spec, weight._local_tensor.shape[0]
+        return run.local(ids, outside, weight._local_tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        if torch.is_grad_enabled():
+            raise AutoTPError("a sharded embedding has no second derivative; run without create_graph=True")
+        ids, outside = ctx.saved_tensors
+        grad = grad.masked_fill(outside.unsqueeze(-1), 0)
+        dense = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.run.padding, False)
+        return None, DTensor(dense, ctx.spec, requires_grad=False), None  # type: ignore[call-arg]
+
+
+def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of an Embedding with sharded rows."""
+
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        run: EmbeddingRun = self.__dict__[STATE]
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if is_dynamo_compiling():
+            return run.composed(input)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            if type(weight) is not DTensor:
+                return run.composed(input)
+            return _Embedding.apply(input, weight, run)  # type: ignore[no-any-return]
+        return run.local(*local_ids(input, run.runs), local_tensor(weight))
+
+    return forward
+
+
+def embedding_run(module: nn.Embedding, plan: ModulePlan, own: tuple[Read, ...], comm: Comm) -> EmbeddingRun | None:
+    """The fast form of an Embedding under `plan`, None where the plan asks for something else.
+
+    Raises:
+        PlanError: for options that a sharded lookup does not support.
+    """
+    weight = next((r for r in own if r.name == "weight"), None)
+    if weight is None or weight.layout is None or weight.layout.dim != 0 or len(own) != 1 or plan.inputs or plan.attributes:
+        return None
+    if weight.conversions or weight.fix.grad is not GradSum.NONE or [s.kernel for s in plan.sites] != [Kernel.LOOKUP]:
+        return None
+    ops = [c.op for s in plan.outputs if not s.path for c in s.conversions]
+    site = [c.op for _, conversions in plan.sites[0].outputs for c in conversions]
+    if ops + site not in ([], [Op.REDUCE]) or plan.sites[0].inputs or plan.sites[0].ints:
+        return None
+    if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+        raise PlanError(
+            f"{plan.path}: max_norm, sparse and scale_grad_by_freq are not supported for an embedding with sharded rows; "
+            "keep it replicated"
+        )
+    return EmbeddingRun(weight, module.padding_idx, comm, reduces=bool(ops + site))

@@ -1,0 +1,45 @@
+"""Full tensors of a rewritten model, in the model's own order, on every rank. Collective: call on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from autotp.plan.layout import Layout
+from autotp.plan.model import ParamPlan
+from autotp.rewrite.comm import Comm
+from autotp.rewrite.reads import local_tensor
+
+
+@torch.no_grad()
+def unshard(tensor: Tensor, layout: Layout, comm: Comm) -> Tensor:
+    """The full tensor of shape `layout.shape` from every rank's local part of `tensor`."""
+    local = local_tensor(tensor.detach())
+    if layout.dim is None:
+        return local
+    return layout.unshard(comm.all_gather(local))
+
+
+def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
+    """`model.state_dict()` (same keys and order, buffers too) with every parameter whole; tied names share one tensor."""
+    whole: dict[int, Tensor] = {}
+    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in params:
+            key = tied[name]
+            if key not in whole:
+                whole[key] = unshard(value, params[name].layout, comm)
+            state[name] = whole[key]
+        else:
+            state[name] = value.detach() if isinstance(value, Tensor) else value
+    return state
+
+
+def full_grads(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
+    """Whole gradients by the names of `model.named_parameters()`; parameters without a gradient are left out."""
+    return {
+        name: unshard(p.grad, params[name].layout, comm) for name, p in model.named_parameters() if p.grad is not None
+    }

@@ -1,0 +1,193 @@
+"""Distributed forms of operators that look across a sharded dim.
+
+With `N = tp · n` entries, `n` of them local, and `Σ` the sum over ranks of the local sums:
+
+    mean        (1/tp) · local mean                  a partial sum (P)
+    var         Σ (x − μ)² / (N − correction)         μ = Σ x / N; whole on every rank (R)
+    norm        sqrt(Σ x²)                            R
+    rms_norm    x · (Σ x² / N + ε)^(−1/2) · w         sharded like x (S)
+    layer_norm  (x − μ) · (var + ε)^(−1/2) · w + b    S
+
+A statistic used inside the sharded region is reduced forward and copied back in (`_statistic`): its gradient is a partial sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autotp.errors import PlanError
+from autotp.plan.layout import Layout
+from autotp.plan.model import Kernel
+from autotp.rewrite.comm import Comm
+from autotp.rewrite.convert import copy, reduce
+
+Dims = int | Sequence[int] | None
+
+
+def run_kernel(
+    kernel: Kernel,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    comm: Comm,
+    layouts: Mapping[int, Layout],
+) -> Any:
+    """The distributed form of `func(*args, **kwargs)`.
+
+    Raises:
+        PlanError: for an operator or an argument that the kernel does not know.
+    """
+    name = getattr(func, "__name__", str(func))
+    try:
+        if kernel is Kernel.LOOKUP:
+            return _lookup(comm, layouts, *args, **kwargs)
+        if kernel is Kernel.MEAN:
+            return func(*args, **kwargs) / comm.size
+        if kernel is Kernel.VAR:
+            return _var_call(name, comm, *args, **kwargs)
+        if kernel is Kernel.VECTOR_NORM:
+            return _norm_call(name, comm, *args, **kwargs)
+        if kernel is Kernel.RMS_NORM:
+            return _rms_norm(comm, *args, **kwargs)
+        return _layer_norm(comm, *args, **kwargs)
+    except TypeError as error:
+        raise PlanError(f"no {kernel.value} kernel for this call of {name}: {error}") from error
+
+
+def _statistic(x: Tensor, comm: Comm) -> Tensor:
+    return copy(reduce(x, comm), comm)
+
+
+def _lookup(
+    comm: Comm,
+    layouts: Mapping[int, Layout],
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of the local shard; zeros for ids that other ranks hold: a partial sum."""
+    layout = layouts.get(id(weight))
+    if layout is None:
+        raise PlanError("a sharded lookup reads a weight that is no parameter of the module which the plan lists")
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise PlanError("max_norm, scale_grad_by_freq and sparse gradients are not supported for a sharded embedding")
+    ids, outside = local_ids(input, layout.intervals(comm.rank))
+    if padding_idx is not None:  # the padding row gets no gradient
+        padding_idx = padding_idx % layout.shape[0]
+        rows = torch.where(input == padding_idx, True, outside).unsqueeze(-1)
+        y = F.embedding(ids, weight)
+        y = torch.where(rows, y.detach(), y)
+    else:
+        y = F.embedding(ids, weight)
+    return y.masked_fill(outside.unsqueeze(-1), 0)
+
+
+def local_ids(ids: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """`ids` of the full dim → (local ids, 0 where not held; mask of the ids not held). Same shape both."""
+    a, b = runs[0]
+    if len(runs) == 1:
+        local = ids - a
+        outside = (local < 0) | (local >= b - a)
+        return local.masked_fill(outside, 0), outside
+    local, inside, offset = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), 0
+    for a, b in runs:
+        here = (ids >= a) & (ids < b)
+        local = torch.where(here, ids - (a - offset), local)
+        inside = inside | here
+        offset += b - a
+    return local, ~inside
+
+
+def _distributed_var(x: Tensor, dims: Dims, correction: float, keepdim: bool, comm: Comm) -> Tensor:
+    axes = tuple(range(x.ndim)) if dims is None else (dims,) if isinstance(dims, int) else tuple(dims)
+    count = comm.size
+    for d in axes:
+        count *= x.shape[d]
+    centre = _statistic(x.sum(axes, keepdim=True), comm) / count
+    total = reduce((x - centre).square().sum(axes, keepdim=keepdim), comm)
+    return total / (count - correction)
+
+
+def _var_call(
+    name: str,
+    comm: Comm,
+    input: Tensor,
+    dim: Dims | bool = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+) -> Tensor:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    if correction is None:
+        correction = 1.0 if unbiased is None or unbiased else 0.0
+    value = _distributed_var(input, dim, correction, keepdim, comm)
+    if name not in ("var", "std"):
+        raise TypeError(f"expected var or std, got {name}")
+    return value.sqrt() if name == "std" else value
+
+
+def _norm_call(name: str, comm: Comm, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    order_name = "p" if name == "norm" else "ord"
+    names = (order_name, "dim", "keepdim", "dtype") if name != "norm" else ("p", "dim", "keepdim", "out", "dtype")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    order = given.get(order_name, 2)
+    if order not in (2, 2.0, None, "fro"):
+        raise TypeError(f"only the 2-norm is known, got order {order}")
+    dim, dtype = given.get("dim"), given.get("dtype")
+    x = x if dtype is None else x.to(dtype)
+    axes = tuple(range(x.ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    return reduce(x.square().sum(axes, keepdim=bool(given.get("keepdim", False))), comm).sqrt()
+
+
+def _working(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _rms_norm(
+    comm: Comm, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    x = _working(input)
+    axes, count = _trailing(x, normalized_shape, comm)
+    mean_square = _statistic(x.square().sum(axes, keepdim=True), comm) / count
+    y = (x * torch.rsqrt(mean_square + (torch.finfo(input.dtype).eps if eps is None else eps))).to(input.dtype)
+    return y if weight is None else y * weight
+
+
+def _layer_norm(
+    comm: Comm,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    x = _working(input)
+    axes, count = _trailing(x, normalized_shape, comm)
+    centred = x - _statistic(x.sum(axes, keepdim=True), comm) / count
+    variance = _statistic(centred.square().sum(axes, keepdim=True), comm) / count
+    y = (centred * torch.rsqrt(variance + eps)).to(input.dtype)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _trailing(x: Tensor, normalized_shape: Sequence[int], comm: Comm) -> tuple[tuple[int, ...], int]:
+    axes = tuple(range(x.ndim - len(normalized_shape), x.ndim))
+    count = comm.size
+    for d in axes:
+        count *= x.shape[d]
+    return axes, count
+
+

@@ -1,0 +1,146 @@
+"""Any module's forward under a plan: convert arguments, read local tensors, watch sites, convert results.
+
+`ModuleRun` is the state that a rewritten module carries. It runs either as the forward of a subclass or, where an object's
+class must stay, as a pair of hooks around its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.distributed.tensor import DTensor
+
+from autotp.plan.layout import Layout
+from autotp.rewrite.classes import STATE
+from autotp.rewrite.reads import Read, _Read
+from autotp.rewrite.sites import RUNNING, SiteMode, SiteTable
+from autotp.rewrite.slots import InputSlots, OutputSlots
+
+_ABSENT: Any = object()
+_grad_enabled = torch.is_grad_enabled
+
+
+class ModuleRun:
+    """What one module does in a forward. `own` are the reads of its own tensors, `reads` all of them."""
+
+    __slots__ = ("frames", "inputs", "light", "outputs", "own", "reads", "sites")
+
+    def __init__(
+        self,
+        module: nn.Module,
+        reads: tuple[Read, ...],
+        inputs: InputSlots | None = None,
+        outputs: OutputSlots | None = None,
+        sites: SiteTable | None = None,
+    ) -> None:
+        self.reads = reads
+        self.own = tuple(r for r in reads if r.owner is module)
+        self.inputs, self.outputs, self.sites = inputs, outputs, sites
+        self.frames: list[tuple[list[tuple[dict[str, Any], str, Any]], SiteMode | None]] = []
+        simple = len(self.own) == len(reads) and all(r.plain and not r.is_buffer for r in reads)
+        self.light = (
+            tuple((r.name, r.fix) for r in reads)
+            if simple and inputs is None and outputs is None and sites is None
+            else None
+        )
+
+    def enter(self) -> None:
+        """Put the local tensors where the forward reads them and start watching sites."""
+        saved: list[tuple[dict[str, Any], str, Any]] = []
+        mode: SiteMode | None = None
+        self.frames.append((saved, None))
+        layouts: dict[int, Layout] = {}
+        for read in self.reads:
+            value = read.value()
+            attributes = read.owner.__dict__
+            saved.append((attributes, read.name, attributes.get(read.name, _ABSENT)))
+            attributes[read.name] = value
+            if read.layout is not None:
+                layouts[id(value)] = read.layout
+        if self.sites is not None:
+            mode = SiteMode(self.sites, layouts)
+            mode.__enter__()
+        elif RUNNING.modes:
+            RUNNING.modes.append(None)
+        else:
+            return
+        self.frames[-1] = (saved, mode or _PAUSE)
+
+    def leave(self) -> None:
+        """Undo `enter`, also after an error in the middle of it."""
+        saved, mode = self.frames.pop()
+        if mode is _PAUSE:
+            RUNNING.modes.pop()
+        elif mode is not None:
+            mode.__exit__(None, None, None)
+        for attributes, name, old in reversed(saved):
+            if old is _ABSENT:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = old
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`forward(module, *args, **kwargs)` under the plan."""
+        if self.inputs is not None:
+            args, kwargs = self.inputs(args, kwargs)
+        if is_dynamo_compiling():
+            result = forward(module, *args, **kwargs)
+        else:
+            try:
+                self.enter()
+                result = forward(module, *args, **kwargs)
+            finally:
+                self.leave()
+        return result if self.outputs is None else self.outputs(result)
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The forward pre-hook of a module whose class stays."""
+        if not is_dynamo_compiling():
+            self.enter()
+        return (args, kwargs) if self.inputs is None else self.inputs(args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        """The forward hook of a module whose class stays; also called after an error."""
+        if not is_dynamo_compiling() and self.frames:
+            self.leave()
+        return result if self.outputs is None else self.outputs(result)
+
+
+_PAUSE: Any = object()
+
+
+def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a rewritten `base`."""
+    inner = base.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        attributes = self.__dict__
+        run: ModuleRun = attributes[STATE]
+        light = run.light
+        if light is None or is_dynamo_compiling():
+            return run(self, inner, args, kwargs)
+        parameters = attributes["_parameters"]
+        record = _grad_enabled()
+        for name, _ in light:
+            if name in attributes:  # called again inside its own forward
+                return run(self, inner, args, kwargs)
+        try:
+            for name, fix in light:
+                p: Tensor = parameters[name]
+                if record and p.requires_grad:
+                    attributes[name] = _Read.apply(p, fix)
+                else:
+                    attributes[name] = p._local_tensor if type(p) is DTensor else p
+            return inner(self, *args, **kwargs)
+        finally:
+            for name, _ in light:
+                attributes.pop(name, None)
+
+    return forward
+

@@ -1,0 +1,125 @@
+"""Conversions of single tensors inside the arguments and results of a module call."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from autotp.errors import PlanError
+from autotp.plan.model import Conversion, Slot
+from autotp.rewrite.comm import Comm
+from autotp.rewrite.convert import convert_all
+
+Path = tuple[str | int, ...]
+
+
+def map_path(value: Any, path: Path, fn: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `fn` applied to the tensor at `path`; containers on the way are copied, absent paths passed over."""
+    if not path:
+        return fn(value) if isinstance(value, Tensor) else value
+    key, rest = path[0], path[1:]
+    if isinstance(value, tuple | list):
+        if not isinstance(key, int) or not -len(value) <= key < len(value):
+            if isinstance(key, str) and key in getattr(value, "_fields", ()):
+                return value._replace(**{key: map_path(getattr(value, key), rest, fn)})  # type: ignore[union-attr]
+            return value
+        items = list(value)
+        items[key] = map_path(items[key], rest, fn)
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, Mapping):
+        if key not in value and isinstance(key, int) and 0 <= key < len(value):
+            key = list(value)[key]  # a transformers ModelOutput is also indexed by position
+        if key not in value:
+            return value
+        changed: Any = copy.copy(value)
+        changed[key] = map_path(value[key], rest, fn)
+        return changed
+    if dataclasses.is_dataclass(value) and isinstance(key, str) and hasattr(value, key):
+        changed = copy.copy(value)
+        object.__setattr__(changed, key, map_path(getattr(value, key), rest, fn))
+        return changed
+    return value
+
+
+class Binding:
+    """Where an argument named in a slot stands in a call of `forward`."""
+
+    __slots__ = ("index", "name", "rest", "slot")
+
+    def __init__(self, slot: Slot, forward: Callable[..., Any], where: str) -> None:
+        if not slot.path or not isinstance(slot.path[0], str):
+            raise PlanError(f"{where}: an input slot starts with an argument's name, got path {slot.path}")
+        name, rest = slot.path[0], slot.path[1:]
+        parameters = [p for p in inspect.signature(forward).parameters.values()]
+        if parameters and parameters[0].name == "self":
+            parameters = parameters[1:]
+        index: int | None = None
+        takes_any = False
+        for i, p in enumerate(parameters):
+            if p.kind is p.VAR_POSITIONAL and p.name == name:
+                if not rest or not isinstance(rest[0], int):
+                    raise PlanError(f"{where}: a slot in *{name} needs a position, got path {slot.path}")
+                index, rest = i + rest[0], rest[1:]
+                break
+            if p.kind is p.VAR_KEYWORD:
+                takes_any = True
+                if p.name == name and rest and isinstance(rest[0], str):
+                    name, rest = rest[0], rest[1:]
+            elif p.name == name and p.kind is not p.KEYWORD_ONLY:
+                index = i
+                break
+            elif p.name == name:
+                takes_any = True
+        if index is None and not takes_any:
+            raise PlanError(f"{where}: forward has no argument {name!r}; it takes {[p.name for p in parameters]}")
+        self.index, self.name, self.rest, self.slot = index, name, rest, slot
+
+
+class InputSlots:
+    """All input slots of one module."""
+
+    __slots__ = ("bindings", "comm")
+
+    def __init__(self, slots: Sequence[Slot], forward: Callable[..., Any], comm: Comm, where: str) -> None:
+        self.bindings = tuple(Binding(slot, forward, where) for slot in slots)
+        self.comm = comm
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments after conversion; the caller's containers stay as they are."""
+        positional, keywords = list(args), dict(kwargs)
+        for b in self.bindings:
+            if b.index is not None and b.index < len(positional):
+                positional[b.index] = convert_path(positional[b.index], b.rest, b.slot.conversions, self.comm)
+            elif b.name in keywords:
+                keywords[b.name] = convert_path(keywords[b.name], b.rest, b.slot.conversions, self.comm)
+        return tuple(positional), keywords
+
+
+class OutputSlots:
+    """All output slots of one module."""
+
+    __slots__ = ("comm", "slots")
+
+    def __init__(self, slots: Sequence[Slot], comm: Comm) -> None:
+        self.slots = tuple(slots)
+        self.comm = comm
+
+    def __call__(self, result: Any) -> Any:
+        """The module's result after conversion."""
+        for slot in self.slots:
+            result = convert_path(result, slot.path, slot.conversions, self.comm)
+        return result
+
+
+def convert_path(value: Any, path: Path, conversions: tuple[Conversion, ...], comm: Comm) -> Any:
+    """`value` with `conversions` applied to the tensor at `path`."""
+    if not path:
+        return convert_all(value, conversions, comm) if isinstance(value, Tensor) else value
+    return map_path(value, path, lambda x: convert_all(x, conversions, comm))
