@@ -106,6 +106,9 @@ class TaggedInt(int):
     def __deepcopy__(self, memo: Any) -> int:
         return int(self)
 
+    def __neg__(self) -> TaggedInt:
+        return TaggedInt(-int(self), Arith("-", Literal(0), self.expr, -int(self)))
+
     def __copy__(self) -> TaggedInt:
         return self
 

@@ -89,6 +89,14 @@ class Recorder:
             self.concrete[value.id] = real
         return value
 
+    def adopt(self, tensor: Tensor, node: Node) -> None:
+        """Factory functions return another Python object than the dispatcher did: it stands for the same value."""
+        if len(node.outputs) == 1 and node.outputs[0].shape == tuple(tensor.shape):
+            self._values[id(tensor)] = node.outputs[0]
+            self._alive.append(tensor)
+            if isinstance(tensor, FakeTensor):
+                self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+
     def graph(self, repeats: dict[str, str]) -> Graph:
         """Everything recorded so far."""
         return Graph(
@@ -131,6 +139,7 @@ class Recorder:
         vargs, vkwargs = to_value(args), to_value(kwargs)
         result, real = choices.run(self, func, args, kwargs)
         if not isinstance(result, (Tensor, tuple, list)):
+            self.add(func, vargs, vkwargs, (), **self._provenance(args, kwargs))  # a number leaves the graph
             return result
         mutated = [args[i] for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write and i < len(args)]
         outputs = []
@@ -311,10 +320,14 @@ class _Function(TorchFunctionMode):
             frame = frame.f_back
         rec._calls += 1
         rec._call = (func, args, kwargs or {}, Place.of(code, offset, frame.f_lineno))
+        before = len(rec.nodes)
         try:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
         finally:
             rec._call = held
+        if isinstance(result, Tensor) and len(rec.nodes) > before and id(result) not in rec._values:
+            rec.adopt(result, rec.nodes[-1])
+        return result
 
     def _size(self, func: Any, tensor: Tensor, rest: Any, kwargs: Any) -> Any:
         rec = self.recorder

@@ -1,0 +1,197 @@
+"""Runs the rule of each node and collects what the rules say.
+
+`Axes` is the result: the dims of every value in terms of atoms, and for every node a `Meaning`: what it sums over, which of its
+arguments may be partial sums, which ints must follow which dims, and where an axis meets an operator that blocks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from autotp.axes import atoms
+from autotp.axes.atoms import Atom, Dim, Opaque
+from autotp.axes.kernel import Kernel
+from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place where a sharded `dim` of `value` would give a wrong answer."""
+
+    value: int
+    dim: tuple[Atom, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """The node sums over `dim` of `value`: sharded there, its result is a partial sum. `kernel`: only in this distributed form."""
+
+    value: int
+    dim: tuple[Atom, ...]
+    kernel: Kernel | None = None
+    whole: bool = False  # the kernel's result is whole (a norm), not a partial sum
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """The int at `position` of the ATen call's ints must be the sum of the local sizes of `dims` of value `value`."""
+
+    number: int
+    value: int
+    dims: tuple[tuple[Atom, ...], ...]
+    at: int = -1  # position in the argument's list, -1 for a bare int
+    listed: int = 0  # length of that list
+
+
+@dataclass(slots=True)
+class Meaning:
+    """What one node does, filled in by its rule."""
+
+    contracts: list[Contract] = field(default_factory=list)
+    linear: list[frozenset[int]] = field(default_factory=list)  # sets of values that may be partial sums together
+    sites: list[Site] = field(default_factory=list)
+    demands: list[Demand] = field(default_factory=list)
+    once: list[int] = field(default_factory=list)  # values added once to a partial sum (a bias)
+    generates: bool = False  # the result's content does not depend on its position: it can be made sharded
+    like: bool = False  # the result's shape is read from its argument
+
+
+Rule = Callable[["Context", Node], None]
+
+
+class Context:
+    """What a rule works with: dims of values in, joins and marks out."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.dims: dict[int, list[Dim]] = {}
+        self.meanings: list[Meaning] = []
+        self.node: Node
+
+    @property
+    def meaning(self) -> Meaning:
+        """The meaning of the current node."""
+        return self.meanings[-1]
+
+    def of(self, value: Value) -> list[Dim]:
+        """The dims of a value, fresh ones at first sight."""
+        if value.id not in self.dims:
+            self.dims[value.id] = [atoms.new(n) for n in value.shape]
+        return self.dims[value.id]
+
+    def set(self, value: Value, dims: Sequence[Dim]) -> None:
+        """Give the node's result its dims; joined with what it already had."""
+        if value.id in self.dims:
+            for a, b in zip(self.dims[value.id], dims, strict=True):
+                self.join(value, a, value, b)
+        else:
+            self.dims[value.id] = [list(d) for d in dims]
+
+    def join(self, left: Value, a: Dim, right: Value, b: Dim) -> None:
+        """Join a dim of `left` with one of `right`, or mark both opaque."""
+        try:
+            atoms.join(a, b)
+        except Opaque as why:
+            self.block(left, a, str(why))
+            self.block(right, b, str(why))
+
+    def block(self, value: Value, dim: Sequence[Atom], reason: str) -> None:
+        """`value` may not be sharded along `dim` here."""
+        if dim:
+            self.meaning.sites.append(Site(value.id, tuple(dim), reason))
+
+    def mix(self, value: Value, index: int) -> None:
+        """The operator mixes the elements along dim `index` of `value`."""
+        self.block(value, self.of(value)[index], f"{self.node.opname} mixes the elements of the dim")
+
+    def contract(self, value: Value, index: int, kernel: Kernel | None = None, whole: bool = False) -> None:
+        """The operator sums over dim `index` of `value`."""
+        dim = self.of(value)[index]
+        if dim:
+            self.meaning.contracts.append(Contract(value.id, tuple(dim), kernel, whole))
+
+    def linear(self, *groups: Sequence[Value]) -> None:
+        """Each group of values may be partial sums together, giving a partial sum."""
+        self.meaning.linear += [frozenset(v.id for v in group) for group in groups if group]
+
+    def demand(self, number: Any, value: Value, dims: Sequence[Dim], at: int = -1, listed: int = 0) -> None:
+        """The int `number` must be the local size of `dims` (summed) of `value`."""
+        if isinstance(number, int) and not isinstance(number, bool) and number != -1:
+            self.meaning.demands.append(Demand(int(number), value.id, tuple(tuple(d) for d in dims), at, listed))
+
+    def opaque(self, reason: str | None = None) -> None:
+        """No dim of any argument may be sharded; results are fresh."""
+        why = reason or f"no rule for {self.node.opname}"
+        for value in self.node.inputs():
+            for dim in self.of(value):
+                self.block(value, dim, why)
+        for out in self.node.outputs:
+            self.of(out)
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The graph with its axes: `dims[value id]` and `meanings[node index]`."""
+
+    graph: Graph
+    dims: Mapping[int, tuple[tuple[Atom, ...], ...]]
+    meanings: tuple[Meaning, ...]
+
+
+def analyse(graph: Graph, rules: Mapping[str, Rule], fallback: Rule) -> Axes:
+    """Run the rules in order, twice: the second pass sees structure that later nodes gave to earlier dims."""
+    context = Context(graph)
+    for value in (*graph.params.values(), *graph.buffers.values()):
+        context.of(value)
+    for _ in range(2):
+        context.meanings.clear()
+        for node in graph.nodes:
+            context.node = node
+            context.meanings.append(Meaning())
+            rule = _PSEUDO[node.op] if isinstance(node.op, Pseudo) else rules.get(node.opname, fallback)
+            try:
+                rule(context, node)
+            except (Opaque, AssertionError, IndexError, KeyError, TypeError, ValueError) as why:
+                context.meanings[-1] = Meaning()
+                context.opaque(f"{node.opname}: {why}" if str(why) else f"{node.opname} in a form without a rule")
+    dims = {key: tuple(tuple(d) for d in value) for key, value in context.dims.items()}
+    return Axes(graph, dims, tuple(context.meanings))
+
+
+def _identity(context: Context, node: Node) -> None:
+    (value,) = node.args
+    context.set(node.outputs[0], context.of(value))
+    context.linear([value])
+
+
+def _write(context: Context, node: Node) -> None:
+    before, new = node.args
+    context.set(node.outputs[0], context.of(before))
+    context.linear([before, new])
+
+
+def _repeat(context: Context, node: Node) -> None:
+    here, there, out = node.args
+    for a, b in zip(here, there, strict=True):
+        for x, y in zip(context.of(a), context.of(b), strict=True):
+            context.join(a, x, b, y)
+    for new, template in zip(node.outputs, out, strict=True):
+        context.set(new, context.of(template))
+
+
+_PSEUDO: dict[Pseudo, Rule] = {Pseudo.ENTER: _identity, Pseudo.EXIT: _identity, Pseudo.WRITE: _write, Pseudo.REPEAT: _repeat}
+
+
+def is_pointwise(op: Any) -> bool:
+    """True for operators that torch itself marks as elementwise."""
+    return isinstance(op, torch._ops.OpOverload) and torch.Tag.pointwise in op.tags
+
+
+def is_source(value: Value) -> bool:
+    """True for values that no node makes."""
+    return value.origin is not Origin.NODE

@@ -1,0 +1,519 @@
+"""Rules of products, reductions, norms, attention, lookups and constructors."""
+
+from __future__ import annotations
+
+from autotp.axes import atoms
+from autotp.axes.analysis import Context
+from autotp.axes.atoms import Dim
+from autotp.axes.rules_basic import arg, broadcast, dim_of, dims_of, rule
+from autotp.axes.kernel import Kernel
+from autotp.trace.graph import Node, Value, values_in
+
+# products -----------------------------------------------------------------------------------------------------------------------
+
+
+def product(context: Context, a: Value, i: int, b: Value, j: int) -> None:
+    """Sum over dim i of a and dim j of b."""
+    context.join(a, context.of(a)[i], b, context.of(b)[j])
+    context.contract(a, i)
+    context.contract(b, j)
+
+
+def _bias(context: Context, bias: object, out: Value) -> None:
+    if isinstance(bias, Value):
+        for k in range(1, len(bias.shape) + 1):
+            if bias.shape[-k] == out.shape[-k]:
+                context.join(bias, context.of(bias)[-k], out, context.of(out)[-k])
+        context.meaning.once.append(bias.id)
+
+
+@rule("linear")
+def linear(context: Context, node: Node) -> None:
+    """x [..., i] · w [o, i] + b [o]."""
+    x, w, out = node.args[0], node.args[1], node.outputs[0]
+    product(context, x, -1, w, -1)
+    context.set(out, [*context.of(x)[:-1], *context.of(w)[:-1]])
+    bias = arg(node, 2, "bias")
+    _bias(context, bias, out)
+    if bias is None:
+        context.linear([x], [w])
+
+
+@rule("addmm", "baddbmm", "addbmm_")
+def addmm(context: Context, node: Node) -> None:
+    """bias + a · b."""
+    bias, a, b = node.args[:3]
+    out = node.outputs[0]
+    product(context, a, -1, b, -2)
+    if len(a.shape) == 3:
+        context.join(a, context.of(a)[0], b, context.of(b)[0])
+    context.set(out, [*context.of(a)[:-1], context.of(b)[-1]])
+    _bias(context, bias, out)
+
+
+@rule("mm", "bmm", "matmul", "mv", "dot", "vdot")
+def matmul(context: Context, node: Node) -> None:
+    """a [..., m, k] · b [..., k, n] with the broadcasting of torch.matmul."""
+    a, b, out = node.args[0], node.args[1], node.outputs[0]
+    product(context, a, -1, b, -2 if len(b.shape) > 1 else -1)
+    tail: list[Dim] = []
+    if len(a.shape) > 1:
+        tail.append(context.of(a)[-2])
+    if len(b.shape) > 1:
+        tail.append(context.of(b)[-1])
+    batch: list[Dim] = []
+    for i in range(len(out.shape) - len(tail)):
+        k = len(out.shape) - len(tail) - i  # from the right, before the matrix dims
+        carrying = [(v, context.of(v)[-2 - k]) for v in (a, b) if len(v.shape) >= 2 + k and v.shape[-2 - k] != 1]
+        if len(carrying) == 2:
+            context.join(*carrying[0], *carrying[1])
+        batch.append(carrying[0][1] if carrying else [])
+    context.set(out, [*batch, *tail])
+    context.linear([a], [b])
+
+
+@rule("einsum")
+def einsum(context: Context, node: Node) -> None:
+    """Named dims: equal letters join, letters absent from the result are summed."""
+    equation: str = node.args[0].replace(" ", "")
+    values = list(values_in(node.args[1]))
+    if "->" not in equation:
+        letters = equation.replace(",", "")
+        equation += "->" + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c.isalpha()))
+    left, right = equation.split("->")
+    if "..." in equation:
+        width = max(len(v.shape) - len(t.replace("...", "")) for v, t in zip(values, left.split(","), strict=True))
+        free = [c for c in "ZYXWVUTSRQPO" if c not in equation][:width]
+        terms = []
+        for v, term in zip(values, left.split(","), strict=True):
+            own = len(v.shape) - len(term.replace("...", ""))
+            terms.append(term.replace("...", "".join(free[width - own :])))
+        left, right = ",".join(terms), right.replace("...", "".join(free))
+    named: dict[str, tuple[Value, Dim]] = {}
+    for value, term in zip(values, left.split(","), strict=True):
+        if len(set(term)) != len(term):
+            context.opaque("einsum takes a diagonal")
+            return
+        for i, letter in enumerate(term):
+            if value.shape[i] == 1:
+                continue
+            if letter in named:
+                context.join(*named[letter], value, context.of(value)[i])
+            else:
+                named[letter] = (value, context.of(value)[i])
+            if letter not in right:
+                context.contract(value, i)
+    context.set(node.outputs[0], [named[c][1] if c in named else [] for c in right])
+    context.linear(*[[v] for v in values])
+
+
+@rule("_grouped_mm", "grouped_mm")
+def grouped_mm(context: Context, node: Node) -> None:
+    """Rows of x [n, k] times their expert's w [E, k, m]."""
+    x, w, out = node.args[0], node.args[1], node.outputs[0]
+    if len(x.shape) != 2 or len(w.shape) != 3:
+        context.opaque()
+        return
+    product(context, x, 1, w, 1)
+    context.mix(w, 0)
+    context.set(out, [context.of(x)[0], context.of(w)[2]])
+    context.linear([x], [w])
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
+def conv(context: Context, node: Node) -> None:
+    """Channels: contracted (groups 1) or parallel (depthwise); positions are mixed."""
+    x, w, bias = node.args[0], node.args[1], arg(node, 2, "bias")
+    out = node.outputs[0]
+    groups = arg(node, 6, "groups", 1) if node.opname.startswith("conv") and node.opname[4:5].isdigit() else 0
+    spatial = len(w.shape) - 2
+    channel = len(x.shape) - spatial - 1
+    dims = [*context.of(x)[:channel], [], *[atoms.new(n) for n in out.shape[channel + 1 :]]]
+    if out.id in context.dims:
+        dims[channel + 1 :] = context.dims[out.id][channel + 1 :]
+    for i in range(channel + 1, len(x.shape)):
+        context.mix(x, i)
+        context.mix(w, i - channel + 1)
+    if groups == 1:
+        product(context, x, channel, w, 1)
+        dims[channel] = context.of(w)[0]
+    elif groups == x.shape[channel] and w.shape[1] == 1:
+        rows = context.of(w)[0] if w.shape[0] == groups else None
+        if rows is None:
+            rows, _ = atoms.split(context.of(w)[0], [groups, w.shape[0] // groups])
+        context.join(x, context.of(x)[channel], w, rows)
+        dims[channel] = context.of(w)[0]
+        context.demand(groups, x, [context.of(x)[channel]])
+    else:
+        context.opaque("a grouped convolution")
+        return
+    context.set(out, dims)
+    if isinstance(bias, Value):
+        context.join(bias, context.of(bias)[0], out, dims[channel])
+        context.meaning.once.append(bias.id)
+    else:
+        context.linear([x], [w])
+
+
+# attention ----------------------------------------------------------------------------------------------------------------------
+
+
+@rule("scaled_dot_product_attention")
+def sdpa(context: Context, node: Node) -> None:
+    """q [..., h, t, d], k and v [..., kv, s, d]: heads are parallel; positions and the q·k width are mixed."""
+    q, k, v, out = *node.args[:3], node.outputs[0]
+    mask = arg(node, 3, "attn_mask")
+    for name, value in (("query·key product", q), ("query·key product", k)):
+        context.block(value, context.of(value)[-1], f"{name} under a softmax")
+    context.join(q, context.of(q)[-1], k, context.of(k)[-1])
+    context.join(k, context.of(k)[-2], v, context.of(v)[-2])
+    context.mix(k, -2)
+    context.mix(v, -2)
+    batch = []
+    for i in range(len(q.shape) - 2):
+        dim = context.of(q)[i]
+        for other in (k, v):
+            if other.shape[i] == q.shape[i]:
+                context.join(q, dim, other, context.of(other)[i])
+            elif other.shape[i] != 1:
+                major, _ = atoms.split(dim, [other.shape[i], q.shape[i] // other.shape[i]])
+                context.join(q, major, other, context.of(other)[i])
+        batch.append(dim)
+    context.set(out, [*batch, context.of(q)[-2], context.of(v)[-1]])
+    if isinstance(mask, Value):
+        scores = [*batch, context.of(q)[-2], context.of(k)[-2]]
+        for i in range(1, len(mask.shape) + 1):
+            if mask.shape[-i] != 1:
+                context.join(mask, context.of(mask)[-i], q, scores[-i])
+        if mask.shape[-1] != 1:
+            context.mix(mask, -1)
+    context.linear([v])
+
+
+# reductions ---------------------------------------------------------------------------------------------------------------------
+
+
+def reduced(context: Context, node: Node, x: Value, gone: list[int]) -> None:
+    """Set the dims of the results of a reduction over `gone`."""
+    for out in node.outputs:
+        keep = len(out.shape) == len(x.shape)
+        context.set(out, [[] if i in gone else d for i, d in enumerate(context.of(x)) if keep or i not in gone])
+
+
+@rule("sum", "mean", "nansum")
+def total(context: Context, node: Node) -> None:
+    """Sums over a sharded dim are partial sums; means too, after division by the number of ranks."""
+    x = node.args[0]
+    gone = dims_of(arg(node, 1, "dim"), x)
+    for i in gone:
+        context.contract(x, i, Kernel.MEAN if node.opname == "mean" else None)
+    reduced(context, node, x, gone)
+    context.linear([x])
+
+
+@rule("var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
+def statistic(context: Context, node: Node) -> None:
+    """Statistics along a dim: all-reduced where there is a distributed form."""
+    x = node.args[0]
+    overload = getattr(node.op, "_overloadname", "")
+    kernel = None
+    if node.opname in ("var", "std") and len(node.outputs) == 1:
+        kernel = Kernel.VAR
+        gone = dims_of(arg(node, 1, "dim"), x) if overload != "default" else dims_of(None, x)
+    elif node.opname == "linalg_vector_norm":
+        kernel = Kernel.VECTOR_NORM if arg(node, 1, "ord", 2) == 2 else None
+        gone = dims_of(arg(node, 2, "dim"), x)
+    else:
+        gone = dims_of(arg(node, 2, "dim") if node.opname == "norm" else arg(node, 1, "dim"), x)
+        if node.opname == "norm" and arg(node, 1, "p", 2) in (2, None):
+            kernel = Kernel.VECTOR_NORM
+    for i in gone:
+        if kernel is None:
+            context.mix(x, i)
+        else:
+            context.contract(x, i, kernel, whole=True)
+    reduced(context, node, x, gone)
+
+
+@rule("amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "logsumexp", "prod", "median", "mode", "count_nonzero")
+def extreme(context: Context, node: Node) -> None:
+    """Reductions that are not sums; `max(a, b)` is elementwise."""
+    values = list(node.inputs())
+    if len(values) == 2:
+        broadcast(context, values, node.outputs[0])
+        return
+    x = values[0]
+    gone = dims_of(arg(node, 1, "dim"), x)
+    for i in gone:
+        context.mix(x, i)
+    reduced(context, node, x, gone)
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "sort", "argsort", "flip", "roll", "softmin", "cumsum_", "renorm", "rot90", "fft_fft", "fft_ifft", "kthvalue", "glu_jvp", "msort", "diff", "nanmedian")
+def along(context: Context, node: Node) -> None:
+    """Operators that mix along one dim (or several) and leave the others alone."""
+    x = node.args[0]
+    where = {"flip": (1, "dims"), "roll": (2, "dims"), "argsort": (1, "dim"), "sort": (1, "dim"), "fft_fft": (2, "dim"), "fft_ifft": (2, "dim")}
+    position, name = where.get(node.opname, (1, "dim"))
+    index = arg(node, position, name, -1 if node.opname in ("sort", "argsort") else None)
+    if isinstance(index, bool) or (node.opname in ("sort", "argsort") and not isinstance(index, int)):
+        index = None
+    for i in dims_of(index, x):
+        context.mix(x, i)
+    for out in node.outputs:
+        if out.shape == x.shape:
+            context.set(out, context.of(x))
+        else:
+            context.opaque()
+
+
+@rule("topk")
+def topk(context: Context, node: Node) -> None:
+    """The k largest along a dim."""
+    x = node.args[0]
+    d = dim_of(arg(node, 2, "dim", -1), x)
+    context.mix(x, d)
+    fresh = atoms.new(node.outputs[0].shape[d])
+    for out in node.outputs:
+        context.set(out, [fresh if i == d else dim for i, dim in enumerate(context.of(x))])
+
+
+@rule("tril", "triu", "tril_", "triu_")
+def triangle(context: Context, node: Node) -> None:
+    """Positions of the last two dims matter."""
+    x = node.args[0]
+    context.mix(x, -1)
+    context.mix(x, -2)
+    context.set(node.outputs[0], context.of(x))
+
+
+@rule("glu")
+def glu(context: Context, node: Node) -> None:
+    """Two halves of a dim, multiplied."""
+    x, out = node.args[0], node.outputs[0]
+    d = dim_of(arg(node, 1, "dim", -1), x)
+    a, b = atoms.cut(context.of(x)[d], [x.shape[d] // 2] * 2)
+    context.join(x, a, x, b)
+    context.set(out, [a if i == d else dim for i, dim in enumerate(context.of(x))])
+
+
+# norms --------------------------------------------------------------------------------------------------------------------------
+
+
+@rule("layer_norm", "rms_norm")
+def norm(context: Context, node: Node) -> None:
+    """The last dims are normalised: their statistic crosses ranks."""
+    x, shape, out = node.args[0], node.args[1], node.outputs[0]
+    kernel = Kernel.LAYER_NORM if node.opname == "layer_norm" else Kernel.RMS_NORM
+    k = len(shape)
+    for i in range(-k, 0):
+        if k == 1:
+            context.contract(x, i, kernel, whole=True)
+        else:
+            context.mix(x, i)
+        for weight in values_in(node.args[2:4]):
+            context.join(weight, context.of(weight)[i], x, context.of(x)[i])
+        context.demand(shape[i], x, [context.of(x)[i]], k + i, k)
+    context.set(out, context.of(x))
+
+
+@rule("group_norm")
+def group_norm(context: Context, node: Node) -> None:
+    """Channels in groups: groups are parallel, what is inside one is mixed."""
+    x, groups = node.args[0], node.args[1]
+    major, minor = atoms.split(context.of(x)[1], [groups, x.shape[1] // groups])
+    context.block(x, minor, "group_norm mixes the channels of a group")
+    for i in range(2, len(x.shape)):
+        context.mix(x, i)
+    for weight in values_in(node.args[2:4]):
+        context.join(weight, context.of(weight)[0], x, context.of(x)[1])
+    context.set(node.outputs[0], context.of(x))
+    context.demand(groups, x, [major])
+
+
+@rule("batch_norm")
+def batch_norm(context: Context, node: Node) -> None:
+    """Channels are parallel."""
+    x = node.args[0]
+    for other in values_in(node.args[1:5]):
+        context.join(other, context.of(other)[0], x, context.of(x)[1])
+    for i in (0, *range(2, len(x.shape))):
+        context.mix(x, i)
+    context.set(node.outputs[0], context.of(x))
+
+
+# lookups ------------------------------------------------------------------------------------------------------------------------
+
+
+@rule("embedding")
+def embedding(context: Context, node: Node) -> None:
+    """Rows of a table."""
+    table, ids, out = node.args[0], node.args[1], node.outputs[0]
+    context.contract(table, 0, Kernel.LOOKUP)
+    context.set(out, [*context.of(ids), *context.of(table)[1:]])
+    context.linear([table])
+
+
+@rule("index", "_unsafe_index")
+def index(context: Context, node: Node) -> None:
+    """Tensor indices: indexed dims are mixed, the others stay."""
+    x, out = node.args[0], node.outputs[0]
+    places = list(node.args[1])
+    indexed = [i for i, v in enumerate(places) if v is not None]
+    if any(v is not None and str(v.dtype) in ("torch.bool", "torch.uint8") and len(v.shape) > 1 for v in places):
+        span = sum(len(v.shape) if v is not None and str(v.dtype) == "torch.bool" else 1 for v in places)
+        for i in range(min(span, len(x.shape))):
+            context.mix(x, i)
+        kept = [context.of(x)[i] for i in range(span, len(x.shape))]
+        lead = len(out.shape) - len(kept)
+        context.set(out, [*[atoms.new(n) for n in out.shape[:lead]], *kept])
+        context.linear([x])
+        return
+    for i in indexed:
+        context.mix(x, i)
+    shape = max((len(v.shape) if str(v.dtype) != "torch.bool" else 1 for v in places if v is not None), default=0)
+    at = indexed[0] if indexed == list(range(indexed[0], indexed[0] + len(indexed))) else 0
+    kept = [(i, d) for i, d in enumerate(context.of(x)) if i not in indexed]
+    before = [d for i, d in kept if i < at] if at == indexed[0] else []
+    after = [d for i, d in kept if i >= at] if at == indexed[0] else [d for _, d in kept]
+    sizes = out.shape[len(before) : len(before) + shape]
+    middle: list[Dim] = [atoms.new(n) for n in sizes]
+    for v in places:
+        if v is not None and str(v.dtype) != "torch.bool":
+            for k in range(1, len(v.shape) + 1):
+                if v.shape[-k] == sizes[-k] != 1:
+                    context.join(v, context.of(v)[-k], out, middle[-k])
+    context.set(out, [*before, *middle, *after])
+    context.linear([x])
+
+
+@rule("index_select", "gather", "take_along_dim")
+def pick(context: Context, node: Node) -> None:
+    """Indices along one dim."""
+    x, d, where = node.args[0], node.args[1], node.args[2]
+    out = node.outputs[0]
+    if node.opname == "take_along_dim":
+        where, d = node.args[1], node.args[2]
+    d = dim_of(d, x)
+    context.mix(x, d)
+    if node.opname == "index_select":
+        context.set(out, [dim if i != d else context.of(where)[0] if where.shape else [] for i, dim in enumerate(context.of(x))])
+    else:
+        dims = [context.of(where)[i] for i in range(len(x.shape))]
+        for i, dim in enumerate(context.of(x)):
+            if i == d:
+                context.mix(where, i)
+            elif where.shape[i] == x.shape[i]:
+                context.join(x, dim, where, dims[i])
+            else:
+                context.mix(x, i)
+        context.set(out, dims)
+    context.linear([x])
+
+
+@rule("index_add", "index_add_", "index_copy", "index_copy_", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce")
+def put(context: Context, node: Node) -> None:
+    """Writing along one dim; the others run in parallel."""
+    x, d, where = node.args[0], dim_of(node.args[1], node.args[0]), node.args[2]
+    source = arg(node, 3, "src", arg(node, 3, "source"))
+    context.mix(x, d)
+    if isinstance(source, Value) and source.shape:
+        for i in range(len(x.shape)):
+            if i == d:
+                context.mix(source, i)
+            elif source.shape[i] == x.shape[i]:
+                context.join(x, context.of(x)[i], source, context.of(source)[i])
+            else:
+                context.mix(x, i)
+                context.mix(source, i)
+    if len(where.shape) == len(x.shape) and node.opname.startswith("scatter"):
+        for i in range(len(x.shape)):
+            if i == d or where.shape[i] != x.shape[i]:
+                context.mix(where, i)
+            else:
+                context.join(x, context.of(x)[i], where, context.of(where)[i])
+    context.set(node.outputs[0], context.of(x))
+    if isinstance(source, Value) and (node.opname.startswith(("index_add", "scatter_add")) or node.opname.startswith(("index_copy",))):
+        context.linear([x, source])
+
+
+@rule("index_put", "index_put_", "_index_put_impl_")
+def index_put(context: Context, node: Node) -> None:
+    """x[indices] = values: indexed dims are mixed, trailing dims of the values follow x."""
+    x, places, values = node.args[:3]
+    indexed = [i for i, v in enumerate(places) if v is not None]
+    wide = any(v is not None and str(v.dtype) == "torch.bool" and len(v.shape) > 1 for v in places)
+    span = max(len(v.shape) for v in places if v is not None) if wide else 0
+    mixed = list(range(span)) if wide else indexed
+    for i in mixed:
+        context.mix(x, i)
+    trailing = [i for i in range(len(x.shape)) if i > max(mixed)]
+    for k, i in enumerate(reversed(trailing), start=1):
+        if k <= len(values.shape) and values.shape[-k] == x.shape[i] != 1:
+            context.join(x, context.of(x)[i], values, context.of(values)[-k])
+    for i in range(len(values.shape) - len(trailing)):
+        context.mix(values, i)
+    for i in range(min(mixed)):
+        if i not in mixed:
+            context.mix(x, i)
+    context.set(node.outputs[0], context.of(x))
+    context.linear([x, values])
+
+
+@rule("masked_scatter", "masked_scatter_")
+def masked_scatter(context: Context, node: Node) -> None:
+    """Elements of the source in order: its positions matter, and so do the target's."""
+    context.opaque("masked_scatter fills by position")
+    context.dims.pop(node.outputs[0].id, None)
+    context.set(node.outputs[0], context.of(node.args[0]))
+
+
+@rule("one_hot")
+def one_hot(context: Context, node: Node) -> None:
+    """A new dim of classes."""
+    x, out = node.args[0], node.outputs[0]
+    known = context.dims.get(out.id)
+    context.set(out, [*context.of(x), known[-1] if known else atoms.new(out.shape[-1])])
+
+
+@rule("cross_entropy_loss", "nll_loss", "nll_loss_nd", "kl_div", "mse_loss", "binary_cross_entropy_with_logits", "l1_loss", "smooth_l1_loss")
+def loss(context: Context, node: Node) -> None:
+    """Losses see whole dims."""
+    context.opaque(f"{node.opname} needs whole dims")
+
+
+# constructors -------------------------------------------------------------------------------------------------------------------
+
+
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
+def filled(context: Context, node: Node) -> None:
+    """Constants of one value: they may follow any axis."""
+    out = node.outputs[0]
+    dims = context.of(out)
+    context.meaning.generates = True
+    sizes = next((a for a in node.args if isinstance(a, (list, tuple))), None)
+    if sizes is not None:
+        for i, n in enumerate(sizes):
+            context.demand(n, out, [dims[i]], i, len(sizes))
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like")
+def filled_like(context: Context, node: Node) -> None:
+    """Constants of one value in the shape of another tensor."""
+    context.set(node.outputs[0], context.of(node.args[0]))
+    context.meaning.like = True
+    if node.opname == "zeros_like":
+        context.linear([node.args[0]])
+
+
+@rule("arange", "eye", "linspace", "tril_indices", "triu_indices", "rand", "randn", "randint", "randperm", "hann_window", "meshgrid_")
+def positions(context: Context, node: Node) -> None:
+    """Constants that know their position: whole on every rank."""
+    for out in node.outputs:
+        context.of(out)
+
+
+@rule("bernoulli", "rand_like", "randn_like", "randint_like", "multinomial", "normal", "uniform_", "normal_", "bernoulli_", "exponential_")
+def random(context: Context, node: Node) -> None:
+    """Random numbers: whole, so that every rank draws the same."""
+    context.opaque(f"{node.opname} draws random numbers")

@@ -1,0 +1,199 @@
+"""Small example inputs for every path that a user of a model runs.
+
+    example_inputs(model)         -> the paths of a Hugging Face model, from its config and its forward signature
+    user_example(model, mapping)  -> the one path that the caller gave, checked against the forward signature
+
+An `Example` builds its tensors when asked (`make()`), on the CPU, so a list of examples costs nothing. The first one is
+the plain forward; the others are *optional*: a path that the model may have (a mask, a cache, a loss, an image), whose
+failure says that the model doesn't take it in this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotp.errors import InputError
+from autotp.trace.inputs_facts import Facts, forward_keywords, is_hugging_face, takes_any_keyword
+from autotp.trace.inputs_images import with_images
+from autotp.trace.inputs_labels import labels
+from autotp.trace.inputs_values import BATCH, DECODER_LENGTH, VALUES, token_ids
+
+Inputs = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One way to call a model.
+
+    name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states` or `images`; `user` for the caller's own.
+    make: builds the keywords of the call, new tensors each time. Raises InputError where a value cannot be derived.
+    decode: from the outputs of that call, the keywords of the next one (the returned cache and one more token); it
+        answers None where the outputs hold no cache.
+    optional: the model may turn this call down without harm.
+    """
+
+    name: str
+    make: Callable[[], Inputs]
+    decode: Callable[[Any], Inputs | None] | None = None
+    optional: bool = False
+
+    @property
+    def inputs(self) -> Inputs:
+        """The keywords of the call."""
+        return self.make()
+
+
+def example_inputs(model: nn.Module) -> tuple[Example, ...]:
+    """The calls to trace for a Hugging Face `model`, the plain forward first.
+
+    Raises:
+        InputError: `model` is no `PreTrainedModel`, or its forward requires a keyword that the config says nothing of.
+    """
+    if not is_hugging_face(model):
+        needed = [k.name for k in forward_keywords(model).values() if k.required]
+        raise InputError(
+            f"{type(model).__name__} is not a transformers model, so its inputs cannot be derived from a config: pass "
+            f"example_inputs={{name: value}} with {_listed(needed) if needed else 'the keywords of its forward'}"
+        )
+    facts = Facts(model)
+    base = _base(facts)
+    unknown = [name for name in base if name not in VALUES]
+    if unknown:
+        raise InputError(
+            f"{type(model).__name__}.forward requires {_listed(unknown)}, which autotp cannot make up from the config: "
+            f"pass example_inputs={{name: value}} with {_listed(base)}"
+        )
+    return tuple(_examples(facts, base))
+
+
+def user_example(model: nn.Module, mapping: Mapping[str, object]) -> tuple[Example, ...]:
+    """The caller's `example_inputs=` as the only example, after checking it against the signature of `model.forward`.
+
+    Raises:
+        InputError: not a mapping with string keys, a key that forward does not take, a required one that is missing;
+            all of these problems are named at once.
+    """
+    where = f"example_inputs of {type(model).__name__}"
+    if not isinstance(mapping, Mapping):
+        raise InputError(
+            f"{where}: got a {type(mapping).__name__}, wanted a mapping from the keywords of forward to their values, "
+            "such as {'input_ids': torch.zeros(2, 8, dtype=torch.long)}"
+        )
+    keywords = forward_keywords(model)
+    problems = [f"key {key!r} is a {type(key).__name__}, wanted a string" for key in mapping if not isinstance(key, str)]
+    if not takes_any_keyword(model):
+        problems += [
+            f"forward takes no {key!r} (given {_brief(value)}); it takes {_listed(keywords)}: remove or rename the key"
+            for key, value in mapping.items()
+            if isinstance(key, str) and key not in keywords
+        ]
+    problems += [
+        f"forward requires {k.name!r}: add it to example_inputs"
+        for k in keywords.values()
+        if k.required and k.name not in mapping
+    ]
+    if problems:
+        raise InputError(f"{where}: " + "; ".join(problems))
+    return (Example("user", partial(dict, mapping)),)
+
+
+def _base(facts: Facts) -> list[str]:
+    """The keywords of the plain forward: what is required, what the model calls its main input, what must go along."""
+    names = [k.name for k in facts.keywords.values() if k.required]
+    main = getattr(facts.model, "main_input_name", "input_ids")
+    candidates = [main] if isinstance(main, str) else list(main or [])
+    two_towers = facts.takes("input_ids", "pixel_values") and not facts.generates
+    if facts.takes("input_ids") and (facts.generates or two_towers) and not facts.is_encoder_decoder:
+        candidates = ["input_ids", *(["pixel_values"] if two_towers else [])]
+    candidates += ["decoder_input_ids"] if facts.is_encoder_decoder else []
+    names += [name for name in candidates if facts.takes(name) and name not in names]
+    if not names:
+        names += [name for name in VALUES if facts.takes(name)][:1]
+    return names + [name for name in _companions(facts, names) if name not in names]
+
+
+def _companions(facts: Facts, names: list[str]) -> Iterator[str]:
+    """Keywords with a default of None without which one of `names` cannot be read."""
+    wanted = {
+        "pixel_values": ("image_grid_thw", "grid_thw", "spatial_shapes", "image_sizes"),
+        "past_values": ("past_time_features", "past_observed_mask", "future_values", "future_time_features"),
+        "input_ids": ("bbox",),
+    }
+    for name in names:
+        for other in wanted.get(name, ()):
+            if facts.takes(other):
+                yield other
+    if "spatial_shapes" in facts.keywords and "pixel_values" in names and facts.takes("pixel_attention_mask"):
+        yield "pixel_attention_mask"
+
+
+def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
+    def call(*more: str, **options: object) -> Callable[[], Inputs]:
+        return lambda: {name: VALUES[name](facts) for name in (*base, *more)} | options
+
+    yield Example("forward", call())
+    reads_text = "input_ids" in base
+    mask = ("attention_mask",) if reads_text and facts.takes("attention_mask") else ()
+    if mask and mask[0] not in base:
+        yield Example("mask", call(*mask), optional=True)
+    mask = tuple(m for m in mask if m not in base)
+    if facts.generates and facts.find("use_cache") is not False:
+        yield Example("prefill", call(*mask, use_cache=True), partial(_decode, facts, base, mask), optional=True)
+    given = labels(facts)
+    if given is not None:
+        yield Example("labels", lambda: call(*mask)() | given(), optional=True)
+    yield _internals(facts, call)
+    if reads_text and "pixel_values" not in base and facts.takes("pixel_values"):
+        yield Example("images", partial(with_images, facts, tuple(base)), optional=True)
+
+
+def _internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Example:
+    """The call that asks for hidden states, and for attention weights where the attention computes them (eager)."""
+    if getattr(facts.config, "_attn_implementation", "eager") == "eager":
+        return Example("attentions", call(output_attentions=True, output_hidden_states=True), optional=True)
+    return Example("hidden_states", call(output_hidden_states=True), optional=True)
+
+
+def _decode(facts: Facts, base: list[str], mask: tuple[str, ...], outputs: Any) -> Inputs | None:
+    """The second step: the cache in `outputs` and one more token; the encoder's states instead of its inputs."""
+    names = [n for n in ("past_key_values", "cache_params") if facts.takes(n) and getattr(outputs, n, None) is not None]
+    if not names:
+        return None
+    step: Inputs = {names[0]: getattr(outputs, names[0]), "use_cache": True}
+    token = token_ids(facts, BATCH, 1)
+    encoded = getattr(outputs, "encoder_last_hidden_state", None)
+    if facts.is_encoder_decoder:
+        step["decoder_input_ids"] = token
+        if facts.takes("encoder_outputs") and isinstance(encoded, Tensor):
+            from transformers.modeling_outputs import BaseModelOutput
+
+            step["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
+        else:
+            step |= {name: VALUES[name](facts) for name in base if name != "decoder_input_ids"}
+        return step | {name: VALUES[name](facts) for name in mask}
+    step["input_ids"] = token
+    for name in mask:
+        given = VALUES[name](facts)
+        assert isinstance(given, Tensor)
+        step[name] = torch.cat([given, given.new_ones(BATCH, 1)], dim=1)
+    kept = [n for n in base if n not in ("input_ids", *mask)]
+    return step | {name: VALUES[name](facts) for name in kept if name != "bbox"}
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+__all__ = ["DECODER_LENGTH", "Example", "example_inputs", "user_example"]

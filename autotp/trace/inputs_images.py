@@ -1,0 +1,91 @@
+"""A text call with images in it: one image a row, its placeholder tokens in `input_ids`.
+
+The number of placeholders is what the model itself makes of an image: the grid over the merge size where the forward
+takes a grid, else the rows of `get_image_features`, run on fake tensors (no memory, no arithmetic).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autotp.errors import InputError
+from autotp.trace.inputs_facts import VISION, Facts
+from autotp.trace.inputs_values import BATCH, VALUES, grid, token_ids
+
+_TOKEN = ("image_token_id", "image_token_index", "media_placeholder_token_id", "img_token_id")
+_WITH = ("pixel_values", "image_grid_thw", "image_sizes", "spatial_shapes", "pixel_attention_mask", "image_position_ids")
+
+
+def with_images(facts: Facts, base: tuple[str, ...]) -> dict[str, object]:
+    """The keywords of a call with one image a row.
+
+    Raises:
+        InputError: the config names no placeholder token, or the number of features of an image cannot be found.
+    """
+    owner = type(facts.model).__name__
+    token = facts.find(*_TOKEN)
+    inputs = {name: VALUES[name](facts) for name in (*base, *_WITH) if facts.takes(name) and name in VALUES}
+    if not isinstance(token, int) or not 0 <= token < max(facts.vocabulary, facts.embedding_rows):
+        return inputs
+    count = _features(facts, inputs)
+    if count is None or count % BATCH:
+        raise InputError(f"{owner}: the number of features of an image cannot be found: pass example_inputs=")
+    text = token_ids(facts, BATCH, 5)
+    marks = torch.full((BATCH, count // BATCH), token)
+    start = _edge(facts, "vision_start_token_id", "image_start_token_id", "boi_token_id", "image_begin_token_id")
+    stop = _edge(facts, "vision_end_token_id", "image_end_token_id", "eoi_token_id")
+    ids = torch.cat([text[:, :2], *start, marks, *stop, text[:, 2:]], dim=1)
+    inputs["input_ids"] = ids
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if facts.takes(name):
+            inputs[name] = (ids == token).long()
+    if facts.takes("attention_mask"):
+        inputs["attention_mask"] = torch.ones_like(ids)
+    return inputs
+
+
+def _edge(facts: Facts, *names: str) -> list[Tensor]:
+    token = facts.find(*names)
+    return [torch.full((BATCH, 1), token)] if isinstance(token, int) and token < facts.vocabulary else []
+
+
+def _features(facts: Facts, inputs: dict[str, object]) -> int | None:
+    """The number of features of all images together."""
+    if facts.takes("image_grid_thw"):
+        merge = facts.number("spatial_merge_size", "merge_size", default=1, part=VISION)
+        return BATCH * math.prod(grid(facts)) // merge**2
+    encode = getattr(facts.model, "get_image_features", None)
+    if encode is None:
+        return None
+    return _rows(_run_fake(encode, facts.device, inputs))
+
+
+def _run_fake(encode: Any, device: torch.device, inputs: dict[str, object]) -> Any:
+    taken = inspect.signature(encode).parameters
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        given = {
+            name: torch.empty_like(value, device=device) if value.is_floating_point() else value
+            for name, value in inputs.items()
+            if name in taken and isinstance(value, Tensor)
+        }
+        try:
+            return encode(**given)
+        except Exception:  # whatever the image tower raises: the caller says what to do
+            return None
+
+
+def _rows(outputs: Any) -> int | None:
+    """Rows over all dims but the last of a tensor, of a list of tensors, or of an output's `pooler_output`."""
+    found = getattr(outputs, "pooler_output", outputs)
+    if isinstance(found, (list, tuple)):
+        counts = [_rows(one) for one in found]
+        return None if None in counts or not counts else sum(c for c in counts if c is not None)
+    return math.prod(found.shape[:-1]) if isinstance(found, Tensor) else None
+
+

@@ -1,0 +1,128 @@
+"""Puts a model into the state it is traced in, and back.
+
+Parameters and buffers are replaced by fake tensors, plain ints of modules and configs by `TaggedInt`s, and blocks alike are
+found so that only one of them runs. Everything is undone on exit, whatever happened inside.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autotp.trace.ints import AttrRef, TaggedInt
+
+_SKIP = frozenset(nn.Module().__dict__) | {"forward"}
+Undo = list[Callable[[], None]]
+
+
+def run_undo(undo: Undo) -> None:
+    """Undo in reverse order."""
+    while undo:
+        undo.pop()()
+
+
+def set_item(mapping: dict[Any, Any], key: Any, value: Any, undo: Undo) -> None:
+    """`mapping[key] = value`, remembering how to go back."""
+    had, old = key in mapping, mapping.get(key)
+
+    def back() -> None:
+        if had:
+            mapping[key] = old
+        else:
+            mapping.pop(key, None)
+
+    mapping[key] = value
+    undo.append(back)
+
+
+def module_paths(model: nn.Module) -> dict[int, str]:
+    """id(module) → path; a module that is registered twice keeps its first path."""
+    return {id(m): name for name, m in model.named_modules()}
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode inside, each one's own mode restored after."""
+    modes = [(m, m.training) for m in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def fake_weights(
+    model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], bool], shape_of: Mapping[str, tuple[int, ...]], undo: Undo
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Swap fake parameters and buffers in; fqn → fake. `shape_of` overrides shapes; tied tensors stay tied."""
+    made: dict[int, Tensor] = {}
+    fakes: set[int] = set()
+    params: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    device = torch.device("cpu")
+    for path, module in model.named_modules(remove_duplicate=False):
+        if skip(path):
+            continue
+        prefix = path + "." if path else ""
+        for table, found in ((module._parameters, params), (module._buffers, buffers)):
+            for name, tensor in list(table.items()):
+                if tensor is None:
+                    continue
+                if id(tensor) in fakes:  # a module registered under two paths: its table holds the fake already
+                    found[prefix + name] = tensor
+                    continue
+                if id(tensor) not in made:
+                    with fake:
+                        shape = shape_of.get(prefix + name, tuple(tensor.shape))
+                        new: Tensor = torch.empty(shape, dtype=tensor.dtype, device=device)
+                        made[id(tensor)] = nn.Parameter(new, requires_grad=False) if table is module._parameters else new
+                    fakes.add(id(made[id(tensor)]))
+                set_item(table, name, made[id(tensor)], undo)
+                found[prefix + name] = made[id(tensor)]
+    return params, buffers
+
+
+def _is_config(value: Any) -> bool:
+    """A plain bag of settings: an object with a `__dict__` of its own that is neither module, tensor, class nor function."""
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (nn.Module, Tensor, type, torch.device, torch.dtype))
+        and not callable(value)
+        and not isinstance(value, (dict, list, tuple, str))
+        and type(value).__module__.split(".")[0] not in ("torch", "builtins", "functools")
+    )
+
+
+def _tag(value: Any, module: str, path: str, depth: int) -> Any:
+    if type(value) is int:
+        return TaggedInt(value, AttrRef(module, path, value))
+    if isinstance(value, (tuple, list)) and 0 < len(value) <= 16 and type(value) in (tuple, list) and any(type(v) is int for v in value):
+        return type(value)(_tag(v, module, f"{path}.{i}", depth) if type(v) is int else v for i, v in enumerate(value))
+    if depth < 3 and _is_config(value):
+        changes = {k: _tag(v, module, f"{path}.{k}", depth + 1) for k, v in value.__dict__.items() if not k.startswith("__")}
+        if any(changes[k] is not value.__dict__[k] for k in changes):
+            twin = copy.copy(value)
+            twin.__dict__.update(changes)
+            return twin
+    return value
+
+
+def tag_ints(model: nn.Module, skip: Callable[[str], bool], undo: Undo) -> None:
+    """Replace the plain ints of each module and of the configs it holds by tagged ones; a shared config gets one view a module."""
+    for path, module in model.named_modules():
+        if skip(path):
+            continue
+        for key, value in list(module.__dict__.items()):
+            if key in _SKIP:
+                continue
+            tagged = _tag(value, path, key, 0)
+            if tagged is not value:
+                set_item(module.__dict__, key, tagged, undo)

@@ -1,0 +1,197 @@
+"""nn.Module → Graph: runs every path that a user runs, on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from autotp.errors import TraceError
+from autotp.trace.alike import alike_blocks
+from autotp.trace.choices import Untraceable, small
+from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
+from autotp.trace.inputs import Example
+from autotp.trace.prepare import Undo, eval_mode, fake_weights, module_paths, run_undo, tag_ints
+from autotp.trace.recorder import Recorder
+
+
+class _NotAlike(BaseException):
+    """A block is called in another way than its template (its own argument values): all blocks of that kind must run."""
+
+    def __init__(self, template: str) -> None:
+        super().__init__(template)
+        self.template = template
+
+
+class _BlockRecorder(Recorder):
+    """A recorder that runs a block alike to an earlier one only once for each form of its arguments."""
+
+    repeats: dict[str, str]
+    done: dict[Any, tuple[Any, Any, Any]]
+
+    def module_call(self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        """Answer the call of a repeated block from its template's result."""
+        if path not in self.templates:
+            return super().module_call(original, module, path, args, kwargs)
+        key = (self.templates[path], self.round, _form((args, kwargs)))
+        if path not in self.repeats:
+            result = super().module_call(original, module, path, args, kwargs)
+            self.done[key] = (self._tensors((args, kwargs)), self._tensors(result), result)
+            return result
+        if key not in self.done:
+            raise _NotAlike(self.templates[path])
+        ins, outs, result = self.done[key]
+        here = self._tensors((args, kwargs))
+        twins: dict[int, Tensor] = {}
+
+        def twin(tensor: Tensor) -> Tensor:
+            if id(tensor) not in twins:
+                with self.paused():
+                    twins[id(tensor)] = torch.empty_like(tensor)
+            return twins[id(tensor)]
+
+        fresh = _map_result(result, twin)
+        new = tuple(self.bind(twins[id(t)], Origin.NODE) for t in outs[1])
+        self.add(Pseudo.REPEAT, (here[0], ins[0], outs[0]), {}, new, slot=(path, (self.templates[path],)))
+        return fresh
+
+    templates: dict[str, str]
+    round: int
+
+    def _tensors(self, tree: Any) -> tuple[tuple[Value, ...], tuple[Tensor, ...]]:
+        found: dict[int, Tensor] = {}
+        _map_result(tree, lambda t: found.setdefault(id(t), t))
+        return tuple(self.value(t) for t in found.values()), tuple(found.values())
+
+
+def _map_result(tree: Any, on_tensor: Callable[[Tensor], Tensor]) -> Any:
+    from autotp.trace.boundary import flatten_result
+
+    return flatten_result(tree, lambda _, t: on_tensor(t))
+
+
+def _form(tree: Any) -> Any:
+    """The form of a call's arguments: shapes and dtypes of tensors, other plain values as they are, objects by identity."""
+    if isinstance(tree, Tensor):
+        return (tuple(tree.shape), tree.dtype)
+    if isinstance(tree, (tuple, list)):
+        return tuple(_form(x) for x in tree)
+    if isinstance(tree, dict):
+        return tuple((k, _form(v)) for k, v in tree.items())
+    if isinstance(tree, (int, float, str, bool, type(None))):
+        return tree
+    return id(tree)
+
+
+def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "") -> Any:
+    """`tree` with real tensors as fake inputs of the graph; small ones stay known."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        with fake:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        value = recorder.bind(new, Origin.INPUT, name)
+        if small(tensor) and tensor.device.type != "meta" and not tensor.dtype.is_floating_point:
+            recorder.concrete[value.id] = tensor.detach().cpu()
+        return new
+
+    return tree_map_only(Tensor, convert, tree)
+
+
+def trace(
+    model: nn.Module,
+    examples: Sequence[Example],
+    keep: Callable[[Any], bool],
+    *,
+    shape_of: Mapping[str, tuple[int, ...]] | None = None,
+    tag: bool = True,
+    hidden: Callable[[str], bool] = lambda file: False,
+    before: Callable[[], Callable[[], None]] | None = None,
+    repeats: Mapping[str, str] | None = None,
+) -> Graph:
+    """Record every example of `examples`.
+
+    `keep`: see Recorder. `shape_of`: shapes of parameters that differ from the model's (local shards). `before` is called when
+    the weights are fake and returns how to go back. Raises TraceError when a path cannot be run; the model is left as it was.
+    """
+    found = alike_blocks(model) if repeats is None else dict(repeats)
+    while True:
+        try:
+            return _trace(model, examples, keep, found, shape_of or {}, tag, hidden, before)
+        except _NotAlike as error:
+            found = {block: template for block, template in found.items() if template != error.template}
+
+
+def _trace(
+    model: nn.Module,
+    examples: Sequence[Example],
+    keep: Callable[[Any], bool],
+    repeats: dict[str, str],
+    shape_of: Mapping[str, tuple[int, ...]],
+    tag: bool,
+    hidden: Callable[[str], bool],
+    before: Callable[[], Callable[[], None]] | None,
+) -> Graph:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    skipped = tuple(block + "." for block in repeats)
+    skip = lambda path: bool(skipped) and (path + ".").startswith(skipped)  # noqa: E731
+    recorder = _BlockRecorder(fake, keep, module_paths(model), hidden)
+    recorder.repeats, recorder.done, recorder.round = dict(repeats), {}, 0
+    recorder.templates = {**repeats, **{t: t for t in repeats.values()}}
+    undo: Undo = []
+    try:
+        with eval_mode(model):
+            params, buffers = fake_weights(model, fake, skip, shape_of, undo)
+            if tag:
+                tag_ints(model, skip, undo)
+            if before is not None:
+                undo.append(before())
+            for table, found, origin in ((recorder.params, params, Origin.PARAM), (recorder.buffers, buffers, Origin.BUFFER)):
+                values: dict[int, Value] = {}
+                for name, tensor in found.items():
+                    if id(tensor) not in values:
+                        values[id(tensor)] = recorder.bind(tensor, origin, name)
+                    table[name] = values[id(tensor)]
+            for example in examples:
+                _run(model, recorder, fake, example)
+    finally:
+        run_undo(undo)
+    return recorder.graph(dict(repeats))
+
+
+def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example) -> None:
+    inputs = example.make()
+    recorder.round += 1
+    try:
+        result = _call(model, recorder, fake, inputs)
+        recorder.finish(example.name, result)
+        if example.decode is not None:
+            recorder.round += 1
+            result = _call(model, recorder, fake, example.decode(result))
+            recorder.finish(example.name + "+decode", result)
+    except Untraceable as error:
+        raise TraceError(_explain(example.name, error)) from error.error
+
+
+def _call(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, inputs: Mapping[str, Any]) -> Any:
+    known = recorder._values
+    fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
+    with recorder.recording():
+        return model(**fresh)
+
+
+def _is_known(item: Any, known: Mapping[int, Value]) -> bool:
+    return isinstance(item, Tensor) and id(item) in known
+
+
+def _explain(path: str, error: Untraceable) -> str:
+    last: Node | None = error.node
+    where = f"module {error.module or '<root>'!r} ({error.cls})"
+    near = f", after {last.opname} at {last.place}" if last is not None and last.place is not None else ""
+    return (
+        f"cannot trace the model's {path} path: {where} failed{near}: {type(error.error).__name__}: {error.error}. "
+        "Pass example_inputs= that fit the model, or write a recipe for it."
+    )
