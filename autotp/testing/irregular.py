@@ -1,10 +1,41 @@
 """Model types whose config needs a hand. Test data: the library itself knows no model by name.
 
-`FIELDS[model_type] = (arguments of the default config, fields to set after shrinking)`.
+`DEFAULTS[model_type]`: arguments without which the default config is not whole.
+`FIELDS[model_type]`: fields to set after shrinking, wherever a config of that type stands in the tree.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+#: The rotary sections are a default in the model's code, made for the large head size.
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+_MROPE_HEAD16 = {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
+_MROPE_PARTIAL = {
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+}
+_SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "autoformer": _SERIES,
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+}
+
+FIELDS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "qwen2_5_omni_talker"), _MROPE),
+    **dict.fromkeys(("glm4v_text", "glm_image_text", "glm_ocr_text"), _MROPE),
+    "paddleocr_vl_text": _MROPE_HEAD16,
+    "glm4v_moe_text": _MROPE_PARTIAL,
+    "reformer": {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (32, 32)},
+    "blt": {"encoder_hash_byte_group_vocab": 128},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "step3p5": {"sliding_window": 8},
+    "swin": {"window_size": 4},
+    "maskformer-swin": {"window_size": 4},
+    "donut-swin": {"window_size": 4},
+    "swinv2": {"window_size": 4},
+    "clap_audio_model": {"window_size": 4},
+}

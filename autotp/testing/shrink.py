@@ -43,6 +43,7 @@ class _Tree:
     """What is shared by all configs nested in one model: sizes and the renumbering of token ids."""
 
     sizes: Sizes
+    irregular: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     token_ids: dict[int, int] = field(default_factory=dict)
 
     def token_id(self, value: int) -> int:
@@ -110,7 +111,7 @@ def _to(attribute: str) -> Rule:
 def _heads(node: _Node, name: str, value: Any) -> Any:
     """One head stays one, two stay two, more become the usual number; per stage, the power of two below."""
     if not is_int(value):
-        return type(value)(_heads(node, name, v) if isinstance(v, (list, tuple)) else min(1 << (v.bit_length() - 1), 8) for v in value)
+        return type(value)(_heads(node, name, v) if isinstance(v, (list, tuple)) else min(1 << (v.bit_length() - 1), 4) for v in value)
     return value if value <= 2 else node.sizes.heads
 
 
@@ -119,14 +120,16 @@ def _kv_heads(node: _Node, name: str, value: int) -> int:
     if value <= 1:
         return value
     if heads is not None and value >= heads:
-        return min(heads, node.sizes.heads)
-    return min(value, node.sizes.kv_heads)
+        return int(_heads(node, name, heads))
+    return node.sizes.kv_heads
 
 
 def _head_dim(node: _Node, name: str, value: int) -> int:
     """heads × head_dim keeps being the width, or keeps not being it."""
     heads, width = node.number(*HEAD_NAMES), node.number(*WIDTH_NAMES)
     small = node.sizes.hidden // node.sizes.heads
+    if value == node.fields.get("qk_rope_head_dim"):
+        return min(value, 8)
     if heads is None or width is None or heads * value == width:
         return min(value, small)
     return min(value, 2 * small)
@@ -149,12 +152,12 @@ def _width(node: _Node, name: str, value: Any) -> Any:
 def _stage_widths(node: _Node, name: str, value: Any) -> Any:
     """Widths that grow from stage to stage keep their ratio; the smallest becomes a quarter of the hidden size."""
     if is_int(value):
-        return _width(node, name, value)
+        return min(value, node.sizes.hidden // 4) if isinstance(node.fields.get("depths"), (list, tuple)) else _width(node, name, value)
     if not all(is_int(item) for item in value) or not value:
         return [_stage_widths(node, name, item) if isinstance(item, (list, tuple)) else item for item in value]
     low = min(value)
     base = min(low, max(node.sizes.hidden // 4, 4))
-    return [min(item, max(4, round(item * base / low / 4) * 4)) for item in value]
+    return [min(item, max(4, round(item * base / low / 8) * 8)) for item in value]
 
 
 def _index_list(node: _Node, name: str, value: Any) -> Any:
@@ -208,6 +211,12 @@ def _repeats(node: _Node, name: str, value: Any) -> Any:
         if not is_int(value) else min(value, node.sizes.layers)
 
 
+INDICES = (
+    r"(?!_?out_)(\w+_)?ind(ex|ic)es|(\w+_)?block_indexes|cross_attention_layers|(\w+_)?layer_(ids|indices|idx)|\w+_idxs"
+    r"|global_attention_blocks|moe_layers|mlp_only_layers|attn_layer_indices"
+)
+_INDICES = re.compile(INDICES)
+
 #: Field name (regular expression, full match) → rule. The first match decides; a field that none matches stays.
 ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
     (re.compile(pattern), rule)
@@ -257,8 +266,7 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"num_kv_shared_layers", lambda node, name, value: min(value, max(node.depth - 2, 0))),
         (r"max_window_layers|num_hash_layers|num_nextn_predict_layers", _at_most(1)),
         (r"(\w+_)?depths|layers_per_stage|blocks_per_stage|num_blocks_per_stage|depth_multiplier_stage", _repeats),
-        (r"out_indices|(\w+_)?ind(ex|ic)es|(\w+_)?block_indexes|cross_attention_layers|(\w+_)?layer_(ids|indices|idx)|\w+_idxs"
-         r"|global_attention_blocks|moe_layers|mlp_only_layers|attn_layer_indices", _index_list),
+        (INDICES, _index_list),
         # widths
         (r"(\w+_)?(moe_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|mlp_dim|n_inner|feed_forward_size|dim_feedforward|inner_dim|d_inner)"
          r"|(moe_)?shared_expert_intermediate_size|intermediate_dim|ffn_hidden_dim|share_expert_dim|mlp_hidden_size|d_ffn", _to("ffn")),
@@ -276,6 +284,9 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
 
 
 def _depth_fields(fields: Mapping[str, Any]) -> dict[str, int]:
+    """Fields that count layers; none where `depths` says how many blocks each stage has, for then the stages stay."""
+    if isinstance(fields.get("depths"), (list, tuple)):
+        return {}
     return {
         name: value
         for name, value in fields.items()
@@ -292,10 +303,11 @@ def _kept_layers(fields: Mapping[str, Any], limit: int, most: int = 8) -> list[i
     depths = _depth_fields(fields)
     depth = depths.get("num_hidden_layers") or depths.get("n_layer") or max(depths.values(), default=0)
     lists = [v for n, v in fields.items() if _is_layer_list(v, depth) and not isinstance(v[0], float) and not _STAGE.match(n)]
-    kinds = [repr([v[i] for v in lists]) for i in range(depth)]
-    kept = sorted({kinds.index(kind) for kind in kinds})[:most] if lists else []
+    members = [set(v) for n, v in fields.items() if isinstance(v, (list, tuple)) and v and _INDICES.fullmatch(n) and all(map(is_int, v))]
+    kinds = [repr([v[i] for v in lists] + [i in chosen for chosen in members]) for i in range(depth)]
+    kept = sorted({kinds.index(kind) for kind in kinds})[:most] if lists or members else []
     kept += [i for i in range(depth) if i not in kept][: max(0, min(limit, depth) - len(kept))]
-    outputs = max((len(fields.get(n) or ()) for n in ("out_indices",) if isinstance(fields.get(n), (list, tuple))), default=0)
+    outputs = max((len(fields.get(n) or ()) for n in ("out_indices", "_out_indices") if isinstance(fields.get(n), (list, tuple))), default=0)
     kept += [i for i in range(depth) if i not in kept][: max(0, min(outputs, depth) - len(kept))]
     return sorted(kept)
 
@@ -329,7 +341,8 @@ def _subconfigs(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
     return {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
 
 
-_SKIP = re.compile(r"_.*|transformers_version|model_type|architectures|id2label|label2id|num_labels|dtype|torch_dtype|return_dict|problem_type")
+_SKIP = re.compile(r"_.*|transformers_version|model_type|architectures|id2label|label2id|num_labels|dtype|torch_dtype|return_dict|problem_type|ignore_keys_at_rope_validation"
+                   r"|stage_names|output_hidden_states|output_attentions")
 
 
 def _shrunk_fields(config: PreTrainedConfig, tree: _Tree) -> dict[str, Any]:
@@ -355,6 +368,12 @@ def _shrunk_fields(config: PreTrainedConfig, tree: _Tree) -> dict[str, Any]:
                 if pattern.fullmatch(name) and (is_int(value) or isinstance(value, (list, tuple, Mapping))):
                     result[name] = rule(node, name, value)
                     break
+    if fields.get("head_dim", 0) is None and node.number("num_attention_heads") and node.number("hidden_size"):
+        result["head_dim"] = result["hidden_size"] // result["num_attention_heads"]
+    outputs = vars(config).get("_out_indices")
+    if outputs is not None:
+        stages = bool(old_depth) and max(outputs) == old_depth
+        result["out_indices"] = list(range(len(kept) - len(outputs) + 1, len(kept) + 1)) if stages else list(outputs)
     for name in list(result):
         if isinstance(result[name], Mapping) and name not in ("rope_parameters", "rope_scaling"):
             result[name] = dict(result[name])
@@ -371,6 +390,7 @@ def _build(config: PreTrainedConfig, tree: _Tree, overrides: Mapping[str, Any]) 
         for name, sub in _subconfigs(config).items()
     }
     fields = _shrunk_fields(config, tree)
+    fields.update(tree.irregular.get(config.model_type, {}))
     fields.update({n: v for n, v in overrides.items() if "." not in n})
     unknown = nested - set(subs)
     if unknown:
@@ -381,15 +401,22 @@ def _build(config: PreTrainedConfig, tree: _Tree, overrides: Mapping[str, Any]) 
         return type(config)(**fields, **{name: sub.to_dict() for name, sub in subs.items()})
 
 
-def shrink_config(config: PreTrainedConfig, sizes: Sizes = Sizes(), **overrides: Any) -> PreTrainedConfig:
+def shrink_config(
+    config: PreTrainedConfig,
+    sizes: Sizes = Sizes(),
+    *,
+    irregular: Mapping[str, Mapping[str, Any]] | None = None,
+    **overrides: Any,
+) -> PreTrainedConfig:
     """A config of the same class and structure with small sizes; the argument is left as it is.
 
     Args:
         config: any transformers config, nested ones included.
         sizes: what widths, head counts, … become at most.
+        irregular: fields to set by model type, wherever in the tree a config of that type is nested.
         overrides: fields to set after shrinking; `**{"text_config.num_experts": 8}` reaches into nested configs.
 
     Raises:
         ValueError: an override names a nested config that does not exist, or the config class refuses the sizes.
     """
-    return _build(config, _Tree(sizes), overrides)
+    return _build(config, _Tree(sizes, irregular or {}), overrides)

@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from autotp.errors import InputError
-from autotp.testing.irregular import FIELDS
+from autotp.testing.irregular import DEFAULTS, FIELDS
 from autotp.testing.shrink import Sizes, shrink_config
 
 #: Which head to build when a model has several: what people run comes first.
@@ -42,9 +42,8 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     """
     if model_type not in CONFIG_MAPPING:
         raise InputError(f"tiny_config: transformers has no model type {model_type!r}; see transformers.CONFIG_MAPPING")
-    defaults, small = FIELDS.get(model_type, ({}, {}))
-    config = CONFIG_MAPPING[model_type](**defaults)
-    return shrink_config(config, Sizes(), **{**small, **overrides})
+    config = CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {}))
+    return shrink_config(config, Sizes(), irregular=FIELDS, **overrides)
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
