@@ -97,6 +97,12 @@ class Recorder:
             if isinstance(tensor, FakeTensor):
                 self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
 
+    def rewind(self, mark: int) -> None:
+        """Forget the nodes after the first `mark` ones (a path that the model turned down)."""
+        del self.nodes[mark:]
+        self.modules[1:] = []
+        self._call = None
+
     def graph(self, repeats: dict[str, str]) -> Graph:
         """Everything recorded so far."""
         return Graph(
@@ -261,21 +267,26 @@ class Recorder:
     def enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """`args`, `kwargs` with each tensor replaced by its alias inside the module."""
         seen: dict[int, Tensor] = {}
-        return flatten_arguments(module, args, kwargs, lambda where, t: seen.setdefault(id(t), None) or self._once(seen, t, Pseudo.ENTER, path, where))
+        return flatten_arguments(module, args, kwargs, lambda where, t: self._once(seen, t, Pseudo.ENTER, path, where))
 
     def leave(self, path: str, result: Any) -> Any:
         """`result` with each tensor replaced by its alias outside the module."""
         seen: dict[int, Tensor] = {}
-        return flatten_result(result, lambda where, t: seen.setdefault(id(t), None) or self._once(seen, t, Pseudo.EXIT, path, where))
+        return flatten_result(result, lambda where, t: self._once(seen, t, Pseudo.EXIT, path, where))
 
     def _once(self, seen: dict[int, Any], tensor: Tensor, kind: Pseudo, path: str, where: tuple[str | int, ...]) -> Tensor:
-        seen[id(tensor)] = self.cross(tensor, kind, path, where)
+        if id(tensor) not in seen:
+            seen[id(tensor)] = self.cross(tensor, kind, path, where)
         return seen[id(tensor)]  # type: ignore[no-any-return]
 
     def finish(self, name: str, result: Any) -> None:
         """Close one path: note what it returned."""
         found: list[tuple[tuple[str | int, ...], Any]] = []
-        flatten_result(result, lambda where, t: found.append((where, self.value(t))) or t, lambda where, x: found.append((where, x)))
+        def tensor(where: tuple[str | int, ...], t: Tensor) -> Tensor:
+            found.append((where, self.value(t)))
+            return t
+
+        flatten_result(result, tensor, lambda where, x: found.append((where, x)))
         self.results.append(Result(name, tuple(found), len(self.nodes)))
 
 

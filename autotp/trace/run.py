@@ -163,17 +163,21 @@ def _trace(
 
 
 def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example) -> None:
-    inputs = example.make()
-    recorder.round += 1
+    name, mark = example.name, len(recorder.nodes)
     try:
-        result = _call(model, recorder, fake, inputs)
-        recorder.finish(example.name, result)
-        if example.decode is not None:
+        recorder.round += 1
+        result = _call(model, recorder, fake, example.make())
+        recorder.finish(name, result)
+        more = example.decode(result) if example.decode is not None else None
+        if more is not None:
+            name, mark = name + "+decode", len(recorder.nodes)
             recorder.round += 1
-            result = _call(model, recorder, fake, example.decode(result))
-            recorder.finish(example.name + "+decode", result)
+            recorder.finish(name, _call(model, recorder, fake, more))
     except Untraceable as error:
-        raise TraceError(_explain(example.name, error)) from error.error
+        if not example.optional:
+            raise TraceError(_explain(name, error)) from error.error
+        recorder.rewind(mark)
+        recorder.notes.append(f"the {name} path was not traced: {_explain(name, error)}")
 
 
 def _call(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, inputs: Mapping[str, Any]) -> Any:
