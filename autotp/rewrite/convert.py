@@ -11,6 +11,7 @@ no `autograd.Function` is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import PlanError
-from autotp.plan.layout import Expr, intervals, size
 from autotp.plan.model import Conversion, Op
 from autotp.rewrite.comm import Comm
+from autotp.rewrite.split import Split
 
 Convert = Callable[[Tensor], Tensor]
 
@@ -53,25 +54,24 @@ class _Reduce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, expr: Expr, comm: Comm) -> Tensor:
-        ctx.args = dim, expr, comm
-        return _join(x, dim, expr, comm)
+    def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
+        ctx.split = split
+        return split.join(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return slice_part(grad, *ctx.args), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return slice_part(grad, ctx.split), None
 
 
 class _Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, expr: Expr, comm: Comm) -> Tensor:
-        ctx.args = dim, expr, comm
-        return take(x, dim, expr, comm.rank, comm.size)
+    def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
+        ctx.split = split
+        return split.take(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        dim, expr, comm = ctx.args
-        return _pad(grad, dim, expr, comm), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.split.pad(grad), None
 
 
 class _Once(torch.autograd.Function):
@@ -98,14 +98,14 @@ def reduce(x: Tensor, comm: Comm) -> Tensor:
     return _Reduce.apply(x, comm) if _records(x) else comm.all_reduce(x)  # type: ignore[no-any-return]
 
 
-def gather(x: Tensor, dim: int, expr: Expr, comm: Comm) -> Tensor:
+def gather(x: Tensor, split: Split) -> Tensor:
     """S → R: the full dim in the model's order."""
-    return _Gather.apply(x, dim, expr, comm) if _records(x) else _join(x, dim, expr, comm)  # type: ignore[no-any-return]
+    return _Gather.apply(x, split) if _records(x) else split.join(x)  # type: ignore[no-any-return]
 
 
-def slice_part(x: Tensor, dim: int, expr: Expr, comm: Comm) -> Tensor:
+def slice_part(x: Tensor, split: Split) -> Tensor:
     """R → S: this rank's part of the full dim."""
-    return _Slice.apply(x, dim, expr, comm) if _records(x) else take(x, dim, expr, comm.rank, comm.size)  # type: ignore[no-any-return]
+    return _Slice.apply(x, split) if _records(x) else split.take(x)  # type: ignore[no-any-return]
 
 
 def once(x: Tensor, comm: Comm) -> Tensor:
@@ -115,74 +115,32 @@ def once(x: Tensor, comm: Comm) -> Tensor:
     return x if comm.rank == 0 else torch.zeros_like(x)
 
 
-def take(x: Tensor, dim: int, expr: Expr, rank: int, tp: int) -> Tensor:
-    """`rank`'s part of `x` along `dim`: one narrowed view if it is one run, else a fresh tensor. A dim of size 1 carries nothing."""
-    if x.shape[dim] == 1 and size(expr) != 1:
-        return x.narrow(dim, 0, 1)
-    if x.shape[dim] != size(expr):
-        raise PlanError(f"cannot slice dim {dim} of a tensor of shape {tuple(x.shape)}: the plan wants size {size(expr)} there")
-    runs = intervals(expr, rank, tp)
-    parts = [x.narrow(dim, a, b - a) for a, b in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def bind(conversion: Conversion, comm: Comm) -> Convert:
+    """The function of one conversion of the plan.
 
-
-def _pad(grad: Tensor, dim: int, expr: Expr, comm: Comm) -> Tensor:
-    if size(expr) != 1 and grad.shape[dim] == 1:
-        return grad
-    pieces: list[Tensor] = []
-    end = start = 0
-    for a, b in intervals(expr, comm.rank, comm.size):
-        pieces += [_zeros(grad, dim, a - end), grad.narrow(dim, start, b - a)]
-        start, end = start + b - a, b
-    pieces.append(_zeros(grad, dim, size(expr) - end))
-    return torch.cat([p for p in pieces if p.shape[dim]], dim)
-
-
-def _zeros(like: Tensor, dim: int, length: int) -> Tensor:
-    shape = list(like.shape)
-    shape[dim] = length
-    return like.new_zeros(shape)
-
-
-def _join(x: Tensor, dim: int, expr: Expr, comm: Comm) -> Tensor:
-    shards = comm.all_gather(x)
-    runs = sorted(
-        (a, b, rank, start)
-        for rank in range(comm.size)
-        for a, b, start in _local_runs(expr, rank, comm.size)
-    )
-    pieces, end = [], 0
-    for a, b, rank, start in runs:
-        if b > end:  # runs that every rank holds are taken once
-            pieces.append(shards[rank].narrow(dim, start + max(0, end - a), b - max(a, end)))
-            end = b
-    return torch.cat(pieces, dim)
-
-
-def _local_runs(expr: Expr, rank: int, tp: int) -> list[tuple[int, int, int]]:
-    runs, start = [], 0
-    for a, b in intervals(expr, rank, tp):
-        runs.append((a, b, start))
-        start += b - a
-    return runs
-
-
-def convert(x: Tensor, conversion: Conversion, comm: Comm) -> Tensor:
-    """`x` after one conversion of the plan."""
+    Raises:
+        PlanError: for a GATHER or SLICE without dim or expression.
+    """
     op = conversion.op
-    if op is Op.COPY:
-        return copy(x, comm)
-    if op is Op.REDUCE:
-        return reduce(x, comm)
-    if op is Op.ONCE:
-        return once(x, comm)
+    if op in _WHOLE:
+        return partial(_WHOLE[op], comm=comm)
     if conversion.dim is None or conversion.expr is None:
         raise PlanError(f"conversion {op.value} needs a dim and a layout expression, got {conversion}")
-    return (gather if op is Op.GATHER else slice_part)(x, conversion.dim, conversion.expr, comm)
+    return partial(gather if op is Op.GATHER else slice_part, split=Split(conversion.dim, conversion.expr, comm))
 
 
-def convert_all(x: Tensor, conversions: Sequence[Conversion], comm: Comm) -> Tensor:
-    """`x` after each of `conversions` in order."""
-    for conversion in conversions:
-        x = convert(x, conversion, comm)
-    return x
+def bind_all(conversions: Sequence[Conversion], comm: Comm) -> Convert:
+    """The function that does each of `conversions` in order."""
+    steps = tuple(bind(c, comm) for c in conversions)
+    if len(steps) == 1:
+        return steps[0]
+
+    def run(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    return run
+
+
+_WHOLE: dict[Op, Callable[[Tensor, Comm], Tensor]] = {Op.COPY: copy, Op.REDUCE: reduce, Op.ONCE: once}

@@ -99,7 +99,7 @@ def embedding_run(module: nn.Embedding, plan: ModulePlan, own: tuple[Read, ...],
     weight = next((r for r in own if r.name == "weight"), None)
     if weight is None or weight.layout is None or weight.layout.dim != 0 or len(own) != 1 or plan.inputs or plan.attributes:
         return None
-    if weight.conversions or weight.fix.grad is not GradSum.NONE or [s.kernel for s in plan.sites] != [Kernel.LOOKUP]:
+    if weight.convert is not None or weight.fix.grad is not GradSum.NONE or [s.kernel for s in plan.sites] != [Kernel.LOOKUP]:
         return None
     ops = [c.op for s in plan.outputs if not s.path for c in s.conversions]
     site = [c.op for _, conversions in plan.sites[0].outputs for c in conversions]

@@ -18,12 +18,12 @@ from torch.compiler import is_dynamo_compiling
 from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
-from autotp.plan.layout import Expr
 from autotp.plan.model import GradSum, ModulePlan, Op
 from autotp.rewrite.classes import STATE
 from autotp.rewrite.comm import Comm
-from autotp.rewrite.convert import copy, gather, once, reduce, slice_part
+from autotp.rewrite.convert import copy, gather, once, reduce
 from autotp.rewrite.reads import Read, local_tensor
+from autotp.rewrite.split import Split
 
 _grad_enabled = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
@@ -35,13 +35,13 @@ class LinearRun:
     __slots__ = ("bias", "comm", "copies", "gathers", "once", "own", "reads", "reduces", "weight")
 
     def __init__(
-        self, weight: Read, bias: Read | None, comm: Comm, *, copies: bool, reduces: bool, gathers: tuple[int, Expr] | None
+        self, weight: Read, bias: Read | None, comm: Comm, *, copies: bool, reduces: bool, gathers: Split | None
     ) -> None:
         self.comm = comm
         self.weight, self.bias = weight, bias
-        self.once = bias is not None and bool(bias.conversions)
+        self.once = bias is not None and bias.convert is not None
         if bias is not None and self.once:
-            bias.conversions, bias.plain = (), True
+            bias.convert = None
         self.own = self.reads = (weight,) if bias is None else (weight, bias)
         self.copies, self.reduces, self.gathers = copies, reduces, gathers
 
@@ -62,7 +62,7 @@ class LinearRun:
         """`y` after the output's conversion."""
         if self.reduces:
             return reduce(y, self.comm)
-        return y if self.gathers is None else gather(y, *self.gathers, self.comm)
+        return y if self.gathers is None else gather(y, self.gathers)
 
     def local(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Output without recording: `x` [.., in], `w` [out, in], `b` [out] local tensors."""
@@ -74,7 +74,7 @@ class LinearRun:
         if self.once and self.comm.rank:
             b = None
         y = F.linear(x, w, b)
-        return y if self.gathers is None else gather(y, *self.gathers, self.comm)
+        return y if self.gathers is None else gather(y, self.gathers)
 
 
 class _Linear(torch.autograd.Function):
@@ -94,7 +94,7 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         run: LinearRun = ctx.run
         if run.gathers is not None:
-            grad = slice_part(grad, *run.gathers, run.comm)
+            grad = run.gathers.take(grad)
         rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
         grad_x = grad_w = grad_b = None
         needs = ctx.needs_input_grad
@@ -142,7 +142,7 @@ def linear_run(plan: ModulePlan | None, own: tuple[Read, ...], comm: Comm) -> Li
     """The fast form of a Linear under `plan`, None where the plan asks for something it cannot fuse."""
     reads = {r.name: r for r in own}
     weight, bias = reads.get("weight"), reads.get("bias")
-    if weight is None or weight.conversions or set(reads) - {"weight", "bias"}:
+    if weight is None or weight.convert is not None or set(reads) - {"weight", "bias"}:
         return None
     if bias is not None and [c.op for c in bias.conversions] not in ([], [Op.ONCE]):
         return None
@@ -150,7 +150,8 @@ def linear_run(plan: ModulePlan | None, own: tuple[Read, ...], comm: Comm) -> Li
         return LinearRun(weight, bias, comm, copies=False, reduces=False, gathers=None)
     if plan.sites or plan.attributes or len(plan.inputs) > 1 or len(plan.outputs) > 1:
         return None
-    copies, reduces, gathers = False, False, None
+    copies, reduces = False, False
+    gathers: Split | None = None
     for slot in plan.inputs:
         if slot.path != ("input",) or [c.op for c in slot.conversions] != [Op.COPY]:
             return None
@@ -162,7 +163,7 @@ def linear_run(plan: ModulePlan | None, own: tuple[Read, ...], comm: Comm) -> Li
         if conversion.op is Op.REDUCE:
             reduces = True
         elif conversion.op is Op.GATHER and conversion.dim is not None and conversion.expr is not None:
-            gathers = (conversion.dim, conversion.expr)
+            gathers = Split(conversion.dim, conversion.expr, comm)
         else:
             return None
     return LinearRun(weight, bias, comm, copies=copies, reduces=reduces, gathers=gathers)

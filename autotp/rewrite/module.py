@@ -41,7 +41,7 @@ class ModuleRun:
         self.own = tuple(r for r in reads if r.owner is module)
         self.inputs, self.outputs, self.sites = inputs, outputs, sites
         self.frames: list[tuple[list[tuple[dict[str, Any], str, Any]], SiteMode | None]] = []
-        simple = len(self.own) == len(reads) and all(r.plain and not r.is_buffer for r in reads)
+        simple = len(self.own) == len(reads) and all(r.convert is None and not r.is_buffer for r in reads)
         self.light = (
             tuple((r.name, r.fix) for r in reads)
             if simple and inputs is None and outputs is None and sites is None

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from autotp.plan.layout import Interval, Layout
 from autotp.plan.model import Conversion, GradSum
 from autotp.rewrite.comm import Comm
-from autotp.rewrite.convert import convert_all
+from autotp.rewrite.convert import bind_all
 
 
 def local_tensor(p: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class _Fix(torch.autograd.Function):
 class Read:
     """One use: how `name` of module `owner` is read. `value()` gives the tensor for one forward."""
 
-    __slots__ = ("comm", "conversions", "fix", "is_buffer", "layout", "name", "owner", "plain")
+    __slots__ = ("conversions", "convert", "fix", "is_buffer", "layout", "name", "owner")
 
     def __init__(
         self,
@@ -101,12 +101,11 @@ class Read:
     ) -> None:
         self.owner = owner
         self.name = name
-        self.comm = comm
         self.layout = layout
         self.fix = GradFix(grad, layout, comm)
         self.conversions = conversions
         self.is_buffer = name in owner._buffers
-        self.plain = not conversions
+        self.convert = bind_all(conversions, comm) if conversions else None
 
     def value(self) -> Tensor | None:
         """The local tensor with gradient recording where it is needed; None for an absent parameter."""
@@ -122,4 +121,4 @@ class Read:
             x = _Read.apply(p, self.fix)
         else:
             x = p
-        return x if self.plain else convert_all(x, self.conversions, self.comm)
+        return x if self.convert is None else self.convert(x)

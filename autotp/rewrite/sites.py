@@ -19,7 +19,7 @@ from autotp.errors import PlanError
 from autotp.plan.layout import Layout
 from autotp.plan.model import Conversion, Site
 from autotp.rewrite.comm import Comm
-from autotp.rewrite.convert import convert_all
+from autotp.rewrite.convert import Convert, bind_all
 from autotp.rewrite.kernels import run_kernel
 from autotp.rewrite.leaves import is_int, map_call, map_leaves
 from autotp.trace.places import call_place
@@ -131,13 +131,12 @@ class _Nth:
     """Applies conversions to the tensors at given positions, counting as it is mapped over leaves."""
 
     def __init__(self, wanted: Sequence[tuple[int, tuple[Conversion, ...]]], comm: Comm) -> None:
-        self.wanted = dict(wanted)
-        self.comm = comm
+        self.wanted: dict[int, Convert] = {i: bind_all(conversions, comm) for i, conversions in wanted}
         self.count = -1
 
     def __call__(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         self.count += 1
-        conversions = self.wanted.get(self.count)
-        return leaf if conversions is None else convert_all(leaf, conversions, self.comm)
+        convert = self.wanted.get(self.count)
+        return leaf if convert is None else convert(leaf)

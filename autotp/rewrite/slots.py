@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from autotp.errors import PlanError
-from autotp.plan.model import Conversion, Slot
+from autotp.plan.model import Slot
 from autotp.rewrite.comm import Comm
-from autotp.rewrite.convert import convert_all
+from autotp.rewrite.convert import Convert, bind_all
 
 Path = tuple[str | int, ...]
 
 
-def map_path(value: Any, path: Path, fn: Callable[[Tensor], Tensor]) -> Any:
+def map_path(value: Any, path: Path, fn: Convert) -> Any:
     """`value` with `fn` applied to the tensor at `path`; containers on the way are copied, absent paths passed over."""
     if not path:
         return fn(value) if isinstance(value, Tensor) else value
@@ -51,9 +51,9 @@ def map_path(value: Any, path: Path, fn: Callable[[Tensor], Tensor]) -> Any:
 class Binding:
     """Where an argument named in a slot stands in a call of `forward`."""
 
-    __slots__ = ("index", "name", "rest", "slot")
+    __slots__ = ("convert", "index", "name", "rest")
 
-    def __init__(self, slot: Slot, forward: Callable[..., Any], where: str) -> None:
+    def __init__(self, slot: Slot, forward: Callable[..., Any], comm: Comm, where: str) -> None:
         if not slot.path or not isinstance(slot.path[0], str):
             raise PlanError(f"{where}: an input slot starts with an argument's name, got path {slot.path}")
         name, rest = slot.path[0], slot.path[1:]
@@ -79,47 +79,40 @@ class Binding:
                 takes_any = True
         if index is None and not takes_any:
             raise PlanError(f"{where}: forward has no argument {name!r}; it takes {[p.name for p in parameters]}")
-        self.index, self.name, self.rest, self.slot = index, name, rest, slot
+        self.index, self.name, self.rest = index, name, rest
+        self.convert = bind_all(slot.conversions, comm)
 
 
 class InputSlots:
     """All input slots of one module."""
 
-    __slots__ = ("bindings", "comm")
+    __slots__ = ("bindings",)
 
     def __init__(self, slots: Sequence[Slot], forward: Callable[..., Any], comm: Comm, where: str) -> None:
-        self.bindings = tuple(Binding(slot, forward, where) for slot in slots)
-        self.comm = comm
+        self.bindings = tuple(Binding(slot, forward, comm, where) for slot in slots)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments after conversion; the caller's containers stay as they are."""
         positional, keywords = list(args), dict(kwargs)
         for b in self.bindings:
             if b.index is not None and b.index < len(positional):
-                positional[b.index] = convert_path(positional[b.index], b.rest, b.slot.conversions, self.comm)
+                positional[b.index] = map_path(positional[b.index], b.rest, b.convert)
             elif b.name in keywords:
-                keywords[b.name] = convert_path(keywords[b.name], b.rest, b.slot.conversions, self.comm)
+                keywords[b.name] = map_path(keywords[b.name], b.rest, b.convert)
         return tuple(positional), keywords
 
 
 class OutputSlots:
     """All output slots of one module."""
 
-    __slots__ = ("comm", "slots")
+    __slots__ = ("slots",)
 
     def __init__(self, slots: Sequence[Slot], comm: Comm) -> None:
-        self.slots = tuple(slots)
-        self.comm = comm
+        self.slots = tuple((slot.path, bind_all(slot.conversions, comm)) for slot in slots)
 
     def __call__(self, result: Any) -> Any:
         """The module's result after conversion."""
-        for slot in self.slots:
-            result = convert_path(result, slot.path, slot.conversions, self.comm)
+        for path, convert in self.slots:
+            result = map_path(result, path, convert)
         return result
 
-
-def convert_path(value: Any, path: Path, conversions: tuple[Conversion, ...], comm: Comm) -> Any:
-    """`value` with `conversions` applied to the tensor at `path`."""
-    if not path:
-        return convert_all(value, conversions, comm) if isinstance(value, Tensor) else value
-    return map_path(value, path, lambda x: convert_all(x, conversions, comm))

@@ -1,0 +1,74 @@
+"""Random numbers that must agree: sampling draws the same token on every rank, replicated dropout the same mask.
+
+Rank 0's generator states are broadcast before `generate`, and before a training forward of a model with active dropout.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotp.rewrite.comm import Comm
+from autotp.rewrite.undo import Undo
+
+
+def sync_rng(comm: Comm, device: torch.device) -> None:
+    """Give every rank rank 0's generator state of the CPU and of `device`. Collective."""
+    if comm.size == 1 or torch.compiler.is_dynamo_compiling() or device.type == "meta":
+        return
+    state = torch.get_rng_state()
+    # A process group of GPUs cannot carry CPU tensors.
+    torch.set_rng_state(comm.broadcast_(state.to(device)).cpu())
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        state = module.get_rng_state(device)
+        module.set_rng_state(comm.broadcast_(state.to(device)).cpu(), device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are (the CPU for a model without any)."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+class SyncedGenerate:
+    """`model.generate` that starts from rank 0's generator state; looks like the original, survives deepcopy."""
+
+    def __init__(self, model: nn.Module, comm: Comm) -> None:
+        self._model, self._comm = model, comm
+        functools.update_wrapper(self, type(model).generate)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        sync_rng(self._comm, device_of(self._model))
+        return type(self._model).generate(self._model, *args, **kwargs)  # type: ignore[operator]
+
+
+class SyncedDropout:
+    """Root forward pre-hook: agree on the generator state if any dropout will draw from it."""
+
+    def __init__(self, model: nn.Module, comm: Comm) -> None:
+        self._comm = comm
+        self._dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+        self._config = getattr(model, "config", None)
+
+    def active(self) -> bool:
+        """True when a dropout probability is above zero."""
+        if any(m.p > 0 for m in self._dropouts):
+            return True
+        values = getattr(self._config, "__dict__", {})
+        return any(
+            isinstance(v, float) and v > 0 for k, v in values.items() if "drop" in k
+        )
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if model.training and self.active():
+            sync_rng(self._comm, device_of(model))
+
+
+def install_rng(model: nn.Module, comm: Comm, undo: Undo) -> None:
+    """Make `generate` (if `model` has one) and training forwards agree on random numbers; journalled in `undo`."""
+    if callable(getattr(type(model), "generate", None)):
+        undo.set_attribute(model, "generate", SyncedGenerate(model, comm))
+    undo.push(model.register_forward_pre_hook(SyncedDropout(model, comm), prepend=True).remove)
