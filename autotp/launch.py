@@ -83,20 +83,24 @@ def values(outcomes: tuple[Outcome, ...]) -> list[Any]:
 
 def _collect(pipes: list[Connection], timeout: float, on_event: Callable[[int, Any], None] | None) -> tuple[Outcome, ...]:
     outcomes: dict[int, Outcome] = {}
-    ranks = {pipe: rank for rank, pipe in enumerate(pipes)}
-    deadline, failed = time.monotonic() + timeout, None
-    while ranks and (ready := wait(list(ranks), max(0.0, deadline - time.monotonic()))):
+    ranks: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout
+    failed: int | None = None
+    while ranks:
+        ready: list[Any] = wait(list(ranks), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
         for pipe in ready:
-            rank = ranks[pipe]  # type: ignore[index]  # `wait` gives back what it was given
+            rank = ranks[pipe]
             try:
-                kind, value = pipe.recv()  # type: ignore[union-attr]
+                kind, value = pipe.recv()
             except (EOFError, OSError):
                 kind, value = "error", "the process ended without a result (killed, or out of memory)"
             if kind == "event":
                 if on_event is not None:
                     on_event(rank, value)
                 continue
-            del ranks[pipe]  # type: ignore[arg-type]
+            del ranks[pipe]
             outcomes[rank] = Outcome(rank, value) if kind == "result" else Outcome(rank, error=value)
             if kind == "error" and failed is None:
                 failed, deadline = rank, min(deadline, time.monotonic() + _GRACE)
@@ -104,7 +108,8 @@ def _collect(pipes: list[Connection], timeout: float, on_event: Callable[[int, A
         reason = f"stopped: rank {failed} failed" if failed is not None else f"no result within {timeout:.0f} s"
         outcomes[rank] = Outcome(rank, error=reason)
     if failed is not None:  # what the others raise once a peer is gone is a consequence, not a cause
-        outcomes = {r: o if o.error is None or r == failed else Outcome(r, error=f"stopped: rank {failed} failed") for r, o in outcomes.items()}
+        stopped = f"stopped: rank {failed} failed"
+        outcomes = {r: o if o.error is None or r == failed else Outcome(r, error=stopped) for r, o in outcomes.items()}
     return tuple(outcomes[rank] for rank in sorted(outcomes))
 
 
@@ -118,9 +123,7 @@ def _rank_main(
         import torch.distributed as dist
 
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
-        )
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
         pipe.send(("result", function(lambda value: pipe.send(("event", value)), *args)))
         dist.barrier()
         dist.destroy_process_group()

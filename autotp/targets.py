@@ -35,7 +35,9 @@ _HEADS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
     "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_CTC_MAPPING",
     "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
     "MODEL_MAPPING",
 )
@@ -112,7 +114,7 @@ def model_class(config: Any) -> Any:
             found = mapping[type(config)]
             return found[0] if isinstance(found, list | tuple) else found
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-    beside = [cls for cls in vars(module).values() if inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)]
+    beside: list[Any] = [cls for cls in vars(module).values() if inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)]
     for cls in beside:
         if cls.config_class is type(config) and not cls.__name__.endswith("PreTrainedModel"):
             return cls

@@ -134,6 +134,16 @@ def test_a_rank_that_raises_is_reported_with_its_traceback():
     assert found.to_dict()["passed"] is False
 
 
+def nan_inputs():
+    return {"x": torch.full((3, WIDTH), float("nan"))}
+
+
+def test_a_model_that_gives_nan_shows_nothing():
+    found = verify(Model(), 1, inputs="tests.test_verify:nan_inputs", parallelizer=by_hand, timeout=120)
+    assert not found.passed
+    assert "the model itself gives NaN" in str(found)
+
+
 def test_inputs_are_asked_for():
     found = verify("tests.test_verify:Model", 1, parallelizer=by_hand, timeout=120)
     assert not found.passed
@@ -153,6 +163,7 @@ def test_relative_error():
     assert relative_error(one[:2], one) == float("inf")
     assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
     assert relative_error(torch.ones(2), torch.zeros(2)) == float("inf")
+    assert relative_error(torch.ones(2), torch.full((2,), 2.0), scale=10) == 0.1
 
 
 def test_what_a_value_may_stand_for():

@@ -26,8 +26,11 @@ def _widen(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Largest difference over the largest value of `wanted`; inf where shapes or non-finite values differ, 0 for empty tensors."""
+def relative_error(got: Tensor, wanted: Tensor, *, scale: float | None = None) -> float:
+    """Largest difference over the largest value of `wanted` (or over `scale`, where `wanted` is a part of something).
+
+    inf where shapes or non-finite values differ, 0 for empty tensors; never NaN.
+    """
     if got.shape != wanted.shape:
         return float("inf")
     if not wanted.numel():
@@ -41,5 +44,11 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     if not bool(finite.any()):
         return 0.0
     difference = (got[finite] - wanted[finite]).abs().max().item()
-    scale = wanted[finite].abs().max().item()
+    scale = wanted[finite].abs().max().item() if scale is None else scale
     return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def largest(tensor: Tensor) -> float:
+    """Largest absolute value among the finite ones; 0 where there is none."""
+    finite = tensor[tensor.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0

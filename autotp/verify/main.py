@@ -69,7 +69,7 @@ def verify(
         }
         outcomes = run_ranks(check_rank, tp, job, timeout=timeout, on_event=_of_rank_zero(on_event))
         difference = _first_difference(Path(folder), tp, outcomes)
-    common = {"target": name, "tp": tp, "shrunk": shrunk, "seconds": time.monotonic() - started}
+    common: dict[str, Any] = {"target": name, "tp": tp, "shrunk": shrunk, "seconds": time.monotonic() - started}
     try:
         found = values(outcomes)
     except RankError as error:
@@ -109,10 +109,14 @@ def _worst(kind: str, found: list[dict[str, Any]]) -> Check:
     for rank in found:
         for name, error in rank[kind].items():
             errors[name] = max(errors.get(name, 0.0), error)
+    if found[0]["nan"]:
+        return Check(kind, False, f"nothing is shown: the model itself gives NaN in {', '.join(found[0]['nan'])}")
     if not errors:
         return Check(kind, True, f"skipped: the model has no {kind} to compare")
     bad = [name for name, error in errors.items() if not error <= TOLERANCE]
-    detail = f"{len(errors)} compared" if not bad else f"{len(bad)} of {len(errors)} differ: {', '.join(bad[:4])}{' …' if len(bad) > 4 else ''}"
+    detail = f"{len(errors)} compared"
+    if bad:
+        detail = f"{len(bad)} of {len(errors)} differ: {', '.join(bad[:4])}{' …' if len(bad) > 4 else ''}"
     return Check(kind, not bad, detail, max(errors.values()))
 
 

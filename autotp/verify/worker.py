@@ -17,7 +17,7 @@ from autotp import targets
 from autotp.errors import InputError
 from autotp.plan.layout import Layout
 from autotp.trace.boundary import flatten_result
-from autotp.verify.exact import Float64, relative_error
+from autotp.verify.exact import Float64, largest, relative_error
 from autotp.verify.modules import recorded
 
 #: Parallelizes the model in place; returns the layout of each of its parameters.
@@ -66,6 +66,7 @@ def check_rank(emit: Callable[[Any], None], job: Mapping[str, Any]) -> dict[str,
         "parameters": sum(p.numel() for p in reference.parameters()),
         "outputs": {name: relative_error(got[name], value) if name in got else float("inf") for name, value in wanted.items()},
         "gradients": _gradients(reference, parallel, layouts, rank),
+        "nan": [name for name, value in wanted.items() if value.is_floating_point() and value.isnan().any()],
         "tokens": None,
     }
     if _can_generate(reference, inputs):
@@ -94,7 +95,8 @@ def _inputs(model: nn.Module, job: Mapping[str, Any]) -> dict[str, Any]:
         from autotp.testing.inputs import tiny_inputs
 
         if not isinstance(model, PreTrainedModel):
-            raise InputError(f"target {job['target']}: {type(model).__name__} is no transformers model, so name its inputs: --inputs module:callable")
+            kind = type(model).__name__
+            raise InputError(f"target {job['target']}: {kind} is no transformers model, so name its inputs: --inputs module:callable")
         with Float64():
             inputs = tiny_inputs(model)
         if "input_ids" in inputs and "ForCausalLM" in type(model).__name__:
@@ -115,7 +117,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         if tensor.is_floating_point() and tensor.requires_grad:
             total = total + (tensor * torch.randn(tensor.shape, generator=generator)).sum()
     if total.requires_grad:
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
     return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in found.items()}
 
 
@@ -131,15 +133,12 @@ def _gradients(reference: nn.Module, parallel: nn.Module, layouts: Mapping[str, 
         if param.grad is None and grad is None:
             continue
         if param.grad is None or grad is None:
-            present = param.grad if grad is None else grad
-            errors[name] = float("inf") if bool((present != 0).any()) else 0.0
+            present = param.grad if grad is None else grad  # no gradient and a zero one say the same
+            errors[name] = float("inf") if present is not None and present.count_nonzero() else 0.0
             continue
         layout, local = layouts.get(name), grad.to_local() if isinstance(grad, DTensor) else grad
         wanted = param.grad if layout is None else layout.shard(param.grad, rank)
-        scale = param.grad.abs().max().item()
-        same_shape = local.shape == wanted.shape and bool(local.isfinite().all())
-        difference = (local - wanted).abs().max().item() if same_shape and wanted.numel() else 0.0 if same_shape else float("inf")
-        errors[name] = difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+        errors[name] = relative_error(local, wanted, scale=largest(param.grad))
     return errors
 
 

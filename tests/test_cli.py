@@ -1,0 +1,178 @@
+"""The command line: exit codes, one-line errors, text and JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import autotp
+from autotp import cli
+from autotp.cli_render import byte_count, collectives_table
+from autotp.verify import Check, Report
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        code = cli.run(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Missing command"),
+        (("bogus",), "No such command 'bogus'"),
+        (("plan",), "Missing argument 'TARGET'"),
+        (("plan", "llama"), "Missing option '--tp'"),
+        (("plan", "llama", "--tp", "0"), "Invalid value for '--tp'"),
+        (("plan", "lama", "--tp", "2"), "near names: llama"),
+        (("explain", "lama", "x", "--tp", "2"), "near names: llama"),
+        (("verify", "lama", "--tp", "2"), "near names: llama"),
+        (("verify", "no/such/config.json", "--tp", "2"), "nothing is downloaded"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert (code, out) == (0, "autotp 0.1.0\n")
+
+
+@pytest.mark.parametrize("command", [(), ("plan",), ("explain",), ("verify",), ("demo",)])
+def test_help(run, command):
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert "Usage: " in out
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run([Path(sys.executable).with_name("autotp"), "plan"], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: Missing argument 'TARGET'.\n"
+
+
+PASSED = Report("t", "Model", 2, 1234, (Check("outputs", True, "1 compared", 1e-15),))
+FAILED = Report("t", "Model", 2, 1234, (Check("outputs", False, "1 of 1 differ: output", float("inf")),), first_difference="a.b: so")
+
+
+@pytest.mark.parametrize(("report", "code"), [(PASSED, 0), (FAILED, 1)])
+def test_verify_exits_with_its_verdict(run, monkeypatch, report, code):
+    asked = {}
+
+    def verify(target, tp, **options):
+        asked.update(target=target, tp=tp)
+        return report
+
+    monkeypatch.setattr("autotp.verify.verify", verify)
+    got, out, _ = run("verify", "t", "--tp", "2")
+    assert got == code
+    assert asked == {"target": "t", "tp": 2}
+    assert ("FAILED" in out) == bool(code)
+    assert ("first difference: a.b: so" in out) == bool(code)
+    got, out, _ = run("verify", "t", "--tp", "2", "--json")
+    found = json.loads(out)
+    assert got == code
+    assert found["passed"] is (code == 0)
+    assert found["checks"][0]["error"] == (None if code else 1e-15)
+
+
+def test_a_rank_that_raised_is_printed_whole(run, monkeypatch):
+    report = Report("t", "Model", 2, 1, (), failure="rank 1 failed:\nTraceback\n  ValueError: x")
+    monkeypatch.setattr("autotp.verify.verify", lambda *a, **k: report)
+    code, out, _ = run("verify", "t", "--tp", "2")
+    assert code == 1
+    assert "ValueError: x" in out
+
+
+@dataclass(frozen=True)
+class Collective:
+    module: str
+    kind: str
+    when: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Module:
+    path: str
+
+
+@dataclass(frozen=True)
+class FakePlan:
+    params: Mapping[str, str] = field(default_factory=lambda: {"layers.0.q.weight": "S", "norm.weight": "R"})
+    modules: tuple[Module, ...] = (Module("layers.0"),)
+
+    def __str__(self):
+        return "the plan's table"
+
+    def to_dict(self):
+        return {"tp": 2, "share": float("inf")}
+
+    def explain(self, name):
+        return f"why {name}"
+
+    def collectives(self, *, tokens, dtype=None):
+        return (Collective("a", "all-reduce", "forward", 600 * tokens), Collective("b", "all-reduce", "forward", 600 * tokens))
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    monkeypatch.setattr(autotp, "plan", lambda target, *, tp: FakePlan(), raising=False)
+
+
+@pytest.mark.usefixtures("planned")
+def test_plan_prints_a_table_and_the_traffic(run):
+    code, out, _ = run("plan", "llama", "--tp", "2", "--tokens", "10")
+    assert code == 0
+    assert "the plan's table" in out
+    assert "collectives for 10 tokens" in out
+    assert "11.7 KiB" in out
+
+
+@pytest.mark.usefixtures("planned")
+def test_plan_as_json(run):
+    code, out, _ = run("plan", "llama", "--tp", "2", "--json")
+    assert code == 0
+    assert json.loads(out) == {"tp": 2, "share": None}
+
+
+@pytest.mark.usefixtures("planned")
+@pytest.mark.parametrize("name", ["layers.0.q.weight", "layers.0.q", "layers", "norm"])
+def test_explain_knows_parameters_and_modules(run, name):
+    assert run("explain", "llama", name, "--tp", "2") == (0, f"why {name}\n", "")
+
+
+@pytest.mark.usefixtures("planned")
+def test_explain_lists_near_names(run):
+    code, _, err = run("explain", "llama", "layers.0.k.weight", "--tp", "2")
+    assert code == 2
+    assert "near names: layers.0.q.weight" in err
+
+
+def test_byte_count():
+    assert [byte_count(n) for n in (0, 1023, 1536, 3 << 20, 5 << 40)] == ["0 B", "1023 B", "1.5 KiB", "3.0 MiB", "5.0 TiB"]
+
+
+def test_alike_collectives_are_counted():
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(collectives_table(FakePlan().collectives(tokens=1), 1))
+    assert captured.get().split("\n")[2].split() == ["all-reduce", "forward", "2", "1.2", "KiB"]
