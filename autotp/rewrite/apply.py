@@ -19,7 +19,7 @@ from autotp.rewrite.classes import STATE, subclass
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.embedding import EmbeddingRun, embedding_run
 from autotp.rewrite.linear import LinearRun, linear_run
-from autotp.rewrite.module import ModuleRun
+from autotp.rewrite.module import EagerForward, ModuleRun
 from autotp.rewrite.reads import Read
 from autotp.rewrite.shards import MakeParam
 from autotp.rewrite.sites import SiteTable
@@ -178,6 +178,8 @@ class _Rewriter:
         return sub is self.model or "forward" in sub.__dict__
 
     def _hook(self, sub: nn.Module, run: ModuleRun) -> None:
+        if run.reads or run.sites is not None:
+            self.undo.set_attribute(sub, "forward", EagerForward(sub))
         before = sub.register_forward_pre_hook(run.before, prepend=True, with_kwargs=True)
         self.undo.push(before.remove)
         after = sub.register_forward_hook(run.after, prepend=True, always_call=True)

@@ -5,6 +5,7 @@ An object on the way (a config shared by all modules) is copied for the module, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,6 @@ def _private(value: Any, copies: dict[int, Any], where: str, attribute: LocalAtt
     if id(value) not in copies:
         if not hasattr(value, "__dict__") or isinstance(value, nn.Module):
             raise PlanError(f"{where}: cannot copy the {type(value).__name__} that holds {attribute.path}")
-        clone = object.__new__(type(value))
-        clone.__dict__.update(value.__dict__)
+        clone = copy.copy(value)
         copies[id(value)] = copies[id(clone)] = clone
     return copies[id(value)]

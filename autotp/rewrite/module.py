@@ -6,6 +6,7 @@ class must stay, as a pair of hooks around its forward.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -87,32 +88,66 @@ class ModuleRun:
         """`forward(module, *args, **kwargs)` under the plan."""
         if self.inputs is not None:
             args, kwargs = self.inputs(args, kwargs)
-        if is_dynamo_compiling():
+        if not is_dynamo_compiling():
+            result = self.inside(module, forward, args, kwargs)
+        elif self.sites is None:  # the class's views read local values
             result = forward(module, *args, **kwargs)
-        else:
-            try:
-                self.enter()
-                result = forward(module, *args, **kwargs)
-            finally:
-                self.leave()
+        else:  # the lines of code that make calls are known in eager code only: a break in the graph
+            result = self.inside_eagerly(module, forward, args, kwargs)
         return result if self.outputs is None else self.outputs(result)
+
+    def inside(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`forward` with the local tensors in place and sites watched."""
+        try:
+            self.enter()
+            return forward(module, *args, **kwargs)
+        finally:
+            self.leave()
+
+    inside_eagerly = torch.compiler.disable(inside)
+
+    def enter_eagerly(self) -> None:
+        """`enter`, where there is something to enter."""
+        if self.reads or self.sites is not None or RUNNING.modes:
+            _enter(self)
+
+    def leave_eagerly(self) -> None:
+        """`leave`, if entered."""
+        if self.frames:
+            _leave(self)
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The forward pre-hook of a module whose class stays."""
-        if not is_dynamo_compiling():
-            self.enter()
+        self.enter_eagerly()
         return (args, kwargs) if self.inputs is None else self.inputs(args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
         """The forward hook of a module whose class stays; also called after an error."""
-        if not is_dynamo_compiling() and self.frames:
-            self.leave()
+        self.leave_eagerly()
         return result if self.outputs is None else self.outputs(result)
 
 
 _PAUSE: Any = object()
+_enter = torch.compiler.disable(ModuleRun.enter)
+_leave = torch.compiler.disable(ModuleRun.leave)
+
+
+class EagerForward:
+    """The forward of a module whose class stays and that reads parameters of its own: never compiled. Survives deepcopy."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.inner = module.__dict__.get("forward")
+        functools.update_wrapper(self, module.forward)
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ that run; only the innermost one's sites act, so that a listed module called ins
 
 from __future__ import annotations
 
+import dis
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
@@ -35,22 +36,46 @@ class _Running(threading.local):
 RUNNING = _Running()
 
 
+def call_of(code: CodeType, offset: int) -> int:
+    """The instruction of `code` that `offset` belongs to, the same for all offsets that one call can show.
+
+    The interpreter leaves `f_lasti` at the call's PRECALL, its CALL or the cache entries behind it, depending on whether the
+    callee is Python code and how warm the caller is.
+    """
+    start = 0
+    joined = False  # the instruction before was PRECALL: this CALL belongs to it
+    for instruction in dis.get_instructions(code):
+        if instruction.offset > offset:
+            break
+        if not joined:
+            start = instruction.offset
+        joined = instruction.opname == "PRECALL"
+    return start
+
+
 class SiteTable:
     """The sites of one module, looked up by code object and offset."""
 
     def __init__(self, sites: Sequence[Site], comm: Comm, where: str) -> None:
         self.comm = comm
         self.where = where
-        self.sites = {(s.file, s.function, s.line, s.offset): s for s in sites}
-        self._codes: dict[int, tuple[CodeType, dict[int, Site]]] = {}
+        self.sites = tuple(sites)
+        self._codes: dict[int, tuple[CodeType, dict[int, Site], dict[int, Site | None]]] = {}
 
     def find(self, code: CodeType, offset: int) -> Site | None:
         """The site at `offset` of `code`, if listed."""
         known = self._codes.get(id(code))
         if known is None:
             key = (code.co_filename, code.co_qualname, code.co_firstlineno)
-            known = self._codes[id(code)] = (code, {k[3]: s for k, s in self.sites.items() if k[:3] == key})
-        return known[1].get(offset)
+            listed = [s for s in self.sites if (s.file, s.function, s.line) == key]
+            by_call = {call_of(code, s.offset): s for s in listed}
+            known = self._codes[id(code)] = (code, by_call, {})
+        _, by_call, seen = known
+        if not by_call:
+            return None
+        if offset not in seen:
+            seen[offset] = by_call.get(call_of(code, offset))
+        return seen[offset]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SiteTable:
         return self

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, replicated
+from autotp.plan.layout import Expr, Factor, Layout, replicated
 from autotp.plan.model import Conversion, Kernel, ModulePlan, Op, ParamPlan, Site, Slot, Use
 from autotp.rewrite.apply import apply
 from autotp.rewrite.comm import GroupComm
@@ -107,4 +107,3 @@ def worst_grad(reference: nn.Module, model: nn.Module, params: dict[str, ParamPl
     return max(error(wanted[n], grads[n]) for n in wanted)
 
 
-__all__ = ["Concat", "Expr", "Factor", "Layout", "Product"]

@@ -1,0 +1,52 @@
+"""Sampling and replicated dropout agree between ranks whose generators differ."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from autotp.rewrite.comm import GroupComm
+from autotp.rewrite.rng import install_rng
+from autotp.rewrite.undo import Undo
+from tests.rewrite.plans import llama_plan, rewrite, tiny_llama, tp_mesh
+from tests.support.ranks import Pool
+
+IDS = torch.tensor([[1, 5, 9]])
+
+
+def sample() -> list[list[int]]:
+    model = tiny_llama()
+    plain = type(model).generate
+    params, modules = llama_plan(model, 2)
+    comm, undo = rewrite(model, params, modules)
+    install_rng(model, comm, undo)
+    tokens = []
+    for m in (model, copy.deepcopy(model)):
+        torch.manual_seed(dist.get_rank())
+        tokens.append(m.generate(IDS, max_new_tokens=12, do_sample=True, top_k=0)[0].tolist())
+    assert model.generate.__name__ == "generate" and inspect.signature(model.generate) == inspect.signature(plain.__get__(model))
+    undo.undo()
+    assert "generate" not in model.__dict__ and not model._forward_pre_hooks
+    return tokens
+
+
+def test_sampling_agrees(pool: Pool) -> None:
+    first, second = pool.run(sample)
+    assert first == second
+    assert first[0] == first[1]
+
+
+def dropout() -> list[bool]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    install_rng(model, GroupComm(tp_mesh().get_group()), Undo())
+    torch.manual_seed(dist.get_rank())
+    return (model(torch.ones(3, 4)) == 0).flatten().tolist()
+
+
+def test_dropout_masks_agree(pool: Pool) -> None:
+    first, second = pool.run(dropout)
+    assert first == second
