@@ -33,9 +33,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 128},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "step3p5": {"sliding_window": 8},
-    "swin": {"window_size": 4},
-    "maskformer-swin": {"window_size": 4},
-    "donut-swin": {"window_size": 4},
-    "swinv2": {"window_size": 4},
+    "swin": {"window_size": 2, "image_size": 64},
+    "maskformer-swin": {"window_size": 2, "image_size": 64},
+    "donut-swin": {"window_size": 2, "image_size": 64},
+    "swinv2": {"window_size": 2, "image_size": 64},
     "clap_audio_model": {"window_size": 4},
 }

@@ -298,8 +298,8 @@ def _is_layer_list(value: Any, depth: int) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == depth and depth > 2 and len(set(map(type, value))) == 1
 
 
-def _kept_layers(fields: Mapping[str, Any], limit: int, most: int = 8) -> list[int]:
-    """The layers to keep: the first of each kind, and more until there are `limit`."""
+def _kept_layers(fields: Mapping[str, Any], limit: int, outputs: int, most: int = 8) -> list[int]:
+    """The layers to keep: the first of each kind, and more until there are `limit` and one for each of `outputs`."""
     depths = _depth_fields(fields)
     depth = depths.get("num_hidden_layers") or depths.get("n_layer") or max(depths.values(), default=0)
     lists = [v for n, v in fields.items() if _is_layer_list(v, depth) and not isinstance(v[0], float) and not _STAGE.match(n)]
@@ -307,7 +307,6 @@ def _kept_layers(fields: Mapping[str, Any], limit: int, most: int = 8) -> list[i
     kinds = [repr([v[i] for v in lists] + [i in chosen for chosen in members]) for i in range(depth)]
     kept = sorted({kinds.index(kind) for kind in kinds})[:most] if lists or members else []
     kept += [i for i in range(depth) if i not in kept][: max(0, min(limit, depth) - len(kept))]
-    outputs = max((len(fields.get(n) or ()) for n in ("out_indices", "_out_indices") if isinstance(fields.get(n), (list, tuple))), default=0)
     kept += [i for i in range(depth) if i not in kept][: max(0, min(outputs, depth) - len(kept))]
     return sorted(kept)
 
@@ -348,7 +347,8 @@ _SKIP = re.compile(r"_.*|transformers_version|model_type|architectures|id2label|
 def _shrunk_fields(config: PreTrainedConfig, tree: _Tree) -> dict[str, Any]:
     subs = _subconfigs(config)
     fields = {n: copy.deepcopy(v) for n, v in vars(config).items() if n not in subs and not _SKIP.fullmatch(n)}
-    kept = _kept_layers(fields, tree.sizes.layers)
+    outputs = vars(config).get("_out_indices")
+    kept = _kept_layers(fields, tree.sizes.layers, len(outputs or ()))
     depths = _depth_fields(fields)
     old_depth = depths.get("num_hidden_layers") or depths.get("n_layer") or max(depths.values(), default=0)
     node = _Node(fields, tree, kept, len(kept))
@@ -370,10 +370,9 @@ def _shrunk_fields(config: PreTrainedConfig, tree: _Tree) -> dict[str, Any]:
                     break
     if fields.get("head_dim", 0) is None and node.number("num_attention_heads") and node.number("hidden_size"):
         result["head_dim"] = result["hidden_size"] // result["num_attention_heads"]
-    outputs = vars(config).get("_out_indices")
     if outputs is not None:
-        stages = bool(old_depth) and max(outputs) == old_depth
-        result["out_indices"] = list(range(len(kept) - len(outputs) + 1, len(kept) + 1)) if stages else list(outputs)
+        by_layer = old_depth and len(vars(config).get("stage_names", ())) == old_depth + 1
+        result["out_indices"] = list(range(len(kept) - len(outputs) + 1, len(kept) + 1)) if by_layer else list(outputs)
     for name in list(result):
         if isinstance(result[name], Mapping) and name not in ("rope_parameters", "rope_scaling"):
             result[name] = dict(result[name])

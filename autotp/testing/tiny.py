@@ -86,6 +86,8 @@ def tiny_model(config: PreTrainedConfig, *, seed: int = 0, attn_implementation: 
     cls = model_class(config)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
     torch.manual_seed(seed)
     model = cls(config)
     randomise(model, seed=seed)

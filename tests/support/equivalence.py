@@ -333,11 +333,27 @@ def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def _seeded(factory: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return factory().eval()
+
+
+def _exact_dtype(model: nn.Module, arguments: dict[str, Any]) -> torch.dtype:
+    """float64 unless the model has an operator without it."""
+    try:
+        with torch.no_grad(), Doubled():
+            cast = _cast(arguments, torch.float64)
+            model.to(torch.float64)(*cast["args"], **cast["kwargs"])
+    except Exception:  # an operator without float64, or a mask made with the largest number of another type
+        return torch.float32
+    return torch.float64
+
+
 def compare_on_rank(
     factory: Callable[[], nn.Module],
     inputs: Any,
     *,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
     aspects: Sequence[str] = ASPECTS,
     subject: Callable[[], Subject] = autotp_subject,
     sabotage: Callable[[nn.Module], None] | None = None,
@@ -345,14 +361,12 @@ def compare_on_rank(
     options: Mapping[str, Any] | None = None,
 ) -> Report:
     """The comparison as one rank sees it; every rank must call it. See `check`."""
-    report = Report(dtype=dtype)
-    models = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(factory().to(dtype).eval())
-    plain, parallel = models
+    plain = _seeded(factory)
     with torch.no_grad():
-        arguments = _cast(_arguments(inputs, plain), dtype)
+        made = _arguments(inputs, plain)
+    dtype = dtype or _exact_dtype(_seeded(factory), made)
+    report = Report(dtype=dtype)
+    plain, parallel, arguments = plain.to(dtype), _seeded(factory).to(dtype), _cast(made, dtype)
     tested = subject()
     extra: dict[str, Any] = dict(options or {})
     if pass_inputs:
@@ -410,4 +424,4 @@ def check(pool: Pool, factory: Callable[[], nn.Module], inputs: Any, *, world: i
     try:
         return merge(pool.run(compare_on_rank, factory, inputs, world=world, timeout=timeout, **options))
     except RankError as error:
-        return Report(dtype=options.get("dtype", torch.float64), problems={"ranks": str(error)})
+        return Report(dtype=options.get("dtype") or torch.float64, problems={"ranks": str(error)})

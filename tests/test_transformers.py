@@ -1,0 +1,131 @@
+"""Families of transformers models, each tiny: equal at tensor-parallel 2 and 4, and really sharded.
+
+Every case runs each aspect of `tests.support.equivalence`; `REQUIRED` says which must not be skipped.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.support.equivalence import check
+from tests.support.families import transformer, transformer_inputs
+from tests.support.ranks import Pool
+
+CAUSAL = ("forward", "masked", "whole", "generate", "state_dict", "grad", "loss", "step")
+ENCODER = ("forward", "masked", "whole", "state_dict", "grad", "loss", "step")
+PLAIN = ("forward", "whole", "state_dict", "grad", "step")
+
+#: name → (model type, fields, aspects that must be compared)
+FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    **{
+        name: (name, {}, CAUSAL)
+        for name in (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma2",
+            "olmo2",
+            "stablelm",
+            "cohere",
+            "granite",
+            "gpt2",
+            "phi3",
+            "gpt_neox",
+            "bloom",
+            "mpt",
+            "codegen",
+            "gptj",
+            "phi",
+            "opt",
+            "starcoder2",
+            "gemma3_text",
+            "glm4",
+            "gpt_neo",
+            "biogpt",
+            "xglm",
+        )
+    },
+    "llama_bias": ("llama", {"attention_bias": True, "mlp_bias": True}, CAUSAL),
+    "llama_mqa": ("llama", {"num_key_value_heads": 1}, CAUSAL),
+    "llama_two_kv": ("llama", {"num_key_value_heads": 2}, CAUSAL),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}, CAUSAL),
+    "llama_wide_heads": ("llama", {"head_dim": 16}, CAUSAL),
+    "qwen2_six_heads": ("qwen2", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "head_dim": 8}, CAUSAL),
+    "stablelm_qk_norm": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}, CAUSAL),
+    "cohere_qk_norm": ("cohere", {"use_qk_norm": True}, CAUSAL),
+    "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}, CAUSAL),
+    "gpt2_cross_layer_scale": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, CAUSAL),
+    "opt_untied": ("opt", {"tie_word_embeddings": False}, CAUSAL),
+    "opt_projected": ("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}, CAUSAL),
+    "phi_qk_norm": ("phi", {"qk_layernorm": True}, CAUSAL),
+    "gpt_bigcode_mqa": ("gpt_bigcode", {"multi_query": True}, CAUSAL),
+    "gpt_bigcode_mha": ("gpt_bigcode", {"multi_query": False}, CAUSAL),
+    "falcon_multi_query": ("falcon", {"multi_query": True, "new_decoder_architecture": False, "alibi": False}, CAUSAL),
+    "falcon_alibi": (
+        "falcon",
+        {"multi_query": False, "new_decoder_architecture": False, "alibi": True, "bias": True, "parallel_attn": False},
+        CAUSAL,
+    ),
+    "falcon_new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4, "alibi": False}, CAUSAL),
+    "deepseek_v3": ("deepseek_v3", {"experts": "eager"}, CAUSAL),
+    "deepseek_v2": ("deepseek_v2", {"experts": "eager"}, CAUSAL),
+    "bert": ("bert", {}, ENCODER),
+    "roberta": ("roberta", {}, ENCODER),
+    "electra": ("electra", {}, ENCODER),
+    "distilbert": ("distilbert", {}, ENCODER),
+    "deberta-v2": ("deberta-v2", {}, ENCODER),
+    "modernbert": ("modernbert", {}, ENCODER),
+    "t5": ("t5", {}, CAUSAL),
+    "t5_gated": ("t5", {"feed_forward_proj": "gated-gelu"}, CAUSAL),
+    "bart": ("bart", {}, CAUSAL),
+    "marian": ("marian", {}, CAUSAL),
+    "whisper": ("whisper", {}, ("forward", "whole", "generate", "state_dict", "grad", "step")),
+    "wav2vec2": ("wav2vec2", {}, PLAIN),
+    "vit": ("vit", {}, PLAIN),
+    "swin": ("swin", {}, PLAIN),
+    "dinov2": ("dinov2", {}, PLAIN),
+    "clip": ("clip", {}, ("forward", "state_dict", "grad", "step")),
+    "siglip": ("siglip", {}, ("forward", "state_dict", "grad", "step")),
+    "llava": ("llava", {}, ("forward", "generate", "state_dict", "grad", "step")),
+    "qwen2_5_vl": ("qwen2_5_vl", {}, ("forward", "generate", "state_dict", "grad", "step")),
+    "mamba2": ("mamba2", {}, ("forward", "generate", "state_dict", "grad", "step")),
+    "jamba": ("jamba", {"experts": "eager"}, ("forward", "generate", "state_dict", "grad", "step")),
+}
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "granitemoe")
+#: Every rank holds at most this share of the parameters, at two ranks; a loose bound that catches a plan that gave up.
+SHARE = 0.75
+
+
+def cases() -> list[Any]:
+    found = []
+    for name, (model_type, fields, required) in FAMILIES.items():
+        for world in (2, 4):
+            for attention in ("eager", "sdpa"):
+                marks = [pytest.mark.slow] if (world, attention) not in ((2, "sdpa"), (4, "eager")) else []
+                found.append(pytest.param(model_type, fields, required, world, attention, id=f"{name}-{world}-{attention}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("model_type", "fields", "required", "world", "attention"), cases())
+def test_family(pool: Pool, model_type: str, fields: dict[str, Any], required: tuple[str, ...], world: int, attention: str) -> None:
+    try:
+        transformer(model_type, attn_implementation=attention, **fields)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        pytest.skip(f"{model_type} has no {attention} attention")
+    report = check(pool, partial(transformer, model_type, attn_implementation=attention, **fields), transformer_inputs, world=world)
+    report.require(*required)
+    assert report.local_share <= (SHARE if world == 2 else (1 + SHARE) / 2)
+
+
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts(pool: Pool, model_type: str, experts: str) -> None:
+    report = check(pool, partial(transformer, model_type, experts=experts), transformer_inputs, world=2)
+    report.require("forward", "generate", "state_dict", "grad", "loss", "step")
+    assert report.local_share <= SHARE
