@@ -1,0 +1,196 @@
+"""Which atoms to shard.
+
+Each leaf atom that a parameter carries and tp divides is a candidate. A candidate's worth is the number of parameter elements
+it shards over the elements that its collectives move; candidates are taken greedily from the best, each kept if the labels of
+all that are taken have no conflict. So heads beat head widths, and both beat the residual stream, whose every product would
+be a partial sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from autotp.axes.atoms import Atom, dim_size, flat
+from autotp.plan.labels import NONE, Atoms, Conflict, Labels, SlotKey, Space, label
+from autotp.trace.graph import Origin, Pseudo, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The atoms taken, where results are gathered, the labels they give, and why the other candidates were refused."""
+
+    on: Atoms
+    gathers: Mapping[SlotKey, Atoms]
+    whole: frozenset[int]
+    labels: Labels
+    refused: Mapping[Atom, str]
+
+
+def choose(space: Space, tp: int, banned: Mapping[Atom, str]) -> Choice:
+    """Take the candidates greedily; `banned` ones are refused with the reason given."""
+    refused: dict[Atom, str] = {}
+    weights: dict[Atom, list[Value]] = {}
+    for value in dict.fromkeys(space.graph.params.values()):
+        for atom in space.carried[value.id]:
+            weights.setdefault(atom, []).append(value)
+    ranked: list[tuple[float, int, Atom]] = []
+    for atom, carriers in weights.items():
+        if atom in banned:
+            refused[atom] = banned[atom]
+        elif atom.size % tp:
+            refused[atom] = f"{atom.size} is not divisible by tp={tp}"
+        else:
+            ranked.append((-_worth(space, atom, carriers), atom.id, atom))
+    on: Atoms = NONE
+    gathers: dict[SlotKey, Atoms] = {}
+    whole: frozenset[int] = frozenset()
+    labels = label(space, on, gathers, whole)
+    for _, _, atom in sorted(ranked, key=lambda t: t[:2]):
+        tried = _try(space, atom, on, gathers, whole, weights[atom], tp)
+        if isinstance(tried, Conflict):
+            others = [a for a in tried.atoms if a is not atom]
+            clash = bool(others) and any(a in on for a in others)
+            refused[atom] = "another axis of the same tensors is sharded" if clash else str(tried)
+        else:
+            on, gathers, whole, labels = tried
+    return Choice(on, gathers, whole, labels, refused)
+
+
+def _elements(value: Value) -> int:
+    return prod(value.shape)
+
+
+def _worth(space: Space, atom: Atom, carriers: list[Value]) -> float:
+    """Parameter elements sharded over elements reduced (once for each contraction over the atom) or gathered."""
+    sharded = sum(_elements(v) * max(share(d, atom) for d in space.axes.dims[v.id]) for v in carriers)
+    moved = 1
+    for node, contracts in zip(space.graph.nodes, space.contracts, strict=True):
+        if any(atom in atoms for _, atoms in contracts):
+            moved += max((_elements(o) for o in node.outputs), default=1)
+    for result in space.graph.results:
+        for _, leaf in result.leaves:
+            if isinstance(leaf, Value) and atom in space.carried.get(leaf.id, NONE):
+                moved += _elements(leaf)
+    return sharded / moved
+
+
+def share(dim: Iterable[Atom], atom: Atom) -> float:
+    """The part of a dim's indices that pass through `atom`."""
+    for part in flat(list(dim)):
+        if part is atom:
+            return 1.0
+        if part.segments is not None:
+            inside = sum(dim_size(s) * share(s, atom) for s in part.segments)
+            if inside:
+                return inside / part.size
+    return 0.0
+
+
+def _try(
+    space: Space, atom: Atom, on: Atoms, gathers: dict[SlotKey, Atoms], whole: frozenset[int], carriers: list[Value], tp: int
+) -> tuple[Atoms, dict[SlotKey, Atoms], frozenset[int], Labels] | Conflict:
+    wanted = on | {atom}
+    labels = label(space, wanted, gathers, whole)
+    if labels.conflicts and labels.generated:
+        relaxed = whole | labels.generated
+        again = label(space, wanted, gathers, relaxed)
+        if not again.conflicts:
+            whole, labels = relaxed, again
+    if labels.conflicts:
+        first = labels.conflicts[0]
+        for slot in _gather_slots(space, atom, labels, carriers):
+            trial = {**gathers, slot: gathers.get(slot, NONE) | {atom}}
+            again = label(space, wanted, trial, whole)
+            if not again.conflicts:
+                gathers, labels = trial, again
+                break
+        else:
+            return first
+    final = _result_gathers(space, labels, atom, gathers)
+    if final is None:
+        return Conflict(frozenset({atom}), None, "the sharded value is returned in a form that cannot be gathered")
+    if final != gathers:
+        gathers = final
+        labels = label(space, wanted, gathers, whole)
+        if labels.conflicts:
+            return labels.conflicts[0]
+    if _small_table(space, atom, tp):
+        return Conflict(frozenset({atom}), None, "a lookup table this short costs more to reduce than it saves")
+    if labels.gathered and not _pays(space, atom, labels, carriers):
+        return Conflict(frozenset({atom}), None, "sharding it would only move work to a gather of the result")
+    return wanted, gathers, whole, labels
+
+
+def _small_table(space: Space, atom: Atom, tp: int) -> bool:
+    """True for an axis that is only looked up, in a table of few rows (token types) or of positions.
+
+    Positions are told from tokens by their ids: the tokens' come from an argument of the model unchanged.
+    """
+    nodes = [n for n, contracts in zip(space.graph.nodes, space.contracts, strict=True) if any(atom in a for _, a in contracts)]
+    if not nodes or any(n.opname != "embedding" for n in nodes):
+        return False
+    return atom.size < 8 * tp or not any(_is_argument(space, n.args[1]) for n in nodes)
+
+
+def _is_argument(space: Space, value: Value) -> bool:
+    made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+    plain = {"enter", "exit", "view", "reshape", "slice", "to", "_to_copy", "clone", "squeeze", "unsqueeze", "masked_fill", "where", "long", "contiguous", "pad", "constant_pad_nd", "cat", "clone", "copy_", "write"}  # fmt: skip
+    seen: set[int] = set()
+    queue = [value]
+    while queue:
+        item = queue.pop()
+        if item.origin is Origin.INPUT:
+            return True
+        node = made.get(item.id)
+        if node is not None and node.opname in plain and item.id not in seen:
+            seen.add(item.id)
+            queue += list(node.inputs())
+    return False
+
+
+def _gather_slots(space: Space, atom: Atom, labels: Labels, carriers: list[Value]) -> list[SlotKey]:
+    """EXITs that a value sharded on `atom` leaves through on its way to a result of the model, in order."""
+    reaching: set[int] = set()
+    for result in space.graph.results:
+        reaching |= {v.id for _, v in result.leaves if isinstance(v, Value) and atom in space.carried.get(v.id, NONE)}
+    for node in reversed(space.graph.nodes):
+        if any(o.id in reaching for o in node.outputs):
+            reaching |= {v.id for v in node.inputs() if atom in labels.of(v)}
+    weights = {v.id for v in carriers}
+    slots: dict[SlotKey, None] = {}
+    for node in space.graph.nodes:
+        if node.op is Pseudo.EXIT and node.slot is not None and node.outputs[0].id in reaching:
+            (value,) = node.args
+            if atom in labels.of(value) and value.id not in weights:
+                slots[(Pseudo.EXIT, *node.slot)] = None
+    return list(slots)
+
+
+def _result_gathers(space: Space, labels: Labels, atom: Atom, gathers: dict[SlotKey, Atoms]) -> dict[SlotKey, Atoms] | None:
+    """`gathers` extended so that no result of the model is sharded on `atom`; None where that cannot be said."""
+    made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+    out = dict(gathers)
+    for result in space.graph.results:
+        for _, leaf in result.leaves:
+            if isinstance(leaf, Value) and atom in labels.of(leaf):
+                node = made.get(leaf.id)
+                if node is None or node.op is not Pseudo.EXIT or node.slot is None:
+                    return None
+                key = (Pseudo.EXIT, *node.slot)
+                out[key] = out.get(key, NONE) | {atom}
+    return out
+
+
+def _pays(space: Space, atom: Atom, labels: Labels, carriers: list[Value]) -> bool:
+    """An axis that no product sums over is worth a gather when it is the wide side (a vocabulary), not a bottleneck."""
+    if not any(atom in atoms for atoms in labels.gathered.values()):
+        return True
+    for contracts in space.contracts:
+        for contract, atoms in contracts:
+            if atom in atoms and not contract.whole:
+                return True
+    rows = {node.args[0].shape[0] for node in space.graph.nodes if node.opname == "embedding"}
+    inner = max(_elements(v) // atom.size for v in carriers)
+    return atom.size >= inner or atom.size in rows

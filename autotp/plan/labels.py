@@ -1,0 +1,237 @@
+"""Placements of every value, given which atoms are sharded.
+
+For a set Σ of sharded atoms each value gets a label: the atoms of Σ that it is sharded on (none: whole on every rank, R), and
+whether it is a partial sum (P). Labels flow forward from the sharded parameters; a value that no parameter shards stays whole,
+and is sliced where it meets a sharded one. What cannot be is a `Conflict`; what needs a conversion is noted on its edge.
+
+Invariant: a value is sharded on at most one atom of each index path, and never both sharded and partial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from autotp.axes.analysis import Axes, Meaning
+from autotp.axes.atoms import Atom, find, flat
+from autotp.axes.kernel import Kernel
+from autotp.trace.graph import Node, Origin, Pseudo, Value
+
+Atoms = frozenset[Atom]
+NONE: Atoms = frozenset()
+SlotKey = tuple[Pseudo, str, tuple[str | int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Atoms that cannot be sharded, and the node that forbids it."""
+
+    atoms: Atoms
+    node: Node | None
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason if self.node is None else f"{self.reason}: {self.node}"
+
+
+@dataclass(slots=True)
+class Labels:
+    """The labels of one pass; edges are (node index, value id)."""
+
+    shard: dict[int, Atoms] = field(default_factory=dict)
+    partial: set[int] = field(default_factory=set)
+    born: set[int] = field(default_factory=set)  # partial values that a contraction makes
+    slices: dict[tuple[int, int], Atoms] = field(default_factory=dict)
+    reduces: set[tuple[int, int]] = field(default_factory=set)
+    onces: set[tuple[int, int]] = field(default_factory=set)
+    kernels: dict[int, Kernel] = field(default_factory=dict)
+    gathered: dict[int, Atoms] = field(default_factory=dict)  # EXIT node index → atoms gathered there
+    generated: set[int] = field(default_factory=set)  # nodes whose result is made sharded from whole arguments
+    conflicts: list[Conflict] = field(default_factory=list)
+
+    def of(self, value: Value) -> Atoms:
+        """The atoms that a value is sharded on."""
+        return self.shard.get(value.id, NONE)
+
+
+class Space:
+    """The axes in the form that labelling needs: leaf atoms of each dim, frozen."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.graph = axes.graph
+        self.leaves: dict[int, tuple[Atoms, ...]] = {}
+        self.carried: dict[int, Atoms] = {}
+        self._cache: dict[tuple[int, ...], Atoms] = {}
+        for key, dims in axes.dims.items():
+            per_dim = tuple(self.atoms(d) for d in dims)
+            self.leaves[key] = per_dim
+            self.carried[key] = frozenset().union(*per_dim) if per_dim else NONE
+        self.inputs = [tuple(dict.fromkeys(n.inputs())) for n in self.graph.nodes]
+        self.sites = [[(s, self.atoms(s.dim)) for s in m.sites] for m in axes.meanings]
+        self.contracts = [[(c, self.atoms(c.dim)) for c in m.contracts] for m in axes.meanings]
+
+    def atoms(self, dim: Iterable[Atom]) -> Atoms:
+        """Leaf atoms of a dim, those inside concatenations included."""
+        key = tuple(a.id for a in dim)
+        if key not in self._cache:
+            self._cache[key] = frozenset(leaf_atoms(dim))
+        return self._cache[key]
+
+
+def leaf_atoms(dim: Iterable[Atom]) -> Iterable[Atom]:
+    """Leaf atoms of a dim, in order."""
+    for atom in flat(list(dim)):
+        if atom.segments is None:
+            yield atom
+        else:
+            for segment in atom.segments:
+                yield from leaf_atoms(segment)
+
+
+def load(dim: Iterable[Atom], on: Atoms) -> int:
+    """The largest number of sharded atoms on one index path through a dim."""
+    total = 0
+    for atom in flat(list(dim)):
+        if atom.segments is None:
+            total += atom in on
+        else:
+            total += max(load(s, on) for s in atom.segments)
+    return total
+
+
+def local_size(dim: Iterable[Atom], on: Atoms, tp: int) -> int:
+    """Size of a dim on one rank."""
+    size = 1
+    for atom in flat(list(dim)):
+        if atom.segments is None:
+            size *= atom.size // tp if atom in on else atom.size
+        else:
+            size *= sum(local_size(s, on, tp) for s in atom.segments)
+    return size
+
+
+def label(space: Space, on: Atoms, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int] = frozenset()) -> Labels:
+    """One forward pass. `gathers`: results gathered at a module's EXIT; `whole`: nodes whose result is not made sharded."""
+    out = Labels()
+    for value in space.graph.params.values():
+        hit = space.carried[value.id] & on
+        if hit:
+            out.shard[value.id] = hit
+    for node, meaning, inputs in zip(space.graph.nodes, space.axes.meanings, space.inputs, strict=True):
+        active = NONE
+        for v in inputs:
+            active |= out.shard.get(v.id, NONE)
+        partial = [v for v in inputs if v.id in out.partial]
+        if not active and not partial and not (meaning.generates and node.index not in whole and on):
+            continue
+        if node.op is Pseudo.REPEAT:
+            _repeat(space, node, out)
+        else:
+            _node(space, node, meaning, inputs, active, partial, on, gathers, whole, out)
+    _check_values(space, out)
+    return out
+
+
+def _repeat(space: Space, node: Node, out: Labels) -> None:
+    here, there, results = node.args
+    for a, b in zip(here, there, strict=True):
+        if out.of(a) != out.of(b):
+            out.conflicts.append(Conflict(out.of(a) | out.of(b), node, "a repeated block gets its argument in another placement"))
+        if a.id in out.partial:
+            out.reduces.add((node.index, a.id))
+    for new, template in zip(node.outputs, results, strict=True):
+        if out.of(template):
+            out.shard[new.id] = out.of(template)
+        if template.id in out.partial:
+            out.partial.add(new.id)
+
+
+def _node(
+    space: Space, node: Node, meaning: Meaning, inputs: Sequence[Value], active: Atoms, partial: list[Value], on: Atoms,
+    gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], out: Labels,
+) -> None:  # fmt: skip
+    index = node.index
+    # whole arguments that carry an active atom are sliced
+    have: dict[int, Atoms] = {}
+    for v in inputs:
+        own = out.shard.get(v.id, NONE)
+        missing = (space.carried.get(v.id, NONE) & active) - own
+        if missing and v.id not in out.partial:
+            if v.id in space.graph.fills and v.origin is Origin.NODE and not v.shape:
+                missing = NONE
+            out.slices[index, v.id] = missing
+        have[v.id] = own | missing
+    for site, atoms in space.sites[index]:
+        hit = have.get(site.value, out.shard.get(site.value, NONE)) & atoms
+        if hit:
+            out.conflicts.append(Conflict(hit, node, site.reason))
+    # partial arguments pass where the operator commutes with the sum
+    ids = frozenset(v.id for v in partial)
+    passes = bool(partial) and any(
+        ids <= group and all(g in ids or space.graph.fills.get(g) == 0.0 for g in group) for group in meaning.linear
+    )
+    # contractions over a sharded dim make partial sums
+    summed = NONE
+    for contract, atoms in space.contracts[index]:
+        hit = have.get(contract.value, NONE) & atoms
+        if not hit:
+            continue
+        if contract.kernel is not None:
+            out.kernels[index] = contract.kernel
+        if not contract.whole:
+            summed |= hit
+    if passes and (summed or any(have[v.id] for v in inputs if v.id not in ids)):
+        passes = False  # the sum would meet a sharded operand: take it before
+    if partial and not passes:
+        out.reduces.update((index, v.id) for v in partial)
+    if summed:
+        out.onces.update((index, v) for v in meaning.once)
+    generated = NONE
+    if meaning.generates and index not in whole:
+        fresh = frozenset().union(*(space.carried[o.id] for o in node.outputs)) & on
+        generated = fresh - frozenset().union(*(space.carried.get(v.id, NONE) for v in inputs)) if inputs else fresh
+        if generated:
+            out.generated.add(index)
+    available = active | generated
+    for o in node.outputs:
+        hit = space.carried.get(o.id, NONE) & available & _flowing(have, generated)
+        if node.op is Pseudo.EXIT and hit and node.slot is not None:
+            wanted = gathers.get((Pseudo.EXIT, *node.slot), NONE) & hit
+            if wanted:
+                out.gathered[index] = wanted
+                hit -= wanted
+        if hit:
+            out.shard[o.id] = hit
+        if (summed or passes) and not o.dtype.is_floating_point and not o.dtype.is_complex:
+            out.conflicts.append(Conflict(summed, node, "a sum of integers"))
+        if summed or passes:
+            out.partial.add(o.id)
+            if summed:
+                out.born.add(o.id)
+            if hit:
+                out.conflicts.append(Conflict(hit | summed, node, "a partial sum would also be sharded"))
+
+
+def _flowing(have: Mapping[int, Atoms], generated: Atoms) -> Atoms:
+    return frozenset().union(*have.values(), generated) if have else generated
+
+
+def _check_values(space: Space, out: Labels) -> None:
+    for key, on in out.shard.items():
+        if len(on) > 1 and sum(load(d, on) for d in space.axes.dims[key]) > 1:
+            out.conflicts.append(Conflict(on, None, "two sharded axes meet in one tensor"))
+    for (index, key), missing in out.slices.items():
+        on = out.shard.get(key, NONE) | missing
+        if sum(load(d, on) for d in space.axes.dims[key]) > 1:
+            out.conflicts.append(Conflict(on, space.graph.nodes[index], "two sharded axes meet in one tensor"))
+    for key, on in out.shard.items():
+        for atom in on:
+            if sum(atom in d for d in space.leaves[key]) > 1:
+                out.conflicts.append(Conflict(frozenset({atom}), None, "both dims of one tensor are the same axis"))
+                break
+
+
+def roots(atoms: Iterable[Atom]) -> Atoms:
+    """The classes that atoms belong to now."""
+    return frozenset(find(a) for a in atoms)
