@@ -6,6 +6,7 @@ Rank 0's generator states are broadcast before `generate`, and before a training
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,11 +39,12 @@ class SyncedGenerate:
 
     def __init__(self, model: nn.Module, comm: Comm) -> None:
         self._model, self._comm = model, comm
-        functools.update_wrapper(self, type(model).generate)
+        self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
+        functools.update_wrapper(self, self._generate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         sync_rng(self._comm, device_of(self._model))
-        return type(self._model).generate(self._model, *args, **kwargs)  # type: ignore[operator]
+        return self._generate(*args, **kwargs)
 
 
 class SyncedDropout:
@@ -58,9 +60,7 @@ class SyncedDropout:
         if any(m.p > 0 for m in self._dropouts):
             return True
         values = getattr(self._config, "__dict__", {})
-        return any(
-            isinstance(v, float) and v > 0 for k, v in values.items() if "drop" in k
-        )
+        return any(isinstance(v, float) and v > 0 for k, v in values.items() if "drop" in k)
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if model.training and self.active():

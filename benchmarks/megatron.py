@@ -1,0 +1,135 @@
+"""The yardstick: tensor parallelism written by hand for one architecture, on plain tensors, in Megatron's way.
+
+It keeps transformers' llama classes and changes only what must change: local weights, a function for the entering copy,
+one for the leaving sum, a vocab-parallel embedding and head. q, k, v share one copy, as do gate and up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CopyIn(torch.autograd.Function):
+    """Identity; sums the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class SumOut(torch.autograd.Function):
+    """Sums over ranks; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        dist.all_reduce(x, group=group)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class GatherOut(torch.autograd.Function):
+    """Joins the last dim; the gradient's own part passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.rank, ctx.size = dist.get_rank(group), x.shape[-1]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.narrow(-1, ctx.rank * ctx.size, ctx.size), None
+
+
+class Shared:
+    """The entering copy that several linears share within one block."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.of: Tensor | None = None
+        self.copied: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return x
+        if self.of is not x or self.copied is None:
+            self.of, self.copied = x, CopyIn.apply(x, self.group)
+        return self.copied
+
+
+class Colwise(nn.Module):
+    """Rows of the weight on this rank."""
+
+    def __init__(self, weight: Tensor, shared: Shared, gather: bool = False) -> None:
+        super().__init__()
+        self.weight, self.shared, self.gather = nn.Parameter(weight), shared, gather
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(self.shared(x), self.weight)
+        return GatherOut.apply(y, self.shared.group) if self.gather else y
+
+
+class Rowwise(nn.Module):
+    """Columns of the weight on this rank."""
+
+    def __init__(self, weight: Tensor, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight, self.group = nn.Parameter(weight), group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SumOut.apply(F.linear(x, self.weight), self.group)
+
+
+class VocabEmbedding(nn.Module):
+    """Rows of the table on this rank."""
+
+    def __init__(self, weight: Tensor, start: int, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight, self.start, self.group = nn.Parameter(weight), start, group
+
+    def forward(self, ids: Tensor) -> Tensor:
+        local = ids - self.start
+        outside = (local < 0) | (local >= self.weight.shape[0])
+        y = F.embedding(local.masked_fill(outside, 0), self.weight)
+        return SumOut.apply(y.masked_fill(outside.unsqueeze(-1), 0), self.group)
+
+
+def parallelize_by_hand(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+    """Replace the linears and the embedding of a LlamaForCausalLM by their local forms."""
+    rank, tp = dist.get_rank(group), dist.get_world_size(group)
+
+    def part(weight: Tensor, dim: int) -> Tensor:
+        return weight.detach().chunk(tp, dim)[rank].clone(memory_format=torch.contiguous_format)
+
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        attention, mlp = layer.self_attn, layer.mlp
+        shared = Shared(group)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(attention, name, Colwise(part(getattr(attention, name).weight, 0), shared))
+        attention.o_proj = Rowwise(part(attention.o_proj.weight, 1), group)
+        shared = Shared(group)
+        for name in ("gate_proj", "up_proj"):
+            setattr(mlp, name, Colwise(part(getattr(mlp, name).weight, 0), shared))
+        mlp.down_proj = Rowwise(part(mlp.down_proj.weight, 1), group)
+    table: Any = model.model.embed_tokens  # type: ignore[union-attr]
+    rows = table.weight.shape[0] // tp
+    model.model.embed_tokens = VocabEmbedding(part(table.weight, 0), rank * rows, group)  # type: ignore[union-attr]
+    model.lm_head = Colwise(part(model.lm_head.weight, 0), Shared(group), gather=True)  # type: ignore[union-attr, arg-type]
+    return model
