@@ -7,7 +7,7 @@ rich to plain and returns the first that the model runs on.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -105,15 +105,69 @@ class _Maker:
     def waves(self) -> Tensor:
         return self.floats(self.batch, 3200)
 
-    def grid_pixels(self) -> Inputs:
-        """Images as a flat list of patches with a (time, height, width) grid each."""
-        patch = int(_value(self.config, "patch_size", default=8))
+    @property
+    def patch(self) -> int:
+        return _pair(_value(self.config, "patch_size", default=8))[0]
+
+    @property
+    def grid(self) -> Tensor:
+        """(time, height, width) in patches, for each image."""
+        return torch.tensor([[1, 4, 4]] * self.batch)
+
+    def flat_patches(self) -> list[Tensor]:
+        """16 patches of each image in a row, in the forms that models take."""
         steps = int(_value(self.config, "temporal_patch_size", default=1))
-        grid = torch.tensor([[1, 4, 4]] * self.batch)
-        return {
-            "pixel_values": self.floats(self.batch * 16, self.channels * steps * patch * patch),
-            "image_grid_thw": grid,
-        }
+        area = self.patch * self.patch
+        flat = self.floats(self.batch * 16, self.channels * steps * area)
+        whole = flat[:, : self.channels * area].reshape(-1, self.channels, self.patch, self.patch).contiguous()
+        return [flat, whole, whole.unsqueeze(0)]
+
+    def media(self, medium: str, names: Container[str]) -> Iterator[Inputs]:
+        """Images or sound with what goes with them, in the forms that models take."""
+        if medium != "pixel_values":
+            made = {medium: MAKERS[medium](self)}
+            mask = next((n for n in ("feature_attention_mask", "input_features_mask", "audio_attention_mask", "attention_mask") if n in names), None)
+            yield made
+            if mask is not None and medium == "input_features":
+                yield {**made, mask: torch.ones(self.batch, made[medium].shape[-1], dtype=torch.long)}
+                swapped = made[medium].transpose(1, 2).contiguous()
+                yield {medium: swapped, mask: torch.ones(self.batch, swapped.shape[1], dtype=torch.long)}
+            return
+        grid = next((n for n in ("image_grid_thw", "grid_thw", "image_grid_hws", "target_sizes") if n in names), None)
+        if grid is not None:
+            for pixels in self.flat_patches():
+                made = {medium: pixels, grid: self.grid if grid.endswith("thw") else self.grid[:, 1:]}
+                for name in ("merge_sizes", "image_merge_sizes"):
+                    if name in names:
+                        made[name] = torch.full((self.batch,), 2)
+                yield made
+        if "spatial_shapes" in names:
+            steps = int(_value(self.config, "num_patches", default=16))
+            mask = torch.zeros(self.batch, steps, dtype=torch.long)
+            mask[:, :16] = 1
+            area = self.channels * self.patch * self.patch
+            yield {medium: self.floats(self.batch, steps, area), "pixel_attention_mask": mask, "spatial_shapes": self.grid[:, 1:].clone()}
+        if "aspect_ratio_ids" in names:
+            tiles = int(_value(self.config, "max_num_tiles", default=4))
+            made = {
+                medium: self.pixels()[:, None, None].repeat(1, 1, tiles, 1, 1, 1),
+                "aspect_ratio_ids": torch.ones(self.batch, 1, dtype=torch.long),
+                "aspect_ratio_mask": torch.ones(self.batch, 1, tiles, dtype=torch.long),
+            }
+            if "cross_attention_mask" in names:
+                made["cross_attention_mask"] = torch.ones(self.batch, self.length, 1, tiles, dtype=torch.long)
+            yield made
+        pixels = self.pixels()
+        size = torch.tensor([list(pixels.shape[-2:])] * self.batch)
+        yield {medium: pixels}
+        if "image_sizes" in names:
+            yield {medium: pixels, "image_sizes": size}
+            yield {medium: pixels.unsqueeze(1).repeat(1, 3, 1, 1, 1), "image_sizes": size}
+        if pixels.dim() == 4:
+            yield {medium: pixels.unsqueeze(1)}
+            yield {medium: pixels.unsqueeze(1).repeat(1, 2, 1, 1, 1)}
+        else:
+            yield {medium: pixels[:, 0].contiguous()}
 
 
 def _all_fields(config: PreTrainedConfig) -> set[str]:
@@ -140,7 +194,7 @@ MAKERS: dict[str, Callable[[_Maker], Any]] = {
     "audio_values": lambda m: m.waves(),
     "bbox": lambda m: _boxes(m),
     "position_ids": lambda m: torch.arange(m.length).expand(m.batch, m.length).contiguous(),
-    "past_values": lambda m: m.floats(m.batch, int(_value(m.config, "context_length", default=32))),
+    "past_values": lambda m: m.floats(m.batch, _series_length(m), *_series_channels(m)),
     "query_ids": lambda m: m.tokens(),
     "image": lambda m: m.pixels(),
     "images": lambda m: m.pixels(),
@@ -148,8 +202,22 @@ MAKERS: dict[str, Callable[[_Maker], Any]] = {
     "spectrogram": lambda m: m.floats(m.batch, 20, int(_value(m.config, "model_in_dim", "num_mel_bins", default=80))),
     "return_loss": lambda m: False,
     "timestep": lambda m: torch.full((m.batch,), 0.5, dtype=m.dtype),
+    "input_features_mask": lambda m: torch.ones(m.batch, m.features().shape[1], dtype=torch.long),
+    "qformer_input_ids": lambda m: m.tokens(),
+    "past_time_features": lambda m: m.floats(m.batch, _series_length(m), int(_value(m.config, "num_time_features", default=0))),
+    "past_observed_mask": lambda m: torch.ones(m.batch, _series_length(m)),
     "states": lambda m: m.floats(m.batch, 4, int(_value(m.config, "state_dim", default=17))),
 }
+
+
+def _series_length(m: _Maker) -> int:
+    """The context, and before it what the largest lag looks back to."""
+    return int(_value(m.config, "context_length", default=32)) + max(_value(m.config, "lags_sequence", default=[0]))
+
+
+def _series_channels(m: _Maker) -> tuple[int, ...]:
+    channels = _value(m.config, "num_input_channels")
+    return () if channels is None else (int(channels),)
 
 
 def _boxes(m: _Maker) -> Tensor:
@@ -168,67 +236,76 @@ def _proposals(model: PreTrainedModel, m: _Maker) -> Iterator[Inputs | Exception
     text = ["input_ids"] if "input_ids" in names else []
     media = [n for n in ("pixel_values", "input_features", "input_values") if n in names]
     if text and media:
-        try:
-            yield from _with_placeholders(model, m, names, media[0])
-        except Exception as error:  # the model's own feature extraction, on a wrong guess
-            yield error
-    sets = [base + decoder + text + media[:1], base + decoder, base + decoder + text, text, media[:1], text + ["bbox"], text + media[:1] + ["bbox"],
-            base + ["position_ids"]]
+        yield from _with_placeholders(model, m, names, media[0])
+    sets = [
+        base + decoder + text,
+        base + decoder,
+        text,
+        [*text, "bbox"],
+        [*base, "position_ids"],
+    ]
+    if media and set(required) <= {media[0], *_BESIDES, "input_ids"}:
+        for with_text in ([text + decoder, decoder] if text else [decoder]):
+            for made in m.media(media[0], names):
+                yield {**{n: MAKERS[n](m) for n in with_text}, **made}
+    if "grid_thw" in names and "hidden_states" in required:
+        for patches in m.flat_patches():
+            yield {"hidden_states": patches, "grid_thw": m.grid}
     seen: list[set[str]] = []
     for chosen in sets:
         wanted = set(chosen)
-        if not wanted or wanted in seen or not wanted <= set(names):
+        if not wanted or wanted in seen or not wanted <= set(names) or not wanted <= set(MAKERS):
             continue
         seen.append(wanted)
-        missing = [n for n in wanted if n not in MAKERS]
-        if missing:
-            continue
         made = {n: MAKERS[n](m) for n in dict.fromkeys(chosen)}
-        if "image_grid_thw" in names and "pixel_values" in made:
-            made |= m.grid_pixels()
         yield made
-        if "pixel_values" in made and made["pixel_values"].dim() == 5:
-            yield {**made, "pixel_values": made["pixel_values"][:, 0].contiguous()}
         if "input_values" in made:
             yield {**made, "input_values": made["input_values"].unsqueeze(1)}
+            bins = int(_value(m.config, "num_mel_bins", default=80))
+            yield {**made, "input_values": m.floats(m.batch, int(_value(m.config, "max_length", default=64)), bins)}
         if "input_features" in made:
             yield {**made, "input_features": made["input_features"].transpose(1, 2).contiguous()}
 
 
-def _with_placeholders(model: PreTrainedModel, m: _Maker, names: list[str], medium: str) -> Iterator[Inputs]:
+#: What media arguments bring with them.
+_BESIDES = {
+    "image_grid_thw", "grid_thw", "image_grid_hws", "target_sizes", "merge_sizes", "image_merge_sizes", "pixel_attention_mask", "spatial_shapes",
+    "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "image_sizes", "feature_attention_mask", "input_features_mask",
+    "audio_attention_mask", "attention_mask",
+}
+
+
+def _with_placeholders(model: PreTrainedModel, m: _Maker, names: list[str], medium: str) -> Iterator[Inputs | Exception]:
     """Text in which as many placeholder tokens stand as the model makes features of the image or sound."""
     kind = "image" if medium == "pixel_values" else "audio"
     token = _value(model.config, f"{kind}_token_id", f"{kind}_token_index")
-    getter = getattr(model, f"get_{kind}_features", None)
+    getter = getattr(model, f"get_{kind}_features", None) or getattr(model.base_model, f"get_{kind}_features", None)
     if token is None or getter is None:
         return
-    made = {medium: MAKERS[medium](m)}
-    if medium == "pixel_values" and "image_grid_thw" in names:
-        made = m.grid_pixels()
-    if "image_sizes" in names:
-        size = _pair(_value(model.config, "image_size", default=32))
-        made["image_sizes"] = torch.tensor([size] * m.batch)
-        if made[medium].dim() == 4 and "image_grid_pinpoints" in _all_fields(model.config):
-            made[medium] = made[medium].unsqueeze(1).repeat(1, 2, 1, 1, 1)
+    for made in m.media(medium, names):
+        try:
+            count = _feature_count(getter, made)
+        except Exception as error:  # the model's own feature extraction, on a wrong guess
+            yield error
+            continue
+        if count % m.batch:
+            continue
+        plain = m.tokens(6)
+        ids = torch.cat([plain[:, :2], torch.full((m.batch, count // m.batch), int(token)), plain[:, 2:]], dim=1)
+        extra = {n: (ids == int(token)).long() for n in ("mm_token_type_ids", "token_type_ids") if n in names}
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), **{n: v for n, v in made.items() if n in names}, **extra}
+
+
+def _feature_count(getter: Callable[..., Any], made: Inputs) -> int:
+    """How many placeholder tokens these images or sounds want."""
+    taken = inspect.signature(getter).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     with torch.no_grad():
-        taken = inspect.signature(getter).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         found = getter(**{n: v for n, v in made.items() if n in taken or open_ended})
-    features = getattr(found, "pooler_output", None) if not isinstance(found, (Tensor, tuple, list)) else found
+    features = found if isinstance(found, (Tensor, tuple, list)) else getattr(found, "pooler_output", None)
     if features is None:
         features = found[0]
-    count = sum(_rows(f) for f in features) if isinstance(features, (tuple, list)) else _rows(features)
-    if count % m.batch:
-        return
-    each = count // m.batch
-    plain = m.tokens(6)
-    ids = torch.cat([plain[:, :2], torch.full((m.batch, each), int(token)), plain[:, 2:]], dim=1)
-    extra: Inputs = {}
-    if "mm_token_type_ids" in names:
-        extra["mm_token_type_ids"] = (ids == int(token)).long()
-    if "token_type_ids" in names:
-        extra["token_type_ids"] = (ids == int(token)).long()
-    yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), **made, **extra}
+    return sum(_rows(f) for f in features) if isinstance(features, (tuple, list)) else _rows(features)
 
 
 def _rows(features: Tensor) -> int:

@@ -100,12 +100,12 @@ def is_int(value: Any) -> bool:
 
 
 def _at_most(limit: int) -> Rule:
-    return lambda node, name, value: min(value, limit)
+    return _each(limit)
 
 
 def _to(attribute: str) -> Rule:
     """Set to a size, never above the old value."""
-    return lambda node, name, value: min(value, getattr(node.sizes, attribute))
+    return lambda node, name, value: _each(getattr(node.sizes, attribute))(node, name, value)
 
 
 def _heads(node: _Node, name: str, value: Any) -> Any:
@@ -116,7 +116,7 @@ def _heads(node: _Node, name: str, value: Any) -> Any:
 
 
 def _kv_heads(node: _Node, name: str, value: int) -> int:
-    heads = node.number(*HEAD_NAMES)
+    heads = node.number(name.replace("key_value", "attention"), *HEAD_NAMES)
     if value <= 1:
         return value
     if heads is not None and value >= heads:
@@ -252,13 +252,14 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"time_step_rank|mamba_dt_rank", _at_most(4)),
         (r"(\w+_)?chunk_size|mamba_chunk_size", _at_most(16)),
         # positions and windows
-        (r"sliding_window|attention_chunk_size|local_attention|attention_window_size|window_size_attention", _each(8)),
+        (r"sliding_window|attention_chunk_size|local_attention|attention_window_size|window_size_attention|attention_window", _each(8)),
         (r"max_(\w+_)?position_embeddings|n_positions|n_ctx|max_seq(_len|uence_length|_length)|max_sequence_length|seq_length", _to("positions")),
         (r"max_(source|target|speech|text|audio|encoder|decoder)_positions?", _at_most(64)),
         (r"original_max_position_embeddings", _at_most(64)),
         # images
         (r"(?!norm)(\w+_)?image_size|img_size|input_size|crop_size|pretrain_image_size|visual_prompt_size", _image),
         (r"patch_size", _patch),
+        (r"image_grid_pinpoints", lambda node, name, value: [[node.sizes.image, 2 * node.sizes.image], [2 * node.sizes.image, node.sizes.image]]),
         # layers, layer by layer
         (r"first_k_dense_replace|num_dense_layers|(\w+_)?first_k_dense", _at_most(1)),
         (r"(\w+_)?(sparse_step|period|interval|pattern_length|layer_freq|every_n_layers|layer_step|layer_interval|moe_freq)", _each(2)),
@@ -278,7 +279,6 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"num_queries|num_query_tokens|(\w+_)?num_queries|num_latents|resampler_n_latents|num_detection_tokens|num_object_queries", _at_most(16)),
         (r"(\w+_)?(num_)?groups|conv_groups|\w+_num_groups|num_conv_pos_embedding_groups", _each(4)),
         (r"num_conv_pos_embeddings", _at_most(8)),
-        (r"max_bucket_distance|num_buckets|relative_attention_num_buckets|relative_attention_max_distance", _at_most(16)),
     )
 )
 
