@@ -63,8 +63,8 @@ def _no_bars() -> Iterator[None]:
     """No tqdm bars: every rank would draw its own over the others'."""
     import tqdm
 
-    original = tqdm.tqdm.__init__
-    tqdm.tqdm.__init__ = functools.partialmethod(original, disable=True)
+    original = vars(tqdm.tqdm)["__init__"]  # as it is stored: others may have put a partialmethod there
+    tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
     try:
         yield
     finally:

@@ -6,7 +6,6 @@ import functools
 import importlib.util
 
 import pytest
-import torch
 
 from autotp import demo
 from autotp.errors import InputError
@@ -71,9 +70,8 @@ def test_the_exit_code_says_whether_they_agree(error, tokens, code):
 def test_bars_are_off_only_while_loading():
     import tqdm
 
-    before = tqdm.tqdm.__init__
+    before = vars(tqdm.tqdm)["__init__"]
     with demo._no_bars():
         assert isinstance(vars(tqdm.tqdm)["__init__"], functools.partialmethod)
         assert tqdm.tqdm([1]).disable
-    assert tqdm.tqdm.__init__ is before
-    assert torch.get_num_threads() >= 1
+    assert vars(tqdm.tqdm)["__init__"] is before

@@ -150,6 +150,11 @@ def test_inputs_are_asked_for():
     assert "--inputs" in found.failure
 
 
+def test_a_module_without_storage_is_refused():
+    with pytest.raises(InputError, match="on the meta device"):
+        verify(Model().to("meta"), 2)
+
+
 def test_tp_below_one_is_refused():
     with pytest.raises(InputError, match="tp is 0"):
         verify("tests.test_verify:Model", 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from autotp import targets
 from autotp.errors import InputError
@@ -52,6 +53,8 @@ def verify(
         raise InputError(f"verify: tp is {tp}, wanted at least 1")
     started = time.monotonic()
     loaded = targets.load(target)
+    if isinstance(loaded, nn.Module) and any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers())):
+        raise InputError("verify: the module is on the meta device; pass a config or a callable that builds it")
     model = targets.resolve(loaded)
     name = str(target) if isinstance(target, str | os.PathLike) else type(model).__name__
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -23,6 +23,10 @@ from autotp.verify.modules import recorded
 #: Parallelizes the model in place; returns the layout of each of its parameters.
 Parallelizer = Callable[[nn.Module, DeviceMesh, "Mapping[str, Any] | None"], Mapping[str, Layout]]
 NEW_TOKENS = 8
+#: A gradient is measured against its own size, but at least this part of the model's largest: some are zero but for rounding.
+FLOOR = 1e-6
+#: Entries of an output that may be shards.
+LOCAL_OUTPUTS = frozenset({"past_key_values", "cache_params", "mems", "state", "cache", "rnn_state", "past_buckets_states"})
 
 
 def with_autotp(model: nn.Module, mesh: DeviceMesh, inputs: Mapping[str, Any] | None) -> Mapping[str, Layout]:
@@ -79,7 +83,7 @@ def check_rank(emit: Callable[[Any], None], job: Mapping[str, Any]) -> dict[str,
 def _model(job: Mapping[str, Any]) -> nn.Module:
     from autotp.testing.tiny import randomise
 
-    model = targets.build(targets.load(job["target"]), device="cpu", dtype=torch.float64).eval()
+    model = targets.build(targets.load(job["target"]), device="cpu").to(torch.float64).eval()
     randomise(model, seed=job["seed"])
     for tensor in (*model.parameters(), *model.buffers()):  # a factory need not be deterministic
         dist.broadcast(tensor.data, 0)
@@ -110,7 +114,13 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors of the output by path; gradients of a fixed random projection of them are left in the parameters."""
     model.zero_grad()
     found: dict[str, Tensor] = {}
-    flatten_result(model(**inputs), lambda where, tensor: found.setdefault(".".join(map(str, where)) or "output", tensor))
+
+    def keep(where: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        if not where or where[0] not in LOCAL_OUTPUTS:
+            found[".".join(map(str, where)) or "output"] = tensor
+        return tensor
+
+    flatten_result(model(**inputs), keep)
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(())
     for tensor in found.values():
@@ -128,6 +138,7 @@ def _gradients(reference: nn.Module, parallel: nn.Module, layouts: Mapping[str, 
     """
     errors: dict[str, float] = {}
     others = dict(parallel.named_parameters())
+    floor = FLOOR * max((largest(param.grad) for param in reference.parameters() if param.grad is not None), default=0.0)
     for name, param in reference.named_parameters():
         grad = others[name].grad if name in others else None
         if param.grad is None and grad is None:
@@ -138,7 +149,7 @@ def _gradients(reference: nn.Module, parallel: nn.Module, layouts: Mapping[str, 
             continue
         layout, local = layouts.get(name), grad.to_local() if isinstance(grad, DTensor) else grad
         wanted = param.grad if layout is None else layout.shard(param.grad, rank)
-        errors[name] = relative_error(local, wanted, scale=largest(param.grad))
+        errors[name] = relative_error(local, wanted, scale=max(largest(param.grad), floor))
     return errors
 
 
