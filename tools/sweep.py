@@ -49,7 +49,7 @@ def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool) -> Record:
         record["stage"] = "class"
         with torch.device("meta"):
             size = sum(p.numel() for p in model_class(config)(config).parameters())
-        if size > 40_000_000:
+        if size > 10_000_000:
             raise RuntimeError(f"the tiny model has {size} parameters")
         record["stage"] = "build"
         model = transformer(model_type)

@@ -271,7 +271,7 @@ class _Comparison:
         for name, gradient in left.items():
             other = right.get(name)
             if gradient is None or not bool(gradient.any()):
-                if other is not None and float(other.abs().max()) > floor * 1e-6:
+                if other is not None and other.numel() and float(other.abs().max()) > floor * 1e-6:
                     self.note(aspect, f"{name} (no gradient wanted)", float("inf"))
             elif other is None:
                 self.note(aspect, f"{name} (no gradient got)", float("inf"))
