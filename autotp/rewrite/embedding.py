@@ -16,6 +16,7 @@ from autotp.plan.model import GradSum, Kernel, ModulePlan, Op
 from autotp.rewrite.classes import STATE
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import reduce
+from autotp.rewrite.grads import grad_of
 from autotp.rewrite.kernels import local_ids
 from autotp.rewrite.reads import Read, local_tensor
 
@@ -69,7 +70,7 @@ class _Embedding(torch.autograd.Function):
         ids, outside = ctx.saved_tensors
         grad = grad.masked_fill(outside.unsqueeze(-1), 0)
         dense = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.run.padding, False)
-        return None, DTensor(dense, ctx.spec, requires_grad=False), None  # type: ignore[call-arg]
+        return None, grad_of(ctx.spec, dense), None
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:

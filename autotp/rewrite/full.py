@@ -6,17 +6,18 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from autotp.plan.layout import Layout
 from autotp.plan.model import ParamPlan
 from autotp.rewrite.comm import Comm
-from autotp.rewrite.reads import local_tensor
 
 
 @torch.no_grad()
 def unshard(tensor: Tensor, layout: Layout, comm: Comm) -> Tensor:
     """The full tensor of shape `layout.shape` from every rank's local part of `tensor`."""
-    local = local_tensor(tensor.detach())
+    tensor = tensor.detach()
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     if layout.dim is None:
         return local
     return layout.unshard(comm.all_gather(local))

@@ -22,6 +22,7 @@ from autotp.plan.model import GradSum, ModulePlan, Op
 from autotp.rewrite.classes import STATE
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import copy, gather, once, reduce
+from autotp.rewrite.grads import grad_of
 from autotp.rewrite.reads import Read, local_tensor
 from autotp.rewrite.split import Split
 
@@ -106,12 +107,12 @@ class _Linear(torch.autograd.Function):
             grad_w = rows.t().mm(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
             if run.weight.fix.grad is not GradSum.NONE:
                 grad_w = run.weight.fix(grad_w, owned=True)
-            grad_w = DTensor(grad_w, ctx.specs[0], requires_grad=False)  # type: ignore[call-arg]
+            grad_w = grad_of(ctx.specs[0], grad_w)
         if needs[2]:
             grad_b = rows.sum(0)
             if run.bias is not None and run.bias.fix.grad is not GradSum.NONE:
                 grad_b = run.bias.fix(grad_b, owned=True)
-            grad_b = DTensor(grad_b, ctx.specs[1], requires_grad=False)  # type: ignore[call-arg]
+            grad_b = grad_of(ctx.specs[1], grad_b)
         return grad_x, grad_w, grad_b, None
 
 

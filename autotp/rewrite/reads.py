@@ -17,16 +17,12 @@ from autotp.plan.layout import Interval, Layout
 from autotp.plan.model import Conversion, GradSum
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
+from autotp.rewrite.grads import grad_of
 
 
 def local_tensor(p: Tensor) -> Tensor:
     """The plain tensor that this rank holds of `p`; carries no gradient for a DTensor."""
     return p._local_tensor if type(p) is DTensor else p
-
-
-def like_param(p: Tensor, grad: Tensor) -> Tensor:
-    """`grad` of the local tensor of `p` as a gradient of `p`."""
-    return DTensor(grad, p._spec, requires_grad=False) if type(p) is DTensor else grad  # type: ignore[call-arg]
 
 
 class GradFix:
@@ -69,7 +65,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = ctx.fix(grad)
         spec = ctx.spec
-        return grad if spec is None else DTensor(grad, spec, requires_grad=False), None  # type: ignore[call-arg]
+        return grad if spec is None else grad_of(spec, grad), None
 
 
 class _Fix(torch.autograd.Function):
