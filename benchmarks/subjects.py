@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
@@ -66,11 +68,15 @@ def torch_styles(size: str, mesh: DeviceMesh) -> nn.Module:
 
 def transformers_plan(size: str, mesh: DeviceMesh) -> nn.Module:
     """(C) transformers' tp_plan="auto"."""
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaForCausalLM
 
-    folder = os.path.join(tempfile.gettempdir(), f"autotp_bench_{size}_{os.getppid()}_{os.getpid()}")
-    llama(size).save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+    folder = os.path.join(tempfile.gettempdir(), f"autotp_bench_{size}_{os.getppid()}_{dist.get_rank()}")
+    llama(size).save_pretrained(folder, is_main_process=True)
+    try:
+        model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh, dtype=torch.float32)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 SUBJECTS: dict[str, Callable[[str, DeviceMesh], nn.Module]] = {
