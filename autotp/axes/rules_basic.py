@@ -368,11 +368,12 @@ def slice_(context: Context, node: Node) -> None:
         context.demand(node.args[2], x, [before])
         context.demand(node.args[3], x, [piece])
         return
-    for number, inside, outside in ((raw[0], [before], [piece, after]), (raw[1], [before, piece], [after])):
+    pieces = [(before, sizes[0]), (piece, sizes[1]), (after, sizes[2])]
+    for number, at in ((raw[0], 1), (raw[1], 2)):
         if isinstance(number, int) and 0 < number < n:
-            context.demand(number, x, [i for i, s in zip(inside, sizes, strict=False) if s])
+            context.demand(number, x, [d for d, s in pieces[:at] if s])
         elif isinstance(number, int) and -n < number < 0:
-            context.meaning.demands.append(_negative(number, x, [o for o in outside if o]))
+            context.meaning.demands.append(_negative(number, x, [d for d, s in pieces[at:] if s]))
 
 
 def _negative(number: int, x: Value, dims: list[Dim]) -> Any:

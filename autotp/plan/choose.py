@@ -48,7 +48,7 @@ def choose(space: Space, tp: int, banned: Mapping[Atom, str]) -> Choice:
     whole: frozenset[int] = frozenset()
     labels = label(space, on, gathers, whole)
     for _, _, atom in sorted(ranked, key=lambda t: t[:2]):
-        tried = _try(space, atom, on, gathers, whole, weights[atom], tp)
+        tried = _try(space, atom, on, gathers, whole, weights[atom], tp, labels.generated)
         if isinstance(tried, Conflict):
             others = [a for a in tried.atoms if a is not atom]
             clash = bool(others) and any(a in on for a in others)
@@ -89,12 +89,14 @@ def share(dim: Iterable[Atom], atom: Atom) -> float:
 
 
 def _try(
-    space: Space, atom: Atom, on: Atoms, gathers: dict[SlotKey, Atoms], whole: frozenset[int], carriers: list[Value], tp: int
+    space: Space, atom: Atom, on: Atoms, gathers: dict[SlotKey, Atoms], whole: frozenset[int], carriers: list[Value], tp: int,
+    settled: set[int],
 ) -> tuple[Atoms, dict[SlotKey, Atoms], frozenset[int], Labels] | Conflict:
     wanted = on | {atom}
     labels = label(space, wanted, gathers, whole)
-    if labels.conflicts and labels.generated:
-        relaxed = whole | labels.generated
+    fresh = labels.generated - settled
+    if labels.conflicts and fresh:
+        relaxed = whole | fresh
         again = label(space, wanted, gathers, relaxed)
         if not again.conflicts:
             whole, labels = relaxed, again

@@ -17,6 +17,10 @@ from autotp.axes.atoms import Atom, find, flat
 from autotp.axes.kernel import Kernel
 from autotp.trace.graph import Node, Origin, Pseudo, Value
 
+#: Operators whose result is made of elements of their first argument.
+_SELECTIONS = frozenset(
+    ("alias", "index", "select", "slice", "view", "reshape", "unsqueeze", "squeeze", "expand", "to", "_to_copy", "enter", "exit", "index_select", "transpose", "t", "permute", "clone", "contiguous", "detach")
+)  # fmt: skip
 Atoms = frozenset[Atom]
 NONE: Atoms = frozenset()
 SlotKey = tuple[Pseudo, str, tuple[str | int, ...]]
@@ -43,7 +47,7 @@ class Labels:
     born: set[int] = field(default_factory=set)  # partial values that a contraction makes
     slices: dict[tuple[int, int], Atoms] = field(default_factory=dict)
     reduces: set[tuple[int, int]] = field(default_factory=set)
-    onces: set[tuple[int, int]] = field(default_factory=set)
+    once: set[int] = field(default_factory=set)  # whole parameters that are to be added once to partial sums
     kernels: dict[int, Kernel] = field(default_factory=dict)
     gathered: dict[int, Atoms] = field(default_factory=dict)  # EXIT node index → atoms gathered there
     generated: set[int] = field(default_factory=set)  # nodes whose result is made sharded from whole arguments
@@ -70,6 +74,18 @@ class Space:
         self.inputs = [tuple(dict.fromkeys(n.inputs())) for n in self.graph.nodes]
         self.sites = [[(s, self.atoms(s.dim)) for s in m.sites] for m in axes.meanings]
         self.contracts = [[(c, self.atoms(c.dim)) for c in m.contracts] for m in axes.meanings]
+
+        self._made = {o.id: n for n in self.graph.nodes for o in n.outputs}
+        self._params = {v.id for v in self.graph.params.values()}
+
+    def parameter_of(self, key: int) -> int | None:
+        """The parameter that a value is a view or a selection of, None for other values."""
+        while key not in self._params:
+            node = self._made.get(key)
+            if node is None or node.opname not in _SELECTIONS:
+                return None
+            key = next(node.inputs()).id
+        return key
 
     def atoms(self, dim: Iterable[Atom]) -> Atoms:
         """Leaf atoms of a dim, those inside concatenations included."""
@@ -112,8 +128,22 @@ def local_size(dim: Iterable[Atom], on: Atoms, tp: int) -> int:
 
 
 def label(space: Space, on: Atoms, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int] = frozenset()) -> Labels:
-    """One forward pass. `gathers`: results gathered at a module's EXIT; `whole`: nodes whose result is not made sharded."""
+    """Label every value. `gathers`: results gathered at a module's EXIT; `whole`: nodes whose result is not made sharded.
+
+    Passes are repeated until it is known which parameters are added to partial sums.
+    """
+    once: set[int] = set()
+    while True:
+        out = _pass(space, on, gathers, whole, once)
+        if out.once <= once:
+            out.once = once
+            return out
+        once |= out.once
+
+
+def _pass(space: Space, on: Atoms, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], once: set[int]) -> Labels:
     out = Labels()
+    out.partial |= once
     for value in space.graph.params.values():
         hit = space.carried[value.id] & on
         if hit:
@@ -183,10 +213,15 @@ def _node(
             summed |= hit
     if passes and (summed or any(have[v.id] for v in inputs if v.id not in ids)):
         passes = False  # the sum would meet a sharded operand: take it before
+    if partial and not passes and not summed:
+        passes = _add_once(space, meaning, ids, out)
     if partial and not passes:
+        partial = [v for v in partial if not (summed and v.id in meaning.once)]
         out.reduces.update((index, v.id) for v in partial)
     if summed:
-        out.onces.update((index, v) for v in meaning.once)
+        for key in meaning.once:
+            if key not in out.partial and not _mark_once(space, key, out):
+                out.conflicts.append(Conflict(summed, node, "what is added to the partial sum is no parameter"))
     generated = NONE
     if meaning.generates and index not in whole:
         fresh = frozenset().union(*(space.carried[o.id] for o in node.outputs)) & on
@@ -211,6 +246,23 @@ def _node(
                 out.born.add(o.id)
             if hit:
                 out.conflicts.append(Conflict(hit | summed, node, "a partial sum would also be sharded"))
+
+
+def _add_once(space: Space, meaning: Meaning, ids: frozenset[int], out: Labels) -> bool:
+    """True where the whole operands of a sum with partial ones all are parameters: those are then added on one rank."""
+    for group in meaning.linear:
+        whole = [g for g in group if g not in ids and space.graph.fills.get(g) != 0.0]
+        if ids <= group and whole and all(space.parameter_of(g) is not None and not out.shard.get(g) for g in whole):
+            return all(_mark_once(space, g, out) for g in whole)
+    return False
+
+
+def _mark_once(space: Space, key: int, out: Labels) -> bool:
+    parameter = space.parameter_of(key)
+    if parameter is None or out.shard.get(parameter):
+        return False
+    out.once.add(parameter)
+    return True
 
 
 def _flowing(have: Mapping[int, Atoms], generated: Atoms) -> Atoms:

@@ -108,7 +108,7 @@ def _base(facts: Facts) -> list[str]:
     names = [k.name for k in facts.keywords.values() if k.required]
     main = getattr(facts.model, "main_input_name", "input_ids")
     candidates = [main] if isinstance(main, str) else list(main or [])
-    two_towers = facts.takes("input_ids", "pixel_values") and not facts.generates
+    two_towers = facts.takes("input_ids", "pixel_values") and facts.image_token is None
     if facts.takes("input_ids") and (facts.generates or two_towers) and not facts.is_encoder_decoder:
         candidates = ["input_ids", *(["pixel_values"] if two_towers else [])]
     candidates += ["decoder_input_ids"] if facts.is_encoder_decoder else []
@@ -121,7 +121,7 @@ def _base(facts: Facts) -> list[str]:
 def _companions(facts: Facts, names: list[str]) -> Iterator[str]:
     """Keywords with a default of None without which one of `names` cannot be read."""
     wanted = {
-        "pixel_values": ("image_grid_thw", "grid_thw", "spatial_shapes", "image_sizes"),
+        "pixel_values": ("image_grid_thw", "grid_thw", "spatial_shapes", "image_sizes", "merge_sizes", "target_sizes"),
         "past_values": ("past_time_features", "past_observed_mask", "future_values", "future_time_features"),
         "input_ids": ("bbox",),
     }
@@ -134,7 +134,11 @@ def _companions(facts: Facts, names: list[str]) -> Iterator[str]:
 
 
 def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
+    images_in_text = {"input_ids", "pixel_values"} <= set(base) and facts.image_token is not None
+
     def call(*more: str, **options: object) -> Callable[[], Inputs]:
+        if images_in_text:
+            return lambda: with_images(facts, tuple(base)) | options
         return lambda: {name: VALUES[name](facts) for name in (*base, *more)} | options
 
     yield Example("forward", call())
@@ -143,21 +147,25 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
     if mask and mask[0] not in base:
         yield Example("mask", call(*mask), optional=True)
     mask = tuple(m for m in mask if m not in base)
-    if facts.generates and facts.find("use_cache") is not False:
+    if facts.generates and (facts.any_keyword or facts.takes("use_cache")) and facts.find("use_cache") is not False:
         yield Example("prefill", call(*mask, use_cache=True), partial(_decode, facts, base, mask), optional=True)
     given = labels(facts)
     if given is not None:
-        yield Example("labels", lambda: call(*mask)() | given(), optional=True)
-    yield _internals(facts, call)
+        heard = mask or (("attention_mask",) if facts.takes("attention_mask") and "input_features" in base else ())
+        yield Example("labels", lambda: call(*heard)() | given(), optional=True)
+    yield from _internals(facts, call)
     if reads_text and "pixel_values" not in base and facts.takes("pixel_values"):
         yield Example("images", partial(with_images, facts, tuple(base)), optional=True)
 
 
-def _internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Example:
+def _internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Iterator[Example]:
     """The call that asks for hidden states, and for attention weights where the attention computes them (eager)."""
-    if getattr(facts.config, "_attn_implementation", "eager") == "eager":
-        return Example("attentions", call(output_attentions=True, output_hidden_states=True), optional=True)
-    return Example("hidden_states", call(output_hidden_states=True), optional=True)
+    hidden = facts.any_keyword or facts.takes("output_hidden_states")
+    weights = facts.any_keyword or facts.takes("output_attentions")
+    if hidden and weights and getattr(facts.config, "_attn_implementation", "eager") == "eager":
+        yield Example("attentions", call(output_attentions=True, output_hidden_states=True), optional=True)
+    elif hidden:
+        yield Example("hidden_states", call(output_hidden_states=True), optional=True)
 
 
 def _decode(facts: Facts, base: list[str], mask: tuple[str, ...], outputs: Any) -> Inputs | None:
@@ -173,7 +181,9 @@ def _decode(facts: Facts, base: list[str], mask: tuple[str, ...], outputs: Any) 
         if facts.takes("encoder_outputs") and isinstance(encoded, Tensor):
             from transformers.modeling_outputs import BaseModelOutput
 
-            step["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
+            states: Any = BaseModelOutput(last_hidden_state=encoded)
+            states.attention_mask = states.router_logits = None  # what some encoders answer besides, read by their decoders
+            step["encoder_outputs"] = states
         else:
             step |= {name: VALUES[name](facts) for name in base if name != "decoder_input_ids"}
         return step | {name: VALUES[name](facts) for name in mask}

@@ -162,6 +162,17 @@ class Facts:
         """Whether a decoder input stands beside the encoder's."""
         return self.takes("decoder_input_ids") and bool(getattr(self.config, "is_encoder_decoder", True))
 
+    @cached_property
+    def any_keyword(self) -> bool:
+        """Whether `forward` ends in `**kwargs`."""
+        return takes_any_keyword(self.model)
+
+    @cached_property
+    def image_token(self) -> int | None:
+        """The id that stands for an image feature in `input_ids`, None where text and images come apart."""
+        token = self.find("image_token_id", "image_token_index", "media_placeholder_token_id", "img_token_id")
+        return token if isinstance(token, int) and 0 <= token < max(self.vocabulary, self.embedding_rows) else None
+
     @property
     def generates(self) -> bool:
         """Whether the model hands a cache from step to step."""

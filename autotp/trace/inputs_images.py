@@ -1,7 +1,9 @@
 """A text call with images in it: one image a row, its placeholder tokens in `input_ids`.
 
 The number of placeholders is what the model itself makes of an image: the grid over the merge size where the forward
-takes a grid, else the rows of `get_image_features`, run on fake tensors (no memory, no arithmetic).
+takes a grid, else the rows of `get_image_features`, run on fake tensors (no memory, no arithmetic, no change of the
+model's buffers). A tower that reads its data while it runs cannot run there; then the config's own count stands in, or
+the patches of an image over the square of the merge factor.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autotp.errors import InputError
 from autotp.trace.inputs_facts import VISION, Facts
-from autotp.trace.inputs_values import BATCH, VALUES, grid, token_ids
+from autotp.trace.inputs_values import BATCH, VALUES, grid, patch, token_ids
 
-_TOKEN = ("image_token_id", "image_token_index", "media_placeholder_token_id", "img_token_id")
 _WITH = ("pixel_values", "image_grid_thw", "image_sizes", "spatial_shapes", "pixel_attention_mask", "image_position_ids")
 
 
@@ -26,12 +27,12 @@ def with_images(facts: Facts, base: tuple[str, ...]) -> dict[str, object]:
     """The keywords of a call with one image a row.
 
     Raises:
-        InputError: the config names no placeholder token, or the number of features of an image cannot be found.
+        InputError: the number of features of an image cannot be found.
     """
     owner = type(facts.model).__name__
-    token = facts.find(*_TOKEN)
+    token = facts.image_token
     inputs = {name: VALUES[name](facts) for name in (*base, *_WITH) if facts.takes(name) and name in VALUES}
-    if not isinstance(token, int) or not 0 <= token < max(facts.vocabulary, facts.embedding_rows):
+    if token is None:
         return inputs
     count = _features(facts, inputs)
     if count is None or count % BATCH:
@@ -60,10 +61,11 @@ def _features(facts: Facts, inputs: dict[str, object]) -> int | None:
     if facts.takes("image_grid_thw"):
         merge = facts.number("spatial_merge_size", "merge_size", default=1, part=VISION)
         return BATCH * math.prod(grid(facts)) // merge**2
-    encode = getattr(facts.model, "get_image_features", None)
+    encode = getattr(facts.model, "get_image_features", None) or getattr(facts.model.base_model, "get_image_features", None)
     if encode is None:
-        return None
-    return _rows(_run_fake(encode, facts.device, inputs))
+        return _configured(facts, inputs["pixel_values"])
+    counted = _rows(_run_fake(encode, facts.device, inputs))
+    return counted if counted is not None else _configured(facts, inputs["pixel_values"])
 
 
 def _run_fake(encode: Any, device: torch.device, inputs: dict[str, object]) -> Any:
@@ -78,6 +80,19 @@ def _run_fake(encode: Any, device: torch.device, inputs: dict[str, object]) -> A
             return encode(**given)
         except Exception:  # whatever the image tower raises: the caller says what to do
             return None
+
+
+def _configured(facts: Facts, pixels: object) -> int | None:
+    """What the config says of the features of an image, for all images in `pixels`."""
+    if not isinstance(pixels, Tensor):
+        return None
+    images = math.prod(pixels.shape[:-3]) if pixels.dim() > 3 else BATCH
+    named = facts.find("mm_tokens_per_image", "image_seq_length", "image_seq_len", "num_image_tokens")
+    if isinstance(named, int):
+        return images * named
+    merge = facts.number("spatial_merge_size", "scale_factor", "downsample_factor", "merge_size", default=1)
+    across = grid(facts) if facts.takes("spatial_shapes") else (side // size for side, size in zip(pixels.shape[-2:], patch(facts), strict=True))
+    return images * math.prod(across) // merge**2
 
 
 def _rows(outputs: Any) -> int | None:

@@ -20,6 +20,7 @@ BATCH = 3
 LENGTH = 7
 DECODER_LENGTH = 5
 GRID = 4  # patches a side of an image whose size is free
+FRAMES = 64  # of a spectrogram whose length is free
 SIDE = 64  # pixels a side of an image whose size is free
 
 
@@ -79,7 +80,7 @@ def pixel_values(facts: Facts) -> Tensor:
     if facts.takes("pixel_attention_mask") or (facts.takes("image_sizes") and facts.find("image_grid_pinpoints")):
         return noise(BATCH, 2, channels, *_image(facts))
     frames = _frames(facts)
-    if frames is not None and not facts.takes("input_ids"):
+    if frames is not None and not facts.takes("pixel_values_videos"):
         return noise(BATCH, frames, channels, *_image(facts))
     return noise(BATCH, channels, *_image(facts))
 
@@ -134,12 +135,28 @@ def _mel_bins(facts: Facts) -> int:
 def input_features(facts: Facts) -> Tensor:
     """A spectrogram: mel bins before frames where a first convolution reads them as channels, after them elsewhere."""
     bins = _mel_bins(facts)
-    positions = facts.number("max_source_positions", default=0, part=AUDIO)
-    convolutions = [m for m in facts.model.modules() if isinstance(m, nn.Conv1d)]
-    if positions and convolutions and convolutions[0].in_channels == bins:
+    if _mel_first(facts, bins):
+        convolutions = [m for m in facts.model.modules() if isinstance(m, nn.Conv1d)]
         stride = math.prod(c.stride[0] for c in convolutions[:2])
-        return noise(BATCH, bins, positions * stride)
-    return noise(BATCH, 64, bins)
+        return noise(BATCH, bins, facts.number("max_source_positions", default=32, part=AUDIO) * stride)
+    return noise(BATCH, FRAMES, bins)
+
+
+def _mel_first(facts: Facts, bins: int) -> bool:
+    first = next((m for m in facts.model.modules() if isinstance(m, nn.Conv1d)), None)
+    return first is not None and first.in_channels == bins and facts.find("input_feat_per_channel") is None
+
+
+def _frame_mask(facts: Facts) -> Tensor:
+    features = input_features(facts)
+    return torch.ones(BATCH, features.shape[2 if _mel_first(facts, _mel_bins(facts)) else 1], dtype=torch.long)
+
+
+def _attention_mask(facts: Facts) -> Tensor:
+    """Over the text, or over the frames of a spectrogram where there is no text."""
+    if facts.takes("input_features") and not facts.takes("input_ids"):
+        return _frame_mask(facts)
+    return padding_mask(BATCH, LENGTH, left=facts.generates and not facts.is_encoder_decoder)
 
 
 def _waveform_samples(facts: Facts) -> int:
@@ -155,7 +172,8 @@ def input_values(facts: Facts) -> Tensor:
         return noise(BATCH, length, _mel_bins(facts))
     channels = facts.number("audio_channels", "num_audio_channels", default=0)
     convolution = next((m for m in facts.model.modules() if isinstance(m, nn.Conv1d)), None)
-    if channels or (facts.find("conv_stride") is None and convolution is not None and convolution.in_channels == 1):
+    heard_whole = facts.find("conv_stride") is None and not facts.takes("attention_mask")
+    if channels or (heard_whole and convolution is not None and convolution.in_channels == 1):
         return noise(BATCH, channels or 1, _waveform_samples(facts))
     return noise(BATCH, _waveform_samples(facts))
 
@@ -195,6 +213,13 @@ def _hidden_states(facts: Facts) -> Tensor:
     return noise(BATCH, LENGTH, facts.number("hidden_size", "d_model", "embed_dim", default=64))
 
 
+def _masked_patches(facts: Facts) -> Tensor:
+    """Every other patch of a clip is masked: `[batch, patches]`, bool."""
+    rows, columns = (side // size for side, size in zip(_image(facts), patch(facts), strict=True))
+    depth = (_frames(facts) or 1) // facts.number("tubelet_size", default=1, part=VISION)
+    return (torch.arange(depth * rows * columns) % 2 == 0).expand(BATCH, -1).contiguous()
+
+
 def _latents(facts: Facts) -> Tensor:
     width = facts.number("latent_dim", "hidden_size", "codebook_dim", default=64)
     return noise(BATCH, width, LENGTH)
@@ -209,7 +234,8 @@ VALUES: dict[str, Callable[[Facts], object]] = {
     "input_ids": lambda f: token_ids(f, BATCH, LENGTH),
     "decoder_input_ids": lambda f: token_ids(f, BATCH, DECODER_LENGTH),
     "qformer_input_ids": lambda f: token_ids(f, BATCH, LENGTH),
-    "attention_mask": lambda f: padding_mask(BATCH, LENGTH, left=f.generates),
+    "attention_mask": _attention_mask,
+    "input_features_mask": lambda f: _frame_mask(f).bool(),
     "token_type_ids": lambda f: torch.zeros(BATCH, LENGTH, dtype=torch.long),
     "position_ids": lambda f: torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous(),
     "bbox": _bbox,
@@ -220,9 +246,14 @@ VALUES: dict[str, Callable[[Facts], object]] = {
     "image_sizes": _image_sizes,
     "image_grid_thw": grid_thw,
     "grid_thw": grid_thw,
+    "merge_sizes": lambda f: torch.ones(BATCH, dtype=torch.long),
+    "target_sizes": lambda f: torch.tensor([grid(f)] * BATCH),
     "spatial_shapes": lambda f: torch.tensor([grid(f)] * BATCH),
     "flattened_patches": _patch_rows,
     "hidden_states": _hidden_states,
+    "inputs_embeds": _hidden_states,
+    "query_embeds": _hidden_states,
+    "bool_masked_pos": _masked_patches,
     "latents": _latents,
     "input_features": input_features,
     "input_values": input_values,

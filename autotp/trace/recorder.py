@@ -11,8 +11,10 @@ way they go for the user. Where code depends on data that is unknown (which expe
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from autotp.trace.places import call_place
 
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
 _LEN = torch.Tensor.__len__
+_SIZES = (_SHAPE, _SIZE, _NUMEL, _LEN)  # compared by equality: each access of a getter makes a new wrapper
 _FILLS = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
 _FILL_AT = {"full": 1, "full_like": 1, "new_full": 2, "fill_": 1}
 
@@ -104,9 +107,10 @@ class Recorder:
         self._call = None
 
     def graph(self, repeats: dict[str, str]) -> Graph:
-        """Everything recorded so far."""
+        """Everything recorded so far, without versions of aliases that nothing reads."""
+        nodes, results = _alive(self.nodes, self.results)
         return Graph(
-            tuple(self.nodes), dict(self.params), dict(self.buffers), tuple(self.results), dict(repeats), dict(self.fills), tuple(self.notes)
+            nodes, dict(self.params), dict(self.buffers), results, dict(repeats), dict(self.fills), tuple(self.notes)
         )
 
     # nodes ----------------------------------------------------------------------------------------------------------------
@@ -290,6 +294,22 @@ class Recorder:
         self.results.append(Result(name, tuple(found), len(self.nodes)))
 
 
+def _alive(nodes: list[Node], results: list[Result]) -> tuple[tuple[Node, ...], tuple[Result, ...]]:
+    used = {leaf.id for result in results for _, leaf in result.leaves if isinstance(leaf, Value)}
+    kept: list[Node] = []
+    counts: list[int] = []
+    for node in reversed(nodes):
+        if node.op is Pseudo.WRITE and not any(o.id in used for o in node.outputs):
+            continue
+        used.update(v.id for v in node.inputs())
+        kept.append(node)
+        counts.append(node.index)
+    kept.reverse()
+    counts.reverse()
+    final = tuple(replace(result, stop=bisect_left(counts, result.stop)) for result in results)
+    return tuple(replace(node, index=i) for i, node in enumerate(kept)), final
+
+
 def _gather(tree: Any, ints: list[IntExpr], tensors: list[int], recorder: Recorder) -> None:
     for item in tree:
         if isinstance(item, Tensor):
@@ -301,6 +321,23 @@ def _gather(tree: Any, ints: list[IntExpr], tensors: list[int], recorder: Record
             _gather(item, ints, tensors, recorder)
         elif isinstance(item, slice):
             _gather((item.start, item.stop, item.step), ints, tensors, recorder)
+
+
+class TaggedSize(tuple[int, ...]):
+    """A tensor's shape in tagged ints; torch.Size would make plain ints of them."""
+
+    __slots__ = ()
+
+    def numel(self) -> int:
+        """The number of elements."""
+        total: int = 1
+        for n in self:
+            total = total * n
+        return total
+
+    def __getitem__(self, index: Any) -> Any:
+        item = tuple.__getitem__(self, index)
+        return TaggedSize(item) if isinstance(index, slice) else item
 
 
 class _Dispatch(SchemaCheckMode):
@@ -322,7 +359,7 @@ class _Function(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rec = self.recorder
-        if func is _SHAPE or func is _SIZE or func is _NUMEL or func is _LEN:
+        if func in _SIZES:
             return self._size(func, args[0], args[1:], kwargs or {})
         held = rec._call
         code, offset = call_place(2)
@@ -347,7 +384,7 @@ class _Function(TorchFunctionMode):
             return plain
         value = rec._values[id(tensor)]
         if isinstance(plain, torch.Size):
-            return torch.Size([TaggedInt(n, SizeRef(value.id, i, n)) for i, n in enumerate(plain)])
+            return TaggedSize(TaggedInt(n, SizeRef(value.id, i, n)) for i, n in enumerate(plain))
         if func is _NUMEL:
             return TaggedInt(plain, SizeRef(value.id, -1, plain))
         dim = (rest[0] if rest else kwargs.get("dim", 0)) if func is _SIZE else 0

@@ -1,0 +1,187 @@
+"""Which plain attributes become local, so that the code computes local sizes by itself.
+
+Every int that the code passed to an operator carries an expression over attributes and tensor sizes. On a shard, sizes of
+sharded tensors change by themselves; each int must then equal the local size that the axes demand, or its old value where
+nothing is demanded. Unknown are the attributes: a small constraint problem, solved by search.
+
+What no attribute solves is overridden at its call site, unless the number is a literal in the code or has no demand; then the
+axis it belongs to cannot be sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autotp.plan.labels import NONE, Labels, Space, local_size
+from autotp.plan.model import LocalAttribute
+from autotp.trace.graph import Node, Value
+from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
+
+LIMIT = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """Int number `position` of a node must be `local` on a shard. `demanded`: an operator rule says so."""
+
+    node: Node
+    position: int
+    expr: IntExpr
+    local: int
+    demanded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Localised:
+    """Attributes by module, and (node index → (position, global, local)) overrides at call sites."""
+
+    attributes: Mapping[str, tuple[LocalAttribute, ...]]
+    overrides: Mapping[int, tuple[tuple[int, int, int], ...]]
+
+
+class Stuck(Exception):
+    """Some int cannot be made local; carries its node and the reason."""
+
+    def __init__(self, node: Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
+def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
+    """The positions among a call's ints that may be int `number` of the ATen call (the `at`-th of a list of `listed`)."""
+    values = [e.value for e in node.ints]
+    if listed:
+        sizes = next((a for a in node.args if isinstance(a, (list, tuple)) and len(a) == listed and all(isinstance(x, int) for x in a)), None)
+        if sizes is not None:
+            runs = [i for i in range(len(values) - listed + 1) if values[i : i + listed] == list(sizes)]
+            if runs:
+                return [runs[-1] + at]
+    return [i for i, v in enumerate(values) if v == number]
+
+
+def constraints(space: Space, labels: Labels, tp: int) -> list[Constraint]:
+    """Every constraint of the graph. Raises Stuck where a demanded int has no known origin."""
+    out: list[Constraint] = []
+    shapes: dict[int, Value] = {}
+    for node in space.graph.nodes:
+        for v in (*node.inputs(), *node.outputs):
+            shapes[v.id] = v
+        meaning = space.axes.meanings[node.index]
+        if not node.ints and not meaning.demands:
+            continue
+        wanted: dict[int, int] = {}
+        for demand in meaning.demands:
+            on = labels.shard.get(demand.value, NONE) | labels.slices.get((node.index, demand.value), NONE)
+            local = sum(local_size(d, on, tp) for d in demand.dims)
+            if demand.number < 0:
+                local = -local
+            found = positions(node, demand.number, demand.at, demand.listed)
+            if not found and local != demand.number:
+                raise Stuck(node, f"{demand.number} would have to become {local}, and where it comes from is not known")
+            for p in found:
+                if wanted.setdefault(p, local) != local:
+                    raise Stuck(node, f"{demand.number} would have to become both {wanted[p]} and {local}")
+        for p, expr in enumerate(node.ints):
+            if p in wanted or any(True for _ in leaves(expr)):
+                out.append(Constraint(node, p, expr, wanted.get(p, expr.value), p in wanted))
+    return out
+
+
+def localise(space: Space, labels: Labels, tp: int) -> Localised:
+    """Solve for the attributes. Raises Stuck where no attribute and no override helps."""
+    every = constraints(space, labels, tp)
+    shapes = {v.id: v for n in space.graph.nodes for v in (*n.inputs(), *n.outputs)}
+
+    def size(leaf: SizeRef) -> int:
+        value = shapes.get(leaf.value_id)
+        if value is None:
+            return leaf.value
+        on = labels.shard.get(value.id, NONE)
+        dims = space.axes.dims[value.id]
+        if leaf.dim < 0:
+            total = 1
+            for d in dims:
+                total *= local_size(d, on, tp)
+            return total
+        return local_size(dims[leaf.dim], on, tp)
+
+    search = _Search(every, size, tp)
+    solution = search.run()
+    attributes: dict[str, list[LocalAttribute]] = {}
+    for ref, value in solution.items():
+        if value != ref.value:
+            attributes.setdefault(ref.module, []).append(LocalAttribute(ref.path, ref.value, value))
+    overrides: dict[int, list[tuple[int, int, int]]] = {}
+    for c in every:
+        got = search.value(c.expr, solution)
+        if got == c.local:
+            continue
+        if not any(True for _ in leaves(c.expr)):
+            raise Stuck(c.node, f"{c.expr.value} is written as a number in the code and would have to be {c.local}")
+        if not c.demanded:
+            raise Stuck(c.node, f"{show(c.expr)} is used as a number there: {c.expr.value} would become {got}")
+        if c.node.place is None:
+            raise Stuck(c.node, f"{show(c.expr)} would have to be {c.local}, and no call site can be told")
+        overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
+    return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()})
+
+
+class _Search:
+    """Depth-first search over attributes, one module's at a time, given up for a module when it fails."""
+
+    def __init__(self, every: list[Constraint], size: object, tp: int) -> None:
+        self.size, self.tp = size, tp
+        self.groups: list[list[Constraint]] = []
+        self._steps = 0
+        parent: dict[str, str] = {}
+
+        def find(m: str) -> str:
+            while parent.setdefault(m, m) != m:
+                m = parent[m]
+            return m
+
+        for c in every:
+            modules = [leaf.module for leaf in leaves(c.expr) if isinstance(leaf, AttrRef)]
+            for m in modules[1:]:
+                parent[find(m)] = find(modules[0])
+        by_module: dict[str, list[Constraint]] = {}
+        for c in every:
+            for leaf in leaves(c.expr):
+                if isinstance(leaf, AttrRef):
+                    by_module.setdefault(find(leaf.module), []).append(c)
+                    break
+        self.groups = list(by_module.values())
+
+    def value(self, expr: IntExpr, solution: Mapping[AttrRef, int]) -> int | None:
+        """The local value of an expression under a solution."""
+        return evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))  # type: ignore[operator]
+
+    def run(self) -> dict[AttrRef, int]:
+        """Attributes to change; modules without a solution change nothing."""
+        solution: dict[AttrRef, int] = {}
+        for group in self.groups:
+            self._steps = 0
+            found = self._solve(group, {})
+            if found is not None:
+                solution.update(found)
+        return solution
+
+    def _solve(self, group: list[Constraint], fixed: dict[AttrRef, int]) -> dict[AttrRef, int] | None:
+        self._steps += 1
+        if self._steps > LIMIT:
+            return None
+        broken = next((c for c in group if self.value(c.expr, fixed) != c.local), None)
+        if broken is None:
+            return fixed
+        free = [leaf for leaf in dict.fromkeys(leaves(broken.expr)) if isinstance(leaf, AttrRef) and leaf not in fixed]
+        for leaf in free:
+            candidates = {broken.local} if broken.expr == leaf else set()
+            if leaf.value % self.tp == 0:
+                candidates.add(leaf.value // self.tp)
+            candidates |= {c.local for c in group if c.expr == leaf}
+            for candidate in sorted(candidates - {leaf.value}):
+                found = self._solve(group, {**fixed, leaf: candidate})
+                if found is not None:
+                    return found
+        return None

@@ -1,0 +1,260 @@
+"""Where partial sums are reduced, forward and backward.
+
+Forward: a value that is a partial sum must be whole where it meets an operator that does not commute with the sum.
+Backward: a whole value that is used inside a sharded region gets a partial gradient from there; it must be reduced before it
+meets gradients that are whole already, or reaches a parameter, exactly once on every path. Both are minimum cuts over the
+values of the graph. Conversions are cheap where a tensor crosses a module boundary, because hooks reach it there, and on
+parameters; anywhere else they need an intervention at a call site, which costs `SITE`.
+
+Value and gradient types (forward → backward): P → its gradient is whole; S → sharded; R → whole (R) or partial (P).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from math import prod
+
+from autotp.plan.labels import Labels, SlotKey, Space
+from autotp.plan.mincut import Cut
+from autotp.trace.graph import Node, Origin, Pseudo, Value
+
+SITE = 1e12
+TOKENS_SCALE = 100.0  # examples are tiny: an activation stands for this many times its elements against a parameter's
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Conversions by where they happen.
+
+    reduces, copies: keys `("slot", …)` of module boundaries or `("value", id)` of other values (call sites).
+    group_copies: values of which only the uses inside regions are converted. grad_sums: parameters whose gradient is summed.
+    partial: values that are still partial sums where they are used.
+    """
+
+    reduces: frozenset[Hashable]
+    partial: frozenset[int]
+    copies: frozenset[Hashable]
+    group_copies: frozenset[int]
+    grad_sums: frozenset[int]
+
+
+class Undecidable(Exception):
+    """No placement of the reductions satisfies every use; carries the node or value where it shows."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+
+
+def slot_key(node: Node) -> SlotKey | None:
+    """The boundary slot that an ENTER or EXIT node crosses."""
+    if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
+        return (node.op, *node.slot)  # type: ignore[return-value]
+    return None
+
+
+class _Vertices:
+    """Vertices of values; all values that cross one slot share theirs, since a hook treats every call alike."""
+
+    def __init__(self, space: Space) -> None:
+        self.key: dict[int, Hashable] = {}
+        self.order: dict[int, int] = {}
+        for node in space.graph.nodes:
+            slot = slot_key(node)
+            for o in node.outputs:
+                self.key[o.id] = ("slot", slot) if slot is not None else ("value", o.id)
+                self.order[o.id] = node.index
+
+    def of(self, value: Value) -> Hashable:
+        return self.key.get(value.id, ("value", value.id))
+
+
+def _elements(value: Value) -> float:
+    return float(prod(value.shape)) * TOKENS_SCALE
+
+
+def _cost(key: Hashable, value: Value, order: int) -> float:
+    base = _elements(value) * (1 + 1e-7 * order)
+    return base if isinstance(key, tuple) and key[0] == "slot" else SITE + base
+
+
+def place_reductions(space: Space, labels: Labels) -> tuple[frozenset[Hashable], frozenset[int]]:
+    """(where partial sums are reduced, values still partial after that)."""
+    cut, vertices = Cut(), _Vertices(space)
+    mixed = _mixed_slots(space, vertices, lambda v: v.id in labels.partial)
+    done: set[Hashable] = set()
+    for node in space.graph.nodes:
+        partial_in = [v for v in dict.fromkeys(node.inputs()) if v.id in labels.partial]
+        for o in node.outputs:
+            if o.id not in labels.partial:
+                continue
+            key = vertices.of(o)
+            if o.id in labels.born:
+                cut.born(("pre", key))
+            elif node.op is not Pseudo.REPEAT:
+                for v in partial_in:
+                    cut.same(("post", vertices.of(v)), ("pre", key))
+            if key not in done or not (isinstance(key, tuple) and key[0] == "slot"):
+                cut.convertible(key, ("pre", key), ("post", key), None if key in mixed else _cost(key, o, node.index))
+                done.add(key)
+    for value in space.graph.params.values():
+        if value.id in labels.once:
+            key = vertices.of(value)
+            cut.born(("pre", key))
+            cut.same(("pre", key), ("post", key))
+    made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+    for _, key in labels.reduces:
+        value = next((o for n in (made.get(key),) if n is not None for o in n.outputs if o.id == key), None)
+        cut.needed(("post", vertices.of(value) if value is not None else ("value", key)))
+    for node in space.graph.nodes:
+        if node.op is Pseudo.REPEAT:
+            for new, template in zip(node.outputs, node.args[2], strict=True):
+                if new.id in labels.partial:
+                    cut.same(("pre", vertices.of(new)), ("post", vertices.of(template)))
+                    cut.same(("pre", vertices.of(new)), ("post", vertices.of(new)))
+    for result in space.graph.results:
+        for _, leaf in result.leaves:
+            if isinstance(leaf, Value) and leaf.id in labels.partial:
+                cut.needed(("post", vertices.of(leaf)))
+    solved = cut.solve()
+    if solved is None:
+        raise Undecidable("a partial sum cannot be reduced on every path exactly once")
+    chosen, unconverted = solved
+    partial = frozenset(k for k in labels.partial if ("post", vertices.key.get(k, ("value", k))) in unconverted)
+    return frozenset(chosen), partial
+
+
+def _mixed_slots(space: Space, vertices: _Vertices, holds: object) -> set[Hashable]:
+    """Slots that see both kinds of values in different calls: no conversion can stand there."""
+    seen: dict[Hashable, bool] = {}
+    mixed: set[Hashable] = set()
+    for node in space.graph.nodes:
+        if slot_key(node) is None:
+            continue
+        (o,) = node.outputs
+        flag = bool(holds(o))  # type: ignore[operator]
+        if seen.setdefault(vertices.of(o), flag) != flag:
+            mixed.add(vertices.of(o))
+    return mixed
+
+
+def differentiable(space: Space) -> set[int]:
+    """Values that a gradient can flow through: floats that depend on parameters or on float arguments of the model."""
+    found = {v.id for v in space.graph.params.values() if v.dtype.is_floating_point}
+    for node in space.graph.nodes:
+        if node.opname == "detach":
+            continue
+        for v in node.inputs():
+            if v.origin is Origin.INPUT and v.dtype.is_floating_point:
+                found.add(v.id)
+        if any(v.id in found for v in node.inputs()):
+            found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
+    return found
+
+
+def place_copies(space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable]) -> tuple[frozenset[Hashable], frozenset[int], frozenset[int]]:
+    """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed)."""
+    cut, vertices = Cut(), _Vertices(space)
+    flows = differentiable(space)
+    sharded = labels.shard
+    whole = lambda v: v.id in flows and v.id not in partial and not sharded.get(v.id)  # noqa: E731
+    mixed = _mixed_slots(space, vertices, whole)
+    groups: dict[int, Value] = {}
+    seen: dict[int, Value] = {}
+    for node in space.graph.nodes:
+        out_sharded = any(sharded.get(o.id) for o in node.outputs)
+        at_once = any(o.id in labels.partial and vertices.of(o) in reduces for o in node.outputs) and slot_key(node) is None
+        out_partial = at_once or any(o.id in partial for o in node.outputs)
+        live = [o for o in node.outputs if o.id in flows]
+        inputs = list(dict.fromkeys(node.inputs())) if node.op is not Pseudo.REPEAT else list(node.args[0])
+        for o in live:
+            if whole(o):
+                seen[o.id] = o
+                if at_once or (any(v.id in partial for v in inputs) and node.index not in labels.kernels):
+                    cut.needed(("above", vertices.of(o)))  # reduced here: its gradient goes on to every rank's part
+                if node.index in labels.gathered or (labels.kernels.get(node.index) is not None and not out_partial and not out_sharded):
+                    cut.needed(("above", vertices.of(o)))
+        if not live:
+            continue
+        if node.op is Pseudo.REPEAT:
+            _repeat(cut, vertices, node, whole)
+            continue
+        for v in inputs:
+            if not whole(v):
+                if v.id in flows and sharded.get(v.id) and not out_sharded and not out_partial and node.index not in labels.gathered:
+                    if node.index not in labels.kernels:  # a repeated segment is taken out: its gradient stays a partial sum
+                        for o in live:
+                            cut.born(("above", vertices.of(o)))
+                continue
+            seen[v.id] = v
+            below = ("below", vertices.of(v))
+            partners = [u for u in inputs if u is not v and (u.id in partial or sharded.get(u.id))]
+            region = out_sharded or (node.index, v.id) in labels.slices or (out_partial and bool(partners) and not _added(space, node, v))
+            if region:
+                groups[v.id] = v
+                cut.same(("group post", v.id), below)
+            elif out_partial:
+                cut.needed(below)  # added to a partial sum: its gradient is whole
+            else:
+                for o in live:
+                    cut.same(("above", vertices.of(o)), below)
+    for key, v in groups.items():
+        cut.born(("group", key))
+        cut.convertible(("group", key), ("group", key), ("group post", key), SITE + _elements(v))
+    _ends(space, cut, vertices, seen, flows, mixed)
+    solved = cut.solve()
+    if solved is None:
+        raise Undecidable("the gradients of a region cannot be reduced on every path exactly once")
+    chosen = solved[0]
+    copies = frozenset(k for k in chosen if isinstance(k, tuple) and k[0] in ("slot", "value"))
+    return (
+        copies,
+        frozenset(k[1] for k in chosen if isinstance(k, tuple) and k[0] == "group"),
+        frozenset(k[1] for k in chosen if isinstance(k, tuple) and k[0] == "param"),
+    )
+
+
+def _ends(space: Space, cut: Cut, vertices: _Vertices, seen: dict[int, Value], flows: set[int], mixed: set[Hashable]) -> None:
+    done: set[Hashable] = set()
+    for v in seen.values():
+        key = vertices.of(v)
+        slot = isinstance(key, tuple) and key[0] == "slot"
+        if slot and key in done:
+            continue
+        done.add(key)
+        before, after = ("below", key), ("above", key)
+        if v.origin is Origin.PARAM:
+            cut.convertible(("param", v.id), before, after, float(prod(v.shape)))
+            cut.needed(after)
+        elif v.origin is Origin.NODE:
+            cut.convertible(key, before, after, None if key in mixed else _cost(key, v, -vertices.order[v.id]))
+        else:
+            cut.convertible(key, before, after, SITE + _elements(v))
+            cut.needed(after)
+    for result in space.graph.results:
+        for _, leaf in result.leaves:
+            if isinstance(leaf, Value) and leaf.id in seen:
+                cut.needed(("below", vertices.of(leaf)))
+
+
+def _repeat(cut: Cut, vertices: _Vertices, node: Node, whole: object) -> None:
+    here, there, results = node.args
+    for a, b in zip(here, there, strict=True):
+        if whole(a):  # type: ignore[operator]
+            cut.same(("below", vertices.of(a)), ("below", vertices.of(b)))
+    for new, template in zip(node.outputs, results, strict=True):
+        if whole(new):  # type: ignore[operator]
+            cut.same(("above", vertices.of(new)), ("above", vertices.of(template)))
+
+
+def _added(space: Space, node: Node, value: Value) -> bool:
+    """True where the node adds `value` to its other operands instead of multiplying."""
+    meaning = space.axes.meanings[node.index]
+    return value.id in meaning.once or any(len(group) > 1 and value.id in group for group in meaning.linear)
+
+
+def place(space: Space, labels: Labels) -> Moves:
+    """All reductions of a labelled graph."""
+    reduces, partial = place_reductions(space, labels)
+    copies, groups, sums = place_copies(space, labels, partial, reduces)
+    return Moves(reduces, partial, copies, groups, sums)
