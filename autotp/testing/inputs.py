@@ -251,6 +251,11 @@ def _proposals(model: PreTrainedModel, m: _Maker) -> Iterator[Inputs | Exception
     if "grid_thw" in names and "hidden_states" in required:
         for patches in m.flat_patches():
             yield {"hidden_states": patches, "grid_thw": m.grid}
+    books = _value(model.config, "num_codebooks", "num_vq", "n_codes_total")
+    if text and isinstance(books, int):
+        yield {"input_ids": m.tokens().repeat(books, 1)}
+        yield {"input_ids": m.tokens()[..., None].repeat(1, 1, books)}
+        yield {"input_ids": m.tokens()[..., None].repeat(1, 1, books + 1)}
     seen: list[set[str]] = []
     for chosen in sets:
         wanted = set(chosen)

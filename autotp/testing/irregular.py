@@ -15,6 +15,7 @@ _MROPE_PARTIAL = {
     "head_dim": 16,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
 }
+_HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 _SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -22,6 +23,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 4, "clip_qkv": 8.0}},
+    "dots1": {"n_routed_experts": 8, "num_local_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
 }
 
@@ -39,6 +42,18 @@ FIELDS: dict[str, dict[str, Any]] = {
     "donut-swin": {"window_size": 2, "image_size": 64},
     "swinv2": {"window_size": 2, "image_size": 64},
     "clap_audio_model": {"window_size": 4},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "mistral4": {"qk_nope_head_dim": 8, "qk_head_dim": 16, "head_dim": 16},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": _HYBRID, "attention_hidden_size": 128, "attention_head_dim": 16},
+    "zamba2": {
+        "num_hidden_layers": 4, "layers_block_type": _HYBRID, "hybrid_layer_ids": [1, 3], "attention_hidden_size": 128,
+        "attention_head_dim": 16, "mamba_headdim": 16, "kv_channels": 8,
+    },
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _MROPE["rope_parameters"])},
+    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+    "longcat_flash": {"zero_expert_num": 2},
+    "perceiver": {"d_latents": 64, "num_latents": 16, "d_model": 64, "num_self_attends_per_block": 2},
     "nemotron": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
     "bamba": {"attn_layer_indices": [1]},

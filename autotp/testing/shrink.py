@@ -271,8 +271,7 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         # widths
         (r"(\w+_)?(moe_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|mlp_dim|n_inner|feed_forward_size|dim_feedforward|inner_dim|d_inner)"
          r"|(moe_)?shared_expert_intermediate_size|intermediate_dim|ffn_hidden_dim|share_expert_dim|mlp_hidden_size|d_ffn", _to("ffn")),
-        (r"hidden_sizes|(\w+_)?hidden_sizes|embed_dims|(\w+_)?channels_list|embed_dim|neck_hidden_sizes|width_list|layers_dims|(\w+_)?in_channels"
-         r"|(\w+_)?out_channels|(\w+_)?embed_dim_per_stage|fpn_hidden_size|(\w+_)?dims", _stage_widths),
+        (r"hidden_sizes|(\w+_)?hidden_sizes|embed_dims|embed_dim|neck_hidden_sizes|width_list|layers_dims|(\w+_)?embed_dim_per_stage|fpn_hidden_size|(\w+_)?dims", _stage_widths),
         (r"(\w+_)?(hidden_size|hidden_dim|d_model|n_embd|embed(ding)?_(dim|size)|hid_size|projection_dim|projection_size|projection_hidden_size"
          r"|feature_dim|conv_dim|dim|width|out_dim|hidden_channels|query_dim|output_dim|input_dim|proj_size|lru_width|feature_size|num_feats"
          r"|attention_channels|in_features|out_features|mask_feature_size|tdnn_dim|conv_channels|size_per_head_total|embedding_size)", _width),
