@@ -108,6 +108,8 @@ def model_class(config: Any) -> Any:
     heads = [name for name in _HEADS if hasattr(modeling_auto, name)]
     if config.is_encoder_decoder:
         heads.sort(key=lambda name: "SEQ" not in name)
+    elif not getattr(config, "is_decoder", False):
+        heads.sort(key=lambda name: "MASKED_LM" not in name)  # encoders are in the mapping of causal models too
     for head in heads:
         mapping = getattr(modeling_auto, head)
         if type(config) in mapping:

@@ -57,6 +57,7 @@ def test_architectures_choose_the_class(folder):
     ("model_type", "cls"),
     [
         ("gpt2", "GPT2LMHeadModel"),
+        ("bert", "BertForMaskedLM"),
         ("t5", "T5ForConditionalGeneration"),
         ("whisper", "WhisperForConditionalGeneration"),
         ("vit", "ViTForImageClassification"),

@@ -15,7 +15,7 @@ from torch import nn
 from autotp import targets
 from autotp.errors import InputError
 from autotp.launch import Outcome, RankError, run_ranks, values
-from autotp.verify.exact import TOLERANCE
+from autotp.verify.exact import DOUBLE, SINGLE
 from autotp.verify.modules import first_difference
 from autotp.verify.report import Check, Report
 from autotp.verify.worker import NEW_TOKENS, Parallelizer, check_rank, with_autotp
@@ -80,7 +80,12 @@ def verify(
     checks = (_worst("outputs", found), _worst("gradients", found), *_tokens(found))
     failed = not all(check.passed for check in checks)
     return Report(
-        model=found[0]["model"], parameters=found[0]["parameters"], checks=checks, first_difference=difference if failed else "", **common
+        model=found[0]["model"],
+        dtype=found[0]["dtype"],
+        parameters=found[0]["parameters"],
+        checks=checks,
+        first_difference=difference if failed else "",
+        **common,
     )
 
 
@@ -103,8 +108,10 @@ def _first_difference(folder: Path, tp: int, outcomes: tuple[Outcome, ...]) -> s
         records = [torch.load(file, weights_only=True) for file in files]
     except (OSError, RuntimeError, EOFError):  # a rank ended before it wrote, or while it did; its traceback is in the report
         return ""
+    double = any(tensor.dtype is torch.float64 for tensor in records[0].values())
+    tolerance = (DOUBLE if double else SINGLE).tolerance
     complete = all(outcome.error is None for outcome in outcomes)
-    return first_difference(records[0], records[1:]) if complete or any(records[1:]) else ""
+    return first_difference(records[0], records[1:], tolerance) if complete or any(records[1:]) else ""
 
 
 def _worst(kind: str, found: list[dict[str, Any]]) -> Check:
@@ -116,7 +123,7 @@ def _worst(kind: str, found: list[dict[str, Any]]) -> Check:
         return Check(kind, False, f"nothing is shown: the model itself gives NaN in {', '.join(found[0]['nan'])}")
     if not errors:
         return Check(kind, True, f"skipped: the model has no {kind} to compare")
-    bad = [name for name, error in errors.items() if not error <= TOLERANCE]
+    bad = [name for name, error in errors.items() if not error <= found[0]["tolerance"]]
     detail = f"{len(errors)} compared"
     if bad:
         detail = f"{len(bad)} of {len(errors)} differ: {', '.join(bad[:4])}{' …' if len(bad) > 4 else ''}"

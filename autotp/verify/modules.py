@@ -61,7 +61,7 @@ class Stands(Enum):
     NOT = "not"
 
 
-def first_difference(reference: Record, ranks: list[Record]) -> str:
+def first_difference(reference: Record, ranks: list[Record], tolerance: float = TOLERANCE) -> str:
     """Says which call differs first, or which call did not happen; "" where all agree."""
     partial: list[str] = []
     for key, wanted in reference.items():
@@ -69,7 +69,7 @@ def first_difference(reference: Record, ranks: list[Record]) -> str:
         locals_ = [record[key] for record in ranks if key in record]
         if len(locals_) < len(ranks):
             return f"{place} did not return on every rank"
-        match stands_for(locals_, wanted):
+        match stands_for(locals_, wanted, tolerance):
             case Stands.NOT:
                 shapes = ", ".join(map(str, sorted({tuple(value.shape) for value in locals_})))
                 error = max(relative_error(value, wanted) for value in locals_)

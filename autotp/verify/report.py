@@ -29,6 +29,7 @@ class Report:
     tp: int
     parameters: int
     checks: tuple[Check, ...]
+    dtype: str = "float64"
     shrunk: str = ""
     first_difference: str = ""
     failure: str = ""
@@ -44,7 +45,9 @@ class Report:
         return {"passed": self.passed, **asdict(self)}
 
     def __str__(self) -> str:
-        lines = [f"{self.target}: {self.model}, {self.parameters:,} parameters, tp {self.tp}, float64, random weights"]
+        lines = [f"{self.target}: {self.model}, {self.parameters:,} parameters, tp {self.tp}, {self.dtype}, random weights"]
+        if self.dtype != "float64":
+            lines.append("  float32: the model does not run in float64, so small errors may hide in rounding")
         if self.shrunk:
             lines.append(f"  shrunk: {self.shrunk}")
         width = max((len(check.name) for check in self.checks), default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,12 @@ from autotp import targets
 from autotp.errors import InputError
 from autotp.plan.layout import Layout
 from autotp.trace.boundary import flatten_result
-from autotp.verify.exact import Float64, largest, relative_error
+from autotp.verify.exact import DOUBLE, SINGLE, Precision, largest, relative_error
 from autotp.verify.modules import recorded
 
 #: Parallelizes the model in place; returns the layout of each of its parameters.
 Parallelizer = Callable[[nn.Module, DeviceMesh, "Mapping[str, Any] | None"], Mapping[str, Layout]]
 NEW_TOKENS = 8
-#: A gradient is measured against its own size, but at least this part of the model's largest: some are zero but for rounding.
-FLOOR = 1e-6
 #: Entries of an output that may be shards.
 LOCAL_OUTPUTS = frozenset({"past_key_values", "cache_params", "mems", "state", "cache", "rnn_state", "past_buckets_states"})
 
@@ -42,15 +41,12 @@ def check_rank(emit: Callable[[Any], None], job: Mapping[str, Any]) -> dict[str,
     import transformers
 
     transformers.logging.set_verbosity_error()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(job["seed"])
     rank, folder = dist.get_rank(), Path(job["folder"])
     emit("building the model")
-    reference = _model(job)
-    inputs = _inputs(reference, job)
+    reference, inputs, precision = _subject(job)
     parallel = copy.deepcopy(reference)
     emit("running it on one rank")
-    with Float64(), recorded(reference) as record:
+    with precision.mode(), recorded(reference) as record:
         wanted = _run(reference, inputs)
     if rank == 0:
         torch.save(record, folder / "reference.pt")
@@ -60,54 +56,82 @@ def check_rank(emit: Callable[[Any], None], job: Mapping[str, Any]) -> dict[str,
     layouts = job["parallelizer"](parallel, mesh, example)
     emit("running it on all ranks")
     try:
-        with Float64(), recorded(parallel) as record:
+        with precision.mode(), recorded(parallel) as record:
             got = _run(parallel, inputs)
     finally:
         torch.save(record, folder / f"rank{rank}.pt")
     emit("comparing")
     result: dict[str, Any] = {
         "model": type(reference).__name__,
+        "dtype": str(precision.dtype).removeprefix("torch."),
+        "tolerance": precision.tolerance,
         "parameters": sum(p.numel() for p in reference.parameters()),
         "outputs": {name: relative_error(got[name], value) if name in got else float("inf") for name, value in wanted.items()},
-        "gradients": _gradients(reference, parallel, layouts, rank),
+        "gradients": _gradients(reference, parallel, layouts, rank, precision.floor),
         "nan": [name for name, value in wanted.items() if value.is_floating_point() and value.isnan().any()],
         "tokens": None,
     }
     if _can_generate(reference, inputs):
         emit("generating")
-        with Float64():
+        with precision.mode():
             result["tokens"] = [_generate(model, inputs) for model in (reference, parallel)]
     return result
 
 
-def _model(job: Mapping[str, Any]) -> nn.Module:
+def _subject(job: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any], Precision]:
+    """The model, the keyword arguments of a call, and the finest arithmetic in which it runs."""
+    try:
+        return _subject_in(job, DOUBLE)
+    except InputError:
+        raise
+    except Exception:  # which error says that an operator lacks float64 depends on the operator
+        return _subject_in(job, SINGLE)
+
+
+def _subject_in(job: Mapping[str, Any], precision: Precision) -> tuple[nn.Module, dict[str, Any], Precision]:
     from autotp.testing.tiny import randomise
 
-    model = targets.build(targets.load(job["target"]), device="cpu").to(torch.float64).eval()
+    torch.set_default_dtype(precision.dtype)
+    torch.manual_seed(job["seed"])
+    model = targets.build(targets.load(job["target"]), device="cpu").to(precision.dtype).eval()
     randomise(model, seed=job["seed"])
     for tensor in (*model.parameters(), *model.buffers()):  # a factory need not be deterministic
         dist.broadcast(tensor.data, 0)
-    return model
+    inputs = _inputs(model, job, precision)
+    with precision.mode(), torch.no_grad():
+        model(**inputs)
+    return model, inputs, precision
 
 
-def _inputs(model: nn.Module, job: Mapping[str, Any]) -> dict[str, Any]:
+def _inputs(model: nn.Module, job: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
+    from transformers import PreTrainedModel
+
     if job["inputs"] is not None:
-        inputs = job["inputs"] if isinstance(job["inputs"], Mapping) else targets.load(job["inputs"])()
+        inputs = dict(job["inputs"] if isinstance(job["inputs"], Mapping) else targets.load(job["inputs"])())
+    elif isinstance(model, PreTrainedModel):
+        inputs = _model_inputs(model, precision)
     else:
-        from transformers import PreTrainedModel
+        kind = type(model).__name__
+        raise InputError(f"target {job['target']}: {kind} is no transformers model, so name its inputs: --inputs module:callable")
+    floats = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {**inputs, **{name: value.to(precision.dtype) for name, value in floats.items()}}
 
-        from autotp.testing.inputs import tiny_inputs
 
-        if not isinstance(model, PreTrainedModel):
-            kind = type(model).__name__
-            raise InputError(f"target {job['target']}: {kind} is no transformers model, so name its inputs: --inputs module:callable")
-        with Float64():
+def _model_inputs(model: Any, precision: Precision) -> dict[str, Any]:
+    """What a transformers model takes, with labels where it generates; without a cache, which holds shards (generation runs with it)."""
+    from autotp.testing.inputs import tiny_inputs
+
+    try:
+        with precision.mode():
             inputs = tiny_inputs(model)
-        if "input_ids" in inputs and "ForCausalLM" in type(model).__name__:
-            inputs["labels"] = inputs["input_ids"]
-        if getattr(model.config, "use_cache", False):
-            inputs["use_cache"] = False  # a cache holds shards, and generation runs with it
-    return {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in inputs.items()}
+    except InputError as error:
+        raise RuntimeError(str(error)) from error  # perhaps in another precision
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if model.can_generate() and ids is not None and "labels" in inspect.signature(model.forward).parameters:
+        inputs["labels"] = ids
+    if getattr(model.config, "use_cache", False):
+        inputs["use_cache"] = False
+    return inputs
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -131,14 +155,14 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in found.items()}
 
 
-def _gradients(reference: nn.Module, parallel: nn.Module, layouts: Mapping[str, Layout], rank: int) -> dict[str, float]:
+def _gradients(reference: nn.Module, parallel: nn.Module, layouts: Mapping[str, Layout], rank: int, floor: float) -> dict[str, float]:
     """Error of this rank's part of each gradient; parameters that neither model reaches are left out.
 
     The parts of all ranks cover the parameter, so nothing needs to be gathered.
     """
     errors: dict[str, float] = {}
     others = dict(parallel.named_parameters())
-    floor = FLOOR * max((largest(param.grad) for param in reference.parameters() if param.grad is not None), default=0.0)
+    least = floor * max((largest(param.grad) for param in reference.parameters() if param.grad is not None), default=0.0)
     for name, param in reference.named_parameters():
         grad = others[name].grad if name in others else None
         if param.grad is None and grad is None:
@@ -149,20 +173,22 @@ def _gradients(reference: nn.Module, parallel: nn.Module, layouts: Mapping[str, 
             continue
         layout, local = layouts.get(name), grad.to_local() if isinstance(grad, DTensor) else grad
         wanted = param.grad if layout is None else layout.shard(param.grad, rank)
-        errors[name] = relative_error(local, wanted, scale=max(largest(param.grad), floor))
+        errors[name] = relative_error(local, wanted, scale=max(largest(param.grad), least))
     return errors
 
 
 def _can_generate(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     from transformers import PreTrainedModel
 
-    return isinstance(model, PreTrainedModel) and model.can_generate() and "input_ids" in inputs
+    return isinstance(model, PreTrainedModel) and model.can_generate() and model.main_input_name in inputs
 
 
 def _generate(model: Any, inputs: Mapping[str, Any]) -> list[list[int]] | str:
     """Greedy continuation of the first rows; the text of the error where the model itself cannot."""
     dropped = {"labels", "use_cache", "decoder_input_ids"}
     arguments = {name: value for name, value in inputs.items() if name not in dropped}
+    if model.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:
+        arguments["decoder_start_token_id"] = 0
     try:
         with torch.no_grad():
             tokens = model.generate(**arguments, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)
