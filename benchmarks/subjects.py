@@ -69,13 +69,16 @@ def torch_styles(size: str, mesh: DeviceMesh) -> nn.Module:
 def transformers_plan(size: str, mesh: DeviceMesh) -> nn.Module:
     """(C) transformers' tp_plan="auto"."""
     from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
 
-    folder = os.path.join(tempfile.gettempdir(), f"autotp_bench_{size}_{os.getppid()}_{dist.get_rank()}")
-    llama(size).save_pretrained(folder, is_main_process=True)
-    try:
-        model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh, dtype=torch.float32)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = os.path.join(tempfile.gettempdir(), f"autotp_bench_{size}_{os.getppid()}")
+    if dist.get_rank() == 0:
+        llama(size).save_pretrained(folder)
+    dist.barrier()
+    config = DistributedConfig(tp_plan="auto", tp_size=mesh.size())
+    model = LlamaForCausalLM.from_pretrained(folder, distributed_config=config, dtype=torch.float32)
+    dist.barrier()
+    shutil.rmtree(folder, ignore_errors=True)
     return model.eval()  # type: ignore[no-any-return]
 
 

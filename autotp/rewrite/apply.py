@@ -15,6 +15,7 @@ from autotp.plan.layout import Layout
 from autotp.plan.model import ModulePlan, ParamPlan, Use
 from autotp.rewrite import embedding, linear, module
 from autotp.rewrite.attributes import localise
+from autotp.rewrite.batch import install_batch
 from autotp.rewrite.classes import STATE, subclass
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.embedding import EmbeddingRun, embedding_run
@@ -77,6 +78,8 @@ class _Rewriter:
         self._check_params()
         for sub in self.modules.values():
             self._rewrite(sub, self.plans.get(id(sub)))
+        runs = [(m, m.__dict__.get(STATE)) for m in self.modules.values()]
+        install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and r.light], self.undo)
         made: dict[int, nn.Parameter] = {}
         for name, old in self.named.items():
             owner, leaf = self._owner(name)

@@ -28,7 +28,7 @@ _grad_enabled = torch.is_grad_enabled
 class ModuleRun:
     """What one module does in a forward. `own` are the reads of its own tensors, `reads` all of them."""
 
-    __slots__ = ("frames", "inputs", "light", "outputs", "own", "reads", "sites")
+    __slots__ = ("frames", "inputs", "light", "outputs", "own", "reads", "shared", "sites")
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class ModuleRun:
         self.reads = reads
         self.own = tuple(r for r in reads if r.owner is module)
         self.inputs, self.outputs, self.sites = inputs, outputs, sites
+        self.shared: dict[str, Tensor] | None = None  # values read by the root for all modules
         self.frames: list[tuple[list[tuple[dict[str, Any], str, Any]], SiteMode | None]] = []
         simple = len(self.own) == len(reads) and all(r.convert is None and not r.is_buffer for r in reads)
         self.light = (
@@ -169,7 +170,8 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
             for name, fix in light:
                 p: Tensor = parameters[name]
                 if record and p.requires_grad:
-                    attributes[name] = _Read.apply(p, fix)
+                    shared = run.shared
+                    attributes[name] = shared[name] if shared and name in shared else _Read.apply(p, fix)
                 else:
                     attributes[name] = p._local_tensor if type(p) is DTensor else p
             return inner(self, *args, **kwargs)
