@@ -181,9 +181,7 @@ def _errors(records: dict[str, Record]) -> Counter[str]:
 
 
 def _problems(records: dict[str, Record]) -> Counter[str]:
-    return Counter(
-        f"{aspect}: {text.strip().splitlines()[-1]}" for r in records.values() for aspect, text in r.get("problems", {}).items()
-    )
+    return Counter(f"{aspect}: {text.strip().splitlines()[-1]}" for r in records.values() for aspect, text in r.get("problems", {}).items())
 
 
 def page(records: dict[str, Record], tp: int) -> str:

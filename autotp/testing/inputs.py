@@ -126,12 +126,12 @@ class _Maker:
         """Images or sound with what goes with them, in the forms that models take."""
         if medium != "pixel_values":
             made = {medium: MAKERS[medium](self)}
-            mask = next((n for n in ("feature_attention_mask", "input_features_mask", "audio_attention_mask", "attention_mask") if n in names), None)
+            masks = [n for n in ("feature_attention_mask", "input_features_mask", "audio_attention_mask", "attention_mask") if n in names]
             yield made
-            if mask is not None and medium == "input_features":
-                yield {**made, mask: torch.ones(self.batch, made[medium].shape[-1], dtype=torch.long)}
+            if masks and medium == "input_features":
+                yield {**made, masks[0]: torch.ones(self.batch, made[medium].shape[-1], dtype=torch.long)}
                 swapped = made[medium].transpose(1, 2).contiguous()
-                yield {medium: swapped, mask: torch.ones(self.batch, swapped.shape[1], dtype=torch.long)}
+                yield {medium: swapped, masks[0]: torch.ones(self.batch, swapped.shape[1], dtype=torch.long)}
             return
         grid = next((n for n in ("image_grid_thw", "grid_thw", "image_grid_hws", "target_sizes") if n in names), None)
         if grid is not None:
@@ -212,7 +212,7 @@ MAKERS: dict[str, Callable[[_Maker], Any]] = {
 
 def _series_length(m: _Maker) -> int:
     """The context, and before it what the largest lag looks back to."""
-    return int(_value(m.config, "context_length", default=32)) + max(_value(m.config, "lags_sequence", default=[0]))
+    return int(_value(m.config, "context_length", default=32)) + int(max(_value(m.config, "lags_sequence", default=[0])))
 
 
 def _series_channels(m: _Maker) -> tuple[int, ...]:
@@ -245,7 +245,7 @@ def _proposals(model: PreTrainedModel, m: _Maker) -> Iterator[Inputs | Exception
         [*base, "position_ids"],
     ]
     if media and set(required) <= {media[0], *_BESIDES, "input_ids"}:
-        for with_text in ([text + decoder, decoder] if text else [decoder]):
+        for with_text in [text + decoder, decoder] if text else [decoder]:
             for made in m.media(media[0], names):
                 yield {**{n: MAKERS[n](m) for n in with_text}, **made}
     if "grid_thw" in names and "hidden_states" in required:
@@ -274,9 +274,22 @@ def _proposals(model: PreTrainedModel, m: _Maker) -> Iterator[Inputs | Exception
 
 #: What media arguments bring with them.
 _BESIDES = {
-    "image_grid_thw", "grid_thw", "image_grid_hws", "target_sizes", "merge_sizes", "image_merge_sizes", "pixel_attention_mask", "spatial_shapes",
-    "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "image_sizes", "feature_attention_mask", "input_features_mask",
-    "audio_attention_mask", "attention_mask",
+    "image_grid_thw",
+    "grid_thw",
+    "image_grid_hws",
+    "target_sizes",
+    "merge_sizes",
+    "image_merge_sizes",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "aspect_ratio_ids",
+    "aspect_ratio_mask",
+    "cross_attention_mask",
+    "image_sizes",
+    "feature_attention_mask",
+    "input_features_mask",
+    "audio_attention_mask",
+    "attention_mask",
 }
 
 
@@ -297,7 +310,7 @@ def _with_placeholders(model: PreTrainedModel, m: _Maker, names: list[str], medi
             continue
         plain = m.tokens(6)
         ids = torch.cat([plain[:, :2], torch.full((m.batch, count // m.batch), int(token)), plain[:, 2:]], dim=1)
-        extra = {n: (ids == int(token)).long() for n in ("mm_token_type_ids", "token_type_ids") if n in names}
+        extra: Inputs = {n: (ids == int(token)).long() for n in ("mm_token_type_ids", "token_type_ids") if n in names}
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), **{n: v for n, v in made.items() if n in names}, **extra}
 
 

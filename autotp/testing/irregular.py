@@ -46,10 +46,17 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mistral4": {"qk_nope_head_dim": 8, "qk_head_dim": 16, "head_dim": 16},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": _HYBRID, "attention_hidden_size": 128, "attention_head_dim": 16},
     "zamba2": {
-        "num_hidden_layers": 4, "layers_block_type": _HYBRID, "hybrid_layer_ids": [1, 3], "attention_hidden_size": 128,
-        "attention_head_dim": 16, "mamba_headdim": 16, "kv_channels": 8,
+        "num_hidden_layers": 4,
+        "layers_block_type": _HYBRID,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 16,
+        "mamba_headdim": 16,
+        "kv_channels": 8,
     },
-    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _MROPE["rope_parameters"])},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _MROPE["rope_parameters"], "sliding_attention": _MROPE["rope_parameters"]}
+    },
     "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
     "longcat_flash": {"zero_expert_num": 2},
@@ -67,10 +74,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layers": [-1, -2, 1]},
     "aria": {"projector_patch_to_query_dict": {16: 8}},
     "mllama_vision_model": {"vision_output_dim": 192},
-    **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 100}),
+    **{name: {"image_token_index": 100} for name in ("blip-2", "instructblip")},
     "instructblipvideo": {"video_token_index": 100},
     "gemma3": {"mm_tokens_per_image": 4},
     "llama4_vision_model": {"intermediate_size": 256},
-    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": 100, "vision_end_token_id": 101}),
+    **{name: {"vision_start_token_id": 100, "vision_end_token_id": 101} for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
 }

@@ -1,7 +1,8 @@
 """Shrink a transformers config while keeping its structure.
 
 A config field plays a *role* (width, head count, layer count, vocabulary, token id, …) that its name tells. Each role has
-one small rule, listed in `ROLES`; the first that matches decides. What makes the small model a fair stand-in for the large one:
+one small rule, listed in `autotp.testing.roles.ROLES`; the first that matches
+decides. What makes the small model a fair stand-in for the large one:
 
 - a head count keeps its kind: multi-head, grouped (fewer key-value heads) or multi-query (one);
 - lists that go layer by layer (`layer_types`, …) are cut so that each kind of layer stays once, and the layer count follows;
@@ -14,272 +15,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What the large values become."""
-
-    hidden: int = 64
-    ffn: int = 128
-    layers: int = 2
-    heads: int = 8
-    kv_heads: int = 4
-    vocab: int = 128
-    experts: int = 4
-    experts_per_token: int = 2
-    positions: int = 128
-    image: int = 32
-    patch: int = 8
-
-
-@dataclass(slots=True)
-class _Tree:
-    """What is shared by all configs nested in one model: sizes and the renumbering of token ids."""
-
-    sizes: Sizes
-    irregular: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    token_ids: dict[int, int] = field(default_factory=dict)
-
-    def token_id(self, value: int) -> int:
-        """Small ids stay; large ones are renumbered downwards from the end of the vocabulary, distinct ones distinctly."""
-        if value < 0:
-            return value
-        if value not in self.token_ids:
-            taken = set(self.token_ids.values())
-            limit = self.sizes.vocab
-            free = value if value < limit // 2 and value not in taken else next(
-                i for i in range(limit - 1, -1, -1) if i not in taken
-            )
-            self.token_ids[value] = free
-        return self.token_ids[value]
-
-
-Rule = Callable[["_Node", str, Any], Any]
-
-
-@dataclass(slots=True)
-class _Node:
-    """One config of the tree with its fields, and what its rules need to know of each other."""
-
-    fields: dict[str, Any]
-    tree: _Tree
-    kept_layers: list[int]
-    depth: int
-
-    @property
-    def sizes(self) -> Sizes:
-        return self.tree.sizes
-
-    def number(self, *names: str) -> int | None:
-        """The first of these fields that holds a positive int."""
-        for name in names:
-            value = self.fields.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-        return None
-
-
-HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
-WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim", "width")
-DEPTH = re.compile(
-    r"^(n_layers?|(.*_)?num_(\w+_)?layers|num_layers|(\w*_)?(encoder|decoder)_layers|depth|(\w+_)?depth|layers|num_blocks|n_blocks"
-    r"|num_hidden_groups|num_mem_blocks|num_residual_layers|x?_?layers|(\w+_)?num_transformer_layers)$"
-)
-NOT_DEPTH = re.compile(r"(conv|feat|mlp|feature|adapter|skip|kv_shared|expert|_depth_|stage|bits|bins|register|dense_layers|iou_head)")
-
-
-def is_int(value: Any) -> bool:
-    """An int that is no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _at_most(limit: int) -> Rule:
-    return _each(limit)
-
-
-def _to(attribute: str) -> Rule:
-    """Set to a size, never above the old value."""
-    return lambda node, name, value: _each(getattr(node.sizes, attribute))(node, name, value)
-
-
-def _heads(node: _Node, name: str, value: Any) -> Any:
-    """One head stays one, two stay two, more become the usual number; per stage, the power of two below."""
-    if not is_int(value):
-        return type(value)(_heads(node, name, v) if isinstance(v, (list, tuple)) else min(1 << (v.bit_length() - 1), 4) for v in value)
-    return value if value <= 2 else node.sizes.heads
-
-
-def _kv_heads(node: _Node, name: str, value: int) -> int:
-    heads = node.number(name.replace("key_value", "attention"), *HEAD_NAMES)
-    if value <= 1:
-        return value
-    if heads is not None and value >= heads:
-        return int(_heads(node, name, heads))
-    return node.sizes.kv_heads
-
-
-def _head_dim(node: _Node, name: str, value: int) -> int:
-    """heads × head_dim keeps being the width, or keeps not being it."""
-    heads, width = node.number(*HEAD_NAMES), node.number(*WIDTH_NAMES)
-    small = node.sizes.hidden // node.sizes.heads
-    if value == node.fields.get("qk_rope_head_dim"):
-        return min(value, 8)
-    if heads is None or width is None or heads * value == width:
-        return min(value, small)
-    return min(value, 2 * small)
-
-
-def _rotary_dim(node: _Node, name: str, value: int) -> int:
-    heads, width = node.number(*HEAD_NAMES), node.number(*WIDTH_NAMES)
-    small = node.sizes.hidden // node.sizes.heads
-    if heads and width and value < width // heads:
-        return small // 2
-    return min(value, small)
-
-
-def _width(node: _Node, name: str, value: Any) -> Any:
-    if is_int(value):
-        return min(value, node.sizes.hidden)
-    return [_width(node, name, item) for item in value]
-
-
-def _stage_widths(node: _Node, name: str, value: Any) -> Any:
-    """Widths that grow from stage to stage keep their ratio; the smallest becomes a quarter of the hidden size."""
-    if is_int(value):
-        return min(value, node.sizes.hidden // 4) if isinstance(node.fields.get("depths"), (list, tuple)) else _width(node, name, value)
-    if not all(is_int(item) for item in value) or not value:
-        return [_stage_widths(node, name, item) if isinstance(item, (list, tuple)) else item for item in value]
-    low = min(value)
-    base = min(low, max(node.sizes.hidden // 4, 4))
-    return [min(item, max(4, round(item * base / low / 8) * 8)) for item in value]
-
-
-def _index_list(node: _Node, name: str, value: Any) -> Any:
-    """Layer indices: those of kept layers are renumbered; otherwise they become the last layers that there are."""
-    if is_int(value):
-        return min(value, node.depth - 1)
-    if not value or not all(is_int(item) for item in value):
-        return value
-    renumbered = [node.kept_layers.index(item) for item in value if item in node.kept_layers]
-    if len(renumbered) == len(value):
-        return renumbered
-    return sorted({min(item, node.depth - 1) for item in range(min(len(value), node.depth))})
-
-
-def _token(node: _Node, name: str, value: Any) -> Any:
-    if is_int(value):
-        return node.tree.token_id(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_token(node, name, item) for item in value)
-    return value
-
-
-def _image(node: _Node, name: str, value: Any) -> Any:
-    if is_int(value):
-        return min(value, node.sizes.image)
-    if isinstance(value, Mapping):
-        return {key: _image(node, name, item) for key, item in value.items()}
-    return type(value)(_image(node, name, item) for item in value)
-
-
-def _patch(node: _Node, name: str, value: Any) -> Any:
-    if is_int(value):
-        return min(value, node.sizes.patch)
-    return type(value)(_patch(node, name, item) for item in value)
-
-
-def _each(limit: int) -> Rule:
-    def rule(node: _Node, name: str, value: Any) -> Any:
-        return min(value, limit) if is_int(value) else type(value)(rule(node, name, item) for item in value)
-
-    return rule
-
-
-def _keep(node: _Node, name: str, value: Any) -> Any:
-    return value
-
-
-def _repeats(node: _Node, name: str, value: Any) -> Any:
-    """Blocks per stage."""
-    return type(value)(_repeats(node, name, v) if isinstance(v, (list, tuple)) else min(v, 1) if is_int(v) else v for v in value) \
-        if not is_int(value) else min(value, node.sizes.layers)
-
-
-INDICES = (
-    r"(?!_?out_)(\w+_)?ind(ex|ic)es|(\w+_)?block_indexes|cross_attention_layers|(\w+_)?layer_(ids|indices|idx)|\w+_idxs"
-    r"|global_attention_blocks|moe_layers|mlp_only_layers|attn_layer_indices"
-)
-_INDICES = re.compile(INDICES)
-
-#: Field name (regular expression, full match) → rule. The first match decides; a field that none matches stays.
-ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
-    (re.compile(pattern), rule)
-    for pattern, rule in (
-        # what looks like a size and is none
-        (r"chunk_size_feed_forward|num_labels|num_channels|num_mel_bins|.*kernel_sizes?|.*strides?|type_vocab_size|.*_index_id", _keep),
-        (r".*_ratios?|.*_factors?|.*scale|.*temperature|.*_cost|.*_coefficient|.*_per_second|sampling_rate", _keep),
-        # vocabulary and its ids
-        (r".*_token_ids?|.*_token_index|.*(bos|eos|pad|sep|cls|mask|unk|start|end)_id|.*_tokens?_to_.*|.*suppress_tokens"
-         r"|forced_\w+_id|bad_words_ids", _token),
-        (r"(?!type_)(?!.*ngram)(\w+_)?vocab_size(_\w+)?|(\w+_)?codebook_size|entity_vocab_size|n_codes|num_embeddings|num_embeds", _to("vocab")),
-        # experts
-        (r"(num|n)_(\w+_)?experts|moe_num_experts|(\w+_)?num_experts|n_routed_experts|num_local_experts|num_fused_experts", _to("experts")),
-        (r"(num_)?(\w+_)?experts_per_(tok|token)|moe_topk|moe_k|top_k_experts|moe_top_?k|num_selected_experts|expert_top_k"
-         r"|router_top_?k|num_experts_per_tok.*|moe_num_active_experts", _to("experts_per_token")),
-        (r"(n|num)_shared_experts|moe_num_shared_experts|num_shared_expert", _at_most(1)),
-        (r"n_group|num_expert_group", _at_most(2)),
-        (r"topk_group|num_limited_group", _at_most(1)),
-        # attention and recurrent heads
-        (r"(\w+_)?num_key_value_(attention_)?heads|num_kv_heads|n_head_kv|n_kv_heads?|multi_query_group_num|kv_n_heads|num_kv|n_kv", _kv_heads),
-        (r"linear_num_key_heads|linear_num_kv_heads|num_key_heads", _to("kv_heads")),
-        (r"index_n_heads|(\w+_)?num_(\w+_)?heads|n_heads?|(\w+_)?(encoder|decoder)_attention_heads|(\w+_)?n_heads|(\w+_)?attention_heads|num_query_groups", _heads),
-        (r"qk_rope_head_dim", _at_most(8)),
-        (r"qk_nope_head_dim|v_head_dim|index_head_dim", _at_most(16)),
-        (r"qk_head_dim", lambda node, name, value: min(value, min(node.number("qk_nope_head_dim") or 16, 16) + min(node.number("qk_rope_head_dim") or 8, 8))
-         if node.number("qk_rope_head_dim") else _head_dim(node, name, value)),
-        (r"q_lora_rank|kv_lora_rank|o_lora_rank|(\w+_)?lora_rank|.*low_?rank.*dim|\w+_rank", _at_most(32)),
-        (r"mamba_(d_head|head_?dim|headdim)|mamba_num_head_dim|linear_(key|value)_head_dim", _at_most(16)),
-        (r"(\w+_)?head_dim|attention_head_size|d_kv|kv_channels|attention_key_size|d_head|(\w+_)?head_size|(\w+_)?dim_head", _head_dim),
-        (r"rotary_dim|rotary_ndims", _rotary_dim),
-        (r"ssm_state_size|state_size|(mamba_)?d_state|mamba_state_(size|dim)", _at_most(8)),
-        (r"(mamba_)?n_groups|mamba_n_groups|mamba_ngroups", _at_most(2)),
-        (r"time_step_rank|mamba_dt_rank", _at_most(4)),
-        (r"(\w+_)?chunk_size|mamba_chunk_size", _at_most(16)),
-        # positions and windows
-        (r"sliding_window|attention_chunk_size|local_attention|attention_window_size|window_size_attention|attention_window", _each(8)),
-        (r"max_(\w+_)?position_embeddings|n_positions|n_ctx|max_seq(_len|uence_length|_length)|max_sequence_length|seq_length", _to("positions")),
-        (r"max_(source|target|speech|text|audio|encoder|decoder)_positions?", _at_most(64)),
-        (r"original_max_position_embeddings", _at_most(64)),
-        # images
-        (r"(?!norm)(\w+_)?image_size|img_size|input_size|crop_size|pretrain_image_size|visual_prompt_size", _image),
-        (r"patch_size", _patch),
-        (r"image_grid_pinpoints", lambda node, name, value: [[node.sizes.image, 2 * node.sizes.image], [2 * node.sizes.image, node.sizes.image]]),
-        # layers, layer by layer
-        (r"first_k_dense_replace|num_dense_layers|(\w+_)?first_k_dense", _at_most(1)),
-        (r"(\w+_)?(sparse_step|period|interval|pattern_length|layer_freq|every_n_layers|layer_step|layer_interval|moe_freq)", _each(2)),
-        (r"(\w+_)?layer_offset|(\w+_)?offset", _at_most(1)),
-        (r"num_kv_shared_layers", lambda node, name, value: min(value, max(node.depth - 2, 0))),
-        (r"max_window_layers|num_hash_layers|num_nextn_predict_layers", _at_most(1)),
-        (r"(\w+_)?depths|layers_per_stage|blocks_per_stage|num_blocks_per_stage|depth_multiplier_stage", _repeats),
-        (INDICES, _index_list),
-        # widths
-        (r"(\w+_)?(moe_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|mlp_dim|n_inner|feed_forward_size|dim_feedforward|inner_dim|d_inner)"
-         r"|(moe_)?shared_expert_intermediate_size|intermediate_dim|ffn_hidden_dim|share_expert_dim|mlp_hidden_size|d_ffn", _to("ffn")),
-        (r"hidden_sizes|(\w+_)?hidden_sizes|embed_dims|embed_dim|neck_hidden_sizes|width_list|layers_dims|(\w+_)?embed_dim_per_stage|fpn_hidden_size|(\w+_)?dims", _stage_widths),
-        (r"(\w+_)?(hidden_size|hidden_dim|d_model|n_embd|embed(ding)?_(dim|size)|hid_size|projection_dim|projection_size|projection_hidden_size"
-         r"|feature_dim|conv_dim|dim|width|out_dim|hidden_channels|query_dim|output_dim|input_dim|proj_size|lru_width|feature_size|num_feats"
-         r"|attention_channels|in_features|out_features|mask_feature_size|tdnn_dim|conv_channels|size_per_head_total|embedding_size)", _width),
-        (r"num_queries|num_query_tokens|(\w+_)?num_queries|num_latents|resampler_n_latents|num_detection_tokens|num_object_queries", _at_most(16)),
-        (r"(\w+_)?(num_)?groups|conv_groups|\w+_num_groups|num_conv_pos_embedding_groups", _each(4)),
-        (r"num_conv_pos_embeddings", _at_most(8)),
-    )
-)
+from autotp.testing.roles import DEPTH, LAYER_INDICES, NOT_DEPTH, ROLES, Node, Sizes, Tree, head_dim_rule, is_int
 
 
 def _depth_fields(fields: Mapping[str, Any]) -> dict[str, int]:
@@ -287,9 +28,7 @@ def _depth_fields(fields: Mapping[str, Any]) -> dict[str, int]:
     if isinstance(fields.get("depths"), (list, tuple)):
         return {}
     return {
-        name: value
-        for name, value in fields.items()
-        if is_int(value) and value > 0 and DEPTH.match(name) and not NOT_DEPTH.search(name)
+        name: value for name, value in fields.items() if is_int(value) and value > 0 and DEPTH.match(name) and not NOT_DEPTH.search(name)
     }
 
 
@@ -302,7 +41,9 @@ def _kept_layers(fields: Mapping[str, Any], limit: int, outputs: int, most: int 
     depths = _depth_fields(fields)
     depth = depths.get("num_hidden_layers") or depths.get("n_layer") or max(depths.values(), default=0)
     lists = [v for n, v in fields.items() if _is_layer_list(v, depth) and not isinstance(v[0], float) and not _STAGE.match(n)]
-    members = [set(v) for n, v in fields.items() if isinstance(v, (list, tuple)) and v and _INDICES.fullmatch(n) and all(map(is_int, v))]
+    members = [
+        set(v) for n, v in fields.items() if isinstance(v, (list, tuple)) and v and LAYER_INDICES.fullmatch(n) and all(map(is_int, v))
+    ]
     kinds = [repr([v[i] for v in lists] + [i in chosen for chosen in members]) for i in range(depth)]
     kept = sorted({kinds.index(kind) for kind in kinds})[:most] if lists or members else []
     kept += [i for i in range(depth) if i not in kept][: max(0, min(limit, depth) - len(kept))]
@@ -313,12 +54,16 @@ def _kept_layers(fields: Mapping[str, Any], limit: int, outputs: int, most: int 
 _STAGE = re.compile(r"out_indices|.*channels|.*sizes|.*dims?|.*strides?|stage_names|.*indexes|.*widths?|durations")
 
 
-def _rope(node: _Node, value: Any) -> Any:
+def _rope(node: Node, value: Any) -> Any:
     """Rotary sections follow the head size; tables with one number per frequency are cut to its length."""
     if not isinstance(value, Mapping):
         return value
-    head_dim = node.number("qk_rope_head_dim") and 8 or node.number("head_dim") and _head_dim(node, "head_dim", node.number("head_dim") or 0)
-    half = (head_dim or node.sizes.hidden // node.sizes.heads) // 2
+    old = node.number("head_dim")
+    if node.number("qk_rope_head_dim"):
+        head_dim = 8
+    else:
+        head_dim = head_dim_rule(node, "head_dim", old) if old else node.sizes.hidden // node.sizes.heads
+    half = head_dim // 2
     result: dict[str, Any] = {}
     for name, item in value.items():
         if isinstance(item, Mapping):
@@ -339,18 +84,20 @@ def _subconfigs(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
     return {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
 
 
-_SKIP = re.compile(r"_.*|transformers_version|model_type|architectures|id2label|label2id|num_labels|dtype|torch_dtype|return_dict|problem_type|ignore_keys_at_rope_validation"
-                   r"|stage_names|output_hidden_states|output_attentions")
+_SKIP = re.compile(
+    r"_.*|transformers_version|model_type|architectures|id2label|label2id|num_labels|dtype|torch_dtype|return_dict|problem_type|ignore_keys_at_rope_validation"
+    r"|stage_names|output_hidden_states|output_attentions"
+)
 
 
-def _shrunk_fields(config: PreTrainedConfig, tree: _Tree) -> dict[str, Any]:
+def _shrunk_fields(config: PreTrainedConfig, tree: Tree) -> dict[str, Any]:
     subs = _subconfigs(config)
     fields = {n: copy.deepcopy(v) for n, v in vars(config).items() if n not in subs and not _SKIP.fullmatch(n)}
     outputs = vars(config).get("_out_indices")
     kept = _kept_layers(fields, tree.sizes.layers, len(outputs or ()))
     depths = _depth_fields(fields)
     old_depth = depths.get("num_hidden_layers") or depths.get("n_layer") or max(depths.values(), default=0)
-    node = _Node(fields, tree, kept, len(kept))
+    node = Node(fields, tree, kept, len(kept))
     result: dict[str, Any] = {}
     for name, value in fields.items():
         if value is None or isinstance(value, (bool, str, float)):
@@ -378,17 +125,19 @@ def _shrunk_fields(config: PreTrainedConfig, tree: _Tree) -> dict[str, Any]:
     return result
 
 
-_DROPOUT = re.compile(r".*(drop|dropout|dropout_rate|drop_rate|drop_prob|drop_path_rate|pdrop|layerdrop|mask_time_prob|mask_feature_prob)(_\w+)?")
+_DROPOUT = re.compile(
+    r".*(drop|dropout|dropout_rate|drop_rate|drop_prob|drop_path_rate|pdrop|layerdrop|mask_time_prob|mask_feature_prob)(_\w+)?"
+)
 
 
-def _build(config: PreTrainedConfig, tree: _Tree, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+def _build(config: PreTrainedConfig, tree: Tree, overrides: Mapping[str, Any]) -> PreTrainedConfig:
     nested = {n.split(".", 1)[0] for n in overrides if "." in n}
     subs = {
         name: _build(sub, tree, {n.split(".", 1)[1]: v for n, v in overrides.items() if n.startswith(name + ".")})
         for name, sub in _subconfigs(config).items()
     }
     fields = _shrunk_fields(config, tree)
-    fields.update(tree.irregular.get(config.model_type, {}))
+    fields.update(copy.deepcopy(dict(tree.irregular.get(config.model_type, {}))))
     fields.update({n: v for n, v in overrides.items() if "." not in n})
     unknown = nested - set(subs)
     if unknown:
@@ -401,7 +150,7 @@ def _build(config: PreTrainedConfig, tree: _Tree, overrides: Mapping[str, Any]) 
 
 def shrink_config(
     config: PreTrainedConfig,
-    sizes: Sizes = Sizes(),
+    sizes: Sizes | None = None,
     *,
     irregular: Mapping[str, Mapping[str, Any]] | None = None,
     **overrides: Any,
@@ -417,4 +166,4 @@ def shrink_config(
     Raises:
         ValueError: an override names a nested config that does not exist, or the config class refuses the sizes.
     """
-    return _build(config, _Tree(sizes, irregular or {}), overrides)
+    return _build(config, Tree(sizes or Sizes(), irregular or {}), overrides)

@@ -14,7 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from autotp.errors import InputError
 from autotp.testing.irregular import DEFAULTS, FIELDS
-from autotp.testing.shrink import Sizes, shrink_config
+from autotp.testing.roles import Sizes
+from autotp.testing.shrink import shrink_config
 
 #: Which head to build when a model has several: what people run comes first.
 TASKS = (
@@ -49,28 +50,33 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that `tiny_model` builds: the first of `TASKS` that has one, or whichever class in the module takes this config."""
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-    unfit = ENCODER_ONLY if getattr(config, "is_decoder", False) else ()
+    unfit: tuple[str, ...] = ENCODER_ONLY if getattr(config, "is_decoder", False) else ()
     if not getattr(config, "is_encoder_decoder", False):
         unfit += ENCODER_DECODER
     names = [name for task in TASKS if task not in unfit for name in _names(getattr(modeling_auto, task).get(config.model_type))]
-    found = [getattr(module, name) for name in names if hasattr(module, name)]
+    found: list[type[PreTrainedModel]] = [getattr(module, name) for name in names if hasattr(module, name)]
     fitting = [cls for cls in found if cls.config_class is type(config) or cls.config_class is None]
-    if fitting:
-        return fitting[0]
-    if found:
-        return found[0]
-    candidates = [
-        cls
-        for name, cls in vars(module).items()
-        if inspect.isclass(cls)
-        and issubclass(cls, PreTrainedModel)
-        and not name.endswith("PreTrainedModel")
-        and cls.config_class is type(config)
-        and cls.forward is not nn.Module.forward
+    if fitting or found:
+        return (fitting or found)[0]
+    candidates: list[type[PreTrainedModel]] = [
+        cls for name, cls in vars(module).items() if _takes(cls, config) and not name.endswith("PreTrainedModel")
     ]
     if not candidates:
         raise InputError(f"tiny_model: no model class takes {type(config).__name__} (model type {config.model_type!r})")
-    return max(candidates, key=lambda cls: ("ForCausalLM" in cls.__name__, "ForConditionalGeneration" in cls.__name__, -len(cls.__name__)))
+    return max(candidates, key=_preference)
+
+
+def _preference(cls: type[PreTrainedModel]) -> tuple[bool, bool, int]:
+    """Larger is better: a head that generates, then the shorter name."""
+    return "ForCausalLM" in cls.__name__, "ForConditionalGeneration" in cls.__name__, -len(cls.__name__)
+
+
+def _takes(cls: object, config: PreTrainedConfig) -> bool:
+    """Is this a model class with a forward of its own, made for configs of this class?"""
+    if not (inspect.isclass(cls) and issubclass(cls, PreTrainedModel)):
+        return False
+    model: Any = cls
+    return model.config_class is type(config) and model.forward is not nn.Module.forward
 
 
 def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -238,8 +238,15 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Sequential(
-            nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64),
-            nn.GELU(), nn.Linear(64, 3),
+            nn.Linear(10, 64),
+            nn.ReLU(),
+            nn.Linear(64, 64),
+            nn.Tanh(),
+            nn.Linear(64, 64),
+            nn.ReLU(),
+            nn.Linear(64, 64),
+            nn.GELU(),
+            nn.Linear(64, 3),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,9 +270,7 @@ class Grouped(nn.Module):
         if self.kind == "interleave":
             k, v = (z.repeat_interleave(self.n // self.m, dim=1) for z in (k, v))
         elif self.kind == "expand":
-            k, v = (
-                z[:, :, None].expand(b, self.m, self.n // self.m, t, SIZE).reshape(b, self.n, t, SIZE) for z in (k, v)
-            )
+            k, v = (z[:, :, None].expand(b, self.m, self.n // self.m, t, SIZE).reshape(b, self.n, t, SIZE) for z in (k, v))
         y = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
         return self.d(y.transpose(1, 2).reshape(b, t, -1))
 

@@ -407,7 +407,9 @@ def merge(reports: Sequence[Report]) -> Report:
     return worst
 
 
-def check(pool: Pool, factory: Callable[[], nn.Module], inputs: Any, *, world: int = 2, timeout: float | None = None, **options: Any) -> Report:
+def check(
+    pool: Pool, factory: Callable[[], nn.Module], inputs: Any, *, world: int = 2, timeout: float | None = None, **options: Any
+) -> Report:
     """Compare `factory()` with its parallel self on `world` ranks.
 
     Args:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +37,7 @@ def _worker(rank: int, world: int, store: str, pipe: Connection, timeout: float)
     import transformers
 
     transformers.logging.set_verbosity_error()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     pipe.send(("ready", None))
     while True:
         try:
@@ -80,7 +79,7 @@ class Ranks:
             return
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="autotp-ranks-")
-        store = os.path.join(self._folder.name, "store")
+        store = str(Path(self._folder.name) / "store")
         for rank in range(self.world):
             here, there = context.Pipe()
             process = context.Process(target=_worker, args=(rank, self.world, store, there, self.timeout * 2), daemon=True)
