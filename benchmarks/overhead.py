@@ -118,6 +118,8 @@ def measure(size: str, names: list[str], rounds: int, prompt: int, fake: bool) -
 def _rank(rank: int, world: int, store: str, out: str, options: argparse.Namespace) -> None:
     import transformers
 
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # transformers reads them
+
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)

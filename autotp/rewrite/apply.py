@@ -85,7 +85,7 @@ class _Rewriter:
             owner, leaf = self._owner(name)
             if id(old) not in made:
                 made[id(old)] = make_param(name, old, self.params[name].layout)
-            self.undo.set_item(owner._parameters, leaf, made[id(old)])  # type: ignore[arg-type]
+            self.undo.set_item(owner._parameters, leaf, made[id(old)])
 
     def _plans(self, modules: Sequence[ModulePlan]) -> dict[int, ModulePlan]:
         plans: dict[int, ModulePlan] = {}
@@ -157,7 +157,7 @@ class _Rewriter:
             return
         names = tuple(r.name for r in run.own)
         self.undo.set_item(sub.__dict__, STATE, run)
-        self.undo.set_class(sub, subclass(type(sub), names, make_forward))
+        self.undo.set_class(sub, subclass(type(sub), names, make_forward))  # type: ignore[arg-type]
 
     def _run(
         self, sub: nn.Module, plan: ModulePlan | None, reads: tuple[Read, ...], where: str

@@ -51,7 +51,7 @@ def _sum_together(grads: list[Tensor | None], fixes: Sequence[GradFix]) -> list[
     for indices in together.values():
         parts = [g for i in indices if (g := grads[i]) is not None]
         summed = fixes[indices[0]].comm.all_reduce_(torch.cat([g.reshape(-1) for g in parts]))
-        for i, g, flat in zip(indices, parts, summed.split([g.numel() for g in parts]), strict=True):
+        for i, g, flat in zip(indices, parts, summed.split([g.numel() for g in parts]), strict=True):  # type: ignore[no-untyped-call]
             grads[i] = flat.view(g.shape)
     return grads
 
@@ -81,7 +81,7 @@ class BatchReads:
                     fixes.append(fix)
         self.active = True
         if params:
-            for (shared, name), value in zip(wanted, _ReadMany.apply(fixes, *params), strict=True):
+            for (shared, name), value in zip(wanted, _ReadMany.apply(fixes, *params), strict=True):  # type: ignore[no-untyped-call]
                 shared[name] = value
 
     def after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:

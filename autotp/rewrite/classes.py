@@ -49,4 +49,4 @@ def subclass(
     forward.__doc__ = base.forward.__doc__
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # inspect.signature shows the model's own arguments
     body.update(forward=forward, __module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
-    return type(base)(base.__name__, (base,), body)
+    return type(base)(base.__name__, (base,), body)  # type: ignore[misc, no-any-return]

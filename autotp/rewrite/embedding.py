@@ -83,9 +83,9 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if is_dynamo_compiling():
             return run.composed(input)
         if torch.is_grad_enabled() and weight.requires_grad:
-            if type(weight) is not DTensor:
+            if type(weight) is not DTensor:  # type: ignore[comparison-overlap]
                 return run.composed(input)
-            return _Embedding.apply(input, weight, run)  # type: ignore[no-any-return]
+            return _Embedding.apply(input, weight, run)
         return run.local(*local_ids(input, run.runs), local_tensor(weight))
 
     return forward

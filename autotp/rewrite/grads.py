@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 _detach = torch.ops.aten.detach.default
 # DTensor's own constructor spends 3 µs in Python before it comes to this one.
-_new: Callable[..., Any] = torch.Tensor._dtensor__new__  # type: ignore[attr-defined]
+_new: Callable[..., Any] = torch.Tensor._dtensor__new__
 
 
 def plain(grad: DTensor) -> DTensor:

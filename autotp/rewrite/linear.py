@@ -133,7 +133,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
                 return run.composed(input)
             if run.copies and input.requires_grad:
                 input = copy(input, run.comm)
-            return _Linear.apply(input, weight, bias, run)  # type: ignore[no-any-return]
+            return _Linear.apply(input, weight, bias, run)  # type: ignore[no-any-return, no-untyped-call]
         return run.local(input, local_tensor(weight), None if bias is None else local_tensor(bias))
 
     return forward

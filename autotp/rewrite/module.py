@@ -105,7 +105,7 @@ class ModuleRun:
         finally:
             self.leave()
 
-    inside_eagerly = torch.compiler.disable(inside)
+    inside_eagerly = torch.compiler.disable(inside)  # type: ignore[no-untyped-call]
 
     def enter_eagerly(self) -> None:
         """`enter`, where there is something to enter."""
@@ -131,8 +131,8 @@ class ModuleRun:
 
 
 _PAUSE: Any = object()
-_enter = torch.compiler.disable(ModuleRun.enter)
-_leave = torch.compiler.disable(ModuleRun.leave)
+_enter = torch.compiler.disable(ModuleRun.enter)  # type: ignore[no-untyped-call]
+_leave = torch.compiler.disable(ModuleRun.leave)  # type: ignore[no-untyped-call]
 
 
 class EagerForward:
@@ -143,7 +143,7 @@ class EagerForward:
         self.inner = module.__dict__.get("forward")
         functools.update_wrapper(self, module.forward)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
         if self.inner is not None:
@@ -171,7 +171,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
                 p: Tensor = parameters[name]
                 if record and p.requires_grad:
                     shared = run.shared
-                    attributes[name] = shared[name] if shared and name in shared else _Read.apply(p, fix)
+                    attributes[name] = shared[name] if shared and name in shared else _Read.apply(p, fix)  # type: ignore[no-untyped-call]
                 else:
                     attributes[name] = p._local_tensor if type(p) is DTensor else p
             return inner(self, *args, **kwargs)

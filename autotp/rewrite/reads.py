@@ -112,9 +112,9 @@ class Read:
             x = p._local_tensor if type(p) is DTensor else p
         elif is_dynamo_compiling():
             x = p.to_local() if isinstance(p, DTensor) else p
-            x = x if self.fix.grad is GradSum.NONE else _Fix.apply(x, self.fix)
+            x = x if self.fix.grad is GradSum.NONE else _Fix.apply(x, self.fix)  # type: ignore[no-untyped-call]
         elif type(p) is DTensor or self.fix.grad is not GradSum.NONE:
-            x = _Read.apply(p, self.fix)
+            x = _Read.apply(p, self.fix)  # type: ignore[no-untyped-call]
         else:
             x = p
         return x if self.convert is None else self.convert(x)

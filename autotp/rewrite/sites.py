@@ -91,11 +91,11 @@ class SiteMode(TorchFunctionMode):
 
     def __enter__(self) -> SiteMode:
         RUNNING.modes.append(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: object) -> None:
-        super().__exit__(*exc)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
         RUNNING.modes.pop()
 
     def __torch_function__(
