@@ -1,1 +1,7 @@
-"""autotp"""
+"""Tensor parallelism for any PyTorch model, worked out from its graph."""
+
+from autotp.api import full_grads, full_state_dict, parallelize, plan, plan_of
+from autotp.errors import AutoTPError
+from autotp.plan.plan import Plan
+
+__all__ = ["AutoTPError", "Plan", "full_grads", "full_state_dict", "parallelize", "plan", "plan_of"]

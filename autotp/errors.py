@@ -15,7 +15,12 @@ class MeshError(AutoTPError):
 
 
 class TraceError(AutoTPError):
-    """The model could not be run on fake tensors; names the module, the operator and the ways out."""
+    """The model could not be run on fake tensors; names the module, the operator and the ways out.
+
+    `partial` is the graph recorded until then.
+    """
+
+    partial: object = None
 
 
 class InputError(AutoTPError):

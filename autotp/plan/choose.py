@@ -28,8 +28,8 @@ class Choice:
     refused: Mapping[Atom, str]
 
 
-def choose(space: Space, tp: int, banned: Mapping[Atom, str]) -> Choice:
-    """Take the candidates greedily; `banned` ones are refused with the reason given."""
+def choose(space: Space, tp: int, banned: Mapping[Atom, str], forced: frozenset[int] = frozenset()) -> Choice:
+    """Take the candidates greedily; `banned` ones are refused with the reason given, results of `forced` nodes stay whole."""
     refused: dict[Atom, str] = {}
     weights: dict[Atom, list[Value]] = {}
     for value in dict.fromkeys(space.graph.params.values()):
@@ -45,7 +45,7 @@ def choose(space: Space, tp: int, banned: Mapping[Atom, str]) -> Choice:
             ranked.append((-_worth(space, atom, carriers), atom.id, atom))
     on: Atoms = NONE
     gathers: dict[SlotKey, Atoms] = {}
-    whole: frozenset[int] = frozenset()
+    whole = forced
     labels = label(space, on, gathers, whole)
     for _, _, atom in sorted(ranked, key=lambda t: t[:2]):
         tried = _try(space, atom, on, gathers, whole, weights[atom], tp, labels.generated)

@@ -28,14 +28,14 @@ class Moves:
     """Conversions by where they happen.
 
     reduces, copies: keys `("slot", …)` of module boundaries or `("value", id)` of other values (call sites).
-    group_copies: values of which only the uses inside regions are converted. grad_sums: parameters whose gradient is summed.
+    group_edges: (node index, value id) uses inside regions that are converted alone. grad_sums: parameters whose gradient is summed.
     partial: values that are still partial sums where they are used.
     """
 
     reduces: frozenset[Hashable]
     partial: frozenset[int]
     copies: frozenset[Hashable]
-    group_copies: frozenset[int]
+    group_edges: frozenset[tuple[int, int]]
     grad_sums: frozenset[int]
 
 
@@ -152,7 +152,7 @@ def differentiable(space: Space) -> set[int]:
     return found
 
 
-def place_copies(space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable]) -> tuple[frozenset[Hashable], frozenset[int], frozenset[int]]:
+def place_copies(space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable]) -> tuple[frozenset[Hashable], frozenset[tuple[int, int]], frozenset[int]]:
     """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed)."""
     cut, vertices = Cut(), _Vertices(space)
     flows = differentiable(space)
@@ -160,6 +160,7 @@ def place_copies(space: Space, labels: Labels, partial: frozenset[int], reduces:
     whole = lambda v: v.id in flows and v.id not in partial and not sharded.get(v.id)  # noqa: E731
     mixed = _mixed_slots(space, vertices, whole)
     groups: dict[int, Value] = {}
+    edges: set[tuple[int, int]] = set()
     seen: dict[int, Value] = {}
     for node in space.graph.nodes:
         out_sharded = any(sharded.get(o.id) for o in node.outputs)
@@ -192,6 +193,7 @@ def place_copies(space: Space, labels: Labels, partial: frozenset[int], reduces:
             region = out_sharded or (node.index, v.id) in labels.slices or (out_partial and bool(partners) and not _added(space, node, v))
             if region:
                 groups[v.id] = v
+                edges.add((node.index, v.id))
                 cut.same(("group post", v.id), below)
             elif out_partial:
                 cut.needed(below)  # added to a partial sum: its gradient is whole
@@ -209,7 +211,7 @@ def place_copies(space: Space, labels: Labels, partial: frozenset[int], reduces:
     copies = frozenset(k for k in chosen if isinstance(k, tuple) and k[0] in ("slot", "value"))
     return (
         copies,
-        frozenset(k[1] for k in chosen if isinstance(k, tuple) and k[0] == "group"),
+        frozenset(e for e in edges if ("group", e[1]) in chosen),
         frozenset(k[1] for k in chosen if isinstance(k, tuple) and k[0] == "param"),
     )
 

@@ -141,3 +141,4 @@ class Graph:
     repeats: Mapping[str, str]
     fills: Mapping[int, float]  # value id → number, for constants filled with one value
     notes: tuple[str, ...] = ()
+    constants: Mapping[int, torch.Tensor] = field(default_factory=dict)  # value id → the numbers of small constants

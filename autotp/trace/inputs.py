@@ -108,7 +108,7 @@ def _base(facts: Facts) -> list[str]:
     names = [k.name for k in facts.keywords.values() if k.required]
     main = getattr(facts.model, "main_input_name", "input_ids")
     candidates = [main] if isinstance(main, str) else list(main or [])
-    two_towers = facts.takes("input_ids", "pixel_values") and facts.image_token is None
+    two_towers = facts.takes("input_ids", "pixel_values") and not facts.generates and facts.image_token is None
     if facts.takes("input_ids") and (facts.generates or two_towers) and not facts.is_encoder_decoder:
         candidates = ["input_ids", *(["pixel_values"] if two_towers else [])]
     candidates += ["decoder_input_ids"] if facts.is_encoder_decoder else []
@@ -121,7 +121,7 @@ def _base(facts: Facts) -> list[str]:
 def _companions(facts: Facts, names: list[str]) -> Iterator[str]:
     """Keywords with a default of None without which one of `names` cannot be read."""
     wanted = {
-        "pixel_values": ("image_grid_thw", "grid_thw", "spatial_shapes", "image_sizes", "merge_sizes", "target_sizes"),
+        "pixel_values": ("image_grid_thw", "grid_thw", "spatial_shapes", "merge_sizes", "target_sizes"),
         "past_values": ("past_time_features", "past_observed_mask", "future_values", "future_time_features"),
         "input_ids": ("bbox",),
     }
@@ -147,7 +147,7 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
     if mask and mask[0] not in base:
         yield Example("mask", call(*mask), optional=True)
     mask = tuple(m for m in mask if m not in base)
-    if facts.generates and (facts.any_keyword or facts.takes("use_cache")) and facts.find("use_cache") is not False:
+    if reads_text and facts.generates and (facts.any_keyword or facts.takes("use_cache")) and facts.find("use_cache") is not False:
         yield Example("prefill", call(*mask, use_cache=True), partial(_decode, facts, base, mask), optional=True)
     given = labels(facts)
     if given is not None:

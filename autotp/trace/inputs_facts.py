@@ -170,7 +170,7 @@ class Facts:
     @cached_property
     def image_token(self) -> int | None:
         """The id that stands for an image feature in `input_ids`, None where text and images come apart."""
-        token = self.find("image_token_id", "image_token_index", "media_placeholder_token_id", "img_token_id")
+        token = self.find("image_token_id", "image_token_index", "media_placeholder_token_id", "img_token_id", "img_context_token_id")
         return token if isinstance(token, int) and 0 <= token < max(self.vocabulary, self.embedding_rows) else None
 
     @property

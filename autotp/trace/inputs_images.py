@@ -14,31 +14,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from autotp.errors import InputError
 from autotp.trace.inputs_facts import VISION, Facts
 from autotp.trace.inputs_values import BATCH, VALUES, grid, patch, token_ids
 
-_WITH = ("pixel_values", "image_grid_thw", "image_sizes", "spatial_shapes", "pixel_attention_mask", "image_position_ids")
+_WITH = ("pixel_values", "image_grid_thw", "image_sizes", "spatial_shapes", "pixel_attention_mask", "merge_sizes", "target_sizes")
+_ENCODE = "get_image_features"
 
 
 def with_images(facts: Facts, base: tuple[str, ...]) -> dict[str, object]:
     """The keywords of a call with one image a row.
 
-    Raises:
-        InputError: the number of features of an image cannot be found.
+    Where the number of features of an image cannot be found, or is not the same for all rows, one placeholder a row is
+    written; it is the model that then says what is wrong.
     """
-    owner = type(facts.model).__name__
     token = facts.image_token
-    inputs = {name: VALUES[name](facts) for name in (*base, *_WITH) if facts.takes(name) and name in VALUES}
+    inputs = {name: VALUES[name](facts) for name in (*base, *_WITH) if facts.takes(name)}
+    if not _reads_sizes(facts):
+        inputs.pop("image_sizes", None)
     if token is None:
         return inputs
-    count = _features(facts, inputs)
-    if count is None or count % BATCH:
-        raise InputError(f"{owner}: the number of features of an image cannot be found: pass example_inputs=")
     text = token_ids(facts, BATCH, 5)
-    marks = torch.full((BATCH, count // BATCH), token)
+    marks = torch.full((BATCH, max(1, (_features(facts, inputs) or 0) // BATCH)), token)
     start = _edge(facts, "vision_start_token_id", "image_start_token_id", "boi_token_id", "image_begin_token_id")
     stop = _edge(facts, "vision_end_token_id", "image_end_token_id", "eoi_token_id")
     ids = torch.cat([text[:, :2], *start, marks, *stop, text[:, 2:]], dim=1)
@@ -56,12 +54,22 @@ def _edge(facts: Facts, *names: str) -> list[Tensor]:
     return [torch.full((BATCH, 1), token)] if isinstance(token, int) and token < facts.vocabulary else []
 
 
+def _encoder(facts: Facts) -> Any:
+    return getattr(facts.model, _ENCODE, None) or getattr(facts.model.base_model, _ENCODE, None)
+
+
+def _reads_sizes(facts: Facts) -> bool:
+    """Whether the image tower is told the sizes of the images (a keyword of the forward that most towers don't know)."""
+    encode = _encoder(facts)
+    return encode is not None and "image_sizes" in inspect.signature(encode).parameters
+
+
 def _features(facts: Facts, inputs: dict[str, object]) -> int | None:
     """The number of features of all images together."""
     if facts.takes("image_grid_thw"):
         merge = facts.number("spatial_merge_size", "merge_size", default=1, part=VISION)
         return BATCH * math.prod(grid(facts)) // merge**2
-    encode = getattr(facts.model, "get_image_features", None) or getattr(facts.model.base_model, "get_image_features", None)
+    encode = _encoder(facts)
     if encode is None:
         return _configured(facts, inputs["pixel_values"])
     counted = _rows(_run_fake(encode, facts.device, inputs))
@@ -70,9 +78,11 @@ def _features(facts: Facts, inputs: dict[str, object]) -> int | None:
 
 def _run_fake(encode: Any, device: torch.device, inputs: dict[str, object]) -> Any:
     taken = inspect.signature(encode).parameters
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    weight = next(encode.__self__.parameters(), None)
+    mode = weight.fake_mode if isinstance(weight, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
         given = {
-            name: torch.empty_like(value, device=device) if value.is_floating_point() else value
+            name: torch.empty(value.shape, dtype=value.dtype, device=device) if value.is_floating_point() else value
             for name, value in inputs.items()
             if name in taken and isinstance(value, Tensor)
         }
@@ -90,7 +100,7 @@ def _configured(facts: Facts, pixels: object) -> int | None:
     named = facts.find("mm_tokens_per_image", "image_seq_length", "image_seq_len", "num_image_tokens")
     if isinstance(named, int):
         return images * named
-    merge = facts.number("spatial_merge_size", "scale_factor", "downsample_factor", "merge_size", default=1)
+    merge = facts.number("spatial_merge_size", "pixel_shuffle_factor", "scale_factor", "downsample_factor", "merge_size", default=1)
     across = grid(facts) if facts.takes("spatial_shapes") else (side // size for side, size in zip(pixels.shape[-2:], patch(facts), strict=True))
     return images * math.prod(across) // merge**2
 

@@ -9,7 +9,7 @@ a length is never mistaken for a head count or a width:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,18 +77,33 @@ def pixel_values(facts: Facts) -> Tensor:
     if facts.takes("spatial_shapes"):
         rows, columns = grid(facts)
         return noise(BATCH, rows * columns, channels * down * across)
-    if facts.takes("pixel_attention_mask") or (facts.takes("image_sizes") and facts.find("image_grid_pinpoints")):
+    if facts.takes("pixel_attention_mask"):
         return noise(BATCH, 2, channels, *_image(facts))
+    pinpoints = facts.find("image_grid_pinpoints") if facts.takes("image_sizes") else None
+    if pinpoints:
+        return noise(BATCH, _tiles(_image(facts), pinpoints), channels, *_image(facts))
     frames = _frames(facts)
     if frames is not None and not facts.takes("pixel_values_videos"):
         return noise(BATCH, frames, channels, *_image(facts))
     return noise(BATCH, channels, *_image(facts))
 
 
+def _tiles(image: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -> int:
+    """The tiles of an image of the tower's own size, cut to the best of `pinpoints`, and the image as a whole."""
+
+    def fit(point: tuple[int, int]) -> tuple[int, int]:
+        scale = min(point[0] / image[0], point[1] / image[1])
+        used = min(int(image[0] * scale) * int(image[1] * scale), math.prod(image))
+        return used, used - math.prod(point)
+
+    best = max(pinpoints, key=fit)
+    return 1 + math.prod(math.ceil(side / own) for side, own in zip(best, image, strict=True))
+
+
 def patches(facts: Facts, images: int) -> Tensor:
     """The flattened patches of `images` images: `[images * rows * columns, channels * frames * height * width]`."""
     rows, columns = grid(facts)
-    depth = facts.number("temporal_patch_size", default=1, part=VISION)
+    depth = facts.number("temporal_patch_size", "patch_temporal", default=1, part=VISION)
     return noise(images * rows * columns, _channels(facts) * depth * math.prod(patch(facts)))
 
 
@@ -172,8 +187,7 @@ def input_values(facts: Facts) -> Tensor:
         return noise(BATCH, length, _mel_bins(facts))
     channels = facts.number("audio_channels", "num_audio_channels", default=0)
     convolution = next((m for m in facts.model.modules() if isinstance(m, nn.Conv1d)), None)
-    heard_whole = facts.find("conv_stride") is None and not facts.takes("attention_mask")
-    if channels or (heard_whole and convolution is not None and convolution.in_channels == 1):
+    if channels or (not facts.takes("attention_mask") and convolution is not None and convolution.in_channels == 1):
         return noise(BATCH, channels or 1, _waveform_samples(facts))
     return noise(BATCH, _waveform_samples(facts))
 

@@ -7,7 +7,7 @@ found so that only one of them runs. Everything is undone on exit, whatever happ
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,35 +59,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def fake_weights(
-    model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], bool], shape_of: Mapping[str, tuple[int, ...]], undo: Undo
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Swap fake parameters and buffers in; fqn → fake. `shape_of` overrides shapes; tied tensors stay tied."""
+def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], bool], undo: Undo) -> None:
+    """Swap fake parameters and buffers in, on the CPU; tied tensors stay tied."""
     made: dict[int, Tensor] = {}
-    fakes: set[int] = set()
-    params: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    device = torch.device("cpu")
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in model.named_modules():
         if skip(path):
             continue
-        prefix = path + "." if path else ""
-        for table, found in ((module._parameters, params), (module._buffers, buffers)):
+        for table in (module._parameters, module._buffers):
             for name, tensor in list(table.items()):
                 if tensor is None:
                     continue
-                if id(tensor) in fakes:  # a module registered under two paths: its table holds the fake already
-                    found[prefix + name] = tensor
-                    continue
                 if id(tensor) not in made:
                     with fake:
-                        shape = shape_of.get(prefix + name, tuple(tensor.shape))
-                        new: Tensor = torch.empty(shape, dtype=tensor.dtype, device=device)
+                        new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                         made[id(tensor)] = nn.Parameter(new, requires_grad=False) if table is module._parameters else new
-                    fakes.add(id(made[id(tensor)]))
                 set_item(table, name, made[id(tensor)], undo)
-                found[prefix + name] = made[id(tensor)]
-    return params, buffers
 
 
 def _is_config(value: Any) -> bool:

@@ -31,7 +31,7 @@ from autotp.trace import choices
 from autotp.trace.boundary import flatten_arguments, flatten_result
 from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, Result, Value
 from autotp.trace.ints import IntExpr, SizeRef, TaggedInt, expr_of
-from autotp.trace.places import call_place
+from autotp.trace.places import call_of, call_place
 
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
 _LEN = torch.Tensor.__len__
@@ -367,7 +367,7 @@ class _Function(TorchFunctionMode):
         while frame.f_code is not code and frame.f_back is not None:
             frame = frame.f_back
         rec._calls += 1
-        rec._call = (func, args, kwargs or {}, Place.of(code, offset, frame.f_lineno))
+        rec._call = (func, args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
         before = len(rec.nodes)
         try:
             result = func(*args, **(kwargs or {}))

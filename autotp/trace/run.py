@@ -106,21 +106,19 @@ def trace(
     examples: Sequence[Example],
     keep: Callable[[Any], bool],
     *,
-    shape_of: Mapping[str, tuple[int, ...]] | None = None,
     tag: bool = True,
     hidden: Callable[[str], bool] = lambda file: False,
-    before: Callable[[], Callable[[], None]] | None = None,
+    before: Callable[[FakeTensorMode], Callable[[], None]] | None = None,
     repeats: Mapping[str, str] | None = None,
 ) -> Graph:
     """Record every example of `examples`.
 
-    `keep`: see Recorder. `shape_of`: shapes of parameters that differ from the model's (local shards). `before` is called when
-    the weights are fake and returns how to go back. Raises TraceError when a path cannot be run; the model is left as it was.
+    `keep`: see Recorder. `before` is called when the weights are fake, may change the model, and returns how to go back. Raises TraceError when a path cannot be run; the model is left as it was.
     """
     found = alike_blocks(model) if repeats is None else dict(repeats)
     while True:
         try:
-            return _trace(model, examples, keep, found, shape_of or {}, tag, hidden, before)
+            return _trace(model, examples, keep, found, tag, hidden, before)
         except _NotAlike as error:
             found = {block: template for block, template in found.items() if template != error.template}
 
@@ -130,10 +128,9 @@ def _trace(
     examples: Sequence[Example],
     keep: Callable[[Any], bool],
     repeats: dict[str, str],
-    shape_of: Mapping[str, tuple[int, ...]],
     tag: bool,
     hidden: Callable[[str], bool],
-    before: Callable[[], Callable[[], None]] | None,
+    before: Callable[[FakeTensorMode], Callable[[], None]] | None,
 ) -> Graph:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     skipped = tuple(block + "." for block in repeats)
@@ -144,11 +141,13 @@ def _trace(
     undo: Undo = []
     try:
         with eval_mode(model):
-            params, buffers = fake_weights(model, fake, skip, shape_of, undo)
+            fake_weights(model, fake, skip, undo)
             if tag:
                 tag_ints(model, skip, undo)
             if before is not None:
-                undo.append(before())
+                undo.append(before(fake))
+            params = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not skip(n)}
+            buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if not skip(n)}
             for table, found, origin in ((recorder.params, params, Origin.PARAM), (recorder.buffers, buffers, Origin.BUFFER)):
                 values: dict[int, Value] = {}
                 for name, tensor in found.items():
@@ -175,7 +174,9 @@ def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, examp
             recorder.finish(name, _call(model, recorder, fake, more))
     except Untraceable as error:
         if not example.optional:
-            raise TraceError(_explain(name, error)) from error.error
+            failure = TraceError(_explain(name, error))
+            failure.partial = recorder.graph(recorder.repeats)
+            raise failure from error.error
         recorder.rewind(mark)
         recorder.notes.append(f"the {name} path was not traced: {_explain(name, error)}")
 

@@ -1,0 +1,228 @@
+"""The public functions: plan a model, make it parallel, read it back whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autotp import targets
+from autotp.errors import AutoTPError, InputError, MeshError, PlanError
+from autotp.plan.plan import Plan
+from autotp.planner import make_plan, whole_plan
+from autotp.rewrite import full
+from autotp.rewrite.apply import apply
+from autotp.rewrite.comm import Comm, DryComm, GroupComm
+from autotp.rewrite.rng import install_rng
+from autotp.rewrite.shards import shard_onto
+
+_STATE = "_autotp"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a parallel model carries: its plan and its group."""
+
+    plan: Plan
+    comm: Comm
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        return self
+
+
+def plan(target: object, *, tp: int, recipe: None = None, example_inputs: Mapping[str, object] | None = None) -> Plan:
+    """What `parallelize` would do to `target` over `tp` ranks; needs no process group, no weights and no GPU.
+
+    Args:
+        target: an `nn.Module` (any device, the meta device too), a transformers config, or a path to a directory or file with
+            a config.json.
+        tp: number of ranks, at least 1.
+        recipe: must be None; recipes are not supported yet.
+        example_inputs: keywords of `forward` that the model is traced with. For transformers models they are made from the config.
+
+    Raises:
+        InputError: a bad target, tp, recipe or example_inputs. TraceError: the model cannot be run on fake tensors.
+    """
+    if not isinstance(tp, int) or isinstance(tp, bool) or tp < 1:
+        raise InputError(f"tp must be a positive int, got {tp!r}")
+    _no_recipe(recipe)
+    model = targets.resolve(target)
+    if _STATE in model.__dict__:
+        raise PlanError("the model is already parallel: autotp.plan_of(model) gives its plan")
+    return make_plan(model, tp, example_inputs)
+
+
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh, *, recipe: None = None, example_inputs: Mapping[str, object] | None = None, strict: bool = False
+) -> nn.Module:
+    """Make `model` tensor-parallel over `mesh`, in place; returns the same object. Collective: call on every rank.
+
+    Class, module names, `forward`, `generate` and `state_dict` keys stay; parameters become DTensors on the mesh and compute
+    runs on local shards. Outputs are whole on every rank.
+
+    Args:
+        model: the same model on every rank; real weights on any device, or the meta device (the shards are meta too).
+        mesh: 1-D, or n-D with a dim named "tp".
+        recipe: must be None; recipes are not supported yet.
+        example_inputs: as for `plan`.
+        strict: raise when Linear or expert parameters would stay replicated.
+
+    Raises:
+        AutoTPError: the same on every rank, with the model as it was. MeshError: no process group, no tp dim. PlanError: models that
+            differ between ranks, a model that is already parallel, `strict`. InputError, TraceError: as for `plan`.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"parallelize takes an nn.Module, got {type(model).__name__}; autotp.plan also takes configs and paths")
+    line = _tp_mesh(mesh)
+    group = line.get_group()
+    if dist.get_world_size(group) == 1:
+        if _STATE not in model.__dict__:
+            model.__dict__[_STATE] = _State(whole_plan(model, "the mesh has one rank"), DryComm(1))
+        return model
+    made = _agree(group, lambda: _prepare(model, dist.get_world_size(group), recipe, example_inputs, strict))
+    _same(group, (type(model).__qualname__, repr(made.to_dict())), "the plans differ between ranks: every rank must pass the same model")
+    _same_weights(group, model)
+    comm = GroupComm(group)
+
+    def rewrite() -> None:
+        undo = apply(model, made.params, made.modules, comm=comm, make_param=shard_onto(line))
+        try:
+            install_rng(model, comm, undo)
+        except BaseException:
+            undo.undo()
+            raise
+        undo.release()
+
+    _agree(group, rewrite)
+    model.__dict__[_STATE] = _State(made, comm)
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a parallel model was made with.
+
+    Raises:
+        PlanError: `model` is not parallel.
+    """
+    return _state(model).plan
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """`model.state_dict()` with whole tensors in the model's own order, on every rank. Collective: call on every rank.
+
+    Raises:
+        PlanError: `model` is not parallel.
+    """
+    state = _state(model)
+    return full.full_state_dict(model, state.plan.params, state.comm)
+
+
+def full_grads(model: nn.Module) -> dict[str, Tensor]:
+    """Whole gradients by parameter name, on every rank; parameters without one are left out. Collective: call on every rank.
+
+    Raises:
+        PlanError: `model` is not parallel.
+    """
+    state = _state(model)
+    return full.full_grads(model, state.plan.params, state.comm)
+
+
+def _state(model: object) -> _State:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected an nn.Module, got {type(model).__name__}")
+    state = model.__dict__.get(_STATE)
+    if not isinstance(state, _State):
+        raise PlanError(f"{type(model).__name__} is not parallel: call autotp.parallelize(model, mesh) first")
+    return state
+
+
+def _no_recipe(recipe: object) -> None:
+    if recipe is not None:
+        raise InputError(f"recipe= is not supported by this version of autotp, got {type(recipe).__name__}; leave it out to let the planner work")
+
+
+def _prepare(model: nn.Module, tp: int, recipe: object, inputs: Mapping[str, object] | None, strict: bool) -> Plan:
+    _no_recipe(recipe)
+    if any(_STATE in m.__dict__ for m in model.modules()):
+        raise PlanError("the model, or a module in it, is already parallel; autotp.plan_of(model) gives its plan")
+    from torch.distributed.tensor import DTensor
+
+    foreign = [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
+    if foreign:
+        raise PlanError(f"{foreign[0]} is already a DTensor: parallelize takes the model before FSDP or another parallelism is applied")
+    made = make_plan(model, tp, inputs)
+    if strict and made.replicated_products:
+        listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)
+        raise PlanError(f"strict=True, and these Linear or expert parameters stay replicated:\n  {listed}")
+    return made
+
+
+def _tp_mesh(mesh: object) -> DeviceMesh:
+    """The 1-D mesh of the tp ranks."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise MeshError("no process group: call torch.distributed.init_process_group (or start under torchrun) before parallelize")
+    if not isinstance(mesh, DeviceMesh):
+        raise MeshError(f"mesh must be a torch DeviceMesh (see init_device_mesh), got {type(mesh).__name__}")
+    names = mesh.mesh_dim_names
+    if names is not None and "tp" in names:
+        return mesh["tp"] if mesh.ndim > 1 else mesh
+    if mesh.ndim == 1:
+        return mesh
+    raise MeshError(f"a mesh of {mesh.ndim} dims needs one named 'tp', got dims {names}: pass mesh_dim_names=(…, 'tp') to init_device_mesh")
+
+
+def _agree(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
+    """Run `work` on every rank; if it raises on any, raise the same error on all."""
+    failure: BaseException | None = None
+    result: Any = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    size = dist.get_world_size(group)
+    reports: list[Any] = [None] * size
+    own = None if failure is None else (type(failure).__name__, str(failure), isinstance(failure, AutoTPError))
+    dist.all_gather_object(reports, own, group=group)
+    first = next(((rank, r) for rank, r in enumerate(reports) if r is not None), None)
+    if first is None:
+        return result  # type: ignore[no-any-return]
+    rank, (name, text, ours) = first
+    if all(r == reports[0] for r in reports) and isinstance(failure, AutoTPError):
+        raise failure
+    if ours:
+        kinds = {cls.__name__: cls for cls in (AutoTPError, *AutoTPError.__subclasses__())}
+        raise kinds.get(name, AutoTPError)(text if all(r == reports[0] for r in reports) else f"rank {rank}: {text}") from failure
+    raise AutoTPError(f"rank {rank} failed with {name}: {text}") from failure
+
+
+def _same(group: dist.ProcessGroup, value: object, message: str) -> None:
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
+    others = [rank for rank, v in enumerate(everyone) if v != everyone[0]]
+    if others:
+        raise PlanError(f"{message} (rank {others[0]} differs from rank 0)")
+
+
+def _same_weights(group: dist.ProcessGroup, model: nn.Module) -> None:
+    """Refuse models whose weights differ between ranks; compares a hash of the bits of every tensor."""
+    own = {n: _hash(t) for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type != "meta"}
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, own, group=group)
+    for rank, other in enumerate(everyone):
+        names = [n for n in {**everyone[0], **other} if everyone[0].get(n) != other.get(n)]
+        if names:
+            raise PlanError(
+                f"the models differ between ranks: {names[0]} on rank {rank} is not what it is on rank 0 "
+                f"({len(names)} tensors differ); load the same weights on every rank, or seed alike before building the model"
+            )
+
+
+def _hash(tensor: Tensor) -> tuple[Any, ...]:
+    with torch.no_grad():
+        return (str(tensor.dtype), tuple(tensor.shape), int(torch.hash_tensor(tensor.detach())) if tensor.numel() else 0)

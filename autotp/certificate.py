@@ -1,0 +1,173 @@
+"""The replay certificate: a rewritten model must do on a shard exactly what its plan says.
+
+The model is rewritten on fake tensors with the plan of one rank (ranks have equal shapes, they differ in offsets only), run
+again, and compared with the trace node by node: the same operators in the same order, every result of the predicted local shape, every
+number among the arguments equal to what it was or to the local value that a rule demands, the same constants, the same results.
+Code that computes with the size of a shard (`x / x.shape[-1]`, `arange(x.shape[-1])`, a branch on a width) shows here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import autotp.rewrite
+from autotp.axes.rules import keep
+from autotp.errors import TraceError
+from autotp.plan.labels import NONE, local_size
+from autotp.plan.layout import Layout
+from autotp.plan.model import ParamPlan
+from autotp.plan.solve import Draft
+from autotp.rewrite.apply import apply
+from autotp.rewrite.comm import DryComm
+from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
+from autotp.trace.inputs import Example
+from autotp.trace.run import trace
+
+_REWRITE = os.path.dirname(os.path.abspath(autotp.rewrite.__file__)) + os.sep
+_FUSED = tuple(os.path.join(os.path.dirname(nn.__file__), "modules", name) for name in ("linear.py", "sparse.py"))
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first node where the replay does not follow the plan."""
+
+    node: Node
+    reason: str
+
+
+def replay(model: nn.Module, examples: Sequence[Example], draft: Draft, params: dict[str, ParamPlan], tp: int) -> Difference | None:
+    """Run the rewritten model on fake tensors; the first difference from the plan, None when it follows it."""
+    expected = draft.space.graph
+    names = {r.name.removesuffix("+decode") for r in expected.results}
+    ran = [replace(e, optional=False) for e in examples if e.name in names]
+    decoded = {r.name for r in expected.results if r.name.endswith("+decode")}
+    ran = [e if e.name + "+decode" in decoded else replace(e, decode=None) for e in ran]
+
+    def before(fake: FakeTensorMode) -> Callable[[], None]:
+        def make(name: str, old: nn.Parameter, layout: Layout) -> nn.Parameter:
+            if layout.dim is None or not isinstance(old, torch._subclasses.FakeTensor):
+                return old
+            with fake:
+                return nn.Parameter(torch.empty(layout.local_shape, dtype=old.dtype), requires_grad=False)
+
+        skipped = tuple(b + "." for b in expected.repeats)
+        modules = [m for m in draft.plan.modules if not (skipped and (m.path + ".").startswith(skipped))]
+        return apply(model, params, modules, comm=DryComm(tp), make_param=make).undo
+
+    try:
+        actual = trace(model, ran, keep, tag=False, hidden=lambda f: f.startswith(_REWRITE), before=before, repeats=expected.repeats)
+    except TraceError as error:
+        partial = error.partial
+        done = partial if isinstance(partial, Graph) else None
+        found = _compare(draft, done, tp, complete=False) if done is not None else None
+        if found is None:
+            rest = list(_visible(draft, expected.nodes))
+            at = min(len(list(_actual(done.nodes))) if done is not None else 0, len(rest) - 1)
+            found = Difference(rest[at], "")
+        cause = error.__cause__ or error
+        return Difference(found.node, f"the code fails on a shard ({type(cause).__name__}: {cause})")
+    return _compare(draft, actual, tp, complete=True)
+
+
+def _visible(draft: Draft, nodes: Iterable[Node]) -> Iterable[Node]:
+    calls = {draft.space.graph.nodes[i].call for i in draft.choice.labels.kernels}
+    for node in nodes:
+        if node.call in calls and node.call >= 0 or (node.place is not None and node.place.file in _FUSED):
+            continue
+        yield node
+
+
+def _actual(nodes: Iterable[Node]) -> Iterable[Node]:
+    return (n for n in nodes if n.place is None or n.place.file not in _FUSED)
+
+
+def _compare(draft: Draft, actual: Graph, tp: int, complete: bool) -> Difference | None:
+    want, got = list(_visible(draft, draft.space.graph.nodes)), list(_actual(actual.nodes))
+    twins: dict[int, int] = {}
+    for a, b in zip(want, got, strict=False):
+        reason = _differs(draft, a, b, tp, twins, draft.space.graph, actual)
+        if reason:
+            return Difference(a, reason)
+        twins.update((y.id, x.id) for x, y in zip(a.outputs, b.outputs, strict=True))
+    if complete and len(want) != len(got):
+        last = want[min(len(got), len(want) - 1)]
+        return Difference(last, f"the code takes another path on a shard ({len(got)} operators instead of {len(want)})")
+    if complete:
+        return _results(draft, actual, want)
+    return None
+
+
+def _differs(draft: Draft, a: Node, b: Node, tp: int, twins: dict[int, int], expected: Graph, actual: Graph) -> str:
+    if a.op is not b.op or a.module != b.module:
+        return f"the code takes another path on a shard ({b.opname} in {b.module or '<root>'} instead of {a.opname})"
+    if len(a.outputs) != len(b.outputs):
+        return f"{a.opname} gives {len(b.outputs)} results on a shard instead of {len(a.outputs)}"
+    for x, y in zip(a.outputs, b.outputs, strict=True):
+        on = draft.choice.labels.shard.get(x.id, NONE)
+        shape = tuple(local_size(d, on, tp) for d in draft.space.axes.dims[x.id])
+        if shape != y.shape:
+            return f"the result has shape {list(y.shape)} on a shard where {list(shape)} was planned"
+    if isinstance(a.op, Pseudo):
+        return _wiring(a.inputs(), b.inputs(), twins, expected, actual)
+    wanted = {(d.number, d.at): sum(local_size(x, _on(draft, a, d.value), tp) for x in d.dims) for d in draft.space.axes.meanings[a.index].demands}
+    return _arguments((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)), wanted, -1) or _wiring(a.inputs(), b.inputs(), twins, expected, actual)
+
+
+def _on(draft: Draft, node: Node, value: int) -> Any:
+    labels = draft.choice.labels
+    return labels.shard.get(value, NONE) | labels.slices.get((node.index, value), NONE)
+
+
+def _arguments(a: Any, b: Any, wanted: dict[tuple[int, int], int], at: int) -> str:
+    if isinstance(a, Value) or isinstance(b, Value):
+        return "" if isinstance(a, Value) and isinstance(b, Value) else "a number stands where a tensor was"
+    if isinstance(a, (tuple, list)):
+        if not isinstance(b, (tuple, list)) or len(a) != len(b):
+            return f"the arguments {a} became {b} on a shard"
+        inside = [_arguments(x, y, wanted, i if isinstance(x, int) else -1) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+        return next((r for r in inside if r), "")
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return f"the arguments {sorted(a)} became {sorted(b)} on a shard"
+        return next((r for k in a if (r := _arguments(a[k], b[k], wanted, -1))), "")
+    if a == b or (isinstance(a, float) and isinstance(b, float) and a != a and b != b):
+        return ""
+    if isinstance(a, int) and isinstance(b, int) and not isinstance(a, bool):
+        if b in (wanted.get((a, at)), wanted.get((a, -1))) or (at >= 0 and b == -1 and (a, at) in wanted):
+            return ""
+    return f"the number {a} becomes {b} on a shard"
+
+
+def _wiring(a: Iterable[Value], b: Iterable[Value], twins: dict[int, int], expected: Graph, actual: Graph) -> str:
+    for x, y in zip(a, b, strict=False):
+        known = twins.get(y.id)
+        if known is not None and known != x.id and x.origin is Origin.NODE:
+            return "an argument comes from another operator on a shard"
+        if x.id in expected.constants and y.id in actual.constants:
+            p, q = expected.constants[x.id], actual.constants[y.id]
+            if p.shape != q.shape or not torch.equal(p, q):
+                return f"a constant is {_short(q)} on a shard where it is {_short(p)}"
+    return ""
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.flatten()[:4].tolist())
+
+
+def _results(draft: Draft, actual: Graph, want: list[Node]) -> Difference | None:
+    for x, y in zip(draft.space.graph.results, actual.results, strict=False):
+        before = [(path, leaf) for path, leaf in x.leaves if isinstance(leaf, (int, float, str, bool))]
+        after = [(path, leaf) for path, leaf in y.leaves if isinstance(leaf, (int, float, str, bool))]
+        if before != after:
+            return Difference(want[-1], f"the model returns {after} on a shard where it returns {before}")
+        shapes = [tuple(v.shape) for _, v in x.leaves if isinstance(v, Value)]
+        if shapes != [tuple(v.shape) for _, v in y.leaves if isinstance(v, Value)]:
+            return Difference(want[-1], "the model returns tensors of other shapes on a shard")
+    return None

@@ -1,0 +1,318 @@
+"""Labels and moves → the changes at each module.
+
+Every conversion is realised at the cheapest place that reaches it: a slot of a module boundary, the read of a parameter or
+buffer, or a call site. Plans of blocks that were not traced are copies of their templates'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+
+from autotp.plan.choose import Choice
+from autotp.plan.labels import NONE, Space
+from autotp.plan.layout import Expr
+from autotp.plan.localise import Localised
+from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use
+from autotp.plan.moves import Moves, slot_key
+from autotp.plan.naming import Namer
+from autotp.trace.graph import Node, Origin, Place, Pseudo, Value
+
+
+class Unrealisable(Exception):
+    """A conversion that no place in the code can do; carries its node."""
+
+    def __init__(self, node: Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
+@dataclass
+class _CallSpec:
+    ints: list[tuple[int, int, int]] = field(default_factory=list)
+    inputs: dict[int, list[Conversion]] = field(default_factory=dict)
+    outputs: dict[int, list[Conversion]] = field(default_factory=dict)
+    kernel: Kernel | None = None
+
+    def freeze(self) -> tuple[object, ...]:
+        return (
+            tuple(sorted(set(self.ints))),
+            tuple((k, tuple(v)) for k, v in sorted(self.inputs.items())),
+            tuple((k, tuple(v)) for k, v in sorted(self.outputs.items())),
+            self.kernel,
+        )
+
+
+class Builder:
+    """Collects the changes of one plan. `linears`: paths of modules that run exactly one linear."""
+
+    def __init__(self, space: Space, choice: Choice, moves: Moves, local: Localised, namer: Namer, linears: frozenset[str], tp: int) -> None:
+        self.space, self.choice, self.moves, self.local, self.namer, self.tp = space, choice, moves, local, namer, tp
+        self.linears = linears
+        self.graph, self.labels = space.graph, choice.labels
+        self.slots: dict[tuple[Pseudo, str, tuple[str | int, ...]], list[Conversion]] = {}
+        self.calls: dict[int, _CallSpec] = {}  # node index → spec
+        self.uses: dict[tuple[str, str, str], Use] = {}
+        self.users: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            for v in dict.fromkeys(node.inputs()):
+                self.users.setdefault(v.id, []).append(node)
+        self.made = {o.id: n for n in self.graph.nodes for o in n.outputs}
+
+    def run(self) -> tuple[ModulePlan, ...]:
+        """The module plans of the traced modules, then of their repeats."""
+        self._reduces()
+        self._kernels()
+        self._gathers()
+        self._copies()
+        self._slices()
+        self._params()
+        for index, ints in self.local.overrides.items():
+            self._call(self.graph.nodes[index]).ints += list(ints)
+        return self._modules()
+
+    # where ------------------------------------------------------------------------------------------------------------------
+
+    def _call(self, node: Node) -> _CallSpec:
+        if node.place is None or isinstance(node.op, Pseudo):
+            raise Unrealisable(node, "no call site can be told")
+        return self.calls.setdefault(node.index, _CallSpec())
+
+    def _input(self, node: Node, value: Value, conversion: Conversion) -> None:
+        spec = self._call(node)
+        found = [i for i, key in enumerate(node.tensors) if key == value.id]
+        if not found:
+            raise Unrealisable(node, "the tensor to convert is no argument of the call in the code")
+        for i in found:
+            spec.inputs.setdefault(i, []).append(conversion)
+
+    def _output(self, node: Node, value: Value, conversion: Conversion) -> None:
+        spec = self._call(node)
+        spec.outputs.setdefault(node.outputs.index(value), []).append(conversion)
+
+    def _at(self, key: Hashable, conversion: Conversion) -> None:
+        assert isinstance(key, tuple)
+        if key[0] == "slot":
+            self.slots.setdefault(key[1], []).append(conversion)
+            return
+        node = self.made.get(key[1])
+        if node is None:
+            raise Unrealisable(self.users[key[1]][0], "an argument of the model would need a conversion")
+        value = next(o for o in node.outputs if o.id == key[1])
+        self._output(node, value, conversion)
+
+    # conversions --------------------------------------------------------------------------------------------------------------
+
+    def _reduces(self) -> None:
+        for key in sorted(self.moves.reduces, key=str):
+            self._at(key, Conversion(Op.REDUCE))
+
+    def _kernels(self) -> None:
+        for index, kernel in self.labels.kernels.items():
+            self._call(self.graph.nodes[index]).kernel = kernel
+
+    def _part(self, value: Value, atoms: frozenset[object], on: frozenset[object], op: Op) -> Conversion:
+        for i, leaves in enumerate(self.space.leaves[value.id]):
+            if leaves & atoms:
+                expr: Expr = self.namer.expr(self.space.axes.dims[value.id][i], on)  # type: ignore[arg-type]
+                return Conversion(op, i - len(value.shape), expr)
+        raise AssertionError("the value does not carry the axis")
+
+    def _gathers(self) -> None:
+        for index, atoms in self.labels.gathered.items():
+            node = self.graph.nodes[index]
+            (value,) = node.args
+            conversion = self._part(value, atoms, atoms, Op.GATHER)
+            key = slot_key(node)
+            assert key is not None
+            have = self.slots.setdefault(key, [])
+            if conversion not in have:
+                if any(c.op is Op.GATHER for c in have):
+                    raise Unrealisable(node, "calls of one module would be gathered in different ways")
+                have.append(conversion)
+
+    def _copies(self) -> None:
+        for key in sorted(self.moves.copies, key=str):
+            assert isinstance(key, tuple)
+            if key[0] == "slot" and (inner := self._only_linears(key[1])):
+                for slot in inner:
+                    self.slots.setdefault(slot, []).append(Conversion(Op.COPY))
+            else:
+                self._at(key, Conversion(Op.COPY))
+        for index, key in self.moves.group_edges:
+            node = self.graph.nodes[index]
+            value = next(v for v in node.inputs() if v.id == key)
+            self._input(node, value, Conversion(Op.COPY))
+
+    def _only_linears(self, slot: Hashable) -> list[tuple[Pseudo, str, tuple[str | int, ...]]]:
+        """The input slots of the linears that take over a COPY: all uses of the slot's tensor are arguments of linears."""
+        found: dict[tuple[Pseudo, str, tuple[str | int, ...]], None] = {}
+        for node in self.graph.nodes:
+            if slot_key(node) != slot:
+                continue
+            if node.slot is not None and node.slot[0] in self.linears:
+                return []
+            for user in self.users.get(node.outputs[0].id, ()):
+                key = slot_key(user)
+                if user.op is not Pseudo.ENTER or key is None or key[1] not in self.linears:
+                    return []
+                found[key] = None
+        if any(any(c.op is Op.COPY for c in self.slots.get(k, ())) for k in found):
+            return []
+        others = [n for n in self.graph.nodes if slot_key(n) in found and n.args[0].id not in self._values_of(slot)]
+        return [] if others else list(found)
+
+    def _values_of(self, slot: Hashable) -> set[int]:
+        return {n.outputs[0].id for n in self.graph.nodes if slot_key(n) == slot}
+
+    def _slices(self) -> None:
+        edges: dict[int, dict[int, frozenset[object]]] = {}
+        for (index, key), atoms in self.labels.slices.items():
+            edges.setdefault(key, {})[index] = atoms  # type: ignore[assignment]
+        slots: dict[Hashable, Conversion | None] = {}
+        pending: list[tuple[Value, dict[int, frozenset[object]], Conversion]] = []
+        for key, nodes in edges.items():
+            value = next(v for v in self.graph.nodes[next(iter(nodes))].inputs() if v.id == key)
+            atoms = frozenset().union(*nodes.values())
+            pending.append((value, nodes, self._part(value, atoms, atoms, Op.SLICE)))
+        for value, nodes, conversion in pending:
+            slot = self._slot_of(value)
+            if slot is not None:
+                all_uses = set(nodes) == {n.index for n in self.users[value.id]}
+                before = slots.get(slot, conversion)
+                slots[slot] = conversion if all_uses and _same(before, conversion) else None
+        for slot in slots:
+            wanted = {v.id for v, _, _ in pending}
+            if any(n.outputs[0].id not in wanted and self.users.get(n.outputs[0].id) for n in self.graph.nodes if slot_key(n) == slot):
+                slots[slot] = None
+        done: set[Hashable] = set()
+        for value, nodes, conversion in pending:
+            slot = self._slot_of(value)
+            if slot is not None and slots[slot] is not None:
+                if slot not in done:
+                    self.slots.setdefault(slot, []).append(conversion)  # type: ignore[arg-type]
+                    done.add(slot)
+            elif value.origin is Origin.BUFFER and self._read_sliced(value, nodes, conversion):
+                continue
+            else:
+                for index in nodes:
+                    self._input(self.graph.nodes[index], value, conversion)
+
+    def _slot_of(self, value: Value) -> Hashable | None:
+        node = self.made.get(value.id)
+        return slot_key(node) if node is not None else None
+
+    def _read_sliced(self, value: Value, nodes: Mapping[int, object], conversion: Conversion) -> bool:
+        by_module: dict[str, list[Node]] = {}
+        for node in self.users[value.id]:
+            by_module.setdefault(node.module, []).append(node)
+        modules = {self.graph.nodes[i].module for i in nodes}
+        if any(n.index not in nodes for m in modules for n in by_module[m]):
+            return False
+        for module in modules:
+            owner, name = self._owner(value, module)
+            self.uses[module, owner, name] = Use(owner, name, conversions=(conversion,))
+        return True
+
+    def _owner(self, value: Value, module: str) -> tuple[str, str]:
+        table = self.graph.params if value.origin is Origin.PARAM else self.graph.buffers
+        names = [n.rpartition(".") for n, v in table.items() if v is value]
+        own = [n for n in names if n[0] == module]
+        path, _, leaf = (own or names)[0]
+        return path, leaf
+
+    def _params(self) -> None:
+        for value in dict.fromkeys(self.graph.params.values()):
+            on = self.labels.of(value)
+            repeated = bool(on) and any(_has_repeats(self.namer.expr(d, on), self.tp) for d in self.space.axes.dims[value.id])
+            grad = GradSum.ALL if value.id in self.moves.grad_sums else GradSum.REPEATED if repeated else GradSum.NONE
+            conversions = (Conversion(Op.ONCE),) if value.id in self.labels.once else ()
+            for module in dict.fromkeys(n.module for n in self.users.get(value.id, ())):
+                owner, name = self._owner(value, module)
+                if grad is not GradSum.NONE or conversions or owner != module:
+                    self.uses[module, owner, name] = Use(owner, name, grad, conversions)
+
+    # assembly -----------------------------------------------------------------------------------------------------------------
+
+    def _sites(self) -> dict[str, list[Site]]:
+        """One site for each place in a module; every call from there must want the same."""
+        specs: dict[tuple[str, int], tuple[Node, _CallSpec]] = {}
+        for index, spec in self.calls.items():
+            node = self.graph.nodes[index]
+            key = (node.module, node.call)
+            if key in specs:
+                old = specs[key][1]
+                old.ints += spec.ints
+                old.inputs.update(spec.inputs)
+                old.outputs.update(spec.outputs)
+                old.kernel = old.kernel or spec.kernel
+            else:
+                specs[key] = (node, spec)
+        places: dict[tuple[str, Place], tuple[object, Site]] = {}
+        for (module, _), (node, spec) in specs.items():
+            assert node.place is not None
+            frozen = spec.freeze()
+            p = node.place
+            site = Site(p.file, p.function, p.line, p.offset, *frozen)  # type: ignore[arg-type]
+            before = places.setdefault((module, p), (frozen, site))
+            if before[0] != frozen:
+                raise Unrealisable(node, "calls from one place in the code need different conversions")
+        for node in self.graph.nodes:
+            if node.place is not None and (node.module, node.place) in places and (node.module, node.call) not in specs:
+                raise Unrealisable(node, "only some of the calls from one place in the code need a conversion")
+        out: dict[str, list[Site]] = {}
+        for (module, _), (_, site) in places.items():
+            out.setdefault(module, []).append(site)
+        return out
+
+    def _modules(self) -> tuple[ModulePlan, ...]:
+        plans: dict[str, ModulePlan] = {}
+
+        def at(path: str) -> ModulePlan:
+            return plans.get(path) or ModulePlan(path)
+
+        for (kind, path, where), conversions in self.slots.items():
+            slot = Slot(where, _ordered(conversions))
+            plan = at(path)
+            plans[path] = replace(plan, inputs=(*plan.inputs, slot)) if kind is Pseudo.ENTER else replace(plan, outputs=(*plan.outputs, slot))
+        for (module, _, _), use in self.uses.items():
+            plans[module] = replace(at(module), uses=(*at(module).uses, use))
+        for module, attributes in self.local.attributes.items():
+            plans[module] = replace(at(module), attributes=attributes)
+        for module, sites in self._sites().items():
+            plans[module] = replace(at(module), sites=tuple(sites))
+        return (*plans.values(), *_repeated(plans, self.graph.repeats))
+
+
+_ORDER = {Op.REDUCE: 0, Op.GATHER: 1, Op.COPY: 2, Op.SLICE: 3, Op.ONCE: 4}
+
+
+def _ordered(conversions: list[Conversion]) -> tuple[Conversion, ...]:
+    return tuple(sorted(dict.fromkeys(conversions), key=lambda c: _ORDER[c.op]))
+
+
+def _same(a: Conversion | None, b: Conversion) -> bool:
+    return a is not None and a == b
+
+
+def _has_repeats(expr: Expr, tp: int) -> bool:
+    from autotp.plan.layout import repeated
+
+    return bool(repeated(expr, tp))
+
+
+def _repeated(plans: Mapping[str, ModulePlan], repeats: Mapping[str, str]) -> list[ModulePlan]:
+    out = []
+    for block, template in repeats.items():
+        for path, plan in plans.items():
+            if path == template or path.startswith(template + "."):
+                uses = tuple(replace(u, owner=_moved(u.owner, template, block)) for u in plan.uses)
+                out.append(replace(plan, path=_moved(path, template, block), uses=uses))
+    return out
+
+
+def _moved(path: str, template: str, block: str) -> str:
+    return block + path[len(template) :] if path == template or path.startswith(template + ".") else path
+
+
+__all__ = ["NONE", "Builder", "Unrealisable"]

@@ -1,0 +1,130 @@
+"""`Plan`: what parallelize will do to a model, as a value that people read and programs apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from autotp.errors import InputError
+from autotp.plan import table
+from autotp.plan.model import ModulePlan, ParamPlan
+
+
+@dataclass(frozen=True, slots=True)
+class AxisInfo:
+    """One sharded axis: `pattern` (attention, mlp, moe, embedding, lm head, …), its size and the parameters that carry it.
+
+    `module` is the innermost module that holds all of them; `sites` are the operators that the axis meets.
+    """
+
+    name: str
+    pattern: str
+    size: int
+    module: str
+    params: tuple[str, ...]
+    sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """A collective of the plan: `width` elements a token, or `elements` whatever the tokens (a parameter's gradient)."""
+
+    module: str
+    kind: str
+    when: str
+    width: int = 0
+    elements: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """A collective with its size: `kind` all_reduce or all_gather, `when` forward or backward, `bytes` of its result."""
+
+    module: str
+    kind: str
+    when: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The plan of a model over `tp` ranks.
+
+    params: fqn → ParamPlan, in the model's order (tied names each). modules: what changes at which module. axes: the sharded
+    axes. traffic: the collectives before they are given a size. aliases: tied name → the first name of the same parameter.
+    products: names of the parameters that are operands of products (Linear and expert weights). notes: what the
+    reader should know (paths that were not traced).
+    """
+
+    model: str
+    tp: int
+    params: Mapping[str, ParamPlan]
+    modules: tuple[ModulePlan, ...]
+    axes: tuple[AxisInfo, ...]
+    traffic: tuple[Traffic, ...]
+    aliases: Mapping[str, str]
+    products: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
+        object.__setattr__(self, "aliases", MappingProxyType(dict(self.aliases)))
+
+    def __reduce__(self) -> Any:
+        fields = (self.model, self.tp, dict(self.params), self.modules, self.axes, self.traffic, dict(self.aliases), self.products, self.notes)
+        return Plan, fields
+
+    @property
+    def local_share(self) -> float:
+        """Parameter elements on a rank over all of them; tied parameters count once."""
+        own = [p for n, p in self.params.items() if n not in self.aliases]
+        whole = sum(prod(p.layout.shape) for p in own)
+        return sum(prod(p.layout.local_shape) for p in own) / whole if whole else 1.0
+
+    @property
+    def replicated(self) -> Mapping[str, str]:
+        """Parameter → why it stays whole on every rank."""
+        return {n: p.reason for n, p in self.params.items() if p.layout.dim is None}
+
+    @property
+    def replicated_products(self) -> tuple[str, ...]:
+        """Linear and expert parameters that stay replicated: what `strict=True` refuses."""
+        return tuple(n for n in self.replicated if n in self.products)
+
+    @property
+    def attributes(self) -> Mapping[str, tuple[int, int]]:
+        """`module.attribute` → (value, local value) of every attribute made local."""
+        return {".".join(filter(None, (m.path, a.path))): (a.value, a.local) for m in self.modules for a in m.attributes}
+
+    def collectives(self, *, tokens: int = 1, dtype: torch.dtype = torch.bfloat16) -> tuple[Collective, ...]:
+        """Every collective of a forward and backward over `tokens` tokens in `dtype`, by module.
+
+        Bytes are those of the collective's result: hidden 16,384, 8 tokens, float16 → 262,144 for an all-reduce.
+
+        Raises:
+            InputError: tokens < 1.
+        """
+        if tokens < 1:
+            raise InputError(f"tokens must be at least 1, got {tokens}")
+        item = dtype.itemsize
+        return tuple(Collective(t.module, t.kind, t.when, (t.width * tokens + t.elements) * item) for t in self.traffic)
+
+    def explain(self, name: str) -> str:
+        """Why a parameter, or everything under a module, is laid out as it is.
+
+        Raises:
+            InputError: the plan knows no such parameter or module; names the nearest ones.
+        """
+        return table.explain(self, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in JSON-able form."""
+        return table.to_dict(self)
+
+    def __str__(self) -> str:
+        return table.render(self)

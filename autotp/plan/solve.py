@@ -1,0 +1,232 @@
+"""Axes → Plan: choose, localise, place the reductions, realise; whatever cannot be realised is un-sharded with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from autotp.axes.atoms import Atom
+from autotp.errors import PlanError
+from autotp.plan.build import Builder, Unrealisable
+from autotp.plan.choose import Choice, choose
+from autotp.plan.labels import NONE, Labels, Space, label
+from autotp.plan.layout import Layout
+from autotp.plan.localise import Localised, Stuck, localise
+from autotp.plan.model import ModulePlan, Op, ParamPlan
+from autotp.plan.moves import Moves, Undecidable, place
+from autotp.plan.naming import Namer, pattern_of
+from autotp.plan.plan import AxisInfo, Plan, Traffic
+from autotp.trace.graph import Node, Pseudo, Value
+
+_PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm"))
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A plan with what is needed to check it: the labels and moves that it was made from."""
+
+    plan: Plan
+    space: Space
+    choice: Choice
+    moves: Moves
+    local: Localised
+
+
+@dataclass
+class Bans:
+    """What later attempts must not do: atoms with the reason, and nodes whose result stays whole."""
+
+    atoms: dict[Atom, str]
+    whole: frozenset[int] = NONE  # type: ignore[assignment]
+
+    def blame(self, space: Space, choice: Choice, node: Node, reason: str) -> None:
+        """Forbid what made `node` fail: first that its result is made sharded, then the axes that meet it."""
+        values = (*space.inputs[node.index], *node.outputs) if node.index >= 0 else ()
+        generated = {n.index for n in space.graph.nodes if n.index in choice.labels.generated and (n is node or _feeds(n, node))}
+        if generated - self.whole:
+            self.whole |= generated
+            return
+        guilty = frozenset().union(*(space.carried.get(v.id, NONE) for v in values), NONE) & choice.on
+        if not guilty:
+            near = [v for n in space.graph.nodes if n.module == node.module for v in (*space.inputs[n.index], *n.outputs)]
+            guilty = frozenset().union(*(choice.labels.of(v) for v in near), NONE) & choice.on
+        if not guilty:
+            guilty = choice.on
+        self.atoms.update({a: f"{reason}: {node}" for a in guilty})
+
+
+def _feeds(source: Node, node: Node) -> bool:
+    made = {o.id for o in source.outputs}
+    return any(v.id in made for v in node.inputs())
+
+
+def solve(space: Space, tp: int, bans: Bans, model: str, linears: frozenset[str]) -> Draft:
+    """The best plan that avoids `bans`; adds to them what turns out impossible."""
+    while True:
+        choice = choose(space, tp, bans.atoms, bans.whole)
+        try:
+            local = localise(space, choice.labels, tp)
+            moves = place(space, choice.labels)
+            namer = Namer({a: pattern_of(space, choice, a) for a in choice.on})
+            modules = Builder(space, choice, moves, local, namer, linears, tp).run()
+        except (Stuck, Unrealisable) as error:
+            bans.blame(space, choice, error.node, error.reason)
+            continue
+        except Undecidable as error:
+            _blame_alone(space, choice, bans, str(error))
+            continue
+        return Draft(_plan(space, choice, moves, modules, namer, tp, model, bans), space, choice, moves, local)
+
+
+def _blame_alone(space: Space, choice: Choice, bans: Bans, reason: str) -> None:
+    """Find the axis whose reductions cannot be placed by trying each without the others."""
+    found = False
+    for atom in sorted(choice.on, key=lambda a: a.id):
+        gathers = {slot: atoms & {atom} for slot, atoms in choice.gathers.items()}
+        try:
+            place(space, label(space, frozenset({atom}), gathers, choice.whole))
+        except Undecidable:
+            bans.atoms[atom] = reason
+            found = True
+    if not found:
+        bans.atoms.update(dict.fromkeys(choice.on, reason))
+
+
+def _plan(
+    space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...], namer: Namer, tp: int, model: str, bans: Bans
+) -> Plan:
+    graph = space.graph
+    axes, axis_of = _axes(space, choice, namer)
+    own: dict[str, ParamPlan] = {}
+    for name, value in graph.params.items():
+        on = choice.labels.of(value)
+        dims = tuple(namer.expr(d, on) for d in space.axes.dims[value.id])
+        layout = Layout(value.shape, dims, tp)
+        atoms = sorted(on, key=lambda a: a.id)
+        axis = ", ".join(dict.fromkeys(axis_of[a].pattern for a in atoms))
+        own[name] = ParamPlan(name, layout, axis, "" if on else _reason(space, choice, value))
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, value in graph.params.items():
+        if first.setdefault(value.id, name) != name:
+            aliases[name] = first[value.id]
+    products = {n for n, v in graph.params.items() if len(v.shape) >= 2 and _is_product(space, v)}
+    return Plan(model, tp, own, modules, tuple(axes), _traffic(space, choice, moves, modules), aliases, frozenset(products), graph.notes)
+
+
+def _is_product(space: Space, value: Value) -> bool:
+    held = {value.id}
+    for node in space.graph.nodes:
+        if any(v.id in held for v in space.inputs[node.index]):
+            if node.opname in _PRODUCTS:
+                return True
+            if space.parameter_of(node.outputs[0].id if node.outputs else -1) == value.id:
+                held.update(o.id for o in node.outputs)
+    return False
+
+
+def _reason(space: Space, choice: Choice, value: Value) -> str:
+    """The most telling of the reasons for which the parameter's axes were refused."""
+    reasons = [choice.refused[a] for leaves in space.leaves[value.id] for a in sorted(leaves, key=lambda a: a.id) if a in choice.refused]
+    telling = [r for r in reasons if r != "another axis of the same tensors is sharded"]
+    if telling:
+        return telling[0]
+    return "its only axis runs through the whole model and stays whole" if reasons else "it has no axis to shard"
+
+
+def _axes(space: Space, choice: Choice, namer: Namer) -> tuple[list[AxisInfo], dict[Atom, AxisInfo]]:
+    axes: list[AxisInfo] = []
+    axis_of: dict[Atom, AxisInfo] = {}
+    for atom in sorted(choice.on, key=lambda a: a.id):
+        params = tuple(n for n, v in space.graph.params.items() if atom in space.carried[v.id])
+        module = _common([p.rpartition(".")[0] for p in params])
+        pattern = namer.patterns[atom]
+        sites = tuple(
+            dict.fromkeys(f"{n.opname} in {n.module or '<root>'} (sums over it)" for n, c in zip(space.graph.nodes, space.contracts, strict=True) if any(atom in a for _, a in c))
+        )
+        info = AxisInfo(f"{module + '.' if module else ''}{namer.name(atom)}", pattern, atom.size, module, params, sites)
+        axes.append(info)
+        axis_of[atom] = info
+    return axes, axis_of
+
+
+def _common(paths: Iterable[str]) -> str:
+    split = [p.split(".") for p in paths]
+    out: list[str] = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        out.append(parts[0])
+    return ".".join(out)
+
+
+def _traffic(space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...]) -> tuple[Traffic, ...]:
+    """The collectives of the first path's forward and of its backward."""
+    width: dict[tuple[str, str], int] = {}
+    for node in space.graph.nodes:
+        if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
+            key = (node.op.value, ".".join(map(str, (node.slot[0], *node.slot[1]))))
+            width.setdefault(key, _per_token(node.outputs[0]))
+    out: list[Traffic] = []
+    template = {b: t for b, t in space.graph.repeats.items()}
+    shared: set[tuple[str, int]] = set()
+    for m in modules:
+        path = next((t + m.path[len(b) :] for b, t in template.items() if m.path == b or m.path.startswith(b + ".")), m.path)
+        for kind, slots in (("enter", m.inputs), ("exit", m.outputs)):
+            for slot in slots:
+                size = width.get((kind, ".".join(map(str, (path, *slot.path)))), 0)
+                for c in slot.conversions:
+                    if c.op is Op.REDUCE:
+                        out.append(Traffic(m.path, "all_reduce", "forward", size))
+                    elif c.op is Op.GATHER:
+                        out.append(Traffic(m.path, "all_gather", "forward", size))
+                    elif c.op is Op.COPY:
+                        key = (m.path.rpartition(".")[0], size)  # linears beside each other share one reduced gradient
+                        if kind == "enter" and slot.path and m.path.rpartition(".")[0] and key in shared and len(m.inputs) == 1:
+                            continue
+                        shared.add(key)
+                        out.append(Traffic(m.path, "all_reduce", "backward", size))
+        for s in m.sites:
+            for _, conversions in (*s.inputs, *s.outputs):
+                for c in conversions:
+                    if c.op in (Op.REDUCE, Op.COPY, Op.GATHER):
+                        kind_name = "all_gather" if c.op is Op.GATHER else "all_reduce"
+                        out.append(Traffic(m.path, kind_name, "backward" if c.op is Op.COPY else "forward", 1))
+    for name, value in space.graph.params.items():
+        if value.id in moves.grad_sums and value.name == name:
+            out.append(Traffic(name.rpartition(".")[0], "all_reduce", "backward", 0, prod(value.shape)))
+    return tuple(out)
+
+
+def _per_token(value: Value) -> int:
+    return prod(value.shape[2:]) if len(value.shape) > 2 else (value.shape[-1] if value.shape else 1)
+
+
+def lift(plan: Plan, names: Iterable[str], repeats: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """The plan with the parameters of repeated blocks filled in from their templates, in the order of `names`."""
+    params: dict[str, ParamPlan] = {}
+    aliases, products = dict(plan.aliases), set(plan.products)
+    owner = {b + ".": t + "." for b, t in repeats.items()}
+    for name in names:
+        twin = next((t + name[len(b) :] for b, t in owner.items() if name.startswith(b)), name)
+        source = plan.params.get(twin)
+        if source is None or source.layout.shape != shapes[name]:
+            raise PlanError(f"{name}: no layout was planned for shape {shapes[name]}")
+        params[name] = replace(source, name=name)
+        if twin != name and twin in plan.products:
+            products.add(name)
+        if twin != name and twin in plan.aliases:
+            target = plan.aliases[twin]
+            moved = next((b + target[len(t) :] for b, t in owner.items() if target.startswith(t) and name.startswith(b)), target)
+            aliases[name] = moved
+    axes = list(plan.axes)
+    for axis in plan.axes:
+        for block, template in repeats.items():
+            if axis.module == template or axis.module.startswith(template + "."):
+                move = lambda n, b=block, t=template: b + n[len(t) :] if n.startswith(t) else n  # noqa: E731
+                axes.append(replace(axis, name=move(axis.name), module=move(axis.module), params=tuple(map(move, axis.params))))
+    return replace(plan, params=params, aliases=aliases, products=frozenset(products), axes=tuple(axes))
+
+
+__all__ = ["Bans", "Draft", "Labels", "lift", "solve"]

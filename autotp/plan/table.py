@@ -1,0 +1,175 @@
+"""The plan as a table, as JSON and as an explanation."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autotp.errors import InputError
+from autotp.plan.model import GradSum, ModulePlan, ParamPlan
+
+if TYPE_CHECKING:
+    from autotp.plan.plan import Plan
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def direction(param: ParamPlan) -> str:
+    """column, row, or replicated: whether a weight's outputs or inputs are cut."""
+    dim = param.layout.dim
+    return "replicated" if dim is None else f"shard dim {dim}"
+
+
+def _groups(plan: Plan) -> list[tuple[str, int, ParamPlan]]:
+    """Parameters alike but for the numbers in their names, with how many there are."""
+    found: dict[tuple[str, str, str, str], tuple[list[str], ParamPlan]] = {}
+    for name, p in plan.params.items():
+        if name in plan.aliases:
+            continue
+        key = (_NUMBER.sub("*", name), str(p.layout), str(p.layout.shape), _NUMBER.sub("*", p.reason))
+        found.setdefault(key, ([], p))[0].append(name)
+    return [(names[0] if len(names) == 1 else key[0], len(names), p) for key, (names, p) in found.items()]
+
+
+def render(plan: Plan) -> str:
+    """The table that a person reads."""
+    rows = [("parameter", "", "shape", "layout (* is sharded)", "local shape", "axis, or why it is replicated")]
+    for name, count, p in _groups(plan):
+        rows.append(
+            (
+                name,
+                f"×{count}" if count > 1 else "",
+                "×".join(map(str, p.layout.shape)) or "scalar",
+                str(p.layout),
+                "×".join(map(str, p.layout.local_shape)) or "scalar",
+                p.axis or p.reason,
+            )
+        )
+    widths = [min(max(len(r[i]) for r in rows), 60) for i in range(5)]
+    lines = [f"{plan.model} over tp={plan.tp}: {plan.local_share:.3f} of the parameter elements on each rank", ""]
+    for i, row in enumerate(rows):
+        lines.append("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]).rstrip())
+        if i == 0:
+            lines.append("  ".join("-" * w for w in widths))
+    traffic = _traffic(plan)
+    if traffic:
+        lines += ["", "collectives (bytes a token in bfloat16, or a step for gradients of parameters):", *traffic]
+    if plan.attributes:
+        lines += ["", "attributes made local:"]
+        lines += [f"  {name}: {a} → {b}{_times(n)}" for name, (a, b), n in _fold(plan.attributes.items())]
+    sites = [(m.path, s) for m in plan.modules for s in m.sites]
+    if sites:
+        lines += ["", f"{len(sites)} operator calls run in a distributed form (see `autotp explain`)"]
+    return "\n".join([*lines, *(["", *("note: " + n for n in plan.notes)] if plan.notes else [])])
+
+
+def _times(count: int) -> str:
+    return f" (×{count})" if count > 1 else ""
+
+
+def _fold(items: Iterable[tuple[str, Any]]) -> list[tuple[str, Any, int]]:
+    counts: dict[tuple[str, Any], int] = {}
+    for name, value in items:
+        key = (_NUMBER.sub("*", name), value)
+        counts[key] = counts.get(key, 0) + 1
+    return [(name, value, n) for (name, value), n in counts.items()]
+
+
+def _traffic(plan: Plan) -> list[str]:
+    rows = [(c.module or "<root>", (c.kind, c.when, c.bytes)) for c in plan.collectives(tokens=1, dtype=torch.bfloat16)]
+    return [f"  {module}: {kind}, {when}, {size} B{_times(n)}" for module, (kind, when, size), n in _fold(rows)]
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """JSON-able form: every field of the plan by name."""
+    return {
+        "model": plan.model,
+        "tp": plan.tp,
+        "local_share": plan.local_share,
+        "params": {
+            n: {
+                "shape": list(p.layout.shape),
+                "layout": str(p.layout),
+                "dim": p.layout.dim,
+                "local_shape": list(p.layout.local_shape),
+                "axis": p.axis,
+                "reason": p.reason,
+            }
+            for n, p in plan.params.items()
+        },
+        "tied": dict(plan.aliases),
+        "axes": [
+            {"name": a.name, "pattern": a.pattern, "size": a.size, "module": a.module, "params": list(a.params)} for a in plan.axes
+        ],
+        "collectives": [
+            {"module": t.module, "kind": t.kind, "when": t.when, "elements_per_token": t.width, "elements": t.elements} for t in plan.traffic
+        ],
+        "attributes": {n: {"value": a, "local": b} for n, (a, b) in plan.attributes.items()},
+        "modules": [_module(m) for m in plan.modules],
+        "replicated": dict(plan.replicated),
+        "notes": list(plan.notes),
+    }
+
+
+def _module(plan: ModulePlan) -> dict[str, Any]:
+    return {
+        "path": plan.path,
+        "inputs": {".".join(map(str, s.path)): [c.op.value for c in s.conversions] for s in plan.inputs},
+        "outputs": {".".join(map(str, s.path)): [c.op.value for c in s.conversions] for s in plan.outputs},
+        "sites": [f"{s.file.rsplit('site-packages/', 1)[-1]}:{s.function}" for s in plan.sites],
+    }
+
+
+def explain(plan: Plan, name: str) -> str:
+    """The text of `autotp explain`."""
+    names = [n for n in plan.params if n == name or n.startswith(name + ".") or name == ""]
+    modules = [m for m in plan.modules if m.path == name or m.path.startswith(name + ".") or _owns(m, name)]
+    if not names and not modules:
+        near = difflib.get_close_matches(name, [*plan.params, *(n.rpartition(".")[0] for n in plan.params)], n=3)
+        raise InputError(f"the plan has no parameter or module {name!r}" + (f"; near it: {', '.join(dict.fromkeys(near))}" if near else ""))
+    lines: list[str] = []
+    for n in names:
+        p = plan.params[n]
+        lines.append(f"{n}  {list(p.layout.shape)}  {p.layout}")
+        if p.layout.dim is None:
+            lines.append(f"  replicated: {p.reason}")
+        else:
+            share = prod(p.layout.local_shape) / max(prod(p.layout.shape), 1)
+            lines.append(f"  sharded along dim {p.layout.dim} ({p.axis}); {list(p.layout.local_shape)} on each rank, {share:.3f} of it")
+        if n in plan.aliases:
+            lines.append(f"  tied to {plan.aliases[n]}")
+    for axis in plan.axes:
+        if any(n in axis.params for n in names):
+            lines.append(f"axis {axis.name} ({axis.pattern}, size {axis.size}): {', '.join(axis.params)}")
+            lines += [f"  meets {site}" for site in axis.sites]
+    for m in modules:
+        lines += _explain_module(m)
+    for t in plan.traffic:
+        if any(t.module == m.path for m in modules) or any(n.rpartition(".")[0] == t.module for n in names):
+            size = f"{t.width} elements a token" if t.width else f"{t.elements} elements"
+            lines.append(f"collective at {t.module or '<root>'}: {t.kind} of {size}, {t.when}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _owns(module: ModulePlan, name: str) -> bool:
+    return name.rpartition(".")[0] == module.path and bool(name)
+
+
+def _explain_module(m: ModulePlan) -> list[str]:
+    out = [f"module {m.path or '<root>'}:"]
+    out += [f"  argument {'.'.join(map(str, s.path))}: {', '.join(c.op.value for c in s.conversions)}" for s in m.inputs]
+    out += [f"  result {'.'.join(map(str, s.path)) or '(the tensor)'}: {', '.join(c.op.value for c in s.conversions)}" for s in m.outputs]
+    out += [f"  attribute {a.path}: {a.value} → {a.local}" for a in m.attributes]
+    for u in m.uses:
+        what = [c.op.value for c in u.conversions] + ([f"gradient summed ({u.grad.value})"] if u.grad is not GradSum.NONE else [])
+        out.append(f"  reads {'.'.join(filter(None, (u.owner, u.name)))}: {', '.join(what) or 'the local shard'}")
+    for s in m.sites:
+        what = [f"int {a} → {b}" for _, a, b in s.ints] + ([s.kernel.value] if s.kernel else [])
+        what += [c.op.value for _, cs in (*s.inputs, *s.outputs) for c in cs]
+        out.append(f"  call in {s.function} ({s.file.rsplit('/', 1)[-1]}): {', '.join(what)}")
+    return out
