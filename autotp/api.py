@@ -225,4 +225,4 @@ def _same_weights(group: dist.ProcessGroup, model: nn.Module) -> None:
 
 def _hash(tensor: Tensor) -> tuple[Any, ...]:
     with torch.no_grad():
-        return (str(tensor.dtype), tuple(tensor.shape), int(torch.hash_tensor(tensor.detach())) if tensor.numel() else 0)
+        return (str(tensor.dtype), tuple(tensor.shape), int(torch.hash_tensor(tensor.detach()).view(torch.int64)) if tensor.numel() else 0)

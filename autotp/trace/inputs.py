@@ -22,7 +22,7 @@ from autotp.errors import InputError
 from autotp.trace.inputs_facts import Facts, forward_keywords, is_hugging_face, takes_any_keyword
 from autotp.trace.inputs_images import with_images
 from autotp.trace.inputs_labels import labels
-from autotp.trace.inputs_values import BATCH, DECODER_LENGTH, VALUES, token_ids
+from autotp.trace.inputs_values import BATCH, VALUES, token_ids
 
 Inputs = dict[str, object]
 
@@ -32,7 +32,7 @@ class Example:
     """One way to call a model.
 
     name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states` or `images`; `user` for the caller's own.
-    make: builds the keywords of the call, new tensors each time. Raises InputError where a value cannot be derived.
+    make: builds the keywords of the call, new tensors each time.
     decode: from the outputs of that call, the keywords of the next one (the returned cache and one more token); it
         answers None where the outputs hold no cache.
     optional: the model may turn this call down without harm.
@@ -94,9 +94,7 @@ def user_example(model: nn.Module, mapping: Mapping[str, object]) -> tuple[Examp
             if isinstance(key, str) and key not in keywords
         ]
     problems += [
-        f"forward requires {k.name!r}: add it to example_inputs"
-        for k in keywords.values()
-        if k.required and k.name not in mapping
+        f"forward requires {k.name!r}: add it to example_inputs" for k in keywords.values() if k.required and k.name not in mapping
     ]
     if problems:
         raise InputError(f"{where}: " + "; ".join(problems))
@@ -143,11 +141,16 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
 
     yield Example("forward", call())
     reads_text = "input_ids" in base
-    mask = ("attention_mask",) if reads_text and facts.takes("attention_mask") else ()
+    mask: tuple[str, ...] = ("attention_mask",) if reads_text and facts.takes("attention_mask") else ()
     if mask and mask[0] not in base:
         yield Example("mask", call(*mask), optional=True)
     mask = tuple(m for m in mask if m not in base)
-    if reads_text and facts.generates and (facts.any_keyword or facts.takes("use_cache")) and facts.find("use_cache") is not False:
+    if (
+        {"input_ids", "decoder_input_ids"} & set(base)
+        and facts.generates
+        and (facts.any_keyword or facts.takes("use_cache"))
+        and facts.find("use_cache") is not False
+    ):
         yield Example("prefill", call(*mask, use_cache=True), partial(_decode, facts, base, mask), optional=True)
     given = labels(facts)
     if given is not None:
@@ -204,6 +207,3 @@ def _brief(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
-
-
-__all__ = ["DECODER_LENGTH", "Example", "example_inputs", "user_example"]

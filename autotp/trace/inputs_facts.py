@@ -33,11 +33,7 @@ class Keyword:
 
 def forward_keywords(model: nn.Module) -> dict[str, Keyword]:
     """The named parameters of `model.forward`, in order; `*args` and `**kwargs` are left out."""
-    named = (
-        p
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    )
+    named = (p for p in inspect.signature(model.forward).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
     return {p.name: Keyword(p.name, p.default is p.empty, str(p.annotation)) for p in named}
 
 
@@ -128,7 +124,7 @@ class Facts:
         ids: set[int] = set()
         for config in self.configs():
             for name, value in vars(config).items():
-                if "token" in name or name.endswith("_id") or name.endswith("_ids"):
+                if "token" in name or name.endswith(("_id", "_ids")):
                     values = value if isinstance(value, (list, tuple)) else (value,)
                     ids.update(v for v in values if isinstance(v, int) and not isinstance(v, bool))
         return frozenset(ids)

@@ -101,7 +101,9 @@ def _configured(facts: Facts, pixels: object) -> int | None:
     if isinstance(named, int):
         return images * named
     merge = facts.number("spatial_merge_size", "pixel_shuffle_factor", "scale_factor", "downsample_factor", "merge_size", default=1)
-    across = grid(facts) if facts.takes("spatial_shapes") else (side // size for side, size in zip(pixels.shape[-2:], patch(facts), strict=True))
+    across = (
+        grid(facts) if facts.takes("spatial_shapes") else (side // size for side, size in zip(pixels.shape[-2:], patch(facts), strict=True))
+    )
     return images * math.prod(across) // merge**2
 
 
@@ -112,5 +114,3 @@ def _rows(outputs: Any) -> int | None:
         counts = [_rows(one) for one in found]
         return None if None in counts or not counts else sum(c for c in counts if c is not None)
     return math.prod(found.shape[:-1]) if isinstance(found, Tensor) else None
-
-
