@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from autotp.errors import AutoTPError, InputError
+from autotp.errors import AutoTPError
 
 app = typer.Typer(name="autotp", help="Tensor parallelism for any PyTorch model.", add_completion=False, rich_markup_mode=None)
 
@@ -34,16 +34,23 @@ InputsOption = Annotated[
 
 
 @app.command()
-def plan(target: TargetArgument, tp: TpOption, as_json: JsonOption = False, inputs: InputsOption = None, tokens: int = 1) -> None:
-    """Print how TARGET would be sharded, and what that costs in bytes moved for TOKENS tokens."""
+def plan(
+    target: TargetArgument,
+    tp: TpOption,
+    as_json: JsonOption = False,
+    inputs: InputsOption = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="also print the bytes moved for so many tokens, in bfloat16")] = None,
+) -> None:
+    """Print how TARGET would be sharded, what stays whole and why, and what each token costs in bytes moved."""
     made = _plan(target, tp, inputs)
     if as_json:
         print_json(made.to_dict())
         return
     typer.echo(str(made))
-    from autotp.cli_render import collectives_table
+    if tokens is not None:
+        from autotp.cli_render import collectives_table
 
-    Console(soft_wrap=True).print(collectives_table(made.collectives(tokens=tokens), tokens))
+        Console(soft_wrap=True).print("\n", collectives_table(made.collectives(tokens=tokens), tokens))
 
 
 @app.command()
@@ -54,14 +61,7 @@ def explain(
     inputs: InputsOption = None,
 ) -> None:
     """Say why one parameter or module of TARGET is sharded as it is, or why it is not."""
-    from autotp.targets import near
-
-    made = _plan(target, tp, inputs)
-    known = {*made.params, *(module.path for module in made.modules)}
-    known |= {path.rsplit(".", depth)[0] for path in made.params for depth in range(1, path.count(".") + 1)}
-    if name not in known:
-        raise InputError(f"explain: {target} has no parameter or module {name!r}{near(name, known)}")
-    typer.echo(made.explain(name))
+    typer.echo(_plan(target, tp, inputs).explain(name))
 
 
 @app.command()
@@ -142,6 +142,7 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(run(arguments))
 
 
@@ -159,5 +160,5 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
     return code

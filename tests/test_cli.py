@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from rich.console import Console
 import autotp
 from autotp import cli
 from autotp.cli_render import byte_count, collectives_table
+from autotp.errors import InputError
 from autotp.verify import Check, Report
 
 
@@ -110,16 +110,7 @@ class Collective:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Module:
-    path: str
-
-
-@dataclass(frozen=True)
 class FakePlan:
-    params: Mapping[str, str] = field(default_factory=lambda: {"layers.0.q.weight": "S", "norm.weight": "R"})
-    modules: tuple[Module, ...] = (Module("layers.0"),)
-
     def __str__(self):
         return "the plan's table"
 
@@ -127,6 +118,8 @@ class FakePlan:
         return {"tp": 2, "share": float("inf")}
 
     def explain(self, name):
+        if name == "nothing":
+            raise InputError("no nothing\nhere")
         return f"why {name}"
 
     def collectives(self, *, tokens, dtype=None):
@@ -155,16 +148,10 @@ def test_plan_as_json(run):
 
 
 @pytest.mark.usefixtures("planned")
-@pytest.mark.parametrize("name", ["layers.0.q.weight", "layers.0.q", "layers", "norm"])
-def test_explain_knows_parameters_and_modules(run, name):
-    assert run("explain", "llama", name, "--tp", "2") == (0, f"why {name}\n", "")
-
-
-@pytest.mark.usefixtures("planned")
-def test_explain_lists_near_names(run):
-    code, _, err = run("explain", "llama", "layers.0.k.weight", "--tp", "2")
-    assert code == 2
-    assert "near names: layers.0.q.weight" in err
+def test_explain(run):
+    assert run("explain", "llama", "layers.0.q", "--tp", "2") == (0, "why layers.0.q\n", "")
+    code, _, err = run("explain", "llama", "nothing", "--tp", "2")
+    assert (code, err) == (2, "error: no nothing here\n")
 
 
 def test_byte_count():
