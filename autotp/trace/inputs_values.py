@@ -31,10 +31,13 @@ def token_ids(facts: Facts, batch: int, length: int) -> Tensor:
     return torch.tensor(ids).reshape(batch, length)
 
 
-def padding_mask(batch: int, length: int, *, left: bool) -> Tensor:
-    """Ones, with two padded places in the second row: `[batch, length]`, long."""
+def padding_mask(batch: int, length: int) -> Tensor:
+    """Ones, with two padded places at the end of the second row: `[batch, length]`, long.
+
+    Padding at the start would leave the first queries of a causal model nothing to attend to: NaN in float64.
+    """
     mask = torch.ones(batch, length, dtype=torch.long)
-    mask[1, slice(0, 2) if left else slice(length - 2, length)] = 0
+    mask[1, -2:] = 0
     return mask
 
 
@@ -171,7 +174,7 @@ def _attention_mask(facts: Facts) -> Tensor:
     """Over the text, or over the frames of a spectrogram where there is no text."""
     if facts.takes("input_features") and not facts.takes("input_ids"):
         return _frame_mask(facts)
-    return padding_mask(BATCH, LENGTH, left=facts.generates and not facts.is_encoder_decoder)
+    return padding_mask(BATCH, LENGTH)
 
 
 def _waveform_samples(facts: Facts) -> int:
