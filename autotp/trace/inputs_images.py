@@ -78,14 +78,18 @@ def _features(facts: Facts, inputs: dict[str, object]) -> int | None:
 
 def _run_fake(encode: Any, device: torch.device, inputs: dict[str, object]) -> Any:
     taken = inspect.signature(encode).parameters
+    # Towers read the sizes as numbers, which a tensor under fake tensors does not give.
+    sizes = {
+        name: value.tolist() for name, value in inputs.items() if name == "image_sizes" and name in taken and isinstance(value, Tensor)
+    }
     weight = next(encode.__self__.parameters(), None)
     mode = weight.fake_mode if isinstance(weight, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():
-        given = {
+        given: dict[str, Any] = {
             name: torch.empty(value.shape, dtype=value.dtype, device=device) if value.is_floating_point() else value
             for name, value in inputs.items()
             if name in taken and isinstance(value, Tensor)
-        }
+        } | sizes
         try:
             return encode(**given)
         except Exception:  # whatever the image tower raises: the caller says what to do
