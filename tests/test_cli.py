@@ -163,3 +163,46 @@ def test_alike_collectives_are_counted():
     with console.capture() as captured:
         console.print(collectives_table(FakePlan().collectives(tokens=1), 1))
     assert captured.get().split("\n")[2].split() == ["all-reduce", "forward", "2", "1.2", "KiB"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8, **sizes}))
+    return str(tmp_path)
+
+
+def test_a_real_plan(run, folder):
+    code, out, err = run("plan", folder, "--tp", "2")
+    assert (code, err) == (0, "")
+    assert "model.layers.0.self_attn.q_proj.weight" in out
+    code, out, _ = run("plan", folder, "--tp", "2", "--json")
+    assert json.loads(out)["params"]["model.layers.0.mlp.down_proj.weight"]["local_shape"] == [16, 16]
+
+
+def test_a_real_explanation(run, folder):
+    code, out, _ = run("explain", folder, "model.layers.0.self_attn", "--tp", "2")
+    assert code == 0
+    assert "sharded along dim 0" in out
+    code, _, err = run("explain", folder, "model.layers.0.self_atn", "--tp", "2")
+    assert code == 2
+    assert "model.layers.0.self_attn" in err
+    assert err.count("\n") == 1
+
+
+def mlp():
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def mlp_inputs():
+    import torch
+
+    return {"input": torch.ones(2, 4)}
+
+
+def test_a_plan_of_a_module_of_ones_own(run):
+    code, out, err = run("plan", "tests.test_cli:mlp", "--tp", "2", "--inputs", "tests.test_cli:mlp_inputs")
+    assert (code, err) == (0, "")
+    assert "0.weight" in out

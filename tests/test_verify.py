@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import LlamaConfig
 
 from autotp.errors import InputError
 from autotp.plan.layout import Factor, Layout, replicated
 from autotp.verify import relative_error, verify
 from autotp.verify.modules import Stands, first_difference, stands_for
+from autotp.verify.worker import with_autotp
 
 WIDTH, INNER = 6, 8
 
@@ -187,3 +189,26 @@ def test_a_call_that_did_not_happen_is_a_difference():
     key = ("layer", 0, ())
     assert first_difference({key: whole}, [{key: whole}, {}]) == "layer did not return on every rank"
     assert first_difference({key: whole}, [{key: whole}, {key: whole}]) == ""
+
+
+def slightly_wrong(model, mesh, example_inputs):
+    """autotp's own work, then one weight of one rank changed by a millionth."""
+    layouts = with_autotp(model, mesh, example_inputs)
+    if mesh.get_local_rank() == 1:
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.to_local().mul_(1 + 1e-6)
+    return layouts
+
+
+@pytest.mark.parametrize("parallelizer", [with_autotp, slightly_wrong])
+def test_a_real_model_and_one_wrong_weight_in_it(parallelizer):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+    )
+    found = verify(config, 2, parallelizer=parallelizer, timeout=150)
+    if parallelizer is with_autotp:
+        assert found.passed, str(found)
+        assert checks(found) == {"outputs": True, "gradients": True, "tokens": True}
+    else:
+        assert not found.passed
+        assert found.first_difference.startswith("model.layers.1.mlp.down_proj: "), found.first_difference
