@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
 from autotp.axes.rules import find_axes, keep
 from autotp.certificate import replay
-from autotp.errors import PlanError
+from autotp.errors import InputError, PlanError
 from autotp.plan.labels import Space
 from autotp.plan.layout import replicated
 from autotp.plan.model import ParamPlan
 from autotp.plan.plan import Plan
 from autotp.plan.solve import Bans, lift, solve
-from autotp.trace.inputs import example_inputs, user_example
+from autotp.trace.inputs import Example, example_inputs, user_example
+from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.run import trace
 
 MAX_REPLAYS = 64
@@ -30,7 +32,7 @@ def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = N
     name = type(model).__name__
     if tp == 1:
         return whole_plan(model, "tp is 1")
-    examples = example_inputs(model) if inputs is None else user_example(model, inputs)
+    examples = _examples(model, inputs)
     graph = trace(model, examples, keep)
     space = Space(find_axes(graph))
     bans = Bans({})
@@ -43,6 +45,20 @@ def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = N
             return plan
         bans.blame(space, draft.choice, difference.node, difference.reason)
     raise PlanError(f"{name}: no plan passed its replay in {MAX_REPLAYS} attempts; the last difference: {difference.reason}: {difference.node}")
+
+
+def _examples(model: nn.Module, inputs: Mapping[str, object] | None) -> tuple[Example, ...]:
+    """The caller's example first; a transformers model's own paths are traced too, as far as they can be."""
+    if inputs is None:
+        return example_inputs(model)
+    given = user_example(model, inputs)
+    if not is_hugging_face(model):
+        return given
+    try:
+        own = example_inputs(model)
+    except InputError:
+        return given
+    return (*given, *(replace(e, optional=True) for e in own))
 
 
 def whole_plan(model: nn.Module, reason: str) -> Plan:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from autotp.plan.choose import Choice
 from autotp.plan.labels import NONE, Space
-from autotp.plan.layout import Expr
+from autotp.plan.layout import Expr, freed
 from autotp.plan.localise import Localised
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use
 from autotp.plan.moves import Moves, slot_key
@@ -115,7 +115,7 @@ class Builder:
         for i, leaves in enumerate(self.space.leaves[value.id]):
             if leaves & atoms:
                 expr: Expr = self.namer.expr(self.space.axes.dims[value.id][i], on)  # type: ignore[arg-type]
-                return Conversion(op, i - len(value.shape), expr)
+                return Conversion(op, i - len(value.shape), freed(expr))
         raise AssertionError("the value does not carry the axis")
 
     def _gathers(self) -> None:
@@ -125,6 +125,8 @@ class Builder:
             conversion = self._part(value, atoms, atoms, Op.GATHER)
             key = slot_key(node)
             assert key is not None
+            if any(slot_key(n) == key and n.index not in self.labels.gathered for n in self.graph.nodes):
+                raise Unrealisable(node, "only some calls of the module return a sharded value to gather")
             have = self.slots.setdefault(key, [])
             if conversion not in have:
                 if any(c.op is Op.GATHER for c in have):

@@ -115,6 +115,28 @@ def repeated(expr: Expr, tp: int) -> tuple[Interval, ...]:
     return _merge(_repeated(expr, tp, 0)) if is_sharded(expr) else ()
 
 
+def freed(expr: Expr) -> Expr:
+    """`expr` for an activation: a whole major factor (a batch, a length) may have any size, written as size 0."""
+    if isinstance(expr, Product) and isinstance(expr.parts[0], Factor) and not expr.parts[0].sharded:
+        return Product((Factor(expr.parts[0].name, 0), *expr.parts[1:]))
+    return expr
+
+
+def is_free(expr: Expr) -> bool:
+    """True for an expression whose major factor may have any size; see `freed`."""
+    return isinstance(expr, Product) and isinstance(expr.parts[0], Factor) and expr.parts[0].size == 0
+
+
+def fitted(expr: Expr, length: int, tp: int = 1) -> Expr | None:
+    """A free expression for a dim of `length` indices (one rank's part of it for tp > 1); None where it does not divide."""
+    if not isinstance(expr, Product):
+        return expr
+    minor = prod(size(part, tp) for part in expr.parts[1:])
+    if length % minor:
+        return None
+    return Product((Factor(getattr(expr.parts[0], "name", "n"), length // minor), *expr.parts[1:]))
+
+
 def notation(expr: Expr, *, top: bool = True) -> str:
     """The einops-like text of `expr`; sharded factors carry a `*`: ``(kv* group d | kv* d | kv* d)``."""
     if isinstance(expr, Factor):

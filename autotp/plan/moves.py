@@ -108,6 +108,9 @@ def place_reductions(space: Space, labels: Labels) -> tuple[frozenset[Hashable],
         cut.needed(("post", vertices.of(value) if value is not None else ("value", key)))
     for node in space.graph.nodes:
         if node.op is Pseudo.REPEAT:
+            for a, b in zip(node.args[0], node.args[1], strict=True):
+                if a.id in labels.partial and b.id in labels.partial:
+                    cut.same(("post", vertices.of(a)), ("post", vertices.of(b)))
             for new, template in zip(node.outputs, node.args[2], strict=True):
                 if new.id in labels.partial:
                     cut.same(("pre", vertices.of(new)), ("post", vertices.of(template)))

@@ -21,7 +21,7 @@ from torch.compiler import is_dynamo_compiling
 from autotp.errors import PlanError
 from autotp.plan.model import Conversion, Op
 from autotp.rewrite.comm import Comm
-from autotp.rewrite.split import Split
+from autotp.rewrite.split import FreeSplit, Split, split_of
 
 Convert = Callable[[Tensor], Tensor]
 
@@ -54,7 +54,7 @@ class _Reduce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
+    def forward(ctx: Any, x: Tensor, split: Split | FreeSplit) -> Tensor:
         ctx.split = split
         return split.join(x)
 
@@ -65,7 +65,7 @@ class _Gather(torch.autograd.Function):
 
 class _Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
+    def forward(ctx: Any, x: Tensor, split: Split | FreeSplit) -> Tensor:
         ctx.split = split
         return split.take(x)
 
@@ -98,12 +98,12 @@ def reduce(x: Tensor, comm: Comm) -> Tensor:
     return _Reduce.apply(x, comm) if _records(x) else comm.all_reduce(x)  # type: ignore[no-untyped-call]
 
 
-def gather(x: Tensor, split: Split) -> Tensor:
+def gather(x: Tensor, split: Split | FreeSplit) -> Tensor:
     """S → R: the full dim in the model's order."""
     return _Gather.apply(x, split) if _records(x) else split.join(x)  # type: ignore[no-untyped-call]
 
 
-def slice_part(x: Tensor, split: Split) -> Tensor:
+def slice_part(x: Tensor, split: Split | FreeSplit) -> Tensor:
     """R → S: this rank's part of the full dim."""
     return _Slice.apply(x, split) if _records(x) else split.take(x)  # type: ignore[no-untyped-call]
 
@@ -126,7 +126,7 @@ def bind(conversion: Conversion, comm: Comm) -> Convert:
         return partial(_WHOLE[op], comm=comm)  # type: ignore[call-arg]
     if conversion.dim is None or conversion.expr is None:
         raise PlanError(f"conversion {op.value} needs a dim and a layout expression, got {conversion}")
-    return partial(gather if op is Op.GATHER else slice_part, split=Split(conversion.dim, conversion.expr, comm))
+    return partial(gather if op is Op.GATHER else slice_part, split=split_of(conversion.dim, conversion.expr, comm))
 
 
 def bind_all(conversions: Sequence[Conversion], comm: Comm) -> Convert:

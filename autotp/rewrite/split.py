@@ -12,8 +12,47 @@ import torch
 from torch import Tensor
 
 from autotp.errors import PlanError
-from autotp.plan.layout import Expr, intervals, notation, size
+from autotp.plan.layout import Expr, fitted, intervals, is_free, notation, size
 from autotp.rewrite.comm import Comm
+
+
+def split_of(dim: int, expr: Expr, comm: Comm) -> Split | FreeSplit:
+    """The split of a dim; one for each length where the layout leaves the length open."""
+    return FreeSplit(dim, expr, comm) if is_free(expr) else Split(dim, expr, comm)
+
+
+class FreeSplit:
+    """Splits of a dim whose major factor (a batch) has the size that comes, made once for each length."""
+
+    __slots__ = ("_splits", "comm", "dim", "expr")
+
+    def __init__(self, dim: int, expr: Expr, comm: Comm) -> None:
+        self.dim, self.expr, self.comm = dim, expr, comm
+        self._splits: dict[tuple[int, int], Split] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FreeSplit:
+        return self
+
+    def _for(self, x: Tensor, tp: int) -> Split:
+        key = (x.shape[self.dim], tp)
+        if key not in self._splits:
+            expr = fitted(self.expr, *key)
+            if expr is None:
+                raise PlanError(f"dim {self.dim} of a tensor of shape {tuple(x.shape)} does not divide into {notation(self.expr)}")
+            self._splits[key] = Split(self.dim, expr, self.comm)
+        return self._splits[key]
+
+    def take(self, x: Tensor) -> Tensor:
+        """[.., full, ..] → [.., local, ..]; a dim of size 1 broadcasts and is left."""
+        return x if x.shape[self.dim] == 1 else self._for(x, 1).take(x)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[.., local, ..] → [.., full, ..] with zeros where other ranks' parts are."""
+        return self._for(x, self.comm.size).pad(x)
+
+    def join(self, x: Tensor) -> Tensor:
+        """[.., local, ..] → [.., full, ..] from all ranks."""
+        return self._for(x, self.comm.size).join(x)
 
 
 class Split:
