@@ -96,7 +96,8 @@ def _of_rank_zero(on_event: Callable[[str], None] | None) -> Callable[[int, Any]
 def _shrink(config: Any, name: str, count: int, limit: int) -> tuple[Any, str]:
     if not hasattr(config, "model_type"):
         raise InputError(f"target {name}: {count:,} parameters, more than the {limit:,} that are verified, and only configs can be shrunk")
-    from autotp.testing.shrink import Sizes, shrink_config
+    from autotp.testing.roles import Sizes
+    from autotp.testing.shrink import shrink_config
 
     small = shrink_config(config, Sizes())
     return small, f"the target has {count:,} parameters; verified in small, structure kept (more than {limit:,} are shrunk)"
