@@ -370,7 +370,8 @@ def compare_on_rank(
     tested = subject()
     extra: dict[str, Any] = dict(options or {})
     if pass_inputs:
-        extra["example_inputs"] = arguments["kwargs"] if not arguments["args"] else arguments["args"]
+        names = list(inspect.signature(type(plain).forward).parameters)[1:]
+        extra["example_inputs"] = {**dict(zip(names, arguments["args"], strict=False)), **arguments["kwargs"]}
     sizes = {n: p.numel() for n, p in plain.named_parameters()}
     try:
         parallel = tested.parallelize(parallel, mesh(), **extra)
