@@ -180,10 +180,11 @@ def view(context: Context, node: Node) -> None:
             dims[j] = part
     context.set(out, dims)
     context.linear([x])
-    sizes = arg(node, 1, "size", None) if node.opname not in ("flatten",) else None
-    if isinstance(sizes, (list, tuple)):
+    sizes = arg(node, 2, "sizes") if node.opname == "unflatten" else arg(node, 1, "size")
+    first = dim_of(node.args[1], x) if node.opname == "unflatten" else 0
+    if node.opname != "flatten" and isinstance(sizes, (list, tuple)):
         for i, n in enumerate(sizes):
-            context.demand(n, out, [dims[i]], i, len(sizes))
+            context.demand(n, out, [dims[first + i]], i, len(sizes))
 
 
 @rule("transpose", "transpose_", "swapaxes")
@@ -412,6 +413,20 @@ def cat(context: Context, node: Node) -> None:
     context.linear(values)
 
 
+@rule("view_as_complex", "view_as_real")
+def complex_view(context: Context, node: Node) -> None:
+    """A last dim of size 2 becomes the parts of complex numbers, and back."""
+    x, out = node.args[0], node.outputs[0]
+    if node.opname == "view_as_complex":
+        context.block(x, context.of(x)[-1], "real and imaginary parts belong together")
+        context.set(out, context.of(x)[:-1])
+    else:
+        known = context.dims.get(out.id)
+        context.set(out, [*context.of(x), known[-1] if known else atoms.new(2)])
+        context.block(out, context.of(out)[-1], "real and imaginary parts belong together")
+    context.linear([x])
+
+
 @rule("stack")
 def stack(context: Context, node: Node) -> None:
     """A fresh dim."""
@@ -420,8 +435,10 @@ def stack(context: Context, node: Node) -> None:
         for a, b in zip(context.of(values[0]), context.of(other), strict=True):
             context.join(values[0], a, other, b)
     dims = list(context.of(values[0]))
-    fresh = atoms.new(len(values))
-    dims.insert(arg(node, 1, "dim", 0) % len(out.shape), fresh)
+    at = arg(node, 1, "dim", 0) % len(out.shape)
+    known = context.dims.get(out.id)
+    fresh = known[at] if known else atoms.new(len(values))
+    dims.insert(at, fresh)
     context.set(out, dims)
     context.block(out, fresh, "stacked tensors are told apart by position")
     context.linear(values)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice, product
 from math import prod
 
 from autotp.axes.atoms import Atom, dim_size, flat
-from autotp.plan.labels import NONE, Atoms, Conflict, Labels, SlotKey, Space, label
+from autotp.plan.labels import NONE, Atoms, Conflict, Labels, SlotKey, Space, label, leaf_atoms
 from autotp.trace.graph import Origin, Pseudo, Value
 
 
@@ -43,19 +44,58 @@ def choose(space: Space, tp: int, banned: Mapping[Atom, str], forced: frozenset[
             refused[atom] = f"{atom.size} is not divisible by tp={tp}"
         else:
             ranked.append((-_worth(space, atom, carriers), atom.id, atom))
+    for atom in head_widths(space):
+        refused.setdefault(atom, "it is the width of one attention head, which is not cut")
+    ranked = [r for r in ranked if r[2] not in refused]
     on: Atoms = NONE
     gathers: dict[SlotKey, Atoms] = {}
     whole = forced
     labels = label(space, on, gathers, whole)
     for _, _, atom in sorted(ranked, key=lambda t: t[:2]):
-        tried = _try(space, atom, on, gathers, whole, weights[atom], tp, labels.generated)
+        if atom in on:
+            continue
+        tried = _try(space, frozenset({atom}), on, gathers, whole, weights, tp, labels.generated)
+        if isinstance(tried, Conflict) and tried.uncovered:
+            free = {a for _, _, a in ranked}
+            for companions in islice(product(*([a for a in leaf_atoms(s) if a in free] for s in tried.uncovered)), 32):
+                joint = _try(space, frozenset({atom, *companions}), on, gathers, whole, weights, tp, labels.generated)
+                if not isinstance(joint, Conflict):
+                    tried = joint
+                    break
         if isinstance(tried, Conflict):
             others = [a for a in tried.atoms if a is not atom]
             clash = bool(others) and any(a in on for a in others)
             refused[atom] = "another axis of the same tensors is sharded" if clash else str(tried)
         else:
             on, gathers, whole, labels = tried
+    refused = {a: r for a, r in refused.items() if a not in on}
     return Choice(on, gathers, whole, labels, refused)
+
+
+def head_widths(space: Space) -> set[Atom]:
+    """Atoms of the last dim of what attention probabilities are multiplied with: inside a head."""
+    made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+    through = {"dropout", "to", "_to_copy", "view", "reshape", "enter", "exit", "slice", "clone", "contiguous", "mul", "masked_fill", "expand", "nan_to_num"}
+
+    def softmaxed(value: Value) -> bool:
+        for _ in range(16):
+            node = made.get(value.id)
+            if node is None:
+                return False
+            if node.opname in ("softmax", "_softmax"):
+                return True
+            if node.opname not in through:
+                return False
+            value = next(node.inputs())
+        return False
+
+    found: set[Atom] = set()
+    for node in space.graph.nodes:
+        if node.opname == "scaled_dot_product_attention":
+            found |= space.leaves[node.args[2].id][-1]
+        elif node.opname in ("matmul", "bmm") and len(node.args[0].shape) >= 3 and softmaxed(node.args[0]):
+            found |= space.leaves[node.args[1].id][-1]
+    return found
 
 
 def _elements(value: Value) -> int:
@@ -89,10 +129,11 @@ def share(dim: Iterable[Atom], atom: Atom) -> float:
 
 
 def _try(
-    space: Space, atom: Atom, on: Atoms, gathers: dict[SlotKey, Atoms], whole: frozenset[int], carriers: list[Value], tp: int,
-    settled: set[int],
-) -> tuple[Atoms, dict[SlotKey, Atoms], frozenset[int], Labels] | Conflict:
-    wanted = on | {atom}
+    space: Space, atoms: Atoms, on: Atoms, gathers: dict[SlotKey, Atoms], whole: frozenset[int], weights: Mapping[Atom, list[Value]],
+    tp: int, settled: set[int],
+) -> tuple[Atoms, dict[SlotKey, Atoms], frozenset[int], Labels] | Conflict:  # fmt: skip
+    """The state with `atoms` taken too, or what forbids it."""
+    wanted = on | atoms
     labels = label(space, wanted, gathers, whole)
     fresh = labels.generated - settled
     if labels.conflicts and fresh:
@@ -102,26 +143,28 @@ def _try(
             whole, labels = relaxed, again
     if labels.conflicts:
         first = labels.conflicts[0]
-        for slot in _gather_slots(space, atom, labels, carriers):
-            trial = {**gathers, slot: gathers.get(slot, NONE) | {atom}}
-            again = label(space, wanted, trial, whole)
-            if not again.conflicts:
-                gathers, labels = trial, again
-                break
-        else:
-            return first
-    final = _result_gathers(space, labels, atom, gathers)
-    if final is None:
-        return Conflict(frozenset({atom}), None, "the sharded value is returned in a form that cannot be gathered")
-    if final != gathers:
-        gathers = final
-        labels = label(space, wanted, gathers, whole)
+        for atom in atoms:
+            for slot in _gather_slots(space, atom, labels, weights[atom]):
+                trial = {**gathers, slot: gathers.get(slot, NONE) | {atom}}
+                again = label(space, wanted, trial, whole)
+                if not again.conflicts:
+                    gathers, labels = trial, again
+                    break
         if labels.conflicts:
-            return labels.conflicts[0]
-    if _small_table(space, atom, tp):
-        return Conflict(frozenset({atom}), None, "a lookup table this short costs more to reduce than it saves")
-    if labels.gathered and not _pays(space, atom, labels, carriers):
-        return Conflict(frozenset({atom}), None, "sharding it would only move work to a gather of the result")
+            return first
+    for atom in atoms:
+        final = _result_gathers(space, labels, atom, gathers)
+        if final is None:
+            return Conflict(frozenset({atom}), None, "the sharded value is returned in a form that cannot be gathered")
+        if final != gathers:
+            gathers = final
+            labels = label(space, wanted, gathers, whole)
+            if labels.conflicts:
+                return labels.conflicts[0]
+        if _small_table(space, atom, tp):
+            return Conflict(frozenset({atom}), None, "a lookup table this short costs more to reduce than it saves")
+        if labels.gathered and not _pays(space, atom, labels, weights[atom]):
+            return Conflict(frozenset({atom}), None, "sharding it would only move work to a gather of the result")
     return wanted, gathers, whole, labels
 
 
@@ -195,4 +238,4 @@ def _pays(space: Space, atom: Atom, labels: Labels, carriers: list[Value]) -> bo
                 return True
     rows = {node.args[0].shape[0] for node in space.graph.nodes if node.opname == "embedding"}
     inner = max(_elements(v) // atom.size for v in carriers)
-    return atom.size >= inner or atom.size in rows
+    return atom.size >= 4 * inner or atom.size in rows

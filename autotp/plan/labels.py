@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from autotp.axes.analysis import Axes, Meaning
 from autotp.axes.atoms import Atom, find, flat
 from autotp.axes.kernel import Kernel
-from autotp.trace.graph import Node, Origin, Pseudo, Value
+from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
 #: Operators whose result is made of elements of their first argument.
 _SELECTIONS = frozenset(
@@ -33,6 +33,7 @@ class Conflict:
     atoms: Atoms
     node: Node | None
     reason: str
+    uncovered: tuple[tuple[Atom, ...], ...] = ()  # segments of a summed dim that would have to be sharded too
 
     def __str__(self) -> str:
         return self.reason if self.node is None else f"{self.reason}: {self.node}"
@@ -58,6 +59,20 @@ class Labels:
         return self.shard.get(value.id, NONE)
 
 
+def differentiable(graph: Graph) -> set[int]:
+    """Values that a gradient can flow through: floats that depend on parameters or on float arguments of the model."""
+    found = {v.id for v in graph.params.values() if v.dtype.is_floating_point}
+    for node in graph.nodes:
+        if node.opname == "detach":
+            continue
+        for v in node.inputs():
+            if v.origin is Origin.INPUT and v.dtype.is_floating_point:
+                found.add(v.id)
+        if any(v.id in found for v in node.inputs()):
+            found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
+    return found
+
+
 class Space:
     """The axes in the form that labelling needs: leaf atoms of each dim, frozen."""
 
@@ -75,8 +90,13 @@ class Space:
         self.sites = [[(s, self.atoms(s.dim)) for s in m.sites] for m in axes.meanings]
         self.contracts = [[(c, self.atoms(c.dim)) for c in m.contracts] for m in axes.meanings]
 
+        self.flows = differentiable(self.graph)
         self._made = {o.id: n for n in self.graph.nodes for o in n.outputs}
         self._params = {v.id for v in self.graph.params.values()}
+
+    def free(self, key: int) -> bool:
+        """True for constants of one value."""
+        return key in self.graph.fills
 
     def parameter_of(self, key: int) -> int | None:
         """The parameter that a value is a view or a selection of, None for other values."""
@@ -114,6 +134,25 @@ def load(dim: Iterable[Atom], on: Atoms) -> int:
         else:
             total += max(load(s, on) for s in atom.segments)
     return total
+
+
+def covers(dim: Iterable[Atom], on: Atoms) -> bool:
+    """True when every index of a dim passes through a sharded atom: a sum over it then adds each index once."""
+    for atom in flat(list(dim)):
+        if atom.segments is None:
+            if atom in on:
+                return True
+        elif all(covers(s, on) for s in atom.segments):
+            return True
+    return False
+
+
+def _uncovered(dim: Iterable[Atom], on: Atoms) -> Iterable[tuple[Atom, ...]]:
+    """The segments of a dim that have no sharded atom, beside segments that do."""
+    for atom in flat(list(dim)):
+        for segment in atom.segments or ():
+            if not covers(segment, on):
+                yield tuple(segment)
 
 
 def local_size(dim: Iterable[Atom], on: Atoms, tp: int) -> int:
@@ -191,6 +230,8 @@ def _node(
             if v.id in space.graph.fills and v.origin is Origin.NODE and not v.shape:
                 missing = NONE
             out.slices[index, v.id] = missing
+            if missing and v.id in space.flows and not space.free(v.id):
+                out.conflicts.append(Conflict(missing, node, "no parameter makes this activation sharded: it would only be sliced"))
         have[v.id] = own | missing
     for site, atoms in space.sites[index]:
         hit = have.get(site.value, out.shard.get(site.value, NONE)) & atoms
@@ -207,6 +248,9 @@ def _node(
         hit = have.get(contract.value, NONE) & atoms
         if not hit:
             continue
+        if not covers(contract.dim, have[contract.value]):
+            segments = tuple(_uncovered(contract.dim, have[contract.value]))
+            out.conflicts.append(Conflict(hit, node, "only some segments of what is summed are sharded", segments))
         if contract.kernel is not None:
             out.kernels[index] = contract.kernel
         if not contract.whole:

@@ -121,6 +121,8 @@ def localise(space: Space, labels: Labels, tp: int) -> Localised:
             raise Stuck(c.node, f"{c.expr.value} is written as a number in the code and would have to be {c.local}")
         if not c.demanded:
             raise Stuck(c.node, f"{show(c.expr)} is used as a number there: {c.expr.value} would become {got}")
+        if c.local == c.expr.value:
+            raise Stuck(c.node, f"{show(c.expr)} must stay {c.local} there, and would become {got}")
         if c.node.place is None:
             raise Stuck(c.node, f"{show(c.expr)} would have to be {c.local}, and no call site can be told")
         overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))

@@ -141,24 +141,10 @@ def _mixed_slots(space: Space, vertices: _Vertices, holds: object) -> set[Hashab
     return mixed
 
 
-def differentiable(space: Space) -> set[int]:
-    """Values that a gradient can flow through: floats that depend on parameters or on float arguments of the model."""
-    found = {v.id for v in space.graph.params.values() if v.dtype.is_floating_point}
-    for node in space.graph.nodes:
-        if node.opname == "detach":
-            continue
-        for v in node.inputs():
-            if v.origin is Origin.INPUT and v.dtype.is_floating_point:
-                found.add(v.id)
-        if any(v.id in found for v in node.inputs()):
-            found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
-    return found
-
-
 def place_copies(space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable]) -> tuple[frozenset[Hashable], frozenset[tuple[int, int]], frozenset[int]]:
     """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed)."""
     cut, vertices = Cut(), _Vertices(space)
-    flows = differentiable(space)
+    flows = space.flows
     sharded = labels.shard
     whole = lambda v: v.id in flows and v.id not in partial and not sharded.get(v.id)  # noqa: E731
     mixed = _mixed_slots(space, vertices, whole)

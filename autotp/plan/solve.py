@@ -10,7 +10,7 @@ from autotp.axes.atoms import Atom
 from autotp.errors import PlanError
 from autotp.plan.build import Builder, Unrealisable
 from autotp.plan.choose import Choice, choose
-from autotp.plan.labels import NONE, Labels, Space, label
+from autotp.plan.labels import NONE, Labels, Space, label, leaf_atoms
 from autotp.plan.layout import Layout
 from autotp.plan.localise import Localised, Stuck, localise
 from autotp.plan.model import ModulePlan, Op, ParamPlan
@@ -127,12 +127,17 @@ def _is_product(space: Space, value: Value) -> bool:
 
 
 def _reason(space: Space, choice: Choice, value: Value) -> str:
-    """The most telling of the reasons for which the parameter's axes were refused."""
-    reasons = [choice.refused[a] for leaves in space.leaves[value.id] for a in sorted(leaves, key=lambda a: a.id) if a in choice.refused]
-    telling = [r for r in reasons if r != "another axis of the same tensors is sharded"]
-    if telling:
-        return telling[0]
-    return "its only axis runs through the whole model and stays whole" if reasons else "it has no axis to shard"
+    """Why a parameter stays whole: the reason of its most major axis that is not the model's width."""
+    atoms = [a for dim in space.axes.dims[value.id] for a in leaf_atoms(dim)]
+    if not atoms:
+        return "it has no dim to shard"
+    through = {
+        a for v in space.graph.params.values() if choice.labels.of(v) for a in space.carried[v.id] if a not in choice.labels.of(v)
+    }
+    own = [a for a in atoms if a not in through and a in choice.refused]
+    if not own:
+        return "it carries the width of the model, which stays whole between the sharded regions"
+    return choice.refused[own[0]]
 
 
 def _axes(space: Space, choice: Choice, namer: Namer) -> tuple[list[AxisInfo], dict[Atom, AxisInfo]]:

@@ -7,6 +7,7 @@ is False. Choices are deterministic, so a second run of the same code makes the 
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +119,8 @@ def _chosen_shape(func: Any, args: Any, kwargs: Any) -> Any:
     source = args[0]
     if name == "nonzero":
         return source.new_empty((CHOSEN, source.dim()), dtype=torch.long)
+    if name == "where":
+        return tuple(source.new_empty((CHOSEN,), dtype=torch.long) for _ in range(max(source.dim(), 1)))
     if name == "nonzero_numpy":
         return [source.new_empty((CHOSEN,), dtype=torch.long) for _ in range(max(source.dim(), 1))]
     if name == "masked_select":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -140,7 +142,7 @@ def _trace(
     recorder.templates = {**repeats, **{t: t for t in repeats.values()}}
     undo: Undo = []
     try:
-        with eval_mode(model):
+        with eval_mode(model), _quiet_fakes():
             fake_weights(model, fake, skip, undo)
             if tag:
                 tag_ints(model, skip, undo)
@@ -159,6 +161,18 @@ def _trace(
     finally:
         run_undo(undo)
     return recorder.graph(dict(repeats))
+
+
+@contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """torch logs every refusal of a fake operator as an error with a traceback; ours name the module."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example) -> None:

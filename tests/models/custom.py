@@ -498,5 +498,5 @@ CUSTOM: tuple[Entry, ...] = (
     Entry("state_loop", built(State), _X, shards=("a.weight", "d.weight")),
     Entry("torch_encoder", built(TorchEncoder), _X),
     Entry("recurrent", built(Recurrent), floats((2, 6, 10))),
-    Entry("structured_output", built(Structured), _X, shards=("a.weight", "b.weight")),
+    Entry("structured_output", built(Structured), _X, kept=("a.weight", "b.weight")),
 )
