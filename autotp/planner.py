@@ -41,7 +41,7 @@ def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = N
         draft = solve(space, tp, bans, name, linears)
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
         difference = replay(model, examples, draft, dict(plan.params), tp)
-        if difference is None:
+        if difference is None or not draft.choice.on:
             return plan
         bans.blame(space, draft.choice, difference.node, difference.reason)
     raise PlanError(f"{name}: no plan passed its replay in {MAX_REPLAYS} attempts; the last difference: {difference.reason}: {difference.node}")

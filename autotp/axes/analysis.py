@@ -155,7 +155,10 @@ def analyse(graph: Graph, rules: Mapping[str, Rule], fallback: Rule) -> Axes:
             context.meanings.append(Meaning())
             rule = _PSEUDO[node.op] if isinstance(node.op, Pseudo) else rules.get(node.opname, fallback)
             try:
-                rule(context, node)
+                if any(0 in v.shape for v in node.outputs) and not isinstance(node.op, Pseudo):
+                    context.opaque("nothing is computed on empty tensors")
+                else:
+                    rule(context, node)
             except (Opaque, AssertionError, IndexError, KeyError, TypeError, ValueError) as why:
                 context.meanings[-1] = Meaning()
                 context.opaque(f"{node.opname}: {why}" if str(why) else f"{node.opname} in a form without a rule")

@@ -163,9 +163,6 @@ def _groups(a: tuple[int, ...], b: tuple[int, ...]) -> list[tuple[range, range]]
 def view(context: Context, node: Node) -> None:
     """Row-major regrouping of dims."""
     x, out = node.args[0], node.outputs[0]
-    if 0 in x.shape:
-        context.opaque()
-        return
     source = context.of(x)
     dims: list[Dim] = [[] for _ in out.shape]
     for left, right in _groups(x.shape, out.shape):

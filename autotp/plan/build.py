@@ -57,7 +57,7 @@ class Builder:
         for node in self.graph.nodes:
             for v in dict.fromkeys(node.inputs()):
                 self.users.setdefault(v.id, []).append(node)
-        self.made = {o.id: n for n in self.graph.nodes for o in n.outputs}
+        self.made = space.made
 
     def run(self) -> tuple[ModulePlan, ...]:
         """The module plans of the traced modules, then of their repeats."""
@@ -304,13 +304,15 @@ def _has_repeats(expr: Expr, tp: int) -> bool:
 
 
 def _repeated(plans: Mapping[str, ModulePlan], repeats: Mapping[str, str]) -> list[ModulePlan]:
-    out = []
-    for block, template in repeats.items():
-        for path, plan in plans.items():
+    """Copies for the blocks that were not traced, inner blocks first, so that copies of copies are made too."""
+    every = dict(plans)
+    for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):
+        for path, plan in list(every.items()):
             if path == template or path.startswith(template + "."):
                 uses = tuple(replace(u, owner=_moved(u.owner, template, block)) for u in plan.uses)
-                out.append(replace(plan, path=_moved(path, template, block), uses=uses))
-    return out
+                moved = replace(plan, path=_moved(path, template, block), uses=uses)
+                every[moved.path] = moved
+    return [plan for path, plan in every.items() if path not in plans]
 
 
 def _moved(path: str, template: str, block: str) -> str:

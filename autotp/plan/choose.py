@@ -74,7 +74,7 @@ def choose(space: Space, tp: int, banned: Mapping[Atom, str], forced: frozenset[
 
 def head_widths(space: Space) -> set[Atom]:
     """Atoms of the last dim of what attention probabilities are multiplied with: inside a head."""
-    made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+    made = space.made
     through = {"dropout", "to", "_to_copy", "view", "reshape", "enter", "exit", "slice", "clone", "contiguous", "mul", "masked_fill", "expand", "nan_to_num"}
 
     def softmaxed(value: Value) -> bool:
@@ -106,9 +106,8 @@ def _worth(space: Space, atom: Atom, carriers: list[Value]) -> float:
     """Parameter elements sharded over elements reduced (once for each contraction over the atom) or gathered."""
     sharded = sum(_elements(v) * max(share(d, atom) for d in space.axes.dims[v.id]) for v in carriers)
     moved = 1
-    for node, contracts in zip(space.graph.nodes, space.contracts, strict=True):
-        if any(atom in atoms for _, atoms in contracts):
-            moved += max((_elements(o) for o in node.outputs), default=1)
+    for index in space.summing.get(atom, ()):
+        moved += max((_elements(o) for o in space.graph.nodes[index].outputs), default=1)
     for result in space.graph.results:
         for _, leaf in result.leaves:
             if isinstance(leaf, Value) and atom in space.carried.get(leaf.id, NONE):
@@ -133,6 +132,10 @@ def _try(
     tp: int, settled: set[int],
 ) -> tuple[Atoms, dict[SlotKey, Atoms], frozenset[int], Labels] | Conflict:  # fmt: skip
     """The state with `atoms` taken too, or what forbids it."""
+    if on:  # what fails alone fails together, and a pass over one axis is short
+        alone = _try(space, atoms, NONE, {}, frozenset(w for w in whole), weights, tp, set())
+        if isinstance(alone, Conflict):
+            return alone
     wanted = on | atoms
     labels = label(space, wanted, gathers, whole)
     fresh = labels.generated - settled
@@ -173,14 +176,14 @@ def _small_table(space: Space, atom: Atom, tp: int) -> bool:
 
     Positions are told from tokens by their ids: the tokens' come from an argument of the model unchanged.
     """
-    nodes = [n for n, contracts in zip(space.graph.nodes, space.contracts, strict=True) if any(atom in a for _, a in contracts)]
+    nodes = [space.graph.nodes[i] for i in space.summing.get(atom, ())]
     if not nodes or any(n.opname != "embedding" for n in nodes):
         return False
     return atom.size < 8 * tp or not any(_is_argument(space, n.args[1]) for n in nodes)
 
 
 def _is_argument(space: Space, value: Value) -> bool:
-    made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+    made = space.made
     plain = {"enter", "exit", "view", "reshape", "slice", "to", "_to_copy", "clone", "squeeze", "unsqueeze", "masked_fill", "where", "long", "contiguous", "pad", "constant_pad_nd", "cat", "clone", "copy_", "write"}  # fmt: skip
     seen: set[int] = set()
     queue = [value]
@@ -215,7 +218,7 @@ def _gather_slots(space: Space, atom: Atom, labels: Labels, carriers: list[Value
 
 def _result_gathers(space: Space, labels: Labels, atom: Atom, gathers: dict[SlotKey, Atoms]) -> dict[SlotKey, Atoms] | None:
     """`gathers` extended so that no result of the model is sharded on `atom`; None where that cannot be said."""
-    made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+    made = space.made
     out = dict(gathers)
     for result in space.graph.results:
         for _, leaf in result.leaves:
@@ -232,10 +235,9 @@ def _pays(space: Space, atom: Atom, labels: Labels, carriers: list[Value]) -> bo
     """An axis that no product sums over is worth a gather when it is the wide side (a vocabulary), not a bottleneck."""
     if not any(atom in atoms for atoms in labels.gathered.values()):
         return True
-    for contracts in space.contracts:
-        for contract, atoms in contracts:
-            if atom in atoms and not contract.whole:
-                return True
+    for index in space.summing.get(atom, ()):
+        if any(atom in atoms and not contract.whole for contract, atoms in space.contracts[index]):
+            return True
     rows = {node.args[0].shape[0] for node in space.graph.nodes if node.opname == "embedding"}
     inner = max(_elements(v) // atom.size for v in carriers)
     return atom.size >= 4 * inner or atom.size in rows

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from autotp.axes.analysis import Axes, Meaning
 from autotp.axes.atoms import Atom, find, flat
@@ -91,7 +92,18 @@ class Space:
         self.contracts = [[(c, self.atoms(c.dim)) for c in m.contracts] for m in axes.meanings]
 
         self.flows = differentiable(self.graph)
-        self._made = {o.id: n for n in self.graph.nodes for o in n.outputs}
+        self.users: dict[int, list[int]] = {}
+        self.generators: dict[Atom, list[int]] = {}
+        self.summing: dict[Atom, list[int]] = {}
+        for node, inputs in zip(self.graph.nodes, self.inputs, strict=True):
+            for v in inputs:
+                self.users.setdefault(v.id, []).append(node.index)
+            if axes.meanings[node.index].generates:
+                for atom in frozenset().union(*(self.carried[o.id] for o in node.outputs)):
+                    self.generators.setdefault(atom, []).append(node.index)
+            for atom in frozenset().union(*(atoms for _, atoms in self.contracts[node.index]), NONE):
+                self.summing.setdefault(atom, []).append(node.index)
+        self.made = {o.id: n for n in self.graph.nodes for o in n.outputs}
         self._params = {v.id for v in self.graph.params.values()}
 
     def free(self, key: int) -> bool:
@@ -101,7 +113,7 @@ class Space:
     def parameter_of(self, key: int) -> int | None:
         """The parameter that a value is a view or a selection of, None for other values."""
         while key not in self._params:
-            node = self._made.get(key)
+            node = self.made.get(key)
             if node is None or node.opname not in _SELECTIONS:
                 return None
             key = next(node.inputs()).id
@@ -181,23 +193,35 @@ def label(space: Space, on: Atoms, gathers: Mapping[SlotKey, Atoms], whole: froz
 
 
 def _pass(space: Space, on: Atoms, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], once: set[int]) -> Labels:
+    """Visit, in order, the nodes that a sharded or partial value reaches."""
     out = Labels()
     out.partial |= once
+    queue: list[int] = [i for atom in on for i in space.generators.get(atom, ()) if i not in whole]
     for value in space.graph.params.values():
         hit = space.carried[value.id] & on
         if hit:
             out.shard[value.id] = hit
-    for node, meaning, inputs in zip(space.graph.nodes, space.axes.meanings, space.inputs, strict=True):
-        active = NONE
-        for v in inputs:
-            active |= out.shard.get(v.id, NONE)
-        partial = [v for v in inputs if v.id in out.partial]
-        if not active and not partial and not (meaning.generates and node.index not in whole and on):
-            continue
+        if hit or value.id in once:
+            queue += space.users.get(value.id, ())
+    queue = sorted(set(queue))
+    seen = set(queue)
+    while queue:
+        index = heappop(queue)
+        node, inputs = space.graph.nodes[index], space.inputs[index]
         if node.op is Pseudo.REPEAT:
             _repeat(space, node, out)
         else:
-            _node(space, node, meaning, inputs, active, partial, on, gathers, whole, out)
+            active = NONE
+            for v in inputs:
+                active |= out.shard.get(v.id, NONE)
+            partial = [v for v in inputs if v.id in out.partial]
+            _node(space, node, space.axes.meanings[index], inputs, active, partial, on, gathers, whole, out)
+        for o in node.outputs:
+            if o.id in out.shard or o.id in out.partial:
+                for user in space.users.get(o.id, ()):
+                    if user not in seen:
+                        seen.add(user)
+                        heappush(queue, user)
     _check_values(space, out)
     return out
 

@@ -212,22 +212,29 @@ def lift(plan: Plan, names: Iterable[str], repeats: Mapping[str, str], shapes: M
     """The plan with the parameters of repeated blocks filled in from their templates, in the order of `names`."""
     params: dict[str, ParamPlan] = {}
     aliases, products = dict(plan.aliases), set(plan.products)
-    owner = {b + ".": t + "." for b, t in repeats.items()}
+    blocks = {b + ".": t + "." for b, t in repeats.items()}
+    prefixes = sorted(blocks, key=len, reverse=True)
     for name in names:
-        twin = next((t + name[len(b) :] for b, t in owner.items() if name.startswith(b)), name)
-        source = plan.params.get(twin)
-        if source is None or source.layout.shape != shapes[name]:
-            raise PlanError(f"{name}: no layout was planned for shape {shapes[name]}")
-        params[name] = replace(source, name=name)
-        if twin != name and twin in plan.products:
+        twin, moves = name, []
+        while twin not in plan.params:
+            block = next((b for b in prefixes if twin.startswith(b)), None)
+            if block is None:
+                raise PlanError(f"{name}: no layout was planned for it")
+            twin = blocks[block] + twin[len(block) :]
+            moves.append((block, blocks[block]))
+        params[name] = replace(plan.params[twin], name=name)
+        if params[name].layout.shape != shapes[name]:
+            raise PlanError(f"{name}: planned for shape {params[name].layout.shape}, has {shapes[name]}")
+        if twin in plan.products:
             products.add(name)
-        if twin != name and twin in plan.aliases:
+        if moves and twin in plan.aliases:
             target = plan.aliases[twin]
-            moved = next((b + target[len(t) :] for b, t in owner.items() if target.startswith(t) and name.startswith(b)), target)
-            aliases[name] = moved
+            for block, template in reversed(moves):
+                target = block + target[len(template) :] if target.startswith(template) else target
+            aliases[name] = target
     axes = list(plan.axes)
-    for axis in plan.axes:
-        for block, template in repeats.items():
+    for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):
+        for axis in list(axes):
             if axis.module == template or axis.module.startswith(template + "."):
                 move = lambda n, b=block, t=template: b + n[len(t) :] if n.startswith(t) else n  # noqa: E731
                 axes.append(replace(axis, name=move(axis.name), module=move(axis.module), params=tuple(map(move, axis.params))))

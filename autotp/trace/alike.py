@@ -49,7 +49,7 @@ def alike_blocks(model: nn.Module) -> dict[str, str]:
     for path, container in model.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.Sequential)) or len(container) < 2:
             continue
-        if any(path.startswith(block + ".") for block in found):
+        if any((path + ".").startswith(block + ".") for block in found):
             continue
         blocks = [(f"{path}.{name}" if path else name, block) for name, block in container._modules.items() if block is not None]
         if any(not block._modules or owners[id(block)] > 1 for _, block in blocks):

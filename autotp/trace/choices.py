@@ -53,12 +53,12 @@ def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any
     except DataDependentOutputException:
         if known:
             return real, None
-        return _unknown_number(args[0]), None
+        return _unknown_number(recorder, args[0]), None
     except DynamicOutputShapeException:
         if known:
             fakes = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=_device(args)), real)
             return fakes, real
-        return _chosen_shape(func, args, kwargs), None
+        return _chosen_shape(recorder, func, args), None
 
 
 def _grouped_mm(x: Tensor, w: Tensor, *_: Any) -> Tensor:
@@ -109,12 +109,22 @@ def _forget_written(recorder: Recorder, func: Any, args: Any) -> None:
                     del recorder.concrete[key]
 
 
-def _unknown_number(tensor: Any) -> Any:
+def _unknown_number(recorder: Recorder, tensor: Any) -> Any:
+    made = recorder.value(tensor) if isinstance(tensor, Tensor) else None
+    node = next((n for n in reversed(recorder.nodes[-32:]) if made in n.outputs), None)
+    if node is not None and node.opname == "all":
+        return True  # checks ask whether all is well
     dtype = tensor.dtype if isinstance(tensor, Tensor) else torch.bool
     return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
 
 
-def _chosen_shape(func: Any, args: Any, kwargs: Any) -> Any:
+def _count(recorder: Recorder, mask: Tensor) -> int:
+    """How many elements a mask selects: the true number where it is known."""
+    known = recorder.concrete.get(recorder.value(mask).id)
+    return CHOSEN if known is None else int(known.count_nonzero())
+
+
+def _chosen_shape(recorder: Recorder, func: Any, args: Any) -> Any:
     name = func._schema.name.rsplit("::", 1)[-1]
     source = args[0]
     if name == "nonzero":
@@ -124,7 +134,7 @@ def _chosen_shape(func: Any, args: Any, kwargs: Any) -> Any:
     if name == "nonzero_numpy":
         return [source.new_empty((CHOSEN,), dtype=torch.long) for _ in range(max(source.dim(), 1))]
     if name == "masked_select":
-        return source.new_empty((CHOSEN,))
+        return source.new_empty((_count(recorder, args[1]),))
     if name in ("unique", "_unique2", "unique_dim", "unique_consecutive"):
         return tuple(source.new_empty((CHOSEN,), dtype=t) for t in (source.dtype, torch.long, torch.long))
     if name == "repeat_interleave":
@@ -133,7 +143,8 @@ def _chosen_shape(func: Any, args: Any, kwargs: Any) -> Any:
         indices: list[Any] = []
         for index in args[1]:
             if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
-                indices += [index.new_empty((CHOSEN,), dtype=torch.long) for _ in range(index.dim())]
+                count = _count(recorder, index)
+                indices += [index.new_empty((count,), dtype=torch.long) for _ in range(index.dim())]
             else:
                 indices.append(index)
         return func(source, indices)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autotp.trace.ints import AttrRef, TaggedInt
 
 _SKIP = frozenset(nn.Module().__dict__) | {"forward"}
+_TABLES = frozenset(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict))
 Undo = list[Callable[[], None]]
 
 
@@ -38,6 +39,23 @@ def set_item(mapping: dict[Any, Any], key: Any, value: Any, undo: Undo) -> None:
             mapping.pop(key, None)
 
     mapping[key] = value
+    undo.append(back)
+
+
+def keep_state(model: nn.Module, undo: Undo) -> None:
+    """Remember the attributes, tensors and hooks of each module: code may cache tensors or install hooks while it runs."""
+    saved: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+    for module in model.modules():
+        attributes = module.__dict__
+        saved.append((attributes, dict(attributes)))
+        saved += [(table, dict(table)) for key, table in attributes.items() if key in _TABLES and isinstance(table, dict)]
+
+    def back() -> None:
+        for table, before in saved:
+            if before or table:
+                table.clear()
+                table.update(before)
+
     undo.append(back)
 
 

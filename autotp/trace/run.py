@@ -17,7 +17,7 @@ from autotp.trace.alike import alike_blocks
 from autotp.trace.choices import Untraceable, small
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 from autotp.trace.inputs import Example
-from autotp.trace.prepare import Undo, eval_mode, fake_weights, module_paths, run_undo, tag_ints
+from autotp.trace.prepare import Undo, eval_mode, fake_weights, keep_state, module_paths, run_undo, tag_ints
 from autotp.trace.recorder import Recorder
 
 
@@ -57,6 +57,12 @@ class _BlockRecorder(Recorder):
             return twins[id(tensor)]
 
         fresh = _map_result(result, twin)
+        module.__dict__["forward"] = lambda *_, **__: fresh  # the call goes on, so that its hooks run
+        try:
+            with self.paused():
+                fresh = original(module, *args, **kwargs)
+        finally:
+            del module.__dict__["forward"]
         new = tuple(self.bind(twins[id(t)], Origin.NODE) for t in outs[1])
         self.add(Pseudo.REPEAT, (here[0], ins[0], outs[0]), {}, new, slot=(path, (self.templates[path],)))
         return fresh
@@ -143,6 +149,7 @@ def _trace(
     undo: Undo = []
     try:
         with eval_mode(model), _quiet_fakes():
+            keep_state(model, undo)
             fake_weights(model, fake, skip, undo)
             if tag:
                 tag_ints(model, skip, undo)

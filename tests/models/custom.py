@@ -471,7 +471,7 @@ CUSTOM: tuple[Entry, ...] = (
     Entry("einsum_attention", built(Einsum), _X, shards=("a", "b", "c", "d", "z3")),
     Entry("one_projection", built(OneProjection), _X, shards=("a.weight", "b.weight")),
     Entry("one_projection_grouped", built(OneProjection, kv=4), _X, shards=("a.weight", "b.weight")),
-    Entry("one_projection_one_kv", built(OneProjection, kv=1), _X, shards=("a.weight", "b.weight")),
+    Entry("one_projection_one_kv", built(OneProjection, kv=1), _X, shards=("a.weight", "b.weight"), counted=False),
     Entry("per_head", built(PerHead), _X, shards=("a.weight", "t", "d.weight"), kept=("n.weight",)),
     Entry("block_used_three_times", built(Again), _X, shards=("a.r.a.weight", "a.s.b.weight")),
     Entry("tied_linears", built(TiedLinears), _X, shards=("a.a.weight", "b.b.weight")),

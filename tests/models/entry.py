@@ -32,6 +32,7 @@ class Entry:
     kept: tuple[str, ...] = ()
     refusable: bool = False
     worlds: tuple[int, ...] = (2, 4)
+    counted: bool = True  # False: torch's gradient norm counts rows that every rank holds once a rank (docs/limits.md)
 
     def __str__(self) -> str:
         return self.name

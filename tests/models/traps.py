@@ -377,7 +377,7 @@ TRAPS: tuple[Entry, ...] = (
     Entry("mixed_heads", built(MixedHeads), _X, kept=("a.weight", "b.weight", "c")),
     Entry("literal_heads", built(LiteralHeads), _X, kept=("a.weight", "b.weight", "c.weight", "d.weight")),
     Entry("scale_of_width", built(ScaleOfWidth), _X, kept=_INSIDE),
-    Entry("double_use", built(DoubleUse), _X, kept=_INSIDE),
+    Entry("double_use", built(DoubleUse), _X, shards=("a.weight", "b.weight")),
     *(
         Entry(f"reads_weight_{kind}", built(ReadsWeight, kind), _X, kept=("a.weight",) if kind in ("shape", "max", "rows") else ())
         for kind in ("norm", "max", "shape", "out_features", "normed_weight", "rows")
