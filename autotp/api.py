@@ -85,10 +85,13 @@ def parallelize(
         if _STATE not in model.__dict__:
             model.__dict__[_STATE] = _State(whole_plan(model, "the mesh has one rank"), DryComm(1))
         return model
-    made = _agree(group, lambda: _prepare(model, dist.get_world_size(group), recipe, example_inputs, strict))
-    _same(group, (type(model).__qualname__, repr(made.to_dict())), "the plans differ between ranks: every rank must pass the same model")
+    _agree(group, lambda: _refuse_parallel(model))
     _same_weights(group, model)
     comm = GroupComm(group)
+    work = lambda: _prepare(model, comm.size, recipe, example_inputs, strict) if comm.rank == 0 else None  # noqa: E731
+    parcel: list[Any] = [_agree(group, work)]
+    dist.broadcast_object_list(parcel, group=group, group_src=0)  # one rank plans: all ranks then have the same plan
+    made: Plan = parcel[0]
 
     def rewrite() -> None:
         undo = apply(model, made.params, made.modules, comm=comm, make_param=shard_onto(line))
@@ -149,6 +152,14 @@ def _no_recipe(recipe: object) -> None:
 
 def _prepare(model: nn.Module, tp: int, recipe: object, inputs: Mapping[str, object] | None, strict: bool) -> Plan:
     _no_recipe(recipe)
+    made = make_plan(model, tp, inputs)
+    if strict and made.replicated_products:
+        listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)
+        raise PlanError(f"strict=True, and these Linear or expert parameters stay replicated:\n  {listed}")
+    return made
+
+
+def _refuse_parallel(model: nn.Module) -> None:
     if any(_STATE in m.__dict__ for m in model.modules()):
         raise PlanError("the model, or a module in it, is already parallel; autotp.plan_of(model) gives its plan")
     from torch.distributed.tensor import DTensor
@@ -156,11 +167,6 @@ def _prepare(model: nn.Module, tp: int, recipe: object, inputs: Mapping[str, obj
     foreign = [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
     if foreign:
         raise PlanError(f"{foreign[0]} is already a DTensor: parallelize takes the model before FSDP or another parallelism is applied")
-    made = make_plan(model, tp, inputs)
-    if strict and made.replicated_products:
-        listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)
-        raise PlanError(f"strict=True, and these Linear or expert parameters stay replicated:\n  {listed}")
-    return made
 
 
 def _tp_mesh(mesh: object) -> DeviceMesh:
@@ -193,25 +199,16 @@ def _agree(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     if first is None:
         return result  # type: ignore[no-any-return]
     rank, (name, text, ours) = first
-    if all(r == reports[0] for r in reports) and isinstance(failure, AutoTPError):
-        raise failure
     if ours:
         kinds = {cls.__name__: cls for cls in (AutoTPError, *AutoTPError.__subclasses__())}
-        raise kinds.get(name, AutoTPError)(text if all(r == reports[0] for r in reports) else f"rank {rank}: {text}") from failure
+        raise kinds.get(name, AutoTPError)(text) from failure
     raise AutoTPError(f"rank {rank} failed with {name}: {text}") from failure
-
-
-def _same(group: dist.ProcessGroup, value: object, message: str) -> None:
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, value, group=group)
-    others = [rank for rank, v in enumerate(everyone) if v != everyone[0]]
-    if others:
-        raise PlanError(f"{message} (rank {others[0]} differs from rank 0)")
 
 
 def _same_weights(group: dist.ProcessGroup, model: nn.Module) -> None:
     """Refuse models whose weights differ between ranks; compares a hash of the bits of every tensor."""
-    own = {n: _hash(t) for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type != "meta"}
+    own: dict[str, Any] = {"the class": type(model).__qualname__}
+    own |= {n: _hash(t) for n, t in (*model.named_parameters(), *model.named_buffers()) }
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, own, group=group)
     for rank, other in enumerate(everyone):
@@ -224,5 +221,7 @@ def _same_weights(group: dist.ProcessGroup, model: nn.Module) -> None:
 
 
 def _hash(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.device.type == "meta":
+        return (str(tensor.dtype), tuple(tensor.shape))
     with torch.no_grad():
         return (str(tensor.dtype), tuple(tensor.shape), int(torch.hash_tensor(tensor.detach()).view(torch.int64)) if tensor.numel() else 0)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from autotp.axes.rules import find_axes, keep
 from autotp.certificate import replay
@@ -49,16 +52,26 @@ def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = N
 
 def _examples(model: nn.Module, inputs: Mapping[str, object] | None) -> tuple[Example, ...]:
     """The caller's example first; a transformers model's own paths are traced too, as far as they can be."""
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
     if inputs is None:
-        return example_inputs(model)
+        return tuple(_in_dtype(e, dtype) for e in example_inputs(model))
     given = user_example(model, inputs)
     if not is_hugging_face(model):
         return given
     try:
-        own = example_inputs(model)
+        own = tuple(_in_dtype(e, dtype) for e in example_inputs(model))
     except InputError:
         return given
     return (*given, *(replace(e, optional=True) for e in own))
+
+
+def _in_dtype(example: Example, dtype: torch.dtype) -> Example:
+    """The example with its floating-point inputs in the model's dtype."""
+
+    def cast(tree: Any) -> Any:
+        return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+
+    return replace(example, make=lambda: cast(example.make()))
 
 
 def whole_plan(model: nn.Module, reason: str) -> Plan:

@@ -35,6 +35,12 @@ class Atom:
         self.parts: list[Atom] | None = None
         self.segments: list[Dim] | None = None
 
+    def __hash__(self) -> int:
+        return self.id  # sets of atoms have the same order in every process
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
     def __repr__(self) -> str:
         return f"a{self.id}:{self.size}"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from autotp.plan.choose import Choice
 from autotp.plan.labels import NONE, Space
-from autotp.plan.layout import Expr, freed
+from autotp.plan.layout import Expr, Factor, freed
 from autotp.plan.localise import Localised
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use
 from autotp.plan.moves import Moves, slot_key
@@ -267,8 +267,26 @@ class Builder:
             out.setdefault(module, []).append(site)
         return out
 
+    def _merge_result_slots(self) -> None:
+        """Items of one list in the model's result that are all converted alike become one slot for every item.
+
+        Blocks that were not traced add items to such lists (attentions) that the trace has not seen.
+        """
+        leaves = {path for result in self.graph.results for path, leaf in result.leaves if isinstance(leaf, Value)}
+        groups: dict[tuple[str | int, ...], list[tuple[str | int, ...]]] = {}
+        for path in leaves:
+            if len(path) > 1 and isinstance(path[-1], int):
+                groups.setdefault(path[:-1], []).append(path)
+        for parent, paths in groups.items():
+            found = [self.slots.get((Pseudo.EXIT, "", p)) for p in paths]
+            if found[0] and all(f is not None and _alike(f, found[0]) for f in found):
+                for p in paths:
+                    del self.slots[Pseudo.EXIT, "", p]
+                self.slots[Pseudo.EXIT, "", (*parent, "*")] = found[0]
+
     def _modules(self) -> tuple[ModulePlan, ...]:
         plans: dict[str, ModulePlan] = {}
+        self._merge_result_slots()
 
         def at(path: str) -> ModulePlan:
             return plans.get(path) or ModulePlan(path)
@@ -295,6 +313,17 @@ def _ordered(conversions: list[Conversion]) -> tuple[Conversion, ...]:
 
 def _same(a: Conversion | None, b: Conversion) -> bool:
     return a is not None and a == b
+
+
+def _alike(a: list[Conversion], b: list[Conversion]) -> bool:
+    """Equal but for the names of factors."""
+    return [(c.op, c.dim, _sizes(c.expr)) for c in a] == [(c.op, c.dim, _sizes(c.expr)) for c in b]
+
+
+def _sizes(expr: Expr | None) -> object:
+    if expr is None or isinstance(expr, Factor):
+        return expr and (expr.size, expr.sharded)
+    return (type(expr).__name__, tuple(_sizes(p) for p in expr.parts))
 
 
 def _has_repeats(expr: Expr, tp: int) -> bool:

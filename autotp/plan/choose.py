@@ -18,6 +18,10 @@ from autotp.plan.labels import NONE, Atoms, Conflict, Labels, SlotKey, Space, la
 from autotp.trace.graph import Origin, Pseudo, Value
 
 
+#: A head's result leaves its module at once; later boundaries are not worth a pass each.
+GATHER_TRIES = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The atoms taken, where results are gathered, the labels they give, and why the other candidates were refused."""
@@ -146,8 +150,8 @@ def _try(
             whole, labels = relaxed, again
     if labels.conflicts:
         first = labels.conflicts[0]
-        for atom in atoms:
-            for slot in _gather_slots(space, atom, labels, weights[atom]):
+        for atom in sorted(atoms, key=lambda a: a.id):
+            for slot in _gather_slots(space, atom, labels, weights[atom])[:GATHER_TRIES]:
                 trial = {**gathers, slot: gathers.get(slot, NONE) | {atom}}
                 again = label(space, wanted, trial, whole)
                 if not again.conflicts:
@@ -155,7 +159,7 @@ def _try(
                     break
         if labels.conflicts:
             return first
-    for atom in atoms:
+    for atom in sorted(atoms, key=lambda a: a.id):
         final = _result_gathers(space, labels, atom, gathers)
         if final is None:
             return Conflict(frozenset({atom}), None, "the sharded value is returned in a form that cannot be gathered")

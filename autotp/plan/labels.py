@@ -318,10 +318,22 @@ def _node(
 
 def _add_once(space: Space, meaning: Meaning, ids: frozenset[int], out: Labels) -> bool:
     """True where the whole operands of a sum with partial ones all are parameters: those are then added on one rank."""
+    if any(_crossed(space, key, out) for key in ids):
+        return False  # it can be reduced at the boundary that it crossed
     for group in meaning.linear:
         whole = [g for g in group if g not in ids and space.graph.fills.get(g) != 0.0]
         if ids <= group and whole and all(space.parameter_of(g) is not None and not out.shard.get(g) for g in whole):
             return all(_mark_once(space, g, out) for g in whole)
+    return False
+
+
+def _crossed(space: Space, key: int, out: Labels) -> bool:
+    """True for a partial sum that left a module since it was made."""
+    while key not in out.born:
+        node = space.made.get(key)
+        if node is None or node.op is Pseudo.EXIT:
+            return node is not None
+        key = next((v.id for v in node.inputs() if v.id in out.partial), -1)
     return False
 
 

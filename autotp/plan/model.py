@@ -54,7 +54,8 @@ class Slot:
     """Conversions, in order, of one tensor at a module boundary.
 
     `path` for an argument starts with the parameter name of `forward` (then keys or indices into it); for a result it is the
-    keys or indices into the returned structure, () for a bare tensor. A path that is absent in a call is passed over.
+    keys or indices into the returned structure, () for a bare tensor; "*" stands for every item of a list. A path that is
+    absent in a call is passed over.
     """
 
     path: tuple[str | int, ...]

@@ -23,6 +23,10 @@ def map_path(value: Any, path: Path, fn: Convert) -> Any:
     if not path:
         return fn(value) if isinstance(value, Tensor) else value
     key, rest = path[0], path[1:]
+    if key == "*" and isinstance(value, tuple | list):
+        for i in range(len(value)):
+            value = map_path(value, (i, *rest), fn)
+        return value
     if isinstance(value, tuple | list):
         if not isinstance(key, int) or not -len(value) <= key < len(value):
             if isinstance(key, str) and key in getattr(value, "_fields", ()):

@@ -118,6 +118,18 @@ def _unknown_number(recorder: Recorder, tensor: Any) -> Any:
     return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
 
 
+def numbers(recorder: Recorder, items: Any) -> Any:
+    """A nest of lists for `torch.tensor`, with numbers in the place of scalar tensors: a fake one has no data to read."""
+    if isinstance(items, (list, tuple)):
+        return [numbers(recorder, item) for item in items]
+    if not isinstance(items, FakeTensor):
+        return items
+    known = recorder.concrete.get(recorder.value(items).id)
+    if known is not None:
+        return known.tolist()
+    return _unknown_number(recorder, items) if items.dim() == 0 else [0] * items.numel()
+
+
 def _count(recorder: Recorder, mask: Tensor) -> int:
     """How many elements a mask selects: the true number where it is known."""
     known = recorder.concrete.get(recorder.value(mask).id)

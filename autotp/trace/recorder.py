@@ -10,6 +10,7 @@ way they go for the user. Where code depends on data that is unknown (which expe
 
 from __future__ import annotations
 
+import functools
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -252,17 +253,35 @@ class Recorder:
             nn.Module.__call__ = original  # type: ignore[method-assign]
 
     def module_call(self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
-        """Run one module call with its tensors aliased at the boundary."""
+        """Run one module call; its tensors are aliased where a rewrite acts on them.
+
+        That is around the forward, inside the hooks; for the root and other objects that keep their class, outside.
+        """
+        own = module.__dict__.get("forward")
+        try:
+            if path == "" or (own is not None and not hasattr(own, "_traced")):
+                return self._inside(module, path, functools.partial(original, module), args, kwargs)
+            inner = module.forward if own is None else own._traced
+
+            @functools.wraps(inner)
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return self._inside(module, path, inner, args, kwargs)
+
+            forward._traced = inner  # type: ignore[attr-defined]
+            with replaced_forward(module, forward):
+                return original(module, *args, **kwargs)
+        except choices.Untraceable:
+            raise
+        except Exception as error:
+            raise choices.Untraceable(path, type(module).__name__, self.nodes[-1] if self.nodes else None, error) from error
+
+    def _inside(self, module: nn.Module, path: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = self.enter(module, path, args, kwargs)
         self._frames += 1
         self.modules.append((path, self._frames))
         held, self._call = self._call, None
         try:
-            result = original(module, *args, **kwargs)
-        except choices.Untraceable:
-            raise
-        except Exception as error:
-            raise choices.Untraceable(path, type(module).__name__, self.nodes[-1] if self.nodes else None, error) from error
+            result = run(*args, **kwargs)
         finally:
             self.modules.pop()
             self._call = held
@@ -292,6 +311,21 @@ class Recorder:
 
         flatten_result(result, tensor, lambda where, x: found.append((where, x)))
         self.results.append(Result(name, tuple(found), len(self.nodes)))
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module.forward` is `forward` inside, for this instance."""
+    attributes = module.__dict__
+    had, old = "forward" in attributes, attributes.get("forward")
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        if had:
+            attributes["forward"] = old
+        else:
+            attributes.pop("forward", None)
 
 
 def _alive(nodes: list[Node], results: list[Result]) -> tuple[tuple[Node, ...], tuple[Result, ...]]:
@@ -369,6 +403,8 @@ class _Function(TorchFunctionMode):
         rec._calls += 1
         rec._call = (func, args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
         before = len(rec.nodes)
+        if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (list, tuple)):
+            args = (choices.numbers(rec, args[0]), *args[1:])
         try:
             result = func(*args, **(kwargs or {}))
         finally:

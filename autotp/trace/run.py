@@ -18,7 +18,7 @@ from autotp.trace.choices import Untraceable, small
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 from autotp.trace.inputs import Example
 from autotp.trace.prepare import Undo, eval_mode, fake_weights, keep_state, module_paths, run_undo, tag_ints
-from autotp.trace.recorder import Recorder
+from autotp.trace.recorder import Recorder, replaced_forward
 
 
 class _NotAlike(BaseException):
@@ -57,12 +57,8 @@ class _BlockRecorder(Recorder):
             return twins[id(tensor)]
 
         fresh = _map_result(result, twin)
-        module.__dict__["forward"] = lambda *_, **__: fresh  # the call goes on, so that its hooks run
-        try:
-            with self.paused():
-                fresh = original(module, *args, **kwargs)
-        finally:
-            del module.__dict__["forward"]
+        with self.paused(), replaced_forward(module, lambda *_, **__: fresh):  # the call goes on, so that its hooks run
+            fresh = original(module, *args, **kwargs)
         new = tuple(self.bind(twins[id(t)], Origin.NODE) for t in outs[1])
         self.add(Pseudo.REPEAT, (here[0], ins[0], outs[0]), {}, new, slot=(path, (self.templates[path],)))
         return fresh
