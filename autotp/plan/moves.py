@@ -171,9 +171,9 @@ def place_copies(space: Space, labels: Labels, partial: frozenset[int], reduces:
             continue
         for v in inputs:
             if not whole(v):
-                if v.id in flows and sharded.get(v.id) and not out_sharded and not out_partial and node.index not in labels.gathered:
-                    if node.index not in labels.kernels:  # a repeated segment is taken out: its gradient stays a partial sum
-                        for o in live:
+                if v.id in flows and sharded.get(v.id) and not out_partial and node.index not in labels.gathered and node.index not in labels.kernels:
+                    for o in live:  # a repeated segment is taken out: its gradient stays a partial sum
+                        if whole(o):
                             cut.born(("above", vertices.of(o)))
                 continue
             seen[v.id] = v
