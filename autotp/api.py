@@ -147,7 +147,9 @@ def _state(model: object) -> _State:
 
 def _no_recipe(recipe: object) -> None:
     if recipe is not None:
-        raise InputError(f"recipe= is not supported by this version of autotp, got {type(recipe).__name__}; leave it out to let the planner work")
+        raise InputError(
+            f"recipe= is not supported by this version of autotp, got {type(recipe).__name__}; leave it out to let the planner work"
+        )
 
 
 def _prepare(model: nn.Module, tp: int, recipe: object, inputs: Mapping[str, object] | None, strict: bool) -> Plan:
@@ -208,7 +210,7 @@ def _agree(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
 def _same_weights(group: dist.ProcessGroup, model: nn.Module) -> None:
     """Refuse models whose weights differ between ranks; compares a hash of the bits of every tensor."""
     own: dict[str, Any] = {"the class": type(model).__qualname__}
-    own |= {n: _hash(t) for n, t in (*model.named_parameters(), *model.named_buffers()) }
+    own |= {n: _hash(t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, own, group=group)
     for rank, other in enumerate(everyone):

@@ -79,7 +79,7 @@ def replay(model: nn.Module, examples: Sequence[Example], draft: Draft, params: 
 def _visible(draft: Draft, nodes: Iterable[Node]) -> Iterable[Node]:
     calls = {draft.space.graph.nodes[i].call for i in draft.choice.labels.kernels}
     for node in nodes:
-        if node.call in calls and node.call >= 0 or (node.place is not None and node.place.file in _FUSED):
+        if (node.call in calls and node.call >= 0) or (node.place is not None and node.place.file in _FUSED):
             continue
         yield node
 
@@ -116,8 +116,12 @@ def _differs(draft: Draft, a: Node, b: Node, tp: int, twins: dict[int, int], exp
             return f"the result has shape {list(y.shape)} on a shard where {list(shape)} was planned"
     if isinstance(a.op, Pseudo):
         return _wiring(a.inputs(), b.inputs(), twins, expected, actual)
-    wanted = {(d.number, d.at): sum(local_size(x, _on(draft, a, d.value), tp) for x in d.dims) for d in draft.space.axes.meanings[a.index].demands}
-    return _arguments((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)), wanted, -1) or _wiring(a.inputs(), b.inputs(), twins, expected, actual)
+    wanted = {
+        (d.number, d.at): sum(local_size(x, _on(draft, a, d.value), tp) for x in d.dims) for d in draft.space.axes.meanings[a.index].demands
+    }
+    return _arguments((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)), wanted, -1) or _wiring(
+        a.inputs(), b.inputs(), twins, expected, actual
+    )
 
 
 def _on(draft: Draft, node: Node, value: int) -> Any:

@@ -47,7 +47,9 @@ def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = N
         if difference is None or not draft.choice.on:
             return plan
         bans.blame(space, draft.choice, difference.node, difference.reason)
-    raise PlanError(f"{name}: no plan passed its replay in {MAX_REPLAYS} attempts; the last difference: {difference.reason}: {difference.node}")
+    raise PlanError(
+        f"{name}: no plan passed its replay in {MAX_REPLAYS} attempts; the last difference: {difference.reason}: {difference.node}"
+    )
 
 
 def _examples(model: nn.Module, inputs: Mapping[str, object] | None) -> tuple[Example, ...]:

@@ -88,5 +88,3 @@ SUBJECTS: dict[str, Callable[[str, DeviceMesh], nn.Module]] = {
     "torch": torch_styles,
     "transformers": transformers_plan,
 }
-
-

@@ -55,7 +55,29 @@ def broadcast(context: Context, values: list[Value], out: Value) -> None:
     context.set(out, dims)
 
 
-_UNARY_LINEAR = ("neg", "to", "_to_copy", "clone", "contiguous", "detach", "detach_", "alias", "lift_fresh", "lift_fresh_copy", "float", "double", "half", "type_as", "positive", "resolve_conj", "resolve_neg", "real", "dropout", "zero_", "_conj")
+_UNARY_LINEAR = (
+    "neg",
+    "to",
+    "_to_copy",
+    "clone",
+    "contiguous",
+    "detach",
+    "detach_",
+    "alias",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "float",
+    "double",
+    "half",
+    "type_as",
+    "positive",
+    "resolve_conj",
+    "resolve_neg",
+    "real",
+    "dropout",
+    "zero_",
+    "_conj",
+)
 
 
 @rule(*_UNARY_LINEAR)

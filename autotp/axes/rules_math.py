@@ -5,8 +5,8 @@ from __future__ import annotations
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
 from autotp.axes.atoms import Dim
-from autotp.axes.rules_basic import arg, broadcast, dim_of, dims_of, rule
 from autotp.axes.kernel import Kernel
+from autotp.axes.rules_basic import arg, broadcast, dim_of, dims_of, rule
 from autotp.trace.graph import Node, Value, values_in
 
 # products -----------------------------------------------------------------------------------------------------------------------
@@ -249,11 +249,42 @@ def extreme(context: Context, node: Node) -> None:
     reduced(context, node, x, gone)
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "sort", "argsort", "flip", "roll", "softmin", "cumsum_", "renorm", "rot90", "fft_fft", "fft_ifft", "kthvalue", "glu_jvp", "msort", "diff", "nanmedian")
+@rule(
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "cummax",
+    "sort",
+    "argsort",
+    "flip",
+    "roll",
+    "softmin",
+    "cumsum_",
+    "renorm",
+    "rot90",
+    "fft_fft",
+    "fft_ifft",
+    "kthvalue",
+    "glu_jvp",
+    "msort",
+    "diff",
+    "nanmedian",
+)
 def along(context: Context, node: Node) -> None:
     """Operators that mix along one dim (or several) and leave the others alone."""
     x = node.args[0]
-    where = {"flip": (1, "dims"), "roll": (2, "dims"), "argsort": (1, "dim"), "sort": (1, "dim"), "fft_fft": (2, "dim"), "fft_ifft": (2, "dim")}
+    where = {
+        "flip": (1, "dims"),
+        "roll": (2, "dims"),
+        "argsort": (1, "dim"),
+        "sort": (1, "dim"),
+        "fft_fft": (2, "dim"),
+        "fft_ifft": (2, "dim"),
+    }
     position, name = where.get(node.opname, (1, "dim"))
     index = arg(node, position, name, -1 if node.opname in ("sort", "argsort") else None)
     if isinstance(index, bool) or (node.opname in ("sort", "argsort") and not isinstance(index, int)):
@@ -476,7 +507,9 @@ def one_hot(context: Context, node: Node) -> None:
     context.set(out, [*context.of(x), known[-1] if known else atoms.new(out.shape[-1])])
 
 
-@rule("cross_entropy_loss", "nll_loss", "nll_loss_nd", "kl_div", "mse_loss", "binary_cross_entropy_with_logits", "l1_loss", "smooth_l1_loss")
+@rule(
+    "cross_entropy_loss", "nll_loss", "nll_loss_nd", "kl_div", "mse_loss", "binary_cross_entropy_with_logits", "l1_loss", "smooth_l1_loss"
+)
 def loss(context: Context, node: Node) -> None:
     """Losses see whole dims."""
     context.opaque(f"{node.opname} needs whole dims")

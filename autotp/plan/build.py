@@ -46,7 +46,9 @@ class _CallSpec:
 class Builder:
     """Collects the changes of one plan. `linears`: paths of modules that run exactly one linear."""
 
-    def __init__(self, space: Space, choice: Choice, moves: Moves, local: Localised, namer: Namer, linears: frozenset[str], tp: int) -> None:
+    def __init__(
+        self, space: Space, choice: Choice, moves: Moves, local: Localised, namer: Namer, linears: frozenset[str], tp: int
+    ) -> None:
         self.space, self.choice, self.moves, self.local, self.namer, self.tp = space, choice, moves, local, namer, tp
         self.linears = linears
         self.graph, self.labels = space.graph, choice.labels
@@ -294,7 +296,9 @@ class Builder:
         for (kind, path, where), conversions in self.slots.items():
             slot = Slot(where, _ordered(conversions))
             plan = at(path)
-            plans[path] = replace(plan, inputs=(*plan.inputs, slot)) if kind is Pseudo.ENTER else replace(plan, outputs=(*plan.outputs, slot))
+            plans[path] = (
+                replace(plan, inputs=(*plan.inputs, slot)) if kind is Pseudo.ENTER else replace(plan, outputs=(*plan.outputs, slot))
+            )
         for (module, _, _), use in self.uses.items():
             plans[module] = replace(at(module), uses=(*at(module).uses, use))
         for module, attributes in self.local.attributes.items():

@@ -17,7 +17,6 @@ from autotp.axes.atoms import Atom, dim_size, flat
 from autotp.plan.labels import NONE, Atoms, Conflict, Labels, SlotKey, Space, label, leaf_atoms
 from autotp.trace.graph import Origin, Pseudo, Value
 
-
 #: A head's result leaves its module at once; later boundaries are not worth a pass each.
 GATHER_TRIES = 4
 
@@ -79,7 +78,22 @@ def choose(space: Space, tp: int, banned: Mapping[Atom, str], forced: frozenset[
 def head_widths(space: Space) -> set[Atom]:
     """Atoms of the last dim of what attention probabilities are multiplied with: inside a head."""
     made = space.made
-    through = {"dropout", "to", "_to_copy", "view", "reshape", "enter", "exit", "slice", "clone", "contiguous", "mul", "masked_fill", "expand", "nan_to_num"}
+    through = {
+        "dropout",
+        "to",
+        "_to_copy",
+        "view",
+        "reshape",
+        "enter",
+        "exit",
+        "slice",
+        "clone",
+        "contiguous",
+        "mul",
+        "masked_fill",
+        "expand",
+        "nan_to_num",
+    }
 
     def softmaxed(value: Value) -> bool:
         for _ in range(16):
@@ -188,7 +202,7 @@ def _small_table(space: Space, atom: Atom, tp: int) -> bool:
 
 def _is_argument(space: Space, value: Value) -> bool:
     made = space.made
-    plain = {"enter", "exit", "view", "reshape", "slice", "to", "_to_copy", "clone", "squeeze", "unsqueeze", "masked_fill", "where", "long", "contiguous", "pad", "constant_pad_nd", "cat", "clone", "copy_", "write"}  # fmt: skip
+    plain = {"enter", "exit", "view", "reshape", "slice", "to", "_to_copy", "clone", "squeeze", "unsqueeze", "masked_fill", "where", "long", "contiguous", "pad", "constant_pad_nd", "cat", "copy_", "write"}  # fmt: skip
     seen: set[int] = set()
     queue = [value]
     while queue:

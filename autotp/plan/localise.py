@@ -52,7 +52,9 @@ def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
     """The positions among a call's ints that may be int `number` of the ATen call (the `at`-th of a list of `listed`)."""
     values = [e.value for e in node.ints]
     if listed:
-        sizes = next((a for a in node.args if isinstance(a, (list, tuple)) and len(a) == listed and all(isinstance(x, int) for x in a)), None)
+        sizes = next(
+            (a for a in node.args if isinstance(a, (list, tuple)) and len(a) == listed and all(isinstance(x, int) for x in a)), None
+        )
         if sizes is not None:
             runs = [i for i in range(len(values) - listed + 1) if values[i : i + listed] == list(sizes)]
             if runs:

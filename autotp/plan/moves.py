@@ -141,7 +141,9 @@ def _mixed_slots(space: Space, vertices: _Vertices, holds: object) -> set[Hashab
     return mixed
 
 
-def place_copies(space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable]) -> tuple[frozenset[Hashable], frozenset[tuple[int, int]], frozenset[int]]:
+def place_copies(
+    space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable]
+) -> tuple[frozenset[Hashable], frozenset[tuple[int, int]], frozenset[int]]:
     """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed)."""
     cut, vertices = Cut(), _Vertices(space)
     flows = space.flows
@@ -171,7 +173,13 @@ def place_copies(space: Space, labels: Labels, partial: frozenset[int], reduces:
             continue
         for v in inputs:
             if not whole(v):
-                if v.id in flows and sharded.get(v.id) and not out_partial and node.index not in labels.gathered and node.index not in labels.kernels:
+                if (
+                    v.id in flows
+                    and sharded.get(v.id)
+                    and not out_partial
+                    and node.index not in labels.gathered
+                    and node.index not in labels.kernels
+                ):
                     for o in live:  # a repeated segment is taken out: its gradient stays a partial sum
                         if whole(o):
                             cut.born(("above", vertices.of(o)))

@@ -76,7 +76,17 @@ class Plan:
         object.__setattr__(self, "aliases", MappingProxyType(dict(self.aliases)))
 
     def __reduce__(self) -> Any:
-        fields = (self.model, self.tp, dict(self.params), self.modules, self.axes, self.traffic, dict(self.aliases), self.products, self.notes)
+        fields = (
+            self.model,
+            self.tp,
+            dict(self.params),
+            self.modules,
+            self.axes,
+            self.traffic,
+            dict(self.aliases),
+            self.products,
+            self.notes,
+        )
         return Plan, fields
 
     @property

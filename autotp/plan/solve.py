@@ -53,7 +53,7 @@ class Bans:
             guilty = frozenset().union(*(choice.labels.of(v) for v in near), NONE) & choice.on
         if not guilty:
             guilty = choice.on
-        self.atoms.update({a: f"{reason}: {node}" for a in guilty})
+        self.atoms.update(dict.fromkeys(guilty, f"{reason}: {node}"))
 
 
 def _feeds(source: Node, node: Node) -> bool:
@@ -131,9 +131,7 @@ def _reason(space: Space, choice: Choice, value: Value) -> str:
     atoms = [a for dim in space.axes.dims[value.id] for a in leaf_atoms(dim)]
     if not atoms:
         return "it has no dim to shard"
-    through = {
-        a for v in space.graph.params.values() if choice.labels.of(v) for a in space.carried[v.id] if a not in choice.labels.of(v)
-    }
+    through = {a for v in space.graph.params.values() if choice.labels.of(v) for a in space.carried[v.id] if a not in choice.labels.of(v)}
     own = [a for a in atoms if a not in through and a in choice.refused]
     if not own:
         return "it carries the width of the model, which stays whole between the sharded regions"
@@ -148,7 +146,11 @@ def _axes(space: Space, choice: Choice, namer: Namer) -> tuple[list[AxisInfo], d
         module = _common([p.rpartition(".")[0] for p in params])
         pattern = namer.patterns[atom]
         sites = tuple(
-            dict.fromkeys(f"{n.opname} in {n.module or '<root>'} (sums over it)" for n, c in zip(space.graph.nodes, space.contracts, strict=True) if any(atom in a for _, a in c))
+            dict.fromkeys(
+                f"{n.opname} in {n.module or '<root>'} (sums over it)"
+                for n, c in zip(space.graph.nodes, space.contracts, strict=True)
+                if any(atom in a for _, a in c)
+            )
         )
         info = AxisInfo(f"{module + '.' if module else ''}{namer.name(atom)}", pattern, atom.size, module, params, sites)
         axes.append(info)

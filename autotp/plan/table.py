@@ -103,11 +103,10 @@ def to_dict(plan: Plan) -> dict[str, Any]:
             for n, p in plan.params.items()
         },
         "tied": dict(plan.aliases),
-        "axes": [
-            {"name": a.name, "pattern": a.pattern, "size": a.size, "module": a.module, "params": list(a.params)} for a in plan.axes
-        ],
+        "axes": [{"name": a.name, "pattern": a.pattern, "size": a.size, "module": a.module, "params": list(a.params)} for a in plan.axes],
         "collectives": [
-            {"module": t.module, "kind": t.kind, "when": t.when, "elements_per_token": t.width, "elements": t.elements} for t in plan.traffic
+            {"module": t.module, "kind": t.kind, "when": t.when, "elements_per_token": t.width, "elements": t.elements}
+            for t in plan.traffic
         ],
         "attributes": {n: {"value": a, "local": b} for n, (a, b) in plan.attributes.items()},
         "modules": [_module(m) for m in plan.modules],

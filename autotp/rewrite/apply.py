@@ -63,9 +63,7 @@ def apply(
 
 
 class _Rewriter:
-    def __init__(
-        self, model: nn.Module, params: Mapping[str, ParamPlan], modules: Sequence[ModulePlan], comm: Comm, undo: Undo
-    ) -> None:
+    def __init__(self, model: nn.Module, params: Mapping[str, ParamPlan], modules: Sequence[ModulePlan], comm: Comm, undo: Undo) -> None:
         self.model, self.params, self.comm, self.undo = model, params, comm, undo
         self.named = dict(model.named_parameters(remove_duplicate=False))
         self.paths: dict[int, str] = {}
@@ -115,9 +113,7 @@ class _Rewriter:
                 continue
             layout = self.params[name].layout
             if tuple(p.shape) != layout.shape or layout.tp != self.comm.size:
-                problems.append(
-                    f"{name}: shape {tuple(p.shape)} over {self.comm.size} ranks, the plan has {layout.shape} over {layout.tp}"
-                )
+                problems.append(f"{name}: shape {tuple(p.shape)} over {self.comm.size} ranks, the plan has {layout.shape} over {layout.tp}")
             tied = first.setdefault(id(p), name)
             if tied in self.params and self.params[tied].layout != layout:
                 problems.append(f"{tied} and {name} are tied but their layouts differ: {self.params[tied].layout}; {layout}")

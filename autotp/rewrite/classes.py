@@ -8,7 +8,7 @@ descriptor below (it has no `__set__`, so the instance dict comes first).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -39,7 +39,7 @@ class ParameterView:
         raise AttributeError(f"{type(module).__name__!r} object has no attribute {self.name!r}")
 
 
-@lru_cache(maxsize=None)  # one subclass per class and set of names: every block of a model shares it
+@cache  # one subclass per class and set of names: every block of a model shares it
 def subclass(
     base: type[nn.Module], names: tuple[str, ...], make_forward: Callable[[type[nn.Module]], Callable[..., Any]]
 ) -> type[nn.Module]:

@@ -108,7 +108,6 @@ def embedding_run(module: nn.Embedding, plan: ModulePlan, own: tuple[Read, ...],
         return None
     if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
         raise PlanError(
-            f"{plan.path}: max_norm, sparse and scale_grad_by_freq are not supported for an embedding with sharded rows; "
-            "keep it replicated"
+            f"{plan.path}: max_norm, sparse and scale_grad_by_freq are not supported for an embedding with sharded rows; keep it replicated"
         )
     return EmbeddingRun(weight, module.padding_idx, comm, reduces=bool(ops + site))

@@ -41,6 +41,4 @@ def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Com
 
 def full_grads(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
     """Whole gradients by the names of `model.named_parameters()`; parameters without a gradient are left out."""
-    return {
-        name: unshard(p.grad, params[name].layout, comm) for name, p in model.named_parameters() if p.grad is not None
-    }
+    return {name: unshard(p.grad, params[name].layout, comm) for name, p in model.named_parameters() if p.grad is not None}

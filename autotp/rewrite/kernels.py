@@ -154,9 +154,7 @@ def _working(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _rms_norm(
-    comm: Comm, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
+def _rms_norm(comm: Comm, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     x = _working(input)
     axes, count = _trailing(x, normalized_shape, comm)
     mean_square = _statistic(x.square().sum(axes, keepdim=True), comm) / count
@@ -189,5 +187,3 @@ def _trailing(x: Tensor, normalized_shape: Sequence[int], comm: Comm) -> tuple[t
     for d in axes:
         count *= x.shape[d]
     return axes, count
-
-

@@ -22,9 +22,7 @@ def map_leaves(value: Any, fn: Callable[[Any], Any]) -> Any:
     return fn(value)
 
 
-def map_call(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], fn: Callable[[Any], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def map_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], fn: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`map_leaves` over a call's arguments."""
     return tuple(map_leaves(a, fn) for a in args), {k: map_leaves(v, fn) for k, v in kwargs.items()}
 

@@ -35,9 +35,7 @@ class LinearRun:
 
     __slots__ = ("bias", "comm", "copies", "gathers", "once", "own", "reads", "reduces", "weight")
 
-    def __init__(
-        self, weight: Read, bias: Read | None, comm: Comm, *, copies: bool, reduces: bool, gathers: Split | None
-    ) -> None:
+    def __init__(self, weight: Read, bias: Read | None, comm: Comm, *, copies: bool, reduces: bool, gathers: Split | None) -> None:
         self.comm = comm
         self.weight, self.bias = weight, bias
         self.once = bias is not None and bias.convert is not None
@@ -126,9 +124,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
             return run.composed(input)
         parameters = attributes["_parameters"]
         weight, bias = parameters["weight"], parameters["bias"]
-        if _grad_enabled() and (
-            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
+        if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             if type(weight) is not DTensor or _autocast():
                 return run.composed(input)
             if run.copies and input.requires_grad:

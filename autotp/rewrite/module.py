@@ -44,11 +44,7 @@ class ModuleRun:
         self.shared: dict[str, Tensor] | None = None  # values read by the root for all modules
         self.frames: list[tuple[list[tuple[dict[str, Any], str, Any]], SiteMode | None]] = []
         simple = len(self.own) == len(reads) and all(r.convert is None and not r.is_buffer for r in reads)
-        self.light = (
-            tuple((r.name, r.fix) for r in reads)
-            if simple and inputs is None and outputs is None and sites is None
-            else None
-        )
+        self.light = tuple((r.name, r.fix) for r in reads) if simple and inputs is None and outputs is None and sites is None else None
 
     def enter(self) -> None:
         """Put the local tensors where the forward reads them and start watching sites."""
@@ -117,9 +113,7 @@ class ModuleRun:
         if self.frames:
             _leave(self)
 
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The forward pre-hook of a module whose class stays."""
         self.enter_eagerly()
         return (args, kwargs) if self.inputs is None else self.inputs(args, kwargs)
@@ -180,4 +174,3 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
                 attributes.pop(name, None)
 
     return forward
-

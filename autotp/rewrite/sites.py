@@ -122,9 +122,7 @@ class SiteMode(TorchFunctionMode):
             result = map_leaves(result, _Nth(site.outputs, self.table.comm))
         return result
 
-    def _localise(
-        self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _localise(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         wanted = {position: (value, local) for position, value, local in site.ints}
         count = -1
 

@@ -119,4 +119,3 @@ class OutputSlots:
         for path, convert in self.slots:
             result = map_path(result, path, convert)
         return result
-

@@ -32,7 +32,9 @@ def _describe(block: nn.Module) -> tuple[Hashable, dict[Key, Hashable]]:
     attributes: dict[Key, Hashable] = {}
     for path, module in block.named_modules():
         shapes = tuple(
-            (k, None if t is None else (tuple(t.shape), t.dtype)) for table in (module._parameters, module._buffers) for k, t in table.items()
+            (k, None if t is None else (tuple(t.shape), t.dtype))
+            for table in (module._parameters, module._buffers)
+            for k, t in table.items()
         )
         parts.append((path, type(module), shapes))
         attributes.update({(path, k): _plain(v) for k, v in module.__dict__.items() if k not in _SKIP})

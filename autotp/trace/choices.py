@@ -7,7 +7,6 @@ is False. Choices are deterministic, so a second run of the same code makes the 
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch

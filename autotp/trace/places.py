@@ -8,7 +8,7 @@ from __future__ import annotations
 import dis
 import os
 import sys
-from functools import lru_cache
+from functools import cache
 from types import CodeType
 
 import torch
@@ -31,7 +31,7 @@ def call_place(depth: int = 1) -> tuple[CodeType, int]:
     return frame.f_code, frame.f_lasti
 
 
-@lru_cache(maxsize=None)
+@cache
 def _starts(key: int, holder: _Held) -> dict[int, int]:
     starts: dict[int, int] = {}
     start = 0

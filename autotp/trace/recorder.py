@@ -110,9 +110,7 @@ class Recorder:
     def graph(self, repeats: dict[str, str]) -> Graph:
         """Everything recorded so far, without versions of aliases that nothing reads."""
         nodes, results = _alive(self.nodes, self.results)
-        return Graph(
-            nodes, dict(self.params), dict(self.buffers), results, dict(repeats), dict(self.fills), tuple(self.notes)
-        )
+        return Graph(nodes, dict(self.params), dict(self.buffers), results, dict(repeats), dict(self.fills), tuple(self.notes))
 
     # nodes ----------------------------------------------------------------------------------------------------------------
 
@@ -191,7 +189,18 @@ class Recorder:
             raw = node.args[at] if at < len(node.args) else None
             number = float(raw) if isinstance(raw, (int, float)) else None
         source = next(iter(node.inputs()), None)
-        if number is None and name in ("to", "clone", "contiguous", "expand", "view", "reshape", "detach", "alias", "unsqueeze", "lift_fresh"):
+        if number is None and name in (
+            "to",
+            "clone",
+            "contiguous",
+            "expand",
+            "view",
+            "reshape",
+            "detach",
+            "alias",
+            "unsqueeze",
+            "lift_fresh",
+        ):
             number = self.fills.get(source.id) if source is not None else None
         if number is not None:
             for out in node.outputs:
@@ -305,6 +314,7 @@ class Recorder:
     def finish(self, name: str, result: Any) -> None:
         """Close one path: note what it returned."""
         found: list[tuple[tuple[str | int, ...], Any]] = []
+
         def tensor(where: tuple[str | int, ...], t: Tensor) -> Tensor:
             found.append((where, self.value(t)))
             return t

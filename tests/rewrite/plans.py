@@ -105,5 +105,3 @@ def worst_grad(reference: nn.Module, model: nn.Module, params: dict[str, ParamPl
     wanted = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
     assert list(grads) == list(wanted)
     return max(error(wanted[n], grads[n]) for n in wanted)
-
-
