@@ -202,7 +202,8 @@ def _agree(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
         return result  # type: ignore[no-any-return]
     rank, (name, text, ours) = first
     if ours:
-        kinds = {cls.__name__: cls for cls in (AutoTPError, *AutoTPError.__subclasses__())}
+        classes: list[type[AutoTPError]] = [AutoTPError, *AutoTPError.__subclasses__()]
+        kinds = {cls.__name__: cls for cls in classes}
         raise kinds.get(name, AutoTPError)(text) from failure
     raise AutoTPError(f"rank {rank} failed with {name}: {text}") from failure
 
