@@ -208,7 +208,7 @@ def cut(dim: Sequence[Atom], sizes: Sequence[int]) -> list[Dim]:
         at += n
         bounds.append(at)
     if any(b % unit for b in bounds):
-        raise Opaque(f"cut at {[b for b in bounds if b % unit][0]} is inside a factor of {unit}")
+        raise Opaque(f"cut at {next(b for b in bounds if b % unit)} is inside a factor of {unit}")
     wanted = [b // unit for b in bounds]
     if major.segments is None:
         edges = [0, *wanted]
