@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from autotp.axes import atoms
@@ -12,7 +13,7 @@ from autotp.trace.graph import Node, Value, values_in
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Any:
+def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule under the base names of operators."""
 
     def register(function: Rule) -> Rule:
@@ -151,8 +152,16 @@ def pointwise(context: Context, node: Node) -> None:
         broadcast(context, values, out)
 
 
-for _name in ("silu", "silu_", "gelu", "relu", "relu_", "softplus", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "elu", "celu", "selu", "mish", "logsigmoid", "log_sigmoid", "tanh", "sigmoid", "clamp", "clip", "erf", "isnan", "nan_to_num", "isin", "bitwise_not", "logical_not", "relu6", "hardshrink", "softshrink", "fill_", "bool", "abs", "baddcmul", "addcmul", "addcdiv", "lerp", "isinf", "isfinite", "bitwise_and_", "threshold", "rrelu", "prelu_", "remainder", "floor_divide", "polar", "complex", "angle", "square", "sign"):  # fmt: skip
+# fmt: off
+for _name in (
+    "silu", "silu_", "gelu", "relu", "relu_", "softplus", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "elu", "celu",
+    "selu", "mish", "logsigmoid", "log_sigmoid", "tanh", "sigmoid", "clamp", "clip", "erf", "isnan", "nan_to_num", "isin",
+    "bitwise_not", "logical_not", "relu6", "hardshrink", "softshrink", "fill_", "bool", "abs", "baddcmul", "addcmul", "addcdiv",
+    "lerp", "isinf", "isfinite", "bitwise_and_", "threshold", "rrelu", "prelu_", "remainder", "floor_divide", "polar", "complex",
+    "angle", "square", "sign",
+):
     RULES.setdefault(_name, pointwise)
+# fmt: on
 
 
 # views ------------------------------------------------------------------------------------------------------------------------
