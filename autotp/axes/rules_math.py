@@ -395,9 +395,9 @@ def index(context: Context, node: Node) -> None:
         span = sum(len(v.shape) if v is not None and str(v.dtype) == "torch.bool" else 1 for v in places)
         for i in range(min(span, len(x.shape))):
             context.mix(x, i)
-        kept = [context.of(x)[i] for i in range(span, len(x.shape))]
-        lead = len(out.shape) - len(kept)
-        context.set(out, [*[atoms.new(n) for n in out.shape[:lead]], *kept])
+        tail = [context.of(x)[i] for i in range(span, len(x.shape))]
+        lead = len(out.shape) - len(tail)
+        context.set(out, [*[atoms.new(n) for n in out.shape[:lead]], *tail])
         context.linear([x])
         return
     for i in indexed:
