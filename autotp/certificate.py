@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 from autotp.trace.inputs import Example
 from autotp.trace.run import trace
 
-_REWRITE = os.path.dirname(os.path.abspath(autotp.rewrite.__file__)) + os.sep
-_FUSED = tuple(os.path.join(os.path.dirname(nn.__file__), "modules", name) for name in ("linear.py", "sparse.py"))
+_REWRITE = str(Path(autotp.rewrite.__file__).absolute().parent) + os.sep
+_FUSED = tuple(str(Path(nn.__file__).parent / "modules" / name) for name in ("linear.py", "sparse.py"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +144,9 @@ def _arguments(a: Any, b: Any, wanted: dict[tuple[int, int], int], at: int) -> s
         return next((r for k in a if (r := _arguments(a[k], b[k], wanted, -1))), "")
     if a == b or (isinstance(a, float) and isinstance(b, float) and a != a and b != b):
         return ""
-    if isinstance(a, int) and isinstance(b, int) and not isinstance(a, bool):
-        if b in (wanted.get((a, at)), wanted.get((a, -1))) or (at >= 0 and b == -1 and (a, at) in wanted):
-            return ""
+    numbers = isinstance(a, int) and isinstance(b, int) and not isinstance(a, bool)
+    if numbers and (b in (wanted.get((a, at)), wanted.get((a, -1))) or (at >= 0 and b == -1 and (a, at) in wanted)):
+        return ""
     return f"the number {a} becomes {b} on a shard"
 
 
