@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 from autotp.plan.choose import Choice
-from autotp.plan.labels import NONE, Space
+from autotp.plan.labels import NONE, Atoms, Space
 from autotp.plan.layout import Expr, Factor, freed
 from autotp.plan.localise import Localised
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use
@@ -170,14 +170,14 @@ class Builder:
         return {n.outputs[0].id for n in self.graph.nodes if slot_key(n) == slot}
 
     def _slices(self) -> None:
-        edges: dict[int, dict[int, frozenset[object]]] = {}
+        edges: dict[int, dict[int, Atoms]] = {}
         for (index, key), atoms in self.labels.slices.items():
-            edges.setdefault(key, {})[index] = atoms  # type: ignore[assignment]
+            edges.setdefault(key, {})[index] = atoms
         slots: dict[Hashable, Conversion | None] = {}
-        pending: list[tuple[Value, dict[int, frozenset[object]], Conversion]] = []
+        pending: list[tuple[Value, dict[int, Atoms], Conversion]] = []
         for key, nodes in edges.items():
             value = next(v for v in self.graph.nodes[next(iter(nodes))].inputs() if v.id == key)
-            atoms = frozenset().union(*nodes.values())
+            atoms = NONE.union(*nodes.values())
             pending.append((value, nodes, self._part(value, atoms, atoms, Op.SLICE)))
         for value, nodes, conversion in pending:
             slot = self._slot_of(value)
