@@ -200,9 +200,17 @@ def _small_table(space: Space, atom: Atom, tp: int) -> bool:
     return atom.size < 8 * tp or not any(_is_argument(space, n.args[1]) for n in nodes)
 
 
+#: Operators that pass an argument of the model on.
+# fmt: off
+_PASSING = frozenset((
+    "enter", "exit", "view", "reshape", "slice", "to", "_to_copy", "clone", "squeeze", "unsqueeze", "masked_fill", "where",
+    "long", "contiguous", "pad", "constant_pad_nd", "cat", "copy_", "write",
+))
+# fmt: on
+
+
 def _is_argument(space: Space, value: Value) -> bool:
     made = space.made
-    plain = {"enter", "exit", "view", "reshape", "slice", "to", "_to_copy", "clone", "squeeze", "unsqueeze", "masked_fill", "where", "long", "contiguous", "pad", "constant_pad_nd", "cat", "copy_", "write"}  # fmt: skip
     seen: set[int] = set()
     queue = [value]
     while queue:
@@ -210,7 +218,7 @@ def _is_argument(space: Space, value: Value) -> bool:
         if item.origin is Origin.INPUT:
             return True
         node = made.get(item.id)
-        if node is not None and node.opname in plain and item.id not in seen:
+        if node is not None and node.opname in _PASSING and item.id not in seen:
             seen.add(item.id)
             queue += list(node.inputs())
     return False
