@@ -79,8 +79,8 @@ def intervals(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
     if isinstance(expr, Factor):
         if not expr.sharded:
             return ((0, expr.size),)
-        part = expr.size // tp
-        return ((rank * part, (rank + 1) * part),)
+        own = expr.size // tp
+        return ((rank * own, (rank + 1) * own),)
     if isinstance(expr, Concat):
         runs: list[Interval] = []
         offset = 0
