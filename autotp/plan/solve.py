@@ -173,10 +173,10 @@ def _traffic(space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePl
     width: dict[tuple[str, str], int] = {}
     for node in space.graph.nodes:
         if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
-            key = (node.op.value, ".".join(map(str, (node.slot[0], *node.slot[1]))))
-            width.setdefault(key, _per_token(node.outputs[0]))
+            crossed = (node.op.value, ".".join(map(str, (node.slot[0], *node.slot[1]))))
+            width.setdefault(crossed, _per_token(node.outputs[0]))
     out: list[Traffic] = []
-    template = {b: t for b, t in space.graph.repeats.items()}
+    template = dict(space.graph.repeats)
     shared: set[tuple[str, int]] = set()
     for m in modules:
         path = next((t + m.path[len(b) :] for b, t in template.items() if m.path == b or m.path.startswith(b + ".")), m.path)
@@ -236,11 +236,15 @@ def lift(plan: Plan, names: Iterable[str], repeats: Mapping[str, str], shapes: M
             aliases[name] = target
     axes = list(plan.axes)
     for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):
-        for axis in list(axes):
-            if axis.module == template or axis.module.startswith(template + "."):
-                move = lambda n, b=block, t=template: b + n[len(t) :] if n.startswith(t) else n  # noqa: E731
-                axes.append(replace(axis, name=move(axis.name), module=move(axis.module), params=tuple(map(move, axis.params))))
+        axes += [_moved(a, template, block) for a in axes if a.module == template or a.module.startswith(template + ".")]
     return replace(plan, params=params, aliases=aliases, products=frozenset(products), axes=tuple(axes))
+
+
+def _moved(axis: AxisInfo, template: str, block: str) -> AxisInfo:
+    def move(name: str) -> str:
+        return block + name[len(template) :] if name.startswith(template) else name
+
+    return replace(axis, name=move(axis.name), module=move(axis.module), params=tuple(map(move, axis.params)))
 
 
 __all__ = ["Bans", "Draft", "Labels", "lift", "solve"]
