@@ -40,6 +40,7 @@ def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = N
     space = Space(find_axes(graph))
     bans = Bans({})
     linears = frozenset(path for path, m in model.named_modules() if type(m).forward is nn.Linear.forward)
+    reason = ""
     for _ in range(MAX_REPLAYS):
         draft = solve(space, tp, bans, name, linears)
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
@@ -47,9 +48,8 @@ def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = N
         if difference is None or not draft.choice.on:
             return plan
         bans.blame(space, draft.choice, difference.node, difference.reason)
-    raise PlanError(
-        f"{name}: no plan passed its replay in {MAX_REPLAYS} attempts; the last difference: {difference.reason}: {difference.node}"
-    )
+        reason = f"{difference.reason}: {difference.node}"
+    raise PlanError(f"{name}: no plan passed its replay in {MAX_REPLAYS} attempts; the last difference: {reason}")
 
 
 def _examples(model: nn.Module, inputs: Mapping[str, object] | None) -> tuple[Example, ...]:
