@@ -61,7 +61,7 @@ class Binding:
         if not slot.path or not isinstance(slot.path[0], str):
             raise PlanError(f"{where}: an input slot starts with an argument's name, got path {slot.path}")
         name, rest = slot.path[0], slot.path[1:]
-        parameters = [p for p in inspect.signature(forward).parameters.values()]
+        parameters = list(inspect.signature(forward).parameters.values())
         if parameters and parameters[0].name == "self":
             parameters = parameters[1:]
         index: int | None = None
