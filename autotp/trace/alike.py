@@ -23,8 +23,9 @@ def _plain(value: Any, depth: int = 0) -> Hashable:
     if isinstance(value, (tuple, list)) and depth < 3:
         return tuple(_plain(v, depth + 1) for v in value)
     if isinstance(value, nn.Module):
-        return type(value)
-    return id(value) if hasattr(value, "__dict__") and not callable(value) else type(value)
+        return type(value)  # type: ignore[return-value]  # classes are hashable
+    by_identity = hasattr(value, "__dict__") and not callable(value)
+    return id(value) if by_identity else type(value)  # type: ignore[return-value]  # classes are hashable
 
 
 def _describe(block: nn.Module) -> tuple[Hashable, dict[Key, Hashable]]:
