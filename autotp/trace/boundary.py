@@ -32,7 +32,7 @@ def positional_names(cls: type) -> tuple[tuple[str, ...], str | None]:
 
 def argument_path(module: nn.Module, position: int) -> Path:
     """Path of the `position`-th positional argument of a call of `module`."""
-    names, rest = positional_names(type(module))
+    names, rest = positional_names(type(module))  # type: ignore[arg-type]  # classes are hashable
     return (names[position],) if position < len(names) else (rest or "args", position - len(names))
 
 
