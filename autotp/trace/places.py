@@ -6,9 +6,9 @@ The recorder notes places while tracing, and interventions at run time find thei
 from __future__ import annotations
 
 import dis
-import os
 import sys
 from functools import cache
+from pathlib import Path
 from types import CodeType
 
 import torch
@@ -18,7 +18,7 @@ _TORCH = torch.__file__.rsplit("__init__", 1)[0]
 PLUMBING = frozenset(
     (
         *(_TORCH + name for name in ("overrides.py", "nn/functional.py", "_tensor.py", "functional.py", "_VF.py", "_jit_internal.py")),
-        os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "rewrite", "sites.py"),
+        str(Path(__file__).absolute().parent.parent / "rewrite" / "sites.py"),
     )
 )
 
