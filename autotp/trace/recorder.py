@@ -124,7 +124,7 @@ class Recorder:
     def cross(self, tensor: Tensor, kind: Pseudo, module: str, path: tuple[str | int, ...]) -> Tensor:
         """An alias of `tensor` on the other side of a module boundary."""
         with self.paused():
-            alias = torch.ops.aten.alias.default(tensor)
+            alias: Tensor = torch.ops.aten.alias.default(tensor)
         before = self.value(tensor)
         after = self.bind(alias, Origin.NODE)
         if before.id in self.concrete:
@@ -144,8 +144,7 @@ class Recorder:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        to_value = lambda tree: tree_map_only(Tensor, self.value, tree)  # noqa: E731
-        vargs, vkwargs = to_value(args), to_value(kwargs)
+        vargs, vkwargs = tree_map_only(Tensor, self.value, args), tree_map_only(Tensor, self.value, kwargs)
         result, real = choices.run(self, func, args, kwargs)
         if not isinstance(result, (Tensor, tuple, list)):
             self.add(func, vargs, vkwargs, (), **self._provenance(args, kwargs))  # a number leaves the graph
@@ -384,11 +383,11 @@ class TaggedSize(tuple[int, ...]):
         return TaggedSize(item) if isinstance(index, slice) else item
 
 
-class _Dispatch(SchemaCheckMode):
+class _Dispatch(SchemaCheckMode):  # type: ignore[no-untyped-call]
     """The ATen half. torch lets only a few classes of modes onto the PreDispatch key; SchemaCheckMode's slot is the plain one."""
 
     def __init__(self, recorder: Recorder) -> None:
-        TorchDispatchMode.__init__(self, _dispatch_key=DispatchKey.PreDispatch)  # type: ignore[arg-type]
+        TorchDispatchMode.__init__(self, _dispatch_key=DispatchKey.PreDispatch)  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
