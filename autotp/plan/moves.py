@@ -11,7 +11,7 @@ Value and gradient types (forward → backward): P → its gradient is whole; S 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from math import prod
 
@@ -49,7 +49,7 @@ class Undecidable(Exception):
 def slot_key(node: Node) -> SlotKey | None:
     """The boundary slot that an ENTER or EXIT node crosses."""
     if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
-        return (node.op, *node.slot)  # type: ignore[return-value]
+        return (node.op, *node.slot)
     return None
 
 
@@ -104,8 +104,8 @@ def place_reductions(space: Space, labels: Labels) -> tuple[frozenset[Hashable],
             cut.same(("pre", key), ("post", key))
     made = {o.id: n for n in space.graph.nodes for o in n.outputs}
     for _, key in labels.reduces:
-        value = next((o for n in (made.get(key),) if n is not None for o in n.outputs if o.id == key), None)
-        cut.needed(("post", vertices.of(value) if value is not None else ("value", key)))
+        reduced = next((o for n in (made.get(key),) if n is not None for o in n.outputs if o.id == key), None)
+        cut.needed(("post", vertices.of(reduced) if reduced is not None else ("value", key)))
     for node in space.graph.nodes:
         if node.op is Pseudo.REPEAT:
             for a, b in zip(node.args[0], node.args[1], strict=True):
@@ -127,7 +127,7 @@ def place_reductions(space: Space, labels: Labels) -> tuple[frozenset[Hashable],
     return frozenset(chosen), partial
 
 
-def _mixed_slots(space: Space, vertices: _Vertices, holds: object) -> set[Hashable]:
+def _mixed_slots(space: Space, vertices: _Vertices, holds: Callable[[Value], bool]) -> set[Hashable]:
     """Slots that see both kinds of values in different calls: no conversion can stand there."""
     seen: dict[Hashable, bool] = {}
     mixed: set[Hashable] = set()
@@ -135,7 +135,7 @@ def _mixed_slots(space: Space, vertices: _Vertices, holds: object) -> set[Hashab
         if slot_key(node) is None:
             continue
         (o,) = node.outputs
-        flag = bool(holds(o))  # type: ignore[operator]
+        flag = holds(o)
         if seen.setdefault(vertices.of(o), flag) != flag:
             mixed.add(vertices.of(o))
     return mixed
@@ -148,7 +148,10 @@ def place_copies(
     cut, vertices = Cut(), _Vertices(space)
     flows = space.flows
     sharded = labels.shard
-    whole = lambda v: v.id in flows and v.id not in partial and not sharded.get(v.id)  # noqa: E731
+
+    def whole(v: Value) -> bool:
+        return v.id in flows and v.id not in partial and not sharded.get(v.id)
+
     mixed = _mixed_slots(space, vertices, whole)
     groups: dict[int, Value] = {}
     edges: set[tuple[int, int]] = set()
@@ -236,13 +239,13 @@ def _ends(space: Space, cut: Cut, vertices: _Vertices, seen: dict[int, Value], f
                 cut.needed(("below", vertices.of(leaf)))
 
 
-def _repeat(cut: Cut, vertices: _Vertices, node: Node, whole: object) -> None:
+def _repeat(cut: Cut, vertices: _Vertices, node: Node, whole: Callable[[Value], bool]) -> None:
     here, there, results = node.args
     for a, b in zip(here, there, strict=True):
-        if whole(a):  # type: ignore[operator]
+        if whole(a):
             cut.same(("below", vertices.of(a)), ("below", vertices.of(b)))
     for new, template in zip(node.outputs, results, strict=True):
-        if whole(new):  # type: ignore[operator]
+        if whole(new):
             cut.same(("above", vertices.of(new)), ("above", vertices.of(template)))
 
 
