@@ -117,7 +117,8 @@ def trace(
 ) -> Graph:
     """Record every example of `examples`.
 
-    `keep`: see Recorder. `before` is called when the weights are fake, may change the model, and returns how to go back. Raises TraceError when a path cannot be run; the model is left as it was.
+    `keep`: see Recorder. `before` is called when the weights are fake, may change the model, and returns how to go back.
+    Raises TraceError when a path cannot be run; the model is left as it was.
     """
     found = alike_blocks(model) if repeats is None else dict(repeats)
     while True:
@@ -138,7 +139,10 @@ def _trace(
 ) -> Graph:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     skipped = tuple(block + "." for block in repeats)
-    skip = lambda path: bool(skipped) and (path + ".").startswith(skipped)  # noqa: E731
+
+    def skip(path: str) -> bool:
+        return bool(skipped) and (path + ".").startswith(skipped)
+
     recorder = _BlockRecorder(fake, keep, module_paths(model), hidden)
     recorder.repeats, recorder.done, recorder.round = dict(repeats), {}, 0
     recorder.templates = {**repeats, **{t: t for t in repeats.values()}}
