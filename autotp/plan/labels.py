@@ -19,9 +19,12 @@ from autotp.axes.kernel import Kernel
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
 #: Operators whose result is made of elements of their first argument.
-_SELECTIONS = frozenset(
-    ("alias", "index", "select", "slice", "view", "reshape", "unsqueeze", "squeeze", "expand", "to", "_to_copy", "enter", "exit", "index_select", "transpose", "t", "permute", "clone", "contiguous", "detach")
-)  # fmt: skip
+# fmt: off
+_SELECTIONS = frozenset((
+    "alias", "index", "select", "slice", "view", "reshape", "unsqueeze", "squeeze", "expand", "to", "_to_copy", "enter", "exit",
+    "index_select", "transpose", "t", "permute", "clone", "contiguous", "detach",
+))
+# fmt: on
 Atoms = frozenset[Atom]
 NONE: Atoms = frozenset()
 SlotKey = tuple[Pseudo, str, tuple[str | int, ...]]
