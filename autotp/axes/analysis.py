@@ -179,12 +179,10 @@ def _write(context: Context, node: Node) -> None:
 
 
 def _repeat(context: Context, node: Node) -> None:
-    here, there, out = node.args
+    here, there = node.args
     for a, b in zip(here, there, strict=True):
         for x, y in zip(context.of(a), context.of(b), strict=True):
             context.join(a, x, b, y)
-    for new, template in zip(node.outputs, out, strict=True):
-        context.set(new, context.of(template))
 
 
 _PSEUDO: dict[Pseudo, Rule] = {Pseudo.ENTER: _identity, Pseudo.EXIT: _identity, Pseudo.WRITE: _write, Pseudo.REPEAT: _repeat}

@@ -230,17 +230,12 @@ def _pass(space: Space, on: Atoms, gathers: Mapping[SlotKey, Atoms], whole: froz
 
 
 def _repeat(space: Space, node: Node, out: Labels) -> None:
-    here, there, results = node.args
+    here, there = node.args
     for a, b in zip(here, there, strict=True):
         if out.of(a) != out.of(b):
             out.conflicts.append(Conflict(out.of(a) | out.of(b), node, "a repeated block gets its argument in another placement"))
         if (a.id in out.partial) != (b.id in out.partial):  # whole for one block is whole for all that are alike
             out.reduces.add((node.index, a.id if a.id in out.partial else b.id))
-    for new, template in zip(node.outputs, results, strict=True):
-        if out.of(template):
-            out.shard[new.id] = out.of(template)
-        if template.id in out.partial:
-            out.partial.add(new.id)
 
 
 def _node(

@@ -91,7 +91,7 @@ def place_reductions(space: Space, labels: Labels) -> tuple[frozenset[Hashable],
             key = vertices.of(o)
             if o.id in labels.born:
                 cut.born(("pre", key))
-            elif node.op is not Pseudo.REPEAT:
+            else:
                 for v in partial_in:
                     cut.same(("post", vertices.of(v)), ("pre", key))
             if key not in done or not (isinstance(key, tuple) and key[0] == "slot"):
@@ -111,10 +111,6 @@ def place_reductions(space: Space, labels: Labels) -> tuple[frozenset[Hashable],
             for a, b in zip(node.args[0], node.args[1], strict=True):
                 if a.id in labels.partial and b.id in labels.partial:
                     cut.same(("post", vertices.of(a)), ("post", vertices.of(b)))
-            for new, template in zip(node.outputs, node.args[2], strict=True):
-                if new.id in labels.partial:
-                    cut.same(("pre", vertices.of(new)), ("post", vertices.of(template)))
-                    cut.same(("pre", vertices.of(new)), ("post", vertices.of(new)))
     for result in space.graph.results:
         for _, leaf in result.leaves:
             if isinstance(leaf, Value) and leaf.id in labels.partial:
@@ -161,7 +157,7 @@ def place_copies(
         at_once = any(o.id in labels.partial and vertices.of(o) in reduces for o in node.outputs) and slot_key(node) is None
         out_partial = at_once or any(o.id in partial for o in node.outputs)
         live = [o for o in node.outputs if o.id in flows]
-        inputs = list(dict.fromkeys(node.inputs())) if node.op is not Pseudo.REPEAT else list(node.args[0])
+        inputs = list(dict.fromkeys(node.inputs()))
         for o in live:
             if whole(o):
                 seen[o.id] = o
@@ -169,10 +165,10 @@ def place_copies(
                     cut.needed(("above", vertices.of(o)))  # reduced here: its gradient goes on to every rank's part
                 if node.index in labels.gathered or (labels.kernels.get(node.index) is not None and not out_partial and not out_sharded):
                     cut.needed(("above", vertices.of(o)))
-        if not live:
-            continue
         if node.op is Pseudo.REPEAT:
             _repeat(cut, vertices, node, whole)
+            continue
+        if not live:
             continue
         for v in inputs:
             if not whole(v):
@@ -240,13 +236,10 @@ def _ends(space: Space, cut: Cut, vertices: _Vertices, seen: dict[int, Value], f
 
 
 def _repeat(cut: Cut, vertices: _Vertices, node: Node, whole: Callable[[Value], bool]) -> None:
-    here, there, results = node.args
+    here, there = node.args
     for a, b in zip(here, there, strict=True):
         if whole(a):
             cut.same(("below", vertices.of(a)), ("below", vertices.of(b)))
-    for new, template in zip(node.outputs, results, strict=True):
-        if whole(new):
-            cut.same(("above", vertices.of(new)), ("above", vertices.of(template)))
 
 
 def _added(space: Space, node: Node, value: Value) -> bool:

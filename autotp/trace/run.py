@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,36 +34,32 @@ class _BlockRecorder(Recorder):
     """A recorder that runs a block alike to an earlier one only once for each form of its arguments."""
 
     repeats: dict[str, str]
-    done: dict[Any, tuple[Any, Any, Any]]
+    done: dict[Any, tuple[Any, Any]]
 
     def module_call(self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         """Answer the call of a repeated block from its template's result."""
         if path not in self.templates:
             return super().module_call(original, module, path, args, kwargs)
-        key = (self.templates[path], self.round, _form((args, kwargs)))
+        key = (self.templates[path], self.round, _form((args, kwargs), self))
         if path not in self.repeats:
             result = super().module_call(original, module, path, args, kwargs)
-            self.done[key] = (self._tensors((args, kwargs)), self._tensors(result), result)
+            self.done[key] = (self._tensors((args, kwargs)), result)
             return result
         if key not in self.done:
             raise _NotAlike(self.templates[path])
-        ins, outs, result = self.done[key]
-        here = self._tensors((args, kwargs))
-        twins: dict[int, Tensor] = {}
+        ins, result = self.done[key]
+        here = self._tensors((args, kwargs))[0]
+        # What a block returns stands for what every block alike to it returns, so only new arguments tell something new.
+        if here != ins[0] and (key, here) not in self.seen:
+            self.seen.add((key, here))
+            self.add(Pseudo.REPEAT, (here, ins[0]), {}, (), slot=(path, (self.templates[path],)))
+        result = copy.copy(result) if isinstance(result, (list, dict)) else result
+        if not (module._forward_hooks or module._forward_pre_hooks):
+            return result
+        with self.paused(), replaced_forward(module, lambda *_, **__: result):  # the call goes on, so that its hooks run
+            return original(module, *args, **kwargs)
 
-        def twin(tensor: Tensor) -> Tensor:
-            if id(tensor) not in twins:
-                with self.paused():
-                    twins[id(tensor)] = torch.empty_like(tensor)
-            return twins[id(tensor)]
-
-        fresh = _map_result(result, twin)
-        with self.paused(), replaced_forward(module, lambda *_, **__: fresh):  # the call goes on, so that its hooks run
-            fresh = original(module, *args, **kwargs)
-        new = tuple(self.bind(twins[id(t)], Origin.NODE) for t in outs[1])
-        self.add(Pseudo.REPEAT, (here[0], ins[0], outs[0]), {}, new, slot=(path, (self.templates[path],)))
-        return fresh
-
+    seen: set[Any]
     templates: dict[str, str]
     round: int
 
@@ -78,14 +75,15 @@ def _map_result(tree: Any, on_tensor: Callable[[Tensor], Tensor]) -> Any:
     return flatten_result(tree, lambda _, t: on_tensor(t))
 
 
-def _form(tree: Any) -> Any:
+def _form(tree: Any, recorder: Recorder) -> Any:
     """The form of a call's arguments: shapes and dtypes of tensors, other plain values as they are, objects by identity."""
     if isinstance(tree, Tensor):
-        return (tuple(tree.shape), tree.dtype)
+        value = recorder.value(tree)  # reading the tensor's own shape would go through the recorder's modes
+        return (value.shape, value.dtype)
     if isinstance(tree, (tuple, list)):
-        return tuple(_form(x) for x in tree)
+        return tuple([_form(x, recorder) for x in tree])
     if isinstance(tree, dict):
-        return tuple((k, _form(v)) for k, v in tree.items())
+        return tuple([(k, _form(v, recorder)) for k, v in tree.items()])
     if isinstance(tree, (int, float, str, bool, type(None))):
         return tree
     return id(tree)
@@ -144,7 +142,7 @@ def _trace(
         return bool(skipped) and (path + ".").startswith(skipped)
 
     recorder = _BlockRecorder(fake, keep, module_paths(model), hidden)
-    recorder.repeats, recorder.done, recorder.round = dict(repeats), {}, 0
+    recorder.repeats, recorder.done, recorder.round, recorder.seen = dict(repeats), {}, 0, set()
     recorder.templates = {**repeats, **{t: t for t in repeats.values()}}
     undo: Undo = []
     try:
