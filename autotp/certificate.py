@@ -60,7 +60,7 @@ def replay(model: nn.Module, examples: Sequence[Example], draft: Draft, params: 
 
         skipped = tuple(b + "." for b in expected.repeats)
         modules = [m for m in draft.plan.modules if not (skipped and (m.path + ".").startswith(skipped))]
-        return apply(model, params, modules, comm=DryComm(tp), make_param=make).undo
+        return apply(model, params, modules, comm=DryComm(tp), make_param=make, skip=skipped).undo
 
     try:
         actual = trace(model, ran, keep, tag=False, hidden=lambda f: f.startswith(_REWRITE), before=before, repeats=expected.repeats)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +27,19 @@ from autotp.trace.run import trace
 MAX_REPLAYS = 64
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Planning makes many small objects and no garbage cycles worth a pass over the whole model's objects."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_no_collection()
 def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = None) -> Plan:
     """The certified plan of `model` over `tp` ranks. The model is left as it was.
 

@@ -339,12 +339,17 @@ def _has_repeats(expr: Expr, tp: int) -> bool:
 def _repeated(plans: Mapping[str, ModulePlan], repeats: Mapping[str, str]) -> list[ModulePlan]:
     """Copies for the blocks that were not traced, inner blocks first, so that copies of copies are made too."""
     every = dict(plans)
+    inside: dict[str, list[str]] = {}  # template → paths under it, kept up to date as copies are made
+    for template in set(repeats.values()):
+        inside[template] = [p for p in every if p == template or p.startswith(template + ".")]
     for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):
-        for path, plan in list(every.items()):
-            if path == template or path.startswith(template + "."):
-                uses = tuple(replace(u, owner=_moved(u.owner, template, block)) for u in plan.uses)
-                moved = replace(plan, path=_moved(path, template, block), uses=uses)
-                every[moved.path] = moved
+        for path in list(inside[template]):
+            uses = tuple(replace(u, owner=_moved(u.owner, template, block)) for u in every[path].uses)
+            moved = replace(every[path], path=_moved(path, template, block), uses=uses)
+            every[moved.path] = moved
+            for other, paths in inside.items():
+                if moved.path == other or moved.path.startswith(other + "."):
+                    paths.append(moved.path)
     return [plan for path, plan in every.items() if path not in plans]
 
 

@@ -176,10 +176,13 @@ def _traffic(space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePl
             crossed = (node.op.value, ".".join(map(str, (node.slot[0], *node.slot[1]))))
             width.setdefault(crossed, _per_token(node.outputs[0]))
     out: list[Traffic] = []
-    template = dict(space.graph.repeats)
+    blocks = {b + ".": t + "." for b, t in space.graph.repeats.items()}
     shared: set[tuple[str, int]] = set()
     for m in modules:
-        path = next((t + m.path[len(b) :] for b, t in template.items() if m.path == b or m.path.startswith(b + ".")), m.path)
+        path = m.path + "."
+        while (block := _block_of(path, blocks)) is not None:
+            path = blocks[block] + path[len(block) :]
+        path = path[:-1]
         for kind, slots in (("enter", m.inputs), ("exit", m.outputs)):
             for slot in slots:
                 size = width.get((kind, ".".join(map(str, (path, *slot.path)))), 0)
@@ -210,16 +213,25 @@ def _per_token(value: Value) -> int:
     return prod(value.shape[2:]) if len(value.shape) > 2 else (value.shape[-1] if value.shape else 1)
 
 
+def _block_of(name: str, blocks: Mapping[str, str]) -> str | None:
+    """The innermost of `blocks` (prefixes that end in a dot) that a name is inside."""
+    at = name.rfind(".")
+    while at >= 0:
+        if name[: at + 1] in blocks:
+            return name[: at + 1]
+        at = name.rfind(".", 0, at)
+    return None
+
+
 def lift(plan: Plan, names: Iterable[str], repeats: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Plan:
     """The plan with the parameters of repeated blocks filled in from their templates, in the order of `names`."""
     params: dict[str, ParamPlan] = {}
     aliases, products = dict(plan.aliases), set(plan.products)
     blocks = {b + ".": t + "." for b, t in repeats.items()}
-    prefixes = sorted(blocks, key=len, reverse=True)
     for name in names:
         twin, moves = name, []
         while twin not in plan.params:
-            block = next((b for b in prefixes if twin.startswith(b)), None)
+            block = _block_of(twin, blocks)
             if block is None:
                 raise PlanError(f"{name}: no layout was planned for it")
             twin = blocks[block] + twin[len(block) :]

@@ -37,6 +37,7 @@ def apply(
     *,
     comm: Comm,
     make_param: MakeParam,
+    skip: tuple[str, ...] = (),
 ) -> Undo:
     """Rewrite `model` in place so that this rank runs its part.
 
@@ -45,6 +46,7 @@ def apply(
         params: A plan for every name in `model.named_parameters(remove_duplicate=False)`.
         modules: What changes at which module.
         comm: The group.
+        skip: prefixes of module paths that are left as they are, parameters too (they do not run).
         make_param: `(fqn, old parameter, layout) → new parameter`, called once for each distinct parameter.
 
     Returns:
@@ -55,7 +57,7 @@ def apply(
     """
     undo = Undo()
     try:
-        _Rewriter(model, params, modules, comm, undo).run(make_param)
+        _Rewriter(model, params, modules, comm, undo, skip).run(make_param)
     except BaseException:
         undo.undo()
         raise
@@ -63,13 +65,24 @@ def apply(
 
 
 class _Rewriter:
-    def __init__(self, model: nn.Module, params: Mapping[str, ParamPlan], modules: Sequence[ModulePlan], comm: Comm, undo: Undo) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, ParamPlan],
+        modules: Sequence[ModulePlan],
+        comm: Comm,
+        undo: Undo,
+        skip: tuple[str, ...],
+    ) -> None:
         self.model, self.params, self.comm, self.undo = model, params, comm, undo
-        self.named = dict(model.named_parameters(remove_duplicate=False))
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self.unknown = [n for n in params if n not in named]
+        self.named = {n: p for n, p in named.items() if not (skip and n.startswith(skip))}
         self.paths: dict[int, str] = {}
         self.modules: dict[int, nn.Module] = {}
         for path, sub in model.named_modules():
-            self.paths[id(sub)], self.modules[id(sub)] = path, sub
+            if not (skip and (path + ".").startswith(skip)):
+                self.paths[id(sub)], self.modules[id(sub)] = path, sub
         self.plans = self._plans(modules)
 
     def run(self, make_param: MakeParam) -> None:
@@ -105,7 +118,7 @@ class _Rewriter:
         problems = []
         if missing := [n for n in self.named if n not in self.params]:
             problems.append(f"parameters without a plan: {missing}")
-        if unknown := [n for n in self.params if n not in self.named]:
+        if unknown := self.unknown:
             problems.append(f"plans for parameters that the model does not have: {unknown}")
         first: dict[int, str] = {}
         for name, p in self.named.items():
