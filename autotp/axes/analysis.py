@@ -185,7 +185,12 @@ def _repeat(context: Context, node: Node) -> None:
             context.join(a, x, b, y)
 
 
-_PSEUDO: dict[Pseudo, Rule] = {Pseudo.ENTER: _identity, Pseudo.EXIT: _identity, Pseudo.WRITE: _write, Pseudo.REPEAT: _repeat}
+def _escape(context: Context, node: Node) -> None:
+    context.opaque("it is used inside a vmap")
+
+
+_PSEUDO: dict[Pseudo, Rule] = {
+    Pseudo.ESCAPE: _escape,Pseudo.ENTER: _identity, Pseudo.EXIT: _identity, Pseudo.WRITE: _write, Pseudo.REPEAT: _repeat}
 
 
 def is_pointwise(op: Any) -> bool:

@@ -23,6 +23,7 @@ class Pseudo(Enum):
     ENTER = "enter"
     EXIT = "exit"
     REPEAT = "repeat"
+    ESCAPE = "escape"  # a tensor goes where operators cannot be recorded (inside vmap)
     WRITE = "write"  # an in-place operator changed this alias of its target
 
 

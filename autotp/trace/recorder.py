@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch.autograd_function import custom_function_call
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from autotp.trace import choices
 from autotp.trace.boundary import flatten_arguments, flatten_result
@@ -136,6 +137,9 @@ class Recorder:
 
     def dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run and record one ATen call."""
+        if torch._C._are_functorch_transforms_active():
+            self._escape(args)
+            return func(*args, **kwargs)
         place = self._call[3] if self._call else None
         if self._quiet or (place is not None and self.hidden(place.file)):
             return func(*args, **kwargs)
@@ -166,6 +170,19 @@ class Recorder:
             if isinstance(target, Tensor):
                 self._written(target, outputs[0] if outputs else self.value(target))
         return result
+
+    def _escape(self, args: tuple[Any, ...]) -> None:
+        """Note which values are used inside a functorch transform, whose tensors are wrappers that cannot be told apart."""
+        functorch = torch._C._functorch
+        for tensor in (a for a in tree_flatten(args)[0] if isinstance(a, Tensor)):
+            while functorch.is_functorch_wrapped_tensor(tensor):
+                tensor = functorch.get_unwrapped(tensor)
+            value = self._values.get(id(tensor))
+            if value is None:
+                continue
+            if value.dtype.is_floating_point and value.origin is not Origin.CONST:
+                raise RuntimeError("a vmap over activations cannot be traced")
+            self.add(Pseudo.ESCAPE, (value,), {}, ())
 
     def _rebind(self, tensor: Tensor) -> Value:
         return self.bind(tensor, Origin.NODE)
@@ -392,6 +409,12 @@ class _Dispatch(SchemaCheckMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.recorder.dispatched(func, args, kwargs or {})
+
+
+@custom_function_call.py_impl(_Dispatch)  # type: ignore[untyped-decorator]
+def _custom_function(mode: _Dispatch, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """An autograd.Function inside vmap (transformers' masks index with one): run by functorch, not recorded."""
+    return custom_function_call(function, *args, **kwargs)
 
 
 class _Function(TorchFunctionMode):
