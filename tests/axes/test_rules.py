@@ -138,7 +138,7 @@ class Subject:
         full |= {v.id: dict(module.named_buffers())[n] for n, v in graph.buffers.items()}
         full |= dict(graph.constants)
         for node in graph.nodes:
-            full |= dict(zip((o.id for o in node.outputs), _run(node, {}, lambda v: full[v.id]), strict=True))
+            full.update(zip((o.id for o in node.outputs), _run(node, {}, lambda v: full[v.id]), strict=True))
         return Subject(space, full, loud)
 
     def layout(self, value: int, on: Atoms) -> Layout:
@@ -683,7 +683,7 @@ def index_add(d: Draw) -> Any:
 
 @case
 def scatter(d: Draw) -> Any:
-    m, n, k = d.n(), d.n(), d.n()
+    m, n = d.n(), d.n()
     add = d.yes()
     return (
         (lambda x, y, i: x.scatter_add(0, i, y) if add else x.scatter(0, i, y)),

@@ -1,0 +1,182 @@
+"""Code that computes with the size of a shard: the planner leaves it whole and says why, and it is the certificate that knows.
+
+Each module joins two Linears by one expression that reads a width. The same modules planned with a replay that always agrees
+show which of them nothing else protects; the others are refused by an int that cannot become local.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autotp
+from autotp import Plan, planner
+from autotp.plan.model import Op
+
+OUTER, WIDTH, LAST = 5, 16, 5
+
+
+class Between(nn.Module):
+    """Linear, relu, an expression, Linear."""
+
+    def __init__(self, expression: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.expression = nn.Linear(OUTER, WIDTH), nn.Linear(WIDTH, LAST), expression
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.expression(F.relu(self.a(x))))
+
+
+def by_branch(h: Tensor) -> Tensor:
+    return h * 2 if h.shape[-1] > 10 else h - 1
+
+
+def by_loop(h: Tensor) -> Tensor:
+    for _ in range(h.shape[-1] // 8):
+        h = h * 2
+    return h
+
+
+def by_table(h: Tensor) -> Tensor:
+    return h * torch.tensor([1.0, 2.0, 3.0])[min(h.shape[-1] // 8, 2)]
+
+
+def by_literal_heads(h: Tensor) -> Tensor:
+    return h.view(*h.shape[:-1], 4, -1).softmax(-1).flatten(-2)
+
+
+#: The width as a number: only the replay sees it.
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "divided": lambda h: h / h.shape[-1],
+    "under a root": lambda h: h * math.sqrt(h.size(-1)),
+    "numel": lambda h: h / h.numel(),
+    "length": lambda h: h * len(h[0, 0]),
+    "bytes": lambda h: h * (h.nbytes / 1000),
+    "branch": by_branch,
+    "loop": by_loop,
+    "table": by_table,
+    "as a tensor": lambda h: h * torch.tensor(float(h.shape[-1])),
+    "exponent": lambda h: h.abs() ** (h.shape[-1] / 16),
+    "clamped": lambda h: h.clamp(max=h.shape[-1] / 16),
+}
+#: The width makes another tensor, or is a literal where a local one is needed: rules and the localiser stop these too.
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "arange": lambda h: h * torch.arange(h.shape[-1]),
+    "linspace": lambda h: h * torch.linspace(0, 1, h.shape[-1]),
+    "eye": lambda h: h @ torch.eye(h.shape[-1]),
+    "literal arange": lambda h: h * torch.arange(16),
+    "literal heads": by_literal_heads,
+    "literal prefix": lambda h: F.pad(h[..., :10], (0, 6)),
+    "fixed table": lambda h: h * torch.tensor([float(i % 3) for i in range(h.shape[-1])]),
+}
+
+
+def planned(module: nn.Module) -> Plan:
+    return autotp.plan(module, tp=2, example_inputs={"x": torch.randn(2, 3, OUTER)})
+
+
+def is_cut(plan: Plan) -> bool:
+    return plan.params["a.weight"].layout.dim is not None or plan.params["b.weight"].layout.dim is not None
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *SHAPES])
+def test_left_whole_with_a_reason(name: str) -> None:
+    plan = planned(Between((NUMBERS | SHAPES)[name]))
+    if name in NUMBERS or not is_cut(plan):
+        assert not is_cut(plan)
+        assert "<root>" in plan.replicated["a.weight"]
+        assert plan.replicated["b.weight"]
+    else:  # the other tensor is whole on every rank, and each takes its part of it
+        assert any(c.op is Op.SLICE for m in plan.modules for s in m.sites for _, cs in s.inputs for c in cs)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_reason_names_what_differs(name: str) -> None:
+    reason = planned(Between(NUMBERS[name])).replicated["a.weight"]
+    assert "on a shard" in reason or "would become" in reason
+    assert "test_certificate.py" in reason
+
+
+#: What the localiser sees too: the width is an argument of an operator, with its provenance.
+SEEN_TWICE = ("divided", "numel", "table")
+
+
+@pytest.mark.parametrize("name", [n for n in NUMBERS if n not in SEEN_TWICE])
+def test_without_the_certificate_it_would_be_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "replay", lambda *_: None)
+    assert is_cut(planned(Between(NUMBERS[name])))
+
+
+@pytest.mark.parametrize("name", ["literal heads", "literal prefix", "eye", *SEEN_TWICE])
+def test_the_rules_protect_these_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "replay", lambda *_: None)
+    assert not is_cut(planned(Between((NUMBERS | SHAPES)[name])))
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        lambda h: h * h.shape[1],  # the length, which stays whole
+        lambda h: h * 16,
+        lambda h: h + torch.zeros_like(h),
+        lambda h: h.view(*h.shape[:-1], -1, 4).softmax(-1).flatten(-2),
+        lambda h: h * 2 if h.dim() == 3 else h,
+    ],
+)
+def test_harmless_code_is_cut(harmless: Callable[[Tensor], Tensor]) -> None:
+    """The certificate does not refuse everything."""
+    assert is_cut(planned(Between(harmless)))
+
+
+class Counted(nn.Module):
+    """The number of heads is used as a number too, outside of any shape."""
+
+    def __init__(self, scale_by_heads: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.h, self.scale_by_heads = nn.Linear(OUTER, 3 * WIDTH), nn.Linear(WIDTH, LAST), 4, scale_by_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (z.unflatten(-1, (self.h, 4)).transpose(1, 2) for z in self.a(x).chunk(3, -1))
+        y = (q @ k.mT).softmax(-1) @ v
+        return self.b(y.transpose(1, 2).flatten(2)) * (self.h if self.scale_by_heads else 4)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_attribute_with_two_meanings(scaled: bool) -> None:
+    """Where the count is also a factor, it may not simply become local: the call that needs it local is told so."""
+    plan = planned(Counted(scaled))
+    if is_cut(plan) and scaled:
+        assert "h" not in plan.attributes
+        assert any(s.ints for m in plan.modules for s in m.sites)
+    elif not scaled:
+        assert is_cut(plan)
+
+
+def test_only_the_guilty_region_is_given_up() -> None:
+    class TwoRegions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bad, self.good = Between(NUMBERS["divided"]), Between(lambda h: h * 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bad(x) + self.good(x)
+
+    plan = planned(TwoRegions())
+    assert plan.params["bad.a.weight"].layout.dim is None
+    assert plan.params["good.a.weight"].layout.dim == 0
+
+
+def test_the_replay_leaves_the_model_alone() -> None:
+    module = Between(NUMBERS["divided"])
+    before = {n: (p, p.clone()) for n, p in module.named_parameters()}
+    planned(module)
+    for name, p in module.named_parameters():
+        assert p is before[name][0]
+        assert torch.equal(p, before[name][1])
+    assert type(module.a) is nn.Linear
+    assert not module.a._forward_pre_hooks
