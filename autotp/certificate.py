@@ -65,16 +65,22 @@ def replay(model: nn.Module, examples: Sequence[Example], draft: Draft, params: 
     try:
         actual = trace(model, ran, keep, tag=False, hidden=lambda f: f.startswith(_REWRITE), before=before, repeats=expected.repeats)
     except TraceError as error:
-        partial = error.partial
-        done = partial if isinstance(partial, Graph) else None
+        done = error.partial if isinstance(error.partial, Graph) else None
         found = _compare(draft, done, tp, complete=False) if done is not None else None
         if found is None:
-            rest = list(_visible(draft, expected.nodes))
-            at = min(len(list(_actual(done.nodes))) if done is not None else 0, len(rest) - 1)
-            found = Difference(rest[at], "")
+            found = Difference(_where(draft, error.module), "")
         cause = error.__cause__ or error
         return Difference(found.node, f"the code fails on a shard ({type(cause).__name__}: {cause})")
     return _compare(draft, actual, tp, complete=True)
+
+
+def _where(draft: Draft, module: str) -> Node:
+    """The first node of a module that a sharded value reaches; its first node, or the graph's, where there is none."""
+    nodes = draft.space.graph.nodes
+    inside = [n for n in nodes if n.module == module] or [n for n in nodes if n.module.startswith(module)] or list(nodes)
+    labels = draft.choice.labels
+    reached = (n for n in inside if any(labels.of(v) for v in (*n.inputs(), *n.outputs)))
+    return next(reached, inside[0])
 
 
 def _visible(draft: Draft, nodes: Iterable[Node]) -> Iterable[Node]:

@@ -17,10 +17,11 @@ class MeshError(AutoTPError):
 class TraceError(AutoTPError):
     """The model could not be run on fake tensors; names the module, the operator and the ways out.
 
-    `partial` is the graph recorded until then.
+    `partial` is the graph recorded until then, `module` the path of the module that failed.
     """
 
     partial: object = None
+    module: str = ""
 
 
 class InputError(AutoTPError):

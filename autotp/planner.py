@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = N
     name = type(model).__name__
     if tp == 1:
         return whole_plan(model, "tp is 1")
-    examples = _examples(model, inputs)
+    examples = tuple(_settled(_examples(model, inputs)))
     graph = trace(model, examples, keep)
     space = Space(find_axes(graph))
     bans = Bans({})
@@ -80,6 +81,18 @@ def _examples(model: nn.Module, inputs: Mapping[str, object] | None) -> tuple[Ex
     except InputError:
         return given
     return (*given, *(replace(e, optional=True) for e in own))
+
+
+def _settled(examples: tuple[Example, ...]) -> Iterator[Example]:
+    """The examples with their inputs made once, so that every run sees the same, and the first one in training mode too."""
+    for example in (*examples, replace(examples[0], name=examples[0].name + "-training", decode=None, optional=True, training=True)):
+        try:
+            made = example.make()
+        except Exception:
+            if not example.optional:
+                raise
+            continue
+        yield replace(example, make=partial(dict, made))
 
 
 def _in_dtype(example: Example, dtype: torch.dtype) -> Example:

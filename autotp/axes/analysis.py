@@ -190,7 +190,12 @@ def _escape(context: Context, node: Node) -> None:
 
 
 _PSEUDO: dict[Pseudo, Rule] = {
-    Pseudo.ESCAPE: _escape,Pseudo.ENTER: _identity, Pseudo.EXIT: _identity, Pseudo.WRITE: _write, Pseudo.REPEAT: _repeat}
+    Pseudo.ESCAPE: _escape,
+    Pseudo.ENTER: _identity,
+    Pseudo.EXIT: _identity,
+    Pseudo.WRITE: _write,
+    Pseudo.REPEAT: _repeat,
+}
 
 
 def is_pointwise(op: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
 from autotp.axes.atoms import Dim
@@ -385,6 +387,20 @@ def embedding(context: Context, node: Node) -> None:
     context.linear([table])
 
 
+def _known_row(context: Context, node: Node, x: Value, d: int, where: Value) -> bool:
+    """`x[..., [k], ...]` with a number k: a piece of size 1, where what is counted over to reach it is whole."""
+    known = context.graph.constants.get(where.id)
+    if known is None or known.numel() != 1 or known.dim() != 1 or known.dtype == torch.bool:
+        return False
+    k, n = int(known), x.shape[d]
+    at = k % n
+    pieces = atoms.cut(context.of(x)[d], [at, 1, n - at - 1])
+    context.block(x, pieces[0 if k >= 0 else 2], "an index is counted over the dim")
+    context.set(node.outputs[0], [[] if i == d else dim for i, dim in enumerate(context.of(x))])
+    context.linear([x])
+    return True
+
+
 @rule("index", "_unsafe_index")
 def index(context: Context, node: Node) -> None:
     """Tensor indices: indexed dims are mixed, the others stay."""
@@ -399,6 +415,8 @@ def index(context: Context, node: Node) -> None:
         lead = len(out.shape) - len(tail)
         context.set(out, [*[atoms.new(n) for n in out.shape[:lead]], *tail])
         context.linear([x])
+        return
+    if len(indexed) == 1 and _known_row(context, node, x, indexed[0], places[indexed[0]]):
         return
     for i in indexed:
         context.mix(x, i)

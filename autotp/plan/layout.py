@@ -118,7 +118,7 @@ def repeated(expr: Expr, tp: int) -> tuple[Interval, ...]:
 def freed(expr: Expr) -> Expr:
     """`expr` for an activation: a whole major factor (a batch, a length) may have any size, written as size 0."""
     if isinstance(expr, Product) and isinstance(expr.parts[0], Factor) and not expr.parts[0].sharded:
-        return Product((Factor(expr.parts[0].name, 0), *expr.parts[1:]))
+        return Product((Factor("n", 0), *expr.parts[1:]))
     return expr
 
 

@@ -152,7 +152,7 @@ def explain(plan: Plan, name: str) -> str:
         if any(t.module == m.path for m in modules) or any(n.rpartition(".")[0] == t.module for n in names):
             size = f"{t.width} elements a token" if t.width else f"{t.elements} elements"
             lines.append(f"collective at {t.module or '<root>'}: {t.kind} of {size}, {t.when}")
-    return "\n".join(dict.fromkeys(lines))
+    return "\n".join(lines)
 
 
 def _owns(module: ModulePlan, name: str) -> bool:

@@ -76,6 +76,13 @@ def _real(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[bool, 
     flat, spec = tree_flatten((args, kwargs))
     tensors = [x for x in flat if isinstance(x, Tensor)]
     name = func._schema.name.rsplit("::", 1)[-1]
+    if name in ("expand_as", "view_as", "reshape_as") and len(tensors) == 2:  # the second gives its shape alone
+        first = recorder.concrete.get(recorder.value(tensors[0]).id)
+        if first is not None and tensors[1].numel() <= SMALL:
+            with unset_fake_temporarily():
+                shape = tuple(tensors[1].shape)
+                return True, first.expand(shape) if name == "expand_as" else first.reshape(shape)
+        return False, None
     reals = [recorder.concrete.get(recorder.value(t).id) for t in tensors]
     usable = all(r is not None for r in reals) and torch.Tag.nondeterministic_seeded not in func.tags
     if not tensors:

@@ -36,12 +36,14 @@ class Example:
     decode: from the outputs of that call, the keywords of the next one (the returned cache and one more token); it
         answers None where the outputs hold no cache.
     optional: the model may turn this call down without harm.
+    training: the call is made in training mode.
     """
 
     name: str
     make: Callable[[], Inputs]
     decode: Callable[[Any], Inputs | None] | None = None
     optional: bool = False
+    training: bool = False
 
     @property
     def inputs(self) -> Inputs:

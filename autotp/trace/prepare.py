@@ -7,10 +7,12 @@ found so that only one of them runs. Everything is undone on exit, whatever happ
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -65,16 +67,31 @@ def module_paths(model: nn.Module) -> dict[int, str]:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode inside, each one's own mode restored after."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in training or eval mode inside, each one's own mode restored after."""
     modes = [(m, m.training) for m in model.modules()]
     for module, _ in modes:
-        module.training = False
+        module.training = training
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before
+
+
+@contextmanager
+def same_numbers() -> Iterator[None]:
+    """Host random numbers (masks drawn by numpy in training) are the same in every run inside; the caller's go on after."""
+    numbers, host = np.random.get_state(), random.getstate()
+    np.random.seed(0)
+    random.seed(0)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        np.random.set_state(numbers)
+        random.setstate(host)
 
 
 def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], bool], undo: Undo) -> None:

@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -111,7 +112,14 @@ class Recorder:
     def graph(self, repeats: dict[str, str]) -> Graph:
         """Everything recorded so far, without versions of aliases that nothing reads."""
         nodes, results = _alive(self.nodes, self.results)
-        return Graph(nodes, dict(self.params), dict(self.buffers), results, dict(repeats), dict(self.fills), tuple(self.notes))
+        constants = {
+            v.id: self.concrete[v.id]
+            for n in nodes
+            for v in n.inputs()
+            if v.id in self.concrete and (v.origin is Origin.CONST or prod(v.shape) <= 16)
+        }
+        tables = dict(self.params), dict(self.buffers)
+        return Graph(nodes, *tables, results, dict(repeats), dict(self.fills), tuple(self.notes), constants)
 
     # nodes ----------------------------------------------------------------------------------------------------------------
 
@@ -318,9 +326,8 @@ class Recorder:
         return flatten_arguments(module, args, kwargs, lambda where, t: self._once(seen, t, Pseudo.ENTER, path, where))
 
     def leave(self, path: str, result: Any) -> Any:
-        """`result` with each tensor replaced by its alias outside the module."""
-        seen: dict[int, Tensor] = {}
-        return flatten_result(result, lambda where, t: self._once(seen, t, Pseudo.EXIT, path, where))
+        """`result` with each tensor replaced by its alias outside the module, one alias for each place it is returned at."""
+        return flatten_result(result, lambda where, t: self.cross(t, Pseudo.EXIT, path, where))
 
     def _once(self, seen: dict[int, Any], tensor: Tensor, kind: Pseudo, path: str, where: tuple[str | int, ...]) -> Tensor:
         if id(tensor) not in seen:

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from autotp.trace.alike import alike_blocks
 from autotp.trace.choices import Untraceable, small
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 from autotp.trace.inputs import Example
-from autotp.trace.prepare import Undo, eval_mode, fake_weights, keep_state, module_paths, run_undo, tag_ints
+from autotp.trace.prepare import Undo, fake_weights, in_mode, keep_state, module_paths, run_undo, same_numbers, tag_ints
 from autotp.trace.recorder import Recorder, replaced_forward
 
 
@@ -146,7 +147,7 @@ def _trace(
     recorder.templates = {**repeats, **{t: t for t in repeats.values()}}
     undo: Undo = []
     try:
-        with eval_mode(model), _quiet_fakes():
+        with in_mode(model, training=False), same_numbers(), _quiet_fakes():
             keep_state(model, undo)
             fake_weights(model, fake, skip, undo)
             if tag:
@@ -181,6 +182,10 @@ def _quiet_fakes() -> Iterator[None]:
 
 
 def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example) -> None:
+    if example.training:
+        with in_mode(model, training=True):
+            _run(model, recorder, fake, replace(example, training=False))
+        return
     name, mark = example.name, len(recorder.nodes)
     try:
         recorder.round += 1
@@ -194,7 +199,7 @@ def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, examp
     except Untraceable as error:
         if not example.optional:
             failure = TraceError(_explain(name, error))
-            failure.partial = recorder.graph(recorder.repeats)
+            failure.partial, failure.module = recorder.graph(recorder.repeats), error.module
             raise failure from error.error
         recorder.rewind(mark)
         recorder.notes.append(f"the {name} path was not traced: {_explain(name, error)}")
