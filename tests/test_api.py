@@ -130,7 +130,7 @@ def test_bad_example_inputs(inputs: Any, says: str) -> None:
 
 
 def test_inputs_of_the_wrong_shape_are_a_trace_error() -> None:
-    with pytest.raises(TraceError, match="reduction dim|shapes"):
+    with pytest.raises(TraceError, match=r"reduction dim|shapes"):
         autotp.plan(Two(), tp=2, example_inputs={"x": torch.randn(2, OUTER + 1)})
 
 
