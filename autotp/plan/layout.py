@@ -98,21 +98,27 @@ def intervals(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
     return result
 
 
-def _repeated(expr: Expr, tp: int, offset: int) -> list[Interval]:
-    if not is_sharded(expr):
-        return [(offset, offset + size(expr))]
+def _whole(expr: Expr, tp: int) -> tuple[Interval, ...]:
+    """Runs of the local dim whose indices pass through no sharded factor."""
+    if isinstance(expr, Factor):
+        return () if expr.sharded else ((0, expr.size),)
     if isinstance(expr, Concat):
-        runs = []
+        runs: list[Interval] = []
+        offset = 0
         for part in expr.parts:
-            runs += _repeated(part, tp, offset)
+            runs += [(offset + a, offset + b) for a, b in _whole(part, tp)]
             offset += size(part, tp)
-        return runs
-    return []
+        return _merge(runs)
+    result: tuple[Interval, ...] = ((0, 1),)
+    for part in expr.parts:
+        minor, inner = size(part, tp), _whole(part, tp)
+        result = _merge([(i * minor + a, i * minor + b) for lo, hi in result for i in range(lo, hi) for a, b in inner])
+    return result
 
 
 def repeated(expr: Expr, tp: int) -> tuple[Interval, ...]:
     """Runs of the *local* dim that every rank holds although the dim is sharded (k and v rows of a fused MQA weight)."""
-    return _merge(_repeated(expr, tp, 0)) if is_sharded(expr) else ()
+    return _whole(expr, tp) if is_sharded(expr) else ()
 
 
 def freed(expr: Expr) -> Expr:
