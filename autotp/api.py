@@ -20,6 +20,7 @@ from autotp.rewrite.apply import apply
 from autotp.rewrite.comm import Comm, DryComm, GroupComm
 from autotp.rewrite.rng import install_rng
 from autotp.rewrite.shards import shard_onto
+from autotp.rewrite.undo import Undo
 
 _STATE = "_autotp"
 T = TypeVar("T")
@@ -93,16 +94,18 @@ def parallelize(
     dist.broadcast_object_list(parcel, group=group, group_src=0)  # one rank plans: all ranks then have the same plan
     made: Plan = parcel[0]
 
-    def rewrite() -> None:
-        undo = apply(model, made.params, made.modules, comm=comm, make_param=shard_onto(line))
-        try:
-            install_rng(model, comm, undo)
-        except BaseException:
-            undo.undo()
-            raise
-        undo.release()
+    undo = Undo()
 
-    _agree(group, rewrite)
+    def rewrite() -> None:
+        undo.push(apply(model, made.params, made.modules, comm=comm, make_param=shard_onto(line)).undo)
+        install_rng(model, comm, undo)
+
+    try:
+        _agree(group, rewrite)
+    except BaseException:
+        undo.undo()  # also where another rank failed: either all models are parallel or none is
+        raise
+    undo.release()
     model.__dict__[_STATE] = _State(made, comm)
     return model
 

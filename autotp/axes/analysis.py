@@ -116,8 +116,14 @@ class Context:
             self.meaning.contracts.append(Contract(value.id, tuple(dim), kernel, whole))
 
     def linear(self, *groups: Sequence[Value]) -> None:
-        """Each group of values may be partial sums together, giving a partial sum."""
-        self.meaning.linear += [frozenset(v.id for v in group) for group in groups if group]
+        """Each group of values may be partial sums together, giving a partial sum.
+
+        A group of one stands for an operator that is linear in that operand; a tensor multiplied with itself is none.
+        """
+        inputs = [v.id for v in self.node.inputs()]
+        for group in groups:
+            if group and not (len(group) == 1 and inputs.count(group[0].id) > 1):
+                self.meaning.linear.append(frozenset(v.id for v in group))
 
     def demand(self, number: Any, value: Value, dims: Sequence[Dim], at: int = -1, listed: int = 0) -> None:
         """The int `number` must be the local size of `dims` (summed) of `value`."""

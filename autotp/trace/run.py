@@ -147,8 +147,8 @@ def _trace(
     recorder.templates = {**repeats, **{t: t for t in repeats.values()}}
     undo: Undo = []
     try:
+        keep_state(model, undo)
         with in_mode(model, training=False), same_numbers(), _quiet_fakes():
-            keep_state(model, undo)
             fake_weights(model, fake, skip, undo)
             if tag:
                 tag_ints(model, skip, undo)

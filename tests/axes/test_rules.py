@@ -714,12 +714,7 @@ def moe(d: Draw) -> Any:
     )
 
 
-KNOWN = {"same_twice": "mul, einsum and matmul call a product of a tensor with itself linear in it"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.xfail(raises=AssertionError, reason=KNOWN[n])) if n in KNOWN else n for n in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_claims(name: str) -> None:
     accepted = 0
 
