@@ -418,7 +418,7 @@ class _Dispatch(SchemaCheckMode):  # type: ignore[no-untyped-call]
         return self.recorder.dispatched(func, args, kwargs or {})
 
 
-@custom_function_call.py_impl(_Dispatch)  # type: ignore[untyped-decorator]
+@custom_function_call.py_impl(_Dispatch)
 def _custom_function(mode: _Dispatch, function: Any, *args: Any, **kwargs: Any) -> Any:
     """An autograd.Function inside vmap (transformers' masks index with one): run by functorch, not recorded."""
     return custom_function_call(function, *args, **kwargs)
