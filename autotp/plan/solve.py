@@ -177,6 +177,7 @@ def _traffic(space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePl
             width.setdefault(crossed, _per_token(node.outputs[0]))
     out: list[Traffic] = []
     blocks = {b + ".": t + "." for b, t in space.graph.repeats.items()}
+    inside = _site_traffic(space, choice, moves)
     shared: set[tuple[str, int]] = set()
     for m in modules:
         path = m.path + "."
@@ -197,16 +198,35 @@ def _traffic(space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePl
                             continue
                         shared.add(key)
                         out.append(Traffic(m.path, "all_reduce", "backward", size))
-        for s in m.sites:
-            for _, conversions in (*s.inputs, *s.outputs):
-                for c in conversions:
-                    if c.op in (Op.REDUCE, Op.COPY, Op.GATHER):
-                        kind_name = "all_gather" if c.op is Op.GATHER else "all_reduce"
-                        out.append(Traffic(m.path, kind_name, "backward" if c.op is Op.COPY else "forward", 1))
+        out += [replace(t, module=m.path) for t in inside.get(path, ())]
     for name, value in space.graph.params.items():
         if value.id in moves.grad_sums and value.name == name:
             out.append(Traffic(name.rpartition(".")[0], "all_reduce", "backward", 0, prod(value.shape)))
     return tuple(out)
+
+
+def _site_traffic(space: Space, choice: Choice, moves: Moves) -> dict[str, list[Traffic]]:
+    """Collectives at call sites, by traced module: reductions and copies of single values, statistics of norms."""
+    first = space.graph.results[0].stop if space.graph.results else len(space.graph.nodes)
+    out: dict[str, list[Traffic]] = {}
+
+    def add(node: Node, when: str, value: Value) -> None:
+        if node.index < first:
+            out.setdefault(node.module, []).append(Traffic(node.module, "all_reduce", when, _per_token(value)))
+
+    for keys, when in ((moves.reduces, "forward"), (moves.copies, "backward")):
+        for key in sorted((k for k in keys if isinstance(k, tuple) and k[0] == "value"), key=str):
+            node = space.made.get(key[1])
+            if node is not None:
+                add(node, when, next(o for o in node.outputs if o.id == key[1]))
+    for index, number in sorted(moves.group_edges):
+        add(space.graph.nodes[index], "backward", next(v for v in space.inputs[index] if v.id == number))
+    for index in sorted(choice.labels.kernels):
+        node = space.graph.nodes[index]
+        if any(c.whole for c, _ in space.contracts[index]) and node.index < first:
+            for when in ("forward", "backward"):
+                out.setdefault(node.module, []).append(Traffic(node.module, "all_reduce", when, 1))
+    return out
 
 
 def _per_token(value: Value) -> int:
