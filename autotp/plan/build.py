@@ -14,7 +14,7 @@ from autotp.plan.labels import NONE, Atoms, Space
 from autotp.plan.layout import Expr, Factor, freed
 from autotp.plan.localise import Localised
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use
-from autotp.plan.moves import Moves, slot_key
+from autotp.plan.moves import Moves, conversion_key, slot_key
 from autotp.plan.naming import Namer
 from autotp.trace.graph import Node, Origin, Place, Pseudo, Value
 
@@ -97,11 +97,17 @@ class Builder:
         if key[0] == "slot":
             self.slots.setdefault(key[1], []).append(conversion)
             return
-        node = self.made.get(key[1])
-        if node is None:
+        if key[0] == "place":
+            for node in self.graph.nodes:
+                for i, o in enumerate(node.outputs):
+                    if conversion_key(node, i) == key:
+                        self._output(node, o, conversion)
+            return
+        maker = self.made.get(key[1])
+        if maker is None:
             raise Unrealisable(self.users[key[1]][0], "an argument of the model would need a conversion")
-        value = next(o for o in node.outputs if o.id == key[1])
-        self._output(node, value, conversion)
+        value = next(o for o in maker.outputs if o.id == key[1])
+        self._output(maker, value, conversion)
 
     # conversions --------------------------------------------------------------------------------------------------------------
 

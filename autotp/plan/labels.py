@@ -277,7 +277,13 @@ def _node(
             out.kernels[index] = contract.kernel
         if not contract.whole:
             summed |= hit
-    if passes and (summed or any(have[v.id] for v in inputs if v.id not in ids)):
+    generated = NONE
+    if meaning.generates and index not in whole:
+        fresh = frozenset().union(*(space.carried[o.id] for o in node.outputs)) & on
+        generated = fresh - frozenset().union(*(space.carried.get(v.id, NONE) for v in inputs)) if inputs else fresh
+        if generated:
+            out.generated.add(index)
+    if passes and (summed or generated or any(have[v.id] for v in inputs if v.id not in ids)):
         passes = False  # the sum would meet a sharded operand: take it before
     if partial and not passes and not summed:
         passes = _add_once(space, meaning, ids, out)
@@ -288,12 +294,6 @@ def _node(
         for key in meaning.once:
             if key not in out.partial and not _mark_once(space, key, out):
                 out.conflicts.append(Conflict(summed, node, "what is added to the partial sum is no parameter"))
-    generated = NONE
-    if meaning.generates and index not in whole:
-        fresh = frozenset().union(*(space.carried[o.id] for o in node.outputs)) & on
-        generated = fresh - frozenset().union(*(space.carried.get(v.id, NONE) for v in inputs)) if inputs else fresh
-        if generated:
-            out.generated.add(index)
     available = active | generated
     for o in node.outputs:
         hit = space.carried.get(o.id, NONE) & available & _flowing(have, generated)

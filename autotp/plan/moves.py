@@ -27,7 +27,7 @@ TOKENS_SCALE = 100.0  # examples are tiny: an activation stands for this many ti
 class Moves:
     """Conversions by where they happen.
 
-    reduces, copies: keys `("slot", …)` of module boundaries or `("value", id)` of other values (call sites).
+    reduces, copies: the `conversion_key`s of module boundaries, call sites or single values.
     group_edges: (node index, value id) uses inside regions that are converted alone. grad_sums: parameters whose gradient is summed.
     partial: values that are still partial sums where they are used.
     """
@@ -53,16 +53,30 @@ def slot_key(node: Node) -> SlotKey | None:
     return None
 
 
-class _Vertices:
-    """Vertices of values; all values that cross one slot share theirs, since a hook treats every call alike."""
+def conversion_key(node: Node, index: int) -> Hashable:
+    """What converts result `index` of a node: a boundary slot, or the place in the code that calls the operator.
 
-    def __init__(self, space: Space) -> None:
+    A hook treats every call of its module alike, and an intervention every call from its place.
+    """
+    slot = slot_key(node)
+    if slot is not None:
+        return ("slot", slot)
+    if node.place is None or isinstance(node.op, Pseudo):
+        return ("value", node.outputs[index].id)
+    return ("place", node.module, node.place, node.opname, index)
+
+
+class _Vertices:
+    """Vertices of values; values that one conversion would act on share theirs."""
+
+    def __init__(self, space: Space, places: bool) -> None:
+        """`places`: calls from one place in the code share their vertices; otherwise each value outside slots is alone."""
         self.key: dict[int, Hashable] = {}
         self.order: dict[int, int] = {}
         for node in space.graph.nodes:
-            slot = slot_key(node)
-            for o in node.outputs:
-                self.key[o.id] = ("slot", slot) if slot is not None else ("value", o.id)
+            for i, o in enumerate(node.outputs):
+                key = conversion_key(node, i)
+                self.key[o.id] = key if places or slot_key(node) is not None else ("value", o.id)
                 self.order[o.id] = node.index
 
     def of(self, value: Value) -> Hashable:
@@ -78,9 +92,9 @@ def _cost(key: Hashable, value: Value, order: int) -> float:
     return base if isinstance(key, tuple) and key[0] == "slot" else SITE + base
 
 
-def place_reductions(space: Space, labels: Labels) -> tuple[frozenset[Hashable], frozenset[int]]:
+def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozenset[Hashable], frozenset[int]]:
     """(where partial sums are reduced, values still partial after that)."""
-    cut, vertices = Cut(), _Vertices(space)
+    cut, vertices = Cut(), _Vertices(space, places)
     mixed = _mixed_slots(space, vertices, lambda v: v.id in labels.partial)
     done: set[Hashable] = set()
     for node in space.graph.nodes:
@@ -94,7 +108,7 @@ def place_reductions(space: Space, labels: Labels) -> tuple[frozenset[Hashable],
             else:
                 for v in partial_in:
                     cut.same(("post", vertices.of(v)), ("pre", key))
-            if key not in done or not (isinstance(key, tuple) and key[0] == "slot"):
+            if key not in done:
                 cut.convertible(key, ("pre", key), ("post", key), None if key in mixed else _cost(key, o, node.index))
                 done.add(key)
     for value in space.graph.params.values():
@@ -138,10 +152,10 @@ def _mixed_slots(space: Space, vertices: _Vertices, holds: Callable[[Value], boo
 
 
 def place_copies(
-    space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable]
+    space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable], places: bool
 ) -> tuple[frozenset[Hashable], frozenset[tuple[int, int]], frozenset[int]]:
     """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed)."""
-    cut, vertices = Cut(), _Vertices(space)
+    cut, vertices = Cut(), _Vertices(space, places)
     flows = space.flows
     sharded = labels.shard
 
@@ -204,7 +218,7 @@ def place_copies(
     if solved is None:
         raise Undecidable("the gradients of a region cannot be reduced on every path exactly once")
     chosen = solved[0]
-    copies = frozenset(k for k in chosen if isinstance(k, tuple) and k[0] in ("slot", "value"))
+    copies = frozenset(k for k in chosen if isinstance(k, tuple) and k[0] in ("slot", "place", "value"))
     return (
         copies,
         frozenset(e for e in edges if ("group", e[1]) in chosen),
@@ -216,8 +230,7 @@ def _ends(space: Space, cut: Cut, vertices: _Vertices, seen: dict[int, Value], f
     done: set[Hashable] = set()
     for v in seen.values():
         key = vertices.of(v)
-        slot = isinstance(key, tuple) and key[0] == "slot"
-        if slot and key in done:
+        if key in done:
             continue
         done.add(key)
         before, after = ("below", key), ("above", key)
@@ -249,7 +262,18 @@ def _added(space: Space, node: Node, value: Value) -> bool:
 
 
 def place(space: Space, labels: Labels) -> Moves:
-    """All reductions of a labelled graph."""
-    reduces, partial = place_reductions(space, labels)
-    copies, groups, sums = place_copies(space, labels, partial, reduces)
+    """All reductions of a labelled graph.
+
+    Raises:
+        Undecidable: no placement reduces every partial sum exactly once.
+    """
+    try:
+        return _place(space, labels, places=True)
+    except Undecidable:  # calls from one place may need different things: then each on its own, if the code allows it
+        return _place(space, labels, places=False)
+
+
+def _place(space: Space, labels: Labels, places: bool) -> Moves:
+    reduces, partial = place_reductions(space, labels, places)
+    copies, groups, sums = place_copies(space, labels, partial, reduces, places)
     return Moves(reduces, partial, copies, groups, sums)

@@ -14,7 +14,7 @@ from autotp.plan.labels import NONE, Labels, Space, label, leaf_atoms
 from autotp.plan.layout import Layout
 from autotp.plan.localise import Localised, Stuck, localise
 from autotp.plan.model import ModulePlan, Op, ParamPlan
-from autotp.plan.moves import Moves, Undecidable, place
+from autotp.plan.moves import Moves, Undecidable, conversion_key, place
 from autotp.plan.naming import Namer, pattern_of
 from autotp.plan.plan import AxisInfo, Plan, Traffic
 from autotp.trace.graph import Node, Pseudo, Value
@@ -215,10 +215,11 @@ def _site_traffic(space: Space, choice: Choice, moves: Moves) -> dict[str, list[
             out.setdefault(node.module, []).append(Traffic(node.module, "all_reduce", when, _per_token(value)))
 
     for keys, when in ((moves.reduces, "forward"), (moves.copies, "backward")):
-        for key in sorted((k for k in keys if isinstance(k, tuple) and k[0] == "value"), key=str):
-            node = space.made.get(key[1])
-            if node is not None:
-                add(node, when, next(o for o in node.outputs if o.id == key[1]))
+        for node in space.graph.nodes[:first]:
+            for i, o in enumerate(node.outputs):
+                key = conversion_key(node, i)
+                if key in keys and isinstance(key, tuple) and key[0] != "slot":
+                    add(node, when, o)
     for index, number in sorted(moves.group_edges):
         add(space.graph.nodes[index], "backward", next(v for v in space.inputs[index] if v.id == number))
     for index in sorted(choice.labels.kernels):
