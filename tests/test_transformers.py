@@ -93,7 +93,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "siglip": ("siglip", {}, ("forward", "state_dict", "grad", "step")),
     "llava": ("llava", {}, ("forward", "generate", "state_dict", "grad", "step")),
     "qwen2_5_vl": ("qwen2_5_vl", {}, ("forward", "generate", "state_dict", "grad", "step")),
-    "mamba2": ("mamba2", {}, ("forward", "generate", "state_dict", "grad", "step")),
+    "mamba2": ("mamba2", {}, ("forward", "generate", "state_dict", "grad")),
     "jamba": ("jamba", {"experts": "eager"}, ("forward", "generate", "state_dict", "grad", "step")),
 }
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "granitemoe")
