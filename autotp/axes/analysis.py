@@ -15,7 +15,7 @@ import torch
 from autotp.axes import atoms
 from autotp.axes.atoms import Atom, Dim, Opaque
 from autotp.axes.kernel import Kernel
-from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
+from autotp.trace.graph import Graph, Node, Pseudo, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,6 @@ class Meaning:
     demands: list[Demand] = field(default_factory=list)
     once: list[int] = field(default_factory=list)  # values added once to a partial sum (a bias)
     generates: bool = False  # the result's content does not depend on its position: it can be made sharded
-    like: bool = False  # the result's shape is read from its argument
 
 
 Rule = Callable[["Context", Node], None]
@@ -207,8 +206,3 @@ _PSEUDO: dict[Pseudo, Rule] = {
 def is_pointwise(op: Any) -> bool:
     """True for operators that torch itself marks as elementwise."""
     return isinstance(op, torch._ops.OpOverload) and torch.Tag.pointwise in op.tags
-
-
-def is_source(value: Value) -> bool:
-    """True for values that no node makes."""
-    return value.origin is not Origin.NODE

@@ -552,7 +552,6 @@ def filled(context: Context, node: Node) -> None:
 def filled_like(context: Context, node: Node) -> None:
     """Constants of one value in the shape of another tensor."""
     context.set(node.outputs[0], context.of(node.args[0]))
-    context.meaning.like = True
     if node.opname == "zeros_like":
         context.linear([node.args[0]])
 

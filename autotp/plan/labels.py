@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from autotp.axes.analysis import Axes, Meaning
-from autotp.axes.atoms import Atom, find, flat
+from autotp.axes.atoms import Atom, flat
 from autotp.axes.kernel import Kernel
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
@@ -360,8 +360,3 @@ def _check_values(space: Space, out: Labels) -> None:
             if sum(atom in d for d in space.leaves[key]) > 1:
                 out.conflicts.append(Conflict(frozenset({atom}), None, "both dims of one tensor are the same axis"))
                 break
-
-
-def roots(atoms: Iterable[Atom]) -> Atoms:
-    """The classes that atoms belong to now."""
-    return frozenset(find(a) for a in atoms)

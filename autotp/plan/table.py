@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-def direction(param: ParamPlan) -> str:
-    """column, row, or replicated: whether a weight's outputs or inputs are cut."""
-    dim = param.layout.dim
-    return "replicated" if dim is None else f"shard dim {dim}"
-
-
 def _groups(plan: Plan) -> list[tuple[str, int, ParamPlan]]:
     """Parameters alike but for the numbers in their names, with how many there are."""
     found: dict[tuple[str, str, str, str], tuple[list[str], ParamPlan]] = {}

@@ -7,7 +7,6 @@ that run; only the innermost one's sites act, so that a listed module called ins
 
 from __future__ import annotations
 
-import dis
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
@@ -23,7 +22,7 @@ from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import Convert, bind_all
 from autotp.rewrite.kernels import run_kernel
 from autotp.rewrite.leaves import is_int, map_call, map_leaves
-from autotp.trace.places import call_place
+from autotp.trace.places import call_of, call_place
 
 
 class _Running(threading.local):
@@ -34,23 +33,6 @@ class _Running(threading.local):
 
 
 RUNNING = _Running()
-
-
-def call_of(code: CodeType, offset: int) -> int:
-    """The instruction of `code` that `offset` belongs to, the same for all offsets that one call can show.
-
-    The interpreter leaves `f_lasti` at the call's PRECALL, its CALL or the cache entries behind it, depending on whether the
-    callee is Python code and how warm the caller is.
-    """
-    start = 0
-    joined = False  # the instruction before was PRECALL: this CALL belongs to it
-    for instruction in dis.get_instructions(code):
-        if instruction.offset > offset:
-            break
-        if not joined:
-            start = instruction.offset
-        joined = instruction.opname == "PRECALL"
-    return start
 
 
 class SiteTable:

@@ -165,10 +165,8 @@ class Recorder:
         outputs = []
         flat = [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
         reals = [real] if isinstance(result, Tensor) else real if real is not None else [None] * len(flat)
-        targets = {id(t) for m in mutated for t in (m if isinstance(m, (list, tuple)) else [m]) if isinstance(t, Tensor)}
         for tensor, exact in zip(flat, reals, strict=False):
-            fresh = id(tensor) not in self._values or id(tensor) in targets
-            value = self.bind(tensor, Origin.NODE) if fresh else self._rebind(tensor)
+            value = self.bind(tensor, Origin.NODE)
             outputs.append(value)
             if exact is not None and choices.small(exact):
                 self.concrete[value.id] = exact
@@ -191,9 +189,6 @@ class Recorder:
             if value.dtype.is_floating_point and value.origin is not Origin.CONST:
                 raise RuntimeError("a vmap over activations cannot be traced")
             self.add(Pseudo.ESCAPE, (value,), {}, ())
-
-    def _rebind(self, tensor: Tensor) -> Value:
-        return self.bind(tensor, Origin.NODE)
 
     def _provenance(self, args: Any, kwargs: Any) -> dict[str, Any]:
         if self._call is None:
