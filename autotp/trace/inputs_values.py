@@ -47,6 +47,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def patch(facts: Facts) -> tuple[int, int]:
+    """Height and width of an image patch, in pixels."""
     return facts.pair("patch_size", "vision_patch_size", default=16, part=VISION)
 
 
@@ -116,6 +117,7 @@ def grid_thw(facts: Facts) -> Tensor:
 
 
 def pixel_values_videos(facts: Facts) -> Tensor:
+    """Frames of videos: `[batch, frames, channels, height, width]`."""
     frames = _frames(facts) or facts.number("frames_per_clip", "max_frames", default=2, part=VISION)
     return noise(BATCH, frames, _channels(facts), *_image(facts))
 
