@@ -4,6 +4,10 @@ The model is rewritten on fake tensors with the plan of one rank (ranks have equ
 again, and compared with the trace node by node: the same operators in the same order, every result of the predicted local shape, every
 number among the arguments equal to what it was or to the local value that a rule demands, the same constants, the same results.
 Code that computes with the size of a shard (`x / x.shape[-1]`, `arange(x.shape[-1])`, a branch on a width) shows here.
+
+One other path is allowed: code may leave out what does nothing on a shard. Where each rank has one query head for its key/value
+head, `if groups > 1` repeats no keys, and attention is not told to group. The operators left out must keep every element and
+its place; their result then stands for their argument.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import autotp.rewrite
 from autotp.axes.rules import keep
 from autotp.errors import TraceError
-from autotp.plan.labels import NONE, local_size
+from autotp.plan.cuts import local_size
+from autotp.plan.labels import NONE
 from autotp.plan.layout import Layout
 from autotp.plan.model import ParamPlan
 from autotp.plan.solve import Draft
@@ -33,6 +39,10 @@ from autotp.trace.run import trace
 
 _REWRITE = str(Path(autotp.rewrite.__file__).absolute().parent) + os.sep
 _FUSED = tuple(str(Path(nn.__file__).parent / "modules" / name) for name in ("linear.py", "sparse.py"))
+
+
+#: Operators that keep the order of a tensor's elements, all of them where they keep the number.
+_KEEPING = frozenset(("unsqueeze", "squeeze", "expand", "view", "reshape", "_unsafe_view", "flatten", "unflatten", "slice", "alias"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +76,12 @@ def replay(model: nn.Module, examples: Sequence[Example], draft: Draft, params: 
         actual = trace(model, ran, keep, tag=False, hidden=lambda f: f.startswith(_REWRITE), before=before, repeats=expected.repeats)
     except TraceError as error:
         done = error.partial if isinstance(error.partial, Graph) else None
-        found = _compare(draft, done, tp, complete=False) if done is not None else None
+        found = _compare(draft, done, complete=False) if done is not None else None
         if found is None:
             found = Difference(_where(draft, error.module), "")
         cause = error.__cause__ or error
         return Difference(found.node, f"the code fails on a shard ({type(cause).__name__}: {cause})")
-    return _compare(draft, actual, tp, complete=True)
+    return _compare(draft, actual, complete=True)
 
 
 def _where(draft: Draft, module: str) -> Node:
@@ -95,38 +105,114 @@ def _actual(nodes: Iterable[Node]) -> Iterable[Node]:
     return (n for n in nodes if n.place is None or n.place.file not in _FUSED)
 
 
-def _compare(draft: Draft, actual: Graph, tp: int, complete: bool) -> Difference | None:
-    want, got = list(_visible(draft, draft.space.graph.nodes)), list(_actual(actual.nodes))
-    twins: dict[int, int] = {}
-    for a, b in zip(want, got, strict=False):
-        reason = _differs(draft, a, b, tp, twins, draft.space.graph, actual)
-        if reason:
-            return Difference(a, reason)
-        twins.update((y.id, x.id) for x, y in zip(a.outputs, b.outputs, strict=True))
-    if complete and len(want) != len(got):
-        last = want[min(len(got), len(want) - 1)]
-        return Difference(last, f"the code takes another path on a shard ({len(got)} operators instead of {len(want)})")
+def _compare(draft: Draft, actual: Graph, complete: bool) -> Difference | None:
+    twins = _Twins({}, {}, {})
+    want = _without_copies(_visible(draft, draft.space.graph.nodes), twins.stands)
+    got = _without_copies(_actual(actual.nodes), twins.copies)
+    at = left_out = 0
+    for b in got:
+        first: Difference | None = None
+        while at < len(want) and (reason := _differs(draft, want[at], b, twins, draft.space.graph, actual)):
+            first = first or Difference(want[at], reason)
+            length = _idle(draft, want[at:], twins)
+            if not length:
+                return first
+            twins.stands[want[at + length - 1].outputs[0].id] = twins.root(next(want[at].inputs()).id)
+            at, left_out = at + length, left_out + length
+        if at == len(want):
+            break
+        twins.of.update((y.id, x.id) for x, y in zip(want[at].outputs, b.outputs, strict=True))
+        at += 1
+    if complete and len(want) - left_out != len(got):
+        last = want[min(at, len(want) - 1)]
+        return Difference(last, f"the code takes another path on a shard ({len(got)} operators instead of {len(want) - left_out})")
     if complete:
         return _results(draft, actual, want)
     return None
 
 
-def _differs(draft: Draft, a: Node, b: Node, tp: int, twins: dict[int, int], expected: Graph, actual: Graph) -> str:
+@dataclass(frozen=True, slots=True)
+class _Twins:
+    """`of`: value of the replay → value of the trace.
+
+    `stands`, `copies`: values of the trace and of the replay that others stand for (results of operators that do nothing → arguments).
+    """
+
+    of: dict[int, int]
+    stands: dict[int, int]
+    copies: dict[int, int]
+
+    def root(self, value: int) -> int:
+        while value in self.stands:
+            value = self.stands[value]
+        return value
+
+    def known(self, value: int) -> int | None:
+        return self.of.get(self.copies.get(value, value))
+
+
+def _without_copies(nodes: Iterable[Node], stands: dict[int, int]) -> list[Node]:
+    kept: list[Node] = []
+    for node in nodes:
+        if node.opname == "contiguous":
+            x = next(node.inputs()).id
+            stands[node.outputs[0].id] = stands.get(x, x)
+        else:
+            kept.append(node)
+    return kept
+
+
+def _idle(draft: Draft, nodes: Sequence[Node], twins: _Twins) -> int:
+    """How many of `nodes`, from the first, together return their one argument as it is on a shard; 0 where they do not."""
+    acting = {(s.file, s.function, s.line, s.offset) for m in draft.plan.modules for s in m.sites if s.inputs or s.outputs or s.kernel}
+    chain: list[Value] = []
+    for n, node in enumerate(nodes, 1):
+        inputs, place = list(node.inputs()), node.place
+        if node.opname not in _KEEPING or len(inputs) != 1 or len(node.outputs) != 1:
+            return 0
+        if place is None or (place.file, place.function, place.line, place.offset) in acting:
+            return 0
+        chain = chain or inputs
+        if twins.root(inputs[0].id) != twins.root(chain[-1].id):
+            return 0
+        chain.append(node.outputs[0])
+        before, after = _local_shape(draft, chain[0]), _local_shape(draft, chain[-1])
+        if prod(before) != prod(after):
+            return 0
+        if before == after:
+            return n
+    return 0
+
+
+def _local_shape(draft: Draft, value: Value) -> tuple[int, ...]:
+    on = draft.choice.labels.shard.get(value.id, NONE)
+    return tuple(local_size(d, on, draft.choice.cuts) for d in draft.space.axes.dims[value.id])
+
+
+def _kwargs(node: Node, on_shard: Node) -> dict[str, Any]:
+    """Keyword arguments without `enable_gqa` where it says nothing: on a shard with as many query as key/value heads."""
+    kwargs = dict(node.kwargs)
+    if node.opname == "scaled_dot_product_attention":
+        query, key = (v.shape for v in on_shard.args[:2])
+        if len(query) > 2 and len(key) > 2 and query[-3] == key[-3]:
+            kwargs.pop("enable_gqa", None)
+    return kwargs
+
+
+def _differs(draft: Draft, a: Node, b: Node, twins: _Twins, expected: Graph, actual: Graph) -> str:
     if a.op is not b.op or a.module != b.module:
         return f"the code takes another path on a shard ({b.opname} in {b.module or '<root>'} instead of {a.opname})"
     if len(a.outputs) != len(b.outputs):
         return f"{a.opname} gives {len(b.outputs)} results on a shard instead of {len(a.outputs)}"
     for x, y in zip(a.outputs, b.outputs, strict=True):
-        on = draft.choice.labels.shard.get(x.id, NONE)
-        shape = tuple(local_size(d, on, tp) for d in draft.space.axes.dims[x.id])
+        shape = _local_shape(draft, x)
         if shape != y.shape:
             return f"the result has shape {list(y.shape)} on a shard where {list(shape)} was planned"
     if isinstance(a.op, Pseudo):
         return _wiring(a.inputs(), b.inputs(), twins, expected, actual)
-    wanted = {
-        (d.number, d.at): sum(local_size(x, _on(draft, a, d.value), tp) for x in d.dims) for d in draft.space.axes.meanings[a.index].demands
-    }
-    return _arguments((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)), wanted, -1) or _wiring(
+    cuts, demands = draft.choice.cuts, draft.space.axes.meanings[a.index].demands
+    wanted = {(d.number, d.at): sum(local_size(x, _on(draft, a, d.value), cuts) for x in d.dims) for d in demands}
+    return _arguments((a.args, _kwargs(a, b)), (b.args, _kwargs(b, b)), wanted, -1) or _wiring(
         a.inputs(), b.inputs(), twins, expected, actual
     )
 
@@ -156,10 +242,10 @@ def _arguments(a: Any, b: Any, wanted: dict[tuple[int, int], int], at: int) -> s
     return f"the number {a} becomes {b} on a shard"
 
 
-def _wiring(a: Iterable[Value], b: Iterable[Value], twins: dict[int, int], expected: Graph, actual: Graph) -> str:
+def _wiring(a: Iterable[Value], b: Iterable[Value], twins: _Twins, expected: Graph, actual: Graph) -> str:
     for x, y in zip(a, b, strict=False):
-        known = twins.get(y.id)
-        if known is not None and known != x.id and x.origin is Origin.NODE:
+        known = twins.known(y.id)
+        if known is not None and known != twins.root(x.id) and x.origin is Origin.NODE:
             return "an argument comes from another operator on a shard"
         if x.id in expected.constants and y.id in actual.constants:
             p, q = expected.constants[x.id], actual.constants[y.id]

@@ -37,10 +37,13 @@ class Two(nn.Module):
 
 
 class Odd(Two):
-    """Nothing here can be cut in two."""
+    """Another width, of which nothing can be cut: its elements are mixed."""
 
     def __init__(self) -> None:
         super().__init__(15)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.softmax(self.a(x), -1))
 
 
 class Untraceable(Two):
@@ -385,7 +388,7 @@ def test_refusals_leave_the_model_alone_on_every_rank(pool: Pool) -> None:
     assert [a[0] for a in answers[0]] == ["PlanError"] * 4 + ["TraceError", "InputError", "InputError"]
     assert all(kept for _, _, kept in answers[0])
     assert all("already parallel" in text for _, text, _ in (parallel, inside, planned))
-    assert "a.weight" in strict[1] and "b.weight" in strict[1] and "not divisible by tp=2" in strict[1]
+    assert "a.weight" in strict[1] and "b.weight" in strict[1] and "softmax mixes the elements" in strict[1]
     assert "a.bias" not in strict[1]
     assert "example_inputs" in none[1] and "'y'" in wrong[1]
     assert untraceable[1]

@@ -180,3 +180,44 @@ def test_the_replay_leaves_the_model_alone() -> None:
         assert torch.equal(p, before[name][1])
     assert type(module.a) is nn.Linear
     assert not module.a._forward_pre_hooks
+
+
+class OneKey(nn.Module):
+    """Four query heads and one key/value head; with one query head on a shard, the code may take another path."""
+
+    def __init__(self, one: Callable[[Tensor], Tensor], many: Callable[[Tensor], Tensor] = lambda q: q) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(a, b) for a, b in ((OUTER, 12), (OUTER, 3), (OUTER, 3), (12, LAST)))
+        self.heads, self.one, self.many = 4, one, many
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, 3)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        if self.heads > 1:
+            q, k, v = self.many(q), *(z[:, :, None].expand(-1, -1, self.heads, -1, -1).flatten(1, 2) for z in (k, v))
+        else:
+            q = self.one(q)
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_code_may_leave_out_what_does_nothing_on_a_shard() -> None:
+    """Where keys are repeated once, it may not repeat them at all."""
+    plan = autotp.plan(OneKey(lambda q: q), tp=4, example_inputs={"x": torch.randn(2, 3, OUTER)})
+    assert plan.params["q.weight"].layout.local_shape == (3, OUTER)
+    assert plan.attributes == {"heads": (4, 1)}
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        (lambda q: q * 2,),  # on a shard more is done
+        (lambda q: q.flip(-1),),
+        (lambda q: q.transpose(-1, -2).reshape(q.shape),),
+        (lambda q: q, lambda q: q * 2),  # on a shard less is done
+        (lambda q: q, lambda q: q.flip(-1)),
+        (lambda q: q, lambda q: q.transpose(-1, -2).reshape(q.shape)),
+        (lambda q: q, lambda q: q.mT.contiguous().view(q.shape)),
+    ],
+)
+def test_code_may_not_leave_out_anything_else(paths: tuple[Callable[[Tensor], Tensor], ...]) -> None:
+    plan = autotp.plan(OneKey(*paths), tp=4, example_inputs={"x": torch.randn(2, 3, OUTER)})
+    assert plan.params["q.weight"].layout.dim != 0

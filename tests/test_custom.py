@@ -14,7 +14,7 @@ CASES = [pytest.param(entry, world, id=f"{entry}-{world}") for entry in CUSTOM f
 
 @pytest.mark.parametrize(("entry", "world"), CASES)
 def test_custom(pool: Pool, entry: Entry, world: int) -> None:
-    aspects = ("forward", "grad", "state_dict", *(["step"] if entry.counted else []))
+    aspects = ("forward", "grad", "state_dict", "step")
     report = check(pool, entry.factory, entry.inputs, world=world, aspects=aspects)
     report.require(*aspects)
     assert not set(entry.kept) & report.sharded

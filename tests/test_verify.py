@@ -113,6 +113,8 @@ def test_equal_models_pass():
     assert max(check.error for check in found.checks) < 1e-12
     assert found.first_difference == ""
     assert "passed" in str(found)
+    assert found.local_share == 0.5
+    assert f"{found.local_share:.3f} of the parameter elements on each rank" in str(found)
 
 
 @pytest.mark.parametrize(("mistake", "place"), [("forward", "partial sums before it: blocks.1.down"), ("swapped", "blocks.1.down: ")])
@@ -189,6 +191,18 @@ def test_a_call_that_did_not_happen_is_a_difference():
     key = ("layer", 0, ())
     assert first_difference({key: whole}, [{key: whole}, {}]) == "layer did not return on every rank"
     assert first_difference({key: whole}, [{key: whole}, {key: whole}]) == ""
+
+
+def test_a_partial_sum_that_is_held_back_for_a_later_module():
+    a, b = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    zeros = torch.zeros_like(a)
+    reference = {("attention", 0, ()): a, ("mlp", 0, ()): b, ("block", 0, ()): a + b}
+    assert stands_for([zeros, zeros], a) is Stands.HELD
+    right = {**reference, ("attention", 0, ()): zeros, ("mlp", 0, ()): a + b}
+    assert first_difference(reference, [right, right]) == ""
+    wrong = {**right, ("mlp", 0, ()): b + 2 * a}
+    assert first_difference(reference, [wrong, wrong]).startswith("mlp: ")
+    assert first_difference(reference, [wrong, wrong]).endswith("; zeros before it: attention")
 
 
 def slightly_wrong(model, mesh, example_inputs):

@@ -160,7 +160,7 @@ def analyse(graph: Graph, rules: Mapping[str, Rule], fallback: Rule) -> Axes:
             context.meanings.append(Meaning())
             rule = _PSEUDO[node.op] if isinstance(node.op, Pseudo) else rules.get(node.opname, fallback)
             try:
-                if any(0 in v.shape for v in node.outputs) and not isinstance(node.op, Pseudo):
+                if _is_empty(node):
                     context.opaque("nothing is computed on empty tensors")
                 else:
                     rule(context, node)
@@ -169,6 +169,17 @@ def analyse(graph: Graph, rules: Mapping[str, Rule], fallback: Rule) -> Axes:
                 context.opaque(f"{node.opname}: {why}" if str(why) else f"{node.opname} in a form without a rule")
     dims = {key: tuple(tuple(d) for d in value) for key, value in context.dims.items()}
     return Axes(graph, dims, tuple(context.meanings))
+
+
+#: Cuts may leave nothing; what is cut can be sharded all the same.
+_CUTS = frozenset(("slice", "narrow", "split", "split_with_sizes", "unsafe_split", "chunk", "cat"))
+
+
+def _is_empty(node: Node) -> bool:
+    """True for an operator that computes nothing, for which no rule is written."""
+    if isinstance(node.op, Pseudo) or node.opname in _CUTS or is_pointwise(node.op):
+        return False
+    return any(0 in v.shape for v in node.outputs)
 
 
 def _identity(context: Context, node: Node) -> None:

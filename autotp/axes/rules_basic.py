@@ -321,6 +321,7 @@ def repeat_interleave(context: Context, node: Node) -> None:
     context.linear([x])
     context.meaning.generates = True
     context.demand(r, out, [fresh])
+    context.demand(node.kwargs.get("output_size"), out, [dims[d]])
 
 
 # cuts and joins -----------------------------------------------------------------------------------------------------------------
@@ -474,10 +475,21 @@ def stack(context: Context, node: Node) -> None:
 
 @rule("unbind", "select", "select_copy")
 def unbind(context: Context, node: Node) -> None:
-    """Single indices of a dim: the dim is gone."""
+    """Single indices of a dim: the dim is gone. What a selected index of a concatenation is counted over stays whole."""
     x = node.args[0]
     d = dim_of(arg(node, 1, "dim", 0), x)
-    context.block(x, context.of(x)[d], f"{node.opname} picks single indices of the dim")
+    dim = context.of(x)[d]
+    why = f"{node.opname} picks single indices of the dim"
+    k = arg(node, 2, "index") if node.opname != "unbind" else None
+    atom = next(iter(atoms.flat(dim)), None)
+    if isinstance(k, int) and atom is not None and atom.segments is not None:
+        try:
+            before, _, after = atoms.cut(dim, [k % x.shape[d], 1, x.shape[d] - k % x.shape[d] - 1])
+            context.block(x, before if k >= 0 else after, why)
+        except Opaque:
+            context.block(x, dim, why)
+    else:
+        context.block(x, dim, why)
     for out in node.outputs:
         context.set(out, [dim for i, dim in enumerate(context.of(x)) if i != d])
     context.linear([x])

@@ -320,6 +320,22 @@ def triangle(context: Context, node: Node) -> None:
     context.set(node.outputs[0], context.of(x))
 
 
+@rule("linalg_solve_triangular", "linalg_solve")
+def solve(context: Context, node: Node) -> None:
+    """A [..., n, n] X = B [..., n, k]: batch dims and columns are parallel, the n unknowns of a system are mixed."""
+    a, b, out = node.args[0], node.args[1], node.outputs[0]
+    if not node.kwargs.get("left", True) or len(a.shape) != len(b.shape):
+        context.opaque()
+        return
+    for value, index in ((a, -1), (a, -2), (b, -2)):
+        context.mix(value, index)
+    for i in range(len(b.shape) - 2):
+        if a.shape[i] == b.shape[i]:
+            context.join(a, context.of(a)[i], b, context.of(b)[i])
+    context.set(out, [context.of(b if b.shape[i] == n else a)[i] for i, n in enumerate(out.shape)])
+    context.linear([b])
+
+
 @rule("glu")
 def glu(context: Context, node: Node) -> None:
     """Two halves of a dim, multiplied."""

@@ -10,8 +10,10 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 from autotp.plan.choose import Choice
-from autotp.plan.labels import NONE, Atoms, Space
-from autotp.plan.layout import Expr, Factor, freed
+from autotp.plan.cuts import Atoms
+from autotp.plan.joint import Joint, conversions_of, members
+from autotp.plan.labels import NONE, Space
+from autotp.plan.layout import Expr, Factor, freed, is_padded, is_sharded, shared
 from autotp.plan.localise import Localised
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use
 from autotp.plan.moves import Moves, conversion_key, slot_key
@@ -33,6 +35,8 @@ class _CallSpec:
     inputs: dict[int, list[Conversion]] = field(default_factory=dict)
     outputs: dict[int, list[Conversion]] = field(default_factory=dict)
     kernel: Kernel | None = None
+    over: Expr | None = None
+    over_dim: int = -1
 
     def freeze(self) -> tuple[object, ...]:
         return (
@@ -40,6 +44,8 @@ class _CallSpec:
             tuple((k, tuple(v)) for k, v in sorted(self.inputs.items())),
             tuple((k, tuple(v)) for k, v in sorted(self.outputs.items())),
             self.kernel,
+            self.over,
+            self.over_dim,
         )
 
 
@@ -47,10 +53,11 @@ class Builder:
     """Collects the changes of one plan. `linears`: paths of modules that run exactly one linear."""
 
     def __init__(
-        self, space: Space, choice: Choice, moves: Moves, local: Localised, namer: Namer, linears: frozenset[str], tp: int
-    ) -> None:
+        self, space: Space, choice: Choice, moves: Moves, local: Localised, namer: Namer, linears: frozenset[str], tp: int,
+        joints: tuple[Joint, ...] = (),
+    ) -> None:  # fmt: skip
         self.space, self.choice, self.moves, self.local, self.namer, self.tp = space, choice, moves, local, namer, tp
-        self.linears = linears
+        self.linears, self.joints = linears, joints
         self.graph, self.labels = space.graph, choice.labels
         self.slots: dict[tuple[Pseudo, str, tuple[str | int, ...]], list[Conversion]] = {}
         self.calls: dict[int, _CallSpec] = {}  # node index → spec
@@ -113,13 +120,35 @@ class Builder:
 
     def _reduces(self) -> None:
         for key in sorted(self.moves.reduces, key=str):
-            self._at(key, Conversion(Op.REDUCE))
+            for op in conversions_of(self.joints, key):
+                self._at(key, Conversion(op))
 
     def _kernels(self) -> None:
         for index, kernel in self.labels.kernels.items():
-            self._call(self.graph.nodes[index]).kernel = kernel
+            spec = self._call(self.graph.nodes[index])
+            spec.kernel = kernel
+            if kernel is not Kernel.LOOKUP:
+                spec.over, spec.over_dim = self._over(self.graph.nodes[index])
+
+    def _over(self, node: Node) -> tuple[Expr | None, int]:
+        """The expression of the dim that a statistic crosses, None where all ranks hold even parts of it."""
+        found: list[tuple[Expr, int]] = []
+        for contract, atoms in self.space.contracts[node.index]:
+            on = self.labels.shard.get(contract.value, NONE) & atoms
+            if not on:
+                continue
+            dims = self.space.axes.dims[contract.value]
+            at = next(i for i, leaves in enumerate(self.space.leaves[contract.value]) if leaves & on)
+            found.append((self.namer.expr(dims[at], on), at - len(dims)))
+        if all(not is_padded(e, self.tp) and not shared(e, 0, self.tp).size for e, _ in found):
+            return None, -1
+        if len(found) > 1:
+            raise Unrealisable(node, "a statistic would cross two sharded dims")
+        return found[0]
 
     def _part(self, value: Value, atoms: frozenset[object], on: frozenset[object], op: Op) -> Conversion:
+        if sum(bool(leaves & atoms) for leaves in self.space.leaves[value.id]) > 1:
+            raise Unrealisable(self.users[value.id][0], "a tensor would be cut along two dims")
         for i, leaves in enumerate(self.space.leaves[value.id]):
             if leaves & atoms:
                 expr: Expr = self.namer.expr(self.space.axes.dims[value.id][i], on)  # type: ignore[arg-type]
@@ -235,7 +264,7 @@ class Builder:
         for value in dict.fromkeys(self.graph.params.values()):
             on = self.labels.of(value)
             repeated = bool(on) and any(_has_repeats(self.namer.expr(d, on), self.tp) for d in self.space.axes.dims[value.id])
-            grad = GradSum.ALL if value.id in self.moves.grad_sums else GradSum.REPEATED if repeated else GradSum.NONE
+            grad = GradSum.ALL if value.id in self.moves.grad_sums else GradSum.SHARED if repeated else GradSum.NONE
             conversions = (Conversion(Op.ONCE),) if value.id in self.labels.once else ()
             for module in dict.fromkeys(n.module for n in self.users.get(value.id, ())):
                 owner, name = self._owner(value, module)
@@ -255,7 +284,8 @@ class Builder:
                 old.ints += spec.ints
                 old.inputs.update(spec.inputs)
                 old.outputs.update(spec.outputs)
-                old.kernel = old.kernel or spec.kernel
+                if spec.kernel is not None:
+                    old.kernel, old.over, old.over_dim = spec.kernel, spec.over, spec.over_dim
             else:
                 specs[key] = (node, spec)
         places: dict[tuple[str, Place], tuple[object, Site]] = {}
@@ -311,10 +341,12 @@ class Builder:
             plans[module] = replace(at(module), attributes=attributes)
         for module, sites in self._sites().items():
             plans[module] = replace(at(module), sites=tuple(sites))
+        for module, groups in members(self.joints).items():
+            plans[module] = replace(at(module), joint=groups)
         return (*plans.values(), *_repeated(plans, self.graph.repeats))
 
 
-_ORDER = {Op.REDUCE: 0, Op.GATHER: 1, Op.COPY: 2, Op.SLICE: 3, Op.ONCE: 4}
+_ORDER = {Op.JOIN: 0, Op.HOLD: 1, Op.REDUCE: 1, Op.GATHER: 2, Op.COPY: 3, Op.SLICE: 4, Op.ONCE: 5}
 
 
 def _ordered(conversions: list[Conversion]) -> tuple[Conversion, ...]:
@@ -332,14 +364,12 @@ def _alike(a: list[Conversion], b: list[Conversion]) -> bool:
 
 def _sizes(expr: Expr | None) -> object:
     if expr is None or isinstance(expr, Factor):
-        return expr and (expr.size, expr.sharded)
+        return expr and (expr.size, expr.sharded, expr.pieces, bool(expr.of), expr.granule)
     return (type(expr).__name__, tuple(_sizes(p) for p in expr.parts))
 
 
 def _has_repeats(expr: Expr, tp: int) -> bool:
-    from autotp.plan.layout import repeated
-
-    return bool(repeated(expr, tp))
+    return is_sharded(expr) and shared(expr, 0, tp).size > 0
 
 
 def _repeated(plans: Mapping[str, ModulePlan], repeats: Mapping[str, str]) -> list[ModulePlan]:

@@ -1,9 +1,9 @@
-"""Which atoms to shard.
+"""Which axes to cut, and how.
 
-Each leaf atom that a parameter carries and tp divides is a candidate. A candidate's worth is the number of parameter elements
-it shards over the elements that its collectives move; candidates are taken greedily from the best, each kept if the labels of
-all that are taken have no conflict. So heads beat head widths, and both beat the residual stream, whose every product would
-be a partial sum.
+Each leaf atom that a parameter carries is a candidate, and each pair of neighbouring ones of which tp does not divide the first
+(kv heads and the query heads of each). A candidate's worth is the number of parameter elements that a rank saves over the
+elements that its collectives move; candidates are taken greedily from the best, each kept if the labels of all that are taken
+have no conflict. So heads beat head widths, and both beat the residual stream, whose every product would be a partial sum.
 """
 
 from __future__ import annotations
@@ -11,193 +11,231 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice, product
-from math import prod
+from math import gcd, prod
 
-from autotp.axes.atoms import Atom, dim_size, flat
-from autotp.plan.labels import NONE, Atoms, Conflict, Labels, SlotKey, Space, label, leaf_atoms
-from autotp.trace.graph import Origin, Pseudo, Value
+from autotp.axes.atoms import Atom
+from autotp.plan.cuts import Atoms, Cut, Cuts, last_atoms, local_size, neighbours
+from autotp.plan.labels import NONE, Conflict, Labels, SlotKey, Space, label, leaf_atoms
+from autotp.plan.padding import padding_conflict
+from autotp.trace.graph import Node, Origin, Pseudo, Value
 
 #: A head's result leaves its module at once; later boundaries are not worth a pass each.
 GATHER_TRIES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """The atoms taken, where results are gathered, the labels they give, and why the other candidates were refused."""
+class Taken:
+    """What is taken so far: where results are gathered, which nodes' results stay whole, and the labels, which hold the cuts."""
 
-    on: Atoms
     gathers: Mapping[SlotKey, Atoms]
     whole: frozenset[int]
     labels: Labels
+
+    @property
+    def cuts(self) -> Cuts:
+        """The cuts taken."""
+        return self.labels.cuts
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Taken):
+    """What is taken in the end, and why the other candidates were refused."""
+
     refused: Mapping[Atom, str]
 
+    @property
+    def on(self) -> Atoms:
+        """The atoms that are sharded."""
+        return frozenset(self.cuts)
 
-def choose(space: Space, tp: int, banned: Mapping[Atom, str], forced: frozenset[int] = frozenset()) -> Choice:
+
+def choose(space: Space, tp: int, banned: Mapping[Cut, str], forced: frozenset[int] = frozenset()) -> Choice:
     """Take the candidates greedily; `banned` ones are refused with the reason given, results of `forced` nodes stay whole."""
     refused: dict[Atom, str] = {}
-    weights: dict[Atom, list[Value]] = {}
+    for cut, reason in banned.items():
+        refused.update(dict.fromkeys(cut.atoms, reason))
+    carriers: dict[Atom, list[Value]] = {}
     for value in dict.fromkeys(space.graph.params.values()):
         for atom in space.carried[value.id]:
-            weights.setdefault(atom, []).append(value)
-    ranked: list[tuple[float, int, Atom]] = []
-    for atom, carriers in weights.items():
-        if atom in banned:
-            refused[atom] = banned[atom]
-        elif atom.size % tp:
-            refused[atom] = f"{atom.size} is not divisible by tp={tp}"
-        else:
-            ranked.append((-_worth(space, atom, carriers), atom.id, atom))
-    for atom in head_widths(space):
+            carriers.setdefault(atom, []).append(value)
+    widths = head_widths(space)
+    for atom in widths:
         refused.setdefault(atom, "it is the width of one attention head, which is not cut")
-    ranked = [r for r in ranked if r[2] not in refused]
-    on: Atoms = NONE
-    gathers: dict[SlotKey, Atoms] = {}
-    whole = forced
-    labels = label(space, on, gathers, whole)
-    for _, _, atom in sorted(ranked, key=lambda t: t[:2]):
-        if atom in on:
+    free = {atom for atom in carriers if atom not in widths}
+    candidates = [c for c in _candidates(space, carriers, free, tp) if c not in banned]
+    ranked = sorted(candidates, key=lambda c: (-_worth(space, c, carriers), c.local_size, c.major.id))
+    state = Taken({}, forced, label(space, {}, {}, forced))
+    for cut in ranked:
+        if cut.atoms & frozenset(state.cuts):
             continue
-        tried = _try(space, frozenset({atom}), on, gathers, whole, weights, tp, labels.generated)
+        tried = _try(space, (cut,), state, carriers)
         if isinstance(tried, Conflict) and tried.uncovered:
-            free = {a for _, _, a in ranked}
-            for companions in islice(product(*([a for a in leaf_atoms(s) if a in free] for s in tried.uncovered)), 32):
-                joint = _try(space, frozenset({atom, *companions}), on, gathers, whole, weights, tp, labels.generated)
+            segments = [[c for c in ranked if c.minor is None and c.major in set(leaf_atoms(s))] for s in tried.uncovered]
+            for companions in islice(product(*segments), 32):
+                joint = _try(space, (cut, *companions), state, carriers)
                 if not isinstance(joint, Conflict):
                     tried = joint
                     break
         if isinstance(tried, Conflict):
-            others = [a for a in tried.atoms if a is not atom]
-            clash = bool(others) and any(a in on for a in others)
-            refused[atom] = "another axis of the same tensors is sharded" if clash else str(tried)
+            clash = any(a in state.cuts for a in tried.atoms if a not in cut.atoms)
+            reason = "another axis of the same tensors is sharded" if clash else str(tried)
+            for atom in cut.atoms:
+                if atom is cut.major or atom not in refused:
+                    refused[atom] = reason
         else:
-            on, gathers, whole, labels = tried
-    refused = {a: r for a, r in refused.items() if a not in on}
-    return Choice(on, gathers, whole, labels, refused)
+            state = tried
+    refused = {a: r for a, r in refused.items() if a not in state.cuts}
+    return Choice(state.gathers, state.whole, state.labels, refused)
+
+
+def _candidates(space: Space, carriers: Mapping[Atom, list[Value]], free: set[Atom], tp: int) -> Iterable[Cut]:
+    """Cuts that leave a rank less than the whole axis."""
+    granules = _granules(space)
+    for atom in sorted(free, key=lambda a: a.id):
+        if atom.size > 1:
+            yield Cut(atom, tp, granule=granules.get(atom, 1))
+    pairs = {pair: None for v in space.graph.params.values() for dim in space.axes.dims[v.id] for pair in neighbours(dim)}
+    for major, minor in pairs:
+        if major in free and minor in free and major.size > 1 and minor.size > 1 and major.size % tp and _within(major, minor, carriers):
+            every = {-(-minor.size // -(-minor.size // n)) for n in range(2, minor.size + 1)}  # fewest pieces for each piece's size
+            both = [Cut(major, tp, minor, n) for n in sorted(every)]
+            yield min(both, key=lambda c: (_held(space, c, carriers), c.local_size, c.pieces))
+
+
+def _granules(space: Space) -> dict[Atom, int]:
+    """Widths whose parts must stay aligned: the strides of a grouped product are multiples of 16 bytes, 8 numbers of 16 bits."""
+    found: dict[Atom, int] = {}
+    for node in space.graph.nodes:
+        if node.opname in ("_grouped_mm", "grouped_mm"):
+            for value in node.args[:2]:
+                for dim in space.axes.dims[value.id][1:]:
+                    found |= {atom: gcd(8, atom.size) for atom in last_atoms(dim)}
+    return found
+
+
+def _within(major: Atom, minor: Atom, carriers: Mapping[Atom, list[Value]]) -> bool:
+    return all(any(v is u for u in carriers[major]) for v in carriers[minor])
+
+
+def _held(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]]) -> float:
+    """Parameter elements on a rank of what carries the axis."""
+    values = {v.id: v for atom in cut.atoms for v in carriers[atom]}
+    cuts = dict.fromkeys(cut.atoms, cut)
+    return sum(prod(local_size(d, space.carried[v.id] & cut.atoms, cuts) for d in space.axes.dims[v.id]) for v in values.values())
+
+
+#: Operators that scores pass on their way to a softmax, and probabilities on their way from it.
+# fmt: off
+_SCORES = frozenset((
+    "dropout", "to", "_to_copy", "view", "reshape", "enter", "exit", "slice", "clone", "contiguous", "mul", "masked_fill", "expand",
+    "nan_to_num", "div", "add", "add_", "sub", "tanh", "where", "cat", "unsqueeze", "squeeze", "transpose", "permute", "mul_", "div_",
+    "masked_fill_",
+))
+_PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum"))
+# fmt: on
 
 
 def head_widths(space: Space) -> set[Atom]:
-    """Atoms of the last dim of what attention probabilities are multiplied with: inside a head."""
-    made = space.made
-    through = {
-        "dropout",
-        "to",
-        "_to_copy",
-        "view",
-        "reshape",
-        "enter",
-        "exit",
-        "slice",
-        "clone",
-        "contiguous",
-        "mul",
-        "masked_fill",
-        "expand",
-        "nan_to_num",
-    }
-
-    def softmaxed(value: Value) -> bool:
-        for _ in range(16):
-            node = made.get(value.id)
-            if node is None:
-                return False
-            if node.opname in ("softmax", "_softmax"):
-                return True
-            if node.opname not in through:
-                return False
-            value = next(node.inputs())
-        return False
-
+    """Atoms inside of one attention head: what queries and keys are multiplied over, and the last dim of the values."""
     found: set[Atom] = set()
     for node in space.graph.nodes:
         if node.opname == "scaled_dot_product_attention":
-            found |= space.leaves[node.args[2].id][-1]
-        elif node.opname in ("matmul", "bmm") and len(node.args[0].shape) >= 3 and softmaxed(node.args[0]):
-            found |= space.leaves[node.args[1].id][-1]
+            found |= space.leaves[node.args[2].id][-1] | space.leaves[node.args[0].id][-1]
+        elif node.opname in ("softmax", "_softmax"):
+            scores = _source(space, node.args[0])
+            if scores is not None and len(scores.outputs[0].shape) >= 3:
+                found |= frozenset().union(*(atoms for _, atoms in space.contracts[scores.index]), NONE)
+        elif node.opname in ("matmul", "bmm") and len(node.args[0].shape) >= 3:
+            source = _source(space, node.args[0], frozenset(("softmax", "_softmax")))
+            if source is not None:
+                found |= space.leaves[node.args[1].id][-1]
     return found
+
+
+def _source(space: Space, value: Value, names: frozenset[str] = _PRODUCTS) -> Node | None:
+    """The operator of `names` that a value comes from through what scores pass; None for a product with a parameter."""
+    for _ in range(24):
+        node = space.made.get(value.id)
+        if node is None:
+            return None
+        if node.opname in names:
+            return None if any(space.parameter_of(v.id) is not None for v in node.inputs()) else node
+        if node.opname not in _SCORES:
+            return None
+        value = next(node.inputs())
+    return None
 
 
 def _elements(value: Value) -> int:
     return prod(value.shape)
 
 
-def _worth(space: Space, atom: Atom, carriers: list[Value]) -> float:
-    """Parameter elements sharded over elements reduced (once for each contraction over the atom) or gathered."""
-    sharded = sum(_elements(v) * max(share(d, atom) for d in space.axes.dims[v.id]) for v in carriers)
+def _worth(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]]) -> float:
+    """Parameter elements that a rank saves over elements reduced (once for each contraction over the axis) or gathered."""
+    values = {v.id: v for atom in cut.atoms for v in carriers[atom]}
+    saved = sum(map(_elements, values.values())) - _held(space, cut, carriers)
     moved = 1
-    for index in space.summing.get(atom, ()):
+    for index in space.summing.get(cut.major, ()):
         moved += max((_elements(o) for o in space.graph.nodes[index].outputs), default=1)
     for result in space.graph.results:
         for _, leaf in result.leaves:
-            if isinstance(leaf, Value) and atom in space.carried.get(leaf.id, NONE):
+            if isinstance(leaf, Value) and cut.major in space.carried.get(leaf.id, NONE):
                 moved += _elements(leaf)
-    return sharded / moved
+    return saved / moved
 
 
-def share(dim: Iterable[Atom], atom: Atom) -> float:
-    """The part of a dim's indices that pass through `atom`."""
-    for part in flat(list(dim)):
-        if part is atom:
-            return 1.0
-        if part.segments is not None:
-            inside = sum(dim_size(s) * share(s, atom) for s in part.segments)
-            if inside:
-                return inside / part.size
-    return 0.0
-
-
-def _try(
-    space: Space, atoms: Atoms, on: Atoms, gathers: dict[SlotKey, Atoms], whole: frozenset[int], weights: Mapping[Atom, list[Value]],
-    tp: int, settled: set[int],
-) -> tuple[Atoms, dict[SlotKey, Atoms], frozenset[int], Labels] | Conflict:  # fmt: skip
-    """The state with `atoms` taken too, or what forbids it."""
-    if on:  # what fails alone fails together, and a pass over one axis is short
-        alone = _try(space, atoms, NONE, {}, frozenset(w for w in whole), weights, tp, set())
+def _try(space: Space, cuts: tuple[Cut, ...], state: Taken, carriers: Mapping[Atom, list[Value]]) -> Taken | Conflict:
+    """The state with `cuts` taken too, or what forbids it."""
+    fresh = {atom: cut for cut in cuts for atom in cut.atoms}
+    if state.cuts:  # what fails alone fails together, and a pass over one axis is short
+        alone = _try(space, cuts, Taken({}, state.whole, Labels()), carriers)
         if isinstance(alone, Conflict):
             return alone
-    wanted = on | atoms
+    wanted, gathers, whole = {**state.cuts, **fresh}, state.gathers, state.whole
     labels = label(space, wanted, gathers, whole)
-    fresh = labels.generated - settled
-    if labels.conflicts and fresh:
-        relaxed = whole | fresh
-        again = label(space, wanted, gathers, relaxed)
+    made = labels.generated - state.labels.generated
+    if labels.conflicts and made:
+        again = label(space, wanted, gathers, whole | made)
         if not again.conflicts:
-            whole, labels = relaxed, again
+            whole, labels = whole | made, again
     if labels.conflicts:
         first = labels.conflicts[0]
-        for atom in sorted(atoms, key=lambda a: a.id):
-            for slot in _gather_slots(space, atom, labels, weights[atom])[:GATHER_TRIES]:
-                trial = {**gathers, slot: gathers.get(slot, NONE) | {atom}}
+        for cut in cuts:
+            for slot in _gather_slots(space, cut.major, labels, carriers[cut.major])[:GATHER_TRIES]:
+                trial = {**gathers, slot: gathers.get(slot, NONE) | cut.atoms}
                 again = label(space, wanted, trial, whole)
                 if not again.conflicts:
                     gathers, labels = trial, again
                     break
         if labels.conflicts:
             return first
-    for atom in sorted(atoms, key=lambda a: a.id):
-        final = _result_gathers(space, labels, atom, gathers)
+    for cut in cuts:
+        final = _result_gathers(space, labels, cut, gathers)
         if final is None:
-            return Conflict(frozenset({atom}), None, "the sharded value is returned in a form that cannot be gathered")
+            return Conflict(cut.atoms, None, "the sharded value is returned in a form that cannot be gathered")
         if final != gathers:
             gathers = final
             labels = label(space, wanted, gathers, whole)
             if labels.conflicts:
                 return labels.conflicts[0]
-        if _small_table(space, atom, tp):
-            return Conflict(frozenset({atom}), None, "a lookup table this short costs more to reduce than it saves")
-        if labels.gathered and not _pays(space, atom, labels, weights[atom]):
-            return Conflict(frozenset({atom}), None, "sharding it would only move work to a gather of the result")
-    return wanted, gathers, whole, labels
+        if _small_table(space, cut):
+            return Conflict(cut.atoms, None, "a lookup table this short costs more to reduce than it saves")
+        if labels.gathered and not _pays(space, cut, labels, carriers[cut.major]):
+            return Conflict(cut.atoms, None, "sharding it would only move work to a gather of the result")
+        if cut.padded and (conflict := padding_conflict(space, labels, cut)) is not None:
+            return conflict
+    return Taken(gathers, whole, labels)
 
 
-def _small_table(space: Space, atom: Atom, tp: int) -> bool:
+def _small_table(space: Space, cut: Cut) -> bool:
     """True for an axis that is only looked up, in a table of few rows (token types) or of positions.
 
     Positions are told from tokens by their ids: the tokens' come from an argument of the model unchanged.
     """
-    nodes = [space.graph.nodes[i] for i in space.summing.get(atom, ())]
+    nodes = [space.graph.nodes[i] for i in space.summing.get(cut.major, ())]
     if not nodes or any(n.opname != "embedding" for n in nodes):
         return False
-    return atom.size < 8 * tp or not any(_is_argument(space, n.args[1]) for n in nodes)
+    return cut.size < 8 * cut.tp or not any(_is_argument(space, n.args[1]) for n in nodes)
 
 
 #: Operators that pass an argument of the model on.
@@ -242,28 +280,29 @@ def _gather_slots(space: Space, atom: Atom, labels: Labels, carriers: list[Value
     return list(slots)
 
 
-def _result_gathers(space: Space, labels: Labels, atom: Atom, gathers: dict[SlotKey, Atoms]) -> dict[SlotKey, Atoms] | None:
-    """`gathers` extended so that no result of the model is sharded on `atom`; None where that cannot be said."""
+def _result_gathers(space: Space, labels: Labels, cut: Cut, gathers: Mapping[SlotKey, Atoms]) -> Mapping[SlotKey, Atoms] | None:
+    """`gathers` extended so that no result of the model is sharded on `cut`; None where that cannot be said."""
     made = space.made
     out = dict(gathers)
     for result in space.graph.results:
         for _, leaf in result.leaves:
-            if isinstance(leaf, Value) and atom in labels.of(leaf):
+            if isinstance(leaf, Value) and cut.atoms & labels.of(leaf):
                 node = made.get(leaf.id)
                 if node is None or node.op is not Pseudo.EXIT or node.slot is None:
                     return None
                 key = (Pseudo.EXIT, *node.slot)
-                out[key] = out.get(key, NONE) | {atom}
+                out[key] = out.get(key, NONE) | cut.atoms
     return out
 
 
-def _pays(space: Space, atom: Atom, labels: Labels, carriers: list[Value]) -> bool:
+def _pays(space: Space, cut: Cut, labels: Labels, carriers: list[Value]) -> bool:
     """An axis that no product sums over is worth a gather when it is the wide side (a vocabulary), not a bottleneck."""
+    atom = cut.major
     if not any(atom in atoms for atoms in labels.gathered.values()):
         return True
     for index in space.summing.get(atom, ()):
         if any(atom in atoms and not contract.whole for contract, atoms in space.contracts[index]):
             return True
     rows = {node.args[0].shape[0] for node in space.graph.nodes if node.opname == "embedding"}
-    inner = max(_elements(v) // atom.size for v in carriers)
-    return atom.size >= 4 * inner or atom.size in rows
+    inner = max(_elements(v) // cut.size for v in carriers)
+    return cut.size >= 4 * inner or cut.size in rows

@@ -16,16 +16,16 @@ from heapq import heappop, heappush
 from autotp.axes.analysis import Axes, Meaning
 from autotp.axes.atoms import Atom, flat
 from autotp.axes.kernel import Kernel
+from autotp.plan.cuts import Atoms, Cuts, covers, in_order, meets_two, uncovered
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
 #: Operators whose result is made of elements of their first argument.
 # fmt: off
 _SELECTIONS = frozenset((
     "alias", "index", "select", "slice", "view", "reshape", "unsqueeze", "squeeze", "expand", "to", "_to_copy", "enter", "exit",
-    "index_select", "transpose", "t", "permute", "clone", "contiguous", "detach",
+    "index_select", "transpose", "t", "numpy_T", "mT", "permute", "clone", "contiguous", "detach",
 ))
 # fmt: on
-Atoms = frozenset[Atom]
 NONE: Atoms = frozenset()
 SlotKey = tuple[Pseudo, str, tuple[str | int, ...]]
 
@@ -47,6 +47,7 @@ class Conflict:
 class Labels:
     """The labels of one pass; edges are (node index, value id)."""
 
+    cuts: Cuts = field(default_factory=dict)
     shard: dict[int, Atoms] = field(default_factory=dict)
     partial: set[int] = field(default_factory=set)
     born: set[int] = field(default_factory=set)  # partial values that a contraction makes
@@ -67,7 +68,7 @@ def differentiable(graph: Graph) -> set[int]:
     """Values that a gradient can flow through: floats that depend on parameters or on float arguments of the model."""
     found = {v.id for v in graph.params.values() if v.dtype.is_floating_point}
     for node in graph.nodes:
-        if node.opname == "detach":
+        if node.opname == "detach" or (node.outputs and all(o.id in graph.fills for o in node.outputs)):
             continue
         for v in node.inputs():
             if v.origin is Origin.INPUT and v.dtype.is_floating_point:
@@ -140,64 +141,25 @@ def leaf_atoms(dim: Iterable[Atom]) -> Iterable[Atom]:
                 yield from leaf_atoms(segment)
 
 
-def load(dim: Iterable[Atom], on: Atoms) -> int:
-    """The largest number of sharded atoms on one index path through a dim."""
-    total = 0
-    for atom in flat(list(dim)):
-        if atom.segments is None:
-            total += atom in on
-        else:
-            total += max(load(s, on) for s in atom.segments)
-    return total
+def label(space: Space, cuts: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int] = frozenset()) -> Labels:
+    """Label every value, with the atoms of `cuts` sharded.
 
-
-def covers(dim: Iterable[Atom], on: Atoms) -> bool:
-    """True when every index of a dim passes through a sharded atom: a sum over it then adds each index once."""
-    for atom in flat(list(dim)):
-        if atom.segments is None:
-            if atom in on:
-                return True
-        elif all(covers(s, on) for s in atom.segments):
-            return True
-    return False
-
-
-def _uncovered(dim: Iterable[Atom], on: Atoms) -> Iterable[tuple[Atom, ...]]:
-    """The segments of a dim that have no sharded atom, beside segments that do."""
-    for atom in flat(list(dim)):
-        for segment in atom.segments or ():
-            if not covers(segment, on):
-                yield tuple(segment)
-
-
-def local_size(dim: Iterable[Atom], on: Atoms, tp: int) -> int:
-    """Size of a dim on one rank."""
-    size = 1
-    for atom in flat(list(dim)):
-        if atom.segments is None:
-            size *= atom.size // tp if atom in on else atom.size
-        else:
-            size *= sum(local_size(s, on, tp) for s in atom.segments)
-    return size
-
-
-def label(space: Space, on: Atoms, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int] = frozenset()) -> Labels:
-    """Label every value. `gathers`: results gathered at a module's EXIT; `whole`: nodes whose result is not made sharded.
+    `gathers`: results gathered at a module's EXIT; `whole`: nodes whose result is not made sharded.
 
     Passes are repeated until it is known which parameters are added to partial sums.
     """
     once: set[int] = set()
     while True:
-        out = _pass(space, on, gathers, whole, once)
+        out = _pass(space, cuts, gathers, whole, once)
         if out.once <= once:
             out.once = once
             return out
         once |= out.once
 
 
-def _pass(space: Space, on: Atoms, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], once: set[int]) -> Labels:
+def _pass(space: Space, cuts: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], once: set[int]) -> Labels:
     """Visit, in order, the nodes that a sharded or partial value reaches."""
-    out = Labels()
+    out, on = Labels(cuts), frozenset(cuts)
     out.partial |= once
     queue: list[int] = [i for atom in on for i in space.generators.get(atom, ()) if i not in whole]
     for value in space.graph.params.values():
@@ -270,9 +232,10 @@ def _node(
         hit = have.get(contract.value, NONE) & atoms
         if not hit:
             continue
-        if not covers(contract.dim, have[contract.value]):
-            segments = tuple(_uncovered(contract.dim, have[contract.value]))
-            out.conflicts.append(Conflict(hit, node, "only some segments of what is summed are sharded", segments))
+        statistic = contract.kernel is not None and contract.kernel is not Kernel.LOOKUP  # it tells copies and padding apart
+        if not statistic and not covers(contract.dim, have[contract.value], out.cuts):
+            segments = tuple(uncovered(contract.dim, have[contract.value], out.cuts))
+            out.conflicts.append(Conflict(hit, node, "some of what is summed is held by several ranks", segments))
         if contract.kernel is not None:
             out.kernels[index] = contract.kernel
         if not contract.whole:
@@ -299,6 +262,7 @@ def _node(
         hit = space.carried.get(o.id, NONE) & available & _flowing(have, generated)
         if node.op is Pseudo.EXIT and hit and node.slot is not None:
             wanted = gathers.get((Pseudo.EXIT, *node.slot), NONE) & hit
+            wanted = hit & NONE.union(*(out.cuts[a].atoms for a in wanted))  # an axis is gathered as a whole
             if wanted:
                 out.gathered[index] = wanted
                 hit -= wanted
@@ -348,15 +312,30 @@ def _flowing(have: Mapping[int, Atoms], generated: Atoms) -> Atoms:
 
 
 def _check_values(space: Space, out: Labels) -> None:
+    cuts = out.cuts
     for key, on in out.shard.items():
-        if len(on) > 1 and sum(load(d, on) for d in space.axes.dims[key]) > 1:
-            out.conflicts.append(Conflict(on, None, "two sharded axes meet in one tensor"))
-    for (index, key), missing in out.slices.items():
-        on = out.shard.get(key, NONE) | missing
-        if sum(load(d, on) for d in space.axes.dims[key]) > 1:
-            out.conflicts.append(Conflict(on, space.graph.nodes[index], "two sharded axes meet in one tensor"))
-    for key, on in out.shard.items():
+        _check_cuts(space, key, on, None, out)
         for atom in on:
             if sum(atom in d for d in space.leaves[key]) > 1:
                 out.conflicts.append(Conflict(frozenset({atom}), None, "both dims of one tensor are the same axis"))
                 break
+    for (index, key), missing in out.slices.items():
+        own = out.shard.get(key, NONE)
+        _check_cuts(space, key, own | missing, space.graph.nodes[index], out)
+        if any(cuts[a].atoms & own for a in missing):
+            out.conflicts.append(Conflict(missing, space.graph.nodes[index], "one factor of the axis would be sliced after the other"))
+        elif len([d for d in space.leaves[key] if d & missing]) > 1:
+            out.conflicts.append(Conflict(missing, space.graph.nodes[index], "a tensor would be sliced along two dims"))
+    for value in space.graph.params.values():
+        on = out.shard.get(value.id, NONE)
+        if on and not all(in_order(d, on, cuts) for d in space.axes.dims[value.id]):
+            out.conflicts.append(Conflict(on, None, f"{value.name} does not have the factors of the axis next to each other"))
+
+
+def _check_cuts(space: Space, key: int, on: Atoms, node: Node | None, out: Labels) -> None:
+    cuts = {out.cuts[a] for a in on}
+    if len(cuts) > 1 and meets_two(space.axes.dims[key], on, out.cuts):
+        out.conflicts.append(Conflict(on, node, "two sharded axes meet in one tensor"))
+    for cut in cuts:
+        if cut.major not in on:
+            out.conflicts.append(Conflict(cut.atoms, node, "a tensor carries only the minor factor of the axis"))

@@ -1,16 +1,23 @@
 """Where the elements of a parameter live.
 
 A dim of a tensor is described by an expression of *factors*, major to minor, written in the notation of einops with `|`
-for concatenation: ``(kv group d | kv d | kv d)``. A factor may be *sharded*: rank `r` of `tp` holds its `r`-th even part.
-An index of the dim belongs to rank `r` iff every sharded factor it passes through is in `r`'s part; a segment of a
-concatenation without a sharded factor is held by every rank (*repeated*) when another segment is sharded.
+for concatenation: ``(kv group d | kv d | kv d)``. A factor may be *sharded* over `tp` ranks:
 
-Invariants: `shard` then `unshard` is the identity; the ranks' `intervals` cover the dim, and overlap only on repeated parts.
+- alone: rank `r` holds its `r`-th part of ``ceil(size / tp)`` indices. Where `tp` does not divide the size the last parts are
+  filled up with *padding*: entries that stand for no index of the full dim.
+- in pieces, together with a minor factor that is cut into as many: with 2 kv heads of 7 query heads each over 4 ranks, each
+  group is cut into 2 pieces of at most 4 heads, and rank `r` holds piece `r`: kv head ``r // 2`` and the 4 or 3 heads of its
+  group's piece ``r % 2``. A dim that carries the major factor alone (k and v) then has *shared* indices: several ranks, or
+  several slots of one rank, hold the same one. A whole segment of a concatenation beside a sharded one is shared too.
+
+Invariants: every rank's part has the same size; `shard` then `unshard` is the identity; the ranks' `intervals` cover the dim
+and overlap only on what is shared; every index is `owned` exactly once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -23,11 +30,19 @@ from autotp.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """A named leaf of a dim expression; `sharded` factors are cut evenly over the ranks."""
+    """A named leaf of a dim expression; `sharded` factors are cut over the ranks.
+
+    pieces: into how many pieces each index of a sharded major factor is cut, or a sharded minor factor as a whole.
+    granule: local parts are multiples of it (what operators want of strides, blocks of a quantization); it divides `size`.
+    of: the name of the major factor that a minor one is cut with; it stands before it in the same product.
+    """
 
     name: str
     size: int
     sharded: bool = False
+    pieces: int = 1
+    of: str = ""
+    granule: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +63,51 @@ Expr = Factor | Product | Concat
 Interval = tuple[int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The indices of a dim that are held more than once, numbered in order in a buffer of `size` entries.
+
+    `pieces`: (start in the local dim, start in the buffer, length) of what one rank holds of them.
+    """
+
+    size: int
+    pieces: tuple[tuple[int, int, int], ...]
+
+
 def size(expr: Expr, tp: int = 1) -> int:
-    """Number of indices of `expr` that one of `tp` ranks holds (all of them for tp 1)."""
+    """Number of entries of `expr` that one of `tp` ranks holds, padding included (all indices for tp 1)."""
     if isinstance(expr, Factor):
-        return expr.size // tp if expr.sharded else expr.size
+        if not expr.sharded or tp == 1:
+            return expr.size
+        if expr.of:
+            return -(-expr.size // expr.pieces)
+        return -(-expr.size * expr.pieces // (tp * expr.granule)) * expr.granule
     sizes = [size(part, tp) for part in expr.parts]
     return prod(sizes) if isinstance(expr, Product) else sum(sizes)
 
 
+def factors(expr: Expr) -> Iterator[Factor]:
+    """The leaves of a dim expression, in order."""
+    if isinstance(expr, Factor):
+        yield expr
+        return
+    for part in expr.parts:
+        yield from factors(part)
+
+
 def is_sharded(expr: Expr) -> bool:
     """True when some factor of `expr` is cut over the ranks."""
-    if isinstance(expr, Factor):
-        return expr.sharded
-    return any(is_sharded(part) for part in expr.parts)
+    return any(factor.sharded for factor in factors(expr))
 
 
-def _merge(runs: list[Interval]) -> tuple[Interval, ...]:
+def _merge(parts: list[Interval]) -> tuple[Interval, ...]:
     merged: list[Interval] = []
-    for start, stop in runs:
-        if merged and merged[-1][1] == start:
+    for start, stop in parts:
+        if not merged or stop == start:
+            merged += [(start, stop)] if stop > start else []
+        elif start < 0 and merged[-1][0] < 0:
+            merged[-1] = (merged[-1][0] + start, 0)
+        elif start >= 0 and merged[-1][0] >= 0 and merged[-1][1] == start:
             merged[-1] = (merged[-1][0], stop)
         else:
             merged.append((start, stop))
@@ -74,51 +115,169 @@ def _merge(runs: list[Interval]) -> tuple[Interval, ...]:
 
 
 @lru_cache(maxsize=4096)
-def intervals(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
-    """Half-open index runs of the full dim that `rank` of `tp` holds, in the order of its local dim."""
-    if isinstance(expr, Factor):
-        if not expr.sharded:
-            return ((0, expr.size),)
-        own = expr.size // tp
-        return ((rank * own, (rank + 1) * own),)
+def runs(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
+    """Half-open runs of the full dim that `rank` of `tp` holds, in the order of its local dim.
+
+    Runs of `n` entries of padding are written ``(-n, 0)``; lengths add up to ``size(expr, tp)``.
+    """
+    return _merge(list(_runs(expr, rank, tp, None)))
+
+
+def _runs(expr: Expr, rank: int, tp: int, piece: int | None) -> Iterator[Interval]:
+    """`piece`: the piece of its major factor's index that a minor factor is inside of."""
     if isinstance(expr, Concat):
-        runs: list[Interval] = []
         offset = 0
         for part in expr.parts:
-            runs += [(offset + a, offset + b) for a, b in intervals(part, rank, tp)]
+            for a, b in _runs(part, rank, tp, piece):
+                yield (a + offset, b + offset) if a >= 0 else (a, b)
             offset += size(part)
-        return _merge(runs)
-    result: tuple[Interval, ...] = ((0, 1),)
-    for part in expr.parts:
-        minor, inner = size(part), intervals(part, rank, tp)
-        if inner == ((0, minor),):
-            result = tuple((a * minor, b * minor) for a, b in result)
+    elif isinstance(expr, Product):
+        yield from _product(expr.parts, rank, tp, piece)
+    elif not expr.sharded or tp == 1:
+        yield 0, expr.size
+    elif expr.of:
+        yield from _slots(expr.size, size(expr, tp), (piece or 0) * size(expr, tp))
+    elif expr.pieces == 1:
+        own = size(expr, tp)
+        yield from _slots(expr.size, own, rank * own)
+    else:
+        for index, _ in _cut(expr, rank, tp):
+            yield (index, index + 1) if index >= 0 else (-1, 0)
+
+
+def _slots(full: int, own: int, start: int) -> Iterator[Interval]:
+    """`own` entries from `start` of `full` indices, the rest padding."""
+    real = max(min(full - start, own), 0)
+    if real:
+        yield start, start + real
+    if own > real:
+        yield real - own, 0
+
+
+def _cut(factor: Factor, rank: int, tp: int) -> Iterator[tuple[int, int]]:
+    """(index, its piece) of each slot of a major factor cut in pieces; index -1 for padding."""
+    own = size(factor, tp)
+    for slot in range(rank * own, rank * own + own):
+        index, piece = divmod(slot, factor.pieces)
+        yield (index, piece) if index < factor.size else (-1, 0)
+
+
+def _product(parts: Sequence[Expr], rank: int, tp: int, piece: int | None) -> Iterator[Interval]:
+    if not parts:
+        yield 0, 1
+        return
+    first, rest = parts[0], parts[1:]
+    full, own = prod(map(size, rest)), prod(size(p, tp) for p in rest)
+    if isinstance(first, Factor) and first.sharded and first.pieces > 1 and not first.of and tp > 1:
+        for index, inside in _cut(first, rank, tp):
+            if index < 0:
+                yield -own, 0
+                continue
+            for a, b in _product(rest, rank, tp, inside):
+                yield (index * full + a, index * full + b) if a >= 0 else (a, b)
+        return
+    inner = _merge(list(_product(rest, rank, tp, piece)))
+    for lo, hi in _runs(first, rank, tp, piece):
+        if lo < 0:
+            yield lo * own, 0
+        elif inner == ((0, full),):
+            yield lo * full, hi * full
         else:
-            result = _merge([(i * minor + a, i * minor + b) for lo, hi in result for i in range(lo, hi) for a, b in inner])
-    return result
+            for i in range(lo, hi):
+                for a, b in inner:
+                    yield (i * full + a, i * full + b) if a >= 0 else (a, b)
 
 
-def _whole(expr: Expr, tp: int) -> tuple[Interval, ...]:
-    """Runs of the local dim whose indices pass through no sharded factor."""
-    if isinstance(expr, Factor):
-        return () if expr.sharded else ((0, expr.size),)
-    if isinstance(expr, Concat):
-        runs: list[Interval] = []
-        offset = 0
-        for part in expr.parts:
-            runs += [(offset + a, offset + b) for a, b in _whole(part, tp)]
-            offset += size(part, tp)
-        return _merge(runs)
-    result: tuple[Interval, ...] = ((0, 1),)
-    for part in expr.parts:
-        minor, inner = size(part, tp), _whole(part, tp)
-        result = _merge([(i * minor + a, i * minor + b) for lo, hi in result for i in range(lo, hi) for a, b in inner])
-    return result
+def intervals(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
+    """The `runs` that are not padding: what `rank` reads of the full dim."""
+    return tuple(run for run in runs(expr, rank, tp) if run[0] >= 0)
 
 
-def repeated(expr: Expr, tp: int) -> tuple[Interval, ...]:
-    """Runs of the *local* dim that every rank holds although the dim is sharded (k and v rows of a fused MQA weight)."""
-    return _whole(expr, tp) if is_sharded(expr) else ()
+def padding(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
+    """Runs of the *local* dim that are padding."""
+    out, at = [], 0
+    for a, b in runs(expr, rank, tp):
+        if a < 0:
+            out.append((at, at + b - a))
+        at += b - a
+    return tuple(out)
+
+
+def is_padded(expr: Expr, tp: int) -> bool:
+    """True when some rank's part has padding."""
+    return any(padding(expr, rank, tp) for rank in range(tp))
+
+
+@lru_cache(maxsize=1024)
+def _holders(expr: Expr, tp: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
+    """(start, stop, every (rank, local start) that holds it) for runs of the full dim, in order."""
+    held: list[tuple[int, int, int, int]] = []
+    for rank in range(tp):
+        at = 0
+        for a, b in runs(expr, rank, tp):
+            if a >= 0:
+                held.append((a, b, rank, at))
+            at += b - a
+    bounds = sorted({edge for a, b, _, _ in held for edge in (a, b)})
+    found: list[list[tuple[int, int]]] = [[] for _ in bounds]
+    for a, b, rank, at in held:
+        for i in range(bisect_left(bounds, a), bisect_left(bounds, b)):
+            found[i].append((rank, at + bounds[i] - a))
+    return tuple((bounds[i], bounds[i + 1], tuple(sorted(found[i]))) for i in range(len(bounds) - 1))
+
+
+@lru_cache(maxsize=1024)
+def owned(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
+    """Runs of `rank`'s *local* dim that are the first copy of their indices: over all ranks each index once, no padding."""
+    first = [(at, at + b - a) for a, b, holders in _holders(expr, tp) for r, at in holders[:1] if r == rank]
+    return _merge(sorted(first))
+
+
+@lru_cache(maxsize=1024)
+def owned_runs(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
+    """The `runs` of `rank` with everything that is not `owned` written as padding."""
+    mine = iter(owned(expr, rank, tp))
+    lo = hi = at = 0
+    out: list[Interval] = []
+    for a, b in runs(expr, rank, tp):
+        end = at + b - a
+        while at < end:
+            while hi <= at:
+                lo, hi = next(mine, (size(expr, tp), size(expr, tp) + 1))
+            stop = min(end, lo if lo > at else hi)
+            out.append((at - stop, 0) if lo > at else (b - (end - at), b - (end - stop)))
+            at = stop
+    return _merge(out)
+
+
+@lru_cache(maxsize=1024)
+def owners(expr: Expr, tp: int) -> tuple[tuple[int, int, int], ...]:
+    """(rank, local start, length) of the owned pieces that make the full dim, in its order."""
+    out: list[tuple[int, int, int]] = []
+    for a, b, holders in _holders(expr, tp):
+        rank, at = holders[0]
+        if out and out[-1][0] == rank and out[-1][1] + out[-1][2] == at:
+            out[-1] = (rank, out[-1][1], out[-1][2] + b - a)
+        else:
+            out.append((rank, at, b - a))
+    return tuple(out)
+
+
+@lru_cache(maxsize=1024)
+def shared(expr: Expr, rank: int, tp: int) -> Shared:
+    """What `rank` holds of the indices that are held more than once."""
+    total, pieces = 0, []
+    for a, b, holders in _holders(expr, tp):
+        if len(holders) > 1:
+            pieces += [(at, total, b - a) for r, at in holders if r == rank]
+            total += b - a
+    merged: list[tuple[int, int, int]] = []
+    for at, buffer, length in sorted(pieces):
+        if merged and merged[-1][0] + merged[-1][2] == at and merged[-1][1] + merged[-1][2] == buffer:
+            merged[-1] = (merged[-1][0], merged[-1][1], merged[-1][2] + length)
+        else:
+            merged.append((at, buffer, length))
+    return Shared(total, tuple(merged))
 
 
 def freed(expr: Expr) -> Expr:
@@ -171,7 +330,7 @@ class Layout:
         if sum(map(is_sharded, self.dims)) > 1:
             raise InputError(f"layout {self} shards more than one dim")
         for expr in self.dims:
-            _check_divides(expr, self.tp)
+            _check_pieces(expr, {})
 
     @property
     def dim(self) -> int | None:
@@ -180,25 +339,60 @@ class Layout:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of one rank's shard (the same on every rank)."""
+        """Shape of one rank's shard, padding included (the same on every rank)."""
         return tuple(size(e, self.tp) for e in self.dims)
 
     @property
-    def repeated(self) -> tuple[Interval, ...]:
-        """Runs of the local sharded dim that every rank holds."""
-        return () if self.dim is None else repeated(self.dims[self.dim], self.tp)
+    def expr(self) -> Expr | None:
+        """The expression of the sharded dim, None for a replicated parameter."""
+        return None if self.dim is None else self.dims[self.dim]
+
+    @property
+    def is_shared(self) -> bool:
+        """True when some index of the sharded dim is held more than once."""
+        return self.expr is not None and shared(self.expr, 0, self.tp).size > 0
+
+    @property
+    def is_padded(self) -> bool:
+        """True when some rank's shard has padding."""
+        return self.expr is not None and is_padded(self.expr, self.tp)
+
+    def shared(self, rank: int) -> Shared:
+        """What `rank` holds of the indices of the sharded dim that are held more than once."""
+        return Shared(0, ()) if self.expr is None else shared(self.expr, rank, self.tp)
+
+    def owned(self, rank: int) -> tuple[Interval, ...]:
+        """Runs of `rank`'s local sharded dim that count once over all ranks; () when replicated."""
+        return () if self.expr is None else owned(self.expr, rank, self.tp)
+
+    def owned_runs(self, rank: int) -> tuple[Interval, ...]:
+        """`runs` with everything that is not owned written as padding."""
+        return self.runs(rank) if self.expr is None else owned_runs(self.expr, rank, self.tp)
+
+    def padding(self, rank: int) -> tuple[Interval, ...]:
+        """Runs of `rank`'s local sharded dim that are padding."""
+        return () if self.expr is None else padding(self.expr, rank, self.tp)
 
     def intervals(self, rank: int) -> tuple[Interval, ...]:
         """Runs of the full sharded dim held by `rank`, in local order; ((0, n),) of dim 0 when replicated."""
-        dim = self.dim
-        return ((0, self.shape[0] if self.shape else 1),) if dim is None else intervals(self.dims[dim], rank, self.tp)
+        return ((0, self.shape[0] if self.shape else 1),) if self.expr is None else intervals(self.expr, rank, self.tp)
+
+    def runs(self, rank: int) -> tuple[Interval, ...]:
+        """`intervals` with the padding between them, written ``(-n, 0)``."""
+        return self.intervals(rank) if self.expr is None else runs(self.expr, rank, self.tp)
 
     def shard(self, full: Tensor, rank: int) -> Tensor:
-        """`rank`'s part of `full` (shape `shape` → `local_shape`): a fresh contiguous tensor, or `full` when replicated."""
+        """`rank`'s part of `full` (shape `shape` → `local_shape`): a fresh contiguous tensor, or `full` when replicated.
+
+        Padding is zero.
+        """
         dim = self.dim
         if dim is None:
             return full
-        return torch.cat([full.narrow(dim, a, b - a) for a, b in self.intervals(rank)], dim).contiguous()
+        part = take(full, dim, self.runs(rank))
+        if len(self.runs(rank)) == 1:  # a view, which would keep the whole tensor alive
+            return part.clone(memory_format=torch.contiguous_format)
+        return part.contiguous()
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
         """The full tensor in the model's order from all ranks' shards, in rank order."""
@@ -208,13 +402,29 @@ class Layout:
         full = shards[0].new_empty(self.shape)
         for rank, local in enumerate(shards):
             offset = 0
-            for a, b in self.intervals(rank):
-                full.narrow(dim, a, b - a).copy_(local.narrow(dim, offset, b - a))
+            for a, b in self.runs(rank):
+                if a >= 0:
+                    full.narrow(dim, a, b - a).copy_(local.narrow(dim, offset, b - a))
                 offset += b - a
         return full
 
     def __str__(self) -> str:
         return " ".join(notation(e) for e in self.dims) or "()"
+
+
+def take(full: Tensor, dim: int, parts: Sequence[Interval]) -> Tensor:
+    """The `runs` of a dim of `full` laid end to end, zeros for padding."""
+    shape = list(full.shape)
+    pieces: list[Tensor] = []
+    for a, b in parts:
+        shape[dim] = b - a
+        pieces.append(full.narrow(dim, a, b - a) if a >= 0 else full.new_zeros(shape))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def alike(a: Layout, b: Layout) -> bool:
+    """True for layouts that place every element alike, whatever their factors are called."""
+    return (a.shape, a.tp, a.dim) == (b.shape, b.tp, b.dim) and all(a.runs(rank) == b.runs(rank) for rank in range(a.tp))
 
 
 def replicated(shape: Sequence[int], tp: int) -> Layout:
@@ -223,10 +433,18 @@ def replicated(shape: Sequence[int], tp: int) -> Layout:
     return Layout(shape, tuple(Factor(f"n{n}", n) for n in shape), tp)
 
 
-def _check_divides(expr: Expr, tp: int) -> None:
+def _check_pieces(expr: Expr, majors: dict[str, int]) -> None:
+    """A minor factor cut in pieces stands inside of a major one cut into as many."""
     if isinstance(expr, Factor):
-        if expr.sharded and expr.size % tp:
-            raise InputError(f"factor {expr.name} of size {expr.size} cannot be cut evenly over {tp} ranks")
+        if expr.granule < 1 or expr.size % expr.granule or (expr.granule > 1 and (expr.of or expr.pieces > 1)):
+            raise InputError(f"factor {expr.name} of size {expr.size} cannot be cut into granules of {expr.granule}")
+        if expr.pieces < 1 or (expr.of and majors.get(expr.of) != expr.pieces):
+            raise InputError(
+                f"factor {expr.name} is cut into {expr.pieces} pieces of {expr.of or 'nothing'}, which is not cut so before it"
+            )
         return
+    inside = dict(majors)
     for part in expr.parts:
-        _check_divides(part, tp)
+        _check_pieces(part, inside)
+        if isinstance(expr, Product) and isinstance(part, Factor) and part.sharded and not part.of:
+            inside[part.name] = part.pieces

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autotp.plan.labels import NONE, Labels, Space, local_size
+from autotp.plan.cuts import Cuts, local_size
+from autotp.plan.labels import NONE, Labels, Space
 from autotp.plan.model import LocalAttribute
 from autotp.trace.graph import Node, Value
 from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
@@ -62,7 +63,7 @@ def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
     return [i for i, v in enumerate(values) if v == number]
 
 
-def constraints(space: Space, labels: Labels, tp: int) -> list[Constraint]:
+def constraints(space: Space, labels: Labels) -> list[Constraint]:
     """Every constraint of the graph. Raises Stuck where a demanded int has no known origin."""
     out: list[Constraint] = []
     shapes: dict[int, Value] = {}
@@ -75,7 +76,7 @@ def constraints(space: Space, labels: Labels, tp: int) -> list[Constraint]:
         wanted: dict[int, int] = {}
         for demand in meaning.demands:
             on = labels.shard.get(demand.value, NONE) | labels.slices.get((node.index, demand.value), NONE)
-            local = sum(local_size(d, on, tp) for d in demand.dims)
+            local = sum(local_size(d, on, labels.cuts) for d in demand.dims)
             if demand.number < 0:
                 local = -local
             found = positions(node, demand.number, demand.at, demand.listed)
@@ -90,9 +91,9 @@ def constraints(space: Space, labels: Labels, tp: int) -> list[Constraint]:
     return out
 
 
-def localise(space: Space, labels: Labels, tp: int) -> Localised:
+def localise(space: Space, labels: Labels) -> Localised:
     """Solve for the attributes. Raises Stuck where no attribute and no override helps."""
-    every = constraints(space, labels, tp)
+    every = constraints(space, labels)
     shapes = {v.id: v for n in space.graph.nodes for v in (*n.inputs(), *n.outputs)}
 
     def size(leaf: SizeRef) -> int:
@@ -104,11 +105,11 @@ def localise(space: Space, labels: Labels, tp: int) -> Localised:
         if leaf.dim < 0:
             total = 1
             for d in dims:
-                total *= local_size(d, on, tp)
+                total *= local_size(d, on, labels.cuts)
             return total
-        return local_size(dims[leaf.dim], on, tp)
+        return local_size(dims[leaf.dim], on, labels.cuts)
 
-    search = _Search(every, size, tp)
+    search = _Search(every, size, labels.cuts)
     solution = search.run()
     attributes: dict[str, list[LocalAttribute]] = {}
     for ref, value in solution.items():
@@ -131,11 +132,22 @@ def localise(space: Space, labels: Labels, tp: int) -> Localised:
     return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()})
 
 
+def _scales(cuts: Cuts) -> frozenset[tuple[int, int]]:
+    """(size, local size) of everything that is cut: a number made of the one becomes a number made of the other."""
+    found: set[tuple[int, int]] = set()
+    for cut in cuts.values():
+        found |= {(cut.size, cut.local_size), *((atom.size, cut.local(atom)) for atom in cut.atoms)}
+        if not cut.padded:
+            found.add((cut.tp, 1))
+    return frozenset(found)
+
+
 class _Search:
     """Depth-first search over attributes, one module's at a time, given up for a module when it fails."""
 
-    def __init__(self, every: list[Constraint], size: object, tp: int) -> None:
-        self.size, self.tp = size, tp
+    def __init__(self, every: list[Constraint], size: object, cuts: Cuts) -> None:
+        self.size = size
+        self.scales = _scales(cuts)
         self.groups: list[list[Constraint]] = []
         self._steps = 0
         parent: dict[str, str] = {}
@@ -181,8 +193,7 @@ class _Search:
         free = [leaf for leaf in dict.fromkeys(leaves(broken.expr)) if isinstance(leaf, AttrRef) and leaf not in fixed]
         for leaf in free:
             candidates = {broken.local} if broken.expr == leaf else set()
-            if leaf.value % self.tp == 0:
-                candidates.add(leaf.value // self.tp)
+            candidates |= {leaf.value // whole * local for whole, local in self.scales if leaf.value % whole == 0}
             candidates |= {c.local for c in group if c.expr == leaf}
             for candidate in sorted(candidates - {leaf.value}):
                 found = self._solve(group, {**fixed, leaf: candidate})

@@ -8,9 +8,11 @@ Conversions (forward / backward):
 
     COPY    R → R   identity / all-reduce                     (enters a region)
     REDUCE  P → R   all-reduce / identity                     (leaves a region)
-    GATHER  S → R   all-gather, model order / own part
+    GATHER  S → R   all-gather, model order / own part, zero where another copy of a shared index is the owner
     SLICE   R → S   own part / zero-padded part (a P gradient: COPY stands before it where a gradient is needed)
     ONCE    R → P   value on rank 0, zeros elsewhere / identity   (a bias added to a partial sum)
+    HOLD    P → R   zeros, the partial sum itself is kept for a JOIN / none
+    JOIN    P → P   adds what was held / identity to each summand   (REDUCE follows)
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ class Op(Enum):
     GATHER = "gather"
     SLICE = "slice"
     ONCE = "once"
+    HOLD = "hold"
+    JOIN = "join"
 
 
 class GradSum(Enum):
@@ -37,7 +41,7 @@ class GradSum(Enum):
 
     NONE = "none"
     ALL = "all"  # replicated parameter used inside a region: its gradient is a partial sum
-    REPEATED = "repeated"  # sharded parameter with repeated segments: those segments' gradients are partial sums
+    SHARED = "shared"  # sharded parameter with indices that are held more than once: their gradients are partial sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,9 @@ class Site:
     The place: `file` as in the code object, `function` (co_qualname), `line` (co_firstlineno of the function), `offset`
     (f_lasti of the call). `ints`: (position among the call's int arguments in order, global value, local value); an int that is
     not `global value` at run time is an error. `inputs`/`outputs`: (position among the call's tensor arguments/results,
-    conversions). `kernel`: run the operator's distributed form instead; its result is whatever the kernel says.
+    conversions). `kernel`: run the operator's distributed form instead; its result is whatever the kernel says. `over`: the
+    layout of the sharded dim that a kernel's statistic crosses, `over_dim` which dim of its input that is, counted from the right
+    (negative); needed where it has padding or shared indices, None says that every local entry counts.
     """
 
     file: str
@@ -103,11 +109,17 @@ class Site:
     inputs: tuple[tuple[int, tuple[Conversion, ...]], ...] = ()
     outputs: tuple[tuple[int, tuple[Conversion, ...]], ...] = ()
     kernel: Kernel | None = None
+    over: Expr | None = None
+    over_dim: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """Everything that changes at one module; `path` is "" for the root."""
+    """Everything that changes at one module; `path` is "" for the root.
+
+    `joint`: paths, relative to this module, of modules inside it whose results meet in one sum during a call of this module:
+    all but the last HOLD theirs, the last one JOINs them (`autotp.plan.joint`).
+    """
 
     path: str
     inputs: tuple[Slot, ...] = ()
@@ -115,6 +127,7 @@ class ModulePlan:
     uses: tuple[Use, ...] = ()
     attributes: tuple[LocalAttribute, ...] = ()
     sites: tuple[Site, ...] = ()
+    joint: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ Value and gradient types (forward → backward): P → its gradient is whole; S 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from math import prod
@@ -96,11 +97,12 @@ def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozen
     """(where partial sums are reduced, values still partial after that)."""
     cut, vertices = Cut(), _Vertices(space, places)
     mixed = _mixed_slots(space, vertices, lambda v: v.id in labels.partial)
-    done: set[Hashable] = set()
+    stops, first = [result.stop for result in space.graph.results], dict[Hashable, int]()
+    summed = labels.partial - {key for key, number in space.graph.fills.items() if number == 0.0}  # zeros are whole and partial
     for node in space.graph.nodes:
-        partial_in = [v for v in dict.fromkeys(node.inputs()) if v.id in labels.partial]
+        partial_in = [v for v in dict.fromkeys(node.inputs()) if v.id in summed]
         for o in node.outputs:
-            if o.id not in labels.partial:
+            if o.id not in summed:
                 continue
             key = vertices.of(o)
             if o.id in labels.born:
@@ -108,9 +110,9 @@ def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozen
             else:
                 for v in partial_in:
                     cut.same(("post", vertices.of(v)), ("pre", key))
-            if key not in done:
+            path = bisect_right(stops, node.index)
+            if first.setdefault(key, path) == path:  # a module that one path calls twice is no cheaper than two modules
                 cut.convertible(key, ("pre", key), ("post", key), None if key in mixed else _cost(key, o, node.index))
-                done.add(key)
     for value in space.graph.params.values():
         if value.id in labels.once:
             key = vertices.of(value)
@@ -145,6 +147,8 @@ def _mixed_slots(space: Space, vertices: _Vertices, holds: Callable[[Value], boo
         if slot_key(node) is None:
             continue
         (o,) = node.outputs
+        if space.graph.fills.get(o.id) == 0.0:
+            continue  # zeros are whole and a partial sum (experts that no token chose)
         flag = holds(o)
         if seen.setdefault(vertices.of(o), flag) != flag:
             mixed.add(vertices.of(o))

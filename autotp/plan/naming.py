@@ -7,14 +7,17 @@ that pass a depthwise convolution; mlp: everything between two products.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
 
 from autotp.axes.atoms import Atom, flat
 from autotp.plan.choose import Choice
+from autotp.plan.cuts import Cuts
 from autotp.plan.labels import Space, leaf_atoms
 from autotp.plan.layout import Concat, Expr, Factor, Product
 
+#: Factors up to this size are called by it, as the 3 of a fused q, k, v.
+SMALL = 4
 _FACTOR = {"attention": "h", "mlp": "i", "moe": "i", "embedding": "v", "lm head": "v", "conv": "c"}
 
 
@@ -56,21 +59,31 @@ def _contracted(space: Space, atom: Atom) -> bool:
     return any(atom in atoms for contracts in space.contracts for _, atoms in contracts)
 
 
-@dataclass
 class Namer:
-    """Hands out factor names, unique among the atoms of one plan part, stable across its parameters."""
+    """Names of factors, by role: ``kv group h d`` of attention, ``i v c`` of other axes, ``e`` the model's width, small numbers as such.
 
-    patterns: Mapping[Atom, str]
-    names: dict[Atom, str] = field(default_factory=dict)
-    taken: dict[str, int] = field(default_factory=dict)
+    A name is told apart by a number only from others in the same parameter: every block's heads are ``h``.
+    """
+
+    def __init__(self, patterns: Mapping[Atom, str], cuts: Cuts, carried: Sequence[Sequence[Sequence[Atom]]] = ()) -> None:
+        """`carried`: the dims of each parameter."""
+        self.cuts = cuts
+        self.patterns = dict(patterns)
+        self.bases = _bases(self.patterns, cuts, carried)
+        self.beside: dict[Atom, set[Atom]] = {}
+        for dims in carried:
+            inside = {atom for dim in dims for atom in _every(dim)}
+            for atom in inside:
+                self.beside.setdefault(atom, set()).update(inside - {atom})
+        self.names: dict[Atom, str] = {}
 
     def name(self, atom: Atom) -> str:
         """The name of an atom."""
         if atom not in self.names:
-            base = _FACTOR.get(self.patterns.get(atom, ""), "d")
-            count = self.taken.get(base, 0)
-            self.taken[base] = count + 1
-            self.names[atom] = base if count == 0 else f"{base}{count}"
+            base = self.bases.get(atom) or (str(atom.size) if atom.size <= SMALL else "n")
+            taken = {self.names.get(other) for other in self.beside.get(atom, ())}
+            numbered = (f"{base}{'_' * base.isdigit()}{k}" for k in count(2))
+            self.names[atom] = next(name for name in chain((base,), numbered) if name not in taken)
         return self.names[atom]
 
     def expr(self, dim: Iterable[Atom], on: Iterable[Atom]) -> Expr:
@@ -79,7 +92,7 @@ class Namer:
         parts: list[Expr] = []
         for atom in flat(list(dim)):
             if atom.segments is None:
-                parts.append(Factor(self.name(atom), atom.size, atom in sharded))
+                parts.append(self._factor(atom, atom in sharded))
             elif not any(leaf in sharded for leaf in leaf_atoms([atom])):
                 parts.append(Factor(self.name(atom), atom.size))
             else:
@@ -88,14 +101,70 @@ class Namer:
             return Factor("1", 1)
         return parts[0] if len(parts) == 1 else Product(tuple(_merged(parts, self)))
 
+    def _factor(self, atom: Atom, sharded: bool) -> Factor:
+        cut = self.cuts.get(atom)
+        if not sharded or cut is None:
+            return Factor(self.name(atom), atom.size)
+        of = "" if atom is cut.major else self.name(cut.major)
+        return Factor(self.name(atom), atom.size, True, cut.pieces, of, cut.granule)
+
+
+def _every(dim: Iterable[Atom]) -> Iterable[Atom]:
+    """Atoms of a dim and of its concatenations' segments, concatenations too."""
+    for atom in flat(list(dim)):
+        yield atom
+        for segment in atom.segments or ():
+            yield from _every(segment)
+
+
+def _runs(dim: Iterable[Atom]) -> Iterable[list[Atom]]:
+    """The products inside a dim: itself, and those in the segments of its concatenations."""
+    atoms = flat(list(dim))
+    yield atoms
+    for atom in atoms:
+        for segment in atom.segments or ():
+            yield from _runs(segment)
+
+
+def _bases(patterns: Mapping[Atom, str], cuts: Cuts, carried: Sequence[Sequence[Sequence[Atom]]]) -> dict[Atom, str]:
+    bases = {atom: _FACTOR.get(pattern, "n") for atom, pattern in patterns.items()}
+    for cut in cuts.values():
+        if cut.minor is not None:
+            base = bases.get(cut.major, "n")
+            bases[cut.major], bases[cut.minor] = ("kv", "group") if base in ("h", "kv") else (base, base + "_group")
+    products = [run for dims in carried for dim in dims for run in _runs(dim)]
+    tails: dict[Atom, set[int]] = {}
+    for run in products:
+        for i, atom in enumerate(run):
+            if bases.get(atom) in ("h", "kv", "group"):
+                tails.setdefault(atom, set()).add(sum(a.size > SMALL or a in bases for a in run[i + 1 :]))
+    for run in products:  # a head axis that stands before one factor here and two there is that of key-value heads
+        for atom, after, *rest in (run[i:] for i in range(len(run) - 1)):
+            if bases.get(atom) == "h" and len(tails[atom]) > 1 and len([a for a in rest if a.size > SMALL]) >= 1 and after not in bases:
+                bases[atom], bases[after] = "kv", "group"
+    for run in products:
+        heads = [i for i, atom in enumerate(run) if bases.get(atom) in ("h", "kv", "group")]
+        for atom in run[heads[-1] + 1 :] if heads else ():
+            if atom not in bases and atom.size > SMALL:
+                bases[atom] = "d"
+    widths: dict[Atom, int] = {}
+    for dims in carried:
+        for dim in dims:
+            for atom in flat(list(dim)):
+                if len(flat(list(dim))) == 1 and atom not in bases:
+                    widths[atom] = widths.get(atom, 0) + 1
+    if widths:
+        bases[max(widths, key=lambda a: (widths[a], a.size))] = "e"
+    return bases
+
 
 def _merged(parts: list[Expr], namer: Namer) -> list[Expr]:
-    """Neighbouring whole factors are one factor to a layout."""
+    """Neighbouring whole factors of one name (the parts of a head's width that a rotation tells apart) are one factor to a layout."""
     out: list[Expr] = []
     for part in parts:
         last = out[-1] if out else None
-        if isinstance(part, Factor) and isinstance(last, Factor) and not part.sharded and not last.sharded:
-            out[-1] = Factor(f"{last.name}_{part.name}", last.size * part.size)
+        if isinstance(part, Factor) and isinstance(last, Factor) and last.name == part.name and not part.sharded and not last.sharded:
+            out[-1] = Factor(last.name, last.size * part.size)
         else:
             out.append(part)
     return out

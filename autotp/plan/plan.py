@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from autotp.errors import InputError
-from autotp.plan import table
+from autotp.plan import cost, table
+from autotp.plan.cost import PaddedAxis
 from autotp.plan.model import ModulePlan, ParamPlan
 
 
@@ -95,6 +96,33 @@ class Plan:
         own = [p for n, p in self.params.items() if n not in self.aliases]
         whole = sum(prod(p.layout.shape) for p in own)
         return sum(prod(p.layout.local_shape) for p in own) / whole if whole else 1.0
+
+    @property
+    def padding_waste(self) -> float:
+        """Elements of padding over all ranks ÷ elements of the model: 0.067 means 6.7 %. See `autotp.plan.cost`."""
+        return cost.padding_waste(self)
+
+    @property
+    def repeated_share(self) -> float:
+        """Elements of sharded parameters held beyond the first copy, over all ranks, ÷ elements of the model.
+
+        Key and value rows that several ranks need, parts of a fused weight that are not cut. Replicated parameters are
+        not among them: `replicated` lists those.
+        """
+        return cost.repeated_share(self)
+
+    @property
+    def busiest_work(self) -> float:
+        """Multiply-adds a token of the busiest rank ÷ (multiply-adds of the model ÷ tp), at best 1.
+
+        Counted as elements of the parameters in `products`, padding included; all experts count.
+        """
+        return cost.busiest_work(self)
+
+    @property
+    def padded_axes(self) -> tuple[PaddedAxis, ...]:
+        """The axes that zeros fill up to a multiple of what the ranks need: `size` indices held as `padded` slots."""
+        return cost.padded_axes(self)
 
     @property
     def replicated(self) -> Mapping[str, str]:

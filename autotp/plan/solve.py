@@ -10,10 +10,12 @@ from autotp.axes.atoms import Atom
 from autotp.errors import PlanError
 from autotp.plan.build import Builder, Unrealisable
 from autotp.plan.choose import Choice, choose
+from autotp.plan.cuts import Cut
+from autotp.plan.joint import find_joints
 from autotp.plan.labels import NONE, Labels, Space, label, leaf_atoms
 from autotp.plan.layout import Layout
 from autotp.plan.localise import Localised, Stuck, localise
-from autotp.plan.model import ModulePlan, Op, ParamPlan
+from autotp.plan.model import GradSum, ModulePlan, Op, ParamPlan
 from autotp.plan.moves import Moves, Undecidable, conversion_key, place
 from autotp.plan.naming import Namer, pattern_of
 from autotp.plan.plan import AxisInfo, Plan, Traffic
@@ -35,9 +37,9 @@ class Draft:
 
 @dataclass
 class Bans:
-    """What later attempts must not do: atoms with the reason, and nodes whose result stays whole."""
+    """What later attempts must not do: cuts with the reason, and nodes whose result stays whole."""
 
-    atoms: dict[Atom, str]
+    cuts: dict[Cut, str]
     whole: frozenset[int] = NONE  # type: ignore[assignment]
 
     def blame(self, space: Space, choice: Choice, node: Node, reason: str) -> None:
@@ -53,7 +55,7 @@ class Bans:
             guilty = frozenset().union(*(choice.labels.of(v) for v in near), NONE) & choice.on
         if not guilty:
             guilty = choice.on
-        self.atoms.update(dict.fromkeys(guilty, f"{reason}: {node}"))
+        self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{reason}: {node}"))
 
 
 def _feeds(source: Node, node: Node) -> bool:
@@ -64,33 +66,40 @@ def _feeds(source: Node, node: Node) -> bool:
 def solve(space: Space, tp: int, bans: Bans, model: str, linears: frozenset[str]) -> Draft:
     """The best plan that avoids `bans`; adds to them what turns out impossible."""
     while True:
-        choice = choose(space, tp, bans.atoms, bans.whole)
+        choice = choose(space, tp, bans.cuts, bans.whole)
         try:
-            local = localise(space, choice.labels, tp)
+            local = localise(space, choice.labels)
             moves = place(space, choice.labels)
-            namer = Namer({a: pattern_of(space, choice, a) for a in choice.on})
-            modules = Builder(space, choice, moves, local, namer, linears, tp).run()
+            namer = Namer({a: pattern_of(space, choice, a) for a in choice.on}, choice.cuts, _param_dims(space))
+            joints, notes = find_joints(space, moves)
+            modules = Builder(space, choice, moves, local, namer, linears, tp, joints).run()
         except (Stuck, Unrealisable) as error:
             bans.blame(space, choice, error.node, error.reason)
             continue
         except Undecidable as error:
             _blame_alone(space, choice, bans, str(error))
             continue
-        return Draft(_plan(space, choice, moves, modules, namer, tp, model, bans), space, choice, moves, local)
+        plan = _plan(space, choice, moves, modules, namer, tp, model, bans)
+        return Draft(replace(plan, notes=(*plan.notes, *notes)), space, choice, moves, local)
+
+
+def _param_dims(space: Space) -> list[tuple[tuple[Atom, ...], ...]]:
+    return [space.axes.dims[v.id] for v in dict.fromkeys(space.graph.params.values())]
 
 
 def _blame_alone(space: Space, choice: Choice, bans: Bans, reason: str) -> None:
     """Find the axis whose reductions cannot be placed by trying each without the others."""
     found = False
-    for atom in sorted(choice.on, key=lambda a: a.id):
-        gathers = {slot: atoms & {atom} for slot, atoms in choice.gathers.items()}
+    every = dict.fromkeys(choice.cuts.values())
+    for cut in every:
+        gathers = {slot: atoms & cut.atoms for slot, atoms in choice.gathers.items()}
         try:
-            place(space, label(space, frozenset({atom}), gathers, choice.whole))
+            place(space, label(space, dict.fromkeys(cut.atoms, cut), gathers, choice.whole))
         except Undecidable:
-            bans.atoms[atom] = reason
+            bans.cuts[cut] = reason
             found = True
     if not found:
-        bans.atoms.update(dict.fromkeys(choice.on, reason))
+        bans.cuts.update(dict.fromkeys(every, reason))
 
 
 def _plan(
@@ -112,7 +121,9 @@ def _plan(
         if first.setdefault(value.id, name) != name:
             aliases[name] = first[value.id]
     products = {n for n, v in graph.params.items() if len(v.shape) >= 2 and _is_product(space, v)}
-    return Plan(model, tp, own, modules, tuple(axes), _traffic(space, choice, moves, modules), aliases, frozenset(products), graph.notes)
+    return Plan(
+        model, tp, own, modules, tuple(axes), _traffic(space, choice, moves, modules, own), aliases, frozenset(products), graph.notes
+    )
 
 
 def _is_product(space: Space, value: Value) -> bool:
@@ -141,7 +152,8 @@ def _reason(space: Space, choice: Choice, value: Value) -> str:
 def _axes(space: Space, choice: Choice, namer: Namer) -> tuple[list[AxisInfo], dict[Atom, AxisInfo]]:
     axes: list[AxisInfo] = []
     axis_of: dict[Atom, AxisInfo] = {}
-    for atom in sorted(choice.on, key=lambda a: a.id):
+    for cut in dict.fromkeys(choice.cuts[a] for a in sorted(choice.on, key=lambda a: a.id)):
+        atom = cut.major
         params = tuple(n for n, v in space.graph.params.items() if atom in space.carried[v.id])
         module = _common([p.rpartition(".")[0] for p in params])
         pattern = namer.patterns[atom]
@@ -152,9 +164,9 @@ def _axes(space: Space, choice: Choice, namer: Namer) -> tuple[list[AxisInfo], d
                 if any(atom in a for _, a in c)
             )
         )
-        info = AxisInfo(f"{module + '.' if module else ''}{namer.name(atom)}", pattern, atom.size, module, params, sites)
+        info = AxisInfo(f"{module + '.' if module else ''}{namer.name(atom)}", pattern, cut.size, module, params, sites)
         axes.append(info)
-        axis_of[atom] = info
+        axis_of.update(dict.fromkeys(cut.atoms, info))
     return axes, axis_of
 
 
@@ -168,7 +180,9 @@ def _common(paths: Iterable[str]) -> str:
     return ".".join(out)
 
 
-def _traffic(space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...]) -> tuple[Traffic, ...]:
+def _traffic(
+    space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...], params: Mapping[str, ParamPlan]
+) -> tuple[Traffic, ...]:
     """The collectives of the first path's forward and of its backward."""
     width: dict[tuple[str, str], int] = {}
     for node in space.graph.nodes:
@@ -199,10 +213,25 @@ def _traffic(space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePl
                         shared.add(key)
                         out.append(Traffic(m.path, "all_reduce", "backward", size))
         out += [replace(t, module=m.path) for t in inside.get(path, ())]
-    for name, value in space.graph.params.items():
-        if value.id in moves.grad_sums and value.name == name:
-            out.append(Traffic(name.rpartition(".")[0], "all_reduce", "backward", 0, prod(value.shape)))
+    for m in modules:
+        for use in m.uses:
+            name = f"{use.owner}.{use.name}" if use.owner else use.name
+            while (block := _block_of(name, blocks)) is not None:
+                name = blocks[block] + name[len(block) :]
+            elements = _summed(use.grad, params.get(name))
+            if elements:
+                out.append(Traffic(m.path, "all_reduce", "backward", 0, elements))
     return tuple(out)
+
+
+def _summed(grad: GradSum, param: ParamPlan | None) -> int:
+    """Elements of a gradient that are summed over the ranks: all of a whole parameter's, the shared ones of a sharded one's."""
+    if grad is GradSum.NONE or param is None:
+        return 0
+    layout = param.layout
+    if grad is GradSum.ALL or layout.dim is None:
+        return prod(layout.shape)
+    return layout.shared(0).size * prod(layout.shape) // layout.shape[layout.dim]
 
 
 def _site_traffic(space: Space, choice: Choice, moves: Moves) -> dict[str, list[Traffic]]:

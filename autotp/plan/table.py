@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from collections.abc import Iterable
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autotp.errors import InputError
+from autotp.plan.layout import factors, size
 from autotp.plan.model import GradSum, ModulePlan, ParamPlan
 
 if TYPE_CHECKING:
     from autotp.plan.plan import Plan
 
+#: What the indices of an axis are, by its pattern.
+_NOUN = {
+    "attention": "attention heads or groups",
+    "mlp": "mlp width",
+    "moe": "expert width",
+    "embedding": "vocabulary",
+    "lm head": "vocabulary",
+    "conv": "conv channels",
+}
+_GLUE = "\N{NO-BREAK SPACE}"  # keeps an entry of the legend in one line
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -23,11 +35,14 @@ def _groups(plan: Plan) -> list[tuple[str, int, ParamPlan]]:
     """Parameters alike but for the numbers in their names, with how many there are."""
     found: dict[tuple[str, str, str, str], tuple[list[str], ParamPlan]] = {}
     for name, p in plan.params.items():
-        if name in plan.aliases:
-            continue
-        key = (_NUMBER.sub("*", name), str(p.layout), str(p.layout.shape), _NUMBER.sub("*", p.reason))
+        key = (_NUMBER.sub("*", name), str(p.layout), str(p.layout.shape), _NUMBER.sub("*", _last(plan, name, p)))
         found.setdefault(key, ([], p))[0].append(name)
     return [(names[0] if len(names) == 1 else key[0], len(names), p) for key, (names, p) in found.items()]
+
+
+def _last(plan: Plan, name: str, p: ParamPlan) -> str:
+    """The last column: what the parameter is tied to, its axis, or why it is replicated."""
+    return f"tied to {plan.aliases[name]}" if name in plan.aliases else p.axis or p.reason
 
 
 def render(plan: Plan) -> str:
@@ -41,18 +56,25 @@ def render(plan: Plan) -> str:
                 "×".join(map(str, p.layout.shape)) or "scalar",
                 str(p.layout),
                 "×".join(map(str, p.layout.local_shape)) or "scalar",
-                p.axis or p.reason,
+                _last(plan, p.name, p),
             )
         )
     widths = [min(max(len(r[i]) for r in rows), 60) for i in range(5)]
-    lines = [f"{plan.model} over tp={plan.tp}: {plan.local_share:.3f} of the parameter elements on each rank", ""]
+    lines = [f"{plan.model} over tp={plan.tp}: {plan.local_share:.3f} of the parameter elements on each rank", *_cost(plan), ""]
     for i, row in enumerate(rows):
         lines.append("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]).rstrip())
         if i == 0:
             lines.append("  ".join("-" * w for w in widths))
+    legend = _legend(plan)
+    if legend:
+        lines += ["", "sizes of the factors (→ on each rank):", *legend]
     traffic = _traffic(plan)
     if traffic:
         lines += ["", "collectives (bytes a token in bfloat16, or a step for gradients of parameters):", *traffic]
+    joint = [(m.path, (_NUMBER.sub("*", ", ".join(g[:-1])), g[-1])) for m in plan.modules for g in m.joint]
+    if joint:
+        lines += ["", "results all-reduced as one sum (to a hook the held ones are zeros, the last one is the whole sum):"]
+        lines += [f"  in {path or '<root>'}: {held} (held), {last}{_times(n)}" for path, (held, last), n in _fold(joint)]
     if plan.attributes:
         lines += ["", "attributes made local:"]
         lines += [f"  {name}: {a} → {b}{_times(n)}" for name, (a, b), n in _fold(plan.attributes.items())]
@@ -60,6 +82,30 @@ def render(plan: Plan) -> str:
     if sites:
         lines += ["", f"{len(sites)} operator calls run in a distributed form (see `autotp explain`)"]
     return "\n".join([*lines, *(["", *("note: " + n for n in plan.notes)] if plan.notes else [])])
+
+
+def _cost(plan: Plan) -> list[str]:
+    """What the plan costs beyond an even share, and the axes that are padded."""
+    padding, repeated = f"{plan.padding_waste * 100:.1f} %", f"{plan.repeated_share * 100:.1f} %"
+    lines = [f"padding {padding} · repeated {repeated} · busiest rank {plan.busiest_work:.2f} × the ideal"]
+    padded = [f"  {_NOUN.get(a.pattern, a.pattern)}: {a.size} → {a.padded} over {plan.tp} ranks" for a in plan.padded_axes]
+    return [*lines, *dict.fromkeys(padded)]
+
+
+def _legend(plan: Plan) -> list[str]:
+    """The sizes of the factors that the layouts name; a factor of a replicated parameter may say its own (`n768`)."""
+    sizes: dict[str, dict[str, None]] = {}
+    for layout in dict.fromkeys(p.layout for p in plan.params.values()):
+        for f in (f for expr in layout.dims for f in factors(expr)):
+            if f.name not in ("1", f"n{f.size}"):
+                text = f"{f.size} → {size(f, layout.tp)}" if f.sharded else str(f.size)
+                sizes.setdefault(f.name, {})[text] = None
+    alike: dict[str, list[str]] = {}
+    for name, texts in sizes.items():
+        alike.setdefault(" or ".join(texts), []).append(name)
+    entries = [f"{', '.join(names)}: {text}".replace(" ", _GLUE) for text, names in alike.items()]
+    wrapped = textwrap.wrap(" · ".join(entries).replace(" ·", _GLUE + "·"), 116, break_long_words=False, break_on_hyphens=False)
+    return ["  " + line.replace(_GLUE, " ") for line in wrapped]
 
 
 def _times(count: int) -> str:
@@ -85,6 +131,10 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "tp": plan.tp,
         "local_share": plan.local_share,
+        "padding_waste": plan.padding_waste,
+        "repeated_share": plan.repeated_share,
+        "busiest_work": plan.busiest_work,
+        "padded_axes": [{"pattern": a.pattern, "size": a.size, "padded": a.padded} for a in plan.padded_axes],
         "params": {
             n: {
                 "shape": list(p.layout.shape),
@@ -114,6 +164,7 @@ def _module(plan: ModulePlan) -> dict[str, Any]:
         "path": plan.path,
         "inputs": {".".join(map(str, s.path)): [c.op.value for c in s.conversions] for s in plan.inputs},
         "outputs": {".".join(map(str, s.path)): [c.op.value for c in s.conversions] for s in plan.outputs},
+        "joint": [list(group) for group in plan.joint],
         "sites": [f"{s.file.rsplit('site-packages/', 1)[-1]}:{s.function}" for s in plan.sites],
     }
 
@@ -157,6 +208,8 @@ def _explain_module(m: ModulePlan) -> list[str]:
     out = [f"module {m.path or '<root>'}:"]
     out += [f"  argument {'.'.join(map(str, s.path))}: {', '.join(c.op.value for c in s.conversions)}" for s in m.inputs]
     out += [f"  result {'.'.join(map(str, s.path)) or '(the tensor)'}: {', '.join(c.op.value for c in s.conversions)}" for s in m.outputs]
+    for group in m.joint:
+        out.append(f"  {', '.join(group)}: partial sums all-reduced together by the last; to a hook it returns the sum, the others zeros")
     out += [f"  attribute {a.path}: {a.value} → {a.local}" for a in m.attributes]
     for u in m.uses:
         what = [c.op.value for c in u.conversions] + ([f"gradient summed ({u.grad.value})"] if u.grad is not GradSum.NONE else [])

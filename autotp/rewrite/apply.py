@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from autotp.errors import PlanError
-from autotp.plan.layout import Layout
+from autotp.plan.layout import Layout, alike
 from autotp.plan.model import ModulePlan, ParamPlan, Use
 from autotp.rewrite import embedding, linear, module
 from autotp.rewrite.attributes import localise
@@ -19,6 +19,7 @@ from autotp.rewrite.batch import install_batch
 from autotp.rewrite.classes import STATE, subclass
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.embedding import EmbeddingRun, embedding_run
+from autotp.rewrite.joint import install_joints, without_parts
 from autotp.rewrite.linear import LinearRun, linear_run
 from autotp.rewrite.module import EagerForward, ModuleRun
 from autotp.rewrite.reads import Read
@@ -26,6 +27,7 @@ from autotp.rewrite.shards import MakeParam
 from autotp.rewrite.sites import SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
 from autotp.rewrite.undo import Undo
+from autotp.rewrite.whole import KeepWhole, is_even
 
 __all__ = ["Undo", "apply"]
 
@@ -88,15 +90,24 @@ class _Rewriter:
     def run(self, make_param: MakeParam) -> None:
         self._check_params()
         for sub in self.modules.values():
-            self._rewrite(sub, self.plans.get(id(sub)))
+            self._rewrite(sub, without_parts(self.plans.get(id(sub))))
+        install_joints(self.model, list(self.plans.values()), self.comm, self.undo)
         runs = [(m, m.__dict__.get(STATE)) for m in self.modules.values()]
         install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and r.light], self.undo)
         made: dict[int, nn.Parameter] = {}
+        uneven: dict[int, tuple[nn.Module, dict[str, Layout]]] = {}
         for name, old in self.named.items():
             owner, leaf = self._owner(name)
+            layout = self.params[name].layout
             if id(old) not in made:
-                made[id(old)] = make_param(name, old, self.params[name].layout)
+                made[id(old)] = make_param(name, old, layout)
             self.undo.set_item(owner._parameters, leaf, made[id(old)])
+            if not is_even(layout):
+                uneven.setdefault(id(owner), (owner, {}))[1][leaf] = layout
+        for owner, layouts in uneven.values():
+            keep = KeepWhole(owner, layouts, self.comm)
+            keep.attach(owner._parameters)
+            self.undo.set_attribute(owner, "_apply", keep)
 
     def _plans(self, modules: Sequence[ModulePlan]) -> dict[int, ModulePlan]:
         plans: dict[int, ModulePlan] = {}
@@ -128,7 +139,7 @@ class _Rewriter:
             if tuple(p.shape) != layout.shape or layout.tp != self.comm.size:
                 problems.append(f"{name}: shape {tuple(p.shape)} over {self.comm.size} ranks, the plan has {layout.shape} over {layout.tp}")
             tied = first.setdefault(id(p), name)
-            if tied in self.params and self.params[tied].layout != layout:
+            if tied in self.params and not alike(self.params[tied].layout, layout):
                 problems.append(f"{tied} and {name} are tied but their layouts differ: {self.params[tied].layout}; {layout}")
         if problems:
             raise PlanError("the plan does not fit the model:\n  " + "\n  ".join(problems))
@@ -199,4 +210,4 @@ class _Rewriter:
 
 
 def _without_path(plan: ModulePlan) -> tuple[object, ...]:
-    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites
+    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint

@@ -36,7 +36,7 @@ class _ReadMany(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         done = _sum_together(list(grads), ctx.fixes)
-        placed = [g if g is None or s is None else grad_of(s, g) for g, s in zip(done, ctx.specs, strict=True)]
+        placed = [g if g is None or s is None else grad_of(s, g, fix.layout) for g, s, fix in zip(done, ctx.specs, ctx.fixes, strict=True)]
         return None, *placed
 
 

@@ -4,8 +4,9 @@
     gather  all-gather / own part            slice   own part / zero-padded part
     once    value on rank 0, zeros elsewhere / identity
 
-Each backward is written with the dual conversion, so gradients of gradients are right too. Without a gradient to record
-no `autograd.Function` is made.
+Each backward is written with the dual conversion, so gradients of gradients are right too: that of `gather` is `own`, whose
+own backward gathers again; that of `slice` is made of local operators. See `split` for padding and shared indices. Without a
+gradient to record no `autograd.Function` is made.
 """
 
 from __future__ import annotations
@@ -60,18 +61,32 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return slice_part(grad, ctx.split), None
+        split = ctx.split
+        return _Own.apply(grad, split) if _records(grad) else split.own(grad), None  # type: ignore[no-untyped-call]
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, split: Split | FreeSplit) -> Tensor:
+        ctx.split = split
+        return split.own(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gather(grad, ctx.split), None
 
 
 class _Slice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, split: Split | FreeSplit) -> Tensor:
         ctx.split = split
-        return split.take(x)
+        part = split.take(x)
+        ctx.whole = part is x  # it broadcasts: nothing was cut
+        return part
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.split.pad(grad), None
+        return grad if ctx.whole else ctx.split.pad(grad), None
 
 
 class _Once(torch.autograd.Function):

@@ -22,22 +22,25 @@ from autotp.rewrite.reads import Read, local_tensor
 
 
 class EmbeddingRun:
-    """Which rows this rank holds and whether the lookup's partial sum is reduced here."""
+    """Which rows this rank holds and whether the lookup's partial sum is reduced here.
+
+    No id stands for a row of padding, so a lookup gives it no gradient and `weight.fix` has nothing to do.
+    """
 
     __slots__ = ("comm", "own", "padding", "reads", "reduces", "runs", "weight")
 
     def __init__(self, weight: Read, padding_idx: int | None, comm: Comm, *, reduces: bool) -> None:
-        if weight.layout is None or weight.layout.repeated:
-            raise PlanError("a sharded embedding needs a layout without repeated rows")
+        if weight.layout is None or weight.layout.is_shared:
+            raise PlanError("a sharded embedding needs a layout without shared rows")
         self.weight = weight
         self.own = self.reads = (weight,)
         self.comm = comm
         self.reduces = reduces
-        self.runs = weight.layout.intervals(comm.rank)
+        self.runs = weight.layout.runs(comm.rank)
         self.padding = -1
         offset = 0
         for a, b in self.runs:
-            if padding_idx is not None and a <= padding_idx < b:
+            if padding_idx is not None and 0 <= a <= padding_idx < b:
                 self.padding = padding_idx - a + offset
             offset += b - a
 

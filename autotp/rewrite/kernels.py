@@ -1,8 +1,8 @@
 """Distributed forms of operators that look across a sharded dim.
 
-With `N = tp · n` entries, `n` of them local, and `Σ` the sum over ranks of the local sums:
+With `N` entries in all and `Σ` the sum over the ranks of the local sums, of each index once and without padding (see `across`):
 
-    mean        (1/tp) · local mean                  a partial sum (P)
+    mean        local sum / N                        a partial sum (P)
     var         Σ (x − μ)² / (N − correction)         μ = Σ x / N; whole on every rank (R)
     norm        sqrt(Σ x²)                            R
     rms_norm    x · (Σ x² / N + ε)^(−1/2) · w         sharded like x (S)
@@ -23,6 +23,7 @@ from torch import Tensor
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout
 from autotp.plan.model import Kernel
+from autotp.rewrite.across import Across
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import copy, reduce
 
@@ -36,25 +37,29 @@ def run_kernel(
     kwargs: dict[str, Any],
     comm: Comm,
     layouts: Mapping[int, Layout],
+    across: Across | None = None,
 ) -> Any:
     """The distributed form of `func(*args, **kwargs)`.
+
+    `across` says what counts in a statistic; every local entry where it is None.
 
     Raises:
         PlanError: for an operator or an argument that the kernel does not know.
     """
     name = getattr(func, "__name__", str(func))
+    across = Across(comm) if across is None else across
     try:
         if kernel is Kernel.LOOKUP:
             return _lookup(comm, layouts, *args, **kwargs)
         if kernel is Kernel.MEAN:
-            return func(*args, **kwargs) / comm.size
+            return func(*args, **kwargs) / comm.size if across.expr is None else _mean_call(name, across, *args, **kwargs)
         if kernel is Kernel.VAR:
-            return _var_call(name, comm, *args, **kwargs)
+            return _var_call(name, across, *args, **kwargs)
         if kernel is Kernel.VECTOR_NORM:
-            return _norm_call(name, comm, *args, **kwargs)
+            return _norm_call(name, across, *args, **kwargs)
         if kernel is Kernel.RMS_NORM:
-            return _rms_norm(comm, *args, **kwargs)
-        return _layer_norm(comm, *args, **kwargs)
+            return _rms_norm(across, *args, **kwargs)
+        return _layer_norm(across, *args, **kwargs)
     except TypeError as error:
         raise PlanError(f"no {kernel.value} kernel for this call of {name}: {error}") from error
 
@@ -80,7 +85,7 @@ def _lookup(
         raise PlanError("a sharded lookup reads a weight that is no parameter of the module which the plan lists")
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise PlanError("max_norm, scale_grad_by_freq and sparse gradients are not supported for a sharded embedding")
-    ids, outside = local_ids(input, layout.intervals(comm.rank))
+    ids, outside = local_ids(input, layout.owned_runs(comm.rank))
     if padding_idx is not None:  # the padding row gets no gradient
         padding_idx = padding_idx % layout.shape[0]
         rows = torch.where(input == padding_idx, True, outside).unsqueeze(-1)
@@ -92,34 +97,47 @@ def _lookup(
 
 
 def local_ids(ids: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """`ids` of the full dim → (local ids, 0 where not held; mask of the ids not held). Same shape both."""
+    """`ids` of the full dim → (local ids, 0 where not held; mask of the ids not held). Same shape both. `runs` may have padding."""
     a, b = runs[0]
-    if len(runs) == 1:
+    if len(runs) == 1 and a >= 0:
         local = ids - a
         outside = (local < 0) | (local >= b - a)
         return local.masked_fill(outside, 0), outside
     local, inside, offset = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), 0
     for a, b in runs:
-        here = (ids >= a) & (ids < b)
-        local = torch.where(here, ids - (a - offset), local)
-        inside = inside | here
+        if a >= 0:
+            here = (ids >= a) & (ids < b)
+            local = torch.where(here, ids - (a - offset), local)
+            inside = inside | here
         offset += b - a
     return local, ~inside
 
 
-def _distributed_var(x: Tensor, dims: Dims, correction: float, keepdim: bool, comm: Comm) -> Tensor:
-    axes = tuple(range(x.ndim)) if dims is None else (dims,) if isinstance(dims, int) else tuple(dims)
-    count = comm.size
-    for d in axes:
-        count *= x.shape[d]
-    centre = _statistic(x.sum(axes, keepdim=True), comm) / count
-    total = reduce((x - centre).square().sum(axes, keepdim=keepdim), comm)
+def _axes(x: Tensor, dims: Dims) -> tuple[int, ...]:
+    return tuple(range(x.ndim)) if dims is None else (dims,) if isinstance(dims, int) else tuple(dims)
+
+
+def _mean_call(
+    name: str, across: Across, input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    if name != "mean":
+        raise TypeError(f"expected mean, got {name}")
+    x = input if dtype is None else input.to(dtype)
+    axes = _axes(x, dim)
+    return across.owned(x).sum(axes, keepdim=keepdim) / across.count(x, axes)
+
+
+def _distributed_var(x: Tensor, dims: Dims, correction: float, keepdim: bool, across: Across) -> Tensor:
+    axes, comm = _axes(x, dims), across.comm
+    count = across.count(x, axes)
+    centre = _statistic(across.owned(x).sum(axes, keepdim=True), comm) / count
+    total = reduce(across.owned(x - centre).square().sum(axes, keepdim=keepdim), comm)
     return total / (count - correction)
 
 
 def _var_call(
     name: str,
-    comm: Comm,
+    across: Across,
     input: Tensor,
     dim: Dims | bool = None,
     unbiased: bool | None = None,
@@ -131,13 +149,13 @@ def _var_call(
         dim, unbiased = None, dim
     if correction is None:
         correction = 1.0 if unbiased is None or unbiased else 0.0
-    value = _distributed_var(input, dim, correction, keepdim, comm)
+    value = _distributed_var(input, dim, correction, keepdim, across)
     if name not in ("var", "std"):
         raise TypeError(f"expected var or std, got {name}")
     return value.sqrt() if name == "std" else value
 
 
-def _norm_call(name: str, comm: Comm, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _norm_call(name: str, across: Across, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     order_name = "p" if name == "norm" else "ord"
     names = (order_name, "dim", "keepdim", "dtype") if name != "norm" else ("p", "dim", "keepdim", "out", "dtype")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -146,24 +164,27 @@ def _norm_call(name: str, comm: Comm, x: Tensor, *args: Any, **kwargs: Any) -> T
         raise TypeError(f"only the 2-norm is known, got order {order}")
     dim, dtype = given.get("dim"), given.get("dtype")
     x = x if dtype is None else x.to(dtype)
-    axes = tuple(range(x.ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-    return reduce(x.square().sum(axes, keepdim=bool(given.get("keepdim", False))), comm).sqrt()
+    axes = _axes(x, dim)
+    across.count(x, axes)  # checks them
+    return reduce(across.owned(x).square().sum(axes, keepdim=bool(given.get("keepdim", False))), across.comm).sqrt()
 
 
 def _working(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _rms_norm(comm: Comm, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def _rms_norm(
+    across: Across, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     x = _working(input)
-    axes, count = _trailing(x, normalized_shape, comm)
-    mean_square = _statistic(x.square().sum(axes, keepdim=True), comm) / count
+    axes = tuple(range(x.ndim - len(normalized_shape), x.ndim))
+    mean_square = _statistic(across.owned(x).square().sum(axes, keepdim=True), across.comm) / across.count(x, axes)
     y = (x * torch.rsqrt(mean_square + (torch.finfo(input.dtype).eps if eps is None else eps))).to(input.dtype)
     return y if weight is None else y * weight
 
 
 def _layer_norm(
-    comm: Comm,
+    across: Across,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -173,17 +194,10 @@ def _layer_norm(
     **__: Any,
 ) -> Tensor:
     x = _working(input)
-    axes, count = _trailing(x, normalized_shape, comm)
-    centred = x - _statistic(x.sum(axes, keepdim=True), comm) / count
-    variance = _statistic(centred.square().sum(axes, keepdim=True), comm) / count
+    axes, comm = tuple(range(x.ndim - len(normalized_shape), x.ndim)), across.comm
+    count = across.count(x, axes)
+    centred = x - _statistic(across.owned(x).sum(axes, keepdim=True), comm) / count
+    variance = _statistic(across.owned(centred).square().sum(axes, keepdim=True), comm) / count
     y = (centred * torch.rsqrt(variance + eps)).to(input.dtype)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
-
-
-def _trailing(x: Tensor, normalized_shape: Sequence[int], comm: Comm) -> tuple[tuple[int, ...], int]:
-    axes = tuple(range(x.ndim - len(normalized_shape), x.ndim))
-    count = comm.size
-    for d in axes:
-        count *= x.shape[d]
-    return axes, count

@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
-from autotp.plan.model import GradSum, ModulePlan, Op
+from autotp.plan.model import ModulePlan, Op
 from autotp.rewrite.classes import STATE
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import copy, gather, once, reduce
@@ -93,7 +93,7 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         run: LinearRun = ctx.run
         if run.gathers is not None:
-            grad = run.gathers.take(grad)
+            grad = run.gathers.own(grad)
         rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
         grad_x = grad_w = grad_b = None
         needs = ctx.needs_input_grad
@@ -103,14 +103,15 @@ class _Linear(torch.autograd.Function):
                 grad_x = grad_x.view(*grad.shape[:-1], w.shape[1])
         if needs[1]:
             grad_w = rows.t().mm(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
-            if run.weight.fix.grad is not GradSum.NONE:
+            if run.weight.fix.needed:
                 grad_w = run.weight.fix(grad_w, owned=True)
-            grad_w = grad_of(ctx.specs[0], grad_w)
+            grad_w = grad_of(ctx.specs[0], grad_w, run.weight.fix.layout)
         if needs[2]:
             grad_b = rows.sum(0)
-            if run.bias is not None and run.bias.fix.grad is not GradSum.NONE:
-                grad_b = run.bias.fix(grad_b, owned=True)
-            grad_b = grad_of(ctx.specs[1], grad_b)
+            fix = run.bias.fix  # type: ignore[union-attr]  # it needs a gradient, so it is there
+            if fix.needed:
+                grad_b = fix(grad_b, owned=True)
+            grad_b = grad_of(ctx.specs[1], grad_b, fix.layout)
         return grad_x, grad_w, grad_b, None
 
 

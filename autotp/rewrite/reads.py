@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.distributed.tensor import DTensor
 
-from autotp.plan.layout import Interval, Layout
+from autotp.plan.layout import Layout, Shared
 from autotp.plan.model import Conversion, GradSum
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
@@ -26,32 +26,49 @@ def local_tensor(p: Tensor) -> Tensor:
 
 
 class GradFix:
-    """What the gradient of one use of a parameter still needs: nothing, a sum, or a sum of the repeated runs of `dim`."""
+    """What the gradient of one use of a parameter still needs before it is the parameter's.
 
-    __slots__ = ("comm", "dim", "grad", "runs")
+    A sum over the ranks (`GradSum.ALL`), a sum over the copies of shared indices (`GradSum.SHARED`: copies of this rank and of
+    others alike, so that they stay equal), and zeros in the padding of the layout, always: what padding gets from the
+    computation is of no use, and a padded entry that starts at zero and has no gradient stays zero under any optimizer.
+    """
+
+    __slots__ = ("comm", "dim", "grad", "layout", "needed", "padding", "shared")
 
     def __init__(self, grad: GradSum, layout: Layout | None, comm: Comm) -> None:
-        runs: tuple[Interval, ...] = layout.repeated if layout is not None else ()
-        self.grad = grad if comm.size > 1 and (grad is not GradSum.REPEATED or runs) else GradSum.NONE
-        self.runs = runs
-        self.dim = 0 if layout is None or layout.dim is None else layout.dim
         self.comm = comm
+        self.layout = layout if layout is not None and layout.is_shared else None  # a gradient with shared indices, see `grad_of`
+        self.dim = 0 if layout is None or layout.dim is None else layout.dim
+        self.padding = () if layout is None else layout.padding(comm.rank)
+        self.shared = Shared(0, ()) if layout is None or grad is not GradSum.SHARED else layout.shared(comm.rank)
+        crosses = comm.size > 1 and (grad is GradSum.ALL or self.shared.size > 0)
+        self.grad = grad if crosses else GradSum.NONE
+        self.needed = crosses or bool(self.padding)
 
     def __call__(self, grad: Tensor, *, owned: bool = False) -> Tensor:
         """The finished gradient; `grad` itself is changed only if `owned`."""
-        if self.grad is GradSum.NONE:
+        if not self.needed:
             return grad
         if self.grad is GradSum.ALL:
             return self.comm.all_reduce_(grad) if owned and grad.is_contiguous() else self.comm.all_reduce(grad)
-        dim = self.dim
-        parts = [grad.narrow(dim, a, b - a) for a, b in self.runs]
-        summed = self.comm.all_reduce(torch.cat(parts, dim))
-        pieces, end, start = [], 0, 0
-        for a, b in self.runs:
-            pieces += [grad.narrow(dim, end, a - end), summed.narrow(dim, start, b - a)]
-            end, start = b, start + b - a
-        pieces.append(grad.narrow(dim, end, grad.shape[dim] - end))
-        return torch.cat(pieces, dim)
+        if not owned:
+            grad = grad.clone()
+        for a, b in self.padding:
+            grad.narrow(self.dim, a, b - a).zero_()
+        if self.grad is GradSum.SHARED:
+            self._sum_copies_(grad)
+        return grad
+
+    def _sum_copies_(self, grad: Tensor) -> None:
+        """Every copy of a shared index gets the sum of all of them; a rank without one takes part in the collective."""
+        dim, shape = self.dim, list(grad.shape)
+        shape[dim] = self.shared.size
+        total = grad.new_zeros(shape)
+        for at, start, length in self.shared.pieces:
+            total.narrow(dim, start, length).add_(grad.narrow(dim, at, length))
+        total = self.comm.all_reduce_(total)
+        for at, start, length in self.shared.pieces:
+            grad.narrow(dim, at, length).copy_(total.narrow(dim, start, length))
 
 
 class _Read(torch.autograd.Function):
@@ -63,9 +80,9 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = ctx.fix(grad)
-        spec = ctx.spec
-        return grad if spec is None else grad_of(spec, grad), None
+        fix, spec = ctx.fix, ctx.spec
+        grad = fix(grad)
+        return grad if spec is None else grad_of(spec, grad, fix.layout), None
 
 
 class _Fix(torch.autograd.Function):
@@ -112,8 +129,8 @@ class Read:
             x = p._local_tensor if type(p) is DTensor else p
         elif is_dynamo_compiling():
             x = p.to_local() if isinstance(p, DTensor) else p
-            x = x if self.fix.grad is GradSum.NONE else _Fix.apply(x, self.fix)  # type: ignore[no-untyped-call]
-        elif type(p) is DTensor or self.fix.grad is not GradSum.NONE:
+            x = _Fix.apply(x, self.fix) if self.fix.needed else x  # type: ignore[no-untyped-call]
+        elif type(p) is DTensor or self.fix.needed:
             x = _Read.apply(p, self.fix)  # type: ignore[no-untyped-call]
         else:
             x = p

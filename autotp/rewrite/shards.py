@@ -1,7 +1,7 @@
 """Parameters as DTensors over the tp mesh.
 
 The local tensor is `layout.shard(full, rank)`. The DTensor is an ordinary even `Shard(dim)` over the *layout's own order*;
-where segments are repeated, its global size along the dim is `tp` times the local one.
+with padding or shared indices its global size along the dim, `tp` times the local one, is larger than the model's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autotp.errors import MeshError
 from autotp.plan.layout import Layout
+from autotp.rewrite.grads import shared_grad
 
 MakeParam = Callable[[str, nn.Parameter, Layout], nn.Parameter]
 
@@ -33,7 +34,8 @@ def shard_onto(mesh: DeviceMesh) -> MakeParam:
         with torch.no_grad():
             new = nn.Parameter(as_dtensor(layout.shard(old.detach(), rank), layout, mesh), requires_grad=old.requires_grad)
             if old.grad is not None:
-                new.grad = as_dtensor(layout.shard(old.grad, rank), layout, mesh)
+                grad = as_dtensor(layout.shard(old.grad, rank), layout, mesh)
+                new.grad = shared_grad(grad._spec, grad._local_tensor, layout) if layout.is_shared else grad
         keep_attributes(old, new)
         return new
 

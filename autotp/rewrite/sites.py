@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout
 from autotp.plan.model import Conversion, Site
+from autotp.rewrite.across import Across
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import Convert, bind_all
 from autotp.rewrite.kernels import run_kernel
@@ -42,6 +43,7 @@ class SiteTable:
         self.comm = comm
         self.where = where
         self.sites = tuple(sites)
+        self.across = {id(s): Across(comm, s.over, s.over_dim) for s in self.sites if s.kernel is not None}
         self._codes: dict[int, tuple[CodeType, dict[int, Site], dict[int, Site | None]]] = {}
 
     def find(self, code: CodeType, offset: int) -> Site | None:
@@ -99,7 +101,7 @@ class SiteMode(TorchFunctionMode):
         if site.kernel is None:
             result = func(*args, **kwargs)
         else:
-            result = run_kernel(site.kernel, func, args, dict(kwargs), self.table.comm, self.layouts)
+            result = run_kernel(site.kernel, func, args, dict(kwargs), self.table.comm, self.layouts, self.table.across[id(site)])
         if site.outputs:
             result = map_leaves(result, _Nth(site.outputs, self.table.comm))
         return result

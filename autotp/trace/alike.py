@@ -1,13 +1,13 @@
 """Blocks that are alike, so that a trace costs the same at any depth.
 
 Two children of a `ModuleList` or `Sequential` are alike when their trees have the same classes, parameter and buffer shapes
-and plain attributes. An attribute that counts the blocks (equal to the child's position in every child, as `layer_idx` is)
-is left out of the comparison.
+and plain attributes. An attribute that counts the blocks (equal to the child's position in every child that has it, as `layer_idx`
+is in hybrids of two kinds of blocks) is left out of the comparison.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -42,6 +42,19 @@ def _describe(block: nn.Module) -> tuple[Hashable, dict[Key, Hashable]]:
     return tuple(parts), attributes
 
 
+def _counters(blocks: Sequence[Mapping[Key, Hashable]]) -> set[Key]:
+    """Attributes that are the block's position wherever they are, in two blocks at least."""
+    holders: dict[Key, int] = {}
+    others: set[Key] = set()
+    for position, attributes in enumerate(blocks):
+        for key, value in attributes.items():
+            if type(value) is int and value == position:
+                holders[key] = holders.get(key, 0) + 1
+            else:
+                others.add(key)
+    return {key for key, count in holders.items() if count > 1 and key not in others}
+
+
 def alike_blocks(model: nn.Module) -> dict[str, str]:
     """Path of a block → path of the earlier block in the same container that it is alike to (templates are left out)."""
     found: dict[str, str] = {}
@@ -58,9 +71,7 @@ def alike_blocks(model: nn.Module) -> dict[str, str]:
         if any(not block._modules or owners[id(block)] > 1 for _, block in blocks):
             continue  # leaves are cheap, shared blocks are not copies of each other
         described = [_describe(block) for _, block in blocks]
-        counters = {
-            key for key, value in described[0][1].items() if type(value) is int and all(d[1].get(key) == i for i, d in enumerate(described))
-        }
+        counters = _counters([attributes for _, attributes in described])
         templates: dict[Hashable, str] = {}
         for (child, _), (tree, attributes) in zip(blocks, described, strict=True):
             signature = (tree, tuple((k, v) for k, v in attributes.items() if k not in counters))

@@ -2,7 +2,8 @@
 
 If all tensor arguments are known small tensors the operator is computed for real as well, and data-dependent results are the
 true ones. Where they are unknown, a choice is made: a mask selects `CHOSEN` rows (`nonzero` the first and the last), an unknown
-number is 0, an unknown condition is False (`all` is True). Choices are deterministic, so a second run makes the same ones.
+number is 0, an unknown condition is False (`all` is True). Where the last row is out of bounds for what it indexes (data never
+selects it), the path is traced again with the first row alone. Choices are deterministic, so a second run makes the same ones.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any
         if known:
             fakes = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=_device(args)), real)
             return fakes, real
-        return _chosen_shape(recorder, func, args), _chosen_rows(func, args[0])
+        return _chosen_shape(recorder, func, args), _chosen_rows(recorder, func, args[0])
 
 
 def _grouped_mm(x: Tensor, w: Tensor, *_: Any) -> Tensor:
@@ -136,12 +137,12 @@ def numbers(recorder: Recorder, items: Any) -> Any:
     return _unknown_number(recorder, items) if items.dim() == 0 else [0] * items.numel()
 
 
-def _chosen_rows(func: Any, mask: Any) -> Tensor | None:
+def _chosen_rows(recorder: Recorder, func: Any, mask: Any) -> Tensor | None:
     """The rows chosen for an unknown `nonzero`: the first index and the last, so that code that tells them apart shows both sides."""
     if func._schema.name != "aten::nonzero" or 0 in mask.shape:
         return None
     with unset_fake_temporarily():
-        return torch.tensor([[0] * mask.dim(), [n - 1 for n in mask.shape]])
+        return torch.tensor([[0] * mask.dim(), [n - 1 if recorder.ends else 0 for n in mask.shape]])
 
 
 def _count(recorder: Recorder, mask: Tensor) -> int:

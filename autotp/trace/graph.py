@@ -143,3 +143,4 @@ class Graph:
     fills: Mapping[int, float]  # value id → number, for constants filled with one value
     notes: tuple[str, ...] = ()
     constants: Mapping[int, torch.Tensor] = field(default_factory=dict)  # value id → the numbers of small constants
+    calls: Mapping[int, tuple[str, int]] = field(default_factory=dict)  # frame → (path of its module, frame of the caller)

@@ -174,10 +174,17 @@ def _internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Itera
 
 
 def _decode(facts: Facts, base: list[str], mask: tuple[str, ...], outputs: Any) -> Inputs | None:
-    """The second step: the cache in `outputs` and one more token; the encoder's states instead of its inputs."""
+    """The second step: the cache in `outputs` and one more token; the encoder's states instead of its inputs.
+
+    A decoder that takes a cache and returns none keeps its state in its modules: generation hands it a cache of its own.
+    """
     names = [n for n in ("past_key_values", "cache_params") if facts.takes(n) and getattr(outputs, n, None) is not None]
     if not names:
-        return None
+        if facts.is_encoder_decoder or not facts.takes("past_key_values") or "past_key_values" in outputs.__dict__:
+            return None
+        from transformers import DynamicCache
+
+        return {"input_ids": token_ids(facts, BATCH, 1), "past_key_values": DynamicCache(config=facts.config), "use_cache": True}
     step: Inputs = {names[0]: getattr(outputs, names[0]), "use_cache": True}
     token = token_ids(facts, BATCH, 1)
     encoded = getattr(outputs, "encoder_last_hidden_state", None)

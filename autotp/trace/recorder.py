@@ -61,7 +61,9 @@ class Recorder:
         self.fills: dict[int, float] = {}
         self.notes: list[str] = []
         self.concrete: dict[int, Tensor] = {}  # value id → real tensor
+        self.ends = True  # an unknown mask selects its last row too
         self.modules: list[tuple[str, int]] = [("", 0)]
+        self.calls: dict[int, tuple[str, int]] = {}  # frame → (path of its module, frame of the caller)
         self._values: dict[int, Value] = {}  # id(tensor) → value
         self._alive: list[Tensor] = []
         self._aliases: dict[int, list[Tensor]] = {}
@@ -119,7 +121,7 @@ class Recorder:
             if v.id in self.concrete and (v.origin is Origin.CONST or prod(v.shape) <= 16)
         }
         tables = dict(self.params), dict(self.buffers)
-        return Graph(nodes, *tables, results, dict(repeats), dict(self.fills), tuple(self.notes), constants)
+        return Graph(nodes, *tables, results, dict(repeats), dict(self.fills), tuple(self.notes), constants, dict(self.calls))
 
     # nodes ----------------------------------------------------------------------------------------------------------------
 
@@ -306,6 +308,7 @@ class Recorder:
     def _inside(self, module: nn.Module, path: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = self.enter(module, path, args, kwargs)
         self._frames += 1
+        self.calls[self._frames] = (path, self.modules[-1][1])
         self.modules.append((path, self._frames))
         held, self._call = self._call, None
         try:

@@ -186,7 +186,8 @@ def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, examp
         with in_mode(model, training=True):
             _run(model, recorder, fake, replace(example, training=False))
         return
-    name, mark = example.name, len(recorder.nodes)
+    name, start, done = example.name, len(recorder.nodes), len(recorder.results)
+    mark = start
     try:
         recorder.round += 1
         result = _call(model, recorder, fake, example.make())
@@ -197,6 +198,15 @@ def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, examp
             recorder.round += 1
             recorder.finish(name, _call(model, recorder, fake, more))
     except Untraceable as error:
+        if recorder.ends and isinstance(error.error, IndexError):
+            recorder.rewind(start)
+            del recorder.results[done:]
+            recorder.ends = False
+            try:
+                _run(model, recorder, fake, example)
+            finally:
+                recorder.ends = True
+            return
         if not example.optional:
             failure = TraceError(_explain(name, error))
             failure.partial, failure.module = recorder.graph(recorder.repeats), error.module

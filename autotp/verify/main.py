@@ -83,6 +83,7 @@ def verify(
         model=found[0]["model"],
         dtype=found[0]["dtype"],
         parameters=found[0]["parameters"],
+        local_share=found[0]["local_share"],
         checks=checks,
         first_difference=difference if failed else "",
         **common,

@@ -3,6 +3,7 @@
 Values inside a region may rightly differ from the whole one. Over ranks r, a module output v_r stands for the reference w when
 
     R: v_r = w for all r        P: sum_r v_r = w        S: the v_r laid end to end hold the values of w, in some order
+    H: v_r = 0 for all r, the partial sum is held back for a later module, where v_r = w + the w held back
 
 and where a shard repeats parts (so no count fits) nothing is claimed. Only what fits none of these is a difference. A partial sum
 that should have been reduced shows one module later; the message names those that were still partial just before.
@@ -58,23 +59,34 @@ class Stands(Enum):
     REPLICATED = "replicated"
     PARTIAL = "partial"
     SHARDED = "sharded"
+    HELD = "held"
     NOT = "not"
 
 
 def first_difference(reference: Record, ranks: list[Record], tolerance: float = TOLERANCE) -> str:
     """Says which call differs first, or which call did not happen; "" where all agree."""
     partial: list[str] = []
+    held: dict[str, Tensor] = {}
+    zeros: list[str] = []  # of `held`, those that are in no sum yet
     for key, wanted in reference.items():
         place = _place(key)
         locals_ = [record[key] for record in ranks if key in record]
         if len(locals_) < len(ranks):
             return f"{place} did not return on every rank"
-        match stands_for(locals_, wanted, tolerance):
+        stands = stands_for(locals_, wanted, tolerance)
+        if stands is Stands.NOT and any(_equal(locals_, wanted, more, tolerance) for more in held.values()):
+            zeros.clear()
+            continue
+        match stands:
             case Stands.NOT:
                 shapes = ", ".join(map(str, sorted({tuple(value.shape) for value in locals_})))
                 error = max(relative_error(value, wanted) for value in locals_)
                 before = f"; still partial sums before it: {', '.join(partial)}" if partial else ""
+                before += f"; zeros before it: {', '.join(zeros)}" if zeros else ""
                 return f"{place}: relative error {error:.1e}, shape {tuple(wanted.shape)}, on the ranks {shapes}{before}"
+            case Stands.HELD:
+                held[place] = wanted
+                zeros.append(place)
             case Stands.PARTIAL:
                 partial.append(place)
             case Stands.REPLICATED:
@@ -82,6 +94,11 @@ def first_difference(reference: Record, ranks: list[Record], tolerance: float = 
             case Stands.SHARDED:
                 pass
     return ""
+
+
+def _equal(locals_: list[Tensor], wanted: Tensor, more: Tensor, tolerance: float) -> bool:
+    """True where every rank has `wanted` and what was held back before it."""
+    return more.shape == wanted.shape and all(relative_error(value, wanted + more) <= tolerance for value in locals_)
 
 
 def _place(key: tuple[str, int, tuple[str | int, ...]]) -> str:
@@ -98,6 +115,8 @@ def stands_for(locals_: list[Tensor], wanted: Tensor, tolerance: float = TOLERAN
     if any(value.dim() != wanted.dim() for value in locals_):
         return Stands.NOT
     if all(value.shape == wanted.shape for value in locals_):
+        if not any(value.count_nonzero() for value in locals_):
+            return Stands.HELD
         return Stands.PARTIAL if relative_error(torch.stack(locals_).sum(0), wanted) <= tolerance else Stands.NOT
     if sum(value.numel() for value in locals_) != wanted.numel():
         return Stands.SHARDED

@@ -22,6 +22,8 @@ class Report:
 
     `shrunk` says how the model that was run differs from the target ("" where it does not). `first_difference` names the first
     module, in the order of the forward pass, whose output differs. `failure` is the traceback of a rank that raised.
+    `local_share`: parameter elements on each rank over those of the model that was run, padding included; None where no rank
+    got that far.
     """
 
     target: str
@@ -34,6 +36,7 @@ class Report:
     first_difference: str = ""
     failure: str = ""
     seconds: float = 0.0
+    local_share: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -50,6 +53,8 @@ class Report:
             lines.append("  float32: the model does not run in float64, so small errors may hide in rounding")
         if self.shrunk:
             lines.append(f"  shrunk: {self.shrunk}")
+        if self.local_share is not None:
+            lines.append(f"  {self.local_share:.3f} of the parameter elements on each rank")
         width = max((len(check.name) for check in self.checks), default=0)
         for check in self.checks:
             error = "" if check.error is None else f"  relative error {check.error:.1e}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def check_rank(emit: Callable[[Any], None], job: Mapping[str, Any]) -> dict[str,
         "dtype": str(precision.dtype).removeprefix("torch."),
         "tolerance": precision.tolerance,
         "parameters": sum(p.numel() for p in reference.parameters()),
+        "local_share": _local_share(reference, layouts),
         "outputs": {name: relative_error(got[name], value) if name in got else float("inf") for name, value in wanted.items()},
         "gradients": _gradients(reference, parallel, layouts, rank, precision.floor),
         "nan": [name for name, value in wanted.items() if value.is_floating_point() and value.isnan().any()],
@@ -153,6 +155,15 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     if total.requires_grad:
         total.backward()  # type: ignore[no-untyped-call]
     return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in found.items()}
+
+
+def _local_share(model: nn.Module, layouts: Mapping[str, Layout]) -> float:
+    """Elements of one rank's shards over those of `model`; tied parameters count once."""
+    local = whole = 0
+    for name, param in model.named_parameters():
+        whole += param.numel()
+        local += prod(layouts[name].local_shape) if name in layouts else param.numel()
+    return local / whole if whole else 1.0
 
 
 def _gradients(reference: nn.Module, parallel: nn.Module, layouts: Mapping[str, Layout], rank: int, floor: float) -> dict[str, float]:

@@ -110,6 +110,23 @@ class OneProjection(nn.Module):
         return x + self.b(torch.cat([y.transpose(1, 2).flatten(2), F.silu(u) * w], dim=-1))
 
 
+class PickedRows(nn.Module):
+    """One matrix whose rows are, for each key-value head, its query heads, then its key and its value, picked by negative indices."""
+
+    def __init__(self, kv: int, group: int) -> None:
+        super().__init__()
+        self.form = (kv, group + 2, SIZE)
+        self.a = nn.Linear(WIDTH, kv * (group + 2) * SIZE)
+        self.b = nn.Linear(kv * group * SIZE, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).unflatten(-1, self.form)
+        q = y[..., :-2, :].flatten(2, 3).transpose(1, 2)
+        k, v = (y[..., i, :].transpose(1, 2) for i in (-2, -1))
+        z = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.b(z.transpose(1, 2).flatten(2))
+
+
 class PerHead(nn.Module):
     """A temperature for each head as a parameter, a slope for each head as a buffer, a norm on each head's queries."""
 
@@ -471,7 +488,9 @@ CUSTOM: tuple[Entry, ...] = (
     Entry("einsum_attention", built(Einsum), _X, shards=("a", "b", "c", "d", "z3")),
     Entry("one_projection", built(OneProjection), _X, shards=("a.weight", "b.weight")),
     Entry("one_projection_grouped", built(OneProjection, kv=4), _X, shards=("a.weight", "b.weight")),
-    Entry("one_projection_one_kv", built(OneProjection, kv=1), _X, shards=("a.weight", "b.weight"), counted=False),
+    Entry("one_projection_one_kv", built(OneProjection, kv=1), _X, shards=("a.weight", "b.weight")),
+    Entry("picked_rows", built(PickedRows, 2, 3), _X, shards=("a.weight", "b.weight")),
+    Entry("picked_rows_one_kv", built(PickedRows, 1, 5), _X, shards=("a.weight", "a.bias", "b.weight")),
     Entry("per_head", built(PerHead), _X, shards=("a.weight", "t", "d.weight"), kept=("n.weight",)),
     Entry("block_used_three_times", built(Again), _X, shards=("a.r.a.weight", "a.s.b.weight")),
     Entry("tied_linears", built(TiedLinears), _X, shards=("a.a.weight", "b.b.weight")),

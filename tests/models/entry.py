@@ -22,7 +22,7 @@ class Entry:
         shards: parameters that a good plan shards.
         kept: parameters that must stay whole on every rank, because no exact sharding of them exists.
         refusable: raising `AutoTPError` is a right answer too.
-        worlds: world sizes that divide it.
+        worlds: how many ranks it is tried on.
     """
 
     name: str
@@ -31,8 +31,7 @@ class Entry:
     shards: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     refusable: bool = False
-    worlds: tuple[int, ...] = (2, 4)
-    counted: bool = True  # False: torch's gradient norm counts rows that every rank holds once a rank (docs/limits.md)
+    worlds: tuple[int, ...] = (2, 3, 4)
 
     def __str__(self) -> str:
         return self.name

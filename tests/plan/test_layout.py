@@ -1,7 +1,8 @@
-"""Layouts: reversible, and every index on exactly one rank unless it is repeated."""
+"""Layouts: reversible, of equal parts, every index owned once; padding and shared indices as the module says."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 import pytest
@@ -22,7 +23,11 @@ from autotp.plan.layout import (
     is_free,
     is_sharded,
     notation,
+    owned,
+    owners,
     replicated,
+    runs,
+    shared,
     size,
 )
 
@@ -31,23 +36,41 @@ TPS = st.sampled_from([1, 2, 3, 4])
 
 
 @st.composite
-def exprs(draw: st.DrawFn, tp: int, depth: int = 2, cut: bool = True) -> Expr:
-    """An expression with at most one sharded factor on each index path."""
+def exprs(draw: st.DrawFn, depth: int = 2, cut: bool = True) -> Expr:
+    """An expression with at most one sharded factor on each index path, of any size (what tp does not divide is padded)."""
     kind = draw(st.sampled_from(["factor", "product", "concat"] if depth else ["factor"]))
     if kind == "factor":
-        sharded = cut and draw(st.booleans())
-        return Factor("f", draw(st.integers(1, 3)) * (tp if sharded else 1), sharded)
+        return Factor("f", draw(st.integers(1, 7)), cut and draw(st.booleans()))
     if kind == "concat":
-        return Concat(tuple(draw(exprs(tp, depth - 1, cut)) for _ in range(draw(st.integers(1, 3)))))
+        return Concat(tuple(draw(exprs(depth - 1, cut)) for _ in range(draw(st.integers(1, 3)))))
     number = draw(st.integers(1, 3))
     at = draw(st.integers(0, number - 1))
-    return Product(tuple(draw(exprs(tp, depth - 1, cut and i == at)) for i in range(number)))
+    return Product(tuple(draw(exprs(depth - 1, cut and i == at)) for i in range(number)))
+
+
+@st.composite
+def in_pieces(draw: st.DrawFn) -> Expr:
+    """What attention with few kv heads makes: a major factor cut together with a minor one, or alone, or beside whole segments."""
+    pieces = draw(st.integers(2, 4))
+    kv = Factor("kv", draw(st.integers(1, 4)), True, pieces)
+    group = Factor("group", draw(st.integers(1, 5)), True, pieces, "kv")
+    width = Factor("d", draw(st.integers(1, 3)))
+    forms: list[Expr] = [
+        kv,
+        Product((kv, width)),
+        Product((kv, group, width)),
+        Product((kv, Concat((Product((group, width)), width, width)))),
+        Product((width, kv, Factor("2", 2), group)),
+    ]
+    parts = draw(st.lists(st.sampled_from([*forms, width]), min_size=1, max_size=3))
+    expr = parts[0] if len(parts) == 1 else Concat(tuple(parts))
+    return Product((expr, Factor("e", 2))) if draw(st.booleans()) else expr
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
     tp = draw(TPS)
-    expr = draw(exprs(tp))
+    expr = draw(exprs() | in_pieces())
     others = draw(st.lists(st.integers(1, 3), max_size=2))
     at = draw(st.integers(0, len(others)))
     dims: list[Expr] = [Factor("n", n) for n in others]
@@ -59,22 +82,36 @@ def filled(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.arange(prod(shape)).reshape(shape)
 
 
-def owner(expr: Expr, index: int, tp: int) -> int | None:
-    """The rank that holds an index, None for all: the docstring of the module, said again by recursion on the index."""
+def held(expr: Expr, at: int, rank: int, tp: int, piece: int = 0) -> int | None:
+    """The full index that entry `at` of the local dim stands for, None for padding: the module's docstring, for one entry."""
     if isinstance(expr, Factor):
-        return index // (expr.size // tp) if expr.sharded else None
+        if expr.sharded and tp > 1:
+            slot = at + (piece if expr.of else rank) * size(expr, tp)
+            at = slot if expr.of else slot // expr.pieces
+        return at if at < expr.size else None
     if isinstance(expr, Concat):
+        before = 0
         for part in expr.parts:
-            if index < size(part):
-                return owner(part, index, tp)
-            index -= size(part)
-        raise AssertionError("the index is outside")
-    for part in reversed(expr.parts):
-        held = owner(part, index % size(part), tp)
-        if held is not None:
-            return held
-        index //= size(part)
-    return None
+            if at < size(part, tp):
+                inside = held(part, at, rank, tp, piece)
+                return None if inside is None else before + inside
+            at, before = at - size(part, tp), before + size(part)
+        raise AssertionError("the entry is outside")
+    index = 0
+    for i, part in enumerate(expr.parts):
+        here, at = divmod(at, prod(size(p, tp) for p in expr.parts[i + 1 :]))
+        inside = held(part, here, rank, tp, piece)
+        if isinstance(part, Factor) and part.sharded and part.pieces > 1 and not part.of:
+            piece = (here + rank * size(part, tp)) % part.pieces
+        if inside is None:
+            return None
+        index = index * size(part) + inside
+    return index
+
+
+def indices(parts: Iterable[tuple[int, int]]) -> list[int | None]:
+    """Runs, or intervals, one by one."""
+    return [i if a >= 0 else None for a, b in parts for i in range(a, b)]
 
 
 @QUICK
@@ -83,6 +120,7 @@ def test_shard_then_unshard_is_the_identity(layout: Layout) -> None:
     full = filled(layout.shape)
     shards = [layout.shard(full, r) for r in range(layout.tp)]
     assert all(tuple(s.shape) == layout.local_shape for s in shards)
+    assert layout.dim is None or all(s.untyped_storage().data_ptr() != full.untyped_storage().data_ptr() for s in shards)
     assert torch.equal(layout.unshard(shards), full)
 
 
@@ -92,37 +130,61 @@ def test_each_rank_holds_what_the_expression_says(layout: Layout) -> None:
     if layout.dim is None:
         assert all(layout.shard(filled(layout.shape), r).shape == layout.shape for r in range(layout.tp))
         return
-    expr, n = layout.dims[layout.dim], layout.shape[layout.dim]
+    expr = layout.dims[layout.dim]
     for rank in range(layout.tp):
-        held = [i for a, b in layout.intervals(rank) for i in range(a, b)]
-        assert held == [i for i in range(n) if owner(expr, i, layout.tp) in (rank, None)]
-        assert len(held) == layout.local_shape[layout.dim]
+        wanted = [held(expr, i, rank, layout.tp) for i in range(layout.local_shape[layout.dim])]
+        assert indices(layout.runs(rank)) == wanted
+        assert indices(layout.intervals(rank)) == [i for i in wanted if i is not None]
+        assert indices(layout.padding(rank)) == [i for i, full in enumerate(wanted) if full is None]
+        assert all(a < b for a, b in (*layout.runs(rank), *layout.intervals(rank), *layout.padding(rank)))
+        one = Layout((layout.shape[layout.dim],), (expr,), layout.tp).shard(torch.arange(1, 1 + layout.shape[layout.dim]), rank)
+        assert one.tolist() == [0 if i is None else 1 + i for i in wanted]
 
 
 @QUICK
 @given(layouts())
-def test_intervals_partition_the_dim_but_for_repeated_parts(layout: Layout) -> None:
+def test_every_index_has_one_owner(layout: Layout) -> None:
     if layout.dim is None:
         return
-    n = layout.shape[layout.dim]
-    count = [0] * n
-    everywhere: set[int] = set()
-    for rank in range(layout.tp):
-        held = [i for a, b in layout.intervals(rank) for i in range(a, b)]
-        for i in held:
-            count[i] += 1
-        everywhere = {held[j] for a, b in layout.repeated for j in range(a, b)}
-        assert all(a < b for a, b in layout.intervals(rank))
-    if any(isinstance(p, Concat) for p in _inside(layout.dims[layout.dim])):
-        assert all(c in (1, layout.tp) for c in count)
-    if layout.tp > 1:
-        assert everywhere <= {i for i, c in enumerate(count) if c == layout.tp}
-        if isinstance(layout.dims[layout.dim], (Factor, Concat)):
-            assert [c for i, c in enumerate(count) if i not in everywhere] == [1] * (n - len(everywhere))
+    expr, n, tp = layout.dims[layout.dim], layout.shape[layout.dim], layout.tp
+    copies = [[i for i in indices(layout.runs(r)) if i is not None] for r in range(tp)]
+    owners_of: list[int] = []
+    for rank in range(tp):
+        runs, mine = indices(layout.runs(rank)), indices(layout.owned(rank))
+        assert None not in [runs[i] for i in mine if i is not None]
+        owners_of += [index for i in mine if i is not None and (index := runs[i]) is not None]
+        assert indices(layout.owned_runs(rank)) == [index if i in mine else None for i, index in enumerate(runs)]
+    assert sorted(owners_of) == list(range(n))
+    joined = [indices(layout.runs(rank))[i] for rank, at, length in owners(expr, tp) for i in range(at, at + length)]
+    assert joined == list(range(n))
+    assert layout.is_padded == any(len(c) < layout.local_shape[layout.dim] for c in copies)
+    assert layout.is_shared == (sum(map(len, copies)) > n)
 
 
-def _inside(expr: Expr) -> list[Expr]:
-    return [expr] if isinstance(expr, Factor) else [expr, *(e for p in expr.parts for e in _inside(p))]
+@QUICK
+@given(layouts())
+def test_sums_over_the_copies_of_shared_indices(layout: Layout) -> None:
+    """What the run time does with a gradient: into the buffer, summed, back into each copy."""
+    if layout.dim is None:
+        return
+    tp, local = layout.tp, layout.local_shape[layout.dim]
+    grads = [torch.randint(1, 100, (local,)) for _ in range(tp)]
+    total = torch.zeros(layout.shape[layout.dim], dtype=torch.long)
+    for rank, grad in enumerate(grads):
+        for i, index in enumerate(indices(layout.runs(rank))):
+            if index is not None:
+                total[index] += grad[i]
+    summed = torch.zeros(layout.shared(0).size, dtype=torch.long)
+    for rank, grad in enumerate(grads):
+        assert layout.shared(rank).size == len(summed)
+        for at, start, length in layout.shared(rank).pieces:
+            summed[start : start + length] += grad[at : at + length]
+    for rank, grad in enumerate(grads):
+        for at, start, length in layout.shared(rank).pieces:
+            grad[at : at + length] = summed[start : start + length]
+        assert [total[i] for i in indices(layout.intervals(rank))] == [
+            grad[at] for at, i in enumerate(indices(layout.runs(rank))) if i is not None
+        ]
 
 
 @QUICK
@@ -149,7 +211,7 @@ def test_phi3_qkv() -> None:
     assert str(layout) == "(kv* group d | kv* d | kv* d) e"
     assert layout.intervals(0) == ((0, 12), (24, 30), (36, 42))
     assert layout.intervals(1) == ((12, 24), (30, 36), (42, 48))
-    assert layout.repeated == ()
+    assert not layout.is_shared and not layout.is_padded
     assert layout.local_shape == (24, 5)
 
 
@@ -157,13 +219,46 @@ def test_bloom_qkv_and_multi_query() -> None:
     bloom = Product((Factor("h", 4, True), Factor("3", 3), Factor("d", 2)))
     assert notation(bloom) == "(h* 3 d)"
     assert intervals(bloom, 1, 2) == ((12, 24),)
-    shared = Concat((Product((Factor("h", 4, True), Factor("d", 2))), Factor("k", 2), Factor("v", 2)))
-    layout = Layout((12,), (shared,), 2)
-    assert notation(shared) == "(h* d | k | v)"
+    fused = Concat((Product((Factor("h", 4, True), Factor("d", 2))), Factor("k", 2), Factor("v", 2)))
+    layout = Layout((12,), (fused,), 2)
+    assert notation(fused) == "(h* d | k | v)"
     assert layout.intervals(1) == ((4, 12),)
-    assert layout.repeated == ((4, 8),)
+    assert layout.shared(1).pieces == ((4, 0, 4),) and layout.owned(0) == ((0, 8),) and layout.owned(1) == ((0, 4),)
     wrong = torch.arange(12).chunk(2)[1]
     assert not torch.equal(layout.shard(torch.arange(12), 1), wrong)  # a plain even cut is another layout
+
+
+def test_padding() -> None:
+    """3 heads of width 2 over 2 ranks: the second rank has one and a padded one."""
+    layout = Layout((6,), (Product((Factor("h", 3, True), Factor("d", 2))),), 2)
+    assert layout.local_shape == (4,)
+    assert layout.runs(1) == ((4, 6), (-2, 0)) and layout.intervals(1) == ((4, 6),) and layout.padding(1) == ((2, 4),)
+    assert layout.shard(torch.arange(6), 1).tolist() == [4, 5, 0, 0]
+    assert layout.is_padded and not layout.is_shared
+
+
+def test_two_kv_heads_of_seven_over_four_ranks() -> None:
+    """The example of the module's docstring."""
+    kv, group = Factor("kv", 2, True, 2), Factor("group", 7, True, 2, "kv")
+    q, k = Product((kv, group)), Product((kv, Factor("d", 3)))
+    assert [intervals(q, r, 4) for r in range(4)] == [((0, 4),), ((4, 7),), ((7, 11),), ((11, 14),)]
+    assert [intervals(k, r, 4) for r in range(4)] == [((0, 3),), ((0, 3),), ((3, 6),), ((3, 6),)]
+    assert (size(q, 4), size(k, 4)) == (4, 3)
+    layout = Layout((6,), (k,), 4)
+    assert [layout.owned(r) for r in range(4)] == [((0, 3),), (), ((0, 3),), ()]
+
+
+def test_three_kv_heads_of_three_over_two_ranks() -> None:
+    """A rank holds the kv head of two of its slots twice: once beside each piece of its group."""
+    kv, group = Factor("kv", 3, True, 2), Factor("group", 3, True, 2, "kv")
+    assert [runs(kv, r, 2) for r in range(2)] == [((0, 1), (0, 2)), ((1, 3), (2, 3))]
+    assert runs(Product((kv, group)), 1, 2) == ((5, 6), (-1, 0), (6, 9), (-1, 0))
+    assert shared(kv, 0, 2).pieces == ((0, 0, 1), (1, 0, 2)) and owned(kv, 0, 2) == ((0, 1), (2, 3))
+
+
+def test_rows_beside_cut_heads() -> None:
+    heads = Concat((Factor("h", 4, True), Factor("k", 1), Factor("v", 1)))
+    assert shared(Product((heads, Factor("d", 3))), 1, 2).pieces == ((6, 0, 6),)
 
 
 def test_notation_of_a_concatenation_inside_a_product() -> None:
@@ -211,10 +306,10 @@ def test_a_sharded_major_factor_is_not_freed() -> None:
         ((4,), (Factor("n", 5),), 2, "multiply out"),
         ((4, 2), (Factor("n", 4),), 2, "multiply out"),
         ((), (Factor("n", 1),), 2, "multiply out"),
-        ((3,), (Factor("n", 3, True),), 2, "evenly"),
-        ((6, 4), (Product((Factor("h", 3, True), Factor("d", 2))), Factor("e", 4)), 2, "evenly"),
         ((4, 4), (Factor("a", 4, True), Factor("b", 4, True)), 2, "more than one dim"),
-        ((7,), (Concat((Factor("a", 4, True), Factor("b", 3, True))),), 2, "evenly"),
+        ((12,), (Product((Factor("kv", 2, True, 2), Factor("group", 6, True, 3, "kv"))),), 2, "cut into 3 pieces of kv"),
+        ((6,), (Factor("group", 6, True, 2, "kv"),), 2, "not cut so before it"),
+        ((6,), (Factor("n", 6, True, 0),), 2, "cut into 0 pieces of nothing"),
     ],
 )
 def test_invalid_layouts(shape: tuple[int, ...], dims: tuple[Expr, ...], tp: int, says: str) -> None:

@@ -196,13 +196,7 @@ class Both(Parallel):
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize(
-    "block",
-    [
-        Both,
-        pytest.param(Parallel, marks=pytest.mark.xfail(raises=AssertionError, reason="two module boundaries cost less than one call site")),
-    ],
-)
+@pytest.mark.parametrize("block", [Both, Parallel])
 def test_a_parallel_residual_needs_one(tp: int, block: type[nn.Module]) -> None:
     plan = planned(Stack(block, 1), tp)
     assert ops(plan)[Op.REDUCE] == 1
@@ -317,3 +311,13 @@ def test_cut_without_demands_is_empty() -> None:
     solved = cut.solve()
     assert solved is not None
     assert solved[0] == set()
+
+
+def test_gradients_of_shared_rows_are_listed_for_every_block() -> None:
+    """Two key-value heads over four ranks: each row of k and v is on two of them, in the blocks that were not traced too."""
+    from transformers import LlamaConfig
+
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4}
+    config = LlamaConfig(hidden_size=24, intermediate_size=32, vocab_size=64, num_hidden_layers=3, **heads)
+    listed = {t.module: t.elements for t in autotp.plan(config, tp=4).traffic if t.elements}
+    assert listed == {f"model.layers.{i}.self_attn.{n}": 2 * 4 * 24 for i in range(3) for n in ("k_proj", "v_proj")}

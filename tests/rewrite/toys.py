@@ -127,8 +127,8 @@ def toy_plan(model: Toy, tp: int = 2) -> tuple[dict[str, ParamPlan], list[Module
                 inputs=(Slot(("x",), (COPY,)), Slot(("extra", "bias"), (Conversion(Op.SLICE, 0, heads),))),
                 outputs=(Slot((0,), (REDUCE,)), Slot((1,), (Conversion(Op.GATHER, 1, heads),))),
                 uses=(
-                    Use(f"{a}.qkv", "weight", GradSum.REPEATED),
-                    Use(f"{a}.qkv", "bias", GradSum.REPEATED),
+                    Use(f"{a}.qkv", "weight", GradSum.SHARED),
+                    Use(f"{a}.qkv", "bias", GradSum.SHARED),
                     Use(f"{a}.out", "weight"),
                     Use(f"{a}.out", "bias", conversions=(Conversion(Op.ONCE),)),
                     Use(a, "q_scale", GradSum.ALL),

@@ -1,0 +1,123 @@
+"""What a plan costs beyond an even share: padding, repetition and the work of the busiest rank.
+
+Everything is counted from the layouts, in elements; a tied parameter counts once. With `n` the elements of a parameter, `local` those
+of one rank's shard (padding included, the same on every rank) and `tp` ranks, a sharded parameter gives
+
+    tp · local = n + padding + repeated
+
+where *padding* stands for no element of the parameter and *repeated* are the copies, beyond the first, of what several ranks or several
+slots of one rank hold (`padding_elements`, `repeated_elements`). Summed over the model, with `whole` the share of the elements that
+lie in replicated parameters:
+
+    tp · local_share = 1 + padding_waste + repeated_share + (tp − 1) · whole
+
+A token costs one multiply-add for each element of a Linear weight. So the work of a rank over the ideal is `tp · local / n` over the
+parameters in products (`busiest_work`); a table that is only looked up costs none, experts count as if all of them ran.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from autotp.plan.layout import Layout, factors, size
+
+if TYPE_CHECKING:
+    from autotp.plan.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedAxis:
+    """An axis of `size` indices that the ranks hold as `padded` slots in all; `pattern` as in `AxisInfo`."""
+
+    pattern: str
+    size: int
+    padded: int
+
+
+def padding_elements(layout: Layout) -> int:
+    """Elements of padding over all ranks' shards of one parameter."""
+    held = sum(stop - start for rank in range(layout.tp) for start, stop in layout.padding(rank))
+    return held * _others(layout)
+
+
+def repeated_elements(layout: Layout) -> int:
+    """Elements of one sharded parameter held beyond the first copy of each, over all ranks; 0 for a replicated one."""
+    if layout.expr is None:
+        return 0
+    held = sum(stop - start for rank in range(layout.tp) for start, stop in layout.intervals(rank))
+    return (held - size(layout.expr)) * _others(layout)
+
+
+def padding_waste(plan: Plan) -> float:
+    """Padding over all ranks' shards, over the model's elements: 0.067 means 6.7 %."""
+    return _over_model(plan, sum(count * padding_elements(layout) for layout, count in _layouts(plan).items()))
+
+
+def repeated_share(plan: Plan) -> float:
+    """Copies beyond the first, over all ranks' shards of sharded parameters, over the model's elements."""
+    return _over_model(plan, sum(count * repeated_elements(layout) for layout, count in _layouts(plan).items()))
+
+
+def busiest_work(plan: Plan) -> float:
+    """Multiply-adds a token of the busiest rank over a `tp`-th of the model's; 1 where no parameter is in a product.
+
+    Shards are equally large, padding is multiplied like the rest and a replicated weight is multiplied whole by every
+    rank: every rank is the busiest.
+    """
+    own = [p.layout for n, p in plan.params.items() if n in plan.products and n not in plan.aliases]
+    whole = sum(prod(layout.shape) for layout in own)
+    return plan.tp * sum(prod(layout.local_shape) for layout in own) / whole if whole else 1.0
+
+
+def padded_axes(plan: Plan) -> tuple[PaddedAxis, ...]:
+    """The axes that padding fills up, alike ones once, in the order of the parameters.
+
+    Two factors cut together (kv heads and the query heads of each) are one axis.
+    """
+    found: dict[PaddedAxis, None] = {}
+    for name, param in plan.params.items():
+        for cut, full, padded in _cuts(param.layout):
+            if padded > full:
+                found[PaddedAxis(_pattern(plan, name, cut), full, padded)] = None
+    return tuple(found)
+
+
+def _layouts(plan: Plan) -> Counter[Layout]:
+    return Counter(p.layout for n, p in plan.params.items() if n not in plan.aliases)
+
+
+def _over_model(plan: Plan, elements: int) -> float:
+    whole = sum(count * prod(layout.shape) for layout, count in _layouts(plan).items())
+    return elements / whole if whole else 0.0
+
+
+def _others(layout: Layout) -> int:
+    """Elements for each index of the sharded dim."""
+    return prod(n for i, n in enumerate(layout.shape) if i != layout.dim)
+
+
+def _cuts(layout: Layout) -> Iterator[tuple[str, int, int]]:
+    """(name of the major factor, size, slots over all ranks) of each axis of a layout that is cut whole.
+
+    A major factor without the minor one that it is cut with (k and v) has shared slots: its padding comes from the other's.
+    """
+    cut = list(dict.fromkeys(f for expr in layout.dims for f in factors(expr) if f.sharded))
+    minors = {f.of: f for f in cut if f.of}
+    for factor in cut:
+        own = size(factor, layout.tp)
+        if factor.name in minors:
+            minor = minors[factor.name]
+            yield factor.name, factor.size * minor.size, own * size(minor, layout.tp) * layout.tp
+        elif factor.pieces == 1 and not factor.of:
+            yield factor.name, factor.size, own * layout.tp
+
+
+def _pattern(plan: Plan, param: str, factor: str) -> str:
+    for axis in plan.axes:
+        if axis.name.rpartition(".")[2] == factor and param in axis.params:
+            return axis.pattern
+    return plan.params[param].axis

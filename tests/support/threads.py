@@ -1,0 +1,210 @@
+"""Ranks as threads of one process, for many small examples: eight ready ranks cost milliseconds where processes cost seconds.
+
+Each thread has its own process groups (torch keeps the state of a backend called "threaded" apart by thread); all of them
+meet in one `Meeting`, where the last rank to come does a collective's work for all. A collective that the ranks call with
+different arguments is an error at once. What a process has once the ranks share: modules, class attributes, torch's random
+generator. A thread cannot be killed: one that hangs outside of collectives is reported with its stack and left behind, cut
+off from the others.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.testing._internal.distributed import multi_threaded_pg as threaded
+
+from tests.support.ranks import RankError
+
+_HERE = threading.local()
+
+
+class CutOff(RuntimeError):
+    """A collective cannot end: another rank raised or did not come in time."""
+
+
+class Meeting:
+    """Where the ranks meet, collective by collective."""
+
+    def __init__(self, world: int) -> None:
+        self._given: dict[int, tuple[str, Any, Any]] = {}
+        self._barrier = threading.Barrier(world, self._act)
+
+    def join(self, rank: int, kind: str, work: Any, data: Any) -> Any:
+        """Take part: `work.work([data of rank 0, data of rank 1, …])` fills every rank's outputs.
+
+        Raises:
+            CutOff: it cannot end. ValueError: `kind` is not that of every rank (raised on one of them).
+        """
+        self._given[rank] = kind, work, data
+        try:
+            self._barrier.wait()
+        except threading.BrokenBarrierError:
+            raise CutOff(f"{kind} was cut off") from None
+        return threaded.ret_work(data)
+
+    def abandon(self) -> None:
+        """Nobody waits here any more."""
+        self._barrier.abort()
+
+    def _act(self) -> None:
+        kinds = {rank: kind for rank, (kind, _, _) in sorted(self._given.items())}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"the ranks called different collectives: {kinds}")
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            self._given[0][1].work([self._given[rank][2] for rank in kinds])
+        self._given.clear()
+
+
+class _Group(dist.ProcessGroup):
+    """One rank's end of a `Meeting`: the collectives that autotp and DTensor call."""
+
+    def __init__(self, rank: int, world: int, meeting: Meeting) -> None:
+        super().__init__(rank, world)
+        self._at, self._world, self._meeting = rank, world, meeting
+
+    def getBackendName(self) -> str:
+        return "threaded"
+
+    def size(self) -> int:
+        return self._world
+
+    @property
+    def pg_name(self) -> str:
+        return distributed_c10d._world.pg_names[self]
+
+    @property
+    def group_name(self) -> str:
+        return self.pg_name
+
+    def _join(self, name: str, work: Any, sent: Sequence[Tensor], data: Any) -> Any:
+        return self._meeting.join(self._at, " ".join([name, *(f"{t.dtype} {tuple(t.shape)}" for t in sent)]), work, data)
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        op = (opts or dist.AllreduceOptions()).reduceOp
+        return self._join(f"all_reduce {op.op}", threaded.AllReduce(op), tensors, tensors)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
+        return self._join("all_gather", threaded.AllGather(), inputs, (outputs, inputs))
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
+        return self.allgather([list(output.chunk(self._world))], [input])
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
+        return [self.all_gather_single(a, b) for a, b in zip(outputs, inputs, strict=True)][-1]
+
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        root = (opts or dist.BroadcastOptions()).rootRank
+        return self._join(f"broadcast from {root}", threaded.Broadcast(root), tensors, tensors)
+
+    def barrier(self, opts: Any = None) -> Any:
+        return self.allreduce([torch.ones(1)])
+
+
+def _make_group(store: Any, rank: int, world: int, timeout: timedelta) -> _Group:
+    return _Group(rank, world, _HERE.meeting)
+
+
+dist.Backend.register_backend("threaded", _make_group, devices=["cpu"])
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """torch.distributed's state is one a thread, and what `init_process_group` does to the process is undone."""
+    old, hook = distributed_c10d._world, sys.excepthook
+    distributed_c10d._world = threaded.ThreadLocalWorld()  # type: ignore[assignment]
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    try:
+        yield
+    finally:
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        distributed_c10d._world, sys.excepthook = old, hook
+
+
+class ThreadRanks:
+    """`world` ready threads that share one process group; `timeout` seconds for a `run`. One may run at a time."""
+
+    def __init__(self, world: int, timeout: float = 60.0) -> None:
+        self.world, self.timeout = world, timeout
+        self._threads: list[threading.Thread] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function(*args)` on every rank; the results in rank order.
+
+        Raises:
+            RankError: a rank raised (with its traceback), or was not done in time (with its stack).
+        """
+        with _isolated():
+            self._start()
+            for jobs in self._jobs:
+                jobs.put((function, args))
+            return self._collect(time.monotonic() + self.timeout)
+
+    def stop(self) -> None:
+        """End the threads; the next `run` starts new ones."""
+        if self._threads:
+            self._meeting.abandon()
+            for jobs in self._jobs:
+                jobs.put(None)
+        self._threads = []
+
+    def _start(self) -> None:
+        if self._threads:
+            return
+        self._meeting = Meeting(self.world)
+        self._jobs: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(self.world)]
+        self._answers: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+        store = dist.HashStore()
+        for rank in range(self.world):
+            given = rank, self.world, store, self._meeting, self._jobs[rank], self._answers
+            self._threads.append(threading.Thread(target=_live, args=given, name=f"rank {rank}", daemon=True))
+            self._threads[-1].start()
+
+    def _collect(self, deadline: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        errors: dict[int, BaseException] = {}
+        while len(results) + len(errors) < self.world:
+            try:
+                rank, result, error = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            if error is None:
+                results[rank] = result
+            else:
+                errors[rank] = error
+                self._meeting.abandon()
+                deadline = min(deadline, time.monotonic() + 5)
+        silent = [rank for rank in range(self.world) if rank not in results and rank not in errors]
+        if not errors and not silent:
+            return [results[rank] for rank in range(self.world)]
+        causes = {rank: error for rank, error in errors.items() if not isinstance(error, CutOff)} or errors
+        problems = [f"rank {rank}:\n" + "".join(traceback.format_exception(error)) for rank, error in sorted(causes.items())]
+        problems += [f"rank {rank} was not done in time; it is at\n{self._stack(rank)}" for rank in silent]
+        self.stop()
+        raise RankError("\n".join(problems))
+
+    def _stack(self, rank: int) -> str:
+        frame = sys._current_frames().get(self._threads[rank].ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame is not None else "its end"
+
+
+def _live(rank: int, world: int, store: Any, meeting: Meeting, jobs: Any, answers: Any) -> None:
+    _HERE.meeting = meeting
+    dist.init_process_group("threaded", store=store, rank=rank, world_size=world)
+    while (job := jobs.get()) is not None:
+        function, args = job
+        try:
+            answers.put((rank, function(*args), None))
+        except BaseException as error:  # whatever a rank raises, the test must hear of it
+            answers.put((rank, None, error))
