@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import autotp  # noqa: E402  # found through the path set above
-from autotp.plan.layout import Expr, Factor  # noqa: E402
+from autotp.plan.layout import factors  # noqa: E402
 from autotp.plan.model import ParamPlan  # noqa: E402
 
 TP = 2
@@ -57,15 +57,6 @@ def folded(items: Mapping[str, Any]) -> dict[str, Any]:
         if out.setdefault(key, value) != value:
             raise ValueError(f"{name} is {value}, and others of {key} are {out[key]}")
     return out
-
-
-def factors(expr: Expr) -> Iterator[Factor]:
-    """The factors of a dim, in order."""
-    if isinstance(expr, Factor):
-        yield expr
-        return
-    for part in expr.parts:
-        yield from factors(part)
 
 
 def entry(param: ParamPlan) -> dict[str, Any]:
