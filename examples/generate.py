@@ -10,6 +10,7 @@ rank gives the tokens that one process gives.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,20 +40,9 @@ def load(path: str | None) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=os.environ.get("AUTOTP_MODEL"), help="directory of a causal language model")
-    parser.add_argument("--ids", type=int, nargs="+", default=[1, 15, 27, 8], help="token ids to continue")
-    parser.add_argument("--tokens", type=int, default=16, help="how many to generate")
-    options = parser.parse_args()
-
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
-    device = "cuda" if cuda else "cpu"
+def compare(options: argparse.Namespace, device: str) -> bool:
+    """Generate before and after `parallelize` and print both; True where every rank got the same tokens twice."""
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("tp",))
-
     model = load(options.model).eval().to(device)
     prompt = torch.tensor([options.ids], device=device)
     arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": options.tokens, "do_sample": False, "pad_token_id": 0}
@@ -66,6 +56,24 @@ def main() -> None:
         print(f"{dist.get_world_size()} ranks:   {parallel[0, prompt.shape[1] :].tolist()}")
     equal = torch.tensor(int(torch.equal(whole, parallel)), device=device)
     dist.all_reduce(equal, dist.ReduceOp.MIN)
+    return bool(equal)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=os.environ.get("AUTOTP_MODEL"), help="directory of a causal language model")
+    parser.add_argument("--ids", type=int, nargs="+", default=[1, 15, 27, 8], help="token ids to continue")
+    parser.add_argument("--tokens", type=int, default=16, help="how many to generate")
+    options = parser.parse_args()
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    equal = compare(options, "cuda" if cuda else "cpu")
+    # A thread of gloo lets go of the last tensors a moment after the collective returns; should the interpreter be ending by then, it
+    # aborts the process. What the model holds goes first, and gives it that moment.
+    gc.collect()
     dist.destroy_process_group()
     if not equal:
         raise SystemExit("the ranks' tokens differ from those of one rank")

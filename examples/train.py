@@ -10,6 +10,7 @@ with random weights learns to continue counting sequences.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import autotp
@@ -56,14 +57,20 @@ def train(
     return loss.item()
 
 
-def make_mesh() -> tuple[DeviceMesh, str]:
-    """Process group and mesh over all ranks."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
-    device = "cuda" if cuda else "cpu"
-    return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("tp",)), device
+def run(options: argparse.Namespace, device: str) -> None:
+    """Parallelize and train."""
+    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("tp",))
+    model = autotp.parallelize(load(options.model).to(device), mesh).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    backward: Callable[[Tensor], None] = Tensor.backward
+    if options.accelerate:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=device == "cpu")
+        model = accelerator.prepare_model(model, evaluation_mode=True)  # parallel already: not to be wrapped for data parallelism
+        optimizer = accelerator.prepare_optimizer(optimizer)
+        backward = accelerator.backward
+    train(model, options.steps, device, dist.get_rank() == 0, backward, optimizer)
 
 
 def main() -> None:
@@ -73,18 +80,14 @@ def main() -> None:
     parser.add_argument("--accelerate", action="store_true", help="let accelerate drive the backward pass and the optimizer")
     options = parser.parse_args()
 
-    backward: Callable[[Tensor], None] = Tensor.backward
-    mesh, device = make_mesh()
-    model = autotp.parallelize(load(options.model).to(device), mesh).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    if options.accelerate:
-        from accelerate import Accelerator
-
-        accelerator = Accelerator(cpu=device == "cpu")
-        model = accelerator.prepare_model(model, evaluation_mode=True)  # parallel already: not to be wrapped for data parallelism
-        optimizer = accelerator.prepare_optimizer(optimizer)
-        backward = accelerator.backward
-    train(model, options.steps, device, dist.get_rank() == 0, backward, optimizer)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    run(options, "cuda" if cuda else "cpu")
+    # A thread of gloo lets go of the last tensors a moment after the collective returns; should the interpreter be ending by then, it
+    # aborts the process. What the model holds goes first, and gives it that moment.
+    gc.collect()
     dist.destroy_process_group()
 
 
