@@ -210,6 +210,7 @@ def _try(space: Space, cuts: tuple[Cut, ...], state: Taken, carriers: Mapping[At
         if labels.conflicts:
             return first
     for cut in cuts:
+        gathers, labels = _head_gather(space, cut, wanted, gathers, whole, labels, carriers[cut.major])
         final = _result_gathers(space, labels, cut, gathers)
         if final is None:
             return Conflict(cut.atoms, None, "the sharded value is returned in a form that cannot be gathered")
@@ -278,6 +279,29 @@ def _gather_slots(space: Space, atom: Atom, labels: Labels, carriers: list[Value
             if atom in labels.of(value) and value.id not in weights:
                 slots[(Pseudo.EXIT, *node.slot)] = None
     return list(slots)
+
+
+def _head_gather(
+    space: Space, cut: Cut, wanted: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], labels: Labels, carriers: list[Value]
+) -> tuple[Mapping[SlotKey, Atoms], Labels]:
+    """Results on an axis that nothing but a lookup sums over (a vocabulary) are gathered where they leave their module.
+
+    At the end of the model would do for what was traced. But losses are often computed behind a condition that no traced call
+    met, and take the head's result for whole.
+    """
+    if any(space.graph.nodes[i].opname != "embedding" for i in space.summing.get(cut.major, ())) or not _returned(space, labels, cut):
+        return gathers, labels
+    for slot in _gather_slots(space, cut.major, labels, carriers)[:1]:
+        trial = {**gathers, slot: gathers.get(slot, NONE) | cut.atoms}
+        again = label(space, wanted, trial, whole)
+        if not again.conflicts and not _returned(space, again, cut):
+            return trial, again
+    return gathers, labels
+
+
+def _returned(space: Space, labels: Labels, cut: Cut) -> bool:
+    """True where a result of the model is sharded on `cut`."""
+    return any(isinstance(v, Value) and cut.atoms & labels.of(v) for result in space.graph.results for _, v in result.leaves)
 
 
 def _result_gathers(space: Space, labels: Labels, cut: Cut, gathers: Mapping[SlotKey, Atoms]) -> Mapping[SlotKey, Atoms] | None:
