@@ -27,6 +27,7 @@ class Sizes:
     positions: int = 128
     image: int = 32
     patch: int = 8
+    modulus: int = 1  # vocabularies and inner widths keep their remainder by it
 
 
 @dataclass(slots=True)
@@ -75,6 +76,7 @@ class Node:
 
 
 HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
+KV_NAMES = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "kv_n_heads", "multi_query_group_num")
 WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim", "width")
 DEPTH = re.compile(
     r"^(n_layers?|(.*_)?num_(\w+_)?layers|num_layers|(\w*_)?(encoder|decoder)_layers|depth|(\w+_)?depth|layers|num_blocks|n_blocks"
@@ -95,6 +97,24 @@ def _at_most(limit: int) -> Rule:
 def _to(attribute: str) -> Rule:
     """Set to a size, never above the old value."""
     return lambda node, name, value: _each(getattr(node.sizes, attribute))(node, name, value)
+
+
+def _like(attribute: str) -> Rule:
+    """Near a size, with the old value's remainder by the modulus."""
+
+    def rule(node: Node, name: str, value: Any) -> Any:
+        if not is_int(value):
+            return type(value)(rule(node, name, item) for item in value)
+        size = getattr(node.sizes, attribute)
+        return min(value, size + (value - size) % node.sizes.modulus)
+
+    return rule
+
+
+def _groups(node: Node, name: str, value: int) -> int:
+    """One group stays one; more become the least number of them that divides the heads."""
+    least = next((n for n in range(2, node.sizes.heads + 1) if node.sizes.heads % n == 0), 1)
+    return least if value >= least else 1
 
 
 def _heads(node: Node, name: str, value: Any) -> Any:
@@ -230,7 +250,7 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         ),
         (
             r"(?!type_)(?!.*ngram)(\w+_)?vocab_size(_\w+)?|(\w+_)?codebook_size|entity_vocab_size|n_codes|num_embeddings|num_embeds",
-            _to("vocab"),
+            _like("vocab"),
         ),
         # experts
         (r"(num|n)_(\w+_)?experts|moe_num_experts|(\w+_)?num_experts|n_routed_experts|num_local_experts|num_fused_experts", _to("experts")),
@@ -260,7 +280,7 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"(\w+_)?head_dim|attention_head_size|d_kv|kv_channels|attention_key_size|d_head|(\w+_)?head_size|(\w+_)?dim_head", head_dim_rule),
         (r"rotary_dim|rotary_ndims", _rotary_dim),
         (r"ssm_state_size|state_size|(mamba_)?d_state|mamba_state_(size|dim)", _at_most(8)),
-        (r"(mamba_)?n_groups|mamba_n_groups|mamba_ngroups", _at_most(2)),
+        (r"(mamba_)?n_groups|mamba_n_groups|mamba_ngroups", _groups),
         (r"time_step_rank|mamba_dt_rank", _at_most(4)),
         (r"(\w+_)?chunk_size|mamba_chunk_size", _at_most(16)),
         # positions and windows
@@ -290,7 +310,7 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (
             r"(\w+_)?(moe_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|mlp_dim|n_inner|feed_forward_size|dim_feedforward|inner_dim|d_inner)"
             r"|(moe_)?shared_expert_intermediate_size|intermediate_dim|ffn_hidden_dim|share_expert_dim|mlp_hidden_size|d_ffn",
-            _to("ffn"),
+            _like("ffn"),
         ),
         (
             r"hidden_sizes|(\w+_)?hidden_sizes|embed_dims|embed_dim|neck_hidden_sizes|width_list|layers_dims|(\w+_)?embed_dim_per_stage|fpn_hidden_size|(\w+_)?dims",

@@ -8,7 +8,7 @@ decides. What makes the small model a fair stand-in for the large one:
 - lists that go layer by layer (`layer_types`, …) are cut so that each kind of layer stays once, and the layer count follows;
 - equal values of one role stay equal, also across nested configs, and special token ids stay distinct.
 
-Sizes divide by 4, so the small model can be cut 2 and 4 ways.
+Sizes divide by 4, so the small model can be cut 2 and 4 ways; with `sizes_like` they divide as the large one's do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from autotp.testing.roles import DEPTH, LAYER_INDICES, NOT_DEPTH, ROLES, Node, Sizes, Tree, head_dim_rule, is_int
+from autotp.testing.roles import DEPTH, HEAD_NAMES, KV_NAMES, LAYER_INDICES, NOT_DEPTH, ROLES, Node, Sizes, Tree, head_dim_rule, is_int
 
 
 def _depth_fields(fields: Mapping[str, Any]) -> dict[str, int]:
@@ -146,6 +146,28 @@ def _build(config: PreTrainedConfig, tree: Tree, overrides: Mapping[str, Any]) -
         return type(config)(**fields, **copy.deepcopy(subs))
     except (TypeError, ValueError, AttributeError, KeyError):
         return type(config)(**fields, **{name: sub.to_dict() for name, sub in subs.items()})
+
+
+#: Head counts up to this stay; larger ones are halved while that is possible.
+MOST_HEADS = 64
+
+
+def sizes_like(config: PreTrainedConfig, tp: int) -> Sizes:
+    """Small sizes that `tp` divides, or does not, as it does those of `config`.
+
+    Head counts stay as they are (of the text model, where there are several), heads become 8 wide, and vocabularies and inner
+    widths keep their remainders.
+    """
+    node = Node(dict(vars(config.get_text_config())), Tree(Sizes()), [], 0)
+    heads, kv = node.number(*HEAD_NAMES) or 0, node.number(*KV_NAMES) or 0
+    if heads <= 2:
+        return Sizes(modulus=8 * tp)
+    grouped = 1 < kv < heads and heads % kv == 0
+    while heads > MOST_HEADS and heads % 2 == 0 and (not grouped or (heads // 2) % kv == 0):
+        heads //= 2
+    if not grouped:
+        kv = next(n for n in (4, 3, 2, 1) if heads % n == 0)
+    return Sizes(heads=heads, kv_heads=kv, hidden=8 * heads, modulus=8 * tp)
 
 
 def shrink_config(

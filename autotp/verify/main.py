@@ -41,7 +41,7 @@ def verify(
         target: as in `autotp.targets`. Callables must be importable by name.
         inputs: keyword arguments of a call, or `package.module:callable` that returns them; needed where the target is no
             transformers model.
-        max_parameters: a config with more is shrunk in depth and width, its structure kept; the report says so.
+        max_parameters: a config with more is shrunk in depth and width, its structure and head counts kept; the report says so.
         timeout: seconds for all ranks together.
         parallelizer: what is verified; importable by name.
         on_event: called with what the ranks are doing now.
@@ -60,7 +60,7 @@ def verify(
     count = sum(parameter.numel() for parameter in model.parameters())
     shrunk = ""
     if count > max_parameters:
-        loaded, shrunk = _shrink(loaded, name, count, max_parameters)
+        loaded, shrunk = _shrink(loaded, name, count, max_parameters, tp)
     with tempfile.TemporaryDirectory(prefix="autotp-verify-") as folder:
         job = {
             "target": target if isinstance(target, str) and callable(loaded) else loaded,
@@ -94,14 +94,19 @@ def _of_rank_zero(on_event: Callable[[str], None] | None) -> Callable[[int, Any]
     return lambda rank, value: on_event(value) if on_event is not None and rank == 0 else None
 
 
-def _shrink(config: Any, name: str, count: int, limit: int) -> tuple[Any, str]:
+def _shrink(config: Any, name: str, count: int, limit: int, tp: int) -> tuple[Any, str]:
     if not hasattr(config, "model_type"):
         raise InputError(f"target {name}: {count:,} parameters, more than the {limit:,} that are verified, and only configs can be shrunk")
     from autotp.testing.roles import Sizes
-    from autotp.testing.shrink import shrink_config
+    from autotp.testing.shrink import shrink_config, sizes_like
 
-    small = shrink_config(config, Sizes())
-    return small, f"the target has {count:,} parameters; verified in small, structure kept (more than {limit:,} are shrunk)"
+    kept = "structure and head counts kept"
+    try:
+        small = shrink_config(config, sizes_like(config, tp))
+        targets.resolve(small)
+    except Exception:  # a config may tie head counts to sizes that became small: then usual ones
+        small, kept = shrink_config(config, Sizes()), "structure kept, head counts not"
+    return small, f"the target has {count:,} parameters; verified in small, {kept} (more than {limit:,} are shrunk)"
 
 
 def _first_difference(folder: Path, tp: int, outcomes: tuple[Outcome, ...]) -> str:

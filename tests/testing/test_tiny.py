@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from autotp.errors import InputError
 from autotp.testing.inputs import tiny_inputs
-from autotp.testing.shrink import shrink_config
+from autotp.testing.shrink import shrink_config, sizes_like
 from autotp.testing.tiny import model_class, tiny_config, tiny_model
 
 
@@ -46,6 +47,25 @@ def test_token_ids_fit_and_stay_distinct() -> None:
     ids = [config.image_token_id, config.boi_token_id, config.eoi_token_id]
     assert len(set(ids)) == 3
     assert max(ids) < config.text_config.vocab_size
+
+
+@pytest.mark.parametrize(("heads", "kv", "kept"), [(9, 3, (9, 3)), (28, 4, (28, 4)), (71, 1, (71, 1)), (128, 8, (64, 8)), (40, 40, (40, 40))])
+def test_sizes_divide_as_the_large_ones_do(heads: int, kv: int, kept: tuple[int, int]) -> None:
+    large = CONFIG_MAPPING["llama"](
+        num_attention_heads=heads, num_key_value_heads=kv, hidden_size=64 * heads, intermediate_size=11_011, vocab_size=50_257
+    )
+    small = shrink_config(large, sizes_like(large, 3))
+    assert (small.num_attention_heads, small.num_key_value_heads) == kept
+    assert small.vocab_size % 3 == 50_257 % 3
+    assert small.intermediate_size % 24 == 11_011 % 24
+    assert max(small.vocab_size, small.intermediate_size) < 160
+    tiny_inputs(tiny_model(small))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mamba2", "qwen3_next", "t5", "llava"])
+def test_sizes_like_those_of_other_kinds(model_type: str) -> None:
+    large = CONFIG_MAPPING[model_type]()
+    tiny_inputs(tiny_model(shrink_config(large, sizes_like(large, 3))))
 
 
 def test_nested_overrides() -> None:
