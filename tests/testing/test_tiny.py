@@ -49,7 +49,9 @@ def test_token_ids_fit_and_stay_distinct() -> None:
     assert max(ids) < config.text_config.vocab_size
 
 
-@pytest.mark.parametrize(("heads", "kv", "kept"), [(9, 3, (9, 3)), (28, 4, (28, 4)), (71, 1, (71, 1)), (128, 8, (64, 8)), (40, 40, (40, 40))])
+@pytest.mark.parametrize(
+    ("heads", "kv", "kept"), [(9, 3, (9, 3)), (28, 4, (28, 4)), (71, 1, (71, 1)), (128, 8, (64, 8)), (40, 40, (40, 40))]
+)
 def test_sizes_divide_as_the_large_ones_do(heads: int, kv: int, kept: tuple[int, int]) -> None:
     large = CONFIG_MAPPING["llama"](
         num_attention_heads=heads, num_key_value_heads=kv, hidden_size=64 * heads, intermediate_size=11_011, vocab_size=50_257
