@@ -65,6 +65,7 @@ class Recorder:
         self.modules: list[tuple[str, int]] = [("", 0)]
         self.calls: dict[int, tuple[str, int]] = {}  # frame → (path of its module, frame of the caller)
         self._values: dict[int, Value] = {}  # id(tensor) → value
+        self._before: list[tuple[int, int, Value | None]] = []  # (number of nodes, id(tensor), its value) before each change of `_values`
         self._alive: list[Tensor] = []
         self._aliases: dict[int, list[Tensor]] = {}
         self._call: tuple[Any, Any, Any, Place] | None = None
@@ -80,11 +81,16 @@ class Recorder:
         """A new value for `tensor` (a tensor that was written in place gets a fresh one each time)."""
         value = Value(self._count, tuple(tensor.shape), tensor.dtype, origin, name)
         self._count += 1
-        self._values[id(tensor)] = value
+        self._set(tensor, value)
         self._alive.append(tensor)
         if isinstance(tensor, FakeTensor):
             self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
         return value
+
+    def _set(self, tensor: Tensor, value: Value) -> None:
+        if value.origin not in (Origin.PARAM, Origin.BUFFER):  # those stay whatever is rewound
+            self._before.append((len(self.nodes), id(tensor), self._values.get(id(tensor))))
+        self._values[id(tensor)] = value
 
     def value(self, tensor: Tensor) -> Value:
         """The current value of `tensor`; a tensor never seen before is a constant."""
@@ -100,14 +106,23 @@ class Recorder:
     def adopt(self, tensor: Tensor, node: Node) -> None:
         """Factory functions return another Python object than the dispatcher did: it stands for the same value."""
         if len(node.outputs) == 1 and node.outputs[0].shape == tuple(tensor.shape):
-            self._values[id(tensor)] = node.outputs[0]
+            self._set(tensor, node.outputs[0])
             self._alive.append(tensor)
             if isinstance(tensor, FakeTensor):
                 self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
 
     def rewind(self, mark: int) -> None:
-        """Forget the nodes after the first `mark` ones (a path that the model turned down)."""
+        """Forget the nodes after the first `mark` ones (a path that the model turned down), and the values that they made.
+
+        An operator may return its argument (a `to` that changes nothing): a buffer is then itself again.
+        """
         del self.nodes[mark:]
+        while self._before and self._before[-1][0] >= mark:
+            _, key, value = self._before.pop()
+            if value is None:
+                del self._values[key]
+            else:
+                self._values[key] = value
         self.modules[1:] = []
         self._call = None
 
@@ -231,7 +246,7 @@ class Recorder:
         """`target` was changed in place: every alias of its storage gets a new version that depends on the written value."""
         self.fills.pop(new.id, None)
         if self._values.get(id(target)) is not new:
-            self._values[id(target)] = new
+            self._set(target, new)
         if not isinstance(target, FakeTensor):
             return
         for alias in list(self._aliases.get(target.untyped_storage()._cdata, ())):
@@ -243,7 +258,7 @@ class Recorder:
             exact = self.concrete.get(before.id) if new.id in self.concrete else None
             after = Value(self._count, before.shape, before.dtype, Origin.NODE)
             self._count += 1
-            self._values[id(alias)] = after
+            self._set(alias, after)
             if exact is not None:
                 self.concrete[after.id] = exact
             self.add(Pseudo.WRITE, (before, new), {}, (after,))

@@ -280,7 +280,7 @@ class _Comparison:
 
     def step(self) -> None:
         parameters = [p for p in self.plain.parameters() if p.grad is not None]
-        if not parameters:
+        if not parameters or {"grad", "loss"} <= set(self.report.skipped):  # a backward that failed may have left some
             self.report.skipped["step"] = "no gradients"
             return
         norms = []

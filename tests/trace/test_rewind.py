@@ -1,0 +1,42 @@
+"""A path that cannot be traced leaves nothing behind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from autotp.axes.rules import keep
+from autotp.trace.graph import Origin
+from autotp.trace.inputs import Example
+from autotp.trace.run import trace
+
+
+class Scaled(nn.Module):
+    """The scale is handed on by an operator that returns its argument; with `fail` the call does not end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor, fail: bool = False) -> Tensor:
+        y = self.a(x) * self.scale.to(torch.float32)
+        if fail:
+            raise ValueError("not today")
+        return y
+
+
+def test_values_of_a_path_that_failed_are_forgotten() -> None:
+    x = torch.ones(2, 4)
+    examples = (
+        Example("first", lambda: {"x": x}),
+        Example("failing", lambda: {"x": x, "fail": True}, optional=True),
+        Example("last", lambda: {"x": x}),
+    )
+    graph = trace(Scaled(), examples, keep)
+    assert [result.name for result in graph.results] == ["first", "last"]
+    assert any("failing" in note for note in graph.notes)
+    made: set[int] = set()
+    for node in graph.nodes:
+        assert not [v for v in node.inputs() if v.origin is Origin.NODE and v.id not in made], node
+        made |= {o.id for o in node.outputs}
