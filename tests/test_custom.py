@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import autotp
-from tests.models.custom import CUSTOM, VOCAB, Language
+from tests.models.custom import CUSTOM, VOCAB, InlineHead, Language
 from tests.models.entry import Entry
 from tests.support.equivalence import check, error_of
 from tests.support.ranks import Pool, mesh
@@ -25,22 +25,25 @@ def test_custom(pool: Pool, entry: Entry, world: int) -> None:
     assert set(entry.shards) <= report.sharded
 
 
-def untraced_loss() -> None:
-    """On one rank: a loss that `example_inputs` did not ask for, and its gradients."""
+def untraced_loss(model: type[Language], sharded: bool) -> None:
+    """On one rank: a loss that `example_inputs` did not ask for, and its gradients; every target is in each rank's part."""
     torch.manual_seed(0)
-    plain = Language().double()
+    plain = model().double()
     parallel = copy.deepcopy(plain)
-    ids, targets = (torch.randint(VOCAB, (2, 6)) for _ in range(2))
+    ids, targets = torch.randint(VOCAB, (2, 6)), torch.randint(VOCAB // 4, (2, 6))
     autotp.parallelize(parallel, mesh(), example_inputs={"i": ids})
-    assert autotp.plan_of(parallel).params["a.weight"].layout.dim is not None
+    assert (autotp.plan_of(parallel).params["a.weight"].layout.dim is not None) == sharded
     (wanted, loss), (got, same) = plain(ids, targets), parallel(ids, targets)
-    assert error_of(wanted, got) < 1e-9 and error_of(loss, same) < 1e-9
+    assert error_of(wanted.detach(), got.detach()) < 1e-9 and error_of(loss.detach(), same.detach()) < 1e-9
     loss.backward()
     same.backward()
     grads = autotp.full_grads(parallel)
-    assert all(error_of(p.grad, grads[name]) < 1e-9 for name, p in plain.named_parameters())
+    unused = {name for name, p in plain.named_parameters() if p.grad is None}
+    assert all(error_of(p.grad, grads[name]) < 1e-9 for name, p in plain.named_parameters() if name not in unused)
+    assert unused.isdisjoint(grads)
 
 
+@pytest.mark.parametrize(("model", "sharded"), [(Language, True), (InlineHead, False)])
 @pytest.mark.parametrize("world", [2, 3])
-def test_a_loss_that_no_traced_call_computed(pool: Pool, world: int) -> None:
-    pool.run(untraced_loss, world=world)
+def test_a_loss_that_no_traced_call_computed(pool: Pool, world: int, model: type[Language], sharded: bool) -> None:
+    pool.run(untraced_loss, model, sharded, world=world)

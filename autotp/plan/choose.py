@@ -210,7 +210,10 @@ def _try(space: Space, cuts: tuple[Cut, ...], state: Taken, carriers: Mapping[At
         if labels.conflicts:
             return first
     for cut in cuts:
-        gathers, labels = _head_gather(space, cut, wanted, gathers, whole, labels, carriers[cut.major])
+        head = _head_gather(space, cut, wanted, gathers, whole, labels, carriers[cut.major])
+        if isinstance(head, Conflict):
+            return head
+        gathers, labels = head
         final = _result_gathers(space, labels, cut, gathers)
         if final is None:
             return Conflict(cut.atoms, None, "the sharded value is returned in a form that cannot be gathered")
@@ -283,20 +286,22 @@ def _gather_slots(space: Space, atom: Atom, labels: Labels, carriers: list[Value
 
 def _head_gather(
     space: Space, cut: Cut, wanted: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], labels: Labels, carriers: list[Value]
-) -> tuple[Mapping[SlotKey, Atoms], Labels]:
-    """Results on an axis that nothing but a lookup sums over (a vocabulary) are gathered where they leave their module.
+) -> tuple[Mapping[SlotKey, Atoms], Labels] | Conflict:
+    """Results on an axis that nothing but a lookup sums over (a vocabulary) are gathered where their head returns.
 
     At the end of the model would do for what was traced. But losses are often computed behind a condition that no traced call
-    met, and take the head's result for whole.
+    met, and take logits for whole. So the head has to be a module that calls no other: nothing follows the product there.
     """
     if any(space.graph.nodes[i].opname != "embedding" for i in space.summing.get(cut.major, ())) or not _returned(space, labels, cut):
         return gathers, labels
-    for slot in _gather_slots(space, cut.major, labels, carriers)[:1]:
-        trial = {**gathers, slot: gathers.get(slot, NONE) | cut.atoms}
-        again = label(space, wanted, trial, whole)
-        if not again.conflicts and not _returned(space, again, cut):
-            return trial, again
-    return gathers, labels
+    callers = {space.graph.calls.get(caller, ("", 0))[0] for _, caller in space.graph.calls.values()}
+    for slot in _gather_slots(space, cut.major, labels, carriers):
+        if slot[1] and slot[1] not in callers:
+            trial = {**gathers, slot: gathers.get(slot, NONE) | cut.atoms}
+            again = label(space, wanted, trial, whole)
+            if not again.conflicts and not _returned(space, again, cut):
+                return trial, again
+    return Conflict(cut.atoms, None, "no module of its own makes this result, and code that was not traced could take a part of it for all")
 
 
 def _returned(space: Space, labels: Labels, cut: Cut) -> bool:

@@ -75,6 +75,17 @@ class Language(nn.Module):
         return z if t is None else (z, F.cross_entropy(z.flatten(0, 1), t.flatten()))
 
 
+class InlineHead(Language):
+    """The same with the table multiplied in the model's own forward: no module returns the logits."""
+
+    def forward(self, i: Tensor, t: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.a(i) + self.b(torch.arange(i.shape[1], device=i.device))
+        for block in self.c:
+            x = block(x)
+        z = F.linear(self.d(x), self.a.weight)
+        return z if t is None else (z, F.cross_entropy(z.flatten(0, 1), t.flatten()))
+
+
 class Einsum(nn.Module):
     """Attention over parameters of three dims: heads, embedding, size."""
 
@@ -485,6 +496,7 @@ CUSTOM: tuple[Entry, ...] = (
     Entry("two_linears", built(Two), _X, shards=("a.weight", "a.bias", "b.weight"), kept=("b.bias",)),
     Entry("language_model", built(Language), tokens((2, 6)), shards=("c.0.r.a.weight", "c.1.r.b.weight", "c.0.s.a.weight", "a.weight")),
     Entry("language_model_with_loss", built(Language), tokens((2, 6), (2, 6)), shards=("c.0.r.a.weight", "c.1.s.b.weight")),
+    Entry("language_model_inline_head", built(InlineHead), tokens((2, 6)), shards=("c.0.r.a.weight",), kept=("a.weight",)),
     Entry("einsum_attention", built(Einsum), _X, shards=("a", "b", "c", "d", "z3")),
     Entry("one_projection", built(OneProjection), _X, shards=("a.weight", "b.weight")),
     Entry("one_projection_grouped", built(OneProjection, kv=4), _X, shards=("a.weight", "b.weight")),
