@@ -119,7 +119,7 @@ MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "granitem
 SHARE = 0.75
 
 
-#: Families whose layouts no other family here has: two quick cases each, the others one.
+#: One family for each kind of layout: two quick cases each, the others one.
 DISTINCT = {
     "llama", "qwen2", "gemma2", "olmo2", "gpt2", "phi3", "gpt_neox", "bloom", "mpt", "gptj", "gpt_bigcode_mqa", "falcon_multi_query",
     "falcon_new", "deepseek_v3", "bert", "t5", "whisper", "vit", "mamba2", "qwen3_next", "llama_nine_heads", "llama_28_heads",
@@ -128,6 +128,7 @@ DISTINCT = {
 
 
 def cases() -> list[Any]:
+    assert set(FAMILIES) >= DISTINCT
     found = []
     for number, (name, (model_type, fields, required)) in enumerate(FAMILIES.items()):
         quick = [(2 + number % 3, ("eager", "sdpa")[number // 3 % 2])]
