@@ -5,6 +5,8 @@ A message says what is wrong, where (module path or argument), what was found, w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class AutoTPError(RuntimeError):
     """Base of all errors that autotp raises for bad input or for a model that it cannot handle."""
@@ -30,3 +32,11 @@ class InputError(AutoTPError):
 
 class PlanError(AutoTPError):
     """No plan satisfies the request (for example `strict=True` with replicated parameters)."""
+
+
+class RecipeError(AutoTPError):
+    """A recipe that cannot be read, or that does not fit its model; `problems` lists everything that is wrong, a line each."""
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(dict.fromkeys(problems))
+        super().__init__("\n".join(self.problems))

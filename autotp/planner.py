@@ -17,10 +17,12 @@ from autotp.axes.rules import find_axes, keep
 from autotp.certificate import replay
 from autotp.errors import InputError, PlanError
 from autotp.plan.labels import Space
-from autotp.plan.layout import replicated
+from autotp.plan.layout import Layout, replicated
 from autotp.plan.model import ParamPlan
 from autotp.plan.plan import Plan
 from autotp.plan.solve import Bans, lift, solve
+from autotp.plan.wanted import by_value, differing
+from autotp.trace.alike import alike_blocks
 from autotp.trace.inputs import Example, example_inputs, user_example
 from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.run import trace
@@ -41,8 +43,11 @@ def _no_collection() -> Iterator[None]:
 
 
 @_no_collection()
-def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = None) -> Plan:
+def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = None, wanted: Mapping[str, Layout] | None = None) -> Plan:
     """The certified plan of `model` over `tp` ranks. The model is left as it was.
+
+    `wanted`: layouts by name that it is to have where that can be proven; compare the plan's own with them. The rest is planned
+    around them.
 
     Raises:
         InputError: example inputs are needed or do not fit. TraceError: the model cannot be run on fake tensors.
@@ -52,13 +57,16 @@ def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = N
     if tp == 1:
         return whole_plan(model, "tp is 1")
     examples = tuple(_settled(_examples(model, inputs)))
-    graph = trace(model, examples, keep)
+    wanted = wanted or {}
+    alike = {b: t for b, t in alike_blocks(model).items() if not differing(b, t, wanted, shapes)}
+    graph = trace(model, examples, keep, repeats=alike)
     space = Space(find_axes(graph))
+    asked = by_value(graph.params, wanted)
     bans = Bans({})
     linears = frozenset(path for path, m in model.named_modules() if type(m).forward is nn.Linear.forward)
     reason = ""
     for _ in range(MAX_REPLAYS):
-        draft = solve(space, tp, bans, name, linears)
+        draft = solve(space, tp, bans, name, linears, asked)
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
         difference = replay(model, examples, draft, dict(plan.params), tp)
         if difference is None or not draft.choice.on:

@@ -17,6 +17,8 @@ from autotp.axes.atoms import Atom
 from autotp.plan.cuts import Atoms, Cut, Cuts, last_atoms, local_size, neighbours
 from autotp.plan.labels import NONE, Conflict, Labels, SlotKey, Space, label, leaf_atoms
 from autotp.plan.padding import padding_conflict
+from autotp.plan.wanted import Claim, Wanted, claim
+from autotp.plan.wanted import granules as wanted_granules
 from autotp.trace.graph import Node, Origin, Pseudo, Value
 
 #: A head's result leaves its module at once; later boundaries are not worth a pass each.
@@ -49,8 +51,12 @@ class Choice(Taken):
         return frozenset(self.cuts)
 
 
-def choose(space: Space, tp: int, banned: Mapping[Cut, str], forced: frozenset[int] = frozenset()) -> Choice:
-    """Take the candidates greedily; `banned` ones are refused with the reason given, results of `forced` nodes stay whole."""
+def choose(space: Space, tp: int, banned: Mapping[Cut, str], forced: frozenset[int] = frozenset(), wanted: Wanted | None = None) -> Choice:
+    """Take the candidates greedily; `banned` ones are refused with the reason given, results of `forced` nodes stay whole.
+
+    Cuts that `wanted` layouts ask for are taken first, those that they rule out never.
+    """
+    wanted = wanted or {}
     refused: dict[Atom, str] = {}
     for cut, reason in banned.items():
         refused.update(dict.fromkeys(cut.atoms, reason))
@@ -62,8 +68,15 @@ def choose(space: Space, tp: int, banned: Mapping[Cut, str], forced: frozenset[i
     for atom in widths:
         refused.setdefault(atom, "it is the width of one attention head, which is not cut")
     free = {atom for atom in carriers if atom not in widths}
-    candidates = [c for c in _candidates(space, carriers, free, tp) if c not in banned]
-    ranked = sorted(candidates, key=lambda c: (-_worth(space, c, carriers), c.local_size, c.major.id))
+    candidates = [c for c in _candidates(space, carriers, free, tp, wanted) if c not in banned]
+    claims = {c: claim(space, c, carriers, wanted) for c in candidates}
+    for cut in (c for c in candidates if claims[c] is Claim.RULED_OUT):
+        for atom in cut.atoms:
+            refused.setdefault(atom, "a layout that was asked for does not have it")
+    ranked = sorted(
+        (c for c in candidates if claims[c] is not Claim.RULED_OUT),
+        key=lambda c: (claims[c] is not Claim.ASKED, -_worth(space, c, carriers), c.local_size, c.major.id),
+    )
     state = Taken({}, forced, label(space, {}, {}, forced))
     for cut in ranked:
         if cut.atoms & frozenset(state.cuts):
@@ -88,18 +101,23 @@ def choose(space: Space, tp: int, banned: Mapping[Cut, str], forced: frozenset[i
     return Choice(state.gathers, state.whole, state.labels, refused)
 
 
-def _candidates(space: Space, carriers: Mapping[Atom, list[Value]], free: set[Atom], tp: int) -> Iterable[Cut]:
+def _candidates(space: Space, carriers: Mapping[Atom, list[Value]], free: set[Atom], tp: int, wanted: Wanted) -> Iterable[Cut]:
     """Cuts that leave a rank less than the whole axis."""
     granules = _granules(space)
     for atom in sorted(free, key=lambda a: a.id):
         if atom.size > 1:
-            yield Cut(atom, tp, granule=granules.get(atom, 1))
+            own = granules.get(atom, 1)
+            yield Cut(atom, tp, granule=own)
+            yield from (Cut(atom, tp, granule=g) for g in sorted(wanted_granules(wanted, atom.size)) if g > own and g % own == 0)
     pairs = {pair: None for v in space.graph.params.values() for dim in space.axes.dims[v.id] for pair in neighbours(dim)}
     for major, minor in pairs:
         if major in free and minor in free and major.size > 1 and minor.size > 1 and major.size % tp and _within(major, minor, carriers):
             every = {-(-minor.size // -(-minor.size // n)) for n in range(2, minor.size + 1)}  # fewest pieces for each piece's size
             both = [Cut(major, tp, minor, n) for n in sorted(every)]
-            yield min(both, key=lambda c: (_held(space, c, carriers), c.local_size, c.pieces))
+            if any(v.id in wanted for atom in (major, minor) for v in carriers[atom]):
+                yield from both
+            else:
+                yield min(both, key=lambda c: (_held(space, c, carriers), c.local_size, c.pieces))
 
 
 def _granules(space: Space) -> dict[Atom, int]:

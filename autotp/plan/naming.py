@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
+from typing import TYPE_CHECKING
 
 from autotp.axes.atoms import Atom, flat
-from autotp.plan.choose import Choice
 from autotp.plan.cuts import Cuts
 from autotp.plan.labels import Space, leaf_atoms
 from autotp.plan.layout import Concat, Expr, Factor, Product
+
+if TYPE_CHECKING:
+    from autotp.plan.choose import Choice
 
 #: Factors up to this size are called by it, as the 3 of a fused q, k, v.
 SMALL = 4

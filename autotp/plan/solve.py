@@ -19,6 +19,7 @@ from autotp.plan.model import GradSum, ModulePlan, Op, ParamPlan
 from autotp.plan.moves import Moves, Undecidable, conversion_key, place
 from autotp.plan.naming import Namer, pattern_of
 from autotp.plan.plan import AxisInfo, Plan, Traffic
+from autotp.plan.wanted import Wanted
 from autotp.trace.graph import Node, Pseudo, Value
 
 _PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm"))
@@ -63,10 +64,10 @@ def _feeds(source: Node, node: Node) -> bool:
     return any(v.id in made for v in node.inputs())
 
 
-def solve(space: Space, tp: int, bans: Bans, model: str, linears: frozenset[str]) -> Draft:
-    """The best plan that avoids `bans`; adds to them what turns out impossible."""
+def solve(space: Space, tp: int, bans: Bans, model: str, linears: frozenset[str], wanted: Wanted | None = None) -> Draft:
+    """The best plan that avoids `bans`, with the `wanted` layouts as far as they can be had; adds to `bans` what turns out impossible."""
     while True:
-        choice = choose(space, tp, bans.cuts, bans.whole)
+        choice = choose(space, tp, bans.cuts, bans.whole, wanted)
         try:
             local = localise(space, choice.labels)
             moves = place(space, choice.labels)

@@ -1,0 +1,332 @@
+"""Recipe × model × tp → the layout of every parameter that the recipe covers, and what changes at which module.
+
+Nothing is traced and nothing is changed. Everything that does not fit is found before any of it is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import gcd, prod
+
+from torch import nn
+
+from autotp.errors import InputError, RecipeError
+from autotp.plan.layout import Expr, Factor, Layout, factors, is_sharded, size
+from autotp.plan.notation import mapped, parse, sized
+from autotp.recipe.local import BoundAttribute, bind_attributes
+from autotp.recipe.match import Pattern, best, folded, nearest
+from autotp.recipe.model import Boundary, Entry, Role
+from autotp.recipe.recipe import Recipe
+from autotp.recipe.sizes import size_of
+
+MORE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class BoundParam:
+    """One covered parameter."""
+
+    name: str
+    entry: Entry
+    layout: Layout
+
+    @property
+    def role(self) -> Role:
+        """What it is to the ranks."""
+        return self.entry.role
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns it."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the factors that are cut."""
+        return frozenset(f.name for d in self.layout.dims for f in factors(d) if f.sharded)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundBoundary:
+    """One argument or result of one module; `dims` are None for enter and leave."""
+
+    module: str
+    path: tuple[str | int, ...]
+    boundary: Boundary
+    dims: tuple[Expr, ...] | None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A recipe fitted to a model. `uncovered`: parameters that it says nothing of. `aliases`: tied name → first name."""
+
+    recipe: Recipe
+    model: nn.Module
+    tp: int
+    params: Mapping[str, BoundParam]
+    uncovered: tuple[str, ...]
+    aliases: Mapping[str, str]
+    attributes: tuple[BoundAttribute, ...]
+    arguments: tuple[BoundBoundary, ...]
+    results: tuple[BoundBoundary, ...]
+
+    @property
+    def full(self) -> bool:
+        """True when every parameter is covered."""
+        return not self.uncovered
+
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """Layouts of the covered parameters."""
+        return {n: p.layout for n, p in self.params.items()}
+
+
+class Problems(list[str]):
+    """What is wrong, each problem once although many layers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[tuple[str, str], int] = {}
+
+    def add(self, pos: object, name: str, text: str) -> None:
+        """`name` stands in front of the text; names that differ in their numbers only are reported once."""
+        key = (str(pos), folded(name) + text)
+        self.seen[key] = self.seen.get(key, 0) + 1
+        if self.seen[key] == 1:
+            self.append(f"{pos}: {name + ': ' if name else ''}{text}")
+
+
+def bind(recipe: Recipe, model: nn.Module, tp: int) -> Bound:
+    """The recipe fitted to the model.
+
+    Raises:
+        RecipeError: everything in the recipe that does not fit, with its place.
+    """
+    problems = Problems()
+    bound = _Binder(recipe, model, tp, problems).run()
+    if problems:
+        raise RecipeError(problems)
+    from autotp.recipe.check import check
+
+    check(bound, problems)
+    if problems:
+        raise RecipeError(problems)
+    return bound
+
+
+class _Binder:
+    def __init__(self, recipe: Recipe, model: nn.Module, tp: int, problems: Problems) -> None:
+        self.recipe, self.model, self.tp, self.problems = recipe, model, tp, problems
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+        self.sizes: dict[str, int] = {}
+        self.pieces: dict[tuple[str, int, int], int] = {}
+
+    def run(self) -> Bound:
+        self._sizes()
+        aliases = _aliases(self.model)
+        matched = self._match(aliases)
+        params: dict[str, BoundParam] = {}
+        plain = self._plain(matched)
+        for name, entry in matched.items():
+            dims = plain.get((entry.key, self.shapes[name]))
+            if dims is None:
+                continue
+            marked = tuple(self._marked(d, plain.values()) for d in dims) if entry.role.cut else dims
+            try:
+                params[name] = BoundParam(name, entry, Layout(self.shapes[name], marked, self.tp))
+            except InputError as error:
+                self.problems.add(entry.at, name, str(error))
+        uncovered = tuple(n for n in self.shapes if n not in matched)
+        values = {**self.sizes}
+        for p in params.values():
+            values.update({f.name: f.size for d in p.layout.dims for f in factors(d) if f.sharded})
+        cut = lambda text: self._free(text, plain.values(), values)  # noqa: E731
+        return Bound(
+            self.recipe, self.model, self.tp, params, uncovered, aliases,
+            tuple(bind_attributes(self.recipe.attributes, self.modules, cut, self.tp, self.problems)),
+            tuple(self._boundaries("arguments", self.recipe.arguments, plain.values(), values)),
+            tuple(self._boundaries("results", self.recipe.results, plain.values(), values)),
+        )  # fmt: skip
+
+    # sizes and names ----------------------------------------------------------------------------------------------------------
+
+    def _sizes(self) -> None:
+        used = {f.name for e in self.recipe.entries for d in parse(e.layout) for f in factors(d)}
+        used |= {f.name for a in self.recipe.attributes for d in parse(a.layout) for f in factors(d)}
+        for item in self.recipe.sizes:
+            try:
+                self.sizes[item.name] = size_of(item.value, self.model)
+            except InputError as error:
+                if item.name in used:
+                    self.problems.add(item.pos, f"sizes.{item.name}", str(error))
+        for shard in self.recipe.shard:
+            for name in shard.names:
+                if name not in used:
+                    self.problems.add(shard.pos, "shard", f"{name} stands in no layout{nearest(name, used)}")
+
+    def _match(self, aliases: Mapping[str, str]) -> dict[str, Entry]:
+        entries = self.recipe.entries
+        patterns = [Pattern(e.key) for e in entries]
+        found: dict[str, Entry] = {}
+        hit: set[int] = set()
+        cache: dict[str, list[int]] = {}
+        for name in self.shapes:
+            short = folded(name)
+            if short not in cache or any("*" not in p.key and any(c.isdigit() for c in p.key) for p in patterns):
+                cache[short] = best(patterns, name)
+            winners = cache[short]
+            if len(winners) > 1:
+                keys = " and ".join(entries[i].key for i in winners)
+                self.problems.add(entries[winners[1]].pos, name, f"{keys} match it equally well; write one of them longer")
+            if winners:
+                found[name] = entries[winners[0]]
+                hit.update(winners)
+        for name, first in aliases.items():  # a tied parameter is laid out once
+            if name not in found and first in found:
+                found[name] = found[first]
+            elif first not in found and name in found:
+                found[first] = found[name]
+        for i, entry in enumerate(entries):
+            if i in hit or entry.optional:
+                continue
+            if any(patterns[i].matches(n) for n in self.shapes):
+                text = f"{entry.key} has no parameter left: longer keys have them all"
+            else:
+                kind = type(self.model).__name__
+                text = f"no parameter of {kind} is called {entry.key}{nearest(entry.key, self.shapes)} (a key that may be missing ends in ?)"
+            self.problems.add(entry.pos, "", text)
+        return {n: found[n] for n in self.shapes if n in found}
+
+    def _plain(self, matched: Mapping[str, Entry]) -> dict[tuple[str, tuple[int, ...]], tuple[Expr, ...]]:
+        """Sized dims by entry and shape, before anything is cut."""
+        out: dict[tuple[str, tuple[int, ...]], tuple[Expr, ...]] = {}
+        wrong: set[tuple[str, tuple[int, ...]]] = set()
+        for name, entry in matched.items():
+            shape = self.shapes[name]
+            key = (entry.key, shape)
+            if key in out or key in wrong:
+                continue
+            try:
+                dims = sized(parse(entry.layout), shape, {**self.sizes, **dict(entry.sizes)})
+            except InputError as error:
+                self.problems.add(entry.at, name, f'"{entry.layout}": {error}; the parameter is {list(shape)}')
+                wrong.add(key)
+                continue
+            bad = [i for i, (d, n) in enumerate(zip(dims, shape, strict=True)) if size(d) != n]
+            if bad:
+                texts = "; ".join(f"dim {i} is {_product(dims[i])} = {size(dims[i])}, wanted {shape[i]}" for i in bad)
+                self.problems.add(entry.at, name, f'"{entry.layout}" does not multiply out to {list(shape)}: {texts}')
+                wrong.add(key)
+                continue
+            out[key] = dims
+        return out
+
+    # what is cut --------------------------------------------------------------------------------------------------------------
+
+    def _marked(self, expr: Expr, every: Iterable[tuple[Expr, ...]]) -> Expr:
+        """`expr` with the factors of `shard` cut; those that carry a mark of their own stay as they are."""
+        own = {f.name: f for f in factors(expr)}
+        marks: dict[str, Factor] = {}
+        granules = dict(self.recipe.granules)
+        for shard in self.recipe.shard:
+            major = own.get(shard.names[0])
+            if major is None or major.sharded:
+                continue
+            granule = gcd(granules.get(major.name, 1), major.size)
+            marks[major.name] = replace(major, sharded=True, granule=granule)
+            if len(shard.names) == 1 or major.size % self.tp == 0:
+                continue
+            minor_size = self._minor(shard.names, major.size, every)
+            pieces = self._pieces(shard.names, major.size, minor_size, every)
+            if pieces > 1:
+                marks[major.name] = replace(major, sharded=True, pieces=pieces)
+                minor = own.get(shard.names[1])
+                if minor is not None:
+                    marks[minor.name] = replace(minor, sharded=True, pieces=pieces, of=major.name)
+        return mapped(expr, marks)
+
+    def _minor(self, names: tuple[str, ...], major: int, every: Iterable[tuple[Expr, ...]]) -> int:
+        for dims in every:
+            found = {f.name: f.size for d in dims for f in factors(d)}
+            if found.get(names[0]) == major and names[1] in found:
+                return found[names[1]]
+        return self.sizes.get(names[1], 1)
+
+    def _pieces(self, names: tuple[str, ...], major: int, minor: int, every: Iterable[tuple[Expr, ...]]) -> int:
+        """The number of pieces that leaves a rank the fewest elements; 1 pads the major names instead."""
+        key = (names[0], major, minor)
+        if key not in self.pieces:
+            fewest = {-(-minor // -(-minor // n)) for n in range(1, minor + 1)}  # fewest pieces for each piece's size
+            self.pieces[key] = min(fewest, key=lambda n: self._held(names, major, minor, n, every))
+        return self.pieces[key]
+
+    def _held(self, names: tuple[str, ...], major: int, minor: int, pieces: int, every: Iterable[tuple[Expr, ...]]) -> tuple[int, ...]:
+        big = Factor(names[0], major, True, pieces)
+        cut = {names[0]: big, **({names[1]: Factor(names[1], minor, True, pieces, names[0])} if pieces > 1 else {})}
+        held = 0
+        for dims in every:
+            found = {f.name: f.size for d in dims for f in factors(d)}
+            if found.get(names[0]) == major:
+                held += prod(size(mapped(d, cut), self.tp) for d in dims)
+        own = size(big, self.tp)
+        return held, own * (-(-minor // pieces)), pieces
+
+    def _free(self, text: str, every: Iterable[tuple[Expr, ...]], values: Mapping[str, int]) -> tuple[Expr, ...]:
+        """Dims of an activation or an attribute: names of known size are cut as they are in parameters, others have any size (0)."""
+        dims = []
+        for dim in parse(text):
+            known = {f.name: replace(f, size=values.get(f.name, 0)) for f in factors(dim) if f.size < 0}
+            dims.append(self._marked(mapped(dim, known), every))
+        return tuple(dims)
+
+    # boundaries ---------------------------------------------------------------------------------------------------------------
+
+    def _boundaries(
+        self, kind: str, items: Iterable[Boundary], every: Iterable[tuple[Expr, ...]], values: Mapping[str, int]
+    ) -> Iterable[BoundBoundary]:
+        for item in items:
+            pattern = Pattern(item.module)
+            hits = [path for path in self.modules if pattern.matches(path)]
+            if not hits and not item.optional:
+                self.problems.add(item.pos, kind, f"no module is called {item.module}{nearest(item.module, self.modules)}")
+            dims = None
+            if item.value not in ("enter", "leave"):
+                dims = self._free(item.value, every, values)
+                if sum(map(is_sharded, dims)) != 1:
+                    text = f'"{item.value}" must have one dim that is cut (shard: {_names(self.recipe)})'
+                    self.problems.add(item.pos, f"{kind}.{item.module}.{item.path}", text)
+                    continue
+            parts = tuple(int(p) if p.isdigit() else p for p in item.path.split(".")) if item.path else ()
+            for path in hits:
+                yield BoundBoundary(path, parts, item, dims)
+
+
+def _names(recipe: Recipe) -> str:
+    return ", ".join(" ".join(s.names) for s in recipe.shard) or "nothing"
+
+
+def _product(expr: Expr) -> str:
+    """`expr` with the sizes in place of the names."""
+    if isinstance(expr, Factor):
+        return str(expr.size)
+    return _text(expr)
+
+
+def _text(expr: Expr) -> str:
+    from autotp.plan.layout import Product
+
+    if isinstance(expr, Factor):
+        return str(expr.size)
+    return f"({('·' if isinstance(expr, Product) else ' + ').join(map(_text, expr.parts))})"
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    out: dict[str, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(p), name) != name:
+            out[name] = first[id(p)]
+    return out

@@ -1,0 +1,84 @@
+"""Int attributes that become local: which modules have them, their value and what a rank's part of it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from autotp.plan.layout import Expr, is_sharded, size
+from autotp.plan.model import LocalAttribute
+from autotp.recipe.match import Pattern, nearest
+from autotp.recipe.model import Attribute
+
+if TYPE_CHECKING:
+    from autotp.recipe.bind import Problems
+
+_ABSENT: Any = object()
+#: Instead of a layout: the attribute stays as it is, although its number is that of something that is cut.
+WHOLE = "whole"
+
+
+@dataclass(frozen=True, slots=True)
+class BoundAttribute:
+    """One attribute of one module."""
+
+    module: str
+    local: LocalAttribute
+    attribute: Attribute
+
+
+def bind_attributes(
+    items: Iterable[Attribute], modules: Mapping[str, nn.Module], cut: Callable[[str], tuple[Expr, ...]], tp: int, problems: Problems
+) -> Iterator[BoundAttribute]:
+    """The attributes that `items` name; `cut` gives a layout with its factors sized and cut."""
+    for item in items:
+        hits = list(_find(item.key, modules))
+        if not hits and not item.optional:
+            ends = [f"{path}.{name}" for path, m in modules.items() for name in vars(m) if not name.startswith("_")]
+            text = f"no module has the attribute {item.key}{nearest(item.key, ends)} (a key that may be missing ends in ?)"
+            problems.add(item.pos, "attributes", text)
+            continue
+        if item.layout == WHOLE:
+            yield from (BoundAttribute(path, LocalAttribute(name, value, value), item) for path, name, value in hits)
+            continue
+        dims = cut(item.layout)
+        if len(dims) != 1 or not is_sharded(dims[0]):
+            problems.add(item.pos, f"attributes.{item.key}", f'"{item.layout}" must be one dim with a name that is cut')
+            continue
+        for path, name, value in hits:
+            whole, part = size(dims[0]), size(dims[0], tp)
+            if value != whole or isinstance(value, bool):
+                text = f'got {value!r} in the model, and "{item.layout}" is {whole}'
+                problems.add(item.pos, f"{path + '.' if path else ''}{name}", text)
+                continue
+            yield BoundAttribute(path, LocalAttribute(name, whole, part), item)
+
+
+def _find(key: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, Any]]:
+    """(module path, attribute path, value) for every way to read the key."""
+    parts = key.split(".")
+    for at in range(len(parts)):
+        pattern, rest = Pattern(".".join(parts[:at])), parts[at:]
+        for path, module in modules.items():
+            if pattern.matches(path):
+                value = reach(module, rest)
+                if value is not _ABSENT and isinstance(value, int):
+                    yield path, ".".join(rest), value
+
+
+def reach(module: nn.Module, parts: Sequence[str]) -> Any:
+    """The value at an attribute path that does not lead through other modules; a marker where there is none."""
+    found: Any = module
+    for part in parts:
+        if isinstance(found, list | tuple) and part.isdigit() and int(part) < len(found):
+            found = found[int(part)]
+        elif isinstance(found, Mapping):
+            found = found.get(part, _ABSENT)
+        else:
+            found = getattr(found, part, _ABSENT)
+        if found is _ABSENT or isinstance(found, nn.Module):
+            return _ABSENT
+    return found

@@ -1,0 +1,143 @@
+"""The shape of a recipe file, as pydantic models: what `RecipeFile.model_json_schema()` tells editors.
+
+Only form is checked here, by names and types. What a recipe means for a model is checked in `autotp.recipe.bind` and `check`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+
+from autotp.recipe.source import Source
+
+Text = Annotated[StrictStr, Field(min_length=1)]
+
+
+class EntryForm(BaseModel):
+    """A parameter's layout with more to say than one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layout: Text = Field(description="its dims in layout notation")
+    sizes: dict[StrictStr, StrictInt] = Field({}, description="sizes of names in this entry only")
+    axis: StrictStr = Field("", description="label for people: attention, mlp, …")
+    reason: StrictStr = Field("", description="why it stays whole")
+
+
+Section = dict[StrictStr, Text | EntryForm | None]
+_SECTION = "parameter name or its last parts (* for any characters, ? at the end: may be missing) → layout; null takes an inherited key out. "
+
+
+class RecipeFile(BaseModel):
+    """A recipe: how the parameters of a family of models are laid out over the ranks of a tensor-parallel mesh."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="autotp recipe")
+
+    recipe: Text | None = Field(None, description="name of the recipe")
+    about: StrictStr = Field("", description="what it is for, in a sentence")
+    extends: Text | list[Text] | None = Field(None, description="bundled name or path, relative to this file, of what this recipe adds to")
+    families: list[Text] = Field([], description="model types that it is tested with; each is a name for it too")
+    sizes: dict[StrictStr, StrictInt | Text] = Field(
+        {}, description="name → number, or expression over fields of the model's config: `num_attention_heads // num_key_value_heads`"
+    )
+    shard: list[Text] | None = Field(
+        None, description="names that are cut over the ranks; `kv group`: each kv's group is cut in pieces where tp does not divide kv"
+    )
+    granules: dict[StrictStr, StrictInt] = Field({}, description="name → number that each rank's part is a multiple of, as kernels want it")
+    column: Section = Field({}, description=_SECTION + "Column-parallel: a whole activation enters, each rank makes its part")
+    row: Section = Field({}, description=_SECTION + "Row-parallel: partial sums are all-reduced; a bias here is added once")
+    lookup: Section = Field({}, description=_SECTION + "A table whose rows are cut: each rank looks up its own, results are all-reduced")
+    gathered: Section = Field({}, description=_SECTION + "Column-parallel, its result gathered from all ranks (a language model's head)")
+    part: Section = Field({}, description=_SECTION + "Cut, and used inside a sharded region: nothing is communicated")
+    inside: Section = Field({}, description=_SECTION + "Whole, but used inside a sharded region: its gradient is summed over the ranks")
+    whole: Section = Field({}, description=_SECTION + "Whole and used outside of sharded regions")
+    attributes: dict[StrictStr, Text | None] = Field(
+        {}, description="int attribute of a module that becomes local → its value in layout notation: `attn.split_size: (h d)`"
+    )
+    arguments: dict[StrictStr, dict[StrictStr, Text] | None] = Field(
+        {}, description="module → argument of its forward → `enter` (whole, used inside a region) or the layout it is cut to"
+    )
+    results: dict[StrictStr, dict[StrictStr, Text] | None] = Field(
+        {}, description="module → part of its result ('' for all of it) → `leave` (all-reduced), `enter`, or the layout it is gathered from"
+    )
+    trace: Literal["required"] | None = Field(
+        None, description="`required`: calls inside of forwards have to be changed, which only the traced model tells"
+    )
+    unsafe: StrictBool = Field(False, description="use the recipe as it is, without proof; wants a reason")
+    reason: StrictStr = Field("", description="why the recipe is right though it cannot be proven")
+    plan: dict[str, Any] | None = Field(None, description="the exact plan that the recipe was made from; not for editing")
+
+
+def validated(source: Source, problems: list[str]) -> RecipeFile | None:
+    """The form of a source's data; what is wrong goes to `problems`, each with its place, what was found and what was wanted."""
+    try:
+        return RecipeFile.model_validate(source.data)
+    except ValidationError as error:
+        wrong: dict[tuple[str, ...], str] = {}
+        for item in error.errors():
+            path = tuple(str(part) for part in item["loc"])
+            path, text = _explained(path, item, source)
+            wrong.setdefault(path, text)
+        problems += wrong.values()
+        return None
+
+
+def _explained(path: tuple[str, ...], item: Mapping[str, Any], source: Source) -> tuple[tuple[str, ...], str]:
+    known = path
+    while known and known not in source.keys and known not in source.values and _reach(source.data, known) is _NOTHING:
+        known = known[:-1]  # pydantic adds which member of a union it tried
+    got = item["input"]
+    name = ".".join(known)
+    if item["type"] == "extra_forbidden":
+        fields = EntryForm.model_fields if len(path) > 1 else RecipeFile.model_fields
+        near = difflib.get_close_matches(path[-1], fields, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; wanted one of {', '.join(fields)}"
+        return path, f"{source.at(path, key=True)}: unknown key {path[-1]!r}{hint}"
+    shown = json.dumps(got, default=str, ensure_ascii=False)
+    text = f"{source.at(known)}: {name or 'the recipe'}: got {shown if len(shown) < 60 else type(got).__name__}, wanted {_WANTED.get(known[:1], 'a mapping')}"
+    return known, text
+
+
+_NOTHING = object()
+
+
+def _reach(data: Any, path: tuple[str, ...]) -> Any:
+    for part in path:
+        if isinstance(data, Mapping) and part in data:
+            data = data[part]
+        elif isinstance(data, list) and part.isdigit() and int(part) < len(data):
+            data = data[int(part)]
+        else:
+            return _NOTHING
+    return data
+
+
+_SECTIONS = ("column", "row", "lookup", "gathered", "part", "inside", "whole")
+_WANTED: dict[tuple[str, ...], str] = {
+    **{(s,): "parameter names with a layout each, as in \"q_proj.weight: '(h d) e'\"" for s in _SECTIONS},
+    ("sizes",): "names with a whole number or an expression over the config each",
+    ("shard",): "a list of names",
+    ("granules",): "names with a whole number each",
+    ("families",): "a list of model types",
+    ("attributes",): "attributes with a layout each",
+    ("arguments",): "modules with their arguments, each with `enter` or a layout",
+    ("results",): "modules with their results, each with `leave`, `enter` or a layout",
+    ("unsafe",): "true or false",
+    ("trace",): "`required`, or no such key",
+    **{(s,): "text" for s in ("recipe", "about", "reason")},
+    ("extends",): "a recipe's name or path, or a list of them",
+}
+
+
+def json_schema() -> str:
+    """The JSON schema of recipe files, as text."""
+    schema = RecipeFile.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+__all__ = ["EntryForm", "RecipeFile", "json_schema", "validated"]

@@ -1,0 +1,139 @@
+"""YAML text → plain data whose every key and value knows where it stands.
+
+Read by `yaml.compose`, which keeps positions, not by `yaml.load`. Caught here, because nothing later could see them: a key that
+stands twice in one mapping, and the words (`no`, `off`, `yes`, `on`) that YAML reads as booleans where text is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from autotp.errors import RecipeError
+
+Path = tuple[str, ...]
+_WORDS = frozenset(("yes", "no", "on", "off", "y", "n"))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Pos:
+    """A place in a recipe: 1-based line and column; line 0 for recipes that were not read from text."""
+
+    file: str = "<recipe>"
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+    def after(self, characters: int) -> Pos:
+        """The place some characters on in the same line."""
+        return Pos(self.file, self.line, self.column + characters) if self.line else self
+
+
+@dataclass
+class Source:
+    """Data read from `file`, with the places of keys and of values by path, and what is wrong with the text."""
+
+    file: str
+    data: Any = None
+    keys: dict[Path, Pos] = field(default_factory=dict)
+    values: dict[Path, Pos] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    quoted: set[Path] = field(default_factory=set)
+
+    def at(self, path: Sequence[object], *, key: bool = False) -> Pos:
+        """The place of a value (of its key), or of the nearest thing around it."""
+        found: Path = tuple(map(str, path))
+        table = self.keys if key else self.values
+        while found and found not in table:
+            found, table = found[:-1], self.values
+        return table.get(found, Pos(self.file, 1 if self.values else 0, 1))
+
+    def inside(self, path: Sequence[object]) -> Pos:
+        """The place of the first character of a text."""
+        found = tuple(map(str, path))
+        return self.at(found).after(1 if found in self.quoted else 0)
+
+
+def read(text: str, file: str) -> Source:
+    """The data of a YAML text.
+
+    Raises:
+        RecipeError: the text is not YAML; says where.
+    """
+    source = Source(file)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = Pos(file, mark.line + 1, mark.column + 1) if mark else Pos(file, 1, 1)
+        raise RecipeError([f"{where}: not YAML: {error.problem or error}"]) from error
+    except yaml.YAMLError as error:
+        raise RecipeError([f"{Pos(file, 1, 1)}: not YAML: {error}"]) from error
+    source.data = {} if node is None else _plain(node, (), source, set())
+    return source
+
+
+def from_data(data: Mapping[Any, Any], file: str = "<dict>") -> Source:
+    """Data that a program made: its places are names, not lines."""
+    return Source(file, _texts(data))
+
+
+def _texts(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {str(k): _texts(v) for k, v in data.items()}
+    return [_texts(v) for v in data] if isinstance(data, list | tuple) else data
+
+
+def _pos(node: yaml.Node, file: str) -> Pos:
+    mark = node.start_mark
+    return Pos(file, mark.line + 1, mark.column + 1)
+
+
+def _plain(node: yaml.Node, path: Path, source: Source, around: set[int]) -> Any:
+    pos = _pos(node, source.file)
+    source.values[path] = pos
+    if id(node) in around:
+        source.problems.append(f"{pos}: an alias that contains itself")
+        return None
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, path, source, around | {id(node)})
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, (*path, str(i)), source, around | {id(node)}) for i, item in enumerate(node.value)]
+    if node.style in ("'", '"'):
+        source.quoted.add(path)
+    if _is_word(node):
+        source.problems.append(f'{pos}: YAML reads {node.value} as {node.value.lower() in ("yes", "on", "y")}: write "{node.value}" in quotes')
+        return node.value
+    try:
+        return yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
+    except yaml.YAMLError as error:
+        source.problems.append(f"{pos}: {getattr(error, 'problem', error)}")
+        return None
+
+
+def _mapping(node: yaml.MappingNode, path: Path, source: Source, around: set[int]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in node.value:
+        pos = _pos(key, source.file)
+        if not isinstance(key, yaml.ScalarNode):
+            source.problems.append(f"{pos}: a key must be text")
+            continue
+        name = key.value
+        if _is_word(key):
+            source.problems.append(f'{pos}: YAML reads the key {name} as a truth value: write "{name}" in quotes')
+        if name in out:
+            source.problems.append(f"{pos}: the key {name} stands twice; first at {source.keys[*path, name]}")
+            continue
+        source.keys[*path, name] = pos
+        out[name] = _plain(value, (*path, name), source, around)
+    return out
+
+
+def _is_word(node: yaml.Node) -> bool:
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    return plain and node.value.lower() in _WORDS and str(node.tag).endswith(":bool")
