@@ -3,5 +3,6 @@
 from autotp.api import full_grads, full_state_dict, parallelize, plan, plan_of
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
+from autotp.recipe.recipe import Recipe
 
-__all__ = ["AutoTPError", "Plan", "full_grads", "full_state_dict", "parallelize", "plan", "plan_of"]
+__all__ = ["AutoTPError", "Plan", "Recipe", "full_grads", "full_state_dict", "parallelize", "plan", "plan_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from autotp import targets
 from autotp.errors import AutoTPError, InputError, MeshError, PlanError
 from autotp.plan.plan import Plan
 from autotp.planner import make_plan, whole_plan
+from autotp.recipe.prove import recipe_plan
+from autotp.recipe.recipe import Recipe
 from autotp.rewrite import full
 from autotp.rewrite.apply import apply
 from autotp.rewrite.comm import Comm, DryComm, GroupComm
@@ -37,30 +40,42 @@ class _State:
         return self
 
 
-def plan(target: object, *, tp: int, recipe: None = None, example_inputs: Mapping[str, object] | None = None) -> Plan:
+#: What `recipe=` takes: a path, the name of a bundled recipe or of a model type, a mapping, or a Recipe.
+RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, Any]
+
+
+def plan(
+    target: object, *, tp: int, recipe: RecipeLike | None = None, example_inputs: Mapping[str, object] | None = None
+) -> Plan:
     """What `parallelize` would do to `target` over `tp` ranks; needs no process group, no weights and no GPU.
 
     Args:
         target: an `nn.Module` (any device, the meta device too), a transformers config, or a path to a directory or file with
             a config.json.
         tp: number of ranks, at least 1.
-        recipe: must be None; recipes are not supported yet.
+        recipe: a `Recipe`, or what `Recipe.load` takes: layouts that override the planner where it says something. It is proven against the
+            model's axes; one that covers every parameter is used without proof where the model cannot be traced (the plan's notes say so).
         example_inputs: keywords of `forward` that the model is traced with. For transformers models they are made from the config.
 
     Raises:
-        InputError: a bad target, tp, recipe or example_inputs. TraceError: the model cannot be run on fake tensors.
+        InputError: a bad target, tp or example_inputs. RecipeError: a recipe with mistakes, or one that cannot be proven.
+        TraceError: the model cannot be run on fake tensors, and no recipe covers all of it.
     """
     if not isinstance(tp, int) or isinstance(tp, bool) or tp < 1:
         raise InputError(f"tp must be a positive int, got {tp!r}")
-    _no_recipe(recipe)
     model = targets.resolve(target)
     if _STATE in model.__dict__:
         raise PlanError("the model is already parallel: autotp.plan_of(model) gives its plan")
-    return make_plan(model, tp, example_inputs)
+    return _make(model, tp, recipe, example_inputs)
 
 
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh, *, recipe: None = None, example_inputs: Mapping[str, object] | None = None, strict: bool = False
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    recipe: RecipeLike | None = None,
+    example_inputs: Mapping[str, object] | None = None,
+    strict: bool = False,
 ) -> nn.Module:
     """Make `model` tensor-parallel over `mesh`, in place; returns the same object. Collective: call on every rank.
 
@@ -70,13 +85,13 @@ def parallelize(
     Args:
         model: the same model on every rank; real weights on any device, or the meta device (the shards are meta too).
         mesh: 1-D, or n-D with a dim named "tp".
-        recipe: must be None; recipes are not supported yet.
+        recipe: as for `plan`. Rank 0 reads it; the others need no file.
         example_inputs: as for `plan`.
         strict: raise when Linear or expert parameters would stay replicated.
 
     Raises:
         AutoTPError: the same on every rank, with the model as it was. MeshError: no process group, no tp dim. PlanError: models that
-            differ between ranks, a model that is already parallel, `strict`. InputError, TraceError: as for `plan`.
+            differ between ranks, a model that is already parallel, `strict`. InputError, RecipeError, TraceError: as for `plan`.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"parallelize takes an nn.Module, got {type(model).__name__}; autotp.plan also takes configs and paths")
@@ -84,6 +99,8 @@ def parallelize(
     group = line.get_group()
     if dist.get_world_size(group) == 1:
         if _STATE not in model.__dict__:
+            if recipe is not None:
+                recipe_plan(Recipe.load(recipe), model, 1, example_inputs)  # its mistakes are mistakes on one rank too
             model.__dict__[_STATE] = _State(whole_plan(model, "the mesh has one rank"), DryComm(1))
         return model
     _agree(group, lambda: _refuse_parallel(model))
@@ -148,16 +165,14 @@ def _state(model: object) -> _State:
     return state
 
 
-def _no_recipe(recipe: object) -> None:
-    if recipe is not None:
-        raise InputError(
-            f"recipe= is not supported by this version of autotp, got {type(recipe).__name__}; leave it out to let the planner work"
-        )
+def _make(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[str, object] | None) -> Plan:
+    if recipe is None:
+        return make_plan(model, tp, inputs)
+    return recipe_plan(Recipe.load(recipe), model, tp, inputs)
 
 
-def _prepare(model: nn.Module, tp: int, recipe: object, inputs: Mapping[str, object] | None, strict: bool) -> Plan:
-    _no_recipe(recipe)
-    made = make_plan(model, tp, inputs)
+def _prepare(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[str, object] | None, strict: bool) -> Plan:
+    made = _make(model, tp, recipe, inputs)
     if strict and made.replicated_products:
         listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)
         raise PlanError(f"strict=True, and these Linear or expert parameters stay replicated:\n  {listed}")

@@ -17,8 +17,7 @@ from autotp.axes.atoms import Atom
 from autotp.plan.cuts import Atoms, Cut, Cuts, last_atoms, local_size, neighbours
 from autotp.plan.labels import NONE, Conflict, Labels, SlotKey, Space, label, leaf_atoms
 from autotp.plan.padding import padding_conflict
-from autotp.plan.wanted import Claim, Wanted, claim
-from autotp.plan.wanted import granules as wanted_granules
+from autotp.plan.wanted import Wanted, claimed, granules, ruled_out
 from autotp.trace.graph import Node, Origin, Pseudo, Value
 
 #: A head's result leaves its module at once; later boundaries are not worth a pass each.
@@ -69,13 +68,13 @@ def choose(space: Space, tp: int, banned: Mapping[Cut, str], forced: frozenset[i
         refused.setdefault(atom, "it is the width of one attention head, which is not cut")
     free = {atom for atom in carriers if atom not in widths}
     candidates = [c for c in _candidates(space, carriers, free, tp, wanted) if c not in banned]
-    claims = {c: claim(space, c, carriers, wanted) for c in candidates}
-    for cut in (c for c in candidates if claims[c] is Claim.RULED_OUT):
-        for atom in cut.atoms:
-            refused.setdefault(atom, "a layout that was asked for does not have it")
+    against = {c: ruled_out(space, c, carriers, wanted) for c in candidates}
+    for cut, reason in against.items():
+        if reason:
+            refused.update((atom, reason) for atom in cut.atoms if atom not in refused)
     ranked = sorted(
-        (c for c in candidates if claims[c] is not Claim.RULED_OUT),
-        key=lambda c: (claims[c] is not Claim.ASKED, -_worth(space, c, carriers), c.local_size, c.major.id),
+        (c for c in candidates if not against[c]),
+        key=lambda c: (not claimed(c, carriers, wanted), -_worth(space, c, carriers), c.local_size, c.major.id),
     )
     state = Taken({}, forced, label(space, {}, {}, forced))
     for cut in ranked:
@@ -103,12 +102,12 @@ def choose(space: Space, tp: int, banned: Mapping[Cut, str], forced: frozenset[i
 
 def _candidates(space: Space, carriers: Mapping[Atom, list[Value]], free: set[Atom], tp: int, wanted: Wanted) -> Iterable[Cut]:
     """Cuts that leave a rank less than the whole axis."""
-    granules = _granules(space)
+    aligned = _granules(space)
     for atom in sorted(free, key=lambda a: a.id):
         if atom.size > 1:
-            own = granules.get(atom, 1)
+            own = aligned.get(atom, 1)
             yield Cut(atom, tp, granule=own)
-            yield from (Cut(atom, tp, granule=g) for g in sorted(wanted_granules(wanted, atom.size)) if g > own and g % own == 0)
+            yield from (Cut(atom, tp, granule=g) for g in sorted(granules(wanted, atom.size)) if g > own and g % own == 0)
     pairs = {pair: None for v in space.graph.params.values() for dim in space.axes.dims[v.id] for pair in neighbours(dim)}
     for major, minor in pairs:
         if major in free and minor in free and major.size > 1 and minor.size > 1 and major.size % tp and _within(major, minor, carriers):

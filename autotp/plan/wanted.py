@@ -1,14 +1,13 @@
 """Layouts that are asked for: which cuts they want, and which they rule out.
 
-A cut deals every parameter that carries its axis. It is *asked for* where each of these parameters that has a wanted layout would be dealt
-as that layout says, *ruled out* where one would not, and free where none has one. Layouts are compared by the elements that each
+A cut deals every parameter that carries its axis. It is asked for where each of these parameters that has a wanted layout would be dealt
+as that layout says, ruled out where one would not, and free where none has one. Layouts are compared by the elements that each
 rank holds, in order, not by the names of their factors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from enum import Enum
 
 from autotp.axes.atoms import Atom
 from autotp.plan.cuts import Cut
@@ -21,21 +20,22 @@ from autotp.trace.graph import Value
 Wanted = Mapping[int, Layout]
 
 
-class Claim(Enum):
-    """What the wanted layouts say of a cut."""
-
-    ASKED = "asked"
-    FREE = "free"
-    RULED_OUT = "ruled out"
+#: How the reason begins why an axis is not cut that a wanted layout rules out.
+RULED_OUT = "as asked for, "
 
 
-def claim(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> Claim:
-    """What `wanted` says of `cut`."""
+def claimed(cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> list[Value]:
+    """The parameters on the axis of `cut` that have a wanted layout."""
     values = {v.id: v for atom in cut.atoms for v in carriers[atom]}
-    claimed = [v for v in values.values() if v.id in wanted]
-    if not claimed:
-        return Claim.FREE
-    return Claim.ASKED if all(_fits(space, cut, v, wanted[v.id]) for v in claimed) else Claim.RULED_OUT
+    return [v for v in values.values() if v.id in wanted]
+
+
+def ruled_out(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> str:
+    """Which wanted layout rules `cut` out, "" where none does."""
+    for value in claimed(cut, carriers, wanted):
+        if not _fits(space, cut, value, wanted[value.id]):
+            return f"{RULED_OUT}{value.name} is laid out as {wanted[value.id]}"
+    return ""
 
 
 def granules(wanted: Wanted, length: int) -> set[int]:

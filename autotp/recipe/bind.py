@@ -144,9 +144,10 @@ class _Binder:
         for p in params.values():
             values.update({f.name: f.size for d in p.layout.dims for f in factors(d) if f.sharded})
         cut = lambda text: self._free(text, plain.values(), values)  # noqa: E731
+        names = frozenset(n for s in self.recipe.shard for n in s.names)
         return Bound(
             self.recipe, self.model, self.tp, params, uncovered, aliases,
-            tuple(bind_attributes(self.recipe.attributes, self.modules, cut, self.tp, self.problems)),
+            tuple(bind_attributes(self.recipe.attributes, self.modules, names, cut, self.tp, self.problems)),
             tuple(self._boundaries("arguments", self.recipe.arguments, plain.values(), values)),
             tuple(self._boundaries("results", self.recipe.results, plain.values(), values)),
         )  # fmt: skip
@@ -232,28 +233,28 @@ class _Binder:
         marks: dict[str, Factor] = {}
         granules = dict(self.recipe.granules)
         for shard in self.recipe.shard:
-            major = own.get(shard.names[0])
-            if major is None or major.sharded:
+            major, minor = own.get(shard.names[0]), own.get(shard.names[-1])
+            if (major or minor) is None or (major or minor).sharded:  # type: ignore[union-attr]  # one of them is there
                 continue
-            granule = gcd(granules.get(major.name, 1), major.size)
-            marks[major.name] = replace(major, sharded=True, granule=granule)
-            if len(shard.names) == 1 or major.size % self.tp == 0:
-                continue
-            minor_size = self._minor(shard.names, major.size, every)
-            pieces = self._pieces(shard.names, major.size, minor_size, every)
-            if pieces > 1:
-                marks[major.name] = replace(major, sharded=True, pieces=pieces)
-                minor = own.get(shard.names[1])
-                if minor is not None:
-                    marks[minor.name] = replace(minor, sharded=True, pieces=pieces, of=major.name)
+            length = self._size(shard.names[0], shard.names[-1], minor, every) if major is None else major.size
+            pieces = 1
+            if len(shard.names) == 2 and length % self.tp:
+                group = self._size(shard.names[1], shard.names[0], major, every) if minor is None else minor.size
+                pieces = self._pieces(shard.names, length, group, every)
+            if major is not None:
+                granule = gcd(granules.get(major.name, 1), major.size) if pieces == 1 else 1
+                marks[major.name] = replace(major, sharded=True, pieces=pieces, granule=granule)
+            if minor is not None and pieces > 1:
+                marks[minor.name] = replace(minor, sharded=True, pieces=pieces, of=shard.names[0])
         return mapped(expr, marks)
 
-    def _minor(self, names: tuple[str, ...], major: int, every: Iterable[tuple[Expr, ...]]) -> int:
+    def _size(self, name: str, beside: str, other: Factor | None, every: Iterable[tuple[Expr, ...]]) -> int:
+        """The size of a name in the parameters where `other`, called `beside`, has the size that it has here."""
         for dims in every:
             found = {f.name: f.size for d in dims for f in factors(d)}
-            if found.get(names[0]) == major and names[1] in found:
-                return found[names[1]]
-        return self.sizes.get(names[1], 1)
+            if name in found and (other is None or found.get(beside) == other.size):
+                return found[name]
+        return self.sizes.get(name, 1)
 
     def _pieces(self, names: tuple[str, ...], major: int, minor: int, every: Iterable[tuple[Expr, ...]]) -> int:
         """The number of pieces that leaves a rank the fewest elements; 1 pads the major names instead."""

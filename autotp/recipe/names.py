@@ -6,13 +6,16 @@ trace nobody knows, so the recipe has to say: its layout, or `whole`.
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Iterator
-from types import CodeType
+from types import CodeType, FunctionType
 
 from torch import nn
 
 from autotp.recipe.bind import Bound, Problems
 from autotp.recipe.check import cut_sizes, own_params
+from autotp.recipe.model import Role
 
 
 def unnamed_attributes(bound: Bound) -> list[str]:
@@ -21,29 +24,53 @@ def unnamed_attributes(bound: Bound) -> list[str]:
     named = {(a.module, a.local.path) for a in bound.attributes}
     sizes: dict[str, set[int]] = {}
     for path, params in own_params(bound).items():
-        found = {n for p in params for d in p.layout.dims for n in cut_sizes(d)}
+        parts = [p for p in params if p.role not in (Role.LOOKUP, Role.GATHERED)]  # what these cut is whole again behind them
+        found = {n for p in parts for d in p.layout.dims for n in cut_sizes(d)}
         for near in {path, path.rpartition(".")[0]}:
             sizes.setdefault(near, set()).update(found)
     for path, wanted in sizes.items():
         module = bound.model.get_submodule(path)
         if isinstance(module, nn.Linear | nn.Embedding):
             continue  # their rewritten forms read shapes only
-        read = set(_names(getattr(type(module).forward, "__code__", None)))
-        for name, value in vars(module).items():
-            if name in read and isinstance(value, int) and not isinstance(value, bool) and value in wanted and (path, name) not in named:
+        read = {chain for code in _codes(type(module)) for chain in _chains(code)}
+        for name, value in _ints(module):
+            if name in read and value in wanted and (path, name) not in named:
                 key = f"{path + '.' if path else ''}{name}"
                 text = (
-                    f"{value} is also the size of something that is cut, and the forward of {type(module).__name__} reads it: "
-                    f"name it under attributes:, with its layout if it must become local, else as `whole`"
+                    f"{value} is also the size of something that is cut, and the code of {type(module).__name__} reads it: "
+                    "name it under attributes:, with its layout if it must become local, else as `whole`"
                 )
                 problems.add(bound.recipe.file, key, text)
     return list(problems)
 
 
-def _names(code: CodeType | None) -> Iterator[str]:
-    if code is None:
-        return
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+def _ints(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Int attributes of a module, and of plain objects (a config) among its attributes."""
+    for name, value in vars(module).items():
+        if type(value) is int:
+            yield name, value
+        elif hasattr(value, "__dict__") and not callable(value) and not name.startswith("_"):
+            yield from ((f"{name}.{field}", number) for field, number in vars(value).items() if type(number) is int)
+
+
+def _codes(cls: type) -> Iterator[CodeType]:
+    """Code of the methods of a module's class that run in a call."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, method in vars(base).items():
+            method = inspect.unwrap(method) if callable(method) else method
+            if isinstance(method, FunctionType) and (name == "forward" or not name.startswith("_init") and not name.startswith("__")):
+                yield method.__code__
+
+
+def _chains(code: CodeType) -> Iterator[str]:
+    """What a method reads of its first argument: `num_heads`, `config`, `config.num_heads`."""
+    own = code.co_varnames[:1]
+    chain: list[str] | None = None
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("LOAD_FAST") and own and step.argval in (own[0], own):
+            chain = []
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain is not None:
+            chain.append(step.argval)
+            yield ".".join(chain)
+        elif step.opname != "CACHE":
+            chain = None

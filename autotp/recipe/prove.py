@@ -1,0 +1,133 @@
+"""A recipe against the axes of the model that it is for.
+
+The planner works with the recipe's layouts as given (`autotp.plan.wanted`), and what comes out is compared with them: a layout that the axes
+do not bear, a head axis cut in one place only, an attribute that nobody made local shows as a difference, with the operator that forbids it.
+What passes is the planner's own certified plan with the recipe's layouts in it; collectives are placed by the axes, not by the recipe's
+roles. Where the model cannot be traced nothing is proven, and a recipe that covers all of it makes the plan by its roles alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from autotp.errors import InputError, RecipeError, TraceError
+from autotp.plan.layout import Layout, alike
+from autotp.plan.model import ModulePlan, Op, ParamPlan
+from autotp.plan.plan import Plan
+from autotp.plan.wanted import RULED_OUT
+from autotp.planner import make_plan, whole_plan
+from autotp.recipe.bind import Bound, BoundParam, Problems, bind
+from autotp.recipe.build import plan_of_bound
+from autotp.recipe.check import under, weights
+from autotp.recipe.model import Role
+from autotp.recipe.recipe import Recipe
+
+
+def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Mapping[str, object] | None = None) -> Plan:
+    """The plan of `model` that follows `recipe`, proven where the model can be traced. The model is left as it was.
+
+    Raises:
+        RecipeError: the recipe does not fit, or is not proven: every difference, with its place. TraceError: the model cannot be
+            traced, and the recipe does not cover it. InputError: bad example inputs.
+    """
+    bound = bind(recipe, model, tp)
+    if tp == 1:
+        return whole_plan(model, "tp is 1")
+    if recipe.unsafe:
+        return replace(plan_of_bound(bound), notes=(f"UNSAFE: the recipe {recipe.name or recipe.file} is not proven: {recipe.reason}",))
+    wanted = _wanted(bound)
+    try:
+        planned = make_plan(model, tp, inputs, wanted)
+    except (TraceError, InputError) as error:
+        if isinstance(error, InputError) and inputs is not None:
+            raise
+        return _untraced(bound, error)
+    problems = list(_differences(bound, planned, wanted))
+    if problems:
+        raise RecipeError(problems)
+    return replace(planned, params={n: _param(p, bound.params.get(n), wanted.get(n), recipe.pinned) for n, p in planned.params.items()})
+
+
+def _wanted(bound: Bound) -> dict[str, Layout]:
+    """The layouts of the bound recipe; in the words of the plan that it was made from, where it is one for as many ranks."""
+    pinned = bound.recipe.pinned
+    if pinned is None or pinned.tp != bound.tp or set(pinned.params) != set(bound.params):
+        return bound.layouts
+    problems = Problems()
+    for name, p in bound.params.items():
+        if not alike(p.layout, pinned.params[name].layout):
+            text = f'"{p.entry.layout}" is not what the recipe\'s `plan:` was made with ({pinned.params[name].layout}): take `plan:` out'
+            problems.add(p.entry.at, name, text)
+    if problems:
+        raise RecipeError(problems)
+    return {n: p.layout for n, p in pinned.params.items()}
+
+
+def _untraced(bound: Bound, error: Exception) -> Plan:
+    recipe = bound.recipe
+    if bound.uncovered:
+        some = ", ".join(bound.uncovered[:5]) + (", …" if len(bound.uncovered) > 5 else "")
+        text = f"the recipe {recipe.name or recipe.file} does not cover {len(bound.uncovered)} parameters ({some}), and no trace can plan them"
+        raise TraceError(f"{error}\n{text}") from error
+    note = f"not proven: the model could not be traced ({' '.join(str(error).split())})"
+    return replace(plan_of_bound(bound), notes=(note,))
+
+
+def _param(planned: ParamPlan, p: BoundParam | None, layout: Layout | None, pinned: Plan | None) -> ParamPlan:
+    if p is None or layout is None:
+        return planned
+    if pinned is not None and planned.name in pinned.params and pinned.params[planned.name].layout is layout:
+        return pinned.params[planned.name]
+    reason = p.entry.reason or planned.reason
+    if reason.startswith(RULED_OUT):
+        reason = "the recipe keeps it whole"
+    return ParamPlan(planned.name, layout, p.entry.axis or planned.axis, "" if layout.dim is not None else reason)
+
+
+def _differences(bound: Bound, planned: Plan, wanted: Mapping[str, Layout]) -> Iterator[str]:
+    problems = Problems()
+    by_path = {m.path: m for m in planned.modules}
+    for name, p in bound.params.items():
+        made = planned.params[name]
+        if not alike(made.layout, wanted[name]):
+            because = f": {made.reason}" if made.reason else ""
+            got = "cannot be cut so" if made.layout.dim is None else f'the model\'s axes give "{made.layout}"'
+            problems.add(p.entry.at, name, f'"{p.entry.layout}" ({p.role.value}) is not proven: {got}{because}')
+        elif text := _role(p, by_path.get(p.module)):
+            problems.add(p.entry.at, name, text)
+    _attributes(bound, planned, problems)
+    yield from problems
+
+
+def _role(p: BoundParam, module: ModulePlan | None) -> str:
+    """How the planner's collectives at a module contradict the role of its one weight."""
+    if module is None or not weights([p]):
+        return ""
+    reduced = any(c.op in (Op.REDUCE, Op.HOLD, Op.JOIN) for s in module.outputs if not s.path for c in s.conversions)
+    entering = any(c.op is Op.COPY for s in module.inputs for c in s.conversions)
+    if p.role in (Role.COLUMN, Role.GATHERED) and reduced:
+        return f"is {p.role.value}, and the model sums over what is cut in it: it is a row"
+    if p.role is Role.ROW and entering and not reduced:
+        return "is row, and the model makes what is cut in it, and does not sum over it: it is a column"
+    return ""
+
+
+def _attributes(bound: Bound, planned: Plan, problems: Problems) -> None:
+    named = {(a.module, a.local.path): a for a in bound.attributes}
+    uncovered = bound.uncovered
+    for module in planned.modules:
+        around = module.path if any(under(n, module.path) for n in bound.params) else module.path.rpartition(".")[0]
+        if any(under(n, around) for n in uncovered):
+            continue  # the planner planned a part of it, and found its attributes
+        for local in module.attributes:
+            have = named.get((module.path, local.path))
+            name = ".".join(filter(None, (module.path, local.path)))
+            if have is None:
+                text = f"must become local ({local.value} → {local.local}), and the recipe does not name it under attributes:"
+                problems.add(bound.recipe.file, name, text)
+            elif have.local.local != local.local:
+                text = f"must become {local.local} on a rank, and the recipe makes it {have.local.local}"
+                problems.add(have.attribute.pos, name, text)
