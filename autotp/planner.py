@@ -18,6 +18,7 @@ from autotp.certificate import replay
 from autotp.errors import InputError, PlanError
 from autotp.plan.labels import Space
 from autotp.plan.layout import Layout, replicated
+from autotp.plan.localise import Hints
 from autotp.plan.model import ParamPlan
 from autotp.plan.plan import Plan
 from autotp.plan.solve import Bans, lift, solve
@@ -43,11 +44,17 @@ def _no_collection() -> Iterator[None]:
 
 
 @_no_collection()
-def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = None, wanted: Mapping[str, Layout] | None = None) -> Plan:
+def make_plan(
+    model: nn.Module,
+    tp: int,
+    inputs: Mapping[str, object] | None = None,
+    wanted: Mapping[str, Layout] | None = None,
+    hints: Hints | None = None,
+) -> Plan:
     """The certified plan of `model` over `tp` ranks. The model is left as it was.
 
     `wanted`: layouts by name that it is to have where that can be proven; compare the plan's own with them. The rest is planned
-    around them.
+    around them. `hints`: local values of attributes that are taken where they do (module, path).
 
     Raises:
         InputError: example inputs are needed or do not fit. TraceError: the model cannot be run on fake tensors.
@@ -66,7 +73,7 @@ def make_plan(model: nn.Module, tp: int, inputs: Mapping[str, object] | None = N
     linears = frozenset(path for path, m in model.named_modules() if type(m).forward is nn.Linear.forward)
     reason = ""
     for _ in range(MAX_REPLAYS):
-        draft = solve(space, tp, bans, name, linears, asked)
+        draft = solve(space, tp, bans, name, linears, asked, hints)
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
         difference = replay(model, examples, draft, dict(plan.params), tp)
         if difference is None or not draft.choice.on:

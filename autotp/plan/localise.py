@@ -20,6 +20,8 @@ from autotp.trace.graph import Node, Value
 from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
 
 LIMIT = 4000
+#: (module, attribute path) → the local value that is tried first.
+Hints = Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,8 @@ def constraints(space: Space, labels: Labels) -> list[Constraint]:
     return out
 
 
-def localise(space: Space, labels: Labels) -> Localised:
-    """Solve for the attributes. Raises Stuck where no attribute and no override helps."""
+def localise(space: Space, labels: Labels, hints: Hints | None = None) -> Localised:
+    """Solve for the attributes, with the values of `hints` where they do. Raises Stuck where no attribute and no override helps."""
     every = constraints(space, labels)
     shapes = {v.id: v for n in space.graph.nodes for v in (*n.inputs(), *n.outputs)}
 
@@ -109,7 +111,7 @@ def localise(space: Space, labels: Labels) -> Localised:
             return total
         return local_size(dims[leaf.dim], on, labels.cuts)
 
-    search = _Search(every, size, labels.cuts)
+    search = _Search(every, size, labels.cuts, hints or {})
     solution = search.run()
     attributes: dict[str, list[LocalAttribute]] = {}
     for ref, value in solution.items():
@@ -145,8 +147,8 @@ def _scales(cuts: Cuts) -> frozenset[tuple[int, int]]:
 class _Search:
     """Depth-first search over attributes, one module's at a time, given up for a module when it fails."""
 
-    def __init__(self, every: list[Constraint], size: object, cuts: Cuts) -> None:
-        self.size = size
+    def __init__(self, every: list[Constraint], size: object, cuts: Cuts, hints: Hints) -> None:
+        self.size, self.hints = size, hints
         self.scales = _scales(cuts)
         self.groups: list[list[Constraint]] = []
         self._steps = 0
@@ -195,7 +197,8 @@ class _Search:
             candidates = {broken.local} if broken.expr == leaf else set()
             candidates |= {leaf.value // whole * local for whole, local in self.scales if leaf.value % whole == 0}
             candidates |= {c.local for c in group if c.expr == leaf}
-            for candidate in sorted(candidates - {leaf.value}):
+            hint = self.hints.get((leaf.module, leaf.path), leaf.value)
+            for candidate in sorted((candidates | {hint}) - {leaf.value}, key=lambda c: (c != hint, c)):
                 found = self._solve(group, {**fixed, leaf: candidate})
                 if found is not None:
                     return found

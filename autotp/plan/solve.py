@@ -14,7 +14,7 @@ from autotp.plan.cuts import Cut
 from autotp.plan.joint import find_joints
 from autotp.plan.labels import NONE, Labels, Space, label, leaf_atoms
 from autotp.plan.layout import Layout
-from autotp.plan.localise import Localised, Stuck, localise
+from autotp.plan.localise import Hints, Localised, Stuck, localise
 from autotp.plan.model import GradSum, ModulePlan, Op, ParamPlan
 from autotp.plan.moves import Moves, Undecidable, conversion_key, place
 from autotp.plan.naming import Namer, pattern_of
@@ -64,12 +64,17 @@ def _feeds(source: Node, node: Node) -> bool:
     return any(v.id in made for v in node.inputs())
 
 
-def solve(space: Space, tp: int, bans: Bans, model: str, linears: frozenset[str], wanted: Wanted | None = None) -> Draft:
-    """The best plan that avoids `bans`, with the `wanted` layouts as far as they can be had; adds to `bans` what turns out impossible."""
+def solve(
+    space: Space, tp: int, bans: Bans, model: str, linears: frozenset[str], wanted: Wanted | None = None, hints: Hints | None = None
+) -> Draft:
+    """The best plan that avoids `bans`, with the `wanted` layouts as far as they can be had; adds to `bans` what turns out impossible.
+
+    `hints`: see `localise`.
+    """
     while True:
         choice = choose(space, tp, bans.cuts, bans.whole, wanted)
         try:
-            local = localise(space, choice.labels)
+            local = localise(space, choice.labels, hints)
             moves = place(space, choice.labels)
             namer = Namer({a: pattern_of(space, choice, a) for a in choice.on}, choice.cuts, _param_dims(space))
             joints, notes = find_joints(space, moves)

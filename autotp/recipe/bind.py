@@ -5,6 +5,8 @@ Nothing is traced and nothing is changed. Everything that does not fit is found 
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -302,7 +304,17 @@ class _Binder:
                     continue
             parts = tuple(int(p) if p.isdigit() else p for p in item.path.split(".")) if item.path else ()
             for path in hits:
-                yield BoundBoundary(path, parts, item, dims)
+                if kind == "results" or self._takes(path, item, str(parts[0])):
+                    yield BoundBoundary(path, parts, item, dims)
+
+    def _takes(self, path: str, item: Boundary, argument: str) -> bool:
+        """True when the forward of a module has the argument."""
+        names = inspect.signature(self.modules[path].forward).parameters
+        if argument not in names and not item.optional:
+            near = difflib.get_close_matches(argument, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(names)}"
+            self.problems.add(item.pos, f"arguments.{path}", f"its forward has no argument {argument!r}{hint}")
+        return argument in names
 
 
 def _names(recipe: Recipe) -> str:

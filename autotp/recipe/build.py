@@ -82,8 +82,6 @@ def _modules(bound: Bound) -> dict[str, ModulePlan]:
         if plan != ModulePlan(path):
             plans[path] = plan
     for b in bound.arguments:
-        if not _takes(bound, b):
-            continue
         plan = at(b.module)
         plans[b.module] = replace(plan, inputs=(*plan.inputs, Slot(b.path, _entering(b))))
     for b in bound.results:
@@ -100,17 +98,6 @@ def _added(slots: tuple[Slot, ...], slot: Slot) -> tuple[Slot, ...]:
     if any(s.path == slot.path for s in slots):
         return tuple(replace(s, conversions=(*s.conversions, *slot.conversions)) if s.path == slot.path else s for s in slots)
     return (*slots, slot)
-
-
-def _takes(bound: Bound, b: BoundBoundary) -> bool:
-    """True when the module's forward has the argument."""
-    names = inspect.signature(bound.model.get_submodule(b.module).forward).parameters
-    if str(b.path[0]) in names:
-        return True
-    if b.boundary.optional:
-        return False
-    wanted = ", ".join(names)
-    raise RecipeError(f"{b.boundary.pos}: arguments.{b.module}: its forward has no argument {b.path[0]!r}; it has {wanted}")
 
 
 def _entering(b: BoundBoundary) -> tuple[Conversion, ...]:

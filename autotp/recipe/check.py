@@ -198,6 +198,35 @@ def _behind(expr: Expr) -> Iterator[str]:
                 cut = cut or part.sharded
 
 
+def _twice(bound: Bound, problems: Problems) -> None:
+    """Nothing is reduced twice, and nothing enters a region from inside of one."""
+    leaving = [b.module for b in bound.results if b.boundary.value == "leave"]
+    for p in bound.params.values():
+        out = next((m for m in leaving if under(p.module, m)), None)
+        if out is not None and p.role in (Role.ROW, Role.LOOKUP):
+            text = f"is {p.role.value} in {out}, whose result leaves its region (results:): it would be summed twice; say part, or take the result out"
+            problems.add(p.entry.at, p.name, text)
+    inside = entered(bound)
+    for b in (*bound.arguments, *bound.results):
+        around = next((m for m in inside if m != b.module and under(b.module, m)), None)
+        if around is not None and b.boundary.value == "enter":
+            problems.add(b.boundary.pos, b.module, f"enters a region inside of {around}, which has entered it already: its gradient would be summed twice")
+        outer = next((m for m in leaving if m != b.module and under(b.module, m)), None)
+        if outer is not None and b.boundary.value == "leave":
+            problems.add(b.boundary.pos, b.module, f"leaves a region inside of {outer}, which leaves it too: it would be summed twice")
+
+
+def _entrance(bound: Bound, problems: Problems) -> None:
+    """A linear that is a part of a region is in one."""
+    regions = entered(bound)
+    beside = {s for b in bound.results if b.boundary.value == "enter" for s in scopes(b.module)}
+    for p in weights(bound.params.values()):
+        linear = isinstance(bound.model.get_submodule(p.module), nn.Linear)
+        if p.role is Role.PART and linear and not any(under(p.module, r) for r in regions) and next(scopes(p.module)) not in beside:
+            text = "is part, and nothing enters a region around it: say column or row, or name what enters under arguments:"
+            problems.add(p.entry.at, p.name, text)
+
+
 def _several(bound: Bound, problems: Problems) -> None:
     """A module with several cut weights of its own is a region: which arguments enter and what leaves has to be said."""
     leaving = {b.module for b in bound.results if b.boundary.value == "leave"}
@@ -221,20 +250,15 @@ def _join(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-_RULES: tuple[Rule, ...] = (_cut_or_whole, _pairs, _bias, _ties, _dims, _regions, _several)
+_RULES: tuple[Rule, ...] = (_cut_or_whole, _pairs, _bias, _ties, _dims, _regions, _twice, _entrance, _several)
 
 
-def cut_sizes(expr: Expr) -> set[int]:
+def cut_sizes(expr: Expr, tp: int) -> set[int]:
     """Numbers of entries that `expr`, and what is in it, has and a rank has less of."""
-    if not is_sharded(expr):
-        return set()
-    found = {size(expr)}
+    found = {size(expr)} if size(expr, tp) != size(expr) else set()
     if isinstance(expr, Product):
-        for i in range(len(expr.parts)):
-            for j in range(i + 1, len(expr.parts) + 1):
-                part = Product(expr.parts[i:j])
-                if is_sharded(part):
-                    found.add(size(part))
+        runs = (Product(expr.parts[i:j]) for i in range(len(expr.parts)) for j in range(i + 1, len(expr.parts) + 1))
+        found |= {size(run) for run in runs if size(run, tp) != size(run)}
     for part in getattr(expr, "parts", ()):
-        found |= cut_sizes(part)
+        found |= cut_sizes(part, tp)
     return found

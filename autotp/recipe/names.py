@@ -25,7 +25,7 @@ def unnamed_attributes(bound: Bound) -> list[str]:
     sizes: dict[str, set[int]] = {}
     for path, params in own_params(bound).items():
         parts = [p for p in params if p.role not in (Role.LOOKUP, Role.GATHERED)]  # what these cut is whole again behind them
-        found = {n for p in parts for d in p.layout.dims for n in cut_sizes(d)}
+        found = {n for p in parts for d in p.layout.dims for n in cut_sizes(d, bound.tp)}
         for near in {path, path.rpartition(".")[0]}:
             sizes.setdefault(near, set()).update(found)
     for path, wanted in sizes.items():

@@ -40,7 +40,7 @@ def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Mapping[str, 
         return replace(plan_of_bound(bound), notes=(f"UNSAFE: the recipe {recipe.name or recipe.file} is not proven: {recipe.reason}",))
     wanted = _wanted(bound)
     try:
-        planned = make_plan(model, tp, inputs, wanted)
+        planned = make_plan(model, tp, inputs, wanted, {(a.module, a.local.path): a.local.local for a in bound.attributes})
     except (TraceError, InputError) as error:
         if isinstance(error, InputError) and inputs is not None:
             raise
