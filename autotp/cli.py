@@ -1,6 +1,6 @@
-"""The command line: `autotp plan | explain | verify | demo`.
+"""The command line: `autotp plan | explain | verify | recipe | demo`.
 
-Exit codes: 0 done, 1 a verification or the demo failed, 2 bad input. Errors are one line on stderr, `error: ...`; what was
+Exit codes: 0 done, 1 a verification or the demo failed, 2 bad input. Errors are lines on stderr, `error: ...`; what was
 asked for goes to stdout, progress to stderr. torch is imported by the commands that need it, not by `--help`.
 """
 
@@ -9,28 +9,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from autotp.errors import AutoTPError
+from autotp import cli_recipe
+from autotp.cli_options import InputsOption, RecipeOption, TargetArgument, TpOption, examples, status
+from autotp.errors import AutoTPError, RecipeError
 
 app = typer.Typer(name="autotp", help="Tensor parallelism for any PyTorch model.", add_completion=False, rich_markup_mode=None)
+app.add_typer(cli_recipe.app, name="recipe")
 
 # The base of typer's usage errors lives in click or in typer's own copy of it, depending on the version.
 _USAGE_ERROR: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
-TargetArgument = Annotated[
-    str, typer.Argument(metavar="TARGET", help="directory or config.json, model type of transformers, or package.module:callable")
-]
-TpOption = Annotated[int, typer.Option("--tp", min=1, help="number of ranks")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-InputsOption = Annotated[
-    str | None, typer.Option("--inputs", metavar="MODULE:CALLABLE", help="returns the keyword arguments of a call of the model")
-]
 
 
 @app.command()
@@ -39,10 +34,11 @@ def plan(
     tp: TpOption,
     as_json: JsonOption = False,
     inputs: InputsOption = None,
+    recipe: RecipeOption = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="also print the bytes moved for so many tokens, in bfloat16")] = None,
 ) -> None:
     """Print how TARGET would be sharded, what stays whole and why, and what each token costs in bytes moved."""
-    made = _plan(target, tp, inputs)
+    made = _plan(target, tp, inputs, recipe)
     if as_json:
         print_json(made.to_dict())
         return
@@ -59,9 +55,10 @@ def explain(
     name: Annotated[str, typer.Argument(metavar="PARAM_OR_MODULE")],
     tp: TpOption,
     inputs: InputsOption = None,
+    recipe: RecipeOption = None,
 ) -> None:
     """Say why one parameter or module of TARGET is sharded as it is, or why it is not."""
-    typer.echo(_plan(target, tp, inputs).explain(name))
+    typer.echo(_plan(target, tp, inputs, recipe).explain(name))
 
 
 @app.command()
@@ -70,13 +67,16 @@ def verify(
     tp: TpOption,
     as_json: JsonOption = False,
     inputs: InputsOption = None,
+    recipe: RecipeOption = None,
     timeout: Annotated[float, typer.Option(help="seconds for all ranks together")] = 300.0,
 ) -> None:
     """Run TARGET whole and over TP processes of this machine with random weights; compare outputs, gradients, tokens."""
+    from autotp.recipe.recipe import Recipe
     from autotp.verify import verify as run
 
-    with _status("starting the ranks") as update:
-        report = run(target, tp, inputs=inputs, timeout=timeout, on_event=update)
+    with status("starting the ranks") as update:
+        followed = None if recipe is None else Recipe.load(recipe)
+        report = run(target, tp, inputs=inputs, recipe=followed, timeout=timeout, on_event=update)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -95,13 +95,11 @@ def demo(
     raise typer.Exit(run_demo(question, tokens))
 
 
-def _plan(target: str, tp: int, inputs: str | None) -> Any:
+def _plan(target: str, tp: int, inputs: str | None, recipe: str | None) -> Any:
     import autotp
     from autotp import targets
 
-    module = targets.resolve(target)
-    options = {} if inputs is None else {"example_inputs": targets.load(inputs)()}
-    return autotp.plan(module, tp=tp, **options)
+    return autotp.plan(targets.resolve(target), tp=tp, recipe=recipe, example_inputs=examples(inputs))
 
 
 def print_json(value: Any) -> None:
@@ -115,13 +113,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-@contextmanager
-def _status(text: str) -> Iterator[Callable[[str], None]]:
-    """What is being done now, on stderr and only where a person watches."""
-    with Console(stderr=True).status(text) as status:
-        yield lambda now: status.update(now)
 
 
 def _version(wanted: bool) -> None:
@@ -150,6 +141,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except RecipeError as error:
+        return [_fail(problem) for problem in error.problems][-1]
     except AutoTPError as error:
         return _fail(str(error))
     except typer.Abort:

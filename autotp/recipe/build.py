@@ -15,19 +15,19 @@ the sum of the ranks' gradients, whatever the code between does. That the code i
 from __future__ import annotations
 
 import dis
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
 from torch import nn
 
 from autotp.errors import RecipeError
-from autotp.plan.layout import Layout, freed
+from autotp.plan.layout import Layout, factors, freed, is_sharded
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, ParamPlan, Site, Slot, Use
+from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import AxisInfo, Plan, Traffic
-from autotp.recipe.bind import Bound, BoundBoundary, BoundParam, bind
-from autotp.recipe.check import own_params, weights
+from autotp.recipe.bind import Bound, BoundBoundary, BoundParam, Problems, bind
+from autotp.recipe.check import first_argument, own_params, scopes, weights
 from autotp.recipe.model import Role
 from autotp.recipe.names import unnamed_attributes
 from autotp.recipe.recipe import Recipe
@@ -53,7 +53,7 @@ def plan_of_bound(bound: Bound) -> Plan:
     if bound.uncovered:
         first = ", ".join(bound.uncovered[:5])
         raise RecipeError(f"{recipe.file}: {len(bound.uncovered)} parameters have no entry, and no trace can plan them: {first}")
-    if problems := unnamed_attributes(bound):
+    if problems := [*unnamed_attributes(bound), *_unclear(bound)]:
         raise RecipeError(problems)
     modules = _modules(bound)
     params = {n: _param(p) for n, p in bound.params.items()}
@@ -62,6 +62,22 @@ def plan_of_bound(bound: Bound) -> Plan:
         type(bound.model).__name__, bound.tp, params, tuple(modules.values()), tuple(_axes(bound)), tuple(_traffic(bound)),
         bound.aliases, frozenset(products), (),
     )  # fmt: skip
+
+
+def _unclear(bound: Bound) -> list[str]:
+    """What only a trace could tell to be right: norms over what is cut, attributes whose local value nobody said."""
+    problems = Problems()
+    for path, params in own_params(bound).items():
+        if not weights(params) and any(p.names for p in params):
+            p = next(p for p in params if p.names)
+            if p.role is Role.PART and not list(bound.model.get_submodule(path).children()):
+                kind = type(bound.model.get_submodule(path)).__name__
+                text = f"is part of a {kind}, which may compute across what is cut (a norm does): only a traced model tells"
+                problems.add(p.entry.at, p.name, text)
+    for a in bound.attributes:
+        if a.local.local == UNKNOWN:
+            problems.add(a.attribute.pos, f"{a.module}.{a.local.path}", "is `local`, and without a trace nobody knows how: write its layout")
+    return list(problems)
 
 
 def _param(p: BoundParam) -> ParamPlan:
@@ -111,8 +127,6 @@ def _leaving(b: BoundBoundary) -> tuple[Conversion, ...]:
 
 
 def _cut(b: BoundBoundary, op: Op) -> tuple[Conversion, ...]:
-    from autotp.plan.layout import is_sharded
-
     if b.dims is None:
         return ()
     return tuple(Conversion(op, i - len(b.dims), freed(d)) for i, d in enumerate(b.dims) if is_sharded(d))
@@ -136,7 +150,7 @@ def _own(bound: Bound, path: str, params: list[BoundParam]) -> ModulePlan:
         if len(p.layout.shape) < 2:
             continue
         if p.role in (Role.COLUMN, Role.GATHERED):
-            inputs = (Slot((_first(module),), (Conversion(Op.COPY),)),)
+            inputs = (Slot((first_argument(module),), (Conversion(Op.COPY),)),)
         if p.role is Role.GATHERED:
             outputs = (Slot((), (Conversion(Op.GATHER, -1, p.layout.expr),)),)
         elif p.role in (Role.ROW, Role.LOOKUP):
@@ -144,11 +158,6 @@ def _own(bound: Bound, path: str, params: list[BoundParam]) -> ModulePlan:
         if p.role is Role.LOOKUP:
             sites = (_lookup(),)
     return ModulePlan(path, inputs, outputs, tuple(uses), (), sites)
-
-
-def _first(module: nn.Module) -> str:
-    """The first argument of a module's forward."""
-    return next(iter(inspect.signature(module.forward).parameters))
 
 
 def _lookup() -> Site:
@@ -163,20 +172,12 @@ def _axes(bound: Bound) -> Iterator[AxisInfo]:
     found: dict[tuple[str, str], list[BoundParam]] = {}
     for p in bound.params.values():
         for name in p.names:
-            block = next((s for s in _blocks(p.module)), "")
+            block = next(scopes(p.module))
             found.setdefault((block, name), []).append(p)
-    from autotp.plan.layout import factors
-
     for (block, name), params in found.items():
         whole = next(f.size for d in params[0].layout.dims for f in factors(d) if f.name == name)
         label = params[0].entry.axis or _LABEL.get(params[0].role, name)
         yield AxisInfo(f"{block + '.' if block else ''}{name}", label, whole, block, tuple(p.name for p in params))
-
-
-def _blocks(path: str) -> Iterator[str]:
-    from autotp.recipe.check import scopes
-
-    yield from scopes(path)
 
 
 def _traffic(bound: Bound) -> Iterator[Traffic]:
@@ -206,6 +207,3 @@ def _widths(layout: Layout) -> tuple[int, int]:
     """(size of the dim that is cut, size of the other of the two)."""
     at = layout.dim or 0
     return layout.shape[at], layout.shape[1 - at] if at < 2 else layout.shape[0]
-
-
-__all__ = ["Mapping", "plan_of_bound", "static_plan"]

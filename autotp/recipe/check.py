@@ -6,6 +6,7 @@ of the model agrees is for the proof (`autotp.recipe.prove`), where the model ca
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
@@ -53,8 +54,13 @@ def weights(params: Iterable[BoundParam]) -> list[BoundParam]:
 
 
 def entered(bound: Bound) -> list[str]:
-    """Modules whose arguments or results enter a region, so that what is in them is inside."""
-    return [b.module for b in bound.arguments if b.boundary.value == "enter"]
+    """Modules whose first argument enters a region, so that all that is in them is inside."""
+    return [b.module for b in bound.arguments if b.boundary.value == "enter" and b.path[0] == first_argument(bound.model.get_submodule(b.module))]
+
+
+def first_argument(module: nn.Module) -> str:
+    """The first argument of a module's forward."""
+    return next(iter(inspect.signature(module.forward).parameters))
 
 
 # rules ------------------------------------------------------------------------------------------------------------------------------
@@ -218,8 +224,8 @@ def _twice(bound: Bound, problems: Problems) -> None:
 
 def _entrance(bound: Bound, problems: Problems) -> None:
     """A linear that is a part of a region is in one."""
-    regions = entered(bound)
-    beside = {s for b in bound.results if b.boundary.value == "enter" for s in scopes(b.module)}
+    regions = [b.module for b in bound.arguments if b.boundary.value == "enter"]
+    beside = {s for b in (*bound.arguments, *bound.results) if b.boundary.value == "enter" for s in scopes(b.module)}
     for p in weights(bound.params.values()):
         linear = isinstance(bound.model.get_submodule(p.module), nn.Linear)
         if p.role is Role.PART and linear and not any(under(p.module, r) for r in regions) and next(scopes(p.module)) not in beside:

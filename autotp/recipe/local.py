@@ -10,6 +10,7 @@ from torch import nn
 
 from autotp.plan.layout import Expr, factors, size
 from autotp.plan.model import LocalAttribute
+from autotp.plan.notation import UNKNOWN
 from autotp.recipe.match import Pattern, nearest
 from autotp.recipe.model import Attribute
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _ABSENT: Any = object()
 #: Instead of a layout: the attribute stays as it is, although its number is that of something that is cut.
 WHOLE = "whole"
+#: Instead of a layout: it becomes local, and the traced model tells how.
+LOCAL = "local"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,9 @@ def bind_attributes(
             continue
         if item.layout == WHOLE:
             yield from (BoundAttribute(path, LocalAttribute(name, value, value), item) for path, name, value in hits)
+            continue
+        if item.layout == LOCAL:
+            yield from (BoundAttribute(path, LocalAttribute(name, value, UNKNOWN), item) for path, name, value in hits)
             continue
         dims = cut(item.layout)
         if len(dims) != 1 or not any(f.sharded or f.name in names for f in factors(dims[0])):

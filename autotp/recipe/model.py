@@ -11,9 +11,9 @@ from autotp.recipe.source import Pos
 class Role(Enum):
     """What a parameter is to the ranks; the sections of a recipe."""
 
+    LOOKUP = "lookup"
     COLUMN = "column"
     ROW = "row"
-    LOOKUP = "lookup"
     GATHERED = "gathered"
     PART = "part"
     INSIDE = "inside"

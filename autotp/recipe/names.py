@@ -18,9 +18,8 @@ from autotp.recipe.check import cut_sizes, own_params
 from autotp.recipe.model import Role
 
 
-def unnamed_attributes(bound: Bound) -> list[str]:
-    """A problem for every such attribute that the recipe does not name."""
-    problems = Problems()
+def unnamed(bound: Bound) -> Iterator[tuple[str, str, int]]:
+    """(module path, attribute path, value) of every such attribute that the recipe does not name."""
     named = {(a.module, a.local.path) for a in bound.attributes}
     sizes: dict[str, set[int]] = {}
     for path, params in own_params(bound).items():
@@ -35,12 +34,18 @@ def unnamed_attributes(bound: Bound) -> list[str]:
         read = {chain for code in _codes(type(module)) for chain in _chains(code)}
         for name, value in _ints(module):
             if name in read and value in wanted and (path, name) not in named:
-                key = f"{path + '.' if path else ''}{name}"
-                text = (
-                    f"{value} is also the size of something that is cut, and the code of {type(module).__name__} reads it: "
-                    "name it under attributes:, with its layout if it must become local, else as `whole`"
-                )
-                problems.add(bound.recipe.file, key, text)
+                yield path, name, value
+
+
+def unnamed_attributes(bound: Bound) -> list[str]:
+    """A problem for each of them."""
+    problems = Problems()
+    for path, name, value in unnamed(bound):
+        text = (
+            f"{value} is also the size of something that is cut, and the code of {type(bound.model.get_submodule(path)).__name__} reads it: "
+            "name it under attributes:, with its layout if it must become local, else as `whole`"
+        )
+        problems.add(bound.recipe.file, f"{path + '.' if path else ''}{name}", text)
     return list(problems)
 
 

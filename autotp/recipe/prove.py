@@ -16,6 +16,7 @@ from torch import nn
 from autotp.errors import InputError, RecipeError, TraceError
 from autotp.plan.layout import Layout, alike
 from autotp.plan.model import ModulePlan, Op, ParamPlan
+from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
 from autotp.plan.wanted import RULED_OUT
 from autotp.planner import make_plan, whole_plan
@@ -40,7 +41,7 @@ def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Mapping[str, 
         return replace(plan_of_bound(bound), notes=(f"UNSAFE: the recipe {recipe.name or recipe.file} is not proven: {recipe.reason}",))
     wanted = _wanted(bound)
     try:
-        planned = make_plan(model, tp, inputs, wanted, {(a.module, a.local.path): a.local.local for a in bound.attributes})
+        planned = make_plan(model, tp, inputs, wanted, _hints(bound))
     except (TraceError, InputError) as error:
         if isinstance(error, InputError) and inputs is not None:
             raise
@@ -64,6 +65,10 @@ def _wanted(bound: Bound) -> dict[str, Layout]:
     if problems:
         raise RecipeError(problems)
     return {n: p.layout for n, p in pinned.params.items()}
+
+
+def _hints(bound: Bound) -> dict[tuple[str, str], int]:
+    return {(a.module, a.local.path): a.local.local for a in bound.attributes if a.local.local != UNKNOWN}
 
 
 def _untraced(bound: Bound, error: Exception) -> Plan:
@@ -128,6 +133,6 @@ def _attributes(bound: Bound, planned: Plan, problems: Problems) -> None:
             if have is None:
                 text = f"must become local ({local.value} → {local.local}), and the recipe does not name it under attributes:"
                 problems.add(bound.recipe.file, name, text)
-            elif have.local.local != local.local:
+            elif have.local.local not in (local.local, UNKNOWN):
                 text = f"must become {local.local} on a rank, and the recipe makes it {have.local.local}"
                 problems.add(have.attribute.pos, name, text)

@@ -12,7 +12,7 @@ from torch import nn
 
 from autotp.errors import InputError, RecipeError
 from autotp.recipe import bundled
-from autotp.recipe.model import Attribute, Boundary, Entry, Shard, Size
+from autotp.recipe.model import Attribute, Boundary, Entry, Role, Shard, Size
 from autotp.recipe.reading import Layer, layer_of
 from autotp.recipe.source import Source, from_data, read
 
@@ -47,6 +47,14 @@ class Recipe:
     reason: str = ""
     pinned: Plan | None = None
     file: str = field(default="<recipe>", compare=False)
+
+    def __post_init__(self) -> None:
+        # In the order in which they are written, so that a recipe equals what is read back.
+        object.__setattr__(self, "entries", tuple(e for role in Role for e in self.entries if e.role is role))
+        for name in ("arguments", "results"):
+            items: tuple[Boundary, ...] = getattr(self, name)
+            modules = dict.fromkeys(b.module for b in items)
+            object.__setattr__(self, name, tuple(b for m in modules for b in items if b.module == m))
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
@@ -137,17 +145,18 @@ class Recipe:
         return data_of(self)
 
     @classmethod
-    def from_plan(cls, plan: Plan, *, config: object = None, pin: bool = True) -> Recipe:
+    def from_plan(cls, plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -> Recipe:
         """The recipe of a plan. `pin` keeps the plan itself in it: `Recipe.from_plan(plan).to_plan() == plan`.
 
         Args:
             plan: what `autotp.plan` or `autotp.plan_of` returned.
-            config: the model's config, to write sizes as its fields where only one field has the number.
+            model: the model that it was made for, before it was made parallel: sizes are written as fields of its config where only
+                one field has the number, and attributes that stay whole are named.
             pin: False for a recipe to edit, or to use at other sizes and numbers of ranks.
         """
         from autotp.recipe.from_plan import recipe_of
 
-        return recipe_of(plan, config=config, pin=pin)
+        return recipe_of(plan, model=model, pin=pin)
 
     def to_plan(self, model: nn.Module | None = None, *, tp: int | None = None) -> Plan:
         """The plan that the recipe alone makes, without tracing and without proof; `autotp.plan(model, tp=…, recipe=…)` proves it.

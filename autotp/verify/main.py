@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from autotp import targets
 from autotp.errors import InputError
 from autotp.launch import Outcome, RankError, run_ranks, values
+from autotp.recipe.recipe import Recipe
 from autotp.verify.exact import DOUBLE, SINGLE
 from autotp.verify.modules import first_difference
 from autotp.verify.report import Check, Report
@@ -32,6 +34,7 @@ def verify(
     max_parameters: int = MAX_PARAMETERS,
     seed: int = 0,
     timeout: float = 300.0,
+    recipe: Recipe | None = None,
     parallelizer: Parallelizer = with_autotp,
     on_event: Callable[[str], None] | None = None,
 ) -> Report:
@@ -43,6 +46,7 @@ def verify(
             transformers model.
         max_parameters: a config with more is shrunk in depth and width, its structure and head counts kept; the report says so.
         timeout: seconds for all ranks together.
+        recipe: what the model is parallelized by.
         parallelizer: what is verified; importable by name.
         on_event: called with what the ranks are doing now.
 
@@ -67,7 +71,7 @@ def verify(
             "tp": tp,
             "inputs": inputs,
             "seed": seed,
-            "parallelizer": parallelizer,
+            "parallelizer": parallelizer if recipe is None else partial(with_autotp, recipe=recipe),
             "folder": folder,
         }
         outcomes = run_ranks(check_rank, tp, job, timeout=timeout, on_event=_of_rank_zero(on_event))

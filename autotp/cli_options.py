@@ -1,0 +1,33 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+TargetArgument = Annotated[
+    str, typer.Argument(metavar="TARGET", help="directory or config.json, model type of transformers, or package.module:callable")
+]
+TpOption = Annotated[int, typer.Option("--tp", min=1, help="number of ranks")]
+InputsOption = Annotated[
+    str | None, typer.Option("--inputs", metavar="MODULE:CALLABLE", help="returns the keyword arguments of a call of the model")
+]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="recipe to follow: YAML file or bundled name")]
+
+
+def examples(inputs: str | None) -> Mapping[str, Any] | None:
+    """What `--inputs` names."""
+    from autotp import targets
+
+    return None if inputs is None else targets.load(inputs)()
+
+
+@contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """What is being done now, on stderr and only where a person watches."""
+    with Console(stderr=True).status(text) as shown:
+        yield lambda now: shown.update(now)

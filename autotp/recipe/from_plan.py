@@ -1,0 +1,310 @@
+"""Plan → Recipe: what a planner decided, in the words of a recipe.
+
+Roles are read off the collectives at the modules; collectives that no role implies are said under `arguments` and `results`; changes inside
+of forwards have no words, and make the recipe one that wants the traced model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, factors, is_sharded, size
+from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Slot
+from autotp.plan.plan import Plan
+from autotp.recipe.bind import bind
+from autotp.recipe.fields import candidates, expressions, fields
+from autotp.recipe.local import LOCAL, WHOLE
+from autotp.recipe.match import folded
+from autotp.recipe.model import Attribute, Boundary, Entry, Role, Shard, Size
+from autotp.recipe.names import unnamed
+from autotp.recipe.recipe import Recipe
+
+_SUMS = frozenset((Op.REDUCE, Op.HOLD, Op.JOIN))
+
+
+def recipe_of(plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -> Recipe:
+    """The recipe of a plan; see `Recipe.from_plan`."""
+    made = _Writer(plan, getattr(model, "config", None)).run(plan if pin else None)
+    if model is None:
+        return made
+    keys = dict.fromkeys(folded(f"{path}.{name}" if path else name) for path, name, _ in unnamed(bind(made, model, plan.tp)))
+    return replace(made, attributes=(*made.attributes, *(Attribute(key, WHOLE) for key in keys)))
+
+
+def comments_of(plan: Plan, recipe: Recipe) -> dict[str, str]:
+    """What the plan says beyond its recipe, by key: why a parameter is whole, what an axis is."""
+    out: dict[str, str] = {}
+    for name, p in plan.params.items():
+        tied = f"tied to {plan.aliases[name]}" if name in plan.aliases else ""
+        out.setdefault(folded(name), folded(tied or p.reason or p.axis))
+    return {e.key: out[e.key] for e in recipe.entries if out.get(e.key)}
+
+
+def size_comments(recipe: Recipe, config: object) -> dict[str, str]:
+    """For sizes: the fields of the config that have the number, where they are several or none was taken."""
+    out: dict[str, str] = {}
+    for item in recipe.sizes:
+        value = fields(config).get(item.value) if isinstance(item.value, str) else item.value
+        same = [n for n in candidates(value, config) if n != item.value] if value is not None else []
+        if same:
+            out[item.name] = ("as much as " if isinstance(item.value, str) else "as ") + ", ".join(same)
+    return out
+
+
+@dataclass
+class _Words:
+    """Names of factors: where they are cut, and which sizes they have."""
+
+    cut: dict[str, Factor] = field(default_factory=dict)
+    mixed: set[str] = field(default_factory=set)
+    sizes: dict[str, Counter[int]] = field(default_factory=dict)
+
+    def see(self, layout: Layout) -> None:
+        """Take in the names of a parameter's layout."""
+        for f in (f for d in layout.dims for f in factors(d)):
+            self.sizes.setdefault(f.name, Counter())[f.size] += 1
+
+    def settle(self, layouts: list[Layout]) -> None:
+        """Names that are cut in the same way wherever they stand can be listed once; the others are marked where they are cut."""
+        ways: dict[str, set[tuple[bool, int, str, int]]] = {}
+        for f in (f for layout in layouts for d in layout.dims for f in factors(d)):
+            ways.setdefault(f.name, set()).add((f.sharded, f.pieces, f.of, f.granule))
+            if f.sharded:
+                self.cut[f.name] = f
+        self.mixed = {n for n in self.cut if len(ways[n]) > 1}
+        for f in list(self.cut.values()):
+            if f.of in self.mixed or f.name in self.mixed:
+                self.mixed |= {f.name, *([f.of] if f.of else [])}
+
+
+class _Writer:
+    def __init__(self, plan: Plan, config: object) -> None:
+        self.plan, self.config = plan, config
+        self.modules = {m.path: m for m in plan.modules}
+        self.words = _Words()
+        self.layouts: dict[str, Layout] = {}
+        for name, p in plan.params.items():
+            self.layouts.setdefault(f"{folded(name)} {p.layout} {p.layout.shape}", p.layout)
+            self.words.see(p.layout)
+        self.words.settle([p.layout for p in plan.params.values()])
+        self.named = self._named()
+        self.pairs = self._pairs()
+        self.blocks: dict[str, set[str]] = {}  # module paths by their folded form
+        for path in {".".join(n.split(".")[:i]) for n in plan.params for i in range(1, n.count(".") + 1)}:
+            self.blocks.setdefault(folded(path), set()).add(path)
+        self.trace = any(self._needs_trace(m) for m in plan.modules)
+
+    def run(self, pinned: Plan | None) -> Recipe:
+        entries = tuple(self._entries())
+        attributes, arguments, results = tuple(self._attributes()), tuple(self._arguments()), tuple(self._results())
+        listed = [n for n, f in self.words.cut.items() if n not in self.words.mixed and not f.of]
+        return Recipe(
+            name=self.plan.model,
+            sizes=tuple(self._sizes()),
+            shard=tuple(Shard((n, self.pairs[n]) if n in self.pairs else (n,)) for n in listed),
+            granules=tuple((n, self.words.cut[n].granule) for n in listed if self.words.cut[n].granule > 1),
+            entries=entries,
+            attributes=attributes,
+            arguments=arguments,
+            results=results,
+            trace=self.trace,
+            pinned=pinned,
+        )
+
+    # names and sizes ----------------------------------------------------------------------------------------------------------
+
+    def _pairs(self) -> dict[str, str]:
+        """Major name → the minor one that is cut with it: as the plan does, or as it would where tp does not divide the major."""
+        found = {f.of: f.name for f in self.words.cut.values() if f.of and f.name not in self.words.mixed}
+        runs = [run for layout in self.layouts.values() for d in layout.dims for run in _products(d)]
+        for major, f in self.words.cut.items():
+            if f.of or major in found or f.granule > 1 or major in self.words.mixed:
+                continue
+            behind = {run[i + 1] for run in runs for i, n in enumerate(run[:-2]) if n == major}  # with another factor behind it
+            alone = [run for run in runs if major in run and not behind & set(run)]
+            lonely = [run for run in runs if behind & set(run) and major not in run]
+            if len(behind) == 1 and alone and not lonely and not next(iter(behind))[0].isdigit():
+                found[major] = next(iter(behind))
+        return found
+
+    def _sizes(self) -> Iterator[Size]:
+        usual = {n: c.most_common(1)[0][0] for n, c in self.words.sizes.items() if n in self.named}
+        for name, value in expressions(usual, self.config).items():
+            yield Size(name, value)
+
+    def _named(self) -> set[str]:
+        """Names whose sizes have to be written: shapes tell the size of a whole factor that has a dim for itself."""
+        dims = [d for layout in self.layouts.values() for d in layout.dims]
+        alone = {d.name for d in dims if isinstance(d, Factor) and not d.sharded}
+        inside = {f.name for d in dims for f in factors(d) if not isinstance(d, Factor) or f.sharded}
+        known = set(expressions({n: next(iter(self.words.sizes[n])) for n in alone - inside if len(self.words.sizes[n]) == 1}, self.config))
+        fits = {n for n in known if candidates(next(iter(self.words.sizes[n])), self.config)}
+        return {n for n in inside | fits if not n[0].isdigit() and n != "_"}
+
+    def _text(self, layout: Layout) -> str:
+        return " ".join(self._dim(d) for d in layout.dims) or "()"
+
+    def _dim(self, expr: Expr, *, top: bool = True) -> str:
+        """As `notation`, with marks on the names that are not listed under `shard` only."""
+        if isinstance(expr, Factor):
+            marked = expr.sharded and expr.name in self.words.mixed
+            more = (f"*{expr.pieces}" if expr.pieces > 1 or expr.of else "*") + (f"/{expr.of}" if expr.of else "") if marked else ""
+            name = "_" if expr.size == 0 else expr.name
+            return name + more + (f"%{expr.granule}" if marked and expr.granule > 1 else "")
+        if isinstance(expr, Product):
+            inner = " ".join(f"({self._dim(p, top=False)})" if isinstance(p, Concat) else self._dim(p, top=False) for p in expr.parts)
+        else:
+            inner = " | ".join(self._dim(p, top=False) for p in expr.parts)
+        return f"({inner})" if top else inner
+
+    # parameters ---------------------------------------------------------------------------------------------------------------
+
+    def _entries(self) -> Iterator[Entry]:
+        groups: dict[str, dict[tuple[Any, ...], list[str]]] = {}
+        for name, p in self.plan.params.items():
+            layout = p.layout
+            usual = {n: c.most_common(1)[0][0] for n, c in self.words.sizes.items()}
+            found = {(f.name, f.size) for d in layout.dims for f in factors(d)}
+            own = tuple(sorted((n, size) for n, size in found if n in self.named and usual[n] != size))
+            groups.setdefault(folded(name), {}).setdefault((self._role(name), self._text(layout), own), []).append(name)
+        for key, ways in groups.items():
+            usual_way = max(ways, key=lambda w: len(ways[w]))
+            for way, names in ways.items():
+                for k in [key] if way == usual_way else names:  # blocks that differ are written out
+                    yield Entry(k, way[0], way[1], sizes=way[2])
+
+    def _role(self, name: str) -> Role:
+        path, _, leaf = name.rpartition(".")
+        layout = self.plan.params[name].layout
+        module = self.modules.get(path, ModulePlan(path))
+        use = next((u for u in module.uses if (u.owner, u.name) == (path, leaf)), None)
+        if layout.dim is None:
+            if use is not None and any(c.op is Op.ONCE for c in use.conversions):
+                return Role.ROW
+            return Role.INSIDE if self._summed(path, leaf) else Role.WHOLE
+        if any(s.kernel is Kernel.LOOKUP for s in module.sites):
+            return Role.LOOKUP
+        if path not in self.modules:  # a module that is not called by this name: tied ones are
+            called = [n for n in self._tied(name) if n.rpartition(".")[0] in self.modules]
+            if called:
+                return self._role(called[0])
+        heavy = [n for n, p in self.plan.params.items() if n.rpartition(".")[0] == path and len(p.layout.shape) > 1 and p.layout.dim is not None]
+        if len(heavy) != 1:
+            return Role.PART
+        weight = self.plan.params[heavy[0]].layout
+        return self._linear_role(module) if len(layout.shape) > 1 or layout.dims[0] == weight.dims[weight.dim or 0] else Role.PART
+
+    def _tied(self, name: str) -> list[str]:
+        first = self.plan.aliases.get(name, name)
+        return [first, *(n for n, f in self.plan.aliases.items() if f == first)]
+
+    def _linear_role(self, module: ModulePlan) -> Role:
+        enters = any(c.op is Op.COPY for s in module.inputs for c in s.conversions)
+        ops = {c.op for s in module.outputs if not s.path for c in s.conversions}
+        if ops & _SUMS:
+            return Role.ROW
+        if enters and Op.GATHER in ops:
+            return Role.GATHERED
+        return Role.COLUMN if enters else Role.PART
+
+    def _summed(self, path: str, leaf: str) -> bool:
+        return any(u.grad is GradSum.ALL and (u.owner, u.name) == (path, leaf) for m in self.plan.modules for u in m.uses)
+
+    # modules ------------------------------------------------------------------------------------------------------------------
+
+    def _weight_role(self, path: str) -> Role | None:
+        """The role of the one weight of a module that implies collectives."""
+        found = {self._role(n) for n, p in self.plan.params.items() if n.rpartition(".")[0] == path and len(p.layout.shape) > 1}
+        return next(iter(found)) if len(found) == 1 else None
+
+    def _needs_trace(self, m: ModulePlan) -> bool:
+        """True for changes that a recipe has no words for."""
+        other_uses = any(u.owner != m.path or any(c.op is not Op.ONCE for c in u.conversions) for u in m.uses)
+        sites = any(s.kernel is not Kernel.LOOKUP or s.inputs or s.ints for s in m.sites)
+        return other_uses or sites
+
+    def _arguments(self) -> Iterator[Boundary]:
+        found: list[tuple[str, str, str]] = []
+        for m in self.plan.modules:
+            if self._weight_role(m.path) not in (Role.COLUMN, Role.GATHERED):
+                found += [(m.path, ".".join(map(str, slot.path)), self._boundary(slot)) for slot in m.inputs]
+        yield from (Boundary(*b) for b in self._merged(found))
+
+    def _results(self) -> Iterator[Boundary]:
+        found: list[tuple[str, str, str]] = []
+        for m in self.plan.modules:
+            implied = self._weight_role(m.path) in (Role.ROW, Role.LOOKUP, Role.GATHERED)
+            found += [(m.path, ".".join(map(str, s.path)), self._boundary(s)) for s in m.outputs if s.path or not implied]
+        yield from (Boundary(*b) for b in self._merged(found))
+
+    def _merged(self, items: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+        """(module, name, value) with numbers as `*` where every block has the same, written out where not."""
+        ways: dict[tuple[str, str], dict[str, set[str]]] = {}
+        for path, name, value in items:
+            ways.setdefault((folded(path), name), {}).setdefault(value, set()).add(path)
+        for (key, name), values in ways.items():
+            for value, paths in values.items():
+                everywhere = paths >= self.blocks.get(key, paths)
+                yield from ((k, name, value) for k in ([key] if everywhere else sorted(paths, key=_natural)))
+
+    def _boundary(self, slot: Slot) -> str:
+        cut = next((c for c in slot.conversions if c.op in (Op.SLICE, Op.GATHER)), None)
+        if cut is not None:
+            return self._activation(cut)
+        return "leave" if any(c.op in _SUMS for c in slot.conversions) else "enter"
+
+    def _activation(self, c: Conversion) -> str:
+        assert c.dim is not None and c.expr is not None
+        return " ".join([self._dim(c.expr), *["_"] * (-c.dim - 1)])
+
+    def _attributes(self) -> Iterator[Attribute]:
+        found = [(m.path, a.path, self._attribute(m.path, a.value, a.local)) for m in self.plan.modules for a in m.attributes]
+        yield from (Attribute(f"{path}.{name}" if path else name, layout) for path, name, layout in self._merged(found))
+
+    def _attribute(self, path: str, value: int, local: int) -> str:
+        """A layout with the attribute's value and local value, from the parameters in and near its module."""
+        for around in (path, path.rpartition(".")[0], ""):
+            for name, p in self.plan.params.items():
+                if around and not name.startswith(around + "."):
+                    continue
+                for expr in (e for d in p.layout.dims if is_sharded(d) for e in _inside(d)):
+                    if size(expr) == value and size(expr, self.plan.tp) == local:
+                        return self._dim(expr)
+        return LOCAL
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def _inside(expr: Expr) -> Iterator[Expr]:
+    """`expr`, the products of neighbours in it, and what is in its parts; small ones first."""
+    if isinstance(expr, Factor):
+        yield expr
+        return
+    for part in expr.parts:
+        yield from _inside(part)
+    if isinstance(expr, Product):
+        for length in range(2, len(expr.parts)):
+            for i in range(len(expr.parts) - length + 1):
+                yield Product(expr.parts[i : i + length])
+    yield expr
+
+
+def _products(expr: Expr) -> Iterator[list[str]]:
+    """The names of each product in a dim, in order; concatenations inside of one are skipped over."""
+    if isinstance(expr, Concat):
+        for part in expr.parts:
+            yield from _products(part)
+    elif isinstance(expr, Product):
+        yield [p.name for p in expr.parts if isinstance(p, Factor)]
+        for part in expr.parts:
+            if not isinstance(part, Factor):
+                yield from _products(part)
+    else:
+        yield [expr.name]
