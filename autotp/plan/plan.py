@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autotp.errors import InputError
-from autotp.plan import cost, table
+from autotp.plan import cost, export, table
 from autotp.plan.cost import PaddedAxis
 from autotp.plan.model import ModulePlan, ParamPlan
 
@@ -159,6 +159,22 @@ class Plan:
             InputError: the plan knows no such parameter or module; names the nearest ones.
         """
         return table.explain(self, name)
+
+    def to_tp_plan(self) -> dict[str, str]:
+        """The plan as a transformers `tp_plan`: module name → style.
+
+        Raises:
+            PlanError: it does what no style does (fused layouts, padding, local attributes, …): lists all of it.
+        """
+        return export.to_tp_plan(self)
+
+    def to_parallelize_module(self) -> dict[str, Any]:
+        """The plan as the `parallelize_plan` of `torch.distributed.tensor.parallel.parallelize_module`: module name → `ParallelStyle`.
+
+        Raises:
+            PlanError: as for `to_tp_plan`.
+        """
+        return export.to_parallelize_module(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in JSON-able form."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from math import gcd, prod
 from torch import nn
 
 from autotp.errors import InputError, RecipeError
-from autotp.plan.layout import Expr, Factor, Layout, factors, is_sharded, size
+from autotp.plan.layout import Expr, Factor, Layout, Product, factors, is_sharded, size
 from autotp.plan.notation import mapped, parse, sized
 from autotp.recipe.local import BoundAttribute, bind_attributes
 from autotp.recipe.match import Pattern, best, folded, nearest
@@ -23,7 +24,6 @@ from autotp.recipe.model import Boundary, Entry, Role
 from autotp.recipe.recipe import Recipe
 from autotp.recipe.sizes import size_of
 
-MORE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Problems(list[str]):
 
     def add(self, pos: object, name: str, text: str) -> None:
         """`name` stands in front of the text; names that differ in their numbers only are reported once."""
-        key = (str(pos), folded(name) + text)
+        key = (str(pos), re.sub(r"\.\d+\b", ".*", f"{name}: {text}"))
         self.seen[key] = self.seen.get(key, 0) + 1
         if self.seen[key] == 1:
             self.append(f"{pos}: {name + ': ' if name else ''}{text}")
@@ -220,7 +220,7 @@ class _Binder:
                 continue
             bad = [i for i, (d, n) in enumerate(zip(dims, shape, strict=True)) if size(d) != n]
             if bad:
-                texts = "; ".join(f"dim {i} is {_product(dims[i])} = {size(dims[i])}, wanted {shape[i]}" for i in bad)
+                texts = "; ".join(f"dim {i} is {_product(dims[i])}, wanted {shape[i]}" for i in bad)
                 self.problems.add(entry.at, name, f'"{entry.layout}" does not multiply out to {list(shape)}: {texts}')
                 wrong.add(key)
                 continue
@@ -300,7 +300,7 @@ class _Binder:
                 dims = self._free(item.value, every, values)
                 if sum(map(is_sharded, dims)) != 1:
                     text = f'"{item.value}" must have one dim that is cut (shard: {_names(self.recipe)})'
-                    self.problems.add(item.pos, f"{kind}.{item.module}.{item.path}", text)
+                    self.problems.add(item.pos, ".".join(filter(None, (kind, item.module, item.path))), text)
                     continue
             parts = tuple(int(p) if p.isdigit() else p for p in item.path.split(".")) if item.path else ()
             for path in hits:
@@ -322,15 +322,11 @@ def _names(recipe: Recipe) -> str:
 
 
 def _product(expr: Expr) -> str:
-    """`expr` with the sizes in place of the names."""
-    if isinstance(expr, Factor):
-        return str(expr.size)
-    return _text(expr)
+    """`expr` with the sizes in place of the names, and what they make."""
+    return f"{expr.name} = {expr.size}" if isinstance(expr, Factor) else f"{_text(expr)} = {size(expr)}"
 
 
 def _text(expr: Expr) -> str:
-    from autotp.plan.layout import Product
-
     if isinstance(expr, Factor):
         return str(expr.size)
     return f"({('·' if isinstance(expr, Product) else ' + ').join(map(_text, expr.parts))})"

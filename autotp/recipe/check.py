@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
-from autotp.plan.layout import Concat, Expr, Factor, Product, factors, is_sharded, size
+from autotp.plan.layout import Concat, Expr, Factor, Product, alike, factors, is_sharded, size
 from autotp.plan.notation import parse
 from autotp.recipe.bind import Bound, BoundParam, Problems
 from autotp.recipe.model import Role
@@ -127,8 +127,6 @@ def _ties(bound: Bound, problems: Problems) -> None:
     for name, first in bound.aliases.items():
         if name in bound.params and first in bound.params:
             a, b = bound.params[first], bound.params[name]
-            from autotp.plan.layout import alike
-
             if not alike(a.layout, b.layout):
                 text = f'is one parameter with {first}, "{a.entry.layout}" ({a.entry.at}), and "{b.entry.layout}" places it otherwise'
                 problems.add(b.entry.at, name, text)
@@ -223,7 +221,9 @@ def _twice(bound: Bound, problems: Problems) -> None:
 
 
 def _entrance(bound: Bound, problems: Problems) -> None:
-    """A linear that is a part of a region is in one."""
+    """A linear that is a part of a region is in one. What covers a part only gets its collectives from the planner."""
+    if not bound.full:
+        return
     regions = [b.module for b in bound.arguments if b.boundary.value == "enter"]
     beside = {s for b in (*bound.arguments, *bound.results) if b.boundary.value == "enter" for s in scopes(b.module)}
     for p in weights(bound.params.values()):
@@ -234,7 +234,12 @@ def _entrance(bound: Bound, problems: Problems) -> None:
 
 
 def _several(bound: Bound, problems: Problems) -> None:
-    """A module with several cut weights of its own is a region: which arguments enter and what leaves has to be said."""
+    """A module with several cut weights of its own is a region: which arguments enter and what leaves has to be said.
+
+    What covers a part only gets its collectives from the planner.
+    """
+    if not bound.full:
+        return
     leaving = {b.module for b in bound.results if b.boundary.value == "leave"}
     regions = entered(bound)
     for path, params in own_params(bound).items():

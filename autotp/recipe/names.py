@@ -45,7 +45,7 @@ def unnamed_attributes(bound: Bound) -> list[str]:
             f"{value} is also the size of something that is cut, and the code of {type(bound.model.get_submodule(path)).__name__} reads it: "
             "name it under attributes:, with its layout if it must become local, else as `whole`"
         )
-        problems.add(bound.recipe.file, f"{path + '.' if path else ''}{name}", text)
+        problems.add(bound.recipe.place, f"{path + '.' if path else ''}{name}", text)
     return list(problems)
 
 

@@ -8,7 +8,7 @@ roles. Where the model cannot be traced nothing is proven, and a recipe that cov
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -46,7 +46,7 @@ def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Mapping[str, 
         if isinstance(error, InputError) and inputs is not None:
             raise
         return _untraced(bound, error)
-    problems = list(_differences(bound, planned, wanted))
+    problems = _differences(bound, planned, wanted, lambda: make_plan(model, tp, inputs))
     if problems:
         raise RecipeError(problems)
     return replace(planned, params={n: _param(p, bound.params.get(n), wanted.get(n), recipe.pinned) for n, p in planned.params.items()})
@@ -92,19 +92,36 @@ def _param(planned: ParamPlan, p: BoundParam | None, layout: Layout | None, pinn
     return ParamPlan(planned.name, layout, p.entry.axis or planned.axis, "" if layout.dim is not None else reason)
 
 
-def _differences(bound: Bound, planned: Plan, wanted: Mapping[str, Layout]) -> Iterator[str]:
+def _differences(bound: Bound, planned: Plan, wanted: Mapping[str, Layout], free: Callable[[], Plan]) -> Problems:
+    """What is not proven. `free` plans without the recipe, to tell what is wrong from what only follows."""
     problems = Problems()
     by_path = {m.path: m for m in planned.modules}
+    unproven = {n: p for n, p in bound.params.items() if not alike(planned.params[n].layout, wanted[n])}
+    if unproven:
+        _unproven(bound, unproven, planned, wanted, free(), problems)
     for name, p in bound.params.items():
-        made = planned.params[name]
-        if not alike(made.layout, wanted[name]):
-            because = f": {made.reason}" if made.reason else ""
-            got = "cannot be cut so" if made.layout.dim is None else f'the model\'s axes give "{made.layout}"'
-            problems.add(p.entry.at, name, f'"{p.entry.layout}" ({p.role.value}) is not proven: {got}{because}')
-        elif text := _role(p, by_path.get(p.module)):
+        if name not in unproven and (text := _role(p, by_path.get(p.module))):
             problems.add(p.entry.at, name, text)
-    _attributes(bound, planned, problems)
-    yield from problems
+    if not unproven:
+        _attributes(bound, planned, problems)
+    return problems
+
+
+def _unproven(
+    bound: Bound, unproven: Mapping[str, BoundParam], planned: Plan, wanted: Mapping[str, Layout], free: Plan, problems: Problems
+) -> None:
+    reasons = "\n".join(planned.params[n].reason for n in unproven)
+    suspects = {n: p for n, p in bound.params.items() if n in unproven or f"{RULED_OUT}{n} " in reasons}
+    culprits = {n: p for n, p in suspects.items() if not alike(free.params[n].layout, wanted[n])}
+    for name, p in (culprits or unproven).items():
+        own, made = free.params[name], planned.params[name]
+        if name not in culprits:
+            text = f'"{p.entry.layout}" ({p.role.value}) is not proven: {made.reason or "it does not go with the axes of the model"}'
+        elif own.layout.dim is None:
+            text = f'"{p.entry.layout}" ({p.role.value}) is not proven, the planner keeps it whole: {own.reason}'
+        else:
+            text = f'"{p.entry.layout}" ({p.role.value}) is not proven, the axes of the model give "{own.layout}"'
+        problems.add(p.entry.at, name, text)
 
 
 def _role(p: BoundParam, module: ModulePlan | None) -> str:
@@ -132,7 +149,7 @@ def _attributes(bound: Bound, planned: Plan, problems: Problems) -> None:
             name = ".".join(filter(None, (module.path, local.path)))
             if have is None:
                 text = f"must become local ({local.value} → {local.local}), and the recipe does not name it under attributes:"
-                problems.add(bound.recipe.file, name, text)
+                problems.add(bound.recipe.place, name, text)
             elif have.local.local not in (local.local, UNKNOWN):
                 text = f"must become {local.local} on a rank, and the recipe makes it {have.local.local}"
                 problems.add(have.attribute.pos, name, text)

@@ -14,7 +14,7 @@ from autotp.errors import InputError, RecipeError
 from autotp.recipe import bundled
 from autotp.recipe.model import Attribute, Boundary, Entry, Role, Shard, Size
 from autotp.recipe.reading import Layer, layer_of
-from autotp.recipe.source import Source, from_data, read
+from autotp.recipe.source import Pos, Source, from_data, read
 
 if TYPE_CHECKING:
     from autotp.plan.plan import Plan
@@ -56,6 +56,11 @@ class Recipe:
             modules = dict.fromkeys(b.module for b in items)
             object.__setattr__(self, name, tuple(b for m in modules for b in items if b.module == m))
 
+    @property
+    def place(self) -> Pos:
+        """Where a problem is said to be that belongs to the whole file: its attributes, or its first line."""
+        return self.attributes[0].pos if self.attributes else Pos(self.file, 0 if self.file.startswith("<") else 1, 1)
+
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
         """A recipe from a path to a YAML file, the name of a bundled recipe or of a model type it is for, or a mapping.
@@ -93,6 +98,8 @@ class Recipe:
     def _of(cls, source: Source, path: Path | None, inside: tuple[Path, ...]) -> Recipe:
         problems = list(source.problems)
         layer = layer_of(source, problems)
+        marks = {p.partition(": ")[0] for p in source.problems}
+        problems = [*source.problems, *(p for p in problems[len(source.problems) :] if p.partition(": ")[0] not in marks)]
         base: Recipe | None = None
         if layer is not None:
             for name, pos in layer.extends:
@@ -157,6 +164,32 @@ class Recipe:
         from autotp.recipe.from_plan import recipe_of
 
         return recipe_of(plan, model=model, pin=pin)
+
+    @classmethod
+    def from_tp_plan(cls, tp_plan: Mapping[str, str], model: nn.Module | None = None) -> Recipe:
+        """The recipe of a transformers `tp_plan` (`model.tp_plan`, `config.base_model_tp_plan`): layouts for what it names, no more.
+
+        Args:
+            tp_plan: name of a module, or of an expert parameter, → style.
+            model: where given, names are looked up in it.
+
+        Raises:
+            RecipeError: a style without a counterpart, a name that `model` does not have.
+        """
+        from autotp.recipe.interchange import from_tp_plan
+
+        return from_tp_plan(tp_plan, model)
+
+    @classmethod
+    def from_parallelize_module(cls, styles: Mapping[str, Any], model: nn.Module | None = None) -> Recipe:
+        """The recipe of a `parallelize_plan` of torch's `parallelize_module`: layouts for what it names, no more.
+
+        Raises:
+            RecipeError: a style other than Colwise- and RowwiseParallel with whole or last-dim layouts, a name that `model` does not have.
+        """
+        from autotp.recipe.interchange import from_parallelize_module
+
+        return from_parallelize_module(styles, model)
 
     def to_plan(self, model: nn.Module | None = None, *, tp: int | None = None) -> Plan:
         """The plan that the recipe alone makes, without tracing and without proof; `autotp.plan(model, tp=…, recipe=…)` proves it.

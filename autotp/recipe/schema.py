@@ -98,8 +98,16 @@ def _explained(path: tuple[str, ...], item: Mapping[str, Any], source: Source) -
         hint = f"; did you mean {near[0]}?" if near else f"; wanted one of {', '.join(fields)}"
         return path, f"{source.at(path, key=True)}: unknown key {path[-1]!r}{hint}"
     shown = json.dumps(got, default=str, ensure_ascii=False)
-    text = f"{source.at(known)}: {name or 'the recipe'}: got {shown if len(shown) < 60 else type(got).__name__}, wanted {_WANTED.get(known[:1], 'a mapping')}"
+    text = f"{source.at(known)}: {name or 'the recipe'}: got {shown if len(shown) < 60 else type(got).__name__}, wanted {_wanted(known)}"
     return known, text
+
+
+def _wanted(path: tuple[str, ...]) -> str:
+    if len(path) == 2 and path[0] in _SECTIONS:
+        return 'a layout, as in "(h d) e"'
+    if len(path) > 1 and path[0] in ("attributes", "arguments", "results"):
+        return "a layout or one of its words"
+    return _WANTED.get(path[:1], "a mapping")
 
 
 _NOTHING = object()

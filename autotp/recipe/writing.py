@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autotp.recipe.recipe import Recipe
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*\??")
+_KEYWORDS = ("whole", "local")
 _WORDS = frozenset(("yes", "no", "on", "off", "y", "n", "true", "false", "null", "none"))
 
 
@@ -29,12 +30,13 @@ def text_of(recipe: Recipe, *, head: str = "", comments: Mapping[str, str] | Non
         if lines and isinstance(value, dict):
             lines.append("")
         if not isinstance(value, dict):
-            lines.append(f"{name}: {_flow(value)}")
+            lines.append(f"{name}: {_word(value) if isinstance(value, str) else _flow(value)}")
             continue
         lines.append(f"{name}:")
         for key, item in value.items():
             note = notes.get(key.removesuffix("?"))
-            lines.append(f"  {_key(key)}: {_flow(item)}{f'  # {note}' if note else ''}")
+            shown = _word(item) if name == "sizes" or item in _KEYWORDS else _flow(item)
+            lines.append(f"  {_key(key)}: {shown}{f'  # {note}' if note else ''}")
     if "plan" in data:
         pinned = yaml.safe_dump({"plan": data["plan"]}, sort_keys=False, width=10**6, default_flow_style=None, allow_unicode=True)
         lines += ["", "# The exact plan that this was made from; take it out when you change anything.", pinned.rstrip()]
@@ -110,6 +112,7 @@ def _pairs(value: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _word(value: Any) -> str:
+    """Text without quotes where it is safe without."""
     text = str(value)
-    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ -]*", text) and text.lower() not in _WORDS and text == text.strip()
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ ()/*+%.-]*", text) and text.lower() not in _WORDS and text == text.strip()
     return text if plain else json.dumps(value, ensure_ascii=False)
