@@ -44,9 +44,7 @@ class _State:
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, Any]
 
 
-def plan(
-    target: object, *, tp: int, recipe: RecipeLike | None = None, example_inputs: Mapping[str, object] | None = None
-) -> Plan:
+def plan(target: object, *, tp: int, recipe: RecipeLike | None = None, example_inputs: Mapping[str, object] | None = None) -> Plan:
     """What `parallelize` would do to `target` over `tp` ranks; needs no process group, no weights and no GPU.
 
     Args:

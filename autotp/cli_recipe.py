@@ -63,7 +63,9 @@ def _text(target: str, tp: int, inputs: str | None) -> str:
         plan = autotp.plan(model, tp=tp, example_inputs=examples(inputs))
     except TraceError as error:
         typer.echo(f"not traced, so nothing is planned and everything stands under whole: {error}", err=True)
-        return text_of(skeleton(model), head=f"{type(model).__name__}, with everything whole: it could not be traced.\n{head.partition(chr(10))[2]}")
+        return text_of(
+            skeleton(model), head=f"{type(model).__name__}, with everything whole: it could not be traced.\n{head.partition(chr(10))[2]}"
+        )
     recipe = Recipe.from_plan(plan, model=model, pin=False)
     notes = comments_of(plan, recipe) | size_comments(recipe, getattr(model, "config", None))
     return text_of(recipe, head=head, comments=notes)
@@ -151,7 +153,9 @@ def _flat(data: dict[str, object]) -> dict[str, str]:
 
 @app.command()
 def show(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="bundled recipe, model type or file; without one, what there is")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="bundled recipe, model type or file; without one, what there is")
+    ] = None,
 ) -> None:
     """Print a recipe with everything that it inherits."""
     from autotp.recipe import bundled

@@ -1,8 +1,8 @@
 """A plan in the words of others: transformers' `tp_plan`, torch's `parallelize_module`.
 
-Both name a style for each module and cut weights into even contiguous parts. What a plan has beyond that (fused layouts, padding, shared rows,
-attributes that become local, changes inside of forwards) they cannot say, and an export that left it out would compute other numbers.
-So everything that cannot be said is found, and raised.
+Both name a style for each module and cut weights into even contiguous parts. What a plan has beyond that (fused layouts, padding, shared
+rows, attributes that become local, changes inside of forwards) they cannot say, and an export that left it out would compute other
+numbers. So everything that cannot be said is found, and raised.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ class _Exporter:
         for path, layouts in self.params.items():
             out.update(self._module(path, layouts))
         for m in self.plan.modules:
+            if self._around_experts(m) and any(c.op is Op.COPY for slot in m.inputs for c in slot.conversions):
+                # moe_tp_experts enters at the experts themselves: what stands before them (a router) has whole gradients then
+                out = {n: word for n, word in out.items() if word != INSIDE or not n.startswith(m.path + ".")}
             for a in m.attributes:
                 self.problems.append(f"{m.path}: the attribute {a.path} becomes local ({a.value} → {a.local})")
             for s in m.sites:
@@ -92,13 +95,19 @@ class _Exporter:
 
     def _boundaries(self, m: ModulePlan) -> Iterator[str]:
         """Conversions at modules that have nothing cut: no style does them."""
-        parent_of_experts = self.experts and any(p.startswith(m.path + ".") and self._is_experts(p) for p in self.params)
         for kind, slots in (("argument", m.inputs), ("result", m.outputs)):
             for s in slots:
                 ops = {c.op for c in s.conversions}
-                if ops == {Op.COPY} and kind == "argument" and parent_of_experts:
-                    continue  # moe_tp_experts enters at the experts themselves, and the router's gradient is summed either way
+                if ops == {Op.COPY} and kind == "argument" and self._around_experts(m):
+                    continue
                 yield f"{m.path or '<root>'}: {kind} {'.'.join(map(str, s.path)) or '(all)'}: {', '.join(sorted(op.value for op in ops))}"
+
+    def _around_experts(self, m: ModulePlan) -> bool:
+        """True for a module that holds a mixture of experts and nothing else that is cut."""
+        inside = [
+            p for p, own in self.params.items() if p.startswith(m.path + ".") and any(layout.dim is not None for layout in own.values())
+        ]
+        return self.experts and bool(inside) and all(self._is_experts(p) for p in inside)
 
     def _is_experts(self, path: str) -> bool:
         heavy = [layout for layout in self.params.get(path, {}).values() if len(layout.shape) == 3 and layout.dim is not None]
@@ -109,7 +118,7 @@ class _Exporter:
         module = self.modules.get(path, ModulePlan(path))
         for leaf, layout in cut.items():
             if layout.is_padded:
-                self.problems.append(f"{path}.{leaf}: \"{layout}\" is padded: {layout.tp} ranks do not divide it")
+                self.problems.append(f'{path}.{leaf}: "{layout}" is padded: {layout.tp} ranks do not divide it')
             elif layout.is_shared:
                 self.problems.append(f'{path}.{leaf}: "{layout}" has rows that several ranks hold')
         if not cut:
@@ -127,7 +136,9 @@ class _Exporter:
         word = self._word(module)
         wanted = {COLUMN: 0, GATHERED: 0, LOOKUP: 0, ROW: 1}.get(word)
         if wanted is None or weight.dim != wanted:
-            self.problems.append(f'{path}: "{weight}" is cut along dim {weight.dim}, which is not how a style cuts it ({word or "no collectives"})')
+            self.problems.append(
+                f'{path}: "{weight}" is cut along dim {weight.dim}, which is not how a style cuts it ({word or "no collectives"})'
+            )
         elif not weight.is_padded and not weight.is_shared and not _contiguous(weight):
             self.problems.append(f'{path}: the layout "{weight}" is fused: a rank\'s part is not one piece of it')
         else:

@@ -25,7 +25,6 @@ from autotp.recipe.recipe import Recipe
 from autotp.recipe.sizes import size_of
 
 
-
 @dataclass(frozen=True, slots=True)
 class BoundParam:
     """One covered parameter."""
@@ -199,7 +198,9 @@ class _Binder:
                 text = f"{entry.key} has no parameter left: longer keys have them all"
             else:
                 kind = type(self.model).__name__
-                text = f"no parameter of {kind} is called {entry.key}{nearest(entry.key, self.shapes)} (a key that may be missing ends in ?)"
+                text = (
+                    f"no parameter of {kind} is called {entry.key}{nearest(entry.key, self.shapes)} (a key that may be missing ends in ?)"
+                )
             self.problems.add(entry.pos, "", text)
         return {n: found[n] for n in self.shapes if n in found}
 

@@ -49,7 +49,9 @@ def plan_of_bound(bound: Bound) -> Plan:
     """The same for a recipe that is bound already."""
     recipe = bound.recipe
     if recipe.trace:
-        raise RecipeError(f"{recipe.file}: trace: required: the recipe changes calls inside of forwards, and only a traced model tells where")
+        raise RecipeError(
+            f"{recipe.file}: trace: required: the recipe changes calls inside of forwards, and only a traced model tells where"
+        )
     if bound.uncovered:
         first = ", ".join(bound.uncovered[:5])
         raise RecipeError(f"{recipe.file}: {len(bound.uncovered)} parameters have no entry, and no trace can plan them: {first}")
@@ -76,7 +78,9 @@ def _unclear(bound: Bound) -> list[str]:
                 problems.add(p.entry.at, p.name, text)
     for a in bound.attributes:
         if a.local.local == UNKNOWN:
-            problems.add(a.attribute.pos, f"{a.module}.{a.local.path}", "is `local`, and without a trace nobody knows how: write its layout")
+            problems.add(
+                a.attribute.pos, f"{a.module}.{a.local.path}", "is `local`, and without a trace nobody knows how: write its layout"
+            )
     return list(problems)
 
 

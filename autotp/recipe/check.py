@@ -55,7 +55,11 @@ def weights(params: Iterable[BoundParam]) -> list[BoundParam]:
 
 def entered(bound: Bound) -> list[str]:
     """Modules whose first argument enters a region, so that all that is in them is inside."""
-    return [b.module for b in bound.arguments if b.boundary.value == "enter" and b.path[0] == first_argument(bound.model.get_submodule(b.module))]
+    return [
+        b.module
+        for b in bound.arguments
+        if b.boundary.value == "enter" and b.path[0] == first_argument(bound.model.get_submodule(b.module))
+    ]
 
 
 def first_argument(module: nn.Module) -> str:
@@ -74,11 +78,15 @@ def _cut_or_whole(bound: Bound, problems: Problems) -> None:
             wanted = f"shard: {', '.join(shard) or 'nothing'}"
             problems.add(p.entry.at, p.name, f"{text} is {p.role.value}, and none of its names is cut ({wanted})")
         if p.role is Role.ROW and len(p.layout.shape) == 1 and p.names:
-            problems.add(p.entry.at, p.name, f"{text}: a row-parallel bias is added once, after the sum, and stays whole; got {_join(p.names)} cut")
+            problems.add(
+                p.entry.at, p.name, f"{text}: a row-parallel bias is added once, after the sum, and stays whole; got {_join(p.names)} cut"
+            )
         if not p.role.cut:
             for name in dict.fromkeys(f.name for d in parse(p.entry.layout) for f in factors(d) if f.sharded or f.name in shard):
                 where = f" (shard: at {shard[name].pos})" if name in shard else ""
-                problems.add(p.entry.at, p.name, f"{text} is {p.role.value}, and {name} is cut{where}: cut it here too, or name another factor")
+                problems.add(
+                    p.entry.at, p.name, f"{text} is {p.role.value}, and {name} is cut{where}: cut it here too, or name another factor"
+                )
 
 
 def _pairs(bound: Bound, problems: Problems) -> None:
@@ -151,7 +159,9 @@ def _dims(bound: Bound, problems: Problems) -> None:
             if p.role not in wanted and cls is nn.Embedding:
                 problems.add(p.entry.at, p.name, f"is {p.role.value}, and belongs to a {cls.__name__}: wanted lookup or part")
             elif p.role in wanted and p.layout.dim not in (None, wanted[p.role]):
-                text = f'"{p.entry.layout}" cuts dim {p.layout.dim}; the {p.role.value} of a {cls.__name__} is cut along dim {wanted[p.role]}'
+                text = (
+                    f'"{p.entry.layout}" cuts dim {p.layout.dim}; the {p.role.value} of a {cls.__name__} is cut along dim {wanted[p.role]}'
+                )
                 problems.add(p.entry.at, p.name, text)
         if p.role is Role.LOOKUP and not isinstance(module, nn.Embedding):
             text = f"is lookup, and belongs to a {type(module).__name__}: only tables of nn.Embedding are looked up by parts"
@@ -208,13 +218,17 @@ def _twice(bound: Bound, problems: Problems) -> None:
     for p in bound.params.values():
         out = next((m for m in leaving if under(p.module, m)), None)
         if out is not None and p.role in (Role.ROW, Role.LOOKUP):
-            text = f"is {p.role.value} in {out}, whose result leaves its region (results:): it would be summed twice; say part, or take the result out"
+            text = f"is {p.role.value} in {out}, whose result leaves (results:): it would be summed twice; say part, or take that out"
             problems.add(p.entry.at, p.name, text)
     inside = entered(bound)
     for b in (*bound.arguments, *bound.results):
         around = next((m for m in inside if m != b.module and under(b.module, m)), None)
         if around is not None and b.boundary.value == "enter":
-            problems.add(b.boundary.pos, b.module, f"enters a region inside of {around}, which has entered it already: its gradient would be summed twice")
+            problems.add(
+                b.boundary.pos,
+                b.module,
+                f"enters a region inside of {around}, which has entered it already: its gradient would be summed twice",
+            )
         outer = next((m for m in leaving if m != b.module and under(b.module, m)), None)
         if outer is not None and b.boundary.value == "leave":
             problems.add(b.boundary.pos, b.module, f"leaves a region inside of {outer}, which leaves it too: it would be summed twice")
@@ -248,7 +262,7 @@ def _several(bound: Bound, problems: Problems) -> None:
             continue
         for p in heavy:
             if p.role in (Role.COLUMN, Role.ROW, Role.GATHERED):
-                text = f"is {p.role.value} in {path}, which has {len(heavy)} cut weights of its own: say part, and under arguments and results what enters and leaves"
+                text = f"is {p.role.value} in a module of {len(heavy)} cut weights: say part, and what enters and leaves"
                 problems.add(p.entry.at, p.name, text)
         if all(p.role is Role.PART for p in heavy):
             if not any(under(path, r) for r in regions):

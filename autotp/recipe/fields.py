@@ -1,7 +1,7 @@
-"""Which field of a config a size is: for recipes that are written by a program, so that they fit the model at other sizes too.
+"""Which field of a config a size is, so that a recipe written by a program fits the model at other sizes too.
 
-Fields are told by their values; where several have the value, by what their names usually mean. A wrong guess cannot do harm: the sizes of a
-recipe are checked against the shapes of the parameters.
+Fields are told by their values; where several have the value, by what their names usually mean. A wrong guess cannot do harm: the sizes
+of a recipe are checked against the shapes of the parameters.
 """
 
 from __future__ import annotations

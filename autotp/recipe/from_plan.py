@@ -193,7 +193,9 @@ class _Writer:
             called = [n for n in self._tied(name) if n.rpartition(".")[0] in self.modules]
             if called:
                 return self._role(called[0])
-        heavy = [n for n, p in self.plan.params.items() if n.rpartition(".")[0] == path and len(p.layout.shape) > 1 and p.layout.dim is not None]
+        heavy = [
+            n for n, p in self.plan.params.items() if n.rpartition(".")[0] == path and len(p.layout.shape) > 1 and p.layout.dim is not None
+        ]
         if len(heavy) != 1:
             return Role.PART
         weight = self.plan.params[heavy[0]].layout

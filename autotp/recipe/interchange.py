@@ -42,7 +42,9 @@ def from_tp_plan(tp_plan: Mapping[str, str], model: nn.Module | None = None) -> 
         role = _STYLES.get(style) if isinstance(style, str) else None
         if role is None:
             if style not in _LEFT_OUT:
-                problems.append(f"tp_plan[{key!r}]: the style {style!r} has no counterpart; known are {', '.join((*_STYLES, *sorted(_LEFT_OUT)))}")
+                problems.append(
+                    f"tp_plan[{key!r}]: the style {style!r} has no counterpart; known are {', '.join((*_STYLES, *sorted(_LEFT_OUT)))}"
+                )
             continue
         inside = any(key.startswith(e + ".") for e in experts)
         entries += _entries(key, role, inside, style.startswith("packed"), model, problems)

@@ -25,10 +25,6 @@ class Role(Enum):
         return self not in (Role.INSIDE, Role.WHOLE)
 
 
-def _pos() -> Pos:
-    return field(default=Pos(), compare=False)  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Parameters whose names match `key`: their role and layout. `optional`: there may be none. `at`: place of the layout."""
@@ -40,8 +36,8 @@ class Entry:
     sizes: tuple[tuple[str, int], ...] = ()
     axis: str = ""
     reason: str = ""
-    pos: Pos = _pos()
-    at: Pos = _pos()
+    pos: Pos = field(default=Pos(), compare=False)
+    at: Pos = field(default=Pos(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,7 @@ class Size:
 
     name: str
     value: int | str
-    pos: Pos = _pos()
+    pos: Pos = field(default=Pos(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +54,7 @@ class Shard:
     """Names that are cut together: one, or a major one and the one that is cut in pieces with it."""
 
     names: tuple[str, ...]
-    pos: Pos = _pos()
+    pos: Pos = field(default=Pos(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,7 @@ class Attribute:
     key: str
     layout: str
     optional: bool = False
-    pos: Pos = _pos()
+    pos: Pos = field(default=Pos(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,4 +75,4 @@ class Boundary:
     path: str
     value: str
     optional: bool = False
-    pos: Pos = _pos()
+    pos: Pos = field(default=Pos(), compare=False)

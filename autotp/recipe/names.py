@@ -41,8 +41,9 @@ def unnamed_attributes(bound: Bound) -> list[str]:
     """A problem for each of them."""
     problems = Problems()
     for path, name, value in unnamed(bound):
+        kind = type(bound.model.get_submodule(path)).__name__
         text = (
-            f"{value} is also the size of something that is cut, and the code of {type(bound.model.get_submodule(path)).__name__} reads it: "
+            f"{value} is also the size of something that is cut, and the code of {kind} reads it: "
             "name it under attributes:, with its layout if it must become local, else as `whole`"
         )
         problems.add(bound.recipe.place, f"{path + '.' if path else ''}{name}", text)
@@ -63,7 +64,7 @@ def _codes(cls: type) -> Iterator[CodeType]:
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, method in vars(base).items():
             method = inspect.unwrap(method) if callable(method) else method
-            if isinstance(method, FunctionType) and (name == "forward" or not name.startswith("_init") and not name.startswith("__")):
+            if isinstance(method, FunctionType) and (name == "forward" or (not name.startswith("_init") and not name.startswith("__"))):
                 yield method.__code__
 
 

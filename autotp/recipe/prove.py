@@ -1,9 +1,9 @@
 """A recipe against the axes of the model that it is for.
 
-The planner works with the recipe's layouts as given (`autotp.plan.wanted`), and what comes out is compared with them: a layout that the axes
-do not bear, a head axis cut in one place only, an attribute that nobody made local shows as a difference, with the operator that forbids it.
-What passes is the planner's own certified plan with the recipe's layouts in it; collectives are placed by the axes, not by the recipe's
-roles. Where the model cannot be traced nothing is proven, and a recipe that covers all of it makes the plan by its roles alone.
+The planner works with the recipe's layouts as given (`autotp.plan.wanted`), and what comes out is compared with them: a layout that the
+axes do not bear, heads cut in one place only, an attribute that nobody made local show as differences. What passes is the planner's own
+certified plan with the recipe's layouts in it; collectives are placed by the axes, not by the recipe's roles. Where the model cannot be
+traced nothing is proven, and a recipe that covers all of it makes the plan by its roles alone.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def _untraced(bound: Bound, error: Exception) -> Plan:
     recipe = bound.recipe
     if bound.uncovered:
         some = ", ".join(bound.uncovered[:5]) + (", …" if len(bound.uncovered) > 5 else "")
-        text = f"the recipe {recipe.name or recipe.file} does not cover {len(bound.uncovered)} parameters ({some}), and no trace can plan them"
+        text = (
+            f"the recipe {recipe.name or recipe.file} does not cover {len(bound.uncovered)} parameters ({some}), and no trace can plan them"
+        )
         raise TraceError(f"{error}\n{text}") from error
     note = f"not proven: the model could not be traced ({' '.join(str(error).split())})"
     return replace(plan_of_bound(bound), notes=(note,))

@@ -60,9 +60,7 @@ def layer_of(source: Source, problems: list[str]) -> Layer | None:
         pinned=None if form.plan is None else decode(form.plan),
         file=source.file,
     )
-    return Layer(
-        recipe, tuple((name, source.at(("extends",))) for name in extends), read.removed, form.shard is not None
-    )
+    return Layer(recipe, tuple((name, source.at(("extends",))) for name in extends), read.removed, form.shard is not None)
 
 
 class _Reading:

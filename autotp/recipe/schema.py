@@ -29,7 +29,9 @@ class EntryForm(BaseModel):
 
 
 Section = dict[StrictStr, Text | EntryForm | None]
-_SECTION = "parameter name or its last parts (* for any characters, ? at the end: may be missing) → layout; null takes an inherited key out. "
+_SECTION = (
+    "parameter name or its last parts (* for any characters, ? at the end: may be missing) → layout; null takes an inherited key out. "
+)
 
 
 class RecipeFile(BaseModel):

@@ -60,7 +60,9 @@ def parse_size(text: str) -> ast.expr:
     for node in ast.walk(tree):
         constant = not isinstance(node, ast.Constant) or node.value is None or isinstance(node.value, int | str)
         if not isinstance(node, _NODES) or not constant:
-            raise InputError(f"size {text!r}: {ast.unparse(node)} may not stand in a size; names, whole numbers, + - * // % and or if else may")
+            raise InputError(
+                f"size {text!r}: {ast.unparse(node)} may not stand in a size; names, whole numbers, + - * // % and or if else may"
+            )
     return tree
 
 

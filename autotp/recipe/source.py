@@ -107,10 +107,12 @@ def _plain(node: yaml.Node, path: Path, source: Source, around: set[int]) -> Any
     if node.style in ("'", '"'):
         source.quoted.add(path)
     if _is_word(node):
-        source.problems.append(f'{pos}: YAML reads {node.value} as {node.value.lower() in ("yes", "on", "y")}: write "{node.value}" in quotes')
+        source.problems.append(
+            f'{pos}: YAML reads {node.value} as {node.value.lower() in ("yes", "on", "y")}: write "{node.value}" in quotes'
+        )
         return node.value
     try:
-        return yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
+        return yaml.SafeLoader("").construct_object(node)
     except yaml.YAMLError as error:
         source.problems.append(f"{pos}: {getattr(error, 'problem', error)}")
         return None

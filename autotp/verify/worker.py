@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from autotp import targets
 from autotp.errors import InputError
 from autotp.plan.layout import Layout
-from autotp.trace.boundary import flatten_result
 from autotp.recipe.recipe import Recipe
+from autotp.trace.boundary import flatten_result
 from autotp.verify.exact import DOUBLE, SINGLE, Precision, largest, relative_error
 from autotp.verify.modules import recorded
 
@@ -30,9 +30,7 @@ NEW_TOKENS = 8
 LOCAL_OUTPUTS = frozenset({"past_key_values", "cache_params", "mems", "state", "cache", "rnn_state", "past_buckets_states"})
 
 
-def with_autotp(
-    model: nn.Module, mesh: DeviceMesh, inputs: Mapping[str, Any] | None, recipe: Recipe | None = None
-) -> Mapping[str, Layout]:
+def with_autotp(model: nn.Module, mesh: DeviceMesh, inputs: Mapping[str, Any] | None, recipe: Recipe | None = None) -> Mapping[str, Layout]:
     """The parallelizer under test when no other is given."""
     import autotp
 
