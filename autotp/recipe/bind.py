@@ -145,10 +145,9 @@ class _Binder:
         for p in params.values():
             values.update({f.name: f.size for d in p.layout.dims for f in factors(d) if f.sharded})
         cut = lambda text: self._free(text, plain.values(), values)  # noqa: E731
-        names = frozenset(n for s in self.recipe.shard for n in s.names)
         return Bound(
             self.recipe, self.model, self.tp, params, uncovered, aliases,
-            tuple(bind_attributes(self.recipe.attributes, self.modules, names, cut, self.tp, self.problems)),
+            tuple(bind_attributes(self.recipe.attributes, self.modules, cut, self.tp, self.problems)),
             tuple(self._boundaries("arguments", self.recipe.arguments, plain.values(), values)),
             tuple(self._boundaries("results", self.recipe.results, plain.values(), values)),
         )  # fmt: skip
@@ -175,9 +174,10 @@ class _Binder:
         found: dict[str, Entry] = {}
         hit: set[int] = set()
         cache: dict[str, list[int]] = {}
+        numbered = any(part.isdigit() for e in entries for part in e.key.split("."))
         for name in self.shapes:
             short = folded(name)
-            if short not in cache or any("*" not in p.key and any(c.isdigit() for c in p.key) for p in patterns):
+            if short not in cache or numbered:
                 cache[short] = best(patterns, name)
             winners = cache[short]
             if len(winners) > 1:

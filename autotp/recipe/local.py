@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from autotp.plan.layout import Expr, factors, size
+from autotp.plan.layout import Expr, size
 from autotp.plan.model import LocalAttribute
 from autotp.plan.notation import UNKNOWN
 from autotp.recipe.match import Pattern, nearest
@@ -36,12 +36,11 @@ class BoundAttribute:
 def bind_attributes(
     items: Iterable[Attribute],
     modules: Mapping[str, nn.Module],
-    names: frozenset[str],
     cut: Callable[[str], tuple[Expr, ...]],
     tp: int,
     problems: Problems,
 ) -> Iterator[BoundAttribute]:
-    """The attributes that `items` name; `names` are cut, `cut` gives a layout with its factors sized and cut."""
+    """The attributes that `items` name; `cut` gives a layout with its factors sized and cut."""
     for item in items:
         hits = list(_find(item.key, modules))
         if not hits and not item.optional:
@@ -56,8 +55,8 @@ def bind_attributes(
             yield from (BoundAttribute(path, LocalAttribute(name, value, UNKNOWN), item) for path, name, value in hits)
             continue
         dims = cut(item.layout)
-        if len(dims) != 1 or not any(f.sharded or f.name in names for f in factors(dims[0])):
-            problems.add(item.pos, f"attributes.{item.key}", f'"{item.layout}" must be one dim with a name that is cut')
+        if len(dims) != 1:
+            problems.add(item.pos, f"attributes.{item.key}", f'"{item.layout}" must be one dim, as "(h d)"')
             continue
         for path, name, value in hits:
             whole, part = size(dims[0]), size(dims[0], tp)

@@ -81,6 +81,8 @@ def validated(source: Source, problems: list[str]) -> RecipeFile | None:
     except ValidationError as error:
         wrong: dict[tuple[str, ...], str] = {}
         for item in error.errors():
+            if item["type"] == "string_type" and isinstance(item["input"], Mapping) and "EntryForm" in str(error):
+                continue  # the other form of an entry says what is wrong in it
             path = tuple(str(part) for part in item["loc"])
             path, text = _explained(path, item, source)
             wrong.setdefault(path, text)
@@ -89,16 +91,17 @@ def validated(source: Source, problems: list[str]) -> RecipeFile | None:
 
 
 def _explained(path: tuple[str, ...], item: Mapping[str, Any], source: Source) -> tuple[tuple[str, ...], str]:
-    known = path
-    while known and known not in source.keys and known not in source.values and _reach(source.data, known) is _NOTHING:
-        known = known[:-1]  # pydantic adds which member of a union it tried
+    known: tuple[str, ...] = ()
+    for part in path:  # pydantic adds which member of a union it tried
+        if _reach(source.data, (*known, part)) is not _NOTHING:
+            known = (*known, part)
     got = item["input"]
     name = ".".join(known)
     if item["type"] == "extra_forbidden":
-        fields = EntryForm.model_fields if len(path) > 1 else RecipeFile.model_fields
-        near = difflib.get_close_matches(path[-1], fields, n=1)
+        fields = EntryForm.model_fields if len(known) > 1 else RecipeFile.model_fields
+        near = difflib.get_close_matches(known[-1], fields, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; wanted one of {', '.join(fields)}"
-        return path, f"{source.at(path, key=True)}: unknown key {path[-1]!r}{hint}"
+        return known, f"{source.at(known, key=True)}: unknown key {known[-1]!r}{hint}"
     shown = json.dumps(got, default=str, ensure_ascii=False)
     text = f"{source.at(known)}: {name or 'the recipe'}: got {shown if len(shown) < 60 else type(got).__name__}, wanted {_wanted(known)}"
     return known, text

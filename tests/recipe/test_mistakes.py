@@ -54,9 +54,19 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
         ("k_proj.weight", "(kv kv d) e"),
         ["model.layers.0.self_attn.k_proj.weight", "(4·4·8) = 128, wanted 32"],
     ),
-    "dims": ("llama", [(K, K.replace("(kv d) e", "(kv d)"))], ("k_proj.weight", "(kv d)"), ["1 dims are written, the shape [32, 64] has 2"]),
+    "dims": (
+        "llama",
+        [(K, K.replace("(kv d) e", "(kv d)"))],
+        ("k_proj.weight", "(kv d)"),
+        ["1 dims are written, the shape [32, 64] has 2"],
+    ),
     "size of another field": ("llama", [("i: intermediate_size", "i: hidden_size")], ("gate_proj.weight", "i e"), ["i = 64, wanted 128"]),
-    "unknown field": ("gpt2", [("h: num_attention", "h: num_atention")], ("num_atention_heads", ""), ["GPT2Config", "near it: num_attention_heads"]),
+    "unknown field": (
+        "gpt2",
+        [("h: num_attention", "h: num_atention")],
+        ("num_atention_heads", ""),
+        ["GPT2Config", "near it: num_attention_heads"],
+    ),
     "column without its row": (
         "llama",
         [(DOWN, ""), ("whole:\n", 'whole:\n  mlp.down_proj.weight: "e n"\n')],
@@ -112,7 +122,12 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
         [],
     ),
     "attribute not named": ("gpt2", [('  attn.split_size: "(h d)"\n', "")], ("attn.c_attn.nf", ""), ["attn.split_size", "64 → 32"]),
-    "attribute wrong": ("gpt2", [('split_size: "(h d)"', 'split_size: "h"')], ("attn.split_size", ""), ['got 64 in the model, and "h" is 8']),
+    "attribute wrong": (
+        "gpt2",
+        [('split_size: "(h d)"', 'split_size: "h"')],
+        ("attn.split_size", ""),
+        ['got 64 in the model, and "h" is 8'],
+    ),
     "attribute unknown": ("gpt2", [("split_size", "splitsize")], ("attn.splitsize", ""), ["did you mean attn.split_size?"]),
     "attribute said to stay whole": (
         "gpt2",
@@ -122,11 +137,20 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
     ),
     "key twice": ("gpt2", [('  wte.weight: "v e"\n', '  wte.weight: "v e"\n  wte.weight: "v e"\n')], ("", ""), ["stands twice; first at"]),
     "no is false": ("gpt2", [("shard: [h, i, v]", "shard: [h, no, v]")], ("shard", "no"), ["YAML reads no as False"]),
-    "open parenthesis": ("gpt2", [(f"bias: {FUSED}", 'bias: "(h d | h d | h d"')], ("", ""), ["gpt2.yaml:20:38: ", "a parenthesis is not closed"]),
+    "open parenthesis": (
+        "gpt2",
+        [(f"bias: {FUSED}", 'bias: "(h d | h d | h d"')],
+        ("", ""),
+        ["gpt2.yaml:20:38: ", "a parenthesis is not closed"],
+    ),
     "bad character": ("gpt2", [(f"bias: {FUSED}", 'bias: "(h d | h $ | h d)"')], ("c_attn.bias", "$"), ["got '$', wanted a name"]),
     "interleaved for concatenated": (
         "gpt2",
-        [(f"weight: {FUSED[:1]}e (h d | h d | h d)", 'weight: "e (h 3 d)'), (f"bias: {FUSED}", 'bias: "(h 3 d)"'), (f"nf: {FUSED}", 'nf: "(h 3 d)"')],
+        [
+            (f"weight: {FUSED[:1]}e (h d | h d | h d)", 'weight: "e (h 3 d)'),
+            (f"bias: {FUSED}", 'bias: "(h 3 d)"'),
+            (f"nf: {FUSED}", 'nf: "(h 3 d)"'),
+        ],
         ("c_attn.weight", "e (h 3 d)"),
         ["is not proven", "e (h* d | h* d | h* d2)"],
     ),
@@ -138,14 +162,24 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
     ),
     "unsafe without a reason": ("llama", [("recipe: llama", "recipe: llama\nunsafe: true")], ("unsafe", "true"), ["wants a reason"]),
     "wrong type": ("llama", [('gate_proj.weight: "i e"', "gate_proj.weight: 3")], ("gate_proj.weight", "3"), ["got 3, wanted a layout"]),
-    "name in shard that no layout has": ("llama", [("shard: [kv group,", "shard: [kv group, hh,")], ("shard", "hh"), ["hh stands in no layout"]),
+    "name in shard that no layout has": (
+        "llama",
+        [("shard: [kv group,", "shard: [kv group, hh,")],
+        ("shard", "hh"),
+        ["hh stands in no layout"],
+    ),
     "argument that the module does not have": (
         "bloom",
         [("alibi:", "aliby:")],
         ("aliby", ""),
         ["its forward has no argument 'aliby'; did you mean alibi?"],
     ),
-    "module unknown": ("bloom", [("self_attention: {", "selfattention: {")], ("selfattention", "alibi"), ["no module is called selfattention"]),
+    "module unknown": (
+        "bloom",
+        [("self_attention: {", "selfattention: {")],
+        ("selfattention", "alibi"),
+        ["no module is called selfattention"],
+    ),
     "summed twice": (
         "deepseek_v3",
         [('  mlp.experts: { "": leave }', '  mlp: { "": leave }')],
@@ -154,7 +188,10 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
     ),
     "column inside a region": (
         "deepseek_v3",
-        [('  self_attn.kv_b_proj.weight: "(h (dn | dv)) r"\n', ""), ("column:\n", 'column:\n  self_attn.kv_b_proj.weight: "(h (dn | dv)) r"\n')],
+        [
+            ('  self_attn.kv_b_proj.weight: "(h (dn | dv)) r"\n', ""),
+            ("column:\n", 'column:\n  self_attn.kv_b_proj.weight: "(h (dn | dv)) r"\n'),
+        ],
         ("kv_b_proj", "(h (dn"),
         ["its input is inside a region already", "say part"],
     ),
@@ -208,7 +245,11 @@ def test_norm_of_queries_is_inside_of_the_region(tmp_path):
 
 
 def test_all_at_once_in_order(tmp_path):
-    changes = [("q_proj.weight", "q_prj.weight"), ('gate_proj.weight: "i e"', 'gate_proj.weight: "i i"'), ("e: hidden_size", "e: hiden_size")]
+    changes = [
+        ("q_proj.weight", "q_prj.weight"),
+        ('gate_proj.weight: "i e"', 'gate_proj.weight: "i i"'),
+        ("e: hidden_size", "e: hiden_size"),
+    ]
     file, _ = changed(tmp_path, "llama", *changes)
     with pytest.raises(RecipeError) as caught:
         autotp.plan(model("llama"), tp=2, recipe=file)

@@ -110,7 +110,7 @@ def test_untraced_and_wrong_is_seen_by_the_numbers(pool: Pool):
 
 def test_no_trace_and_not_all_covered():
     part = {**UNSEEN, "whole": {}}
-    with pytest.raises(TraceError, match=r"leaves out 1 parameters \(scale\), and no trace can plan them"):
+    with pytest.raises(TraceError, match=r"does not cover 1 parameters \(scale\), and no trace can plan them"):
         autotp.plan(unseen(), tp=2, recipe=part)
 
 
