@@ -8,7 +8,7 @@ that pass a depthwise convolution; mlp: everything between two products.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, count
+from itertools import chain, count, pairwise
 from typing import TYPE_CHECKING
 
 from autotp.axes.atoms import Atom, flat
@@ -136,11 +136,19 @@ def _bases(patterns: Mapping[Atom, str], cuts: Cuts, carried: Sequence[Sequence[
             base = bases.get(cut.major, "n")
             bases[cut.major], bases[cut.minor] = ("kv", "group") if base in ("h", "kv") else (base, base + "_group")
     products = [run for dims in carried for dim in dims for run in _runs(dim)]
+    # A small factor behind heads is the size of their groups where several weights have it (queries and their output), else a 3 of q, k, v.
+    behind: dict[Atom, set[int]] = {}
+    for number, dims in enumerate(carried):
+        for run in (r for dim in dims for r in _runs(dim) if len(dims) > 1):
+            for atom, after in pairwise(run):
+                if bases.get(atom) == "h" and after not in bases:
+                    behind.setdefault(after, set()).add(number)
+    counted = {atom for atom, numbers in behind.items() if len(numbers) > 1}
     tails: dict[Atom, set[int]] = {}
     for run in products:
         for i, atom in enumerate(run):
             if bases.get(atom) in ("h", "kv", "group"):
-                tails.setdefault(atom, set()).add(sum(a.size > SMALL or a in bases for a in run[i + 1 :]))
+                tails.setdefault(atom, set()).add(sum(a.size > SMALL or a in bases or a in counted for a in run[i + 1 :]))
     for run in products:  # a head axis that stands before one factor here and two there is that of key-value heads
         for atom, after, *rest in (run[i:] for i in range(len(run) - 1)):
             if bases.get(atom) == "h" and len(tails[atom]) > 1 and len([a for a in rest if a.size > SMALL]) >= 1 and after not in bases:

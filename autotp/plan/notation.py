@@ -59,9 +59,9 @@ class _Reader:
             if not self.peek():
                 raise self.fail("a parenthesis is not closed")
             if self.peek() == "|":
-                self.at += 1
                 if not parts[-1]:
                     raise self.fail("nothing stands before the |")
+                self.at += 1
                 parts.append([])
                 continue
             parts[-1].append(self.term())
@@ -81,7 +81,7 @@ class _Reader:
         own = int(name.partition("_")[0]) if name[0].isdigit() else UNKNOWN
         if match["size"]:
             own = int(match["size"])
-        if own == 0 and name[0].isdigit():
+        elif own == 0:
             raise self.fail("a factor of size 0")
         return Factor(name, own, match["star"] is not None, int(match["pieces"] or 1), match["of"] or "", int(match["granule"] or 1))
 
