@@ -262,6 +262,8 @@ class _Binder:
     def _pieces(self, names: tuple[str, ...], major: int, minor: int, every: Iterable[tuple[Expr, ...]]) -> int:
         """The number of pieces that leaves a rank the fewest elements; 1 pads the major names instead."""
         key = (names[0], major, minor)
+        if minor < 1:  # a size that could not be told, which is a problem already
+            return 1
         if key not in self.pieces:
             fewest = {-(-minor // -(-minor // n)) for n in range(1, minor + 1)}  # fewest pieces for each piece's size
             self.pieces[key] = min(fewest, key=lambda n: self._held(names, major, minor, n, every))

@@ -58,6 +58,10 @@ def bind_attributes(
         if len(dims) != 1:
             problems.add(item.pos, f"attributes.{item.key}", f'"{item.layout}" must be one dim, as "(h d)"')
             continue
+        if not size(dims[0]):
+            if not problems:
+                problems.add(item.pos, f"attributes.{item.key}", f'"{item.layout}": the size of one of its names is not known (sizes:)')
+            continue
         for path, name, value in hits:
             whole, part = size(dims[0]), size(dims[0], tp)
             if value != whole or isinstance(value, bool):
