@@ -48,7 +48,7 @@ def test_init_check_and_a_mistake(run, target):
     file.write_text(text.replace('c_attn.weight": "e (h d | h d | h d2)"', 'c_attn.weight": "e (h 3 d)"'))
     code, out, err = run("recipe", "check", file, target, "--tp", 2)
     assert (code, out) == (1, "")
-    line = next(i for i, t in enumerate(file.read_text().splitlines(), 1) if "c_attn.weight" in t)
+    line = next(i for i, t in enumerate(file.read_text().splitlines(), 1) if "c_attn.bias" in t)
     assert err.startswith(f"error: {file}:{line}:")
 
 
