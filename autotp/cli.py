@@ -99,7 +99,7 @@ def _plan(target: str, tp: int, inputs: str | None, recipe: str | None) -> Any:
     import autotp
     from autotp import targets
 
-    given = {"recipe": recipe, "example_inputs": examples(inputs)}
+    given: dict[str, Any] = {"recipe": recipe, "example_inputs": examples(inputs)}
     return autotp.plan(targets.resolve(target), tp=tp, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -137,10 +137,8 @@ def test_inputs_of_the_wrong_shape_are_a_trace_error() -> None:
         autotp.plan(Two(), tp=2, example_inputs={"x": torch.randn(2, OUTER + 1)})
 
 
-def test_recipes_are_refused() -> None:
-    recipe: Any = {}
-    with pytest.raises(InputError, match="recipe"):
-        autotp.plan(Two(), tp=2, recipe=recipe, **given())
+def test_a_recipe_that_says_nothing_changes_nothing() -> None:
+    assert autotp.plan(Two(), tp=2, recipe={}, **given()) == autotp.plan(Two(), tp=2, **given())
 
 
 def test_one_rank_plans_nothing() -> None:

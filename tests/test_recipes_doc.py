@@ -1,16 +1,15 @@
 """docs/recipes.md is true: its files are saved, its commands run, and they print what is written there.
 
-A `python` or `yaml` block that begins with `# name.ext` is saved under that name; each line of a `console` block that begins with `$ ` is run, and what
-follows it is its output, stdout before stderr, where `...` stands for anything. A command that prints `error: ` ends with exit code 1.
+A `python` or `yaml` block that begins with `# name.ext` is saved under that name; each line of a `console` block that begins with `$ ` is
+run, and what follows it is its output, stdout before stderr, where `...` stands for anything. A command that prints `error: ` ends with
+exit code 1.
 """
 
 from __future__ import annotations
 
 import doctest
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser
 
 import autotp
+from autotp import cli
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
-BIN = Path(sys.executable).parent
 CHECKER = doctest.OutputChecker()
 
 
@@ -33,33 +32,30 @@ def save(example: Example) -> None:
         example.namespace["saved"] += 1
 
 
-def run(example: Example) -> None:
-    for command in re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)[1:]:
-        line, _, wanted = command.partition("\n")
-        words = shlex.split(line)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"}
-        done = subprocess.run(
-            [BIN / words[0], *words[1:]],
-            cwd=example.namespace["folder"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=150,
-            check=False,
-        )
-        got = done.stdout + done.stderr
-        assert done.returncode == ("error: " in wanted), f"{line}\n{got}"
-        assert CHECKER.check_output(wanted, got, doctest.ELLIPSIS), f"{line}\nwanted:\n{wanted}\ngot:\n{got}"
-        example.namespace["ran"] += 1
-
-
 @pytest.mark.timeout(400)
-def test_page(tmp_path):
+def test_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(example: Example) -> None:
+        for command in re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)[1:]:
+            line, _, wanted = command.partition("\n")
+            program, *words = shlex.split(line)
+            assert program == "autotp"
+            code = cli.run(words)
+            captured = capsys.readouterr()
+            got = captured.out + captured.err
+            assert code == ("error: " in wanted), f"{line}\n{got}"
+            assert CHECKER.check_output(wanted, got, doctest.ELLIPSIS), f"{line}\nwanted:\n{wanted}\ngot:\n{got}"
+            example.namespace["ran"] += 1
+
     document = Document.parse(str(PAGE), CodeBlockParser("python", save), CodeBlockParser("yaml", save), CodeBlockParser("console", run))
     document.namespace.update(folder=tmp_path, saved=0, ran=0)
     for example in document.examples():
         example.evaluate()
     assert (document.namespace["saved"], document.namespace["ran"]) == (4, 7)
+    sys.modules.pop("kestrel", None)
 
 
 def test_names_of_the_page_are_there():

@@ -156,13 +156,16 @@ class _Binder:
 
     def _sizes(self) -> None:
         used = {f.name for e in self.recipe.entries for d in parse(e.layout) for f in factors(d)}
-        used |= {f.name for a in self.recipe.attributes for d in parse(a.layout) for f in factors(d)}
+        texts = [*(a.layout for a in self.recipe.attributes), *(b.value for b in (*self.recipe.arguments, *self.recipe.results))]
+        used |= {f.name for text in texts for d in parse(text) for f in factors(d)}
         for item in self.recipe.sizes:
             try:
                 self.sizes[item.name] = size_of(item.value, self.model)
             except InputError as error:
                 if item.name in used:
                     self.problems.add(item.pos, f"sizes.{item.name}", str(error))
+            if item.name not in used and item.pos.file == self.recipe.file:  # an inherited one may have lost its layouts
+                self.problems.add(item.pos, f"sizes.{item.name}", f"stands in no layout{nearest(item.name, used)}")
         for shard in self.recipe.shard:
             for name in shard.names:
                 if name not in used:

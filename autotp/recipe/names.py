@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 
 from torch import nn
 
 from autotp.recipe.bind import Bound, Problems
 from autotp.recipe.check import cut_sizes, own_params
+from autotp.recipe.match import folded
 from autotp.recipe.model import Role
 
 
@@ -27,14 +28,25 @@ def unnamed(bound: Bound) -> Iterator[tuple[str, str, int]]:
         found = {n for p in parts for d in p.layout.dims for n in cut_sizes(d, bound.tp)}
         for near in {path, path.rpartition(".")[0]}:
             sizes.setdefault(near, set()).update(found)
+    counters = _counters(bound.model, sizes)
     for path, wanted in sizes.items():
         module = bound.model.get_submodule(path)
         if isinstance(module, nn.Linear | nn.Embedding):
             continue  # their rewritten forms read shapes only
         read = {chain for code in _codes(type(module)) for chain in _chains(code)}
         for name, value in _ints(module):
-            if name in read and value in wanted and (path, name) not in named:
+            if name in read and value in wanted and (path, name) not in named and (folded(path), name) not in counters:
                 yield path, name, value
+
+
+def _counters(model: nn.Module, paths: Iterable[str]) -> set[tuple[str, str]]:
+    """(path with numbers as `*`, attribute) of what numbers the blocks: in every block it is the number of the block."""
+    found: dict[tuple[str, str], list[bool]] = {}
+    for path in paths:
+        numbers = [part for part in path.split(".") if part.isdigit()]
+        for name, value in _ints(model.get_submodule(path)) if numbers else ():
+            found.setdefault((folded(path), name), []).append(str(value) == numbers[-1])
+    return {key for key, same in found.items() if len(same) > 1 and all(same)}
 
 
 def unnamed_attributes(bound: Bound) -> list[str]:

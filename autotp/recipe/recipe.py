@@ -63,7 +63,7 @@ class Recipe:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
-        """A recipe from a path to a YAML file, the name of a bundled recipe or of a model type it is for, or a mapping.
+        """A recipe from a path to a YAML file, the name of a bundled recipe or of a model type it is for, a mapping, or YAML text.
 
         Raises:
             RecipeError: no such file or name, or problems in it: all of them at once, each as ``file:line:column: …``.
@@ -74,6 +74,8 @@ class Recipe:
             return cls._of(from_data(source), None, ())
         if not isinstance(source, str | os.PathLike):
             raise RecipeError(f"a recipe is a path, a bundled name, a mapping or an autotp.Recipe, got {type(source).__name__}")
+        if isinstance(source, str) and "\n" in source:
+            return cls.loads(source)
         path = bundled.find(os.fspath(source))
         return cls._read(path, ())
 

@@ -11,8 +11,9 @@ from autotp.planner import make_plan
 from tests.support.families import transformer
 
 
-@pytest.mark.parametrize("kind", ["llama", "falcon", "phi3", "mamba2"])
-@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize(
+    ("kind", "tp"), [("falcon", 3), *(pytest.param(k, 2, marks=pytest.mark.slow) for k in ("llama", "phi3", "mamba2"))]
+)
 def test_a_plan_that_is_asked_for_comes_out(kind, tp):
     model = transformer(kind)
     plan = autotp.plan(model, tp=tp)

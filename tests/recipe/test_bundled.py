@@ -1,7 +1,7 @@
 """The bundled recipes on their models: proven against the axes, and right without a trace.
 
-Untraced, the roles of a recipe alone place the collectives; nothing but the numbers tells whether they are the right ones. So each recipe is
-run so on real ranks and compared with one device in everything.
+Untraced, the roles of a recipe alone place the collectives; nothing but the numbers tells whether they are the right ones. So each
+recipe is run so on real ranks and compared with one device in everything.
 """
 
 from __future__ import annotations
@@ -119,3 +119,9 @@ def test_nothing_is_written_twice():
             for section, items in data.items():
                 if section in theirs and isinstance(items, dict) and section not in ("arguments", "results"):
                     assert not items.items() & theirs[section].items(), (name, section)
+
+
+def test_numbers_of_blocks_are_no_sizes():
+    """Layer 8 of a model with 8 heads has an int attribute of the value 8."""
+    plan = autotp.Recipe.load("llama").to_plan(transformer("llama", num_hidden_layers=10), tp=2)
+    assert plan.attributes == {}

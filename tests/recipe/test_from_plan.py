@@ -17,7 +17,8 @@ from tests.support.equivalence import check
 from tests.support.families import transformer, transformer_inputs
 from tests.support.ranks import Pool
 
-KINDS = ("llama", "gpt2", "falcon", "deepseek_v3", "mamba2", "t5")
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "deepseek_v3", "t5")]
+KINDS = ["gpt2", "falcon", "mamba2", *SLOW]
 
 
 @cache
@@ -37,13 +38,13 @@ def test_round_trip_is_exact(kind):
     assert Recipe.from_plan(read.to_plan(), model=model) == recipe
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "falcon"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("falcon", marks=pytest.mark.slow)])
 def test_planning_by_it_gives_the_same_plan(kind):
     model, plan = planned(kind, 3)
     assert autotp.plan(model, tp=3, recipe=Recipe.from_plan(plan)) == plan
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_at_another_number_of_ranks(kind):
     """Without the plan in it a recipe is for any number of ranks."""
     model, plan = planned(kind, 3)
@@ -52,7 +53,9 @@ def test_at_another_number_of_ranks(kind):
     assert at_two.local_share == pytest.approx(autotp.plan(model, tp=2).local_share)
 
 
-@pytest.mark.parametrize(("kind", "tp"), [("gptj", 2), ("deepseek_v3", 3), ("gpt_bigcode", 2), ("falcon", 3)])
+@pytest.mark.parametrize(
+    ("kind", "tp"), [("gptj", 2), ("falcon", 3), *(pytest.param(k, 2, marks=pytest.mark.slow) for k in ("deepseek_v3", "gpt_bigcode"))]
+)
 def test_its_words_are_enough_without_a_trace(pool: Pool, kind: str, tp: int):
     """What the planner placed, said in roles and boundaries, and made into a plan again from these alone."""
     model, plan = planned(kind, tp)

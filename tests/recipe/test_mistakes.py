@@ -113,7 +113,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
         "llama",
         [(f"  {K}\n", ""), ("inside:\n", 'inside:\n  self_attn.k_proj.weight: "n e"\n')],
         ("k_proj.weight", "n e"),
-        ["is not proven", "(h* d) e"],
+        ["is not proven", "(kv* d) e"],
     ),
     "norm inside a region said to be whole": (
         "llama",
@@ -162,6 +162,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
     ),
     "unsafe without a reason": ("llama", [("recipe: llama", "recipe: llama\nunsafe: true")], ("unsafe", "true"), ["wants a reason"]),
     "wrong type": ("llama", [('gate_proj.weight: "i e"', "gate_proj.weight: 3")], ("gate_proj.weight", "3"), ["got 3, wanted a layout"]),
+    "size that no layout has": ("gpt2", [("  h: num_att", "  hh: num_att")], ("hh:", "num_att"), ["sizes.hh: stands in no layout"]),
     "name in shard that no layout has": (
         "llama",
         [("shard: [kv group,", "shard: [kv group, hh,")],
@@ -221,7 +222,7 @@ NOTHING_WRONG = ("norm inside a region said to be whole",)  # llama has no such 
 def test_is_found(tmp_path, what):
     name, changes, (part, at), texts = MISTAKES[what]
     file, text = changed(tmp_path, name, *changes)
-    before = {n: p for n, p in model(name).named_parameters()}
+    before = dict(model(name).named_parameters())
     with pytest.raises(RecipeError) as caught:
         autotp.plan(model(name), tp=2, recipe=file)
     message = str(caught.value)

@@ -48,6 +48,7 @@ def test_written_and_read_back(tmp_path):
     assert Recipe.load(tmp_path / "out.yaml") == recipe
     assert Recipe.load(str(tmp_path / "out.yaml")) == recipe
     assert Recipe.load(recipe) is recipe
+    assert Recipe.load(SMALL) == recipe
 
 
 def test_extends_overrides_and_takes_out(tmp_path):
@@ -66,7 +67,7 @@ def test_merge_is_what_extends_does(tmp_path):
     (tmp_path / "small.yaml").write_text(SMALL)
     (tmp_path / "big.yaml").write_text('recipe: big\nextends: small.yaml\nsizes: { h: 8 }\npart: { o.weight: "e (h d)" }\n')
     assert Recipe.loads(SMALL).merge(top) == Recipe.load(tmp_path / "big.yaml")
-    with pytest.raises(RecipeError, match="merge takes an autotp.Recipe, got dict"):
+    with pytest.raises(RecipeError, match=r"merge takes an autotp\.Recipe, got dict"):
         top.merge({})
 
 
