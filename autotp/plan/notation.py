@@ -81,8 +81,6 @@ class _Reader:
         own = int(name.partition("_")[0]) if name[0].isdigit() else UNKNOWN
         if match["size"]:
             own = int(match["size"])
-        elif own == 0:
-            raise self.fail("a factor of size 0")
         return Factor(name, own, match["star"] is not None, int(match["pieces"] or 1), match["of"] or "", int(match["granule"] or 1))
 
 
@@ -161,8 +159,8 @@ def _with(expr: Expr, sizes: Mapping[str, int]) -> dict[str, Factor]:
 
 
 def _solve(expr: Expr, name: str, length: int) -> int:
-    """The largest size of `name` with which `expr` has at most `length` entries; at least 1."""
-    low, high = 1, max(length, 1)
+    """The largest size of `name` with which `expr` has at most `length` entries; at least 1, but for an empty dim."""
+    low, high = min(length, 1), length
     while low < high:
         middle = (low + high + 1) // 2
         if size(mapped(expr, _with(expr, {name: middle}))) <= length:

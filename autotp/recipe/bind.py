@@ -143,7 +143,8 @@ class _Binder:
         uncovered = tuple(n for n in self.shapes if n not in matched)
         values = {**self.sizes}
         for p in params.values():
-            values.update({f.name: f.size for d in p.layout.dims for f in factors(d) if f.sharded})
+            for f in (f for d in p.layout.dims for f in factors(d) if f.sharded):
+                values.setdefault(f.name, f.size)
         cut = lambda text: self._free(text, plain.values(), values)  # noqa: E731
         return Bound(
             self.recipe, self.model, self.tp, params, uncovered, aliases,

@@ -147,11 +147,11 @@ def _own(bound: Bound, path: str, params: list[BoundParam]) -> ModulePlan:
         name = p.name.rpartition(".")[2]
         if p.role is Role.INSIDE:
             uses.append(Use(path, name, GradSum.ALL))
-        elif p.role is Role.ROW and len(p.layout.shape) == 1:
+        elif p.role is Role.ROW and not p.names:
             uses.append(Use(path, name, conversions=(Conversion(Op.ONCE),)))
         elif p.layout.is_shared:
             uses.append(Use(path, name, GradSum.SHARED))
-        if len(p.layout.shape) < 2:
+        if len(p.layout.shape) < 2 or not p.names:
             continue
         if p.role in (Role.COLUMN, Role.GATHERED):
             inputs = (Slot((first_argument(module),), (Conversion(Op.COPY),)),)
@@ -188,7 +188,7 @@ def _traffic(bound: Bound) -> Iterator[Traffic]:
     """Collectives of the modules that roles imply, whose widths their weights tell."""
     shared: set[tuple[str, int]] = set()
     for path, params in own_params(bound).items():
-        for p in weights(params):
+        for p in (w for w in weights(params) if w.names):
             wide, narrow = _widths(p.layout)
             if p.role in (Role.ROW, Role.LOOKUP):
                 yield Traffic(path, "all_reduce", "forward", narrow)

@@ -20,8 +20,8 @@ Rule = Callable[[Bound, Problems], None]
 
 
 def check(bound: Bound, problems: Problems) -> None:
-    """Run every rule."""
-    for rule in _RULES:
+    """Run every rule; the roles of a recipe that wants a trace are left to the proof."""
+    for rule in _LAYOUT_RULES if bound.recipe.trace else (*_LAYOUT_RULES, *_ROLE_RULES):
         rule(bound, problems)
 
 
@@ -72,9 +72,10 @@ def first_argument(module: nn.Module) -> str:
 
 def _cut_or_whole(bound: Bound, problems: Problems) -> None:
     shard = {n: s for s in bound.recipe.shard for n in s.names}
+    several = {path for path, params in own_params(bound).items() if sum(bool(p.names) for p in weights(params)) > 1}
     for p in bound.params.values():
         text = f'"{p.entry.layout}"'
-        if p.role.cut and not p.names and not (p.role is Role.ROW and len(p.layout.shape) == 1):
+        if p.role.cut and not p.names and not (p.role is Role.ROW and (len(p.layout.shape) == 1 or p.module in several)):
             wanted = f"shard: {', '.join(shard) or 'nothing'}"
             problems.add(p.entry.at, p.name, f"{text} is {p.role.value}, and none of its names is cut ({wanted})")
         if p.role is Role.ROW and len(p.layout.shape) == 1 and p.names:
@@ -90,22 +91,38 @@ def _cut_or_whole(bound: Bound, problems: Problems) -> None:
 
 
 def _pairs(bound: Bound, problems: Problems) -> None:
-    """A column needs a row that sums over the same name in the same block, and a row a column."""
+    """A column needs a row that sums over the same name in the same block, and a row a column.
+
+    The two may stand in neighbouring blocks that have nothing but the one and the other (convolutions in a row), and what a column makes
+    may be summed or gathered as the result of a module around it.
+    """
     found: dict[tuple[str, str], set[str]] = {}  # (block, name) → the roles that meet there
     for p in weights(bound.params.values()):
         for name in p.names:
             for block in scopes(p.module):
                 found.setdefault((block, name), set()).add(p.role.value)
+    leaving = [b.module for b in bound.results if b.boundary.value != "enter"]
     for p in weights(bound.params.values()):
         other = {Role.COLUMN: Role.ROW, Role.ROW: Role.COLUMN}.get(p.role)
         if other is None:
             continue
         for name in sorted(p.names):
             near = [found[block, name] for block in scopes(p.module)]
-            if not any({other.value, Role.PART.value} & roles for roles in near):
+            beside = [
+                found.get((b, name)) for block in scopes(p.module) for b in _neighbours(block) if found[block, name] == {p.role.value}
+            ]
+            summed = p.role is Role.COLUMN and any(under(p.module, m) for m in leaving)
+            if not any({other.value, Role.PART.value} & roles for roles in near) and {other.value} not in beside and not summed:
                 block = next(scopes(p.module)) or type(bound.model).__name__
                 what = f"a {p.role.value} without its {other.value}: no {other.value} in {block} is cut along {name}"
                 problems.add(p.entry.at, p.name, what)
+
+
+def _neighbours(block: str) -> Iterator[str]:
+    """The blocks before and behind a numbered one."""
+    around, _, number = block.rpartition(".")
+    if number.isdigit():
+        yield from (f"{around + '.' if around else ''}{n}" for n in (int(number) - 1, int(number) + 1))
 
 
 def _bias(bound: Bound, problems: Problems) -> None:
@@ -214,10 +231,10 @@ def _behind(expr: Expr) -> Iterator[str]:
 
 def _twice(bound: Bound, problems: Problems) -> None:
     """Nothing is reduced twice, and nothing enters a region from inside of one."""
-    leaving = [b.module for b in bound.results if b.boundary.value == "leave"]
+    leaving = [b.module for b in bound.results if b.boundary.value == "leave" and not b.path]
     for p in bound.params.values():
         out = next((m for m in leaving if under(p.module, m)), None)
-        if out is not None and p.role in (Role.ROW, Role.LOOKUP):
+        if out is not None and p.role in (Role.ROW, Role.LOOKUP) and p.names:
             text = f"is {p.role.value} in {out}, whose result leaves (results:): it would be summed twice; say part, or take that out"
             problems.add(p.entry.at, p.name, text)
     inside = entered(bound)
@@ -257,7 +274,7 @@ def _several(bound: Bound, problems: Problems) -> None:
     leaving = {b.module for b in bound.results if b.boundary.value == "leave"}
     regions = entered(bound)
     for path, params in own_params(bound).items():
-        heavy = [p for p in weights(params) if p.role.cut]
+        heavy = [p for p in weights(params) if p.names]
         if len(heavy) < 2:
             continue
         for p in heavy:
@@ -275,7 +292,8 @@ def _join(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-_RULES: tuple[Rule, ...] = (_cut_or_whole, _pairs, _bias, _ties, _dims, _regions, _twice, _entrance, _several)
+_LAYOUT_RULES: tuple[Rule, ...] = (_cut_or_whole, _bias, _ties)
+_ROLE_RULES: tuple[Rule, ...] = (_pairs, _dims, _regions, _twice, _entrance, _several)
 
 
 def cut_sizes(expr: Expr, tp: int) -> set[int]:

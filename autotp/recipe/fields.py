@@ -29,16 +29,16 @@ def fields(config: object) -> dict[str, int]:
 def expressions(sizes: Mapping[str, int], config: object) -> dict[str, int | str]:
     """Name → field, or arithmetic over fields, or the number itself where neither is found."""
     known = fields(config)
+    same = {name: [n for n, v in known.items() if v == value] for name, value in sizes.items()}
     out: dict[str, int | str] = {}
-    for name, value in sizes.items():
-        same = [n for n, v in known.items() if v == value]
-        found = _likeliest(name, same)
-        if found is not None:
-            out[name] = found
-    used = [str(text) for text in out.values()]
+    for name, fitting in same.items():
+        found = [n for hint in _HINTS.get(_base(name), ()) for n in fitting if hint in n]
+        if found:
+            out[name] = found[0]
     for name, value in sizes.items():
         if name not in out:
-            out[name] = next(_arithmetic(value, used, known), value)
+            alone = same[name][0] if len(same[name]) == 1 else value
+            out[name] = next(_arithmetic(name, value, out, known), alone)
     return {name: out[name] for name in sizes}
 
 
@@ -47,21 +47,20 @@ def candidates(value: int | str, config: object) -> list[str]:
     return [n for n, v in fields(config).items() if v == value]
 
 
-def _likeliest(name: str, same: list[str]) -> str | None:
-    for hint in _HINTS.get(name.rstrip("0123456789_"), ()):
-        hits = [n for n in same if hint in n]
-        if hits:
-            return min(hits, key=len)
-    return same[0] if len(same) == 1 else None
+def _base(name: str) -> str:
+    return name.rstrip("0123456789_")
 
 
-def _arithmetic(value: int, used: list[str], known: Mapping[str, int]) -> Iterator[str]:
-    """Quotients and small multiples of fields that other names are."""
-    for a in dict.fromkeys(used):
-        for b in dict.fromkeys(used):
-            if a in known and b in known and a != b and known[a] == value * known[b]:
-                yield f"{a} // {b}"
-    for a in dict.fromkeys(used):
-        for factor in range(2, 9):
-            if known.get(a, 0) * factor == value:
-                yield f"{factor} * {a}"
+def _arithmetic(name: str, value: int, found: Mapping[str, int | str], known: Mapping[str, int]) -> Iterator[str]:
+    """What some sizes usually are of others, where the numbers agree: groups, widths of heads, widths of an MLP."""
+    heads = [n for n in known if _likely("h", n) and "key_value" not in n and "kv" not in n]
+    wide = [n for n in known if n == found.get("e")]
+    base = _base(name)
+    pairs = {"group": (heads, [str(found.get("kv"))]), "d": (wide, heads)}.get(base, ([], []))
+    yield from (f"{a} // {b}" for a in pairs[0] for b in pairs[1] if b in known and known[a] == value * known[b])
+    if base == "i":
+        yield from (f"{k} * {a}" for a in wide for k in range(2, 9) if known[a] * k == value)
+
+
+def _likely(name: str, candidate: str) -> bool:
+    return any(hint in candidate for hint in _HINTS.get(name, ()))

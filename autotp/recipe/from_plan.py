@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from autotp.errors import RecipeError
 from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, factors, is_sharded, size
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Slot
+from autotp.plan.notation import mapped
 from autotp.plan.plan import Plan
 from autotp.recipe.bind import bind
 from autotp.recipe.fields import candidates, expressions, fields
@@ -32,7 +34,12 @@ def recipe_of(plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -
     made = _Writer(plan, getattr(model, "config", None)).run(plan if pin else None)
     if model is None:
         return made
-    keys = dict.fromkeys(folded(f"{path}.{name}" if path else name) for path, name, _ in unnamed(bind(made, model, plan.tp)))
+    try:
+        bound = bind(made, model, plan.tp)
+    except RecipeError:  # the rules for roles do not know every way in which a planner may be right: then the proof has to tell
+        made = replace(made, trace=True)
+        bound = bind(made, model, plan.tp)
+    keys = dict.fromkeys(folded(f"{path}.{name}" if path else name) for path, name, _ in unnamed(bound))
     return replace(made, attributes=(*made.attributes, *(Attribute(key, WHOLE) for key in keys)))
 
 
@@ -123,8 +130,8 @@ class _Writer:
         found = {f.of: f.name for f in self.words.cut.values() if f.of and f.name not in self.words.mixed}
         runs = [run for layout in self.layouts.values() for d in layout.dims for run in _products(d)]
         for major, f in self.words.cut.items():
-            if f.of or major in found or f.granule > 1 or major in self.words.mixed:
-                continue
+            if f.of or major in found or f.granule > 1 or major in self.words.mixed or f.size % self.plan.tp:
+                continue  # where the plan pads the major one, the pieces were no better
             behind = {run[i + 1] for run in runs for i, n in enumerate(run[:-2]) if n == major}  # with another factor behind it
             alone = [run for run in runs if major in run and not behind & set(run)]
             lonely = [run for run in runs if behind & set(run) and major not in run]
@@ -154,8 +161,7 @@ class _Writer:
         if isinstance(expr, Factor):
             marked = expr.sharded and expr.name in self.words.mixed
             more = (f"*{expr.pieces}" if expr.pieces > 1 or expr.of else "*") + (f"/{expr.of}" if expr.of else "") if marked else ""
-            name = "_" if expr.size == 0 else expr.name
-            return name + more + (f"%{expr.granule}" if marked and expr.granule > 1 else "")
+            return expr.name + more + (f"%{expr.granule}" if marked and expr.granule > 1 else "")
         if isinstance(expr, Product):
             inner = " ".join(f"({self._dim(p, top=False)})" if isinstance(p, Concat) else self._dim(p, top=False) for p in expr.parts)
         else:
@@ -191,8 +197,8 @@ class _Writer:
             return Role.LOOKUP
         if path not in self.modules:  # a module that is not called by this name: tied ones are
             called = [n for n in self._tied(name) if n.rpartition(".")[0] in self.modules]
-            if called:
-                return self._role(called[0])
+            if any(self._role(n) is Role.LOOKUP for n in called):
+                return Role.LOOKUP
         heavy = [
             n for n, p in self.plan.params.items() if n.rpartition(".")[0] == path and len(p.layout.shape) > 1 and p.layout.dim is not None
         ]
@@ -226,9 +232,11 @@ class _Writer:
 
     def _needs_trace(self, m: ModulePlan) -> bool:
         """True for changes that a recipe has no words for."""
+        slots = [c.expr for s in (*m.inputs, *m.outputs) for c in s.conversions if c.expr is not None]
+        unusual = any(not self._usual(e) for e in slots)
         other_uses = any(u.owner != m.path or any(c.op is not Op.ONCE for c in u.conversions) for u in m.uses)
         sites = any(s.kernel is not Kernel.LOOKUP or s.inputs or s.ints for s in m.sites)
-        return other_uses or sites
+        return other_uses or sites or unusual
 
     def _arguments(self) -> Iterator[Boundary]:
         found: list[tuple[str, str, str]] = []
@@ -262,11 +270,16 @@ class _Writer:
 
     def _activation(self, c: Conversion) -> str:
         assert c.dim is not None and c.expr is not None
-        return " ".join([self._dim(c.expr), *["_"] * (-c.dim - 1)])
+        free = mapped(c.expr, {f.name: replace(f, name="_") for f in factors(c.expr) if f.size == 0})
+        return " ".join([self._dim(free), *["_"] * (-c.dim - 1)])
 
     def _attributes(self) -> Iterator[Attribute]:
         found = [(m.path, a.path, self._attribute(m.path, a.value, a.local)) for m in self.plan.modules for a in m.attributes]
         yield from (Attribute(f"{path}.{name}" if path else name, layout) for path, name, layout in self._merged(found))
+
+    def _usual(self, expr: Expr) -> bool:
+        """True where the names of an expression have the sizes that the recipe gives them."""
+        return all(self.words.sizes[f.name].most_common(1)[0][0] == f.size for f in factors(expr) if f.name in self.named)
 
     def _attribute(self, path: str, value: int, local: int) -> str:
         """A layout with the attribute's value and local value, from the parameters in and near its module."""
@@ -275,7 +288,7 @@ class _Writer:
                 if around and not name.startswith(around + "."):
                     continue
                 for expr in (e for d in p.layout.dims if is_sharded(d) for e in _inside(d)):
-                    if size(expr) == value and size(expr, self.plan.tp) == local:
+                    if size(expr) == value and size(expr, self.plan.tp) == local and self._usual(expr):
                         return self._dim(expr)
         return LOCAL
 

@@ -41,34 +41,46 @@ def bind_attributes(
     problems: Problems,
 ) -> Iterator[BoundAttribute]:
     """The attributes that `items` name; `cut` gives a layout with its factors sized and cut."""
+    found: dict[tuple[str, str], tuple[Pattern, BoundAttribute]] = {}
     for item in items:
-        hits = list(_find(item.key, modules))
-        if not hits and not item.optional:
-            ends = [f"{path}.{name}" for path, m in modules.items() for name in vars(m) if not name.startswith("_")]
-            text = f"no module has the attribute {item.key}{nearest(item.key, ends)} (a key that may be missing ends in ?)"
-            problems.add(item.pos, "attributes", text)
-            continue
-        if item.layout == WHOLE:
-            yield from (BoundAttribute(path, LocalAttribute(name, value, value), item) for path, name, value in hits)
-            continue
-        if item.layout == LOCAL:
-            yield from (BoundAttribute(path, LocalAttribute(name, value, UNKNOWN), item) for path, name, value in hits)
-            continue
-        dims = cut(item.layout)
-        if len(dims) != 1:
-            problems.add(item.pos, f"attributes.{item.key}", f'"{item.layout}" must be one dim, as "(h d)"')
-            continue
-        if not size(dims[0]):
-            if not problems:
-                problems.add(item.pos, f"attributes.{item.key}", f'"{item.layout}": the size of one of its names is not known (sizes:)')
-            continue
+        pattern = Pattern(item.key)
+        for bound in _bound(item, modules, cut, tp, problems):
+            before = found.get((bound.module, bound.local.path))
+            if before is not None and before[0].rank == pattern.rank:
+                text = f"{before[0].key} and {item.key} match it equally well; write one of them longer"
+                problems.add(item.pos, f"{bound.module}.{bound.local.path}", text)
+            if before is None or before[0].rank < pattern.rank:  # the most specific key has it, as for parameters
+                found[bound.module, bound.local.path] = (pattern, bound)
+    yield from (bound for _, bound in found.values())
+
+
+def _bound(
+    item: Attribute, modules: Mapping[str, nn.Module], cut: Callable[[str], tuple[Expr, ...]], tp: int, problems: Problems
+) -> Iterator[BoundAttribute]:
+    hits = list(_find(item.key, modules))
+    if not hits and not item.optional:
+        ends = [f"{path}.{name}" for path, m in modules.items() for name in vars(m) if not name.startswith("_")]
+        text = f"no module has the attribute {item.key}{nearest(item.key, ends)} (a key that may be missing ends in ?)"
+        problems.add(item.pos, "attributes", text)
+        return
+    if item.layout in (WHOLE, LOCAL):
         for path, name, value in hits:
-            whole, part = size(dims[0]), size(dims[0], tp)
-            if value != whole or isinstance(value, bool):
-                text = f'got {value!r} in the model, and "{item.layout}" is {whole}'
-                problems.add(item.pos, f"{path + '.' if path else ''}{name}", text)
-                continue
-            yield BoundAttribute(path, LocalAttribute(name, whole, part), item)
+            yield BoundAttribute(path, LocalAttribute(name, value, value if item.layout == WHOLE else UNKNOWN), item)
+        return
+    dims = cut(item.layout)
+    if len(dims) != 1:
+        problems.add(item.pos, f"attributes.{item.key}", f'"{item.layout}" must be one dim, as "(h d)"')
+        return
+    if not size(dims[0]):
+        if not problems:
+            problems.add(item.pos, f"attributes.{item.key}", f'"{item.layout}": the size of one of its names is not known (sizes:)')
+        return
+    for path, name, value in hits:
+        whole, part = size(dims[0]), size(dims[0], tp)
+        if value != whole or isinstance(value, bool):
+            problems.add(item.pos, f"{path + '.' if path else ''}{name}", f'got {value!r} in the model, and "{item.layout}" is {whole}')
+            continue
+        yield BoundAttribute(path, LocalAttribute(name, whole, part), item)
 
 
 def _find(key: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, Any]]:

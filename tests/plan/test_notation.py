@@ -66,7 +66,6 @@ def test_marks():
         ("(a | | b)", 5, "nothing stands before"),
         ("a $b", 2, "got '$b'"),
         ("(a ,b)", 3, "got ',b'"),
-        ("a 0", 2, "size 0"),
         ("a-b", 0, "got 'a-b'"),
     ],
 )

@@ -92,9 +92,10 @@ def test_nearest():
 
 
 def test_sizes_that_a_program_writes():
-    config = SimpleNamespace(num_attention_heads=8, num_key_value_heads=4, hidden_size=64, vocab_size=64, pad_token_id=8, n_layer=2)
-    found = expressions({"kv": 4, "h": 8, "group": 2, "d": 8, "e": 64, "v": 64, "i": 256, "n": 77}, config)
+    config = SimpleNamespace(num_attention_heads=16, num_key_value_heads=4, hidden_size=128, vocab_size=128, pad_token_id=8)
+    found = expressions({"kv": 4, "group": 4, "d": 8, "e": 128, "v": 128, "i": 512, "n": 77}, config)
     assert found == {
-        "kv": "num_key_value_heads", "h": "num_attention_heads", "group": "n_layer", "d": "num_attention_heads", "e": "hidden_size",
-        "v": "vocab_size", "i": "4 * hidden_size", "n": 77,
+        "kv": "num_key_value_heads", "group": "num_attention_heads // num_key_value_heads", "d": "hidden_size // num_attention_heads",
+        "e": "hidden_size", "v": "vocab_size", "i": "4 * hidden_size", "n": 77,
     }  # fmt: skip
+    assert expressions({"h": 16}, config) == {"h": "num_attention_heads"}
