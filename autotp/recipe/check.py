@@ -101,7 +101,7 @@ def _pairs(bound: Bound, problems: Problems) -> None:
         for name in p.names:
             for block in scopes(p.module):
                 found.setdefault((block, name), set()).add(p.role.value)
-    leaving = [b.module for b in bound.results if b.boundary.value != "enter"]
+    leaving = [b.module for b in bound.results if b.boundary.value != "enter" and not b.path]
     for p in weights(bound.params.values()):
         other = {Role.COLUMN: Role.ROW, Role.ROW: Role.COLUMN}.get(p.role)
         if other is None:
