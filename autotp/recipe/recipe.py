@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,8 +248,3 @@ def _line(problem: str) -> tuple[str, int, int]:
     file, _, rest = problem.partition(":")
     numbers = rest.split(":")[:2]
     return (file, *(int(n) if n.isdigit() else 0 for n in (*numbers, "", "")[:2]))  # type: ignore[return-value]
-
-
-def recipes() -> Iterator[str]:
-    """Names of the bundled recipes."""
-    yield from bundled.names()
