@@ -143,6 +143,9 @@ def _bias(bound: Bound, problems: Problems) -> None:
             elif weight.role is Role.ROW and bias.role is not Role.ROW:
                 text = f"is {bias.role.value}, and its weight is row ({weight.entry.at}): under row: it is added once, not on every rank"
                 problems.add(bias.entry.at, bias.name, text)
+            elif weight.role is Role.PART and not bias.names and bias.role is not Role.ROW:
+                text = f"is {bias.role.value}, and its weight is part ({weight.entry.at}): cut it alike, or under row: it is added once"
+                problems.add(bias.entry.at, bias.name, text)
             elif not weight.role.cut and bias.role.cut:
                 text = f"is {bias.role.value}, and its weight is {weight.role.value} ({weight.entry.at})"
                 problems.add(bias.entry.at, bias.name, text)

@@ -43,6 +43,19 @@ UNSEEN = {
 }
 
 
+class Summing(Unseen):
+    """The same without a residual: its result is a sum over the hidden width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.from_numpy(np.sign(x.detach().numpy()))
+        return self.fall(torch.tanh(self.rise(x * kept * self.scale)))
+
+
+def summing() -> nn.Module:
+    torch.manual_seed(3)
+    return Summing()
+
+
 def unseen() -> nn.Module:
     torch.manual_seed(3)
     return Unseen()
@@ -137,6 +150,21 @@ def test_norm_over_what_is_cut_wants_a_trace():
 
     with pytest.raises(RecipeError, match="part of a RMSNorm, which may compute across what is cut"):
         autotp.plan(Normed(), tp=2, recipe={**UNSEEN, "part": {"norm.weight": "i"}})
+
+
+def test_a_bias_of_a_partial_sum_is_added_once(pool: Pool):
+    """A sum that leaves as the result of the module around it: each rank's summand would have the bias."""
+    region = {
+        "shard": ["i"],
+        "part": {"rise.weight": "i e", "rise.bias": "i", "fall.weight": "e i"},
+        "arguments": {"": {"x": "enter"}},
+        "results": {"": {"": "leave"}},
+    }
+    wrong = {**region, "inside": {"fall.bias": "e", "scale": "e"}}
+    with pytest.raises(RecipeError, match=r"fall\.bias: is inside, and its weight is part .* under row: it is added once"):
+        autotp.plan(summing(), tp=2, recipe=wrong)
+    right = {**region, "row": {"fall.bias": "e"}, "inside": {"scale": "e"}}
+    check(pool, summing, unseen_inputs, world=2, pass_inputs=False, options={"recipe": right}).require("forward", "grad", "step")
 
 
 def test_unsafe_is_the_only_way_past_the_proof(pool: Pool):
