@@ -140,18 +140,25 @@ class _Writer:
         return found
 
     def _sizes(self) -> Iterator[Size]:
-        usual = {n: c.most_common(1)[0][0] for n, c in self.words.sizes.items() if n in self.named}
-        for name, value in expressions(usual, self.config).items():
+        for name, value in self.named.items():
             yield Size(name, value)
 
-    def _named(self) -> set[str]:
-        """Names whose sizes have to be written: shapes tell the size of a whole factor that has a dim for itself."""
+    def _named(self) -> dict[str, int | str]:
+        """Names whose sizes are written, with them.
+
+        Fields of the config are written wherever they are found. A number ties the recipe to this size, so it is left out where the shape
+        tells it: where the name is the only one of its dim whose size is not known.
+        """
         dims = [d for layout in self.layouts.values() for d in layout.dims]
-        alone = {d.name for d in dims if isinstance(d, Factor) and not d.sharded}
         inside = {f.name for d in dims for f in factors(d) if not isinstance(d, Factor) or f.sharded}
-        known = set(expressions({n: next(iter(self.words.sizes[n])) for n in alone - inside if len(self.words.sizes[n]) == 1}, self.config))
-        fits = {n for n in known if candidates(next(iter(self.words.sizes[n])), self.config)}
-        return {n for n in inside | fits if not n[0].isdigit() and n != "_"}
+        usual = {n: c.most_common(1)[0][0] for n, c in self.words.sizes.items() if not n[0].isdigit() and n != "_"}
+        usual = {n: size for n, size in usual.items() if n in inside or len(self.words.sizes[n]) == 1}
+        found = expressions(usual, self.config)
+        numbers = {n for n, value in found.items() if isinstance(value, int)}
+        together = [{f.name for f in factors(d)} & numbers for d in dims]
+        needed = {n for names in together if len(names) > 1 for n in names}
+        keep = needed if self.config is not None else needed | inside
+        return {n: value for n, value in found.items() if n not in numbers or n in keep}
 
     def _text(self, layout: Layout) -> str:
         return " ".join(self._dim(d) for d in layout.dims) or "()"
