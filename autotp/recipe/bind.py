@@ -149,8 +149,8 @@ class _Binder:
         return Bound(
             self.recipe, self.model, self.tp, params, uncovered, aliases,
             tuple(bind_attributes(self.recipe.attributes, self.modules, cut, self.tp, self.problems)),
-            tuple(self._boundaries("arguments", self.recipe.arguments, plain.values(), values)),
-            tuple(self._boundaries("results", self.recipe.results, plain.values(), values)),
+            tuple(self._boundaries("arguments", self.recipe.arguments, params, plain.values(), values)),
+            tuple(self._boundaries("results", self.recipe.results, params, plain.values(), values)),
         )  # fmt: skip
 
     # sizes and names ----------------------------------------------------------------------------------------------------------
@@ -295,7 +295,12 @@ class _Binder:
     # boundaries ---------------------------------------------------------------------------------------------------------------
 
     def _boundaries(
-        self, kind: str, items: Iterable[Boundary], every: Iterable[tuple[Expr, ...]], values: Mapping[str, int]
+        self,
+        kind: str,
+        items: Iterable[Boundary],
+        params: Mapping[str, BoundParam],
+        every: Iterable[tuple[Expr, ...]],
+        values: Mapping[str, int],
     ) -> Iterable[BoundBoundary]:
         for item in items:
             pattern = Pattern(item.module)
@@ -311,8 +316,15 @@ class _Binder:
                     continue
             parts = tuple(int(p) if p.isdigit() else p for p in item.path.split(".")) if item.path else ()
             for path in hits:
-                if kind == "results" or self._takes(path, item, str(parts[0])):
+                if self._gives(path, item, params) if kind == "results" else self._takes(path, item, str(parts[0])):
                     yield BoundBoundary(path, parts, item, dims)
+
+    def _gives(self, path: str, item: Boundary, params: Mapping[str, BoundParam]) -> bool:
+        """False for a module whose result may leave and does not: a row in it has summed what is cut, or nothing in it is."""
+        if not item.optional or item.value != "leave":
+            return True
+        inside = {p.role for p in params.values() if p.names and (p.module + ".").startswith(path + "." if path else "")}
+        return Role.PART in inside and Role.ROW not in inside
 
     def _takes(self, path: str, item: Boundary, argument: str) -> bool:
         """True when the forward of a module has the argument."""

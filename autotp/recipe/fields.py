@@ -1,6 +1,6 @@
 """Which field of a config a size is, so that a recipe written by a program fits the model at other sizes too.
 
-Fields are told by their values; where several have the value, by what their names usually mean. A wrong guess cannot do harm: the sizes
+Fields are told by their values and by what their names usually mean. A wrong guess cannot do harm: the sizes
 of a recipe are checked against the shapes of the parameters.
 """
 
@@ -37,8 +37,7 @@ def expressions(sizes: Mapping[str, int], config: object) -> dict[str, int | str
             out[name] = found[0]
     for name, value in sizes.items():
         if name not in out:
-            alone = same[name][0] if len(same[name]) == 1 else value
-            out[name] = next(_arithmetic(name, value, out, known), alone)
+            out[name] = next(_arithmetic(name, value, out, known), value)
     return {name: out[name] for name in sizes}
 
 

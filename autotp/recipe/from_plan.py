@@ -6,8 +6,9 @@ of forwards have no words, and make the recipe one that wants the traced model.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,13 +26,14 @@ from autotp.recipe.match import folded
 from autotp.recipe.model import Attribute, Boundary, Entry, Role, Shard, Size
 from autotp.recipe.names import unnamed
 from autotp.recipe.recipe import Recipe
+from autotp.recipe.renamed import renamed
 
 _SUMS = frozenset((Op.REDUCE, Op.HOLD, Op.JOIN))
 
 
 def recipe_of(plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -> Recipe:
     """The recipe of a plan; see `Recipe.from_plan`."""
-    made = _Writer(plan, getattr(model, "config", None)).run(plan if pin else None)
+    made = _Writer(renamed(plan), model).run(plan if pin else None)
     if model is None:
         return made
     try:
@@ -90,8 +92,8 @@ class _Words:
 
 
 class _Writer:
-    def __init__(self, plan: Plan, config: object) -> None:
-        self.plan, self.config = plan, config
+    def __init__(self, plan: Plan, model: nn.Module | None) -> None:
+        self.plan, self.model, self.config = plan, model, getattr(model, "config", None)
         self.modules = {m.path: m for m in plan.modules}
         self.words = _Words()
         self.layouts: dict[str, Layout] = {}
@@ -250,14 +252,36 @@ class _Writer:
         for m in self.plan.modules:
             if self._weight_role(m.path) not in (Role.COLUMN, Role.GATHERED):
                 found += [(m.path, ".".join(map(str, slot.path)), self._boundary(slot)) for slot in m.inputs]
-        yield from (Boundary(*b) for b in self._merged(found))
+        yield from self._folded(found, self._takes)
 
     def _results(self) -> Iterator[Boundary]:
         found: list[tuple[str, str, str]] = []
         for m in self.plan.modules:
             implied = self._weight_role(m.path) in (Role.ROW, Role.LOOKUP, Role.GATHERED)
             found += [(m.path, ".".join(map(str, s.path)), self._boundary(s)) for s in m.outputs if s.path or not implied]
-        yield from (Boundary(*b) for b in self._merged(found))
+        yield from self._folded(found, self._gives)
+
+    def _folded(self, items: list[tuple[str, str, str]], has: Callable[[str, str, str], bool]) -> Iterator[Boundary]:
+        """The boundaries with numbers as `*` where they can be; optional where `has` tells the modules that have one from the others."""
+        done: set[tuple[str, str, str]] = set()
+        for key, name, value in self._merged(items):
+            fold, others = folded(key), {p for p, n, v in items if (folded(p), n, v) == (folded(key), name, value)}
+            blocks = self.blocks.get(fold, set())
+            if key != fold and all(has(p, name, value) == (p in others) for p in blocks):
+                if (fold, name, value) not in done:
+                    yield Boundary(fold, name, value, optional=True)
+                done.add((fold, name, value))
+            else:
+                yield Boundary(key, name, value)
+
+    def _takes(self, path: str, name: str, value: str) -> bool:
+        if self.model is None:
+            return False
+        return name.partition(".")[0] in inspect.signature(self.model.get_submodule(path).forward).parameters
+
+    def _gives(self, path: str, name: str, value: str) -> bool:
+        inside = {self._role(n) for n, p in self.plan.params.items() if n.startswith(path + ".") and p.layout.dim is not None}
+        return value == "leave" and Role.PART in inside and Role.ROW not in inside
 
     def _merged(self, items: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
         """(module, name, value) with numbers as `*` where every block has the same, written out where not."""
