@@ -7,18 +7,17 @@ numbers. So everything that cannot be said is found, and raised.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from autotp.errors import PlanError
+from autotp.plan.folding import folded
 from autotp.plan.layout import Concat, Factor, Layout
 from autotp.plan.model import GradSum, Kernel, ModulePlan, Op
 
 if TYPE_CHECKING:
     from autotp.plan.plan import Plan
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _SUMS = frozenset((Op.REDUCE, Op.HOLD, Op.JOIN))
 COLUMN, ROW, GATHERED, LOOKUP, INSIDE = "column", "row", "gathered", "lookup", "inside"
 
@@ -72,7 +71,7 @@ class _Exporter:
     def check(self) -> None:
         """Raise what was found."""
         if self.problems:
-            unique = list(dict.fromkeys(_NUMBER.sub("*", p) for p in self.problems))
+            unique = list(dict.fromkeys(folded(p) for p in self.problems))
             raise PlanError(f"{self.wanted} cannot say what this plan does:\n  " + "\n  ".join(unique))
 
     def words(self) -> dict[str, str]:
@@ -176,5 +175,5 @@ def _folded(words: Mapping[str, str]) -> dict[str, str]:
     """Numbers in names as `*` where all names that fold to one have the same word."""
     groups: dict[str, set[str]] = {}
     for name, word in words.items():
-        groups.setdefault(_NUMBER.sub("*", name), set()).add(word)
-    return {(_NUMBER.sub("*", n) if len(groups[_NUMBER.sub("*", n)]) == 1 else n): word for n, word in words.items()}
+        groups.setdefault(folded(name), set()).add(word)
+    return {(folded(n) if len(groups[folded(n)]) == 1 else n): word for n, word in words.items()}

@@ -16,13 +16,13 @@ Where results meet in a sum and one of these fails, a note says which (`_notes`)
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import pairwise
 from math import prod
 
+from autotp.plan.folding import folded
 from autotp.plan.labels import SlotKey, Space
 from autotp.plan.model import Op
 from autotp.plan.moves import Moves, slot_key
@@ -30,7 +30,6 @@ from autotp.trace.graph import Graph, Node, Pseudo, Value
 
 #: Operators that give back the elements of their first argument in order, as long as their number and dtype stay.
 _IDENTITIES = frozenset(("alias", "to", "_to_copy", "clone", "contiguous", "view", "reshape", "_unsafe_view", "flatten", "enter", "exit"))
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +195,7 @@ def _notes(space: Space, exits: Sequence[Node], trails: Mapping[int, _Trail], re
 
 
 def _name(exit: Node) -> str:
-    return _NUMBER.sub("*", _slot(exit)[1])
+    return folded(_slot(exit)[1])
 
 
 def _reached(space: Space, exit: Node, stop: int) -> tuple[set[int], set[int]]:

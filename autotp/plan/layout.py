@@ -17,7 +17,7 @@ and overlap only on what is shared; every index is `owned` exactly once.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -302,14 +302,20 @@ def fitted(expr: Expr, length: int, tp: int = 1) -> Expr | None:
     return Product((Factor(getattr(expr.parts[0], "name", "n"), length // minor), *expr.parts[1:]))
 
 
-def notation(expr: Expr, *, top: bool = True) -> str:
-    """The einops-like text of `expr`; sharded factors carry a `*`: ``(kv* group d | kv* d | kv* d)``."""
+def starred(factor: Factor) -> str:
+    """The name of a factor, with a `*` where it is sharded."""
+    return factor.name + ("*" if factor.sharded else "")
+
+
+def notation(expr: Expr, *, top: bool = True, factor: Callable[[Factor], str] = starred) -> str:
+    """The einops-like text of `expr`: ``(kv* group d | kv* d | kv* d)``; `factor` writes the factors."""
     if isinstance(expr, Factor):
-        return expr.name + ("*" if expr.sharded else "")
+        return factor(expr)
+    parts = [notation(p, top=False, factor=factor) for p in expr.parts]
     if isinstance(expr, Product):
-        inner = " ".join(notation(p, top=False) if not isinstance(p, Concat) else f"({notation(p, top=False)})" for p in expr.parts)
+        inner = " ".join(f"({text})" if isinstance(p, Concat) else text for p, text in zip(expr.parts, parts, strict=True))
     else:
-        inner = " | ".join(notation(p, top=False) for p in expr.parts)
+        inner = " | ".join(parts)
     return f"({inner})" if top else inner
 
 

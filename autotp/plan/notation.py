@@ -21,6 +21,7 @@ from autotp.plan.layout import Concat, Expr, Factor, Product, factors, size
 
 #: The size of a factor that the text does not say.
 UNKNOWN = -1
+MAX_DEPTH = 50
 _FACTOR = re.compile(
     r"(?P<name>[A-Za-z_][A-Za-z0-9_]*|\d+(?:_\d+)?)(?::(?P<size>\d+))?(?P<star>\*(?:(?P<pieces>\d+)(?:/(?P<of>[A-Za-z_0-9]+))?)?)?(?:%(?P<granule>\d+))?"
 )
@@ -40,6 +41,7 @@ class _Reader:
     text: str
     tokens: list[tuple[str, int]]
     at: int = 0
+    depth: int = 0
 
     def peek(self) -> str:
         return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
@@ -53,7 +55,9 @@ class _Reader:
             found = self._factor(token)
             self.at += 1
             return found
-        self.at += 1
+        self.at, self.depth = self.at + 1, self.depth + 1
+        if self.depth > MAX_DEPTH:
+            raise self.fail("parentheses too deep")
         parts: list[list[Expr]] = [[]]
         while self.peek() != ")":
             if not self.peek():
@@ -65,7 +69,7 @@ class _Reader:
                 parts.append([])
                 continue
             parts[-1].append(self.term())
-        self.at += 1
+        self.at, self.depth = self.at + 1, self.depth - 1
         if len(parts) == 1:
             return Product(tuple(parts[0]))
         if not parts[-1]:
@@ -81,7 +85,10 @@ class _Reader:
         own = int(name.partition("_")[0]) if name[0].isdigit() else UNKNOWN
         if match["size"]:
             own = int(match["size"])
-        return Factor(name, own, match["star"] is not None, int(match["pieces"] or 1), match["of"] or "", int(match["granule"] or 1))
+        pieces, granule = int(match["pieces"] or 1), int(match["granule"] or 1)
+        if not pieces or not granule:
+            raise self.fail("parts and granules of 0")
+        return Factor(name, own, match["star"] is not None, pieces, match["of"] or "", granule)
 
 
 def parse(text: str) -> tuple[Expr, ...]:
@@ -112,9 +119,14 @@ def spelled(expr: Expr) -> str:
 def _spelled_factor(factor: Factor) -> str:
     own = factor.name.partition("_")[0]
     implied = factor.size == UNKNOWN or (own.isdigit() and int(own) == factor.size and factor.size > 0)
-    text = factor.name + ("" if implied else f":{factor.size}")
+    return factor.name + ("" if implied else f":{factor.size}") + marks(factor)
+
+
+def marks(factor: Factor) -> str:
+    """What stands behind a factor's name and size: how it is cut."""
+    text = ""
     if factor.sharded:
-        text += "*" + (f"{factor.pieces}" if factor.pieces > 1 or factor.of else "") + (f"/{factor.of}" if factor.of else "")
+        text = "*" + (f"{factor.pieces}" if factor.pieces > 1 or factor.of else "") + (f"/{factor.of}" if factor.of else "")
     return text + (f"%{factor.granule}" if factor.granule > 1 else "")
 
 

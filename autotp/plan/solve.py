@@ -224,13 +224,13 @@ def _traffic(
             name = f"{use.owner}.{use.name}" if use.owner else use.name
             while (block := _block_of(name, blocks)) is not None:
                 name = blocks[block] + name[len(block) :]
-            elements = _summed(use.grad, params.get(name))
+            elements = summed(use.grad, params.get(name))
             if elements:
                 out.append(Traffic(m.path, "all_reduce", "backward", 0, elements))
     return tuple(out)
 
 
-def _summed(grad: GradSum, param: ParamPlan | None) -> int:
+def summed(grad: GradSum, param: ParamPlan | None) -> int:
     """Elements of a gradient that are summed over the ranks: all of a whole parameter's, the shared ones of a sharded one's."""
     if grad is GradSum.NONE or param is None:
         return 0
@@ -315,4 +315,4 @@ def _moved(axis: AxisInfo, template: str, block: str) -> AxisInfo:
     return replace(axis, name=move(axis.name), module=move(axis.module), params=tuple(map(move, axis.params)))
 
 
-__all__ = ["Bans", "Draft", "Labels", "lift", "solve"]
+__all__ = ["Bans", "Draft", "Labels", "lift", "solve", "summed"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import textwrap
 from collections.abc import Iterable
 from math import prod
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autotp.errors import InputError
+from autotp.plan.folding import folded
 from autotp.plan.layout import factors, size
 from autotp.plan.model import GradSum, ModulePlan, ParamPlan
 
@@ -28,14 +28,13 @@ _NOUN = {
     "conv": "conv channels",
 }
 _GLUE = "\N{NO-BREAK SPACE}"  # keeps an entry of the legend in one line
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def _groups(plan: Plan) -> list[tuple[str, int, ParamPlan]]:
     """Parameters alike but for the numbers in their names, with how many there are."""
     found: dict[tuple[str, str, str, str], tuple[list[str], ParamPlan]] = {}
     for name, p in plan.params.items():
-        key = (_NUMBER.sub("*", name), str(p.layout), str(p.layout.shape), _NUMBER.sub("*", _last(plan, name, p)))
+        key = (folded(name), str(p.layout), str(p.layout.shape), folded(_last(plan, name, p)))
         found.setdefault(key, ([], p))[0].append(name)
     return [(names[0] if len(names) == 1 else key[0], len(names), p) for key, (names, p) in found.items()]
 
@@ -71,7 +70,7 @@ def render(plan: Plan) -> str:
     traffic = _traffic(plan)
     if traffic:
         lines += ["", "collectives (bytes a token in bfloat16, or a step for gradients of parameters):", *traffic]
-    joint = [(m.path, (_NUMBER.sub("*", ", ".join(g[:-1])), g[-1])) for m in plan.modules for g in m.joint]
+    joint = [(m.path, (folded(", ".join(g[:-1])), g[-1])) for m in plan.modules for g in m.joint]
     if joint:
         lines += ["", "results all-reduced as one sum (to a hook the held ones are zeros, the last one is the whole sum):"]
         lines += [f"  in {path or '<root>'}: {held} (held), {last}{_times(n)}" for path, (held, last), n in _fold(joint)]
@@ -115,7 +114,7 @@ def _times(count: int) -> str:
 def _fold(items: Iterable[tuple[str, Any]]) -> list[tuple[str, Any, int]]:
     counts: dict[tuple[str, Any], int] = {}
     for name, value in items:
-        key = (_NUMBER.sub("*", name), value)
+        key = (folded(name), value)
         counts[key] = counts.get(key, 0) + 1
     return [(name, value, n) for (name, value), n in counts.items()]
 

@@ -7,96 +7,23 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from math import gcd, prod
 
 from torch import nn
 
 from autotp.errors import InputError, RecipeError
+from autotp.plan.folding import folded
 from autotp.plan.layout import Expr, Factor, Layout, Product, factors, is_sharded, size
 from autotp.plan.notation import mapped, parse, sized
-from autotp.recipe.local import BoundAttribute, bind_attributes
-from autotp.recipe.match import Pattern, best, folded, nearest
+from autotp.recipe.bound import Bound, BoundBoundary, BoundParam, Problems
+from autotp.recipe.check import check
+from autotp.recipe.local import bind_attributes
+from autotp.recipe.match import Pattern, best, nearest
 from autotp.recipe.model import Boundary, Entry, Role
 from autotp.recipe.recipe import Recipe
 from autotp.recipe.sizes import size_of
-
-
-@dataclass(frozen=True, slots=True)
-class BoundParam:
-    """One covered parameter."""
-
-    name: str
-    entry: Entry
-    layout: Layout
-
-    @property
-    def role(self) -> Role:
-        """What it is to the ranks."""
-        return self.entry.role
-
-    @property
-    def module(self) -> str:
-        """Path of the module that owns it."""
-        return self.name.rpartition(".")[0]
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the factors that are cut."""
-        return frozenset(f.name for d in self.layout.dims for f in factors(d) if f.sharded)
-
-
-@dataclass(frozen=True, slots=True)
-class BoundBoundary:
-    """One argument or result of one module; `dims` are None for enter and leave."""
-
-    module: str
-    path: tuple[str | int, ...]
-    boundary: Boundary
-    dims: tuple[Expr, ...] | None
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A recipe fitted to a model. `uncovered`: parameters that it says nothing of. `aliases`: tied name → first name."""
-
-    recipe: Recipe
-    model: nn.Module
-    tp: int
-    params: Mapping[str, BoundParam]
-    uncovered: tuple[str, ...]
-    aliases: Mapping[str, str]
-    attributes: tuple[BoundAttribute, ...]
-    arguments: tuple[BoundBoundary, ...]
-    results: tuple[BoundBoundary, ...]
-
-    @property
-    def full(self) -> bool:
-        """True when every parameter is covered."""
-        return not self.uncovered
-
-    @cached_property
-    def layouts(self) -> dict[str, Layout]:
-        """Layouts of the covered parameters."""
-        return {n: p.layout for n, p in self.params.items()}
-
-
-class Problems(list[str]):
-    """What is wrong, each problem once although many layers have it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[tuple[str, str], int] = {}
-
-    def add(self, pos: object, name: str, text: str) -> None:
-        """`name` stands in front of the text; names that differ in their numbers only are reported once."""
-        key = (str(pos), re.sub(r"\.\d+\b", ".*", f"{name}: {text}"))
-        self.seen[key] = self.seen.get(key, 0) + 1
-        if self.seen[key] == 1:
-            self.append(f"{pos}: {name + ': ' if name else ''}{text}")
 
 
 def bind(recipe: Recipe, model: nn.Module, tp: int) -> Bound:
@@ -109,8 +36,6 @@ def bind(recipe: Recipe, model: nn.Module, tp: int) -> Bound:
     bound = _Binder(recipe, model, tp, problems).run()
     if problems:
         raise RecipeError(problems)
-    from autotp.recipe.check import check
-
     check(bound, problems)
     if problems:
         raise RecipeError(problems)

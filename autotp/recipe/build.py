@@ -17,7 +17,6 @@ from __future__ import annotations
 import dis
 from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
 
 from torch import nn
 
@@ -26,7 +25,9 @@ from autotp.plan.layout import Layout, factors, freed, is_sharded
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, ParamPlan, Site, Slot, Use
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import AxisInfo, Plan, Traffic
-from autotp.recipe.bind import Bound, BoundBoundary, BoundParam, Problems, bind
+from autotp.plan.solve import summed
+from autotp.recipe.bind import bind
+from autotp.recipe.bound import Bound, BoundBoundary, BoundParam, Problems
 from autotp.recipe.check import first_argument, own_params, scopes, weights
 from autotp.recipe.model import Role
 from autotp.recipe.names import unnamed_attributes
@@ -145,12 +146,9 @@ def _own(bound: Bound, path: str, params: list[BoundParam]) -> ModulePlan:
     uses: list[Use] = []
     for p in params:
         name = p.name.rpartition(".")[2]
-        if p.role is Role.INSIDE:
-            uses.append(Use(path, name, GradSum.ALL))
-        elif p.role is Role.ROW and not p.names:
-            uses.append(Use(path, name, conversions=(Conversion(Op.ONCE),)))
-        elif p.layout.is_shared:
-            uses.append(Use(path, name, GradSum.SHARED))
+        once = (Conversion(Op.ONCE),) if p.role is Role.ROW and not p.names else ()
+        if once or _grad(p) is not GradSum.NONE:
+            uses.append(Use(path, name, _grad(p), once))
         if len(p.layout.shape) < 2 or not p.names:
             continue
         if p.role in (Role.COLUMN, Role.GATHERED):
@@ -162,6 +160,12 @@ def _own(bound: Bound, path: str, params: list[BoundParam]) -> ModulePlan:
         if p.role is Role.LOOKUP:
             sites = (_lookup(),)
     return ModulePlan(path, inputs, outputs, tuple(uses), (), sites)
+
+
+def _grad(p: BoundParam) -> GradSum:
+    if p.role is Role.INSIDE:
+        return GradSum.ALL
+    return GradSum.SHARED if p.layout.is_shared else GradSum.NONE
 
 
 def _lookup() -> Site:
@@ -200,11 +204,8 @@ def _traffic(bound: Bound) -> Iterator[Traffic]:
                     yield Traffic(path, "all_reduce", "backward", narrow)
                 shared.add(key)
         for p in params:
-            if p.role is Role.INSIDE:
-                yield Traffic(path, "all_reduce", "backward", 0, prod(p.layout.shape))
-            elif p.layout.is_shared and p.layout.dim is not None:
-                rows = p.layout.shared(0).size
-                yield Traffic(path, "all_reduce", "backward", 0, rows * prod(p.layout.shape) // p.layout.shape[p.layout.dim])
+            if elements := summed(_grad(p), _param(p)):
+                yield Traffic(path, "all_reduce", "backward", 0, elements)
 
 
 def _widths(layout: Layout) -> tuple[int, int]:

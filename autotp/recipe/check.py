@@ -13,7 +13,7 @@ from torch import nn
 
 from autotp.plan.layout import Concat, Expr, Factor, Product, alike, factors, is_sharded, size
 from autotp.plan.notation import parse
-from autotp.recipe.bind import Bound, BoundParam, Problems
+from autotp.recipe.bound import Bound, BoundParam, Problems
 from autotp.recipe.model import Role
 
 Rule = Callable[[Bound, Problems], None]
@@ -63,8 +63,8 @@ def entered(bound: Bound) -> list[str]:
 
 
 def first_argument(module: nn.Module) -> str:
-    """The first argument of a module's forward."""
-    return next(iter(inspect.signature(module.forward).parameters))
+    """The first argument of a module's forward, "" where it takes none."""
+    return next(iter(inspect.signature(module.forward).parameters), "")
 
 
 # rules ------------------------------------------------------------------------------------------------------------------------------
@@ -183,6 +183,8 @@ def _dims(bound: Bound, problems: Problems) -> None:
                     f'"{p.entry.layout}" cuts dim {p.layout.dim}; the {p.role.value} of a {cls.__name__} is cut along dim {wanted[p.role]}'
                 )
                 problems.add(p.entry.at, p.name, text)
+        if p.role in (Role.COLUMN, Role.GATHERED) and not first_argument(module):
+            problems.add(p.entry.at, p.name, f"is {p.role.value}, and the forward of {type(module).__name__} has no argument to enter by")
         if p.role is Role.LOOKUP and not isinstance(module, nn.Embedding):
             text = f"is lookup, and belongs to a {type(module).__name__}: only tables of nn.Embedding are looked up by parts"
             problems.add(p.entry.at, p.name, text)

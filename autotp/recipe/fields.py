@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-#: What a factor is called → parts of the names of fields that say its size, the likeliest first; "!" parts must not be in it.
+#: What a factor is called → parts of the names of fields that say its size, the likeliest first.
 _HINTS: Mapping[str, tuple[str, ...]] = {
     "kv": ("num_key_value_heads", "kv_heads", "key_value"),
     "h": ("num_attention_heads", "n_head", "num_heads", "heads"),

@@ -15,14 +15,14 @@ from typing import Any
 from torch import nn
 
 from autotp.errors import RecipeError
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, factors, is_sharded, size
+from autotp.plan.folding import folded
+from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, factors, is_sharded, notation, size
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Slot
-from autotp.plan.notation import mapped
+from autotp.plan.notation import mapped, marks
 from autotp.plan.plan import Plan
 from autotp.recipe.bind import bind
 from autotp.recipe.fields import candidates, expressions, fields
 from autotp.recipe.local import LOCAL, WHOLE
-from autotp.recipe.match import folded
 from autotp.recipe.model import Attribute, Boundary, Entry, Role, Shard, Size
 from autotp.recipe.names import unnamed
 from autotp.recipe.recipe import Recipe
@@ -114,7 +114,7 @@ class _Writer:
         listed = [n for n, f in self.words.cut.items() if n not in self.words.mixed and not f.of]
         return Recipe(
             name=self.plan.model,
-            sizes=tuple(self._sizes()),
+            sizes=tuple(Size(name, value) for name, value in self.named.items()),
             shard=tuple(Shard((n, self.pairs[n]) if n in self.pairs else (n,)) for n in listed),
             granules=tuple((n, self.words.cut[n].granule) for n in listed if self.words.cut[n].granule > 1),
             entries=entries,
@@ -141,10 +141,6 @@ class _Writer:
                 found[major] = next(iter(behind))
         return found
 
-    def _sizes(self) -> Iterator[Size]:
-        for name, value in self.named.items():
-            yield Size(name, value)
-
     def _named(self) -> dict[str, int | str]:
         """Names whose sizes are written, with them.
 
@@ -165,17 +161,9 @@ class _Writer:
     def _text(self, layout: Layout) -> str:
         return " ".join(self._dim(d) for d in layout.dims) or "()"
 
-    def _dim(self, expr: Expr, *, top: bool = True) -> str:
-        """As `notation`, with marks on the names that are not listed under `shard` only."""
-        if isinstance(expr, Factor):
-            marked = expr.sharded and expr.name in self.words.mixed
-            more = (f"*{expr.pieces}" if expr.pieces > 1 or expr.of else "*") + (f"/{expr.of}" if expr.of else "") if marked else ""
-            return expr.name + more + (f"%{expr.granule}" if marked and expr.granule > 1 else "")
-        if isinstance(expr, Product):
-            inner = " ".join(f"({self._dim(p, top=False)})" if isinstance(p, Concat) else self._dim(p, top=False) for p in expr.parts)
-        else:
-            inner = " | ".join(self._dim(p, top=False) for p in expr.parts)
-        return f"({inner})" if top else inner
+    def _dim(self, expr: Expr) -> str:
+        """As `notation`, with marks on the names only that are not listed under `shard`."""
+        return notation(expr, factor=lambda f: f.name + (marks(f) if f.sharded and f.name in self.words.mixed else ""))
 
     # parameters ---------------------------------------------------------------------------------------------------------------
 

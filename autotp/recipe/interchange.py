@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ def from_tp_plan(tp_plan: Mapping[str, str], model: nn.Module | None = None) -> 
         raise RecipeError(f"a tp_plan maps names of modules to styles, got {type(tp_plan).__name__}")
     problems: list[str] = []
     entries: list[Entry] = []
+    missing: list[str] = []
     experts = [k for k, style in tp_plan.items() if style == "moe_tp_experts"]
     for key, style in tp_plan.items():
         role = _STYLES.get(style) if isinstance(style, str) else None
@@ -47,8 +49,15 @@ def from_tp_plan(tp_plan: Mapping[str, str], model: nn.Module | None = None) -> 
                 )
             continue
         inside = any(key.startswith(e + ".") for e in experts)
-        entries += _entries(key, role, inside, style.startswith("packed"), model, problems)
-    return _recipe("tp_plan", entries, problems)
+        where = _Place(key, inside) if model is None else _find(key, model)
+        if where is None:
+            missing.append(key)
+        else:
+            entries += _entries(where, role, packed=style.startswith("packed"))
+    if missing and not entries:
+        problems.append(f"the model has nothing that the tp_plan names: {_lacking(missing, model)}")
+    about = f"left out, as the model does not have them: {', '.join(missing)}" if missing else ""
+    return _recipe("tp_plan", about, entries, problems)
 
 
 def from_parallelize_module(styles: Mapping[str, Any], model: nn.Module | None = None) -> Recipe:
@@ -74,35 +83,52 @@ def from_parallelize_module(styles: Mapping[str, Any], model: nn.Module | None =
             how = "" if found is None else f" from {found[0]} to {found[1]}"
             problems.append(f"plan[{key!r}]: {type(style).__name__}{how} has no counterpart in a recipe")
             continue
-        entries += _entries(key, role, False, False, model, problems)
-    return _recipe("parallelize_module plan", entries, problems)
+        where = _Place(key, False) if model is None else _find(key, model)
+        if where is None:
+            problems.append(f"{_lacking([key], model)}: the model has no such module")
+        else:
+            entries += _entries(where, role)
+    return _recipe("parallelize_module plan", "", entries, problems)
 
 
-def _recipe(name: str, entries: list[Entry], problems: list[str]) -> Recipe:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a key names: a module, or (`is_param`) a parameter of a mixture of experts, experts × out × in."""
+
+    key: str
+    is_param: bool
+
+
+def _find(key: str, model: nn.Module) -> _Place | None:
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    if any(Pattern(key).matches(n) for n in names):
+        return _Place(key, True)
+    return _Place(key, False) if any(Pattern(f"{key}.weight").matches(n) for n in names) else None
+
+
+def _lacking(keys: list[str], model: nn.Module | None) -> str:
+    """Keys that a model does not have, each with the nearest one."""
+    names = [] if model is None else [n.rpartition(".")[0] for n, _ in model.named_parameters(remove_duplicate=False)]
+    return ", ".join(f"{key}{nearest(key, names)}" for key in keys)
+
+
+def _recipe(name: str, about: str, entries: list[Entry], problems: list[str]) -> Recipe:
     if problems:
         raise RecipeError(problems)
     cut = dict.fromkeys(n for e in entries if e.role.cut for n in re.findall(r"[A-Za-z_]\w*", e.layout) if n not in ("e", "x"))
-    return Recipe(name=name, shard=tuple(Shard((n,)) for n in cut), entries=tuple(entries))
+    return Recipe(name=name, about=about, shard=tuple(Shard((n,)) for n in cut), entries=tuple(entries))
 
 
-def _entries(key: str, role: Role, inside: bool, packed: bool, model: nn.Module | None, problems: list[str]) -> Iterator[Entry]:
-    parts = key.split(".")
+def _entries(where: _Place, role: Role, *, packed: bool = False) -> Iterator[Entry]:
+    key, parts = where.key, where.key.split(".")
     word = re.sub(r"\W", "_", next((p for p in reversed(parts[:-1]) if p not in ("*", "") and not p.isdigit()), parts[-1]))
     word = f"{word}_n" if word in ("e", "x", "_") or not word.isidentifier() else word
-    if model is not None:
-        names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-        whole, module = Pattern(key), Pattern(f"{key}.weight")
-        if any(whole.matches(n) for n in names):
-            inside = True
-        elif not any(module.matches(n) for n in names):
-            problems.append(f"{key}: the model has no such module{nearest(key, (n.rpartition('.')[0] for n in names))}")
-            return
     if role is Role.INSIDE:
         yield Entry(f"{key}.weight", role, "e")
         yield Entry(f"{key}.bias", role, "e", optional=True)
         return
     cut = f"({word} | {word})" if packed else word
-    if inside:  # a parameter of a mixture of experts: experts × out × in
+    if where.is_param:
         yield Entry(key, Role.PART, f"x {cut} e" if role is Role.COLUMN else f"x e {cut}")
         return
     yield Entry(f"{key}.weight", role, f"e {cut}" if role is Role.ROW else f"{cut} e")

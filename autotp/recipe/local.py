@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from autotp.plan.layout import Expr, size
 from autotp.plan.model import LocalAttribute
 from autotp.plan.notation import UNKNOWN
+from autotp.recipe.bound import BoundAttribute, Problems
 from autotp.recipe.match import Pattern, nearest
 from autotp.recipe.model import Attribute
-
-if TYPE_CHECKING:
-    from autotp.recipe.bind import Problems
 
 _ABSENT: Any = object()
 #: Instead of a layout: the attribute stays as it is, although its number is that of something that is cut.
 WHOLE = "whole"
 #: Instead of a layout: it becomes local, and the traced model tells how.
 LOCAL = "local"
-
-
-@dataclass(frozen=True, slots=True)
-class BoundAttribute:
-    """One attribute of one module."""
-
-    module: str
-    local: LocalAttribute
-    attribute: Attribute
 
 
 def bind_attributes(

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+from autotp.plan.folding import folded
 
 
 class Pattern:
@@ -36,11 +36,6 @@ def best(patterns: Sequence[Pattern], name: str) -> list[int]:
     found = [i for i, p in enumerate(patterns) if p.matches(name)]
     top = max((patterns[i].rank for i in found), default=None)
     return [i for i in found if patterns[i].rank == top]
-
-
-def folded(name: str) -> str:
-    """A name with its numbers as `*`."""
-    return _NUMBER.sub("*", name)
 
 
 def nearest(key: str, names: Iterable[str]) -> str:

@@ -13,9 +13,9 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-from autotp.recipe.bind import Bound, Problems
+from autotp.plan.folding import folded
+from autotp.recipe.bound import Bound, Problems
 from autotp.recipe.check import cut_sizes, own_params
-from autotp.recipe.match import folded
 from autotp.recipe.model import Role
 
 

@@ -20,7 +20,8 @@ from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
 from autotp.plan.wanted import RULED_OUT
 from autotp.planner import make_plan, whole_plan
-from autotp.recipe.bind import Bound, BoundParam, Problems, bind
+from autotp.recipe.bind import bind
+from autotp.recipe.bound import Bound, BoundParam, Problems
 from autotp.recipe.build import plan_of_bound
 from autotp.recipe.check import under, weights
 from autotp.recipe.model import Role

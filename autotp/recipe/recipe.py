@@ -86,6 +86,8 @@ class Recipe:
         Raises:
             RecipeError: as for `load`.
         """
+        if not isinstance(text, str):
+            raise RecipeError(f"loads takes YAML text, got {type(text).__name__}; load takes more")
         return cls._of(read(text, file), None, ())
 
     @classmethod
@@ -139,12 +141,19 @@ class Recipe:
         return _merged(self, Layer(other, (), {}, bool(other.shard)), problems)
 
     def dump(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The YAML text, written to `path` where one is given: `Recipe.loads(recipe.dump()) == recipe`."""
+        """The YAML text, written to `path` where one is given: `Recipe.loads(recipe.dump()) == recipe`.
+
+        Raises:
+            InputError: `path` cannot be written.
+        """
         from autotp.recipe.writing import text_of
 
         text = text_of(self)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"{path}: cannot be written: {error.strerror}") from error
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,11 +168,18 @@ class Recipe:
 
         Args:
             plan: what `autotp.plan` or `autotp.plan_of` returned.
-            model: the model that it was made for, before it was made parallel: sizes are written as fields of its config where only
-                one field has the number, and attributes that stay whole are named.
+            model: the model that it was made for, before it was made parallel: sizes are written as fields of its config where a
+                likely one has the number, and attributes that stay whole are named.
             pin: False for a recipe to edit, or to use at other sizes and numbers of ranks.
+
+        Raises:
+            InputError: `plan` is no Plan. RecipeError: `model` is not the one that it was made for.
         """
+        from autotp.plan.plan import Plan
         from autotp.recipe.from_plan import recipe_of
+
+        if not isinstance(plan, Plan):
+            raise InputError(f"from_plan takes an autotp.Plan, got {type(plan).__name__}")
 
         return recipe_of(plan, model=model, pin=pin)
 
@@ -173,10 +189,11 @@ class Recipe:
 
         Args:
             tp_plan: name of a module, or of an expert parameter, → style.
-            model: where given, names are looked up in it.
+            model: where given, names are looked up in it. Those that it does not have are left out and listed in `about`: a tp_plan is
+                written for a family, and its models do not have all that it names.
 
         Raises:
-            RecipeError: a style without a counterpart, a name that `model` does not have.
+            RecipeError: a style without a counterpart, or no name that `model` has.
         """
         from autotp.recipe.interchange import from_tp_plan
 
@@ -201,14 +218,17 @@ class Recipe:
             tp: number of ranks.
 
         Raises:
-            RecipeError: it does not fit the model, does not cover it, or needs the traced model (`trace: required`).
+            RecipeError: it does not fit the model, does not cover it, or needs the traced model (`trace: required`). InputError: `model` is
+                no nn.Module, or `tp` no positive int.
         """
         if model is None:
             if self.pinned is None:
                 raise RecipeError(f"{self.file}: holds no plan of its own: give the model and tp=")
             return self.pinned
-        if tp is None:
-            raise InputError("to_plan(model) needs tp=, the number of ranks")
+        if not isinstance(model, nn.Module):
+            raise InputError(f"to_plan takes an nn.Module, got {type(model).__name__}")
+        if not isinstance(tp, int) or isinstance(tp, bool) or tp < 1:
+            raise InputError(f"to_plan(model) needs tp=, the number of ranks; got {tp!r}")
         from autotp.recipe.build import static_plan
 
         return static_plan(self, model, tp)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from autotp.plan.folding import folded
 from autotp.recipe.fields import fields
-from autotp.recipe.match import folded
 from autotp.recipe.model import Entry, Role, Size
 from autotp.recipe.recipe import Recipe
 

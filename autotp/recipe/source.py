@@ -74,6 +74,8 @@ def read(text: str, file: str) -> Source:
         raise RecipeError([f"{where}: not YAML: {error.problem or error}"]) from error
     except yaml.YAMLError as error:
         raise RecipeError([f"{Pos(file, 1, 1)}: not YAML: {error}"]) from error
+    except RecursionError as error:
+        raise RecipeError(f"{Pos(file, 1, 1)}: not YAML that can be read: nested too deep") from error
     source.data = {} if node is None else _plain(node, (), source, set())
     return source
 

@@ -67,6 +67,9 @@ def test_marks():
         ("a $b", 2, "got '$b'"),
         ("(a ,b)", 3, "got ',b'"),
         ("a-b", 0, "got 'a-b'"),
+        ("a*0", 0, "granules of 0"),
+        ("(a b*%0)", 3, "granules of 0"),
+        ("(" * 60, 51, "too deep"),
     ],
 )
 def test_mistakes_say_where(text, at, problem):

@@ -121,6 +121,18 @@ def test_nothing_is_written_twice():
                     assert not items.items() & theirs[section].items(), (name, section)
 
 
+def test_a_result_leaves_where_no_row_has_summed_it(pool: Pool):
+    """`"?": leave` on every MLP: those of the mixture leave, the dense one has a row of its own."""
+    data = autotp.Recipe.load("deepseek_v3").to_dict()
+    data["part"]["mlp.shared_experts.down_proj.weight"] = data["row"].pop("mlp.shared_experts.down_proj.weight")
+    data["results"]["mlp"] = {"?": "leave"}
+    del data["results"]["mlp.experts"]
+    factory = partial(transformer, "deepseek_v3", experts="eager")
+    options = {"recipe": data}
+    report = check(pool, factory, transformer_inputs, world=2, subject=untraced_subject, pass_inputs=False, options=options)
+    report.require("forward", "grad", "step")
+
+
 def test_numbers_of_blocks_are_no_sizes():
     """Layer 8 of a model with 8 heads has an int attribute of the value 8."""
     plan = autotp.Recipe.load("llama").to_plan(transformer("llama", num_hidden_layers=10), tp=2)

@@ -56,8 +56,19 @@ def test_styles_without_a_counterpart():
 
 
 def test_names_that_the_model_does_not_have():
-    with pytest.raises(RecipeError, match=r"layers.\*.self_attn.qproj: the model has no such module; did you mean"):
-        Recipe.from_tp_plan({"layers.*.self_attn.qproj": "colwise"}, transformer("llama"))
+    model = transformer("llama")
+    with pytest.raises(RecipeError, match=r"layers.\*.self_attn.qproj; did you mean .*q_proj\?: the model has no such module"):
+        Recipe.from_parallelize_module({"layers.*.self_attn.qproj": ColwiseParallel()}, model)
+    with pytest.raises(RecipeError, match="the model has nothing that the tp_plan names"):
+        Recipe.from_tp_plan({"layers.*.self_attn.qproj": "colwise"}, model)
+
+
+def test_a_tp_plan_of_a_family_names_more_than_a_model_has():
+    """qwen2_moe's plan names dense MLPs too; what is left out is said."""
+    model = transformer("qwen2_moe")
+    recipe = Recipe.from_tp_plan(model.tp_plan, model)
+    assert "left out, as the model does not have them: model.layers.*.mlp.gate_proj" in recipe.about
+    assert autotp.plan(model, tp=2, recipe=recipe).local_share < 0.53
 
 
 def test_roles():

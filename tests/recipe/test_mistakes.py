@@ -115,12 +115,6 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
         ("k_proj.weight", "n e"),
         ["is not proven", "(kv* d) e"],
     ),
-    "norm inside a region said to be whole": (
-        "llama",
-        [('  self_attn.q_norm.weight?: "d"\n', ""), ("whole:\n", 'whole:\n  self_attn.q_norm.weight?: "d"\n')],
-        ("", ""),
-        [],
-    ),
     "attribute not named": ("gpt2", [('  attn.split_size: "(h d)"\n', "")], ("attn.c_attn.nf", ""), ["attn.split_size", "64 → 32"]),
     "attribute wrong": (
         "gpt2",
@@ -215,10 +209,9 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
         ["belongs to a Embedding: wanted lookup or part"],
     ),
 }
-NOTHING_WRONG = ("norm inside a region said to be whole",)  # llama has no such norm: the key may be missing
 
 
-@pytest.mark.parametrize("what", [m for m in MISTAKES if m not in NOTHING_WRONG])
+@pytest.mark.parametrize("what", MISTAKES)
 def test_is_found(tmp_path, what):
     name, changes, (part, at), texts = MISTAKES[what]
     file, text = changed(tmp_path, name, *changes)
@@ -239,8 +232,8 @@ def test_control(name):
 
 
 def test_norm_of_queries_is_inside_of_the_region(tmp_path):
-    name, changes, _, _ = MISTAKES["norm inside a region said to be whole"]
-    file, _ = changed(tmp_path, name, *changes)
+    key = 'self_attn.q_norm.weight?: "d"'
+    file, _ = changed(tmp_path, "llama", (f"  {key}\n", ""), ("whole:\n", f"whole:\n  {key}\n"))
     with pytest.raises(RecipeError, match="d stands behind a cut name in its block: cut it as well, or say inside"):
         autotp.plan(transformer("qwen3"), tp=2, recipe=file)
 

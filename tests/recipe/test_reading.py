@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 import autotp
 from autotp.errors import RecipeError
@@ -121,6 +122,24 @@ def test_words_of_yaml_in_quotes_are_text():
 def test_a_dict_has_no_lines():
     with pytest.raises(RecipeError, match=r"<dict>: unknown key 'colum'"):
         Recipe.load({"colum": {}})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r, _: Recipe.from_plan(r), "from_plan takes an autotp.Plan, got Recipe"),
+        (lambda r, _: r.to_plan({}, tp=2), "to_plan takes an nn.Module, got dict"),
+        (lambda r, _: r.to_plan(nn.Linear(2, 2)), "needs tp=, the number of ranks; got None"),
+        (lambda r, _: r.to_plan(nn.Linear(2, 2), tp=0), "got 0"),
+        (lambda r, _: Recipe.loads(3), "loads takes YAML text, got int"),
+        (lambda r, folder: r.dump(folder), "cannot be written"),
+        (lambda r, _: Recipe.loads("a: " + "[" * 3000), "nested too deep"),
+        (lambda r, folder: Recipe.load(folder), "no recipe|no such recipe file"),
+    ],
+)
+def test_bad_input_is_an_error_of_ours(tmp_path, call, message):
+    with pytest.raises(autotp.AutoTPError, match=message):
+        call(Recipe.loads(SMALL), tmp_path)
 
 
 def test_public_names():
