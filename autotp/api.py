@@ -101,14 +101,32 @@ def parallelize(
                 recipe_plan(Recipe.load(recipe), model, 1, example_inputs)  # its mistakes are mistakes on one rank too
             model.__dict__[_STATE] = _State(whole_plan(model, "the mesh has one rank"), DryComm(1))
         return model
-    _agree(group, lambda: _refuse_parallel(model))
-    _same_weights(group, model)
-    comm = GroupComm(group)
+    comm = _ready(model, group)
     work = lambda: _prepare(model, comm.size, recipe, example_inputs, strict) if comm.rank == 0 else None  # noqa: E731
     parcel: list[Any] = [_agree(group, work)]
     dist.broadcast_object_list(parcel, group=group, group_src=0)  # one rank plans: all ranks then have the same plan
-    made: Plan = parcel[0]
+    return _install(model, line, comm, parcel[0])
 
+
+def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
+    """As `parallelize`, by a plan that is there already, the same on every rank. Collective.
+
+    Raises:
+        AutoTPError: as for `parallelize`; PlanError where the plan does not fit the model or the mesh.
+    """
+    line = _tp_mesh(mesh)
+    return _install(model, line, _ready(model, line.get_group()), made)
+
+
+def _ready(model: nn.Module, group: dist.ProcessGroup) -> GroupComm:
+    """The group's collectives, once all ranks have the same model and none is parallel."""
+    _agree(group, lambda: _refuse_parallel(model))
+    _same_weights(group, model)
+    return GroupComm(group)
+
+
+def _install(model: nn.Module, line: DeviceMesh, comm: GroupComm, made: Plan) -> nn.Module:
+    """Rewrite `model` on every rank, or on none."""
     undo = Undo()
 
     def rewrite() -> None:
@@ -116,7 +134,7 @@ def parallelize(
         install_rng(model, comm, undo)
 
     try:
-        _agree(group, rewrite)
+        _agree(comm.group, rewrite)
     except BaseException:
         undo.undo()  # also where another rank failed: either all models are parallel or none is
         raise

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from autotp.errors import AutoTPError
@@ -38,7 +41,12 @@ class RankError(AutoTPError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0, on_event: Callable[[int, Any], None] | None = None
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 300.0,
+    on_event: Callable[[int, Any], None] | None = None,
+    with_main: bool = True,
 ) -> tuple[Outcome, ...]:
     """Call `function(emit, *args)` on `world_size` gloo ranks and return their outcomes in rank order.
 
@@ -46,6 +54,8 @@ def run_ranks(
         function: importable by name, as are all of `args`; what it returns holds no tensors. `emit(value)` sends a value
             to `on_event(rank, value)` of the calling process.
         timeout: seconds for everything together.
+        with_main: import the calling program's main module in each process, as multiprocessing does; without, a script that
+            has no `if __name__ == "__main__"` does not run again.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="autotp-") as scratch:
@@ -55,7 +65,8 @@ def run_ranks(
             receiver, sender = context.Pipe(duplex=False)
             job = (function, args, rank, world_size, str(Path(scratch) / "store"), timeout, sender)
             process = context.Process(target=_rank_main, args=job, daemon=True, name=f"rank {rank}")
-            process.start()
+            with nullcontext() if with_main else _without_main():
+                process.start()
             sender.close()
             pipes.append(receiver)
             processes.append(process)
@@ -67,6 +78,17 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """multiprocessing finds no main module to import in the processes that start meanwhile."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def values(outcomes: tuple[Outcome, ...]) -> list[Any]:

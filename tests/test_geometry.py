@@ -27,10 +27,10 @@ from autotp.plan.layout import Concat, Expr, Factor
 from autotp.plan.plan import Plan
 from autotp.rewrite.grads import SharedGrad
 from autotp.rewrite.reads import GradFix
+from autotp.testing.ranks.threads import ThreadRanks
 from tests.models.geometry import ACTIVATIONS, Geometry, Mlp, Product, Projection, QKNorm, batch, decoder
 from tests.support.equivalence import error_of
 from tests.support.ranks import mesh
-from tests.support.threads import ThreadRanks
 
 STEPS, LIMIT = 3, 1e-9
 #: A tensor is measured against its own size, but at least this: biases and norms may be small.

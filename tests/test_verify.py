@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 
 from autotp.errors import InputError
 from autotp.plan.layout import Factor, Layout, replicated
+from autotp.testing.modules import Stands, first_difference, stands_for
 from autotp.verify import relative_error, verify
-from autotp.verify.modules import Stands, first_difference, stands_for
 from autotp.verify.worker import with_autotp
 
 WIDTH, INNER = 6, 8

@@ -350,3 +350,18 @@ def tiny_inputs(model: PreTrainedModel, *, batch: int = 2, length: int = 10, see
             continue
         return inputs
     raise InputError(f"tiny_inputs: {type(model).__name__} ran on no guess; pass inputs by hand. Tried:\n  " + "\n  ".join(tried))
+
+
+def training_inputs(model: PreTrainedModel, *, seed: int = 0) -> Inputs:
+    """`tiny_inputs`, with labels where the model takes them and generates; without a cache, which holds shards (generation has one).
+
+    Raises:
+        InputError: as for `tiny_inputs`.
+    """
+    inputs = tiny_inputs(model, seed=seed)
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if model.can_generate() and ids is not None and "labels" in inspect.signature(model.forward).parameters:
+        inputs["labels"] = ids
+    if getattr(model.config, "use_cache", False):
+        inputs["use_cache"] = False
+    return inputs

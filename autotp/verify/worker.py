@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -19,9 +18,9 @@ from autotp import targets
 from autotp.errors import InputError
 from autotp.plan.layout import Layout
 from autotp.recipe.recipe import Recipe
+from autotp.testing.exact import DOUBLE, SINGLE, Precision, largest, relative_error
+from autotp.testing.modules import recorded
 from autotp.trace.boundary import flatten_result
-from autotp.verify.exact import DOUBLE, SINGLE, Precision, largest, relative_error
-from autotp.verify.modules import recorded
 
 #: Parallelizes the model in place; returns the layout of each of its parameters.
 Parallelizer = Callable[[nn.Module, DeviceMesh, "Mapping[str, Any] | None"], Mapping[str, Layout]]
@@ -121,20 +120,14 @@ def _inputs(model: nn.Module, job: Mapping[str, Any], precision: Precision) -> d
 
 
 def _model_inputs(model: Any, precision: Precision) -> dict[str, Any]:
-    """What a transformers model takes, with labels where it generates; without a cache, which holds shards (generation runs with it)."""
-    from autotp.testing.inputs import tiny_inputs
+    """What a transformers model takes, with labels where it generates."""
+    from autotp.testing.inputs import training_inputs
 
     try:
         with precision.mode():
-            inputs = tiny_inputs(model)
+            return training_inputs(model)
     except InputError as error:
         raise RuntimeError(str(error)) from error  # perhaps in another precision
-    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-    if model.can_generate() and ids is not None and "labels" in inspect.signature(model.forward).parameters:
-        inputs["labels"] = ids
-    if getattr(model.config, "use_cache", False):
-        inputs["use_cache"] = False
-    return inputs
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCTC, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from autotp.errors import InputError
+from autotp.testing.exact import Float64
 from autotp.testing.tiny import tiny_config, tiny_model
 from autotp.trace.inputs import example_inputs, user_example
-from autotp.verify.exact import Float64
 
 TEXT = ["llama", "gpt2", "bloom", "falcon", "mixtral", "qwen3_moe", "mamba2", "deepseek_v3"]
 ENCODERS = ["bert", "modernbert"]

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-from tests.support.ranks import RankError, mesh
-from tests.support.threads import ThreadRanks
+from autotp.launch import RankError
+from autotp.testing.ranks.threads import ThreadRanks
+from tests.support.ranks import mesh
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[ThreadRanks]:
-    made = ThreadRanks(3, timeout=30.0)
+@pytest.fixture(scope="module", params=[False, True], ids=["free", "turns"])
+def ranks(request: pytest.FixtureRequest) -> Iterator[ThreadRanks]:
+    made = ThreadRanks(3, timeout=30.0, turns=request.param)
     yield made
     made.stop()
 

@@ -1,14 +1,14 @@
 """Ranks as threads of one process, for many small examples: eight ready ranks cost milliseconds where processes cost seconds.
 
 Each thread has its own process groups (torch keeps the state of a backend called "threaded" apart by thread); all of them
-meet in one `Meeting`, where the last rank to come does a collective's work for all. A collective that the ranks call with
-different arguments is an error at once. What a process has once the ranks share: modules, class attributes, torch's random
-generator. A thread cannot be killed: one that hangs outside of collectives is reported with its stack and left behind, cut
-off from the others.
+meet in one `Meeting`. What a process has once the ranks share: modules, class attributes, and with freely running ranks torch's
+random generator. A thread cannot be killed: one that hangs in Python code is stopped by an exception, one that hangs in C code
+(a sleep) is left behind, cut off from the others, until it returns.
 """
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import sys
 import threading
@@ -25,56 +25,22 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-from tests.support.ranks import RankError
+from autotp.launch import RankError
+from autotp.testing.ranks.meeting import CutOff, Meeting, Stopped, Turns
 
 _HERE = threading.local()
-
-
-class CutOff(RuntimeError):
-    """A collective cannot end: another rank raised or did not come in time."""
-
-
-class Meeting:
-    """Where the ranks meet, collective by collective."""
-
-    def __init__(self, world: int) -> None:
-        self._given: dict[int, tuple[str, Any, Any]] = {}
-        self._barrier = threading.Barrier(world, self._act)
-
-    def join(self, rank: int, kind: str, work: Any, data: Any) -> Any:
-        """Take part: `work.work([data of rank 0, data of rank 1, …])` fills every rank's outputs.
-
-        Raises:
-            CutOff: it cannot end. ValueError: `kind` is not that of every rank (raised on one of them).
-        """
-        self._given[rank] = kind, work, data
-        try:
-            self._barrier.wait()
-        except threading.BrokenBarrierError:
-            raise CutOff(f"{kind} was cut off") from None
-        return threaded.ret_work(data)
-
-    def abandon(self) -> None:
-        """Nobody waits here any more."""
-        self._barrier.abort()
-
-    def _act(self) -> None:
-        kinds = {rank: kind for rank, (kind, _, _) in sorted(self._given.items())}
-        if len(set(kinds.values())) > 1:
-            raise ValueError(f"the ranks called different collectives: {kinds}")
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            self._given[0][1].work([self._given[rank][2] for rank in kinds])
-        self._given.clear()
+_ONE_AT_A_TIME = threading.Lock()  # what `_isolated` changes belongs to the process
+_GRACE = 2.0  # seconds for a rank that was told to stop
 
 
 class _Group(dist.ProcessGroup):
     """One rank's end of a `Meeting`: the collectives that autotp and DTensor call."""
 
-    def __init__(self, rank: int, world: int, meeting: Meeting) -> None:
+    def __init__(self, rank: int, world: int, meeting: Meeting | Turns) -> None:
         super().__init__(rank, world)
         self._at, self._world, self._meeting = rank, world, meeting
 
-    def getBackendName(self) -> str:
+    def getBackendName(self) -> str:  # noqa: N802  # torch calls it so
         return "threaded"
 
     def size(self) -> int:
@@ -133,10 +99,14 @@ def _isolated() -> Iterator[None]:
 
 
 class ThreadRanks:
-    """`world` ready threads that share one process group; `timeout` seconds for a `run`. One may run at a time."""
+    """`world` ready threads that share one process group; `timeout` seconds for a `run`. One may run at a time in a process.
 
-    def __init__(self, world: int, timeout: float = 60.0) -> None:
-        self.world, self.timeout = world, timeout
+    Args:
+        turns: one rank runs at a time (`meeting.Turns`); else all run freely.
+    """
+
+    def __init__(self, world: int, timeout: float = 60.0, *, turns: bool = False) -> None:
+        self.world, self.timeout, self.turns = world, timeout, turns
         self._threads: list[threading.Thread] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -145,7 +115,7 @@ class ThreadRanks:
         Raises:
             RankError: a rank raised (with its traceback), or was not done in time (with its stack).
         """
-        with _isolated():
+        with _ONE_AT_A_TIME, _isolated(), torch.random.fork_rng(devices=()):
             self._start()
             for jobs in self._jobs:
                 jobs.put((function, args))
@@ -157,12 +127,14 @@ class ThreadRanks:
             self._meeting.abandon()
             for jobs in self._jobs:
                 jobs.put(None)
+            for thread in self._threads:
+                thread.join(_GRACE)  # but for one that hangs in C code, which ends with the process
         self._threads = []
 
     def _start(self) -> None:
         if self._threads:
             return
-        self._meeting = Meeting(self.world)
+        self._meeting: Meeting | Turns = (Turns if self.turns else Meeting)(self.world)
         self._jobs: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(self.world)]
         self._answers: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
         store = dist.HashStore()
@@ -174,37 +146,59 @@ class ThreadRanks:
     def _collect(self, deadline: float) -> list[Any]:
         results: dict[int, Any] = {}
         errors: dict[int, BaseException] = {}
+        stacks: dict[int, str] = {}
         while len(results) + len(errors) < self.world:
             try:
                 rank, result, error = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                break
+                if stacks:
+                    break  # they have been told to stop
+                stacks = self._interrupt({*range(self.world)} - {*results, *errors})
+                deadline = time.monotonic() + _GRACE
+                continue
             if error is None:
                 results[rank] = result
-            else:
+            elif not isinstance(error, Stopped):
                 errors[rank] = error
                 self._meeting.abandon()
                 deadline = min(deadline, time.monotonic() + 5)
-        silent = [rank for rank in range(self.world) if rank not in results and rank not in errors]
-        if not errors and not silent:
+            else:
+                errors[rank] = error
+        if not errors and not stacks:
             return [results[rank] for rank in range(self.world)]
-        causes = {rank: error for rank, error in errors.items() if not isinstance(error, CutOff)} or errors
+        causes = {rank: error for rank, error in errors.items() if not isinstance(error, CutOff | Stopped)}
+        if not causes and not stacks:
+            causes = errors
         problems = [f"rank {rank}:\n" + "".join(traceback.format_exception(error)) for rank, error in sorted(causes.items())]
-        problems += [f"rank {rank} was not done in time; it is at\n{self._stack(rank)}" for rank in silent]
+        problems += [f"rank {rank} was not done in time; it is at\n{stack}" for rank, stack in sorted(stacks.items())]
         self.stop()
         raise RankError("\n".join(problems))
+
+    def _interrupt(self, silent: set[int]) -> dict[int, str]:
+        """Stop the ranks that have not answered; where each of those was that did not only wait for others."""
+        own = {rank for rank in silent if not self._meeting.waits(rank)} or silent
+        stacks = {rank: self._stack(rank) for rank in own}
+        self._meeting.abandon()
+        for rank in own:
+            ident = self._threads[rank].ident
+            if ident is not None:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(Stopped))
+        return stacks
 
     def _stack(self, rank: int) -> str:
         frame = sys._current_frames().get(self._threads[rank].ident or 0)
         return "".join(traceback.format_stack(frame)) if frame is not None else "its end"
 
 
-def _live(rank: int, world: int, store: Any, meeting: Meeting, jobs: Any, answers: Any) -> None:
+def _live(rank: int, world: int, store: Any, meeting: Meeting | Turns, jobs: Any, answers: Any) -> None:
     _HERE.meeting = meeting
     dist.init_process_group("threaded", store=store, rank=rank, world_size=world)
     while (job := jobs.get()) is not None:
         function, args = job
         try:
-            answers.put((rank, function(*args), None))
-        except BaseException as error:  # whatever a rank raises, the test must hear of it
-            answers.put((rank, None, error))
+            meeting.begin(rank)
+            answer: tuple[int, Any, BaseException | None] = (rank, function(*args), None)
+        except BaseException as error:  # whatever a rank raises, the caller must hear of it
+            answer = (rank, None, error)
+        meeting.end(rank)
+        answers.put(answer)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autotp.testing.exact import TOLERANCE, relative_error
 from autotp.trace.boundary import flatten_result
-from autotp.verify.exact import TOLERANCE, relative_error
 
 #: (module path, number of the call, path inside the result) → output.
 Record = dict[tuple[str, int, tuple[str | int, ...]], Tensor]

@@ -1,0 +1,66 @@
+"""How far two observations of one model are apart.
+
+The error of a tensor is  max|a − b| / max(max|b|, floor); in float64 only the order of sums differs between a right parallel
+model and the model itself, so an error above 1e-9 is a bug. A gradient counts as at least a millionth of the model's largest,
+and a parameter after a step as at least 0.01: some are zero but for rounding. The state dict must be equal bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autotp.testing.exact import Precision, largest, relative_error
+
+_LEAST_PARAMETER = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Aspect:
+    """What comparing one aspect showed: `compared` tensors, the largest `error` and `where` it is, every path that is `wrong`."""
+
+    name: str
+    compared: int
+    error: float
+    where: str
+    wrong: tuple[str, ...]
+
+    def worse(self, other: Aspect) -> Aspect:
+        """This of one rank and `other` of another as one."""
+        first = self if not other.error > self.error else other
+        return Aspect(self.name, self.compared, first.error, first.where, tuple(dict.fromkeys((*self.wrong, *other.wrong))))
+
+
+def compare(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision) -> Aspect:
+    """Compare one aspect. A tensor that only one side has is an error, but for a gradient of zeros."""
+    errors = {path: _error(name, path, wanted, got, precision) for path in {**wanted, **got}}
+    limit = 0.0 if name == "state" else precision.tolerance
+    wrong = tuple(path for path, error in errors.items() if not error <= limit)
+    where = max(errors, key=lambda path: errors[path], default="")
+    return Aspect(name, len(errors), errors.get(where, 0.0), where, wrong)
+
+
+def _error(name: str, path: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision) -> float:
+    a, b = wanted.get(path), got.get(path)
+    if a is None or b is None:
+        there = b if a is None else a
+        return 0.0 if name == "gradients" and there is not None and not there.count_nonzero() else float("inf")
+    if a.dtype != b.dtype:
+        return float("inf")
+    if name == "state":
+        same = a.shape == b.shape and torch.equal(
+            a.nan_to_num() if a.is_floating_point() else a, b.nan_to_num() if b.is_floating_point() else b
+        )
+        return 0.0 if same else max(relative_error(b, a), 1e-300)
+    if not a.is_floating_point() or a.shape != b.shape:
+        return relative_error(b, a)
+    return relative_error(b, a, scale=max(largest(a), _floor(name, path, wanted, precision)))
+
+
+def _floor(name: str, path: str, wanted: Mapping[str, Tensor], precision: Precision) -> float:
+    if name == "gradients":
+        return precision.floor * max((largest(t) for t in wanted.values()), default=0.0)
+    return _LEAST_PARAMETER if name == "steps" and " of step " not in path else 0.0

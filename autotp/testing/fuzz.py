@@ -1,0 +1,207 @@
+"""`python -m autotp.testing.fuzz --minutes 30`: draw models until the time is up, and write down every failure as a script.
+
+A failure is shrunk by Hypothesis first. What was covered is printed at the end: how many examples there were of each variant of
+architecture, number of ranks, model type and kind of layout. Another `--seed` draws other models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+
+from autotp.errors import AutoTPError
+from autotp.testing.architecture import Architecture
+from autotp.testing.equivalence import assert_equivalent
+from autotp.testing.proving import features, prove, variants
+from autotp.testing.strategies import architectures, configs, degrees
+
+#: Model types of transformers whose configs are drawn; one for each kind of layout.
+MODEL_TYPES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "cohere",
+    "stablelm",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "phi",
+    "phi3",
+    "bloom",
+    "mpt",
+    "falcon",
+    "opt",
+    "codegen",
+    "gpt_bigcode",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "t5",
+    "bert",
+    "mamba2",
+    "starcoder2",
+    "glm4",
+    "granite",
+    "bart",
+]
+_BATCH = 20
+_SETTINGS = settings(
+    max_examples=_BATCH,
+    deadline=None,
+    database=None,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+    report_multiple_bugs=False,
+)
+
+
+class Fuzzer:
+    """Counts what is drawn, keeps what fails."""
+
+    def __init__(self, folder: Path, until: float, write: Callable[[str], None]) -> None:
+        self.folder, self.until, self.write = folder, until, write
+        self.covered: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.failures: dict[str, str] = {}
+        self._last: tuple[str, str] | None = None
+
+    def architecture(self, seed: int) -> None:
+        """A batch of architectures."""
+
+        @seeded(seed)
+        @_SETTINGS
+        @given(architectures(), degrees())
+        def attempt(architecture: Architecture, tp: int) -> None:
+            self._attempt(lambda: script_of_architecture(architecture, tp), lambda: self._prove(architecture, tp))
+
+        self._batch(attempt)
+
+    def config(self, model_type: str, seed: int) -> None:
+        """A batch of configs of one model type."""
+
+        @seeded(seed)
+        @_SETTINGS
+        @given(configs(model_type), degrees())
+        def attempt(config: Any, tp: int) -> None:
+            self._attempt(lambda: script_of_config(config, tp), lambda: self._equal(config, tp))
+
+        self._batch(attempt)
+
+    def _prove(self, architecture: Architecture, tp: int) -> None:
+        plan = prove(architecture, tp).plan
+        self.covered.update([f"tp={tp}", *variants(architecture), *(f"plan: {f}" for f in features(plan))])
+        self.reasons.update({plan.replicated[n] for n in plan.replicated_products})
+
+    def _equal(self, config: Any, tp: int) -> None:
+        plan = assert_equivalent(config, tp=tp, steps=2).plan
+        self.covered.update([f"tp={tp}", f"type={config.model_type}", *(f"plan: {f}" for f in features(plan))])
+
+    def _attempt(self, script: Callable[[], str], work: Callable[[], None]) -> None:
+        if time.monotonic() > self.until and self._last is None:
+            return
+        try:
+            work()
+        except (AutoTPError, AssertionError) as error:
+            self._last = script(), f"{type(error).__name__}: {error}"
+            raise
+
+    def _batch(self, attempt: Callable[[], None]) -> None:
+        self._last = None
+        try:
+            attempt()
+        except Exception as error:  # whatever it is, it is a find
+            text, why = self._last or ("", f"{type(error).__name__}: {error}")
+            name = f"fuzz_{hashlib.sha1(text.encode()).hexdigest()[:10]}.py"
+            if name not in self.failures:
+                self.failures[name] = why
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / name).write_text(text + "".join(f"# {line}\n" for line in why.splitlines()), encoding="utf-8")
+                self.write(f"FAILED, see {self.folder / name}\n" + "\n".join(why.splitlines()[:12]))
+
+    def report(self) -> str:
+        """What was covered, and what failed."""
+        groups: dict[str, list[str]] = {}
+        for name, count in sorted(self.covered.items()):
+            group, _, value = name.partition("=" if "=" in name else ": ")
+            groups.setdefault(group, []).append(f"{value} {count}")
+        total = sum(n for name, n in self.covered.items() if name.startswith("tp="))
+        lines = [f"{total} examples were equal; how many there were of each kind:"]
+        lines += [f"  {group}: {', '.join(values)}" for group, values in groups.items()]
+        if self.reasons:
+            lines.append("why weights stayed whole (architectures, the most frequent):")
+            lines += [f"  {count} × {reason}" for reason, count in self.reasons.most_common(12)]
+        lines.append(
+            f"{len(self.failures)} failed" + ("".join(f"\n  {self.folder / name}" for name in self.failures) if self.failures else "")
+        )
+        return "\n".join(lines)
+
+
+def script_of_architecture(architecture: Architecture, tp: int) -> str:
+    """A script with the model's text that fails as the example did."""
+    trap = "".join(
+        f"assert result.plan.params[{name!r}].layout.dim != {dim}  # {architecture.trap.value}\n" for name, dim in architecture.kept()
+    )
+    return (
+        f"# {architecture!r}\n\n{architecture.source()}\n\n"
+        "from autotp.testing import assert_equivalent\nfrom autotp.testing.tiny import randomise\n\n\n"
+        "def model():\n    made = Model()\n    randomise(made, seed=3)\n    return made.double()\n\n\n"
+        f"inputs = {{name: torch.tensor(rows) for name, rows in { ({n: t.tolist() for n, t in architecture.inputs().items()})!r}.items()}}\n"
+        f"result = assert_equivalent(model, tp={tp}, inputs=inputs, steps=3)\n{trap}"
+    )
+
+
+def script_of_config(config: Any, tp: int) -> str:
+    """A script with the config that fails as the example did."""
+    fields = {n: v for n, v in config.to_diff_dict().items() if n not in ("model_type", "transformers_version")}
+    attention = config._attn_implementation
+    return (
+        "from transformers import CONFIG_MAPPING\n\nfrom autotp.testing import assert_equivalent\n\n"
+        f"config = CONFIG_MAPPING[{config.model_type!r}](**{fields!r})\nconfig._attn_implementation = {attention!r}\n"
+        f"assert_equivalent(config, tp={tp}, steps=2)\n"
+    )
+
+
+def fuzz(minutes: float, folder: Path, seed: int = 0, only: str = "", write: Callable[[str], None] = print) -> Fuzzer:
+    """Draw for `minutes`; `only`: "architectures" or "configs"."""
+    fuzzer = Fuzzer(folder, time.monotonic() + 60 * minutes, write)
+    number = 0
+    while time.monotonic() < fuzzer.until:
+        at = seed * 1_000_000 + number
+        if only == "configs" or (number % 4 == 3 and only != "architectures"):
+            fuzzer.config(MODEL_TYPES[number // (1 if only else 4) % len(MODEL_TYPES)], at)
+        else:
+            fuzzer.architecture(at)
+        number += 1
+    return fuzzer
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m autotp.testing.fuzz", description=str(__doc__).split("\n\n")[1])
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long to draw (10)")
+    parser.add_argument("--seed", type=int, default=0, help="which models are drawn (0)")
+    parser.add_argument("--out", type=Path, default=Path("fuzz"), help="folder for scripts that reproduce failures (fuzz)")
+    parser.add_argument("--only", choices=("architectures", "configs"), default="", help="draw only these")
+    given = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    done = fuzz(given.minutes, given.out, given.seed, given.only, lambda text: print(text, flush=True))  # noqa: T201
+    print(done.report())  # noqa: T201
+    sys.exit(1 if done.failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What a model does, aspect by aspect, in whole tensors: the same program watches the model and its parallel copy.
+
+| aspect     | what is watched                                                                                          |
+|------------|----------------------------------------------------------------------------------------------------------|
+| state      | the state dict before anything runs                                                                      |
+| outputs    | every tensor of a call's output; caches are left out: they may hold this rank's part                     |
+| gradients  | of every parameter and of floating-point arguments, from a fixed random weighting of all outputs         |
+| generation | greedy tokens, and the logits of each step                                                               |
+| steps      | the loss and the gradient norm of each optimizer step, and every parameter after the last                |
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from autotp.testing.subject import Subject
+from autotp.trace.boundary import flatten_result
+
+ASPECTS = ("state", "outputs", "gradients", "generation", "steps")
+NEW_TOKENS = 4
+#: Entries of an output that may be shards.
+LOCAL_OUTPUTS = frozenset(
+    {"past_key_values", "cache_params", "mems", "state", "cache", "rnn_state", "past_buckets_states", "encoder_past_key_values"}
+)
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How whole tensors are read off a model."""
+
+    state: Callable[[nn.Module], Mapping[str, Tensor]]
+    grads: Callable[[nn.Module], Mapping[str, Tensor]]
+
+
+PLAIN = Access(lambda m: m.state_dict(), lambda m: {n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """`steps` steps of what `optimizer` makes; gradients are clipped to the norm 1 before each."""
+
+    steps: int
+    optimizer: MakeOptimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Aspect → path → tensor, and why an aspect is not there."""
+
+    found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW whose ε keeps gradients that are rounding errors of zero (a key's bias without positions) from becoming whole steps."""
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, eps=1e-6)
+
+
+def tensors_of(output: Any) -> dict[str, Tensor]:
+    """The tensors of a call's output by path, caches left out."""
+    found: dict[str, Tensor] = {}
+
+    def keep(where: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        if not where or where[0] not in LOCAL_OUTPUTS:
+            found[".".join(map(str, where)) or "output"] = tensor
+        return tensor
+
+    flatten_result(output, keep)
+    return found
+
+
+class Watch:
+    """Watches one model; an error in it is the caller's to see."""
+
+    def __init__(self, model: nn.Module, subject: Subject, access: Access, training: Training) -> None:
+        self.model, self.subject, self.access, self.training = model, subject, access, training
+        self._run: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Whole tensors of the state dict."""
+        return {name: t.detach().clone() for name, t in self.access.state(self.model).items() if isinstance(t, Tensor)}
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Whole tensors of one call's output."""
+        return {path: t.detach().clone() for path, t in self._forward()[0].items()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of a weighting of all outputs; {} where no output has one."""
+        outputs, leaves = self._forward()
+        self._run = None
+        total = weighted(outputs)
+        if total is None:
+            return {}
+        total.backward()  # type: ignore[no-untyped-call]
+        found = dict(self.access.grads(self.model))
+        found |= {path: t.grad for path, t in leaves.items() if t.grad is not None}
+        found = {name: t.detach().clone() for name, t in found.items()}
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+    def generation(self) -> dict[str, Tensor]:
+        """Greedy tokens and logits."""
+        model: Any = self.model
+        dropped = ("labels", "use_cache", "return_", "decoder_input")
+        inputs = {n: v for n, v in self.subject.kwargs.items() if not n.startswith(dropped)}
+        if model.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:
+            inputs["decoder_start_token_id"] = 0
+        ids = inputs.get("input_ids")
+        if ids is not None and ids.dim() == 2 and "attention_mask" in inspect.signature(model.forward).parameters:
+            inputs.setdefault("attention_mask", torch.ones_like(ids))  # transformers asks for one
+        if model.generation_config.pad_token_id is None and not model.config.is_encoder_decoder:
+            inputs["pad_token_id"] = 0
+        torch.manual_seed(0)
+        with torch.no_grad(), self.subject.precision.mode():
+            made = model.generate(
+                **inputs,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                num_beams=1,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        return {"tokens": made.sequences} | {f"logits of token {i}": t for i, t in enumerate(made.logits or ())}
+
+    def steps(self) -> dict[str, Tensor]:
+        """Loss and gradient norm of each step, every parameter after the last; the model is changed."""
+        found: dict[str, Tensor] = {}
+        parameters = list(self.model.parameters())
+        optimizer = self.training.optimizer(parameters)
+        for step in range(self.training.steps):
+            self._run = None
+            loss = loss_of(self._forward()[0])
+            if loss is None:
+                return {}
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            found[f"loss of step {step}"] = loss.detach()
+            found[f"gradient norm of step {step}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        names = {n for n, _ in self.model.named_parameters()}
+        return found | {n: t for n, t in self.state().items() if n in names}
+
+    def _forward(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if self._run is None:
+            self.model.zero_grad(set_to_none=True)
+            torch.manual_seed(0)
+            leaves: dict[str, Tensor] = {}
+            self._run = tensors_of(self.subject.call(self.model, leaves)), leaves
+        return self._run
+
+
+def weighted(outputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Σ outputs × fixed random weights: a scalar whose gradient reaches every output entry differently."""
+    total: Tensor | None = None
+    generator = torch.Generator().manual_seed(0)
+    for tensor in outputs.values():
+        if tensor.is_floating_point() and tensor.requires_grad:
+            weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+            term = (torch.where(tensor.isfinite(), tensor, 0) * weights).sum()
+            total = term if total is None else total + term
+    return total
+
+
+def loss_of(outputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The model's own loss, else the weighting of all outputs per entry."""
+    loss = outputs.get("loss")
+    if loss is not None and loss.numel() == 1 and loss.requires_grad and bool(loss.isfinite()):
+        return loss.sum()
+    total = weighted(outputs)
+    return None if total is None else total / max(1, sum(t.numel() for t in outputs.values()))
+
+
+def observe_model(subject: Subject, training: Training) -> Observed:
+    """What the model of one device does; aspects that it does not have are skipped with the reason.
+
+    Steps change the model: a copy takes them.
+    """
+    observed = Observed()
+    watch = Watch(subject.model, subject, PLAIN, training)
+    for aspect in ASPECTS:
+        reason = _absent(aspect, subject, training)
+        if not reason:
+            if aspect == "steps":
+                watch.model = copy.deepcopy(subject.model)
+            try:
+                tensors = getattr(watch, aspect)()
+            except Exception as error:  # the model itself cannot do this
+                tensors, reason = {}, f"the model itself cannot: {type(error).__name__}: {str(error)[:200]}"
+            if tensors or aspect == "state":
+                observed.found[aspect] = tensors
+            else:
+                reason = reason or "nothing to compare"
+        if reason:
+            observed.skipped[aspect] = reason
+    subject.model.zero_grad(set_to_none=True)
+    return observed
+
+
+def _absent(aspect: str, subject: Subject, training: Training) -> str:
+    model: Any = subject.model
+    if aspect == "generation":
+        if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: False)():
+            return "the model does not generate"
+        if subject.args or model.main_input_name not in subject.kwargs:
+            return f"the inputs have no {model.main_input_name}"
+    if aspect == "steps" and not training.steps:
+        return "no steps were asked for"
+    return ""

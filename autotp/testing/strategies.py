@@ -1,0 +1,235 @@
+"""Hypothesis strategies for everything that autotp handles, in one place.
+
+    from hypothesis import given
+    from autotp.testing import assert_equivalent, strategies as tps
+
+    @given(tps.architectures(), tps.degrees())
+    def test_any_model(architecture, tp):
+        assert_equivalent(architecture.build, inputs=architecture.inputs(), tp=tp, steps=3)
+
+    @given(tps.configs("llama"))
+    def test_any_llama(config):
+        assert_equivalent(config, tp=2)
+
+| strategy        | draws                                                                                                      |
+|-----------------|------------------------------------------------------------------------------------------------------------|
+| `degrees`       | a number of ranks                                                                                          |
+| `geometries`    | numbers of heads and key/value heads, their size, a width, a vocabulary: nothing need divide anything      |
+| `exprs`         | one dim in the layout notation, as objects                                                                 |
+| `layouts`       | a `Layout`: dims, shape, ranks                                                                             |
+| `notations`     | the text of a layout, as recipes write it                                                                  |
+| `tensors`       | float64 tensors of a shape; with edge values on request                                                    |
+| `meshes`        | the shape and dim names of a DeviceMesh with a dim "tp"                                                    |
+| `configs`       | a tiny config of a transformers model type, with odd corners                                               |
+| `architectures` | a whole model as an `Architecture`; a share of them with a trap that must not be sharded                   |
+
+Examples shrink towards one layer, small numbers, the plainest variants and no trap.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from autotp.errors import InputError
+from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, size
+from autotp.plan.notation import spelled
+from autotp.testing.architecture import (
+    ACTIVATIONS,
+    ROTARY,
+    Architecture,
+    Experts,
+    Mlp,
+    Norms,
+    Position,
+    Projection,
+    QKNorm,
+    Sizes,
+    Trap,
+)
+from autotp.testing.architecture import Product as AttentionProduct
+from autotp.testing.geometry import Geometry
+
+__all__ = [
+    "Geometry",
+    "architectures",
+    "configs",
+    "degrees",
+    "exprs",
+    "geometries",
+    "layouts",
+    "meshes",
+    "notations",
+    "tensors",
+]
+
+
+def degrees(*, most: int = 8) -> st.SearchStrategy[int]:
+    """Numbers of ranks from 2; those that users have come first."""
+    return st.sampled_from([n for n in (2, 4, 3, 8, 5, 6, 7) if n <= most] or [2])
+
+
+@st.composite
+def geometries(draw: st.DrawFn, *, heads: int = 12, even_size: bool = False) -> Geometry:
+    """Sizes of an attention block and an mlp, with at most `heads` query heads.
+
+    Multi-head (group 1), grouped and multi-query (kv 1) are all likely, head counts that no usual tp divides too.
+    """
+    kv = draw(st.integers(1, min(6, heads)))
+    group = draw(st.integers(1, max(1, min(7, heads // kv))))
+    sizes = (2, 4, 6) if even_size else (1, 2, 3, 4)
+    return Geometry(kv, group, draw(st.sampled_from(sizes)), draw(st.integers(2, 21)), draw(st.integers(4, 40)))
+
+
+@st.composite
+def exprs(draw: st.DrawFn, *, depth: int = 2, sharded: bool = True) -> Expr:
+    """One dim of a layout: at most one sharded factor on each index path, of any size (what tp does not divide is padded).
+
+    Among them is what attention with few key/value heads makes: a factor cut together with a minor one, in pieces.
+    """
+    return draw(_nested(depth, sharded) | _in_pieces() if sharded else _nested(depth, False))
+
+
+@st.composite
+def _nested(draw: st.DrawFn, depth: int, sharded: bool) -> Expr:
+    kind = draw(st.sampled_from(["factor", "product", "concat"] if depth else ["factor"]))
+    if kind == "factor":
+        return Factor("f", draw(st.integers(1, 7)), sharded and draw(st.booleans()))
+    if kind == "concat":
+        return Concat(tuple(draw(_nested(depth - 1, sharded)) for _ in range(draw(st.integers(1, 3)))))
+    number = draw(st.integers(1, 3))
+    at = draw(st.integers(0, number - 1))
+    return Product(tuple(draw(_nested(depth - 1, sharded and i == at)) for i in range(number)))
+
+
+@st.composite
+def _in_pieces(draw: st.DrawFn) -> Expr:
+    pieces = draw(st.integers(2, 4))
+    kv = Factor("kv", draw(st.integers(1, 4)), True, pieces)
+    group = Factor("group", draw(st.integers(1, 5)), True, pieces, "kv")
+    width = Factor("d", draw(st.integers(1, 3)))
+    forms: list[Expr] = [
+        kv,
+        Product((kv, width)),
+        Product((kv, group, width)),
+        Product((kv, Concat((Product((group, width)), width, width)))),
+        Product((width, kv, Factor("2", 2), group)),
+    ]
+    parts = draw(st.lists(st.sampled_from([*forms, width]), min_size=1, max_size=3))
+    expr = parts[0] if len(parts) == 1 else Concat(tuple(parts))
+    return Product((expr, Factor("e", 2))) if draw(st.booleans()) else expr
+
+
+@st.composite
+def layouts(draw: st.DrawFn, *, tp: int | None = None) -> Layout:
+    """A layout over `tp` ranks (drawn: 1 to 4): one dim of `exprs` among up to two whole ones."""
+    ranks = draw(st.sampled_from([1, 2, 3, 4])) if tp is None else tp
+    expr = draw(exprs())
+    others = draw(st.lists(st.integers(1, 3), max_size=2))
+    at = draw(st.integers(0, len(others)))
+    dims: list[Expr] = [Factor("n", n) for n in others]
+    dims.insert(at, expr)
+    return Layout(tuple(size(d) for d in dims), tuple(dims), ranks)
+
+
+@st.composite
+def notations(draw: st.DrawFn) -> str:
+    """The text of a layout in full: `autotp.plan.notation.parse` reads it back."""
+    return " ".join(spelled(dim) for dim in draw(layouts()).dims)
+
+
+@st.composite
+def tensors(draw: st.DrawFn, shape: tuple[int, ...] | None = None, *, edges: bool = False) -> Tensor:
+    """A float64 tensor: normal numbers of a drawn seed. `edges` puts zeros, infinities and NaN in some places."""
+    form = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))) if shape is None else shape
+    made = torch.randn(form, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))), dtype=torch.float64)
+    if edges and made.numel():
+        flat = made.view(-1)
+        for value in draw(st.lists(st.sampled_from([0.0, float("inf"), float("-inf"), float("nan")]), max_size=3)):
+            flat[draw(st.integers(0, prod(form) - 1))] = value
+    return made
+
+
+@st.composite
+def meshes(draw: st.DrawFn, *, ranks: int = 8) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(shape, dim names) for `init_device_mesh` of at most `ranks` ranks: a dim "tp", up to two others around it."""
+    tp = draw(st.integers(1, ranks))
+    others = draw(st.lists(st.sampled_from(["dp", "pp", "cp"]), max_size=2, unique=True))
+    sizes: list[tuple[str, int]] = []
+    left = ranks // tp
+    for name in others:
+        number = draw(st.integers(1, max(1, left)))
+        left //= number
+        sizes.append((name, number))
+    sizes.insert(draw(st.integers(0, len(sizes))), ("tp", tp))
+    return tuple(n for _, n in sizes), tuple(name for name, _ in sizes)
+
+
+@st.composite
+def configs(draw: st.DrawFn, /, model_type: str, **fixed: Any) -> Any:
+    """A valid tiny config of `model_type` (a key of transformers' `CONFIG_MAPPING`) with odd corners.
+
+    Heads, key/value heads, head size, widths and vocabulary need not divide anything; ties and biases that the config knows are
+    on or off. What the model class refuses is not drawn. `fixed` sets fields.
+
+    Raises:
+        InputError: transformers has no such model type.
+    """
+    from hypothesis import assume
+
+    from autotp.testing.corners import corners, usable
+
+    base, options = corners(model_type)
+    chosen = {name: draw(st.sampled_from(values)) for name, values in options.items() if name not in fixed}
+    config = base(draw(geometries(even_size=True)), {**chosen, **fixed})
+    assume(usable(config))
+    return config
+
+
+@st.composite
+def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> Architecture:
+    """A transformer-like model of any make; `traps` is about the share of those with one that must not be sharded.
+
+    Raises:
+        InputError: `traps` is no share.
+    """
+    if not 0 <= traps <= 1:
+        raise InputError(f"architectures: traps is {traps!r}, wanted a share from 0 to 1")
+    projection = draw(st.sampled_from(Projection))
+    one = projection in (Projection.INTERLEAVED, Projection.LATENT)
+    positions = [p for p in Position if projection is not Projection.LATENT or p is not Position.ROTARY_PAIRS]
+    position = draw(st.sampled_from(positions))
+    g = draw(geometries(even_size=position in ROTARY))
+    flat = projection in (Projection.SEPARATE, Projection.CONCAT, Projection.TRANSPOSED)
+    norms = [n for n in QKNorm if flat or n is not QKNorm.FULL]
+    trap = draw(st.sampled_from(Trap)) if traps and draw(st.floats(0, 1)) > 1 - traps else Trap.NONE
+    return Architecture(
+        kv=g.kv,
+        group=1 if one else g.group,
+        size=g.size,
+        width=g.width,
+        vocab=g.vocab,
+        hidden=draw(st.sampled_from((0, 6, 7))),
+        layers=draw(st.integers(1, layers)),
+        projection=projection,
+        position=position,
+        qk_norm=draw(st.sampled_from(norms)),
+        product=draw(st.sampled_from(AttentionProduct)),
+        mlp=draw(st.sampled_from(Mlp)),
+        experts=draw(st.sampled_from([Experts.NONE, *Experts])),
+        norms=draw(st.sampled_from(Norms)),
+        layer_norm=draw(st.booleans()),
+        activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
+        bias=draw(st.booleans()),
+        parallel=draw(st.booleans()),
+        inline=draw(st.booleans()),
+        tied=draw(st.booleans()),
+        loss=draw(st.booleans()),
+        sizes=draw(st.sampled_from(Sizes)),
+        trap=trap,
+        names=draw(st.integers(0, 99)),
+    )

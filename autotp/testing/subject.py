@@ -1,0 +1,166 @@
+"""What is tested: a model on one device, and a call of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotp.errors import InputError
+from autotp.testing.exact import DOUBLE, SINGLE, Precision
+
+#: Builds the model; a transformers config stands for the model of random weights that it describes.
+Factory = Callable[[], nn.Module]
+#: Keyword arguments of a call, positional ones, one tensor, or a function of the model that makes any of these.
+Inputs = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor | Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """`model` (in eval mode, in `precision`) and the arguments of one call. `given`: the caller chose the arguments."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    precision: Precision
+    given: bool
+
+    def call(self, model: nn.Module, leaves: dict[str, Tensor] | None = None) -> Any:
+        """The output of `model`, this one or a parallel copy. `leaves` receives floating-point arguments, which then record gradients."""
+        args = tuple(_fresh(a, f"argument {i}", leaves) for i, a in enumerate(self.args))
+        kwargs = {n: _fresh(v, f"argument {n}", leaves) for n, v in self.kwargs.items()}
+        with self.precision.mode():
+            return model(*args, **kwargs)
+
+    def example_inputs(self) -> dict[str, Any] | None:
+        """The arguments by the names of `forward`, where the caller chose them."""
+        if not self.given:
+            return None
+        names = list(inspect.signature(self.model.forward).parameters)
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+
+
+def _fresh(value: Any, path: str, leaves: dict[str, Tensor] | None) -> Any:
+    """A copy that the model may change."""
+    if isinstance(value, Tensor):
+        value = value.detach().clone()
+        if leaves is not None and value.is_floating_point():
+            leaves[path] = value.requires_grad_()
+        return value
+    if isinstance(value, Mapping):
+        return {k: _fresh(v, f"{path}.{k}", leaves) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_fresh(v, f"{path}[{i}]", leaves) for i, v in enumerate(value))
+    return value
+
+
+def precision_of(dtype: torch.dtype) -> Precision:
+    """How finely a comparison in `dtype` tells.
+
+    Raises:
+        InputError: another dtype than float64 and float32.
+    """
+    found = {p.dtype: p for p in (DOUBLE, SINGLE)}.get(dtype)
+    if found is None:
+        raise InputError(f"dtype is {dtype}, wanted torch.float64 or torch.float32: in narrower types rounding hides what is wrong")
+    return found
+
+
+def make_subject(factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: int) -> Subject:
+    """Build the model once, in `dtype`, and find a call of it that runs.
+
+    Parameters that hold one value (zero biases, norms of ones) get small noise: they would hide what is done to them.
+
+    Raises:
+        InputError: no model, a model on the meta device, no inputs for it, inputs on which it does not run or gives NaN.
+    """
+    precision = precision_of(dtype)
+    torch.manual_seed(seed)
+    model = _build(factory).to(dtype).eval()
+    _enliven(model, seed)
+    args, kwargs = _arguments(model, inputs, precision, seed)
+    subject = Subject(model, _cast(args, dtype), _cast(kwargs, dtype), precision, inputs is not None)
+    _try(subject)
+    return subject
+
+
+def _build(factory: Any) -> nn.Module:
+    if isinstance(factory, nn.Module):
+        raise InputError(f"factory is a {type(factory).__name__}; wanted a function that builds it: lambda: model")
+    if hasattr(factory, "model_type"):
+        from autotp.testing.tiny import tiny_model
+
+        made: nn.Module = tiny_model(factory)
+        return made
+    if not callable(factory):
+        raise InputError(f"factory is {factory!r}, wanted a function that builds an nn.Module, or a transformers config")
+    model: object = factory()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the factory returned {type(model).__name__}, wanted an nn.Module")
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise InputError(f"the factory built {type(model).__name__} on the meta device; its weights are needed here")
+    if any(hasattr(m, "_autotp") for m in model.modules()):
+        raise InputError(f"the factory built a {type(model).__name__} that is parallel already; wanted the model of one device")
+    return model
+
+
+def _enliven(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float32))
+
+
+def _arguments(model: nn.Module, inputs: Any, precision: Precision, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if inputs is None:
+        return (), _own_inputs(model, precision, seed)
+    made = inputs(model) if callable(inputs) and not isinstance(inputs, Tensor) else inputs
+    if isinstance(made, Mapping):
+        return (), dict(made)
+    if isinstance(made, Tensor):
+        return (made,), {}
+    if isinstance(made, tuple | list):
+        return tuple(made), {}
+    raise InputError(f"inputs are {type(made).__name__}; wanted keyword arguments in a mapping, positional ones in a tuple, or a tensor")
+
+
+def _own_inputs(model: nn.Module, precision: Precision, seed: int) -> dict[str, Any]:
+    if not hasattr(model, "config") or not hasattr(model, "main_input_name"):
+        raise InputError(f"{type(model).__name__} is no transformers model, so its inputs cannot be guessed: pass inputs=")
+    from autotp.testing.inputs import training_inputs
+
+    with precision.mode():
+        return training_inputs(model, seed=seed)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_cast(v, dtype) for v in value)
+    return value
+
+
+def _try(subject: Subject) -> None:
+    kind = type(subject.model).__name__
+    try:
+        with torch.no_grad():
+            torch.manual_seed(0)
+            output = subject.call(subject.model)
+    except Exception as error:  # a model may refuse its arguments in any way
+        hint = "; dtype=torch.float32 may help, where an operator lacks float64" if subject.precision is DOUBLE else ""
+        raise InputError(
+            f"{kind} itself does not run on these inputs in {subject.precision.dtype}: {type(error).__name__}: {error}{hint}"
+        ) from error
+    from autotp.testing.observe import tensors_of
+
+    nan = [path for path, t in tensors_of(output).items() if t.is_floating_point() and bool(t.isnan().any())]
+    if nan:
+        raise InputError(f"{kind} itself gives NaN in {', '.join(nan)}: nothing could be shown with these weights and inputs")
