@@ -155,11 +155,12 @@ def script_of_architecture(architecture: Architecture, tp: int) -> str:
     trap = "".join(
         f"assert result.plan.params[{name!r}].layout.dim != {dim}  # {architecture.trap.value}\n" for name, dim in architecture.kept()
     )
+    rows = {name: tensor.tolist() for name, tensor in architecture.inputs().items()}
     return (
         f"# {architecture!r}\n\n{architecture.source()}\n\n"
         "from autotp.testing import assert_equivalent\nfrom autotp.testing.tiny import randomise\n\n\n"
         "def model():\n    made = Model()\n    randomise(made, seed=3)\n    return made.double()\n\n\n"
-        f"inputs = {{name: torch.tensor(rows) for name, rows in { ({n: t.tolist() for n, t in architecture.inputs().items()})!r}.items()}}\n"
+        f"rows = {rows!r}\ninputs = {{name: torch.tensor(row) for name, row in rows.items()}}\n"
         f"result = assert_equivalent(model, tp={tp}, inputs=inputs, steps=3)\n{trap}"
     )
 
