@@ -67,9 +67,6 @@ _UNARY_LINEAR = (
     "alias",
     "lift_fresh",
     "lift_fresh_copy",
-    "float",
-    "double",
-    "half",
     "type_as",
     "positive",
     "resolve_conj",
@@ -155,13 +152,24 @@ def pointwise(context: Context, node: Node) -> None:
 # fmt: off
 for _name in (
     "silu", "silu_", "gelu", "relu", "relu_", "softplus", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "elu", "celu",
-    "selu", "mish", "logsigmoid", "log_sigmoid", "tanh", "sigmoid", "clamp", "clip", "erf", "isnan", "nan_to_num", "isin",
-    "bitwise_not", "logical_not", "relu6", "hardshrink", "softshrink", "fill_", "bool", "abs", "baddcmul", "addcmul", "addcdiv",
-    "lerp", "isinf", "isfinite", "bitwise_and_", "threshold", "rrelu", "prelu_", "remainder", "floor_divide", "polar", "complex",
+    "selu", "mish", "log_sigmoid", "tanh", "sigmoid", "clamp", "clip", "erf", "isnan", "nan_to_num",
+    "bitwise_not", "logical_not", "relu6", "hardshrink", "softshrink", "fill_", "abs", "addcmul", "addcdiv",
+    "lerp", "isinf", "isfinite", "bitwise_and_", "threshold", "remainder", "floor_divide", "polar", "complex",
     "angle", "square", "sign",
 ):
     RULES.setdefault(_name, pointwise)
 # fmt: on
+
+
+@rule("isin")
+def isin(context: Context, node: Node) -> None:
+    """Membership in a set that every rank must see whole."""
+    x, members = node.args[0], node.args[1]
+    if isinstance(members, Value):
+        for i in range(len(members.shape)):
+            context.mix(members, i)
+    if isinstance(x, Value):
+        context.set(node.outputs[0], context.of(x))
 
 
 # views ------------------------------------------------------------------------------------------------------------------------
@@ -190,7 +198,7 @@ def _groups(a: tuple[int, ...], b: tuple[int, ...]) -> list[tuple[range, range]]
     return out
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_copy")
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy")
 def view(context: Context, node: Node) -> None:
     """Row-major regrouping of dims."""
     x, out = node.args[0], node.outputs[0]

@@ -41,7 +41,7 @@ def linear(context: Context, node: Node) -> None:
         context.linear([x], [w])
 
 
-@rule("addmm", "baddbmm", "addbmm_")
+@rule("addmm", "baddbmm")
 def addmm(context: Context, node: Node) -> None:
     """bias + a · b."""
     bias, a, b = node.args[:3]
@@ -109,7 +109,7 @@ def einsum(context: Context, node: Node) -> None:
     context.linear(*[[v] for v in values])
 
 
-@rule("_grouped_mm", "grouped_mm")
+@rule("_grouped_mm")
 def grouped_mm(context: Context, node: Node) -> None:
     """Rows of x [n, k] times their expert's w [E, k, m]."""
     x, w, out = node.args[0], node.args[1], node.outputs[0]
@@ -264,17 +264,10 @@ def extreme(context: Context, node: Node) -> None:
     "argsort",
     "flip",
     "roll",
-    "softmin",
     "cumsum_",
-    "renorm",
-    "rot90",
     "fft_fft",
     "fft_ifft",
-    "kthvalue",
-    "glu_jvp",
     "msort",
-    "diff",
-    "nanmedian",
 )
 def along(context: Context, node: Node) -> None:
     """Operators that mix along one dim (or several) and leave the others alone."""
@@ -572,14 +565,26 @@ def filled_like(context: Context, node: Node) -> None:
         context.linear([node.args[0]])
 
 
-@rule("arange", "eye", "linspace", "tril_indices", "triu_indices", "rand", "randn", "randint", "randperm", "hann_window", "meshgrid_")
+@rule("arange", "eye", "linspace", "tril_indices", "triu_indices", "rand", "randn", "randint", "randperm", "hann_window")
 def positions(context: Context, node: Node) -> None:
     """Constants that know their position: whole on every rank."""
     for out in node.outputs:
         context.of(out)
 
 
-@rule("bernoulli", "rand_like", "randn_like", "randint_like", "multinomial", "normal", "uniform_", "normal_", "bernoulli_", "exponential_")
+@rule(
+    "bernoulli",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "multinomial",
+    "normal",
+    "uniform_",
+    "normal_",
+    "bernoulli_",
+    "exponential_",
+    "rrelu",
+)
 def random(context: Context, node: Node) -> None:
     """Random numbers: whole, so that every rank draws the same."""
     context.opaque(f"{node.opname} draws random numbers")

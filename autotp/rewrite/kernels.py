@@ -173,11 +173,19 @@ def _working(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _normalised(x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
+    """The dims that a norm is over; like the operator, it takes no other shape than that of `x`."""
+    own = tuple(x.shape[x.ndim - len(normalized_shape) :])
+    if own != tuple(normalized_shape):
+        raise PlanError(f"a norm over {list(normalized_shape)} got a local tensor that ends in {list(own)}")
+    return tuple(range(x.ndim - len(own), x.ndim))
+
+
 def _rms_norm(
     across: Across, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     x = _working(input)
-    axes = tuple(range(x.ndim - len(normalized_shape), x.ndim))
+    axes = _normalised(x, normalized_shape)
     mean_square = _statistic(across.owned(x).square().sum(axes, keepdim=True), across.comm) / across.count(x, axes)
     y = (x * torch.rsqrt(mean_square + (torch.finfo(input.dtype).eps if eps is None else eps))).to(input.dtype)
     return y if weight is None else y * weight
@@ -194,7 +202,7 @@ def _layer_norm(
     **__: Any,
 ) -> Tensor:
     x = _working(input)
-    axes, comm = tuple(range(x.ndim - len(normalized_shape), x.ndim)), across.comm
+    axes, comm = _normalised(x, normalized_shape), across.comm
     count = across.count(x, axes)
     centred = x - _statistic(across.owned(x).sum(axes, keepdim=True), comm) / count
     variance = _statistic(across.owned(centred).square().sum(axes, keepdim=True), comm) / count

@@ -3,7 +3,8 @@
 | aspect     | what is watched                                                                                          |
 |------------|----------------------------------------------------------------------------------------------------------|
 | state      | the state dict before anything runs                                                                      |
-| outputs    | every tensor of a call's output; caches are left out: they may hold this rank's part                     |
+| outputs    | every tensor of a call's output; caches are left out: they may hold this rank's part. Transformers       |
+|            | models are called again for all that they can return, and with padding                                   |
 | gradients  | of every parameter and of floating-point arguments, from a fixed random weighting of all outputs         |
 | generation | greedy tokens, and the logits of each step                                                               |
 | steps      | the loss and the gradient norm of each optimizer step, and every parameter after the last                |
@@ -110,7 +111,7 @@ class Watch:
     def generation(self) -> dict[str, Tensor]:
         """Greedy tokens and logits."""
         model: Any = self.model
-        dropped = ("labels", "use_cache", "return_", "decoder_input")
+        dropped = ("labels", "use_cache", "return_", "decoder_input", "output_")
         inputs = {n: v for n, v in self.subject.kwargs.items() if not n.startswith(dropped)}
         if model.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:
             inputs["decoder_start_token_id"] = 0
@@ -139,7 +140,7 @@ class Watch:
         optimizer = self.training.optimizer(parameters)
         for step in range(self.training.steps):
             self._run = None
-            loss = loss_of(self._forward()[0])
+            loss = loss_of(self._forward(further=False)[0])
             if loss is None:
                 return {}
             loss.backward()  # type: ignore[no-untyped-call]
@@ -151,12 +152,16 @@ class Watch:
         names = {n for n, _ in self.model.named_parameters()}
         return found | {n: t for n, t in self.state().items() if n in names}
 
-    def _forward(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _forward(self, further: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self._run is None:
             self.model.zero_grad(set_to_none=True)
             torch.manual_seed(0)
             leaves: dict[str, Tensor] = {}
-            self._run = tensors_of(self.subject.call(self.model, leaves)), leaves
+            outputs = tensors_of(self.subject.call(self.model, leaves))
+            for name in self.subject.more if further else ():
+                made = tensors_of(self.subject.call(self.model, leaves, name))
+                outputs |= {f"{path} {name}": tensor for path, tensor in made.items()}
+            self._run = outputs, leaves
         return self._run
 
 

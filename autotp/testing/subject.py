@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,26 @@ Inputs = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor | Callable[[nn
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """`model` (in eval mode, in `precision`) and the arguments of one call. `given`: the caller chose the arguments."""
+    """`model` (in eval mode, in `precision`) and the arguments of one call.
+
+    `given`: the caller chose the arguments. `more`: changes to them that make further calls, by name.
+    """
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     precision: Precision
     given: bool
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def call(self, model: nn.Module, leaves: dict[str, Tensor] | None = None) -> Any:
-        """The output of `model`, this one or a parallel copy. `leaves` receives floating-point arguments, which then record gradients."""
+    def call(self, model: nn.Module, leaves: dict[str, Tensor] | None = None, name: str = "") -> Any:
+        """The output of `model`, this one or a parallel copy, for the call `name` of `more` ("": the main one).
+
+        `leaves` receives floating-point arguments, which then record gradients.
+        """
         args = tuple(_fresh(a, f"argument {i}", leaves) for i, a in enumerate(self.args))
-        kwargs = {n: _fresh(v, f"argument {n}", leaves) for n, v in self.kwargs.items()}
+        chosen = {**self.kwargs, **(self.more[name] if name else {})}
+        kwargs = {n: _fresh(v, f"argument {n}", leaves) for n, v in chosen.items()}
         with self.precision.mode():
             return model(*args, **kwargs)
 
@@ -42,6 +50,9 @@ class Subject:
             return None
         names = list(inspect.signature(self.model.forward).parameters)
         return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+
+
+_HINT = "; dtype=torch.float32 may help, where an operator lacks float64"
 
 
 def _fresh(value: Any, path: str, leaves: dict[str, Tensor] | None) -> Any:
@@ -85,7 +96,7 @@ def make_subject(factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: 
     args, kwargs = _arguments(model, inputs, precision, seed)
     subject = Subject(model, _cast(args, dtype), _cast(kwargs, dtype), precision, inputs is not None)
     _try(subject)
-    return subject
+    return subject if inputs is not None else replace(subject, more=_further(subject))
 
 
 def _build(factory: Any) -> nn.Module:
@@ -135,7 +146,37 @@ def _own_inputs(model: nn.Module, precision: Precision, seed: int) -> dict[str, 
     from autotp.testing.inputs import training_inputs
 
     with precision.mode():
-        return training_inputs(model, seed=seed)
+        try:
+            return training_inputs(model, seed=seed)
+        except InputError as error:
+            raise InputError(f"{error}{_HINT if precision is DOUBLE else ''}") from error
+
+
+def _further(subject: Subject) -> dict[str, dict[str, Any]]:
+    """More calls of a transformers model: everything that it can return, and padding, which takes other paths through attention."""
+    model: Any = subject.model
+    names = inspect.signature(model.forward).parameters
+    everything: dict[str, Any] = {"output_hidden_states": True}
+    if getattr(model.config, "_attn_implementation", None) == "eager":
+        everything["output_attentions"] = True
+    further: dict[str, dict[str, Any]] = {"with hidden states": everything}
+    ids = subject.kwargs.get("input_ids")
+    if ids is not None and ids.dim() == 2 and ids.shape[1] > 3 and "attention_mask" in names:
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        further["with padding"] = {"attention_mask": mask}
+    return {name: changes for name, changes in further.items() if _runs(subject, name, changes)}
+
+
+def _runs(subject: Subject, name: str, changes: Mapping[str, Any]) -> bool:
+    from autotp.testing.observe import tensors_of
+
+    try:
+        with torch.no_grad():
+            output = replace(subject, more={name: changes}).call(subject.model, name=name)
+    except Exception:  # the model itself does not know this
+        return False
+    return not any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_of(output).values())
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -155,7 +196,7 @@ def _try(subject: Subject) -> None:
             torch.manual_seed(0)
             output = subject.call(subject.model)
     except Exception as error:  # a model may refuse its arguments in any way
-        hint = "; dtype=torch.float32 may help, where an operator lacks float64" if subject.precision is DOUBLE else ""
+        hint = _HINT if subject.precision is DOUBLE else ""
         raise InputError(
             f"{kind} itself does not run on these inputs in {subject.precision.dtype}: {type(error).__name__}: {error}{hint}"
         ) from error

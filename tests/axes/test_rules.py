@@ -119,7 +119,8 @@ def _replaced(node: Node, wanted: dict[tuple[int, int], int], tensor: Callable[[
 def _run(node: Node, wanted: dict[tuple[int, int], int], tensor: Callable[[Value], Tensor]) -> list[Tensor]:
     if node.op in (Pseudo.ENTER, Pseudo.EXIT):
         return [tensor(node.args[0])]
-    args, kwargs = _replaced(node, wanted, tensor)
+    mutable = node.op._schema.is_mutable  # type: ignore[union-attr]  # values stay as they were: each change makes a new one
+    args, kwargs = _replaced(node, wanted, (lambda v: tensor(v).clone()) if mutable else tensor)
     out = node.op(*args, **kwargs)  # type: ignore[operator]
     return [out] if isinstance(out, Tensor) else [t for t in out if isinstance(t, Tensor)]
 
