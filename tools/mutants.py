@@ -54,7 +54,7 @@ def _batch(geometry: Any, model: nn.Module) -> dict[str, torch.Tensor]:
 
 def run(subject: Subject, tp: int, every: bool) -> Survey:
     """The survey in float64, or in float32 where the model has an operator without float64."""
-    name, factory, inputs = subject
+    _, factory, inputs = subject
     try:
         return survey(factory, tp=tp, inputs=inputs, every=every)
     except InputError as error:

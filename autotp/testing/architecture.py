@@ -115,6 +115,27 @@ class Trap(Enum):
         return self.value.startswith("head")
 
 
+class Extra(Enum):
+    """Things that some models have."""
+
+    TEMPERATURE = "temperature"  # a factor for each head's queries
+    SINK = "sink"  # a logit for each head that takes part in the softmax; with written products
+    HEAD_GATE = "head_gate"  # a gate for each head's result
+    CHANNEL_GATE = "channel_gate"  # a gate for each entry of all heads' results
+    SUB_NORM = "sub_norm"  # a norm over all heads' results
+    HEAD_NORM = "head_norm"  # a norm over each head's result
+    LAYER_SCALE = "layer_scale"  # a factor for each entry of what a block adds
+    LORA = "lora"  # a narrow second way to the queries; with separate projections
+    CONV = "conv"  # a causal convolution over time, one for each entry of the mlp's width
+    MEAN = "mean"  # the mean over the mlp's width is subtracted
+    DROPOUT = "dropout"
+    CAP = "cap"  # the logits pass a tanh
+    HEAD_BIAS = "head_bias"  # the head has a bias
+    AGAIN = "again"  # the blocks run twice
+    CHECKPOINT = "checkpoint"  # blocks are computed again in the backward pass
+    SCALED = "scaled"  # embeddings and residuals are multiplied by numbers
+
+
 ACTIVATIONS = {"gelu": "F.gelu", "relu": "F.relu", "sigmoid": "torch.sigmoid", "silu": "F.silu"}
 ROTARY = (Position.ROTARY, Position.ROTARY_PAIRS)
 ALIBI = (Position.ALIBI, Position.ALIBI_MODEL)
@@ -130,6 +151,7 @@ class Architecture:
         width: of the mlp. vocab: tokens. hidden: of the residual stream, 0 for heads · size. layers: blocks.
         inline: blocks do everything themselves instead of calling attention and mlp modules.
         parallel: attention and mlp read one value and are added together.
+        extras: what else there is.
         loss: the forward returns a loss beside the logits.
         names: seed of the meaningless names.
 
@@ -160,6 +182,7 @@ class Architecture:
     loss: bool = True
     sizes: Sizes = Sizes.ATTRIBUTES
     trap: Trap = Trap.NONE
+    extras: frozenset[Extra] = frozenset()
     names: int = 0
 
     def __post_init__(self) -> None:
@@ -174,6 +197,10 @@ class Architecture:
             problems.append(f"a norm over all heads wants separate or concatenated projections, got {self.projection.value}")
         if self.projection is Projection.LATENT and self.position in ROTARY and self.position is not Position.ROTARY:
             problems.append("latent projections turn halves: position rotary, or none that rotates")
+        if Extra.SINK in self.extras and self.product is not Product.WRITTEN:
+            problems.append(f"a sink wants written products, got {self.product.value}")
+        if Extra.LORA in self.extras and self.projection is not Projection.SEPARATE:
+            problems.append(f"lora wants separate projections, got {self.projection.value}")
         if problems:
             raise InputError("Architecture: " + "; ".join(problems))
 

@@ -57,7 +57,7 @@ MODEL_TYPES = [
     "granite",
     "bart",
 ]
-_BATCH = 20
+_BATCH = 60
 _SETTINGS = settings(
     max_examples=_BATCH,
     deadline=None,

@@ -37,6 +37,7 @@ def variants(architecture: Architecture) -> Iterator[str]:
             yield f"{each.name}={value.value}"
         elif isinstance(value, bool):
             yield f"{each.name}={value}"
+    yield from (f"extra={extra.value}" for extra in architecture.extras)
     heads = "mqa" if architecture.kv == 1 < architecture.group else "gqa" if architecture.group > 1 else "mha"
     yield f"heads={heads}"
     yield f"activation={architecture.activation}"

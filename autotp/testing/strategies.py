@@ -43,6 +43,7 @@ from autotp.testing.architecture import (
     ROTARY,
     Architecture,
     Experts,
+    Extra,
     Mlp,
     Norms,
     Position,
@@ -206,6 +207,13 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
     g = draw(geometries(even_size=position in ROTARY))
     flat = projection in (Projection.SEPARATE, Projection.CONCAT, Projection.TRANSPOSED)
     norms = [n for n in QKNorm if flat or n is not QKNorm.FULL]
+    product = draw(st.sampled_from(AttentionProduct))
+    extras = [
+        extra
+        for extra in Extra
+        if not (extra is Extra.SINK and product is not AttentionProduct.WRITTEN)
+        and not (extra is Extra.LORA and projection is not Projection.SEPARATE)
+    ]
     trap = draw(st.sampled_from(Trap)) if traps and draw(st.floats(0, 1)) > 1 - traps else Trap.NONE
     return Architecture(
         kv=g.kv,
@@ -218,7 +226,7 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
         projection=projection,
         position=position,
         qk_norm=draw(st.sampled_from(norms)),
-        product=draw(st.sampled_from(AttentionProduct)),
+        product=product,
         mlp=draw(st.sampled_from(Mlp)),
         experts=draw(st.sampled_from([Experts.NONE, *Experts])),
         norms=draw(st.sampled_from(Norms)),
@@ -231,5 +239,6 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
         loss=draw(st.booleans()),
         sizes=draw(st.sampled_from(Sizes)),
         trap=trap,
+        extras=draw(st.frozensets(st.sampled_from(extras), max_size=3)),
         names=draw(st.integers(0, 99)),
     )

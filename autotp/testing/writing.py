@@ -12,6 +12,7 @@ from autotp.testing.architecture import (
     ROTARY,
     Architecture,
     Experts,
+    Extra,
     Mlp,
     Norms,
     Position,
@@ -25,6 +26,7 @@ from autotp.testing.architecture import (
 _HEAD = """\
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 
@@ -163,6 +165,17 @@ def _attention_init(a: Architecture) -> list[str]:
         lines += [f"self.@qn, self.@kn = @Norm({h * d}), @Norm({k * d})"]
     if a.position is Position.RELATIVE:
         lines.append(f"self.@far = nn.Embedding(8, {h})")
+    made = {
+        Extra.TEMPERATURE: f"self.@warm = nn.Parameter(torch.ones({h}, 1, 1))",
+        Extra.SINK: f"self.@sink = nn.Parameter(torch.randn({h}))",
+        Extra.HEAD_GATE: _linear("each", e, h, a.bias),
+        Extra.CHANNEL_GATE: _linear("entry", e, h * d, a.bias),
+        Extra.SUB_NORM: f"self.@sub = @Norm({h * d})",
+        Extra.HEAD_NORM: f"self.@own = @Norm({d})",
+        Extra.LORA: f"self.@thin, self.@wide = nn.Linear({e}, 2, bias=False), nn.Linear(2, {h * d}, bias=False)",
+        Extra.DROPOUT: "self.@drop = nn.Dropout(0.1)",
+    }
+    lines += [line for extra, line in made.items() if extra in a.extras]
     return lines + _Said(a).attributes
 
 
@@ -173,10 +186,15 @@ def _attention_forward(a: Architecture) -> list[str]:
         lines.append("q, k = self.@qn(q), self.@kn(k)")
     if a.position in ROTARY and a.projection is not Projection.LATENT:
         lines += _rotary(a)
+    lines += ["q = q * self.@warm"] if Extra.TEMPERATURE in a.extras else []
     lines += _bias(a, said)
     lines += _attend(a, said)
     if a.trap.on_heads:
         lines.append(_TRAPS[a.trap])
+    if Extra.HEAD_NORM in a.extras:
+        lines.append("y = self.@own(y)")
+    if Extra.HEAD_GATE in a.extras:
+        lines.append("y = y * torch.sigmoid(self.@each(x)).transpose(1, 2)[..., None]")
     if a.projection is Projection.EINSUM:
         return [*lines, 'return torch.einsum("bhtd,hde->bte", y, self.@o)']
     flat = {
@@ -184,7 +202,10 @@ def _attention_forward(a: Architecture) -> list[str]:
         Sizes.LITERALS: f"y.transpose(1, 2).reshape(b, t, {a.heads * a.size})",
         Sizes.SHAPES: "y.transpose(1, 2).flatten(2)",
     }[a.sizes]
-    return [*lines, f"return self.@o({flat})"]
+    lines.append(f"y = {flat}")
+    lines += ["y = self.@sub(y)"] if Extra.SUB_NORM in a.extras else []
+    lines += ["y = y * torch.sigmoid(self.@entry(x))"] if Extra.CHANNEL_GATE in a.extras else []
+    return [*lines, "return self.@drop(self.@o(y))" if Extra.DROPOUT in a.extras else "return self.@o(y)"]
 
 
 def _project(a: Architecture, said: _Said) -> list[str]:
@@ -208,7 +229,8 @@ def _project(a: Architecture, said: _Said) -> list[str]:
         case Projection.LATENT:
             return _latent(a, said)
         case Projection.SEPARATE:
-            made = ["q, k, v = self.@q(x), self.@k(x), self.@v(x)"]
+            thin = " + self.@wide(self.@thin(x))" if Extra.LORA in a.extras else ""
+            made = [f"q, k, v = self.@q(x){thin}, self.@k(x), self.@v(x)"]
         case _:
             y = "self.@qkv(x)"
             if a.projection is Projection.TRANSPOSED:
@@ -310,7 +332,7 @@ def _attend(a: Architecture, said: _Said) -> list[str]:
             *repeat,
             hidden,
             f"w = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5{plus}",
-            'y = w.masked_fill(hidden, float("-inf")).softmax(-1) @ v',
+            *_softmax(a),
         ]
     kv, group = said.many("kv"), said("group")
     plus = f" + bias.unflatten(0, ({kv}, {group}))" if biased else ""
@@ -323,11 +345,23 @@ def _attend(a: Architecture, said: _Said) -> list[str]:
     ]
 
 
+def _softmax(a: Architecture) -> list[str]:
+    if Extra.SINK not in a.extras:
+        return ['y = w.masked_fill(hidden, float("-inf")).softmax(-1) @ v']
+    return [
+        "sink = self.@sink.view(1, -1, 1, 1).expand(b, -1, t, 1)",
+        'w = torch.cat([w.masked_fill(hidden, float("-inf")), sink], -1).softmax(-1)',
+        "y = w[..., :-1] @ v",
+    ]
+
+
 def _mlp_init(a: Architecture) -> list[str]:
     e, w = a.embedding, a.width
     lines = [_linear("up", e, w * (2 if a.mlp in (Mlp.HALVES, Mlp.PAIRS) else 1), a.bias)]
     lines += [_linear("gate", e, w, a.bias)] if a.mlp is Mlp.GATED else []
     lines.append(_linear("down", w, e, a.bias))
+    lines += [f"self.@conv = nn.Conv1d({w}, {w}, 3, groups={w}, padding=2, bias={a.bias})"] if Extra.CONV in a.extras else []
+    lines += ["self.@drop2 = nn.Dropout(0.1)"] if Extra.DROPOUT in a.extras else []
     return lines + ([f"self.@width = {w}"] if a.mlp is Mlp.HALVES and a.sizes is Sizes.ATTRIBUTES else [])
 
 
@@ -346,7 +380,9 @@ def _mlp_forward(a: Architecture) -> list[str]:
             lines = ["h = self.@up(x)", f"h = {act}(h[..., ::2]) * h[..., 1::2]"]
     if a.trap is not Trap.NONE and not a.trap.on_heads:
         lines.append(_TRAPS[a.trap].format(width=a.width - 1))
-    return [*lines, "z = self.@down(h)"]
+    lines += ["h = self.@conv(h.transpose(-1, -2))[..., : h.shape[-2]].transpose(-1, -2)"] if Extra.CONV in a.extras else []
+    lines += ["h = h - h.mean(-1, keepdim=True)"] if Extra.MEAN in a.extras else []
+    return [*lines, "z = self.@drop2(self.@down(h))" if Extra.DROPOUT in a.extras else "z = self.@down(h)"]
 
 
 def _experts_init(a: Architecture) -> list[str]:
@@ -398,6 +434,11 @@ def _block(a: Architecture) -> str:
     else:
         init += ["self.@mix = @Mix()", f"self.@feed = {feed}()"]
         mix, mlp = f"self.@mix({{}}{far})", "self.@feed({})"
+    if Extra.LAYER_SCALE in a.extras:
+        init += [f"self.@s1, self.@s2 = nn.Parameter(torch.ones({a.embedding})), nn.Parameter(torch.ones({a.embedding}))"]
+        mix, mlp = f"self.@s1 * {mix}", f"self.@s2 * {mlp}"
+    if Extra.SCALED in a.extras:
+        mix, mlp = f"0.5 * {mix}", f"0.5 * {mlp}"
     before = "self.@{}(x)" if a.norms is not Norms.POST else "x"
     after = {Norms.PRE: "{}", Norms.POST: "self.@{n}({v})", Norms.BOTH: "self.@{n}({v})"}[a.norms]
     if a.parallel:
@@ -422,7 +463,7 @@ def _model(a: Architecture) -> str:
     init = [f"self.@embed = nn.Embedding({a.vocab}, {a.embedding})"]
     init += [f"self.@place = nn.Embedding(8, {a.embedding})"] if a.position is Position.LEARNED else []
     init += [f"self.@blocks = nn.ModuleList(@Block() for _ in range({a.layers}))", f"self.@last = @Norm({a.embedding})"]
-    init.append(f"self.@head = nn.Linear({a.embedding}, {a.vocab}, bias=False)")
+    init.append(f"self.@head = nn.Linear({a.embedding}, {a.vocab}, bias={Extra.HEAD_BIAS in a.extras})")
     init += ["self.@head.weight = self.@embed.weight"] if a.tied else []
     forward = ["x = self.@embed(ids)", "t = ids.shape[1]"]
     forward += ["x = x + self.@place(torch.arange(t, device=ids.device))"] if a.position is Position.LEARNED else []
@@ -430,7 +471,16 @@ def _model(a: Architecture) -> str:
         heads = str(a.heads) if a.sizes is not Sizes.ATTRIBUTES else "self.@heads"
         init += [f"self.@heads = {a.heads}"] if a.sizes is Sizes.ATTRIBUTES else []
         forward.append(f"far = ({_slopes(heads)})[:, None, None] * ({_steps()})")
-    forward += ["for block in self.@blocks:", f"    x = block(x{', far' if _far(a) else ''})", "z = self.@head(self.@last(x))"]
+    forward += [f"x = x * {a.embedding} ** 0.5"] if Extra.SCALED in a.extras else []
+    called = f"block(x{', far' if _far(a) else ''})"
+    if Extra.CHECKPOINT in a.extras:
+        called = f"torch.utils.checkpoint.checkpoint({called.replace('(', ', ')[:-1]}, use_reentrant=False)"
+    if Extra.AGAIN in a.extras:
+        forward += ["for _ in range(2):", "    for block in self.@blocks:", f"        x = {called}"]
+    else:
+        forward += ["for block in self.@blocks:", f"    x = {called}"]
+    forward.append("z = self.@head(self.@last(x))")
+    forward += ["z = 5.0 * torch.tanh(z / 5.0)"] if Extra.CAP in a.extras else []
     loss = "F.cross_entropy(z.flatten(0, 1), targets.flatten())"
     forward.append(f'return {{"logits": z, "loss": {loss}}}' if a.loss else "return z")
     return _module("Model", init, "ids, targets" if a.loss else "ids", forward)
