@@ -6,8 +6,10 @@ may wait in a collective for it), at the timeout, and when the calling process d
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -63,7 +65,7 @@ def run_ranks(
         processes = []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            job = (function, args, rank, world_size, str(Path(scratch) / "store"), timeout, sender)
+            job = (function, args, rank, world_size, scratch, timeout, sender)
             process = context.Process(target=_rank_main, args=job, daemon=True, name=f"rank {rank}")
             with nullcontext() if with_main else _without_main():
                 process.start()
@@ -71,7 +73,7 @@ def run_ranks(
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, timeout, on_event)
+            return _collect(pipes, timeout, on_event, lambda rank: _stack(processes[rank].pid, _stack_file(scratch, rank)))
         finally:
             for process in processes:
                 process.join(1)  # a rank that has answered is on its way out
@@ -97,13 +99,30 @@ def values(outcomes: tuple[Outcome, ...]) -> list[Any]:
     Raises:
         RankError: some rank failed.
     """
-    for outcome in outcomes:
-        if outcome.error is not None and not outcome.error.startswith("stopped"):
-            raise RankError(f"rank {outcome.rank} failed:\n{outcome.error}")
+    failed = [o for o in outcomes if o.error is not None and not o.error.startswith("stopped")]
+    if failed:
+        raise RankError("\n".join(f"rank {o.rank} failed:\n{o.error}" for o in failed))
     return [outcome.value for outcome in outcomes]
 
 
-def _collect(pipes: list[Connection], timeout: float, on_event: Callable[[int, Any], None] | None) -> tuple[Outcome, ...]:
+def _stack_file(scratch: str, rank: int) -> Path:
+    return Path(scratch) / f"stack{rank}"
+
+
+def _stack(pid: int | None, file: Path) -> str:
+    """Where a process is that gives no answer: it is asked to write its stack, most recent call first."""
+    if pid is None or not file.exists():
+        return "the start of its process"
+    os.kill(pid, signal.SIGUSR1)
+    deadline = time.monotonic() + 2
+    while not (text := file.read_text(errors="replace")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return text.strip() or "code that cannot be looked into"
+
+
+def _collect(
+    pipes: list[Connection], timeout: float, on_event: Callable[[int, Any], None] | None, stack: Callable[[int], str]
+) -> tuple[Outcome, ...]:
     outcomes: dict[int, Outcome] = {}
     ranks: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
     deadline = time.monotonic() + timeout
@@ -127,7 +146,7 @@ def _collect(pipes: list[Connection], timeout: float, on_event: Callable[[int, A
             if kind == "error" and failed is None:
                 failed, deadline = rank, min(deadline, time.monotonic() + _GRACE)
     for rank in ranks.values():
-        reason = f"stopped: rank {failed} failed" if failed is not None else f"no result within {timeout:.0f} s"
+        reason = f"stopped: rank {failed} failed" if failed is not None else f"no result within {timeout:.0f} s; it is at\n{stack(rank)}"
         outcomes[rank] = Outcome(rank, error=reason)
     if failed is not None:  # what the others raise once a peer is gone is a consequence, not a cause
         stopped = f"stopped: rank {failed} failed"
@@ -136,16 +155,19 @@ def _collect(pipes: list[Connection], timeout: float, on_event: Callable[[int, A
 
 
 def _rank_main(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, store: str, timeout: float, pipe: Connection
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, scratch: str, timeout: float, pipe: Connection
 ) -> None:
     os.dup2(2, 1)  # gloo and model code may print; the caller's stdout is for the report
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    faulthandler.register(signal.SIGUSR1, file=_stack_file(scratch, rank).open("w"), all_threads=False)
     try:
         import torch
         import torch.distributed as dist
 
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // world_size)))
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
         pipe.send(("result", function(lambda value: pipe.send(("event", value)), *args)))
         dist.barrier()
         dist.destroy_process_group()

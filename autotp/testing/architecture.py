@@ -214,6 +214,16 @@ class Architecture:
         """Width of the residual stream."""
         return self.hidden or self.heads * self.size
 
+    @property
+    def normed(self) -> tuple[int, ...]:
+        """Widths that norms are over. Of one entry (with a mean, of two) a norm is constant, its gradient a rounding error."""
+        heads, kv = self.heads * self.size, self.kv * self.size
+        own = self.size * (2 if self.projection is Projection.LATENT else 1)
+        found = [self.embedding]
+        found += {QKNorm.NONE: [], QKNorm.HEAD: [own], QKNorm.FULL: [heads, kv]}[self.qk_norm]
+        found += [heads] if Extra.SUB_NORM in self.extras else []
+        return (*found, *([self.size] if Extra.HEAD_NORM in self.extras else []))
+
     def source(self) -> str:
         """The model as Python text; its class is `Model`."""
         from autotp.testing.writing import write

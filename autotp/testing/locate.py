@@ -9,7 +9,7 @@ from torch import nn
 from autotp.plan.plan import Plan
 from autotp.testing.modules import Record, first_difference
 
-_MOST_LINES = 14
+_MOST_LINES = 20
 
 
 def first_module(reference: Record, ranks: list[Record], tolerance: float) -> tuple[str, str] | None:
@@ -44,6 +44,7 @@ def surroundings(plan: Plan, path: str) -> str:
             if not path:
                 return "  the plan has nothing there"
             path = path.rpartition(".")[0]
+    lines.sort(key=lambda line: 0 if line.startswith("collective at ") else 1)
     if len(lines) > _MOST_LINES:
         lines = [*lines[:_MOST_LINES], f"… {len(lines) - _MOST_LINES} more lines: plan_of(model).explain({path!r})"]
     return "\n".join(f"  {line}" for line in lines)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from autotp.errors import InputError
 from autotp.plan.folding import folded
-from autotp.plan.layout import Expr, Factor, Product, factors, size
-from autotp.plan.model import Conversion, GradSum, ModulePlan, Op, Site, Slot
+from autotp.plan.layout import Expr, Factor, Product, factors, runs, size, take
+from autotp.plan.model import Conversion, GradSum, ModulePlan, Op, Site, Slot, Use
 from autotp.plan.plan import Plan
 from autotp.testing.equivalence import NotEquivalent, check
 from autotp.testing.mutation import Damage, Kind, Mutation
@@ -58,7 +59,7 @@ def mutations(plan: Plan, *, every: bool = False) -> tuple[Mutation, ...]:
         return ()
     found: dict[object, Mutation] = {}
     for mutation in _all(plan):
-        found.setdefault(mutation.where if every else (mutation.kind, folded(mutation.where)), mutation)
+        found.setdefault((mutation.kind, mutation.where if every else folded(mutation.where)), mutation)
     return tuple(found.values())
 
 
@@ -91,7 +92,7 @@ def survey(
     caught: list[tuple[Mutation, str]] = []
     survived: list[Mutation] = []
     for mutation in mutations(plan, every=every):
-        if not _matters(mutation, subject, wanted):
+        if not _matters(mutation, subject, wanted, tp):
             continue
         told = ""
         try:
@@ -105,8 +106,11 @@ def survey(
     return Survey(type(subject.model).__name__, tp, tuple(caught), tuple(survived))
 
 
-def _matters(mutation: Mutation, subject: Subject, wanted: Observed) -> bool:
-    """False for the sum of a gradient that is zero everywhere, and for shards that are equal."""
+def _matters(mutation: Mutation, subject: Subject, wanted: Observed, tp: int) -> bool:
+    """False for the sum of a gradient that is zero everywhere, and for another slice of a buffer that holds the same numbers."""
+    if mutation.kind is Kind.SHIFT and mutation.old is not None:
+        changed = [(a, b) for a, b in zip(mutation.old.uses, mutation.new[0].uses, strict=True) if a != b]
+        return all(_slices_differ(subject.model, a, b, tp) for a, b in changed)
     gradients = wanted.found.get("gradients", {})
     name = mutation.parameter
     if not name:
@@ -114,6 +118,16 @@ def _matters(mutation: Mutation, subject: Subject, wanted: Observed) -> bool:
     if mutation.damage_by in (Damage.NONE, Damage.SUM_AGAIN):
         grad = gradients.get(name)
         return grad is not None and bool(grad.abs().max() > subject.precision.floor * max(float(g.abs().max()) for g in gradients.values()))
+    return True
+
+
+def _slices_differ(model: nn.Module, one: Use, other: Use, tp: int) -> bool:
+    """Do two ways to slice a buffer give some rank other numbers?"""
+    tensor = getattr(model.get_submodule(one.owner), one.name)
+    for a, b in zip(one.conversions, other.conversions, strict=True):
+        if a != b and a.dim is not None and a.expr is not None and b.expr is not None and tensor.shape[a.dim] == size(a.expr):
+            cut = [[take(tensor, a.dim, runs(e, rank, tp)) for rank in range(tp)] for e in (a.expr, b.expr)]
+            return not all(map(torch.equal, *cut))
     return True
 
 

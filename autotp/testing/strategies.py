@@ -28,6 +28,7 @@ Examples shrink towards one layer, small numbers, the plainest variants and no t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -215,7 +216,7 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
         and not (extra is Extra.LORA and projection is not Projection.SEPARATE)
     ]
     trap = draw(st.sampled_from(Trap)) if traps and draw(st.floats(0, 1)) > 1 - traps else Trap.NONE
-    return Architecture(
+    made = Architecture(
         kv=g.kv,
         group=1 if one else g.group,
         size=g.size,
@@ -242,3 +243,9 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
         extras=draw(st.frozensets(st.sampled_from(extras), max_size=3)),
         names=draw(st.integers(0, 99)),
     )
+    least = 3 if made.layer_norm else 2
+    if made.embedding < least:
+        made = replace(made, hidden=6)
+    if min(made.normed) < least:
+        made = replace(made, qk_norm=QKNorm.NONE, extras=made.extras - {Extra.SUB_NORM, Extra.HEAD_NORM})
+    return made
