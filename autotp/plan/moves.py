@@ -96,7 +96,7 @@ def _cost(key: Hashable, value: Value, order: int) -> float:
 def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozenset[Hashable], frozenset[int]]:
     """(where partial sums are reduced, values still partial after that)."""
     cut, vertices = Cut(), _Vertices(space, places)
-    mixed = _mixed_slots(space, vertices, lambda v: v.id in labels.partial)
+    mixed = _mixed(space, vertices, lambda v: v.id in labels.partial, lambda v: True)
     stops, first = [result.stop for result in space.graph.results], dict[Hashable, int]()
     summed = labels.partial - {key for key, number in space.graph.fills.items() if number == 0.0}  # zeros are whole and partial
     for node in space.graph.nodes:
@@ -139,19 +139,24 @@ def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozen
     return frozenset(chosen), partial
 
 
-def _mixed_slots(space: Space, vertices: _Vertices, holds: Callable[[Value], bool]) -> set[Hashable]:
-    """Slots that see both kinds of values in different calls: no conversion can stand there."""
+def _mixed(space: Space, vertices: _Vertices, holds: Callable[[Value], bool], matters: Callable[[Value], bool]) -> set[Hashable]:
+    """Slots, and places in the code, that see both kinds of values in different calls: no conversion can stand there.
+
+    `matters`: what a conversion at a place would do something to.
+    """
     seen: dict[Hashable, bool] = {}
     mixed: set[Hashable] = set()
     for node in space.graph.nodes:
-        if slot_key(node) is None:
-            continue
-        (o,) = node.outputs
-        if space.graph.fills.get(o.id) == 0.0:
-            continue  # zeros are whole and a partial sum (experts that no token chose)
-        flag = holds(o)
-        if seen.setdefault(vertices.of(o), flag) != flag:
-            mixed.add(vertices.of(o))
+        slot = slot_key(node) is not None
+        for o in node.outputs:
+            key = vertices.of(o)
+            if not slot and not (isinstance(key, tuple) and key[0] == "place" and matters(o)):
+                continue
+            if space.graph.fills.get(o.id) == 0.0:
+                continue  # zeros are whole and a partial sum (experts that no token chose)
+            flag = holds(o)
+            if seen.setdefault(key, flag) != flag:
+                mixed.add(key)
     return mixed
 
 
@@ -166,7 +171,7 @@ def place_copies(
     def whole(v: Value) -> bool:
         return v.id in flows and v.id not in partial and not sharded.get(v.id)
 
-    mixed = _mixed_slots(space, vertices, whole)
+    mixed = _mixed(space, vertices, whole, lambda v: v.id in flows)
     groups: dict[int, Value] = {}
     edges: set[tuple[int, int]] = set()
     seen: dict[int, Value] = {}

@@ -77,6 +77,7 @@ class Fuzzer:
         self.covered: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
+        self.stopped = False
         self._last: tuple[str, str] | None = None
 
     def architecture(self, seed: int) -> None:
@@ -123,6 +124,8 @@ class Fuzzer:
         self._last = None
         try:
             attempt()
+        except KeyboardInterrupt:
+            self.stopped = True
         except Exception as error:  # whatever it is, it is a find
             text, why = self._last or ("", f"{type(error).__name__}: {error}")
             name = f"fuzz_{hashlib.sha1(text.encode()).hexdigest()[:10]}.py"
@@ -180,7 +183,7 @@ def fuzz(minutes: float, folder: Path, seed: int = 0, only: str = "", write: Cal
     """Draw for `minutes`; `only`: "architectures" or "configs"."""
     fuzzer = Fuzzer(folder, time.monotonic() + 60 * minutes, write)
     number = 0
-    while time.monotonic() < fuzzer.until:
+    while time.monotonic() < fuzzer.until and not fuzzer.stopped:
         at = seed * 1_000_000 + number
         if only == "configs" or (number % 4 == 3 and only != "architectures"):
             fuzzer.config(MODEL_TYPES[number // (1 if only else 4) % len(MODEL_TYPES)], at)

@@ -30,52 +30,10 @@ from autotp.plan.layout import (
     shared,
     size,
 )
+from autotp.testing.strategies import layouts
 
 QUICK = settings(max_examples=80, deadline=None)
 TPS = st.sampled_from([1, 2, 3, 4])
-
-
-@st.composite
-def exprs(draw: st.DrawFn, depth: int = 2, cut: bool = True) -> Expr:
-    """An expression with at most one sharded factor on each index path, of any size (what tp does not divide is padded)."""
-    kind = draw(st.sampled_from(["factor", "product", "concat"] if depth else ["factor"]))
-    if kind == "factor":
-        return Factor("f", draw(st.integers(1, 7)), cut and draw(st.booleans()))
-    if kind == "concat":
-        return Concat(tuple(draw(exprs(depth - 1, cut)) for _ in range(draw(st.integers(1, 3)))))
-    number = draw(st.integers(1, 3))
-    at = draw(st.integers(0, number - 1))
-    return Product(tuple(draw(exprs(depth - 1, cut and i == at)) for i in range(number)))
-
-
-@st.composite
-def in_pieces(draw: st.DrawFn) -> Expr:
-    """What attention with few kv heads makes: a major factor cut together with a minor one, or alone, or beside whole segments."""
-    pieces = draw(st.integers(2, 4))
-    kv = Factor("kv", draw(st.integers(1, 4)), True, pieces)
-    group = Factor("group", draw(st.integers(1, 5)), True, pieces, "kv")
-    width = Factor("d", draw(st.integers(1, 3)))
-    forms: list[Expr] = [
-        kv,
-        Product((kv, width)),
-        Product((kv, group, width)),
-        Product((kv, Concat((Product((group, width)), width, width)))),
-        Product((width, kv, Factor("2", 2), group)),
-    ]
-    parts = draw(st.lists(st.sampled_from([*forms, width]), min_size=1, max_size=3))
-    expr = parts[0] if len(parts) == 1 else Concat(tuple(parts))
-    return Product((expr, Factor("e", 2))) if draw(st.booleans()) else expr
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> Layout:
-    tp = draw(TPS)
-    expr = draw(exprs() | in_pieces())
-    others = draw(st.lists(st.integers(1, 3), max_size=2))
-    at = draw(st.integers(0, len(others)))
-    dims: list[Expr] = [Factor("n", n) for n in others]
-    dims.insert(at, expr)
-    return Layout(tuple(size(d) for d in dims), tuple(dims), tp)
 
 
 def filled(shape: tuple[int, ...]) -> torch.Tensor:
