@@ -1,13 +1,15 @@
 # Needs python3.11 and pip; everything else is installed into .venv at the versions of constraints.txt.
 PYTHON ?= python3.11
 PYTEST_ARGS ?=
+MINUTES ?= 10
+SEED ?= 0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 export PIP_PROGRESS_BAR := off
 
-.PHONY: install model demo test lint types clean
+.PHONY: install model demo test fuzz mutants lint types clean
 
 install: .venv/installed
 
@@ -30,6 +32,14 @@ demo: model
 
 test: model
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# Draws models until the time is up; each failure becomes a script in fuzz/. Another SEED draws others.
+fuzz: install
+	$(BIN)/python -m autotp.testing.fuzz --minutes $(MINUTES) --seed $(SEED) --out fuzz
+
+# Makes every mistake in the plan of every model of the tests; all must be caught (docs/mutants.md). About 25 minutes.
+mutants: install
+	$(BIN)/python tools/mutants.py
 
 lint: install
 	$(BIN)/ruff check .

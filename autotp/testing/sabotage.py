@@ -46,6 +46,13 @@ class Survey:
         caught = sum(m.kind is kind for m, _ in self.caught)
         return caught, caught + sum(m.kind is kind for m in self.survived)
 
+    def __str__(self) -> str:
+        made = len(self.caught) + len(self.survived)
+        counts = {kind: self.count(kind) for kind in Kind}
+        lines = [f"{self.model} over tp={self.tp}: {len(self.caught)} of {made} mistakes caught"]
+        lines.append("  " + " · ".join(f"{kind.value} {caught}/{all_}" for kind, (caught, all_) in counts.items() if all_))
+        return "\n".join([*lines, *(f"  not caught: {m}" for m in self.survived)])
+
 
 def mutations(plan: Plan, *, every: bool = False) -> tuple[Mutation, ...]:
     """Every mistake that applies to `plan`; of those that differ in block numbers only the first, unless `every`.
