@@ -126,7 +126,7 @@ class Extra(Enum):
     HEAD_NORM = "head_norm"  # a norm over each head's result
     LAYER_SCALE = "layer_scale"  # a factor for each entry of what a block adds
     LORA = "lora"  # a narrow second way to the queries; with separate projections
-    CONV = "conv"  # a causal convolution over time, one for each entry of the mlp's width
+    CONV = "conv"  # a causal convolution over time, one for each entry of the mlp's width; without experts
     MEAN = "mean"  # the mean over the mlp's width is subtracted
     DROPOUT = "dropout"
     CAP = "cap"  # the logits pass a tanh
@@ -201,6 +201,8 @@ class Architecture:
             problems.append(f"a sink wants written products, got {self.product.value}")
         if Extra.LORA in self.extras and self.projection is not Projection.SEPARATE:
             problems.append(f"lora wants separate projections, got {self.projection.value}")
+        if Extra.CONV in self.extras and self.experts is not Experts.NONE:
+            problems.append(f"a convolution over time wants a dense mlp, got {self.experts.value} experts")
         if problems:
             raise InputError("Architecture: " + "; ".join(problems))
 

@@ -209,10 +209,12 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
     flat = projection in (Projection.SEPARATE, Projection.CONCAT, Projection.TRANSPOSED)
     norms = [n for n in QKNorm if flat or n is not QKNorm.FULL]
     product = draw(st.sampled_from(AttentionProduct))
+    experts = draw(st.sampled_from([Experts.NONE, *Experts]))
     extras = [
         extra
         for extra in Extra
         if not (extra is Extra.SINK and product is not AttentionProduct.WRITTEN)
+        and not (extra is Extra.CONV and experts is not Experts.NONE)
         and not (extra is Extra.LORA and projection is not Projection.SEPARATE)
     ]
     trap = draw(st.sampled_from(Trap)) if traps and draw(st.floats(0, 1)) > 1 - traps else Trap.NONE
@@ -229,7 +231,7 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
         qk_norm=draw(st.sampled_from(norms)),
         product=product,
         mlp=draw(st.sampled_from(Mlp)),
-        experts=draw(st.sampled_from([Experts.NONE, *Experts])),
+        experts=experts,
         norms=draw(st.sampled_from(Norms)),
         layer_norm=draw(st.booleans()),
         activation=draw(st.sampled_from(sorted(ACTIVATIONS))),

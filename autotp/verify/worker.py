@@ -20,13 +20,11 @@ from autotp.plan.layout import Layout
 from autotp.recipe.recipe import Recipe
 from autotp.testing.exact import DOUBLE, SINGLE, Precision, largest, relative_error
 from autotp.testing.modules import recorded
-from autotp.trace.boundary import flatten_result
+from autotp.testing.observe import tensors_of, weighted
 
 #: Parallelizes the model in place; returns the layout of each of its parameters.
 Parallelizer = Callable[[nn.Module, DeviceMesh, "Mapping[str, Any] | None"], Mapping[str, Layout]]
 NEW_TOKENS = 8
-#: Entries of an output that may be shards.
-LOCAL_OUTPUTS = frozenset({"past_key_values", "cache_params", "mems", "state", "cache", "rnn_state", "past_buckets_states"})
 
 
 def with_autotp(model: nn.Module, mesh: DeviceMesh, inputs: Mapping[str, Any] | None, recipe: Recipe | None = None) -> Mapping[str, Layout]:
@@ -133,20 +131,9 @@ def _model_inputs(model: Any, precision: Precision) -> dict[str, Any]:
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors of the output by path; gradients of a fixed random projection of them are left in the parameters."""
     model.zero_grad()
-    found: dict[str, Tensor] = {}
-
-    def keep(where: tuple[str | int, ...], tensor: Tensor) -> Tensor:
-        if not where or where[0] not in LOCAL_OUTPUTS:
-            found[".".join(map(str, where)) or "output"] = tensor
-        return tensor
-
-    flatten_result(model(**inputs), keep)
-    generator = torch.Generator().manual_seed(0)
-    total = torch.zeros(())
-    for tensor in found.values():
-        if tensor.is_floating_point() and tensor.requires_grad:
-            total = total + (tensor * torch.randn(tensor.shape, generator=generator)).sum()
-    if total.requires_grad:
+    found = tensors_of(model(**inputs))
+    total = weighted(found)
+    if total is not None:
         total.backward()  # type: ignore[no-untyped-call]
     return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in found.items()}
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,16 +30,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 
+from autotp.testing.exact import Float64
+from autotp.testing.observe import tensors_of
 from tests.support.ranks import Pool, RankError, mesh
 
 ASPECTS = ("forward", "masked", "whole", "generate", "state_dict", "grad", "loss", "step")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 #: A gradient is measured against its own size, but at least this fraction of the largest gradient of the model.
 FLOOR = {torch.float64: 1e-6, torch.float32: 1e-2}
-#: Output entries that may live on one rank only.
-LOCAL_OUTPUTS = {"past_key_values", "cache_params", "mems", "past_buckets_states", "state", "cache", "rnn_state", "encoder_past_key_values"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,32 +89,6 @@ class Report:
             raise AssertionError("\n".join(lines))
 
 
-class Doubled(TorchFunctionMode):
-    """Casts to float32 that a model writes itself (norms, softmax, rotary tables) go to float64 instead."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is Tensor.float:
-            return args[0].double()
-        if any(arg is torch.float32 for arg in args):
-            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
-def _tensors(value: Any, path: str = "out") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if key not in LOCAL_OUTPUTS:
-                yield from _tensors(item, f"{path}.{key}")
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from _tensors(item, f"{path}[{index}]")
-
-
 def error_of(wanted: Tensor, got: Tensor, floor: float = 0.0) -> float:
     """max|a − b| / max(max|a|, floor); inf for another shape, for other non-finite entries or unequal integers."""
     if isinstance(got, DTensor) or wanted.shape != got.shape or wanted.dtype != got.dtype:
@@ -158,12 +131,12 @@ class _Comparison:
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         torch.manual_seed(7)
-        mode = Doubled() if self.report.dtype is torch.float64 else contextlib.nullcontext()
+        mode = Float64() if self.report.dtype is torch.float64 else contextlib.nullcontext()
         with mode:
             return model(*inputs["args"], **inputs["kwargs"])
 
     def outputs(self, aspect: str, wanted: Any, got: Any) -> None:
-        left, right = dict(_tensors(wanted)), dict(_tensors(got))
+        left, right = tensors_of(wanted), tensors_of(got)
         if list(left) != list(right):
             self.report.problems[aspect] = f"outputs {sorted(left)} became {sorted(right)}"
             return
@@ -212,7 +185,7 @@ class _Comparison:
             return
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
         inputs = {n: v for n, v in self.inputs["kwargs"].items() if not n.startswith(("decoder_input", "labels", "return_"))}
-        mode = (lambda: Doubled()) if self.report.dtype is torch.float64 else contextlib.nullcontext
+        mode = (lambda: Float64()) if self.report.dtype is torch.float64 else contextlib.nullcontext
         with torch.no_grad():
             try:
                 with mode():
@@ -297,7 +270,7 @@ class _Comparison:
 def _weighted(output: Any) -> Tensor:
     """Σ outputs × fixed random weights: a scalar whose gradient reaches every output entry differently."""
     total: Tensor | None = None
-    for index, (_, tensor) in enumerate(_tensors(output)):
+    for index, tensor in enumerate(tensors_of(output).values()):
         if tensor.is_floating_point() and tensor.requires_grad:
             weights = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float64).to(tensor.dtype)
             term = (torch.where(tensor.isfinite(), tensor, 0) * weights).sum()
@@ -341,7 +314,7 @@ def _seeded(factory: Callable[[], nn.Module]) -> nn.Module:
 def _exact_dtype(model: nn.Module, arguments: dict[str, Any]) -> torch.dtype:
     """float64 unless the model has an operator without it."""
     try:
-        with torch.no_grad(), Doubled():
+        with torch.no_grad(), Float64():
             cast = _cast(arguments, torch.float64)
             model.to(torch.float64)(*cast["args"], **cast["kwargs"])
     except Exception:  # an operator without float64, or a mask made with the largest number of another type
