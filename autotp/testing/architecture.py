@@ -92,6 +92,15 @@ class Sizes(Enum):
     SHAPES = "shapes"
 
 
+class Turning(Enum):
+    """How the code that turns queries and keys is shared by them; rotary positions only."""
+
+    GENERATOR = "generator"  # one line for both
+    LINES = "lines"  # a line for each
+    FUNCTION = "function"  # called for each
+    MODULE = "module"  # a module, called for each
+
+
 class Trap(Enum):
     """An operation that has no exact sharding; most run on a shard without an error."""
 
@@ -125,6 +134,7 @@ class Extra(Enum):
     SUB_NORM = "sub_norm"  # a norm over all heads' results
     HEAD_NORM = "head_norm"  # a norm over each head's result
     LAYER_SCALE = "layer_scale"  # a factor for each entry of what a block adds
+    ONE_NORM = "one_norm"  # queries and keys share the norm over a head
     LORA = "lora"  # a narrow second way to the queries; with separate projections
     CONV = "conv"  # a causal convolution over time, one for each entry of the mlp's width; without experts
     MEAN = "mean"  # the mean over the mlp's width is subtracted
@@ -151,7 +161,7 @@ class Architecture:
         width: of the mlp. vocab: tokens. hidden: of the residual stream, 0 for heads · size. layers: blocks.
         inline: blocks do everything themselves instead of calling attention and mlp modules.
         parallel: attention and mlp read one value and are added together.
-        extras: what else there is.
+        extras: what else there is. turning: how rotary positions are written.
         loss: the forward returns a loss beside the logits.
         names: seed of the meaningless names.
 
@@ -183,6 +193,7 @@ class Architecture:
     sizes: Sizes = Sizes.ATTRIBUTES
     trap: Trap = Trap.NONE
     extras: frozenset[Extra] = frozenset()
+    turning: Turning = Turning.GENERATOR
     names: int = 0
 
     def __post_init__(self) -> None:
@@ -199,6 +210,8 @@ class Architecture:
             problems.append("latent projections turn halves: position rotary, or none that rotates")
         if Extra.SINK in self.extras and self.product is not Product.WRITTEN:
             problems.append(f"a sink wants written products, got {self.product.value}")
+        if Extra.ONE_NORM in self.extras and self.qk_norm is not QKNorm.HEAD:
+            problems.append(f"one norm for queries and keys wants a norm over a head, got {self.qk_norm.value}")
         if Extra.LORA in self.extras and self.projection is not Projection.SEPARATE:
             problems.append(f"lora wants separate projections, got {self.projection.value}")
         if Extra.CONV in self.extras and self.experts is not Experts.NONE:

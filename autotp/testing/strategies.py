@@ -52,6 +52,7 @@ from autotp.testing.architecture import (
     QKNorm,
     Sizes,
     Trap,
+    Turning,
 )
 from autotp.testing.architecture import Product as AttentionProduct
 from autotp.testing.geometry import Geometry
@@ -208,12 +209,14 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
     g = draw(geometries(even_size=position in ROTARY))
     flat = projection in (Projection.SEPARATE, Projection.CONCAT, Projection.TRANSPOSED)
     norms = [n for n in QKNorm if flat or n is not QKNorm.FULL]
+    qk_norm = draw(st.sampled_from(norms))
     product = draw(st.sampled_from(AttentionProduct))
     experts = draw(st.sampled_from([Experts.NONE, *Experts]))
     extras = [
         extra
         for extra in Extra
-        if not (extra is Extra.SINK and product is not AttentionProduct.WRITTEN)
+        if not (extra is Extra.ONE_NORM and qk_norm is not QKNorm.HEAD)
+        and not (extra is Extra.SINK and product is not AttentionProduct.WRITTEN)
         and not (extra is Extra.CONV and experts is not Experts.NONE)
         and not (extra is Extra.LORA and projection is not Projection.SEPARATE)
     ]
@@ -228,7 +231,7 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
         layers=draw(st.integers(1, layers)),
         projection=projection,
         position=position,
-        qk_norm=draw(st.sampled_from(norms)),
+        qk_norm=qk_norm,
         product=product,
         mlp=draw(st.sampled_from(Mlp)),
         experts=experts,
@@ -242,6 +245,7 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
         loss=draw(st.booleans()),
         sizes=draw(st.sampled_from(Sizes)),
         trap=trap,
+        turning=draw(st.sampled_from(Turning)),
         extras=draw(st.frozensets(st.sampled_from(extras), max_size=3)),
         names=draw(st.integers(0, 99)),
     )
@@ -249,5 +253,5 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
     if made.embedding < least:
         made = replace(made, hidden=6)
     if min(made.normed) < least:
-        made = replace(made, qk_norm=QKNorm.NONE, extras=made.extras - {Extra.SUB_NORM, Extra.HEAD_NORM})
+        made = replace(made, qk_norm=QKNorm.NONE, extras=made.extras - {Extra.SUB_NORM, Extra.HEAD_NORM, Extra.ONE_NORM})
     return made

@@ -91,7 +91,7 @@ def make_subject(factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: 
     """
     precision = precision_of(dtype)
     torch.manual_seed(seed)
-    model = _build(factory).to(dtype).eval()
+    model = _build(factory).to(device="cpu", dtype=dtype).eval()
     _enliven(model, seed)
     args, kwargs = _arguments(model, inputs, precision, seed)
     subject = Subject(model, _cast(args, dtype), _cast(kwargs, dtype), precision, inputs is not None)
@@ -181,7 +181,7 @@ def _runs(subject: Subject, name: str, changes: Mapping[str, Any]) -> bool:
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(device="cpu", dtype=dtype if value.is_floating_point() else None)
     if isinstance(value, Mapping):
         return {k: _cast(v, dtype) for k, v in value.items()}
     if type(value) in (tuple, list):

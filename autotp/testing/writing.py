@@ -21,6 +21,7 @@ from autotp.testing.architecture import (
     QKNorm,
     Sizes,
     Trap,
+    Turning,
 )
 
 _HEAD = """\
@@ -50,7 +51,7 @@ _TRAPS = {
 
 def write(a: Architecture) -> str:
     """The whole module."""
-    parts = [_norm(a)]
+    parts = [_norm(a), *_turning(a)]
     if not a.inline:
         parts.append(_module("@Mix", [*_attention_init(a)], "x, far" if _far(a) else "x", _attention_forward(a)))
     if not a.inline or a.experts is not Experts.NONE:
@@ -160,11 +161,13 @@ def _attention_init(a: Architecture) -> list[str]:
         lines.append(_linear("o", h * d, e, a.bias))
     if a.qk_norm is QKNorm.HEAD:
         wide = 2 * d if a.projection is Projection.LATENT else d
-        lines += [f"self.@qn, self.@kn = @Norm({wide}), @Norm({wide})"]
+        lines += [f"self.@qn = @Norm({wide})", *([] if Extra.ONE_NORM in a.extras else [f"self.@kn = @Norm({wide})"])]
     elif a.qk_norm is QKNorm.FULL:
         lines += [f"self.@qn, self.@kn = @Norm({h * d}), @Norm({k * d})"]
     if a.position is Position.RELATIVE:
         lines.append(f"self.@far = nn.Embedding(8, {h})")
+    if a.turning is Turning.MODULE and _turning(a):
+        lines.append("self.@turned = @Turned()")
     made = {
         Extra.TEMPERATURE: f"self.@warm = nn.Parameter(torch.ones({h}, 1, 1))",
         Extra.SINK: f"self.@sink = nn.Parameter(torch.randn({h}))",
@@ -183,7 +186,7 @@ def _attention_forward(a: Architecture) -> list[str]:
     said = _Said(a)
     lines = ["b, t = x.shape[:2]", *_project(a, said)]
     if a.qk_norm is QKNorm.HEAD:
-        lines.append("q, k = self.@qn(q), self.@kn(k)")
+        lines.append(f"q, k = self.@qn(q), self.@{'qn' if Extra.ONE_NORM in a.extras else 'kn'}(k)")
     if a.position in ROTARY and a.projection is not Projection.LATENT:
         lines += _rotary(a)
     lines += ["q = q * self.@warm"] if Extra.TEMPERATURE in a.extras else []
@@ -276,11 +279,32 @@ def _angles(a: Architecture, of: str) -> list[str]:
 
 
 def _rotary(a: Architecture) -> list[str]:
+    match a.turning:
+        case Turning.GENERATOR:
+            return [*_angles(a, "q"), f"q, k = ({_turned(a)} for z in (q, k))"]
+        case Turning.LINES:
+            return [*_angles(a, "q"), *(f"{name} = {_turned(a, name)}" for name in "qk")]
+        case Turning.FUNCTION:
+            return ["q, k = @turn(q), @turn(k)"]
+        case Turning.MODULE:
+            return ["q, k = self.@turned(q), self.@turned(k)"]
+
+
+def _turned(a: Architecture, of: str = "z") -> str:
     if a.position is Position.ROTARY:
-        turned = "z * cos + torch.cat([-z[..., n:], z[..., :n]], -1) * sin"
-        return [*_angles(a, "q"), f"q, k = ({turned} for z in (q, k))"]
-    turned = "torch.stack([z[..., ::2] * cos - z[..., 1::2] * sin, z[..., ::2] * sin + z[..., 1::2] * cos], -1).flatten(-2)"
-    return [*_angles(a, "q"), f"q, k = ({turned} for z in (q, k))"]
+        return f"{of} * cos + torch.cat([-{of}[..., n:], {of}[..., :n]], -1) * sin"
+    even, odd = f"{of}[..., ::2]", f"{of}[..., 1::2]"
+    return f"torch.stack([{even} * cos - {odd} * sin, {even} * sin + {odd} * cos], -1).flatten(-2)"
+
+
+def _turning(a: Architecture) -> list[str]:
+    """What of the code that turns stands outside of the attention."""
+    if a.position not in ROTARY or a.projection is Projection.LATENT:
+        return []
+    body = ["t = z.shape[-2]", *_angles(a, "z"), f"return {_turned(a)}"]
+    if a.turning is Turning.FUNCTION:
+        return [f"def @turn(z):\n{indent(chr(10).join(body), ' ' * 4)}\n"]
+    return [_module("@Turned", [], "z", body)] if a.turning is Turning.MODULE else []
 
 
 def _steps() -> str:

@@ -255,7 +255,7 @@ def recorded(subject: Subject) -> set[str]:
 
 @pytest.mark.parametrize("name", MORE)
 def test_rule(name: str) -> None:
-    @settings(max_examples=4, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=2, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def examples(data: st.DataObject) -> None:
         d = Draw(data)

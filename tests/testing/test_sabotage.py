@@ -38,15 +38,16 @@ def test_every_mistake_in_a_hand_written_model_is_caught(name: str) -> None:
     assert len(found.caught) > 10 and not found.survived
 
 
-@pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "tp"), [(name, 3 if number % 3 == 2 else 2) for number, name in enumerate(ARCHITECTURES)])
 def test_every_mistake_in_an_architecture_is_caught(name: str, tp: int) -> None:
     a = ARCHITECTURES[name]
     found = survey(a.build, tp=tp, inputs=a.inputs())
     assert len(found.caught) > 15 and not found.survived
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "phi3", "bloom"])
+@pytest.mark.parametrize(
+    "model_type", ["phi3", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("bloom", marks=pytest.mark.slow)]
+)
 def test_every_mistake_in_a_transformers_model_is_caught(model_type: str) -> None:
     told: dict[sabotage.Mutation, str] = {}
     factory = partial(transformer, model_type, attn_implementation="eager")
