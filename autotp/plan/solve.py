@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from autotp.axes.atoms import Atom
+from autotp.axes.kernel import Kernel
 from autotp.errors import PlanError
 from autotp.plan.build import Builder, Unrealisable
 from autotp.plan.choose import Choice, choose
@@ -20,7 +21,7 @@ from autotp.plan.moves import Moves, Undecidable, conversion_key, place
 from autotp.plan.naming import Namer, pattern_of
 from autotp.plan.plan import AxisInfo, Plan, Traffic
 from autotp.plan.wanted import Wanted
-from autotp.trace.graph import Node, Pseudo, Value
+from autotp.trace.graph import Node, Origin, Pseudo, Value
 
 _PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm"))
 
@@ -189,36 +190,39 @@ def _common(paths: Iterable[str]) -> str:
 def _traffic(
     space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...], params: Mapping[str, ParamPlan]
 ) -> tuple[Traffic, ...]:
-    """The collectives of the first path's forward and of its backward."""
+    """The collectives of the first path's forward and of its backward. What enters regions from one tensor is reduced once."""
+    sources = _Sources(space, modules)
     width: dict[tuple[str, str], int] = {}
     for node in space.graph.nodes:
         if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
-            crossed = (node.op.value, ".".join(map(str, (node.slot[0], *node.slot[1]))))
-            width.setdefault(crossed, _per_token(node.outputs[0]))
+            width.setdefault(_crossing(node), _per_token(node.outputs[0]))
     out: list[Traffic] = []
     blocks = {b + ".": t + "." for b, t in space.graph.repeats.items()}
-    inside = _site_traffic(space, choice, moves)
+    inside = _site_traffic(space, choice, moves, sources)
     shared: set[tuple[str, int]] = set()
     for m in modules:
-        path = m.path + "."
+        path, instance = m.path + ".", _block_of(m.path + ".", blocks) or ""
         while (block := _block_of(path, blocks)) is not None:
             path = blocks[block] + path[len(block) :]
         path = path[:-1]
+        found: list[tuple[Traffic, int | None]] = []
         for kind, slots in (("enter", m.inputs), ("exit", m.outputs)):
             for slot in slots:
-                size = width.get((kind, ".".join(map(str, (path, *slot.path)))), 0)
+                crossed = (kind, ".".join(map(str, (path, *slot.path))))
+                size = width.get(crossed, 0)
                 for c in slot.conversions:
                     if c.op is Op.REDUCE:
-                        out.append(Traffic(m.path, "all_reduce", "forward", size))
+                        found.append((Traffic(m.path, "all_reduce", "forward", size), None))
                     elif c.op is Op.GATHER:
-                        out.append(Traffic(m.path, "all_gather", "forward", size))
+                        found.append((Traffic(m.path, "all_gather", "forward", size), None))
                     elif c.op is Op.COPY:
-                        key = (m.path.rpartition(".")[0], size)  # linears beside each other share one reduced gradient
-                        if kind == "enter" and slot.path and m.path.rpartition(".")[0] and key in shared and len(m.inputs) == 1:
-                            continue
-                        shared.add(key)
-                        out.append(Traffic(m.path, "all_reduce", "backward", size))
-        out += [replace(t, module=m.path) for t in inside.get(path, ())]
+                        found.append((Traffic(m.path, "all_reduce", "backward", size), sources.entering.get(crossed)))
+        for traffic, source in [*found, *((replace(t, module=m.path), source) for t, source in inside.get(path, ()))]:
+            if source is not None:
+                if (instance, source) in shared:
+                    continue
+                shared.add((instance, source))
+            out.append(traffic)
     for m in modules:
         for use in m.uses:
             name = f"{use.owner}.{use.name}" if use.owner else use.name
@@ -228,6 +232,39 @@ def _traffic(
             if elements:
                 out.append(Traffic(m.path, "all_reduce", "backward", 0, elements))
     return tuple(out)
+
+
+def _crossing(node: Node) -> tuple[str, str]:
+    assert node.slot is not None and isinstance(node.op, Pseudo)
+    return node.op.value, ".".join(map(str, (node.slot[0], *node.slot[1])))
+
+
+class _Sources:
+    """Which tensor a value is at run time: module boundaries without a conversion hand the same object on.
+
+    Copies of one tensor are one copy (`autotp.rewrite.memo`), but for arguments of the model, which are leaves.
+    """
+
+    def __init__(self, space: Space, modules: tuple[ModulePlan, ...]) -> None:
+        self._made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+        self._converted = {
+            (kind, ".".join(map(str, (m.path, *s.path))))
+            for m in modules
+            for kind, slots in (("enter", m.inputs), ("exit", m.outputs))
+            for s in slots
+        }
+        self.entering: dict[tuple[str, str], int | None] = {}
+        for node in space.graph.nodes:
+            if node.op is Pseudo.ENTER and node.slot is not None and isinstance(node.args[0], Value):
+                self.entering.setdefault(_crossing(node), self.of(node.args[0]))
+
+    def of(self, value: Value) -> int | None:
+        """The id of the value that was made first of those that are one tensor; None for what is not shared."""
+        while (node := self._made.get(value.id)) is not None and node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
+            if _crossing(node) in self._converted or not isinstance(node.args[0], Value):
+                break
+            value = node.args[0]
+        return None if value.origin is Origin.INPUT else value.id
 
 
 def summed(grad: GradSum, param: ParamPlan | None) -> int:
@@ -240,28 +277,29 @@ def summed(grad: GradSum, param: ParamPlan | None) -> int:
     return layout.shared(0).size * prod(layout.shape) // layout.shape[layout.dim]
 
 
-def _site_traffic(space: Space, choice: Choice, moves: Moves) -> dict[str, list[Traffic]]:
-    """Collectives at call sites, by traced module: reductions and copies of single values, statistics of norms."""
+def _site_traffic(space: Space, choice: Choice, moves: Moves, sources: _Sources) -> dict[str, list[tuple[Traffic, int | None]]]:
+    """Collectives at call sites, by traced module: reductions and copies of single values (and of what), statistics of norms."""
     first = space.graph.results[0].stop if space.graph.results else len(space.graph.nodes)
-    out: dict[str, list[Traffic]] = {}
+    out: dict[str, list[tuple[Traffic, int | None]]] = {}
 
-    def add(node: Node, when: str, value: Value) -> None:
+    def add(node: Node, when: str, width: int, source: int | None = None) -> None:
         if node.index < first:
-            out.setdefault(node.module, []).append(Traffic(node.module, "all_reduce", when, _per_token(value)))
+            out.setdefault(node.module, []).append((Traffic(node.module, "all_reduce", when, width), source))
 
     for keys, when in ((moves.reduces, "forward"), (moves.copies, "backward")):
         for node in space.graph.nodes[:first]:
             for i, o in enumerate(node.outputs):
                 key = conversion_key(node, i)
                 if key in keys and isinstance(key, tuple) and key[0] != "slot":
-                    add(node, when, o)
+                    add(node, when, _per_token(o))
     for index, number in sorted(moves.group_edges):
-        add(space.graph.nodes[index], "backward", next(v for v in space.inputs[index] if v.id == number))
-    for index in sorted(choice.labels.kernels):
+        value = next(v for v in space.inputs[index] if v.id == number)
+        add(space.graph.nodes[index], "backward", _per_token(value), sources.of(value))
+    for index, kernel in sorted(choice.labels.kernels.items()):
         node = space.graph.nodes[index]
-        if any(c.whole for c, _ in space.contracts[index]) and node.index < first:
-            for when in ("forward", "backward"):
-                out.setdefault(node.module, []).append(Traffic(node.module, "all_reduce", when, 1))
+        if any(c.whole for c, _ in space.contracts[index]):
+            for when in ("forward", "backward") * (2 if kernel is Kernel.LAYER_NORM else 1):  # a mean, and a variance
+                add(node, when, 1)
     return out
 
 
