@@ -1,15 +1,21 @@
 """Families of transformers models, each tiny: equal at tensor-parallel 2, 3 and 4, and really sharded.
 
-Every case runs each aspect of `tests.support.equivalence`; `REQUIRED` says which must not be skipped.
+Every case compares each aspect of `tests.support.equivalence` on gloo processes, or of `assert_equivalent` on ranks of this process,
+which take a fraction of the time. The fields of a family say which aspects must not be skipped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from autotp.errors import InputError
+from autotp.testing import Equivalence, assert_equivalent
 from tests.support.equivalence import check
 from tests.support.families import transformer, transformer_inputs
 from tests.support.ranks import Pool
@@ -119,7 +125,18 @@ MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "granitem
 SHARE = 0.75
 
 
-#: One family for each kind of layout: two quick cases each, the others one.
+#: What `assert_equivalent` calls the aspects.
+ASPECTS = {
+    "forward": "outputs",
+    "masked": "outputs",
+    "whole": "outputs",
+    "generate": "generation",
+    "state_dict": "state",
+    "grad": "gradients",
+    "loss": "gradients",
+    "step": "steps",
+}
+#: One family for each kind of layout: two quick cases each, one of them on processes; the others have one, in this process.
 DISTINCT = {
     "llama", "qwen2", "gemma2", "olmo2", "gpt2", "phi3", "gpt_neox", "bloom", "mpt", "gptj", "gpt_bigcode_mqa", "falcon_multi_query",
     "falcon_new", "deepseek_v3", "bert", "t5", "whisper", "vit", "mamba2", "qwen3_next", "llama_nine_heads", "llama_28_heads",
@@ -135,18 +152,28 @@ def cases() -> list[Any]:
     assert set(FAMILIES) >= DISTINCT | MANY_KINDS
     found = []
     for number, (name, (model_type, fields, required)) in enumerate(FAMILIES.items()):
-        quick = [(2 if name in MANY_KINDS else 2 + number % 3, ("eager", "sdpa")[number // 3 % 2])]
+        quick = {(2 if name in MANY_KINDS else 2 + number % 3, ("eager", "sdpa")[number // 3 % 2]): "local"}
         if name in DISTINCT:
-            quick = [(2, "sdpa"), (4 if number % 2 else 3, "eager")]
+            quick = {(2, "sdpa"): "gloo", (4 if number % 2 else 3, "eager"): "local"}
         for world in (2, 3, 4):
             for attention in ("eager", "sdpa"):
                 marks = [] if (world, attention) in quick else [pytest.mark.slow]
-                found.append(pytest.param(model_type, fields, required, world, attention, id=f"{name}-{world}-{attention}", marks=marks))
+                backend = quick.get((world, attention), "gloo")
+                case = f"{name}-{world}-{attention}-{backend}"
+                found.append(pytest.param(model_type, fields, required, world, attention, backend, id=case, marks=marks))
     return found
 
 
-@pytest.mark.parametrize(("model_type", "fields", "required", "world", "attention"), cases())
-def test_family(pool: Pool, model_type: str, fields: dict[str, Any], required: tuple[str, ...], world: int, attention: str) -> None:
+@pytest.mark.parametrize(("model_type", "fields", "required", "world", "attention", "backend"), cases())
+def test_family(
+    request: pytest.FixtureRequest,
+    model_type: str,
+    fields: dict[str, Any],
+    required: tuple[str, ...],
+    world: int,
+    attention: str,
+    backend: str,
+) -> None:
     try:
         transformer(model_type, attn_implementation=attention, **fields)
     except ValueError as error:
@@ -154,9 +181,24 @@ def test_family(pool: Pool, model_type: str, fields: dict[str, Any], required: t
             raise
         attention = "eager"  # the one that it has
     factory = partial(transformer, model_type, attn_implementation=attention, **fields)
-    report = check(pool, factory, transformer_inputs, world=world)
+    if backend == "local":
+        found = in_this_process(factory, world)
+        assert {ASPECTS[name] for name in required} <= set(found.aspects), found
+        assert found.plan.local_share <= SHARE
+        return
+    report = check(request.getfixturevalue("pool"), factory, transformer_inputs, world=world)
     report.require(*required)
     assert report.local_share <= SHARE
+
+
+def in_this_process(factory: Callable[[], nn.Module], tp: int) -> Equivalence:
+    """In float64, or float32 where the model has an operator without it."""
+    try:
+        return assert_equivalent(factory, tp=tp, steps=1)
+    except InputError as error:
+        why = str(error)
+    assert "dtype=torch.float32 may help" in why
+    return assert_equivalent(factory, tp=tp, steps=1, dtype=torch.float32)
 
 
 def mixtures() -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,7 +258,3 @@ def _first(job: _Job, result: Equivalence, timeout: float) -> str:
     if not name:
         return ""
     return f"no module's output differs; first gradient that differs on the way back: {name}\n{surroundings(result.plan, name)}"
-
-
-#: What a check of many subjects needs to share.
-Check = Callable[..., Equivalence]

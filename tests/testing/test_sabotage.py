@@ -17,6 +17,7 @@ from autotp.testing import equivalence, sabotage
 from autotp.testing.architecture import Architecture, Extra, Mlp, Position, Product, Projection, QKNorm
 from autotp.testing.compare import Aspect
 from autotp.testing.exact import Precision
+from autotp.testing.mutation import Damage
 from autotp.testing.sabotage import Kind, mutations, survey
 from tests.models.custom import CUSTOM
 from tests.support.families import transformer
@@ -43,6 +44,8 @@ def test_every_mistake_in_an_architecture_is_caught(name: str, tp: int) -> None:
     a = ARCHITECTURES[name]
     found = survey(a.build, tp=tp, inputs=a.inputs())
     assert len(found.caught) > 15 and not found.survived
+    damaged = [by for mutation, by in found.caught if mutation.damage_by in (Damage.SWAP, Damage.ROLL)]
+    assert damaged and all("outputs" in by or "gradients" in by for by in damaged)  # not only the state dict tells
 
 
 @pytest.mark.parametrize(
