@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autotp.testing import sabotage as sabotage
-    from autotp.testing import strategies as strategies
+    import autotp.testing.sabotage as sabotage
+    import autotp.testing.strategies as strategies
     from autotp.testing.equivalence import Equivalence as Equivalence
     from autotp.testing.equivalence import NotEquivalent as NotEquivalent
     from autotp.testing.equivalence import assert_equivalent as assert_equivalent
