@@ -212,7 +212,7 @@ NAMED = (
 def test_training_is_that_of_one_device(ranks: Callable[[int], ThreadRanks]) -> None:
     seen: Counter[Any] = Counter()
 
-    @settings(max_examples=50, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @given(geometries(), st.integers(2, 8), st.sampled_from(sorted(OPTIMIZERS)))
     def check(g: Geometry, tp: int, optimizer: str) -> None:
         errors, plan = compared(ranks, g, tp, optimizer)

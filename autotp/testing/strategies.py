@@ -246,7 +246,7 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
         sizes=draw(st.sampled_from(Sizes)),
         trap=trap,
         turning=draw(st.sampled_from(Turning)),
-        extras=draw(st.frozensets(st.sampled_from(extras), max_size=3)),
+        extras=draw(st.frozensets(st.sampled_from(extras), max_size=6)),
         names=draw(st.integers(0, 99)),
     )
     least = 3 if made.layer_norm else 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -42,13 +42,16 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else -1
 
 
-def left_running() -> list[Any]:
-    threads = [t for t in threading.enumerate() if t.name.startswith("rank ")]
-    return [*threads, *multiprocessing.active_children()]
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """No thread and no process is there after the test that was not before."""
+    before = {*threading.enumerate(), *multiprocessing.active_children()}
+    yield
+    assert {*threading.enumerate(), *multiprocessing.active_children()} <= before
 
 
 @pytest.mark.parametrize(("backend", "tp"), [("local", 2), ("local", 3), ("local", 8), ("threads", 3), ("gloo", 2)])
-def test_equal_models(backend: str, tp: int) -> None:
+def test_equal_models(backend: str, tp: int, nothing_left: None) -> None:
     found = assert_equivalent(lambda: Two(), tp=tp, inputs=X, steps=3, backend=backend)
     assert (found.tp, found.backend, found.dtype, found.failed) == (tp, backend, torch.float64, ())
     assert set(found.aspects) == set(ASPECTS) - {"generation"}
@@ -57,7 +60,6 @@ def test_equal_models(backend: str, tp: int) -> None:
     assert found.skipped == {"generation": "the model does not generate"}
     assert found.plan.params["a.weight"].layout.dim == 0 and found.plan.tp == tp
     assert "equals the model on one device" in str(found)
-    assert not left_running()
 
 
 def test_one_rank_is_a_rank() -> None:
@@ -224,23 +226,21 @@ def one_more_sum(y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["local", "threads", "gloo"])
-def test_a_rank_that_raises(backend: str) -> None:
+def test_a_rank_that_raises(backend: str, nothing_left: None) -> None:
     started = time.monotonic()
     with pytest.raises(NotEquivalent, match=r"(?s)rank 1.*in raises\n.*this rank says no"):
         assert_equivalent(partial(Two, raises), tp=2, inputs=X, backend=backend, timeout=60)
     assert time.monotonic() - started < 40
-    assert not left_running()
 
 
 @pytest.mark.parametrize(("backend", "timeout"), [("local", 1.0), ("threads", 1.0), ("gloo", 20.0)])
-def test_a_rank_that_hangs(backend: str, timeout: float) -> None:
+def test_a_rank_that_hangs(backend: str, timeout: float, nothing_left: None) -> None:
     started = time.monotonic()
     with pytest.raises(
         NotEquivalent, match=r"(?s)rank 1.*in time.*in loops" if backend != "gloo" else r"(?s)no result within 20 s; it is at.*in loops"
     ):
         assert_equivalent(partial(Two, loops), tp=2, inputs=X, backend=backend, timeout=timeout)
     assert time.monotonic() - started < timeout + 10
-    assert not left_running()
 
 
 def test_a_rank_that_sleeps_is_cut_off() -> None:
@@ -251,13 +251,11 @@ def test_a_rank_that_sleeps_is_cut_off() -> None:
     assert_equivalent(Two, tp=2, inputs=X)  # it disturbs nobody
 
 
-def test_a_deadlock_is_known_at_once() -> None:
-    before = left_running()  # a sleeper, perhaps
+def test_a_deadlock_is_known_at_once(nothing_left: None) -> None:
     started = time.monotonic()
     with pytest.raises(NotEquivalent, match=r"rank 1 waits in all_reduce|different collectives"):
         assert_equivalent(partial(Two, one_more_sum), tp=2, inputs=X, timeout=100)
     assert time.monotonic() - started < 20
-    assert left_running() == before
 
 
 # bad input ----------------------------------------------------------------------------------------------------------------------

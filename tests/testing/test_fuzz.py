@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import find, settings
+from hypothesis import settings
 
 from autotp.axes import rules
 from autotp.axes.rules_basic import pointwise
 from autotp.testing import NotEquivalent, fuzz
-from autotp.testing import strategies as tps
 from autotp.testing.architecture import Architecture, Position, Trap
+from autotp.testing.tiny import tiny_config
 
 
 def test_a_quiet_run_reports_what_it_covered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_a_failure_is_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_config_is_a_script(tmp_path: Path) -> None:
-    config = find(tps.configs("llama"), lambda c: c.num_attention_heads == 6, settings=settings(database=None, deadline=None))
+    config = tiny_config("llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=8, tie_word_embeddings=True)
     text = fuzz.script_of_config(config, 3)
     space: dict[str, object] = {}
     exec(text.replace("assert_equivalent(config, tp=3, steps=2)", ""), space)
