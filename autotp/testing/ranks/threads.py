@@ -151,8 +151,9 @@ class ThreadRanks:
             try:
                 rank, result, error = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                if stacks:
-                    break  # they have been told to stop
+                if stacks:  # they have been told to stop
+                    _withdraw([self._threads[r].ident for r in range(self.world) if r not in results and r not in errors])
+                    break
                 stacks = self._interrupt({*range(self.world)} - {*results, *errors})
                 deadline = time.monotonic() + _GRACE
                 continue
@@ -180,14 +181,39 @@ class ThreadRanks:
         stacks = {rank: self._stack(rank) for rank in own}
         self._meeting.abandon()
         for rank in own:
-            ident = self._threads[rank].ident
-            if ident is not None:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(Stopped))
+            _raise_in(self._threads[rank].ident, ctypes.py_object(Stopped))
         return stacks
 
     def _stack(self, rank: int) -> str:
         frame = sys._current_frames().get(self._threads[rank].ident or 0)
         return "".join(traceback.format_stack(frame)) if frame is not None else "its end"
+
+
+class _Flushed(BaseException):
+    """Raised in the calling thread and caught there."""
+
+
+def _raise_in(ident: int | None, error: Any) -> None:
+    """Raise `error` in a thread when it next runs Python code; nothing where the thread has ended."""
+    if ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), error)
+
+
+def _withdraw(idents: list[int | None]) -> None:
+    """Take back what was to be raised in threads that run no Python code.
+
+    In Python 3.11 such an exception keeps the whole interpreter's "something is pending" flag up, and a thread that is traced
+    (a debugger, coverage, Hypothesis) then never gets past the start of a function. The flag goes down when some thread gets its
+    exception: this one.
+    """
+    for ident in idents:
+        _raise_in(ident, ctypes.py_object())
+    try:
+        _raise_in(threading.get_ident(), ctypes.py_object(_Flushed))
+        while True:
+            pass
+    except _Flushed:
+        pass
 
 
 def _live(rank: int, world: int, store: Any, meeting: Meeting | Turns, jobs: Any, answers: Any) -> None:

@@ -161,3 +161,30 @@ def test_a_loop_without_end_is_stopped(turns: bool) -> None:
     with pytest.raises(RankError, match=r"(?s)rank 1 was not done in time; it is at.*in loops"):
         ranks.run(loops)
     assert set(threading.enumerate()) <= before
+
+
+def sleeps_long() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(15)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_a_rank_that_sleeps_on_does_not_stop_code_that_is_traced(turns: bool) -> None:
+    """In Python 3.11 an exception that waits for a sleeping thread kept traced threads at the start of their next function."""
+    ranks = ThreadRanks(2, timeout=0.5, turns=turns)
+    with pytest.raises(RankError, match=r"(?s)rank 1 was not done in time.*in sleeps_long"):
+        ranks.run(sleeps_long)
+    before, started = sys.gettrace(), time.monotonic()
+    sys.settrace(traced)
+    for _ in range(100):
+        nothing()
+    sys.settrace(before)
+    assert time.monotonic() - started < 3
+
+
+def traced(frame: object, event: str, arg: object) -> object:
+    return traced
+
+
+def nothing() -> None:
+    pass
