@@ -9,6 +9,7 @@ from autotp.testing.writing_parts import TRAPS, Said, linear, module, slopes, st
 
 
 def attention_init(a: Architecture) -> list[str]:
+    """Lines of the `__init__` that attention needs."""
     e, h, k, d = a.embedding, a.heads, a.kv, a.size
     fused = (h + 2 * k) * d
     match a.projection:
@@ -53,6 +54,7 @@ def attention_init(a: Architecture) -> list[str]:
 
 
 def attention_forward(a: Architecture) -> list[str]:
+    """Lines of a forward from x to what attention returns."""
     said = Said(a)
     lines = ["b, t = x.shape[:2]", *_project(a, said)]
     if a.qk_norm is QKNorm.HEAD:

@@ -7,6 +7,7 @@ from autotp.testing.writing_parts import TRAPS, Said, linear
 
 
 def mlp_init(a: Architecture) -> list[str]:
+    """Lines of the `__init__` of an mlp."""
     e, w = a.embedding, a.width
     lines = [linear("up", e, w * (2 if a.mlp in (Mlp.HALVES, Mlp.PAIRS) else 1), a.bias)]
     lines += [linear("gate", e, w, a.bias)] if a.mlp is Mlp.GATED else []
@@ -37,6 +38,7 @@ def mlp_forward(a: Architecture) -> list[str]:
 
 
 def experts_init(a: Architecture) -> list[str]:
+    """Lines of the `__init__` of a mixture."""
     e, w = a.embedding, a.width
     lines = [linear("route", e, 3, False)]
     if a.experts is Experts.DENSE:
@@ -46,6 +48,7 @@ def experts_init(a: Architecture) -> list[str]:
 
 
 def experts_forward(a: Architecture) -> list[str]:
+    """Lines that make z of x by a mixture."""
     act = ACTIVATIONS[a.activation]
     if a.experts is Experts.DENSE:
         return [

@@ -23,6 +23,7 @@ TRAPS = {
 
 
 def module(name: str, init: list[str], arguments: str, forward: list[str]) -> str:
+    """The text of a module class."""
     body = ["super().__init__()", *init]
     return (
         f"class {name}(nn.Module):\n    def __init__(self):\n{indent(chr(10).join(body), ' ' * 8)}\n\n"
@@ -31,10 +32,12 @@ def module(name: str, init: list[str], arguments: str, forward: list[str]) -> st
 
 
 def linear(name: str, wide: int, out: int, bias: bool) -> str:
+    """A line that makes a Linear."""
     return f"self.@{name} = nn.Linear({wide}, {out}, bias={bias})"
 
 
 def takes_far(a: Architecture) -> bool:
+    """Is the position bias made in the model and handed to the blocks?"""
     return a.position is Position.ALIBI_MODEL
 
 
@@ -64,8 +67,10 @@ class Said:
 
 
 def steps() -> str:
+    """How far each key is from each query, [query, key]."""
     return "torch.arange(t, device=x.device)[None, :] - torch.arange(t, device=x.device)[:, None]"
 
 
 def slopes(heads: str) -> str:
+    """One slope for each head."""
     return f"2.0 ** -(torch.arange(1, {heads} + 1, dtype=x.dtype, device=x.device) / 2)"
