@@ -80,7 +80,7 @@ class _Job:
     recipe: Recipe | None
     mutation: Mutation | None
     plan: Plan | None  # with a mutation: what it changes
-    record: bool = False
+    record: str | None = None  # the call that is watched module by module ("": the main one)
 
 
 @dataclass(slots=True)
@@ -135,7 +135,11 @@ def assert_equivalent(
         InputError: arguments that make no sense, a model that does not run by itself. TraceError, PlanError, RecipeError: as for
             `autotp.parallelize`.
     """
-    _check_arguments(tp, steps, backend, timeout)
+    _check_arguments(tp, steps, seed, backend, timeout)
+    if sabotage is not None and not isinstance(sabotage, Mutation):
+        raise InputError(f"assert_equivalent: sabotage is {sabotage!r}, wanted a Mutation (autotp.testing.sabotage.mutations)")
+    if not callable(optimizer):
+        raise InputError(f"assert_equivalent: optimizer is {optimizer!r}, wanted a function of a list of parameters")
     started = time.monotonic()
     with torch.random.fork_rng(devices=()):
         subject = make_subject(factory, inputs, dtype, seed)
@@ -179,8 +183,8 @@ def check(
     return result
 
 
-def _check_arguments(tp: int, steps: int, backend: str, timeout: float) -> None:
-    for name, value, least in (("tp", tp, 1), ("steps", steps, 0)):
+def _check_arguments(tp: int, steps: int, seed: int, backend: str, timeout: float) -> None:
+    for name, value, least in (("tp", tp, 1), ("steps", steps, 0), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"assert_equivalent: {name} is {value!r}, wanted a whole number of at least {least}")
     if backend not in BACKENDS:
@@ -217,8 +221,8 @@ def _rank(job: _Job) -> _Found:
         found.refused = type(error).__name__, str(error)
         return found
     found.plan = autotp.plan_of(model)
-    if job.record:
-        found.record = _record(job.subject, model)
+    if job.record is not None:
+        found.record = _record(job.subject, model, job.record)
         return found
     watch = Watch(model, job.subject, _PARALLEL, job.training)
     for name, wanted in job.wanted.found.items():
@@ -226,11 +230,11 @@ def _rank(job: _Job) -> _Found:
     return found
 
 
-def _record(subject: Subject, model: Any) -> Record:
+def _record(subject: Subject, model: Any, call: str) -> Record:
     """Outputs of all modules of one call, as far as it comes."""
     torch.manual_seed(0)
     with torch.no_grad(), recorded(model) as record:
-        subject.call(model)
+        subject.call(model, name=call)
     return record
 
 
@@ -243,16 +247,19 @@ def _worst(aspects: list[Aspect]) -> Aspect:
 
 def _first(job: _Job, result: Equivalence, timeout: float) -> str:
     """Where it begins, from one more run in which every module is watched."""
-    reference = _record(job.subject, job.subject.model)
+    outputs = result.aspects["outputs"].wrong
+    call = next((n for n in job.subject.more if outputs and all(path.endswith(f" {n}") for path in outputs)), "")
+    reference = _record(job.subject, job.subject.model, call)
     if "outputs" in result.failed or not {"gradients", "steps"} & set(result.failed):
-        watched = _Job(job.subject, job.wanted, job.training, job.recipe, None, None, record=True)
+        watched = _Job(job.subject, job.wanted, job.training, job.recipe, None, None, record=call)
         try:
             found = _on_ranks(watched, result.tp, result.backend, timeout, "watching")
         except NotEquivalent as error:
             return f"watching every module failed: {error}"
         difference = first_module(reference, [f.record for f in found], job.subject.precision.tolerance)
         if difference is not None:
-            return f"first module that differs: {difference[1]}\n{surroundings(result.plan, difference[0])}"
+            where = f" in the call {call}" if call else ""
+            return f"first module that differs{where}: {difference[1]}\n{surroundings(result.plan, difference[0])}"
     wrong = result.aspects["gradients"].wrong if "gradients" in result.failed else ()
     name = gradient_order(reference, job.subject.model, wrong)
     if not name:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autotp.errors import InputError
 from autotp.testing.subject import Subject
 from autotp.trace.boundary import flatten_result
 
@@ -190,6 +191,9 @@ def observe_model(subject: Subject, training: Training) -> Observed:
     """What the model of one device does; aspects that it does not have are skipped with the reason.
 
     Steps change the model: a copy takes them.
+
+    Raises:
+        InputError: there are no outputs to compare, or steps were asked for and the model itself cannot take them.
     """
     observed = Observed()
     watch = Watch(subject.model, subject, PLAIN, training)
@@ -208,6 +212,8 @@ def observe_model(subject: Subject, training: Training) -> Observed:
                 reason = reason or "nothing to compare"
         if reason:
             observed.skipped[aspect] = reason
+            if aspect == "outputs" or (aspect == "steps" and training.steps):
+                raise InputError(f"{type(subject.model).__name__}: no {aspect} to compare: {reason}")
     subject.model.zero_grad(set_to_none=True)
     return observed
 

@@ -23,7 +23,8 @@ Inputs = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor | Callable[[nn
 class Subject:
     """`model` (in eval mode, in `precision`) and the arguments of one call.
 
-    `given`: the caller chose the arguments. `more`: changes to them that make further calls, by name.
+    `given`: the caller chose the arguments. `more`: changes to them that make further calls, by name. `leaves`: floating-point
+    arguments can record gradients (not where the model changes them in place).
     """
 
     model: nn.Module
@@ -32,12 +33,14 @@ class Subject:
     precision: Precision
     given: bool
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    leaves: bool = True
 
     def call(self, model: nn.Module, leaves: dict[str, Tensor] | None = None, name: str = "") -> Any:
         """The output of `model`, this one or a parallel copy, for the call `name` of `more` ("": the main one).
 
         `leaves` receives floating-point arguments, which then record gradients.
         """
+        leaves = leaves if self.leaves else None
         args = tuple(_fresh(a, f"argument {i}", leaves) for i, a in enumerate(self.args))
         chosen = {**self.kwargs, **(self.more[name] if name else {})}
         kwargs = {n: _fresh(v, f"argument {n}", leaves) for n, v in chosen.items()}
@@ -96,6 +99,7 @@ def make_subject(factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: 
     args, kwargs = _arguments(model, inputs, precision, seed)
     subject = Subject(model, _cast(args, dtype), _cast(kwargs, dtype), precision, inputs is not None)
     _try(subject)
+    subject = replace(subject, leaves=_records(subject))
     return subject if inputs is not None else replace(subject, more=_further(subject))
 
 
@@ -187,6 +191,14 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_cast(v, dtype) for v in value)
     return value
+
+
+def _records(subject: Subject) -> bool:
+    try:
+        subject.call(subject.model, {})
+    except RuntimeError:  # an argument that is changed in place cannot be a leaf
+        return False
+    return True
 
 
 def _try(subject: Subject) -> None:

@@ -182,6 +182,34 @@ def test_a_state_dict_is_compared_bit_by_bit() -> None:
         assert_equivalent(Late, tp=2, inputs=X)
 
 
+class NaNBuffer(Late):
+    """A NaN that becomes a zero on one rank."""
+
+    @staticmethod
+    def more(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state[prefix + "seen"] = torch.full((1,), 0.0 if rank() == 1 else float("nan"))
+
+
+def test_a_nan_in_the_state_is_no_zero() -> None:
+    with pytest.raises(NotEquivalent, match="state: 1 of 3 differ, the most seen"):
+        assert_equivalent(NaNBuffer, tp=2, inputs=X)
+
+
+class InPlace(Two):
+    """Changes its argument, which can then be no leaf."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        return super().forward(x)
+
+
+def test_a_model_that_changes_its_argument_is_compared_all_the_same() -> None:
+    found = assert_equivalent(InPlace, tp=2, inputs=X, steps=1)
+    assert found.aspects["outputs"].compared == 1 and found.aspects["gradients"].compared == 4
+    with pytest.raises(NotEquivalent, match="outputs: 1 of 1 differ"):
+        assert_equivalent(partial(InPlace, off_by_a_millionth), tp=2, inputs=X)
+
+
 class ZeroBias(Two):
     """Biases of zero, as models have them before training."""
 
@@ -261,6 +289,11 @@ def test_a_deadlock_is_known_at_once(nothing_left: None) -> None:
 # bad input ----------------------------------------------------------------------------------------------------------------------
 
 
+class Silent(nn.Module):
+    def forward(self, x: Tensor) -> None:
+        return None
+
+
 class NaN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x / 0 * 0
@@ -273,6 +306,11 @@ class NaN(nn.Module):
         ({"tp": 2.0}, "tp is 2.0"),
         ({"tp": True}, "tp is True"),
         ({"tp": 2, "steps": -1}, "steps is -1"),
+        ({"tp": 2, "seed": "x"}, "seed is 'x'"),
+        ({"tp": 2, "sabotage": "drop"}, "sabotage is 'drop', wanted a Mutation"),
+        ({"tp": 2, "optimizer": None}, "optimizer is None, wanted a function"),
+        ({"tp": 2, "steps": 1, "optimizer": lambda p: 3}, "Two: no steps to compare: the model itself cannot: AttributeError"),
+        ({"tp": 2, "factory": Silent}, "Silent: no outputs to compare: nothing to compare"),
         ({"tp": 2, "backend": "mpi"}, "backend is 'mpi', wanted one of local, threads, gloo"),
         ({"tp": 2, "timeout": 0}, "timeout is 0"),
         ({"tp": 2, "dtype": torch.bfloat16}, "dtype is torch.bfloat16, wanted torch.float64 or torch.float32"),
