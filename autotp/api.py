@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp import targets
-from autotp.errors import AutoTPError, InputError, MeshError, PlanError
+from autotp.agree import agree
+from autotp.errors import InputError, MeshError, PlanError
 from autotp.plan.plan import Plan
 from autotp.planner import make_plan, whole_plan
 from autotp.recipe.prove import recipe_plan
@@ -26,7 +27,6 @@ from autotp.rewrite.shards import shard_onto
 from autotp.rewrite.undo import Undo
 
 _STATE = "_autotp"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def parallelize(
         return model
     comm = _ready(model, group)
     work = lambda: _prepare(model, comm.size, recipe, example_inputs, strict) if comm.rank == 0 else None  # noqa: E731
-    parcel: list[Any] = [_agree(group, work)]
+    parcel: list[Any] = [agree(group, work)]
     dist.broadcast_object_list(parcel, group=group, group_src=0)  # one rank plans: all ranks then have the same plan
     return _install(model, line, comm, parcel[0])
 
@@ -120,7 +120,7 @@ def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
 
 def _ready(model: nn.Module, group: dist.ProcessGroup) -> GroupComm:
     """The group's collectives, once all ranks have the same model and none is parallel."""
-    _agree(group, lambda: _refuse_parallel(model))
+    agree(group, lambda: _refuse_parallel(model))
     _same_weights(group, model)
     return GroupComm(group)
 
@@ -134,7 +134,7 @@ def _install(model: nn.Module, line: DeviceMesh, comm: GroupComm, made: Plan) ->
         install_rng(model, comm, undo)
 
     try:
-        _agree(comm.group, rewrite)
+        agree(comm.group, rewrite)
     except BaseException:
         undo.undo()  # also where another rank failed: either all models are parallel or none is
         raise
@@ -217,29 +217,6 @@ def _tp_mesh(mesh: object) -> DeviceMesh:
     if mesh.ndim == 1:
         return mesh
     raise MeshError(f"a mesh of {mesh.ndim} dims needs one named 'tp', got dims {names}: pass mesh_dim_names=(…, 'tp') to init_device_mesh")
-
-
-def _agree(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
-    """Run `work` on every rank; if it raises on any, raise the same error on all."""
-    failure: BaseException | None = None
-    result: Any = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
-    size = dist.get_world_size(group)
-    reports: list[Any] = [None] * size
-    own = None if failure is None else (type(failure).__name__, str(failure), isinstance(failure, AutoTPError))
-    dist.all_gather_object(reports, own, group=group)
-    first = next(((rank, r) for rank, r in enumerate(reports) if r is not None), None)
-    if first is None:
-        return result  # type: ignore[no-any-return]
-    rank, (name, text, ours) = first
-    if ours:
-        classes: list[type[AutoTPError]] = [AutoTPError, *AutoTPError.__subclasses__()]
-        kinds = {cls.__name__: cls for cls in classes}
-        raise kinds.get(name, AutoTPError)(text) from failure
-    raise AutoTPError(f"rank {rank} failed with {name}: {text}") from failure
 
 
 def _same_weights(group: dist.ProcessGroup, model: nn.Module) -> None:

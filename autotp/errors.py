@@ -34,6 +34,10 @@ class PlanError(AutoTPError):
     """No plan satisfies the request (for example `strict=True` with replicated parameters)."""
 
 
+class CheckpointError(AutoTPError):
+    """A checkpoint cannot be read or written, or does not fit its model; names the file or the tensor."""
+
+
 class RecipeError(AutoTPError):
     """A recipe that cannot be read, or that does not fit its model; `problems` lists everything that is wrong, a line each."""
 

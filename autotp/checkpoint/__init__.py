@@ -1,0 +1,1 @@
+"""Models from files and back, a rank's part at a time."""
