@@ -1,0 +1,142 @@
+"""Save and resume training: parameters, buffers and the optimizer's state, by torch.distributed.checkpoint.
+
+Each rank writes what it owns of each tensor in the model's order and shape, and reads what it holds, so a checkpoint knows nothing of
+the ranks it was saved by: it loads at any other `tp`, and by torch.distributed.checkpoint on one device without autotp. No rank ever
+holds a whole parameter that is cut. `autotp.checkpoint.contents` says what is in it, and under which keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autotp.agree import agree
+from autotp.api import state_of
+from autotp.checkpoint.contents import BOX, Contents, contents_of, moment, whole
+from autotp.checkpoint.directory import written_beside
+from autotp.checkpoint.match import Stored, fit_model, fit_optimizer
+from autotp.checkpoint.resume import Resume
+from autotp.checkpoint.storage import failures, read, read_index, write
+from autotp.errors import CheckpointError
+from autotp.rewrite.comm import GroupComm
+
+
+def save(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None) -> None:
+    """Save the parallel `model` and `optimizer` (None: the model alone) into the folder `path`. Collective: call on every rank.
+
+    Written beside `path` and renamed when all is there: whatever happens, an older checkpoint at `path` stays whole until then.
+
+    Args:
+        path: a folder that all ranks see. One that exists is replaced, if it is a checkpoint.
+        group: the ranks that save together, all ranks by default. Ranks whose mesh has further dims hold equal copies, and share
+            the writing.
+
+    Raises:
+        CheckpointError: something cannot be saved, or a rank failed; on every rank that is left. PlanError: `model` is not parallel.
+    """
+    group = _everyone(group)
+    contents = agree(group, lambda: _contents(model, optimizer, group))
+    _same(group, contents, Path(path))
+    aliases = {f"model.{other}": f"model.{first}" for other, first in contents.aliases.items()}
+    with written_beside(path, group, replaces=_is_part) as folder:
+        write(_nested(contents), aliases, folder, group)
+        agree(group, lambda: read_index(folder))  # also where a rank's folder is on another disk
+
+
+def load(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None) -> None:
+    """Load what `save` wrote, at this or any other `tp`, into the parallel `model` and `optimizer` (None: the model alone). Collective.
+
+    Everything is compared before anything is changed. State that the optimizer has not made yet is made.
+
+    Args:
+        path: the folder that was saved.
+        group: the ranks that load together, all ranks by default.
+
+    Raises:
+        CheckpointError: on every rank: the checkpoint is not there, damaged, or of another model or optimizer. Damage that is only
+            found while tensors are read leaves some of them loaded; the message says so. PlanError: `model` is not parallel.
+    """
+    group = _everyone(group)
+    resume = agree(group, lambda: _resume(_contents(model, optimizer, group), optimizer, Path(path)))
+    try:
+        read(resume.values, Path(path), group)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\nPart of the state is loaded by now: load another checkpoint before you go on") from error
+    resume.finish()
+
+
+def _contents(model: nn.Module, optimizer: Any, group: dist.ProcessGroup | None) -> Contents:
+    state = state_of(model)
+    ranks = set(dist.get_process_group_ranks(state.comm.group)) if isinstance(state.comm, GroupComm) else set()
+    if missing := ranks - set(dist.get_process_group_ranks(group) if group is not None else []):
+        raise CheckpointError(
+            f"the model is cut over ranks {sorted(ranks)}, and {sorted(missing)} of them are not in the group that was passed"
+        )
+    return contents_of(model, state.plan.params, state.comm.rank, optimizer)
+
+
+def _resume(contents: Contents, optimizer: Any, path: Path) -> Resume:
+    stored = Stored.of(path, read_index(path))
+    fit_model(stored, contents)
+    groups = stored.groups() if optimizer is not None else []
+    if optimizer is not None:
+        fit_optimizer(stored, contents, groups)
+    return Resume(stored, contents, optimizer, groups)
+
+
+def _nested(contents: Contents) -> dict[str, Any]:
+    """What DCP writes: its leaves are `Sharded` or plain values."""
+    state: dict[str, Any] = {"model": contents.model(BOX)}
+    if contents.groups is not None:
+        groups = [{"params": group.names} | {key: _leaf(value) for key, value in group.options.items()} for group in contents.groups]
+        states = {
+            name: {key: moment(contents.params[name], v, BOX) if isinstance(v, Tensor) else v for key, v in of.items()}
+            for name, of in contents.states.items()
+        }
+        state["optimizer"] = {"state": states, "param_groups": groups}
+    return state
+
+
+def _leaf(value: Any) -> Any:
+    return whole(value) if isinstance(value, Tensor) else value
+
+
+def _everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """All ranks by default; None on one process that has no group."""
+    return group if group is not None or not (dist.is_available() and dist.is_initialized()) else dist.group.WORLD
+
+
+def _same(group: dist.ProcessGroup | None, contents: Contents, path: Path) -> None:
+    """Refuse ranks that do not save the same thing to the same place.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    if group is None:
+        return
+    tensors = {name: (tuple(s.size()), s.local.dtype) for name, s in contents.model().items()}
+    states = {name: sorted(state) for name, state in contents.states.items()}
+    mine = {"path": str(path), "model": _digest(tensors), "parameter groups": _digest(contents.groups), "state": _digest(states)}
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    with failures("the ranks cannot be compared"):
+        dist.all_gather_object(everyone, mine, group=group)
+    for rank, other in enumerate(everyone):
+        if differ := [what for what in mine if other[what] != everyone[0][what]]:
+            raise CheckpointError(
+                f"the ranks do not save the same: the {' and the '.join(differ)} of rank {rank} are not those of rank 0 "
+                f"({everyone[0]['path']}, {other['path']}); models on some of the ranks are saved with group=mesh.get_group()"
+            )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _is_part(name: str) -> bool:
+    """True for the files of a checkpoint, which a new one replaces; others in its folder stay."""
+    return name == ".metadata" or name.endswith(".distcp")

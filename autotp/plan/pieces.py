@@ -1,0 +1,66 @@
+"""A rank's part of a tensor as boxes of the model's tensor.
+
+A checkpoint holds tensors in the model's order and true shape, as boxes that cover each once. A rank's part is a few runs of one
+dim of it (`Layout.runs`). They are cut where any rank's run begins or ends, so that
+
+- a piece is wholly owned or not at all, and the owned pieces of all ranks cover the tensor exactly once;
+- two pieces that begin at one index have one length, on all ranks: the index says which piece is meant.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
+
+from autotp.plan.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`length` indices of the sharded dim: from `at` in a rank's part, from `start` in the model's tensor.
+
+    owned: this is the copy that is saved. Of what every rank holds whole each rank's copy is.
+    """
+
+    at: int
+    start: int
+    length: int
+    owned: bool
+
+
+def piece_dim(layout: Layout) -> int:
+    """The dim that pieces are pieces of."""
+    return layout.dim or 0
+
+
+@lru_cache(maxsize=4096)
+def pieces(layout: Layout, rank: int) -> tuple[Piece, ...]:
+    """What `rank` holds of the model's tensor, copies too and without padding, in the order of its local dim."""
+    if layout.dim is None:
+        return (Piece(0, 0, layout.shape[0] if layout.shape else 1, True),)
+    edges = _edges(layout)
+    owned = list(layout.owned(rank))
+    made: list[Piece] = []
+    local = 0
+    for a, b in layout.runs(rank):
+        if a >= 0:
+            for start in [a, *edges[bisect_right(edges, a) : bisect_right(edges, b - 1)]]:
+                at = local + start - a
+                stop = min(b, edges[bisect_right(edges, start)])
+                made.append(Piece(at, start, stop - start, any(lo <= at < hi for lo, hi in owned)))
+        local += b - a
+    return tuple(made)
+
+
+@lru_cache(maxsize=1024)
+def _edges(layout: Layout) -> list[int]:
+    """Where some rank's run begins or ends."""
+    return sorted({edge for rank in range(layout.tp) for run in layout.runs(rank) if run[0] >= 0 for edge in run})
+
+
+def shorter(piece: Piece, most: int) -> list[Piece]:
+    """`piece` in parts of at most `most` indices."""
+    return [
+        Piece(piece.at + i, piece.start + i, min(most, piece.length - i), piece.owned) for i in range(0, piece.length, most) or range(1)
+    ]
