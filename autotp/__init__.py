@@ -1,8 +1,22 @@
 """Tensor parallelism for any PyTorch model, worked out from its graph."""
 
+from autotp import checkpoint
 from autotp.api import full_grads, full_state_dict, parallelize, plan, plan_of
+from autotp.checkpoint import from_pretrained, save_pretrained
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.recipe.recipe import Recipe
 
-__all__ = ["AutoTPError", "Plan", "Recipe", "full_grads", "full_state_dict", "parallelize", "plan", "plan_of"]
+__all__ = [
+    "AutoTPError",
+    "Plan",
+    "Recipe",
+    "checkpoint",
+    "from_pretrained",
+    "full_grads",
+    "full_state_dict",
+    "parallelize",
+    "plan",
+    "plan_of",
+    "save_pretrained",
+]

@@ -12,13 +12,17 @@ from autotp.errors import AutoTPError
 T = TypeVar("T")
 
 
-def agree(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
+def agree(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     """Run `work` on every rank; if it raises on any, raise the same error on all. Collective.
+
+    None for `group`: this process alone.
 
     Raises:
         AutoTPError: what the first rank that failed raised, if it was one; else one that names the rank and the error. Also where a
             rank is gone: it was killed, or its connection broke.
     """
+    if group is None:
+        return work()
     failure: BaseException | None = None
     result: Any = None
     try:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autotp import targets
 from autotp.agree import agree
 from autotp.errors import InputError, MeshError, PlanError
+from autotp.plan.layout import replicated
 from autotp.plan.plan import Plan
 from autotp.planner import make_plan, whole_plan
 from autotp.recipe.prove import recipe_plan
@@ -23,20 +24,20 @@ from autotp.rewrite import full
 from autotp.rewrite.apply import apply
 from autotp.rewrite.comm import Comm, DryComm, GroupComm
 from autotp.rewrite.rng import install_rng
-from autotp.rewrite.shards import shard_onto
+from autotp.rewrite.shards import MakeParam, shard_onto
 from autotp.rewrite.undo import Undo
 
 _STATE = "_autotp"
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class ParallelState:
     """What a parallel model carries: its plan and its group."""
 
     plan: Plan
     comm: Comm
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelState:
         return self
 
 
@@ -93,19 +94,16 @@ def parallelize(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"parallelize takes an nn.Module, got {type(model).__name__}; autotp.plan also takes configs and paths")
-    line = _tp_mesh(mesh)
+    line = tp_mesh(mesh)
     group = line.get_group()
     if dist.get_world_size(group) == 1:
         if _STATE not in model.__dict__:
             if recipe is not None:
                 recipe_plan(Recipe.load(recipe), model, 1, example_inputs)  # its mistakes are mistakes on one rank too
-            model.__dict__[_STATE] = _State(whole_plan(model, "the mesh has one rank"), DryComm(1))
+            model.__dict__[_STATE] = ParallelState(whole_plan(model, "the mesh has one rank"), DryComm(1))
         return model
     comm = _ready(model, group)
-    work = lambda: _prepare(model, comm.size, recipe, example_inputs, strict) if comm.rank == 0 else None  # noqa: E731
-    parcel: list[Any] = [agree(group, work)]
-    dist.broadcast_object_list(parcel, group=group, group_src=0)  # one rank plans: all ranks then have the same plan
-    return _install(model, line, comm, parcel[0])
+    return _install(model, line, comm, _planned(model, comm, recipe, example_inputs, strict))
 
 
 def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
@@ -114,7 +112,7 @@ def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
     Raises:
         AutoTPError: as for `parallelize`; PlanError where the plan does not fit the model or the mesh.
     """
-    line = _tp_mesh(mesh)
+    line = tp_mesh(mesh)
     return _install(model, line, _ready(model, line.get_group()), made)
 
 
@@ -125,12 +123,50 @@ def _ready(model: nn.Module, group: dist.ProcessGroup) -> GroupComm:
     return GroupComm(group)
 
 
-def _install(model: nn.Module, line: DeviceMesh, comm: GroupComm, made: Plan) -> nn.Module:
+def assemble(
+    model: nn.Module, mesh: DeviceMesh, make_param: MakeParam, *, recipe: RecipeLike | None = None, made: Plan | None = None
+) -> nn.Module:
+    """As `parallelize`, with parameters from elsewhere: `make_param` gets those of `model` (on the meta device) and makes the rank's.
+
+    Args:
+        made: the plan, the same on every rank; None: one rank plans, with `recipe`.
+
+    Raises:
+        AutoTPError: as for `parallelize`; also what `make_param` raises on any rank.
+    """
+    line = tp_mesh(mesh)
+    comm = _ready(model, line.get_group())
+    if made is not None and made.tp != comm.size:
+        raise PlanError(f"the plan is for tp {made.tp}, the mesh has {comm.size} ranks along its tp dim: make one with autotp.plan")
+    if comm.size == 1:
+        agree(comm.group, lambda: _replace_all(model, make_param))
+        return parallelize(model, mesh, recipe=recipe)
+    if made is None:
+        made = _planned(model, comm, recipe, None, False)
+    return _install(model, line, comm, made, make_param)
+
+
+def _replace_all(model: nn.Module, make_param: MakeParam) -> None:
+    made = {id(p): make_param(n, p, replicated(tuple(p.shape), 1)) for n, p in model.named_parameters()}
+    for module in model.modules():
+        module._parameters.update({n: made[id(p)] for n, p in module._parameters.items() if p is not None})
+
+
+def _planned(
+    model: nn.Module, comm: GroupComm, recipe: RecipeLike | None, example_inputs: Mapping[str, object] | None, strict: bool
+) -> Plan:
+    work = lambda: _prepare(model, comm.size, recipe, example_inputs, strict) if comm.rank == 0 else None  # noqa: E731
+    parcel: list[Any] = [agree(comm.group, work)]
+    dist.broadcast_object_list(parcel, group=comm.group, group_src=0)  # one rank plans: all ranks then have the same plan
+    return parcel[0]  # type: ignore[no-any-return]
+
+
+def _install(model: nn.Module, line: DeviceMesh, comm: GroupComm, made: Plan, make_param: MakeParam | None = None) -> nn.Module:
     """Rewrite `model` on every rank, or on none."""
     undo = Undo()
 
     def rewrite() -> None:
-        undo.push(apply(model, made.params, made.modules, comm=comm, make_param=shard_onto(line)).undo)
+        undo.push(apply(model, made.params, made.modules, comm=comm, make_param=make_param or shard_onto(line)).undo)
         install_rng(model, comm, undo)
 
     try:
@@ -139,7 +175,7 @@ def _install(model: nn.Module, line: DeviceMesh, comm: GroupComm, made: Plan) ->
         undo.undo()  # also where another rank failed: either all models are parallel or none is
         raise
     undo.release()
-    model.__dict__[_STATE] = _State(made, comm)
+    model.__dict__[_STATE] = ParallelState(made, comm)
     return model
 
 
@@ -149,7 +185,7 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         PlanError: `model` is not parallel.
     """
-    return _state(model).plan
+    return state_of(model).plan
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -158,7 +194,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         PlanError: `model` is not parallel.
     """
-    state = _state(model)
+    state = state_of(model)
     return full.full_state_dict(model, state.plan.params, state.comm)
 
 
@@ -168,15 +204,15 @@ def full_grads(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         PlanError: `model` is not parallel.
     """
-    state = _state(model)
+    state = state_of(model)
     return full.full_grads(model, state.plan.params, state.comm)
 
 
-def _state(model: object) -> _State:
+def state_of(model: object) -> ParallelState:
     if not isinstance(model, nn.Module):
         raise InputError(f"expected an nn.Module, got {type(model).__name__}")
     state = model.__dict__.get(_STATE)
-    if not isinstance(state, _State):
+    if not isinstance(state, ParallelState):
         raise PlanError(f"{type(model).__name__} is not parallel: call autotp.parallelize(model, mesh) first")
     return state
 
@@ -205,7 +241,7 @@ def _refuse_parallel(model: nn.Module) -> None:
         raise PlanError(f"{foreign[0]} is already a DTensor: parallelize takes the model before FSDP or another parallelism is applied")
 
 
-def _tp_mesh(mesh: object) -> DeviceMesh:
+def tp_mesh(mesh: object) -> DeviceMesh:
     """The 1-D mesh of the tp ranks."""
     if not dist.is_available() or not dist.is_initialized():
         raise MeshError("no process group: call torch.distributed.init_process_group (or start under torchrun) before parallelize")

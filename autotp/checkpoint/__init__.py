@@ -1,1 +1,10 @@
-"""Models from files and back, a rank's part at a time."""
+"""Models from files and back, a rank's part at a time.
+
+`from_pretrained` and `save_pretrained` read and write checkpoints of Hugging Face form, `shard` and `unshard` cut one ahead for a number
+of ranks, `save` and `load` keep the state of a training run.
+"""
+
+from autotp.checkpoint.load import from_pretrained
+from autotp.checkpoint.save import save_pretrained
+
+__all__ = ["from_pretrained", "save_pretrained"]

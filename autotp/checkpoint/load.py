@@ -1,0 +1,133 @@
+"""`from_pretrained`: a checkpoint onto the ranks of a mesh, each reading its part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autotp.agree import agree
+from autotp.api import RecipeLike, assemble, tp_mesh
+from autotp.checkpoint.deferred import Node
+from autotp.checkpoint.files import Reader, checkpoint_tensors
+from autotp.checkpoint.hub import local_directory
+from autotp.checkpoint.progress import bar
+from autotp.checkpoint.reading import read_shard
+from autotp.checkpoint.skeleton import Skeleton, build, find_class, load_config
+from autotp.errors import InputError
+from autotp.plan.layout import Layout
+from autotp.plan.plan import Plan
+from autotp.rewrite.comm import GroupComm
+from autotp.rewrite.rng import sync_rng
+from autotp.rewrite.shards import MakeParam, as_dtensor, keep_attributes
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype | str | None = None,
+    recipe: RecipeLike | None = None,
+    plan: Plan | None = None,
+    model_class: Any = None,
+    **config_overrides: Any,
+) -> nn.Module:
+    """The model of a checkpoint, parallel over `mesh`. Collective: call on every rank of the mesh.
+
+    The model is built on the meta device and planned; then each rank reads the intervals of the files that its layouts name, straight
+    into its shards on the mesh's device. No rank holds the whole model. Between file and model everything is as with transformers'
+    `from_pretrained`, whose loader it is: renamed, merged and split tensors, tied weights, computed buffers, `generation_config`;
+    missing and unexpected keys are logged on rank 0. Missing weights are initialised from rank 0's random state.
+
+    Args:
+        path: a directory with a `config.json` and safetensors files (one, or several with an index), one that `autotp.shard` made
+            (loaded by the plan beside it), or a name on the model hub, which transformers downloads.
+        mesh: as for `parallelize`.
+        dtype: of the parameters, a `torch.dtype` or its name; None or "auto": as the config says, else as the first tensor is.
+        recipe, plan: what to follow instead of planning: a recipe as `autotp.plan` takes it, or a ready plan for this tp.
+        model_class: a model class or an Auto class of transformers; None: the config's `architectures`.
+        config_overrides: values of the config; also `attn_implementation`, `trust_remote_code` and the like.
+
+    Returns:
+        The parallel model, in eval mode.
+
+    Raises:
+        AutoTPError: the same on every rank. CheckpointError: files that are missing, cut off, not safetensors, outside of the
+            directory, or of other shapes than the model's. InputError: wrong arguments. PlanError, RecipeError, TraceError:
+            as for `parallelize`.
+    """
+    line = tp_mesh(mesh)
+    comm = GroupComm(line.get_group())
+    agree(comm.group, lambda: _check(path, dtype, recipe, plan, config_overrides))
+    sync_rng(comm, torch.device(line.device_type))
+    directory = local_directory(path, comm)
+    read = Reader()
+    device = device_of(line)
+    skeleton = agree(comm.group, lambda: _skeleton(directory, read, dtype, model_class, config_overrides, comm.rank == 0))
+    rank = comm.rank
+    total = sum(prod(p.shape) * p.dtype.itemsize for p in skeleton.model.parameters() if id(p) in skeleton.nodes)
+
+    with bar(f"Loading {directory.name}", total, rank == 0) as advance:
+
+        def shard(node: Node, layout: Layout) -> Tensor:
+            local = read_shard(node, layout, rank, read, device)
+            advance(prod(node.shape) * node.dtype.itemsize)
+            return local
+
+        model = assemble(skeleton.model, mesh, _placed(skeleton.nodes, shard, line, rank), recipe=recipe, made=plan)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+    return model
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """This rank's device of the mesh's kind."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def _placed(nodes: Mapping[int, Node], shard: Callable[[Node, Layout], Tensor], line: DeviceMesh, rank: int) -> MakeParam:
+    """A `make_param` that reads parameters that are nodes, and cuts the others (which no file holds)."""
+    device = device_of(line)
+
+    def make_param(name: str, old: nn.Parameter, layout: Layout) -> nn.Parameter:
+        with torch.no_grad():
+            node = nodes.get(id(old))
+            local = layout.shard(old.detach(), rank).to(device) if node is None else shard(node, layout)
+            new = nn.Parameter(local if layout.tp == 1 else as_dtensor(local, layout, line), requires_grad=old.requires_grad)
+        keep_attributes(old, new)
+        return new
+
+    return make_param
+
+
+def _skeleton(directory: Path, read: Reader, dtype: Any, model_class: Any, overrides: Mapping[str, Any], report: bool) -> Skeleton:
+    config, options = load_config(directory, overrides)
+    cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
+    tensors = checkpoint_tensors(directory, getattr(config, "transformers_weights", None))
+    return build(directory, tensors, read, config=config, cls=cls, dtype=dtype, options=options, report=report)
+
+
+def _check(path: object, dtype: object, recipe: object, plan: object, overrides: Mapping[str, Any]) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path: got {type(path).__name__}, wanted a directory or the name of a model")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"dtype={dtype!r}: torch has no such dtype")
+    if dtype is not None and not isinstance(dtype, str | torch.dtype):
+        raise InputError(f"dtype: got {type(dtype).__name__}, wanted a torch.dtype, its name, or None")
+    if plan is not None and not isinstance(plan, Plan):
+        raise InputError(f"plan: got {type(plan).__name__}, wanted an autotp.Plan (see autotp.plan)")
+    if plan is not None and recipe is not None:
+        raise InputError("plan= and recipe= both say how the model is cut: give one of them")
+    for name in ("device_map", "tp_plan", "tp_size", "quantization_config", "state_dict", "device_mesh", "torch_dtype", "config"):
+        if name in overrides:
+            raise InputError(f"{name}=: autotp.from_pretrained has no such argument; the mesh says where the model goes")

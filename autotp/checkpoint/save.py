@@ -1,0 +1,227 @@
+"""`save_pretrained`: a parallel model as one checkpoint, put together a piece at a time.
+
+Every rank writes about as many bytes. A rank's share is a run of rows of the files; they come to it in pieces (`writing.PIECE`), each
+put together from what the ranks own of it, and go to the file at once. So a rank holds its part of the model and a few pieces.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from autotp.agree import agree
+from autotp.api import state_of
+from autotp.checkpoint import pretrained
+from autotp.checkpoint.deferred import Box, Node, sizes
+from autotp.checkpoint.directory import written_beside
+from autotp.checkpoint.exchange import Held, round_of
+from autotp.checkpoint.files import INDEX
+from autotp.checkpoint.progress import bar
+from autotp.checkpoint.pullback import fill
+from autotp.checkpoint.reading import Counting
+from autotp.checkpoint.writing import PIECE, FilePlan, OutputFile, Piece, lay_out, pieces
+from autotp.errors import InputError
+from autotp.rewrite.comm import Comm, GroupComm
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+    """Write a parallel model as a checkpoint of Hugging Face form. Collective: call on every rank of one tp group.
+
+    The directory is what transformers' `save_pretrained` writes of the unsharded model (`AutoModel.from_pretrained` loads it), with
+    the same bits, also where it stores weights otherwise than the model holds them. A module that is not of transformers gives the
+    weight files alone, by the names of its `state_dict`.
+
+    Pieces of the tensors are put together on the rank that writes them; no rank holds more than its part of the model and a few
+    of those (16 MiB, or one row of a tensor). The ranks share the writing: parts of every file on one machine, whole files on several.
+    It is written beside `path` and takes its place in one step when it is whole; other files there stay. On a mesh of several dims
+    call it where the other coordinates are 0.
+
+    Args:
+        path: the directory; it is made, or its checkpoint replaced. Every rank must see the same file system.
+        max_shard_size: most bytes of a file, or text such as "5GB"; a tensor that is larger has a file of its own.
+
+    Raises:
+        AutoTPError: the same on every rank, with an old checkpoint as it was. CheckpointError: the file system refuses (no space, no
+            permission), a rank is gone. PlanError: `model` is not parallel. InputError: wrong arguments.
+    """
+    parallel = state_of(model)
+    comm = parallel.comm
+    group = comm.group if isinstance(comm, GroupComm) else None
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path: got {type(path).__name__}, wanted a directory")
+    state, identity = held_state(model, parallel.plan.params)
+    files, metadata = agree(group, lambda: _files(model, state, identity, max_shard_size))
+    with written_beside(path, group, replaces=_replaced) as directory:
+        first = comm.rank == 0
+        agree(group, lambda: _begin(directory, model, state, files) if first else None)
+        write_files(directory, files, metadata, comm, f"Saving {Path(path).name}")
+
+
+def held_state(model: nn.Module, params: Mapping[str, object]) -> tuple[dict[str, Node], dict[str, int]]:
+    """The model's `state_dict` as nodes, and a number for each name that tied tensors share."""
+    from autotp.plan.model import ParamPlan
+
+    state: dict[str, Node] = {}
+    identity: dict[str, int] = {}
+    made: dict[int, Held] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            continue  # what a module adds to its state that is no tensor; transformers does not write it either
+        plan = params.get(name)
+        if id(tensor) not in made:
+            local = tensor.detach()
+            local = local._local_tensor if isinstance(local, DTensor) else local
+            if isinstance(plan, ParamPlan):
+                made[id(tensor)] = Held(plan.layout.shape, local.dtype, local, plan.layout)
+            else:
+                made[id(tensor)] = Held(tuple(local.shape), local.dtype, local)
+        state[name], identity[name] = made[id(tensor)], id(tensor)
+    return state, identity
+
+
+def _files(
+    model: nn.Module, state: Mapping[str, Node], identity: Mapping[str, int], max_shard_size: int | str
+) -> tuple[dict[str, dict[str, Node]], dict[str, str]]:
+    if pretrained.is_pretrained(model):
+        return pretrained.split(pretrained.as_saved(model, state, identity), max_shard_size), {"format": "pt"}
+    kept, removed = pretrained.without_copies(state, identity)
+    return pretrained.split(kept, max_shard_size), {"format": "pt", **removed}
+
+
+def _begin(directory: Path, model: nn.Module, state: Mapping[str, Node], files: Mapping[str, Mapping[str, Node]]) -> None:
+    parameters = {id(state[name]): prod(state[name].shape) for name, _ in model.named_parameters() if name in state}
+    if pretrained.is_pretrained(model):
+        pretrained.write_config(directory, model)
+    pretrained.write_index(directory, files, sum(parameters.values()))
+
+
+def _replaced(name: str) -> bool:
+    return name == INDEX or bool(_WEIGHTS.fullmatch(name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Pieces of about `PIECE` bytes together, for one rank to write."""
+
+    file: str
+    pieces: tuple[Piece, ...]
+
+
+def write_files(directory: Path, files: Mapping[str, Mapping[str, Node]], metadata: Mapping[str, str], comm: Comm, text: str) -> None:
+    """Write `files`, the same on every rank, whose tensors are made of `Held` ones. Collective.
+
+    Raises:
+        CheckpointError: the same on every rank.
+    """
+    group = comm.group if isinstance(comm, GroupComm) else None
+    plans = {file: lay_out(tensors, metadata) for file, tensors in files.items()}
+    total = sum(plan.size for plan in plans.values())
+    shares = _shares(files, plans, comm.size, _one_machine(group))
+    with ExitStack() as stack:
+        out: dict[str, OutputFile] = {}
+
+        def create() -> None:
+            if comm.rank == 0:
+                for file, plan in plans.items():
+                    with OutputFile(directory / file) as made:
+                        made.reserve(plan)
+
+        agree(group, create)
+        agree(group, lambda: out.update({f: stack.enter_context(OutputFile(directory / f)) for f in {j.file for j in shares[comm.rank]}}))
+        advance = stack.enter_context(bar(text, total, comm.rank == 0))
+        failure: Exception | None = None
+        for i in range(max(map(len, shares))):
+            jobs = [share[i] if i < len(share) else None for share in shares]
+            parts = round_of(comm, [[] if job is None else list(_needed(files[job.file], job)) for job in jobs])
+            job = jobs[comm.rank]
+            if job is not None and failure is None:
+                try:
+                    _write(out[job.file], files[job.file], job, iter(parts))
+                except Exception as error:  # the others need this rank in their rounds: it says so at the end
+                    failure = error
+            advance(sum(_size(files[j.file], p) for j in jobs if j is not None for p in j.pieces))
+
+        def done() -> None:
+            if failure is not None:
+                raise failure
+
+        agree(group, done)
+
+
+def _needed(tensors: Mapping[str, Node], job: _Job) -> Iterator[tuple[Held, Box]]:
+    for piece in job.pieces:
+        node = tensors[piece.key]
+        asked: list[tuple[Held, Box]] = []
+        fill(node, piece.box, torch.empty(sizes(piece.box), dtype=node.dtype, device="meta"), Counting(_recorder(asked)))
+        yield from asked
+
+
+def _recorder(asked: list[tuple[Held, Box]]) -> Callable[[Node, Box], None]:
+    def record(source: Node, box: Box) -> None:
+        assert isinstance(source, Held)
+        asked.append((source, box))
+
+    return record
+
+
+def _write(file: OutputFile, tensors: Mapping[str, Node], job: _Job, parts: Iterator[Tensor]) -> None:
+    for piece in job.pieces:
+        node = tensors[piece.key]
+        if isinstance(node, Held):
+            made = next(parts)
+        else:
+            made = torch.empty(sizes(piece.box), dtype=node.dtype)
+            fill(node, piece.box, made, lambda source, box: next(parts))
+        file.put(made.cpu(), piece.start)
+
+
+def _size(tensors: Mapping[str, Node], piece: Piece) -> int:
+    return prod(sizes(piece.box)) * tensors[piece.key].dtype.itemsize
+
+
+def _shares(files: Mapping[str, Mapping[str, Node]], plans: Mapping[str, FilePlan], ranks: int, one_machine: bool) -> list[list[_Job]]:
+    """Each rank's jobs: a run of every file each, or, where the ranks are on several machines, whole files.
+
+    Machines that write to one page of a file over a network can undo each other's writing.
+    """
+    shares: list[list[_Job]] = [[] for _ in range(ranks)]
+    for number, (file, tensors) in enumerate(files.items()):
+        jobs = list(_jobs(file, tensors, plans[file]))
+        for i, job in enumerate(jobs):
+            shares[i * ranks // len(jobs) if one_machine else number % ranks].append(job)
+    return shares
+
+
+def _jobs(file: str, tensors: Mapping[str, Node], plan: FilePlan) -> Iterator[_Job]:
+    batch: list[Piece] = []
+    size = 0
+    for key, start in plan.starts.items():
+        for piece in pieces(key, tensors[key], start):
+            if batch and size + _size(tensors, piece) > PIECE:
+                yield _Job(file, tuple(batch))
+                batch, size = [], 0
+            batch.append(piece)
+            size += _size(tensors, piece)
+    if batch:
+        yield _Job(file, tuple(batch))
+
+
+def _one_machine(group: dist.ProcessGroup | None) -> bool:
+    if group is None:
+        return True
+    names: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(names, socket.gethostname(), group=group)
+    return len(set(names)) == 1

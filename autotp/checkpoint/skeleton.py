@@ -1,0 +1,204 @@
+"""A transformers model whose parameters are nodes: what its own loader makes of a checkpoint that has not been read.
+
+`from_pretrained(None, state_dict=…)` of transformers runs on `Deferred` tensors. So renamed keys, merged and split tensors, dtypes,
+tied weights, computed buffers, missing and unexpected keys are transformers' own business, done by its own code; what is left in the
+end is a node for each parameter, and real tensors for what no file holds.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autotp import targets
+from autotp.checkpoint.deferred import Deferred, Node, Read, hollow, node_of, whole_box
+from autotp.checkpoint.pullback import value
+from autotp.errors import CheckpointError, InputError
+
+_LOGGERS = ("transformers.modeling_utils", "transformers.core_model_loading", "transformers.conversion_mapping")
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A model on the meta device, but for what no file holds; `nodes`: parameter (by id) → where its entries come from.
+
+    unexpected: keys of the checkpoint that the model has no use for.
+    """
+
+    model: nn.Module
+    nodes: Mapping[int, Node]
+    unexpected: tuple[str, ...]
+
+
+def load_config(directory: Path, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The config in `directory` with `overrides`, and those of them that transformers' loader takes instead.
+
+    Raises:
+        CheckpointError: no config, or one that transformers rejects. InputError: an override that nothing takes.
+    """
+    transformers = _transformers()
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory}: no config.json, so it is no checkpoint of transformers")
+    try:
+        config, unused = transformers.AutoConfig.from_pretrained(directory, return_unused_kwargs=True, local_files_only=True, **overrides)
+    except Exception as error:
+        raise CheckpointError(f"{directory / 'config.json'}: transformers rejects it: {' '.join(str(error).split())}") from error
+    passed = {k: v for k, v in unused.items() if k in ("attn_implementation", "experts_implementation", "trust_remote_code")}
+    unknown = [k for k in unused if k not in passed]
+    if unknown:
+        hint = targets.near(unknown[0], config.to_dict())
+        raise InputError(f"{unknown[0]}={unused[unknown[0]]!r}: {type(config).__name__} has no such value{hint}")
+    method = getattr(config, "quantization_config", None)
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
+        raise CheckpointError(f"{directory}: the checkpoint is quantized ({getattr(name, 'value', name)}); autotp loads plain weights only")
+    return config, passed
+
+
+def find_class(config: Any, directory: Path, wanted: Any, trusted: bool) -> Any:
+    """The model class: `wanted`, or what the Auto class `wanted` says, or that of the config's architectures.
+
+    Raises:
+        InputError: `wanted` is no class of transformers, or an Auto class that has none for this config.
+    """
+    if wanted is not None and not (inspect.isclass(wanted) and callable(getattr(wanted, "from_pretrained", None))):
+        raise InputError(f"model_class={wanted!r}: wanted a model class of transformers, or an Auto class such as AutoModelForCausalLM")
+    remote: Mapping[str, str] = getattr(config, "auto_map", None) or {}
+    if trusted and remote:
+        names = [config.architectures[0]] if config.architectures else []
+        for auto, reference in remote.items():
+            if auto.startswith("AutoModel") and (wanted.__name__ == auto if wanted is not None else reference.split(".")[-1] in names):
+                return _transformers().dynamic_module_utils.get_class_from_dynamic_module(reference, directory)
+    if wanted is None:
+        return targets.model_class(config)
+    mapping = getattr(wanted, "_model_mapping", None)
+    if mapping is None:
+        return wanted
+    if type(config) not in mapping:
+        raise InputError(f"model_class={wanted.__name__}: it has no model for {config.model_type}")
+    found = mapping[type(config)]
+    if not isinstance(found, list | tuple):
+        return found
+    return next((cls for cls in found if cls.__name__ in (config.architectures or ())), found[0])
+
+
+def build(
+    directory: Path,
+    tensors: Mapping[str, Node],
+    read: Read,
+    *,
+    config: Any,
+    cls: Any,
+    dtype: Any,
+    options: Mapping[str, Any],
+    report: bool,
+) -> Skeleton:
+    """Let transformers load `tensors` (by their keys in the checkpoint) into a `cls`.
+
+    Args:
+        read: for the few values that are needed at once: buffers, and whether two tensors that ought to be tied are equal.
+        dtype: as transformers takes it; None: the config's, else that of the first tensor.
+        options: further keywords of transformers' `from_pretrained`.
+        report: whether missing and unexpected keys are logged here, as transformers does.
+
+    Raises:
+        CheckpointError: what transformers says, or tensors of the wrong shape.
+    """
+    given = {key: Deferred(node, read) for key, node in tensors.items()}
+    with _own_words(report) as said:
+        try:
+            model, info = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=given,
+                dtype="auto" if dtype is None else dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+        except CheckpointError:
+            raise
+        except Exception as error:
+            text = " ".join([str(error), *said])
+            raise CheckpointError(f"{directory}: transformers cannot load it as {cls.__name__}: {_plain(text)}") from error
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, got, wanted = mismatched[0]
+        more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+        raise CheckpointError(f"{directory}: {name} has the shape {tuple(got)} in the checkpoint, the model's is {tuple(wanted)}{more}")
+    model.config.name_or_path = str(directory)
+    if model.can_generate() and hasattr(model, "adjust_generation_fn"):
+        _generation(model, directory, options.get("trust_remote_code"))
+    return Skeleton(model, _hollowed(model, read), tuple(sorted(info["unexpected_keys"])))
+
+
+def _generation(model: Any, directory: Path, trusted: bool | None) -> None:
+    local = {"cache_dir": None, "force_download": False, "proxies": None, "token": None, "revision": None, "subfolder": ""}
+    try:
+        model.adjust_generation_fn(None, False, False, str(directory), local_files_only=True, trust_remote_code=trusted, **local)
+    except Exception as error:
+        raise CheckpointError(f"{directory / 'generation_config.json'}: {_plain(str(error))}") from error
+
+
+def _hollowed(model: nn.Module, read: Read) -> dict[int, Node]:
+    """Meta parameters in the place of deferred ones (tied ones stay one), deferred buffers read; the nodes by id."""
+    nodes: dict[int, Node] = {}
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if isinstance(p, Deferred):
+                if id(p) not in made:
+                    node = node_of(p)
+                    if node.shape != tuple(p.shape) or node.dtype != p.dtype:
+                        raise CheckpointError(f"{name}: its values were exchanged while it was loaded; that is not supported")
+                    made[id(p)] = new = nn.Parameter(hollow(p), requires_grad=p.requires_grad)
+                    new.__dict__.update({k: v for k, v in vars(p).items() if k not in ("_node", "_read", "_is_param")})
+                    nodes[id(new)] = node
+                module._parameters[name] = made[id(p)]
+        for name, b in module._buffers.items():
+            if isinstance(b, Deferred):
+                module._buffers[name] = value(node_of(b), whole_box(b.shape), read)
+    return nodes
+
+
+@contextmanager
+def _own_words(report: bool) -> Iterator[list[str]]:
+    """Collect what transformers logs; it is shown only where `report`. Its progress bar is not: nothing is read yet."""
+    said: list[str] = []
+
+    class Listen(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            said.append(record.getMessage())
+            return report
+
+    listen = Listen()
+    progress = _transformers().utils.logging
+    with ExitStack() as stack:
+        for name in _LOGGERS:
+            logger = logging.getLogger(name)
+            logger.addFilter(listen)
+            stack.callback(logger.removeFilter, listen)
+        if progress.is_progress_bar_enabled():
+            progress.disable_progress_bar()
+            stack.callback(progress.enable_progress_bar)
+        yield said
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("loading checkpoints needs transformers, which is not installed: pip install 'autotp[hf]'") from error
+    return transformers
