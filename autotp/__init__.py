@@ -2,7 +2,8 @@
 
 from autotp import checkpoint
 from autotp.api import full_grads, full_state_dict, parallelize, plan, plan_of
-from autotp.checkpoint import from_pretrained, save_pretrained
+from autotp.checkpoint.load import from_pretrained
+from autotp.checkpoint.save import save_pretrained
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.recipe.recipe import Recipe

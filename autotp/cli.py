@@ -1,4 +1,4 @@
-"""The command line: `autotp plan | explain | verify | recipe | demo`.
+"""The command line: `autotp plan | explain | verify | shard | unshard | recipe | demo`.
 
 Exit codes: 0 done, 1 a verification or the demo failed, 2 bad input. Errors are lines on stderr, `error: ...`; what was
 asked for goes to stdout, progress to stderr. torch is imported by the commands that need it, not by `--help`.
@@ -15,12 +15,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from autotp import cli_recipe
+from autotp import cli_checkpoint, cli_recipe
 from autotp.cli_options import InputsOption, RecipeOption, TargetArgument, TpOption, examples, status
 from autotp.errors import AutoTPError, RecipeError
 
 app = typer.Typer(name="autotp", help="Tensor parallelism for any PyTorch model.", add_completion=False, rich_markup_mode=None)
 app.add_typer(cli_recipe.app, name="recipe")
+app.command()(cli_checkpoint.shard)
+app.command()(cli_checkpoint.unshard)
 
 # The base of typer's usage errors lives in click or in typer's own copy of it, depending on the version.
 _USAGE_ERROR: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")

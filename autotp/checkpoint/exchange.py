@@ -37,18 +37,21 @@ class Part:
     length: int
 
 
-def parts(held: Held, box: Box, rank: int) -> Iterator[Part]:
-    """What `rank` owns of `box`."""
-    layout = held.layout
-    assert layout is not None and layout.dim is not None
+def owned_parts(layout: Layout, box: Box, rank: int) -> Iterator[Part]:
+    """What `rank` owns of `box`, over all ranks every entry once."""
+    assert layout.dim is not None
     lo, hi = box[layout.dim]
     start = 0
     for a, b in layout.owned_runs(rank):
-        length = b - a
         if a >= 0 and a < hi and b > lo:
             first, last = max(a, lo), min(b, hi)
             yield Part(first - lo, start + first - a, last - first)
-        start += length
+        start += b - a
+
+
+def _parts(held: Held, box: Box, rank: int) -> Iterator[Part]:
+    assert held.layout is not None
+    return owned_parts(held.layout, box, rank)
 
 
 def _is_cut(held: Held) -> bool:
@@ -71,11 +74,11 @@ def round_of(comm: Comm, needs: Sequence[Sequence[tuple[Held, Box]]]) -> list[Te
             if of == to or comm.rank not in (of, to):
                 continue
             if comm.rank == of:
-                out = [_taken(s, box, part) for s, box in boxes if _is_cut(s) for part in parts(s, box, of)]
+                out = [_taken(s, box, part) for s, box in boxes if _is_cut(s) for part in _parts(s, box, of)]
                 if out:
                     _post(operations, comm, dist.isend, torch.cat(out) if len(out) > 1 else out[0], to)
             else:
-                count = sum(_bytes(s, box, part) for s, box in boxes if _is_cut(s) for part in parts(s, box, of))
+                count = sum(_bytes(s, box, part) for s, box in boxes if _is_cut(s) for part in _parts(s, box, of))
                 if count:
                     inbox[of] = torch.empty(count, dtype=torch.uint8, device=_device(boxes))
                     _post(operations, comm, dist.irecv, inbox[of], of)
@@ -103,7 +106,7 @@ def _assembled(boxes: Sequence[tuple[Held, Box]], inbox: dict[int, Tensor], comm
         dim = source.layout.dim
         whole = torch.empty(sizes(box), dtype=source.dtype, device=source.local.device)
         for of in range(comm.size):
-            for part in parts(source, box, of):
+            for part in _parts(source, box, of):
                 into = whole.narrow(dim, part.at, part.length)
                 if of == comm.rank:
                     into.copy_(_local(source, box, part))

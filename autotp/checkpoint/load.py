@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.agree import agree
 from autotp.api import RecipeLike, assemble, tp_mesh
-from autotp.checkpoint.deferred import Node
+from autotp.checkpoint.cut import hollow_skeleton
+from autotp.checkpoint.deferred import Node, whole_box
 from autotp.checkpoint.files import Reader, checkpoint_tensors
 from autotp.checkpoint.hub import local_directory
+from autotp.checkpoint.manifest import read_manifest
 from autotp.checkpoint.progress import bar
+from autotp.checkpoint.pullback import value
+from autotp.checkpoint.ranks import RankFile
 from autotp.checkpoint.reading import read_shard
 from autotp.checkpoint.skeleton import Skeleton, build, find_class, load_config
-from autotp.errors import InputError
+from autotp.errors import CheckpointError, InputError
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
 from autotp.rewrite.comm import GroupComm
@@ -69,18 +74,19 @@ def from_pretrained(
     directory = local_directory(path, comm)
     read = Reader()
     device = device_of(line)
-    skeleton = agree(comm.group, lambda: _skeleton(directory, read, dtype, model_class, config_overrides, comm.rank == 0))
     rank = comm.rank
+    found = agree(comm.group, lambda: _found(directory, read, dtype, recipe, plan, model_class, config_overrides, comm))
+    skeleton = found.skeleton
     total = sum(prod(p.shape) * p.dtype.itemsize for p in skeleton.model.parameters() if id(p) in skeleton.nodes)
 
     with bar(f"Loading {directory.name}", total, rank == 0) as advance:
 
-        def shard(node: Node, layout: Layout) -> Tensor:
-            local = read_shard(node, layout, rank, read, device)
+        def shard(name: str, node: Node, layout: Layout) -> Tensor:
+            local = found.part(name, node, layout, device)
             advance(prod(node.shape) * node.dtype.itemsize)
             return local
 
-        model = assemble(skeleton.model, mesh, _placed(skeleton.nodes, shard, line, rank), recipe=recipe, made=plan)
+        model = assemble(skeleton.model, mesh, _placed(skeleton.nodes, shard, line, rank), recipe=recipe, made=found.plan)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
@@ -95,14 +101,14 @@ def device_of(mesh: DeviceMesh) -> torch.device:
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
-def _placed(nodes: Mapping[int, Node], shard: Callable[[Node, Layout], Tensor], line: DeviceMesh, rank: int) -> MakeParam:
+def _placed(nodes: Mapping[int, Node], shard: Callable[[str, Node, Layout], Tensor], line: DeviceMesh, rank: int) -> MakeParam:
     """A `make_param` that reads parameters that are nodes, and cuts the others (which no file holds)."""
     device = device_of(line)
 
     def make_param(name: str, old: nn.Parameter, layout: Layout) -> nn.Parameter:
         with torch.no_grad():
             node = nodes.get(id(old))
-            local = layout.shard(old.detach(), rank).to(device) if node is None else shard(node, layout)
+            local = layout.shard(old.detach(), rank).to(device) if node is None else shard(name, node, layout)
             new = nn.Parameter(local if layout.tp == 1 else as_dtensor(local, layout, line), requires_grad=old.requires_grad)
         keep_attributes(old, new)
         return new
@@ -110,11 +116,49 @@ def _placed(nodes: Mapping[int, Node], shard: Callable[[Node, Layout], Tensor], 
     return make_param
 
 
-def _skeleton(directory: Path, read: Reader, dtype: Any, model_class: Any, overrides: Mapping[str, Any], report: bool) -> Skeleton:
-    config, options = load_config(directory, overrides)
-    cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
-    tensors = checkpoint_tensors(directory, getattr(config, "transformers_weights", None))
-    return build(directory, tensors, read, config=config, cls=cls, dtype=dtype, options=options, report=report)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A checkpoint whose headers were read. part: (name, node, layout, device) → this rank's part. plan: the one to follow, if any."""
+
+    skeleton: Skeleton
+    plan: Plan | None
+    part: Callable[[str, Node, Layout, torch.device], Tensor]
+
+
+def _found(
+    directory: Path,
+    read: Reader,
+    dtype: Any,
+    recipe: Any,
+    plan: Plan | None,
+    model_class: Any,
+    overrides: Mapping[str, Any],
+    comm: GroupComm,
+) -> _Found:
+    report = comm.rank == 0
+    manifest = read_manifest(directory)
+    if manifest is None:
+        config, options = load_config(directory, overrides)
+        cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
+        tensors = checkpoint_tensors(directory, getattr(config, "transformers_weights", None))
+        skeleton = build(directory, tensors, read, config=config, cls=cls, dtype=dtype, options=options, report=report)
+        skeleton.fill_buffers(lambda name, node: value(node, whole_box(node.shape), read))
+        return _Found(skeleton, plan, lambda name, node, layout, device: read_shard(node, layout, comm.rank, read, device))
+    if plan is not None or recipe is not None:
+        raise InputError(f"{directory} is cut by the plan in it: plan= and recipe= cannot change that")
+    tp = manifest.plan.tp
+    if tp != comm.size:
+        here = f"the mesh has {comm.size} ranks along its tp dim"
+        raise CheckpointError(f"{directory} is cut for tp {tp}, {here}: run autotp shard --tp {comm.size} on the checkpoint it was made of")
+    skeleton = hollow_skeleton(directory, manifest, overrides, dtype, model_class, report=report)
+    file = RankFile(directory, comm.rank, tp, read)
+
+    def own(name: str, node: Node, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        out = torch.empty(shape, dtype=node.dtype, device=device)
+        return out.copy_(file.part(name, shape, whole_box(shape)))
+
+    skeleton.fill_buffers(lambda name, node: own(name, node, node.shape, torch.device("cpu")))
+    return _Found(skeleton, manifest.plan, lambda name, node, layout, device: own(name, node, layout.local_shape, device))
 
 
 def _check(path: object, dtype: object, recipe: object, plan: object, overrides: Mapping[str, Any]) -> None:

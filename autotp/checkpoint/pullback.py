@@ -32,6 +32,11 @@ def value(node: Node, box: Box, read: Read, *, device: torch.device | str = "cpu
     return out
 
 
+def moves_only(node: Node) -> bool:
+    """True where no operator computes with entries: they are moved, and cast."""
+    return not isinstance(node, Op) or (node.func in _RULES and all(map(moves_only, node.operands())))
+
+
 def fill(node: Node, box: Box, out: Tensor, read: Read) -> None:
     """Put the entries of `box` into `out` (of the box's shape; it may be a view, and on any device)."""
     if not out.numel():

@@ -128,7 +128,7 @@ def write_files(directory: Path, files: Mapping[str, Mapping[str, Node]], metada
     """
     group = comm.group if isinstance(comm, GroupComm) else None
     plans = {file: lay_out(tensors, metadata) for file, tensors in files.items()}
-    total = sum(plan.size for plan in plans.values())
+    total = sum(plan.size - len(plan.header) for plan in plans.values())
     shares = _shares(files, plans, comm.size, _one_machine(group))
     with ExitStack() as stack:
         out: dict[str, OutputFile] = {}

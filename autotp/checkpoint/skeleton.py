@@ -10,17 +10,16 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from autotp import targets
-from autotp.checkpoint.deferred import Deferred, Node, Read, hollow, node_of, whole_box
-from autotp.checkpoint.pullback import value
+from autotp.checkpoint.deferred import Deferred, Node, Read, hollow, node_of
 from autotp.errors import CheckpointError, InputError
 
 _LOGGERS = ("transformers.modeling_utils", "transformers.core_model_loading", "transformers.conversion_mapping")
@@ -28,14 +27,24 @@ _LOGGERS = ("transformers.modeling_utils", "transformers.core_model_loading", "t
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model on the meta device, but for what no file holds; `nodes`: parameter (by id) → where its entries come from.
+    """A model on the meta device, but for what no file holds.
 
-    unexpected: keys of the checkpoint that the model has no use for.
+    nodes: parameter (by id) → where its entries come from. buffers: name → the same, for buffers that files hold.
     """
 
     model: nn.Module
     nodes: Mapping[int, Node]
-    unexpected: tuple[str, ...]
+    buffers: Mapping[str, Node]
+
+    def names(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that files hold by their names, tied ones under each."""
+        return ((n, p) for n, p in self.model.named_parameters(remove_duplicate=False) if id(p) in self.nodes)
+
+    def fill_buffers(self, read: Callable[[str, Node], Tensor]) -> None:
+        """Give the model the buffers that files hold: `read(name, node)`."""
+        for name, node in self.buffers.items():
+            path, _, leaf = name.rpartition(".")
+            self.model.get_submodule(path)._buffers[leaf] = read(name, node)
 
 
 def load_config(directory: Path, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -93,7 +102,7 @@ def find_class(config: Any, directory: Path, wanted: Any, trusted: bool) -> Any:
 def build(
     directory: Path,
     tensors: Mapping[str, Node],
-    read: Read,
+    read: Read | None,
     *,
     config: Any,
     cls: Any,
@@ -104,7 +113,7 @@ def build(
     """Let transformers load `tensors` (by their keys in the checkpoint) into a `cls`.
 
     Args:
-        read: for the few values that are needed at once: buffers, and whether two tensors that ought to be tied are equal.
+        read: for the few values that are asked for at once: whether two tensors that ought to be tied are equal.
         dtype: as transformers takes it; None: the config's, else that of the first tensor.
         options: further keywords of transformers' `from_pretrained`.
         report: whether missing and unexpected keys are logged here, as transformers does.
@@ -137,7 +146,7 @@ def build(
     model.config.name_or_path = str(directory)
     if model.can_generate() and hasattr(model, "adjust_generation_fn"):
         _generation(model, directory, options.get("trust_remote_code"))
-    return Skeleton(model, _hollowed(model, read), tuple(sorted(info["unexpected_keys"])))
+    return Skeleton(model, *_hollowed(model))
 
 
 def _generation(model: Any, directory: Path, trusted: bool | None) -> None:
@@ -148,25 +157,31 @@ def _generation(model: Any, directory: Path, trusted: bool | None) -> None:
         raise CheckpointError(f"{directory / 'generation_config.json'}: {_plain(str(error))}") from error
 
 
-def _hollowed(model: nn.Module, read: Read) -> dict[int, Node]:
-    """Meta parameters in the place of deferred ones (tied ones stay one), deferred buffers read; the nodes by id."""
+def _hollowed(model: nn.Module) -> tuple[dict[int, Node], dict[str, Node]]:
+    """Meta tensors in the place of deferred ones (tied ones stay one); the nodes of parameters by id, of buffers by name."""
     nodes: dict[int, Node] = {}
+    buffers: dict[str, Node] = {}
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, p in module._parameters.items():
             if isinstance(p, Deferred):
                 if id(p) not in made:
-                    node = node_of(p)
-                    if node.shape != tuple(p.shape) or node.dtype != p.dtype:
-                        raise CheckpointError(f"{name}: its values were exchanged while it was loaded; that is not supported")
                     made[id(p)] = new = nn.Parameter(hollow(p), requires_grad=p.requires_grad)
                     new.__dict__.update({k: v for k, v in vars(p).items() if k not in ("_node", "_read", "_is_param")})
-                    nodes[id(new)] = node
+                    nodes[id(new)] = _node(p, name)
                 module._parameters[name] = made[id(p)]
         for name, b in module._buffers.items():
             if isinstance(b, Deferred):
-                module._buffers[name] = value(node_of(b), whole_box(b.shape), read)
-    return nodes
+                buffers[f"{path}.{name}" if path else name] = _node(b, name)
+                module._buffers[name] = hollow(b)
+    return nodes, buffers
+
+
+def _node(tensor: Deferred, name: str) -> Node:
+    node = node_of(tensor)
+    if node.shape != tuple(tensor.shape) or node.dtype != tensor.dtype:
+        raise CheckpointError(f"{name}: its values were exchanged while it was loaded; that is not supported")
+    return node
 
 
 @contextmanager

@@ -1,0 +1,78 @@
+"""What lies beside the files of a checkpoint that is cut ahead: the plan, and what the checkpoint was.
+
+`autotp.json` is plain JSON; reading it runs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autotp.errors import AutoTPError, CheckpointError
+from autotp.plan.plan import Plan
+from autotp.recipe.pinned import decode, encode
+
+NAME = "autotp.json"
+REST = "rest.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One for each directory that `shard` made.
+
+    sources: key of the checkpoint → (dtype, shape), for the tensors that the model is made of. direct: those that are a parameter or
+    buffer as it is → its name. files: file of the checkpoint → (its keys, its metadata). index: the text of its index, if it had one.
+    rest: keys that `rest.safetensors` holds as they were: those that the model has no use for, and those that do not follow from it.
+    """
+
+    plan: Plan
+    model: str
+    sources: Mapping[str, tuple[str, tuple[int, ...]]]
+    direct: Mapping[str, str]
+    files: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]]
+    index: str | None
+    rest: tuple[str, ...]
+
+    def write(self, directory: Path) -> None:
+        """Write `autotp.json`."""
+        fields = {name: value for name, value in asdict(replace(self, plan=None)).items() if name != "plan"}  # type: ignore[arg-type]
+        content = {"format": FORMAT, "tp": self.plan.tp, **fields, "plan": encode(self.plan)}
+        (directory / NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest in `directory`; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = directory / NAME
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {content['format']}; this autotp reads format {FORMAT}: cut the checkpoint again")
+        return Manifest(
+            plan=decode(content["plan"]),
+            model=content["model"],
+            sources={key: (dtype, tuple(shape)) for key, (dtype, shape) in content["sources"].items()},
+            direct=dict(content["direct"]),
+            files={file: (tuple(keys), dict(metadata)) for file, (keys, metadata) in content["files"].items()},
+            index=content["index"],
+            rest=tuple(content["rest"]),
+        )
+    except CheckpointError:
+        raise
+    except (AutoTPError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: not what autotp shard writes ({what}); cut the checkpoint again") from error
+
+
+def rank_file(rank: int, tp: int) -> str:
+    """The name of a rank's file."""
+    return f"rank-{rank:05d}-of-{tp:05d}.safetensors"
