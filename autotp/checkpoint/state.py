@@ -39,13 +39,7 @@ def save(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, grou
     Raises:
         CheckpointError: something cannot be saved, or a rank failed; on every rank that is left. PlanError: `model` is not parallel.
     """
-    group = _everyone(group)
-    contents = agree(group, lambda: _contents(model, optimizer, group))
-    _same(group, contents, Path(path))
-    aliases = {f"model.{other}": f"model.{first}" for other, first in contents.aliases.items()}
-    with written_beside(path, group, replaces=_is_part) as folder:
-        write(_nested(contents), aliases, folder, group)
-        agree(group, lambda: read_index(folder))  # also where a rank's folder is on another disk
+    _save(model, optimizer, Path(path), _everyone(group))
 
 
 def load(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None) -> None:
@@ -61,13 +55,30 @@ def load(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, grou
         CheckpointError: on every rank: the checkpoint is not there, damaged, or of another model or optimizer. Damage that is only
             found while tensors are read leaves some of them loaded; the message says so. PlanError: `model` is not parallel.
     """
-    group = _everyone(group)
-    resume = agree(group, lambda: _resume(_contents(model, optimizer, group), optimizer, Path(path)))
+    _load(model, optimizer, Path(path), _everyone(group))
+
+
+def _save(model: nn.Module, optimizer: Any, path: Path, group: dist.ProcessGroup | None) -> None:
+    contents = agree(group, lambda: _contents(model, optimizer, group))
+    _same(group, contents, path)
+    aliases = {f"model.{other}": f"model.{first}" for other, first in contents.aliases.items()}
+    with written_beside(path, group, replaces=_is_part) as folder:
+        write(_nested(contents), aliases, folder, path, group)
+        agree(group, lambda: read_index(folder))  # also where a rank's folder is on another disk
+
+
+def _load(model: nn.Module, optimizer: Any, path: Path, group: dist.ProcessGroup | None) -> None:
+    resume = agree(group, lambda: _resume(_contents(model, optimizer, group), optimizer, path))
     try:
-        read(resume.values, Path(path), group)
+        read(resume.values, path, group)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nPart of the state is loaded by now: load another checkpoint before you go on") from error
     resume.finish()
+
+
+def _everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """All ranks by default; None on one process that has no group."""
+    return group if group is not None or not (dist.is_available() and dist.is_initialized()) else dist.group.WORLD
 
 
 def _contents(model: nn.Module, optimizer: Any, group: dist.ProcessGroup | None) -> Contents:
@@ -104,11 +115,6 @@ def _nested(contents: Contents) -> dict[str, Any]:
 
 def _leaf(value: Any) -> Any:
     return whole(value) if isinstance(value, Tensor) else value
-
-
-def _everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """All ranks by default; None on one process that has no group."""
-    return group if group is not None or not (dist.is_available() and dist.is_initialized()) else dist.group.WORLD
 
 
 def _same(group: dist.ProcessGroup | None, contents: Contents, path: Path) -> None:

@@ -30,10 +30,12 @@ from autotp.errors import CheckpointError
 from autotp.rewrite.sharded import Sharded
 
 
-def write(state: dict[str, Any], aliases: Mapping[str, str], folder: Path, group: dist.ProcessGroup | None) -> None:
+def write(state: dict[str, Any], aliases: Mapping[str, str], folder: Path, path: Path, group: dist.ProcessGroup | None) -> None:
     """Write the nested dict `state`, whose leaves are `Sharded` or plain values, into the empty `folder`. Collective.
 
-    aliases: further key → key under which the data is; the index lists both, the data is there once.
+    Args:
+        aliases: further key → key under which the data is; the index lists both, the data is there once.
+        path: what the user called the place, for messages.
 
     Raises:
         CheckpointError: on every rank that is still there.
@@ -41,7 +43,7 @@ def write(state: dict[str, Any], aliases: Mapping[str, str], folder: Path, group
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
-        with failures(f"saving to {folder} failed"):
+        with failures(f"saving to {path} failed", "What was there before is as it was."):
             writer = _Writer(folder, aliases)
             state_dict_saver.save(state, storage_writer=writer, planner=_SavePlanner(), process_group=group, no_dist=_alone())
     finally:
@@ -90,17 +92,18 @@ def _alone() -> bool:
 
 
 @contextmanager
-def failures(what: str) -> Iterator[None]:
-    """Whatever DCP raises is one `CheckpointError` that names the rank."""
+def failures(what: str, then: str = "") -> Iterator[None]:
+    """Whatever DCP raises is one `CheckpointError` that names the rank, and ends with `then`."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
-        raise CheckpointError(f"{what} on rank {rank}: {_text(cause)}") from error
+        raise CheckpointError(f"{what} on rank {rank}: {_text(cause)}. {then}".rstrip()) from error
     except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{what}; another rank may be gone (killed, or its connection broke): {_text(error)}") from error
+        gone = "another rank may be gone (killed, or its connection broke)"
+        raise CheckpointError(f"{what}; {gone}: {_text(error)}. {then}".rstrip()) from error
 
 
 def _text(error: BaseException) -> str:

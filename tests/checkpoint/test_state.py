@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
+from autotp.checkpoint.contents import local_of
 from autotp.checkpoint.state import load, save
+from autotp.checkpoint.storage import read_index
 from benchmarks.optimizers import build
 from tests.checkpoint.training import (
     OPTIMIZERS,
@@ -61,3 +69,125 @@ def resumed(kind: str, optimizer: str, folder: str) -> list[dict[str, float]]:
 def test_resumed_at_other_tps(pool: Pool, tmp_path: Path, kind: str, optimizer: str) -> None:
     for rank in pool.run(resumed, kind, optimizer, str(tmp_path), world=4):
         assert all(error <= 1e-9 for errors in rank for error in errors.values()), rank
+
+
+def wrong_order(kind: str, folder: str) -> float:
+    """The control: what the same resuming gives if a rank's part is taken for the model's order, as an even `Shard` is."""
+    mesh = mesh_of(2)
+    if dist.get_rank() >= 2:
+        return 1.0
+    from torch.distributed.tensor import DTensor, Shard
+
+    model = parallel(kind, 2)
+    full = autotp.full_state_dict(model)
+    worst = 0.0
+    for name, p in model.named_parameters():
+        layout = autotp.plan_of(model).params[name].layout
+        if layout.dim is not None:
+            even = DTensor.from_local(p._local_tensor.detach(), mesh, (Shard(layout.dim),), run_check=False).full_tensor()  # type: ignore[attr-defined]
+            rows = even.narrow(layout.dim, 0, layout.shape[layout.dim])
+            worst = max(worst, float((rows - full[name]).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("kind", ["fused", "shared"])
+def test_the_order_of_a_fused_weight_matters(pool: Pool, tmp_path: Path, kind: str) -> None:
+    assert min(pool.run(wrong_order, kind, str(tmp_path), world=4)) > 1e-2
+
+
+def plain_dcp(kind: str, folder: str) -> dict[str, float]:
+    """torch.distributed.checkpoint alone, on one device: it reads what was saved at tp 2, and what it saves is read at tp 4."""
+    tp2, tp4 = mesh_of(2), mesh_of(4)
+    if dist.get_rank() < 2:
+        model = parallel(kind, 2)
+        mine = OPTIMIZERS["AdamW"](grouped(model))
+        train(model, mine, range(2))
+        save(model, mine, f"{folder}/a", group=tp2.get_group())
+    barrier()
+    alone = build(kind)
+    optimizer = OPTIMIZERS["AdamW"](grouped(alone))
+    train(alone, optimizer, range(2))
+    wanted = {n: p.detach().clone() for n, p in alone.state_dict().items()}, plain_moments(alone, optimizer)
+    found = {}
+    if dist.get_rank() == 0:
+        other = build(kind)
+        theirs = OPTIMIZERS["AdamW"](grouped(other))
+        states = get_optimizer_state_dict(other, theirs)
+        state = {"model": other.state_dict(), "optimizer": states}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(state, checkpoint_id=f"{folder}/a", no_dist=True)
+            other.load_state_dict(state["model"])
+            set_optimizer_state_dict(other, theirs, state["optimizer"])
+            found = {"model": apart(wanted[0], other.state_dict()), "moments": apart(wanted[1], plain_moments(other, theirs))}
+            state = {"model": other.state_dict(), "optimizer": get_optimizer_state_dict(other, theirs)}
+            dcp.save(state, checkpoint_id=f"{folder}/b", no_dist=True)
+    barrier()
+    model = parallel(kind, 4, fresh=True)
+    mine = OPTIMIZERS["AdamW"](grouped(model))
+    load(model, mine, f"{folder}/b", group=tp4.get_group())
+    full = autotp.full_state_dict(model)
+    return found | {"back": apart(wanted[0], full), "moments back": apart(wanted[1], moments(model, mine))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_dcp_reads_and_writes_the_same(pool: Pool, tmp_path: Path, kind: str) -> None:
+    for errors in pool.run(plain_dcp, kind, str(tmp_path), world=4):
+        assert all(error <= 1e-9 for error in errors.values()), errors
+
+
+def details(folder: str) -> None:
+    """Hyperparameters, frozen parameters, parameters without state, state that is there already, ties, padding, buffers."""
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+
+    def made(fill: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = build("shared")  # its head is tied
+        model.register_buffer("count", torch.arange(3) + fill)
+        model.register_buffer("scratch", torch.ones(2), persistent=False)
+        frozen = model.get_parameter("transformer.h.0.mlp.c_fc.weight")
+        frozen.requires_grad_(False)
+        if fill:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.5)
+        model = autotp.parallelize(model, mesh)
+        assert autotp.plan_of(model).params["transformer.h.0.attn.c_attn.weight"].layout.is_shared
+        return model, torch.optim.AdamW(grouped(model), lr=torch.tensor(1e-2, dtype=torch.float64), betas=(0.8, 0.9))
+
+    model, optimizer = made(fill=False)
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0]["lr"].fill_(0.007)
+    optimizer.param_groups[1].update(lr=0.003, initial_lr=0.01, betas=(0.7, 0.95))
+    unused = model.get_parameter("transformer.wpe.weight")
+    del optimizer.state[unused]  # as of a parameter that never had a gradient
+    save(model, optimizer, folder)
+    for stepped in (False, True):
+        other, theirs = made(fill=True)
+        rate = theirs.param_groups[0]["lr"]
+        if stepped:
+            train(other, theirs, range(5, 6))
+        load(other, theirs, folder)
+        assert theirs.param_groups[0]["lr"] is rate and float(rate) == 0.007
+        assert theirs.param_groups[1]["lr"] == 0.003 and theirs.param_groups[1]["initial_lr"] == 0.01
+        assert theirs.param_groups[1]["betas"] == (0.7, 0.95) and theirs.param_groups[0]["betas"] == (0.8, 0.9)
+        params = dict(other.named_parameters())
+        assert params["transformer.wpe.weight"] not in theirs.state
+        assert params["transformer.h.0.mlp.c_fc.weight"] not in theirs.state
+        assert not params["transformer.h.0.mlp.c_fc.weight"].requires_grad
+        for name, p in model.named_parameters():
+            assert torch.equal(p._local_tensor, params[name]._local_tensor), name  # type: ignore[attr-defined]
+            for key, value in optimizer.state.get(p, {}).items():
+                got = theirs.state[params[name]][key]
+                assert type(got) is type(value) and got.dtype == value.dtype, (name, key)
+                assert torch.equal(local_of(got), local_of(value)), (name, key)
+        assert other.get_buffer("count").tolist() == [0, 1, 2]
+        train(other, theirs, range(2, 3))
+    index = read_index(Path(folder))
+    assert {"model.lm_head.weight", "model.transformer.wte.weight", "model.count"} <= set(index.state_dict_metadata)
+    assert "model.scratch" not in index.state_dict_metadata
+    ties = [place for key, place in index.storage_data.items() if key.fqn in ("model.lm_head.weight", "model.transformer.wte.weight")]
+    assert len({(place.relative_path, place.offset) for place in ties}) == len(ties) // 2  # written once
+
+
+def test_details(pool: Pool, tmp_path: Path) -> None:
+    pool.run(details, str(tmp_path / "state"), world=4)
