@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autotp.api import RecipeLike
 from autotp.api import plan as make_plan
 from autotp.checkpoint import pretrained
-from autotp.checkpoint.deferred import Node, Read, sources, uncast
+from autotp.checkpoint.deferred import Box, Node, Read, sizes, sources, uncast
 from autotp.checkpoint.directory import written_beside
 from autotp.checkpoint.files import DTYPES, INDEX, FileTensor, Reader, checkpoint_files, open_file, tensors_of
 from autotp.checkpoint.manifest import NAME, REST, Manifest, rank_file, read_manifest
@@ -210,7 +210,12 @@ def hollow_skeleton(
     config, options = load_config(directory, overrides)
     cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
     tensors = {key: Node(shape, DTYPES[dtype]) for key, (dtype, shape) in manifest.sources.items()}
-    return build(directory, tensors, None, config=config, cls=cls, dtype=dtype, options=options, report=report)
+    return build(directory, tensors, _zeros, config=config, cls=cls, dtype=dtype, options=options, report=report)
+
+
+def _zeros(source: Node, box: Box) -> Tensor:
+    """Code that changes weights while they are loaded did so when they were cut; what it makes of zeros is not used."""
+    return torch.zeros(sizes(box), dtype=source.dtype)
 
 
 def _write_ranks(new: Path, parts: Mapping[str, tuple[Node, Layout]], tp: int, read: Read) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,25 +47,50 @@ class Op(Node):
         return [x for x in tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Node)]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Memory(Node):
+    """A tensor that is there after all."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """A call of an operator whose result is (at `index`, of several) a view of its first argument."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    index: int | None
+
+    def of(self, tensor: Any) -> Any:
+        """The view of `tensor`."""
+        made = self.func(tensor, *self.args, **self.kwargs)
+        return made if self.index is None else made[self.index]
+
+
 class Deferred(Tensor):
     """A tensor that holds no entries: a node, and its shape and dtype. It says that it is on the CPU.
 
-    Code that asks for values (`equal`, `item`) gets them through `read`, if there is one.
+    Code that asks for values (`equal`, `item`) gets them through `read`, if there is one. So does code that changes entries in place; all
+    views of the tensor then see the change, as with other tensors.
     """
 
-    _node: Node
+    _own: Node
+    _viewed: Deferred | None
+    _views: tuple[View, ...]
     _read: Read | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, node: Node, read: Read | None = None) -> Deferred:
+    def __new__(cls, node: Node, read: Read | None = None, base: Deferred | None = None, views: tuple[View, ...] = ()) -> Deferred:
         made = torch.Tensor._make_wrapper_subclass(cls, node.shape, dtype=node.dtype, device=torch.device("cpu"))
         assert isinstance(made, Deferred)
-        made._node, made._read = node, read
+        made._own, made._read, made._viewed, made._views = node, read, base, views
         return made
 
-    def __init__(self, node: Node, read: Read | None = None) -> None:
+    def __init__(self, *args: object) -> None:
         super().__init__()
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
@@ -78,44 +104,87 @@ class Deferred(Tensor):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Deferred)]
         read = given[0]._read
         if func._schema.is_mutable:
-            raise CheckpointError(f"{func} changes a tensor of the checkpoint in place before it is read; that is not supported")
+            return _changed(func, args, kwargs, read)
         if not all(isinstance(r.type, torch.TensorType | torch.ListType) for r in func._schema.returns):
-            if read is None:
-                raise CheckpointError(f"{func} asks for values of a tensor that no rank holds whole; that is not supported")
             return _values(func, args, kwargs, read)
         placed = {"device": "meta"} if "device" in kwargs else {}
         outcome = func(*tree_map_only(Deferred, hollow, args), **tree_map_only(Deferred, hollow, kwargs | placed))
         nodes = tree_map_only(Deferred, node_of, args), tree_map_only(Deferred, node_of, kwargs)
+        is_view = isinstance(args[0], Deferred) and func._schema.returns[0].alias_info is not None
+
+        def made(result: Tensor, index: int | None) -> Deferred:
+            node = Op(tuple(result.shape), result.dtype, func, *nodes, index)
+            if not is_view:
+                return Deferred(node, read)
+            base = args[0] if args[0]._viewed is None else args[0]._viewed
+            return Deferred(node, read, base, (*args[0]._views, View(func, args[1:], kwargs, index)))
+
         if isinstance(outcome, Tensor):
-            return Deferred(Op(tuple(outcome.shape), outcome.dtype, func, *nodes), read)
-        return type(outcome)(Deferred(Op(tuple(o.shape), o.dtype, func, *nodes, i), read) for i, o in enumerate(outcome))
+            return made(outcome, None)
+        return type(outcome)(made(o, i) for i, o in enumerate(outcome))
 
 
-def _values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Read) -> Any:
+def node_of(tensor: Deferred) -> Node:
+    """What `tensor` stands for now."""
+    base = tensor._viewed
+    if base is None or not isinstance(base._own, Op) or base._own.func is not overlay:
+        return tensor._own
+    node = base._own
+    for view in tensor._views:  # the tensor that this is a view of was changed
+        node = view.of(Deferred(node))._own
+    return node
+
+
+def overlay(base: Tensor, entries: Tensor, views: Sequence[View]) -> Tensor:
+    """`base` with a view of it replaced by `entries`."""
+    base = base.clone()
+    view = base
+    for v in views:
+        view = v.of(view)
+    view.copy_(entries)
+    return base
+
+
+def _changed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Read | None) -> Deferred:
+    """An operator that changes its first argument: it runs now, on that tensor alone, and what it made lies over the node from then on."""
+    target = args[0]
+    if not isinstance(target, Deferred) or sum(a.alias_info is not None for a in func._schema.arguments) != 1:
+        raise CheckpointError(f"{func} changes a tensor of the checkpoint in place before it is read; that is not supported")
+    entries = _there(target, read, func)
+    func(entries, *tree_map_only(Deferred, lambda x: _there(x, read, func), args[1:]), **kwargs)
+    made = Memory(tuple(entries.shape), entries.dtype, entries)
+    base = target if target._viewed is None else target._viewed
+    base._own = Op(base._own.shape, base._own.dtype, overlay, (base._own, made, target._views), {})
+    return target
+
+
+def _there(tensor: Deferred, read: Read | None, func: Any) -> Tensor:
+    from autotp.checkpoint.pullback import value
+
+    if read is None:
+        raise CheckpointError(f"{func} asks for values of a tensor that no rank holds whole; that is not supported")
+    return value(node_of(tensor), whole_box(tensor.shape), read)
+
+
+def _values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Read | None) -> Any:
     """What is no tensor: the operator on values; `equal` row by row, so that no whole tensor is held."""
     from autotp.checkpoint.pullback import value
 
-    def whole(x: Deferred) -> Tensor:
-        return value(x._node, whole_box(x.shape), read)
-
-    if func is torch.ops.aten.equal.default and isinstance(args[0], Deferred) and isinstance(args[1], Deferred) and args[0].ndim:
-        a, b = args[0]._node, args[1]._node
+    if read is not None and func is torch.ops.aten.equal.default and isinstance(args[0], Deferred) and isinstance(args[1], Deferred):
+        a, b = node_of(args[0]), node_of(args[1])
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
-        rows = max(1, (1 << 22) // max(1, a.dtype.itemsize * args[0][0].numel()))
-        boxes = [((i, min(i + rows, a.shape[0])), *whole_box(a.shape[1:])) for i in range(0, a.shape[0], rows)]
-        return all(torch.equal(value(a, box, read), value(b, box, read)) for box in boxes)
-    return func(*tree_map_only(Deferred, whole, args), **tree_map_only(Deferred, whole, dict(kwargs)))
+        if a.shape:
+            rows = max(1, (1 << 22) // max(1, a.dtype.itemsize * args[0][0].numel()))
+            boxes = [((i, min(i + rows, a.shape[0])), *whole_box(a.shape[1:])) for i in range(0, a.shape[0], rows)]
+            return all(torch.equal(value(a, box, read), value(b, box, read)) for box in boxes)
+    there = partial(_there, read=read, func=func)
+    return func(*tree_map_only(Deferred, there, args), **tree_map_only(Deferred, there, dict(kwargs)))
 
 
 def hollow(tensor: Tensor | Node) -> Tensor:
     """A meta tensor of the same shape and dtype."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
-def node_of(tensor: Deferred) -> Node:
-    """What `tensor` stands for."""
-    return tensor._node
 
 
 def whole_box(shape: Sequence[int]) -> Box:

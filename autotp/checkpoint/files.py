@@ -20,11 +20,14 @@ from autotp.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-#: Names of dtypes in headers of safetensors files, as far as torch has them and one entry is whole bytes.
+#: Names of dtypes in headers of safetensors files, as far as torch has them and one entry is whole bytes; in the library's order.
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I16": torch.int16,
     "U16": torch.uint16,
     "F16": torch.float16,
@@ -32,13 +35,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I32": torch.int32,
     "U32": torch.uint32,
     "F32": torch.float32,
+    "C64": torch.complex64,
     "F64": torch.float64,
     "I64": torch.int64,
     "U64": torch.uint64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 

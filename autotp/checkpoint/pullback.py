@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from autotp.checkpoint.deferred import Box, Node, Op, Read, sizes, whole_box
+from autotp.checkpoint.deferred import Box, Memory, Node, Op, Read, overlay, sizes, whole_box
 
 aten = torch.ops.aten
 
@@ -41,6 +41,9 @@ def fill(node: Node, box: Box, out: Tensor, read: Read) -> None:
     """Put the entries of `box` into `out` (of the box's shape; it may be a view, and on any device)."""
     if not out.numel():
         return
+    if isinstance(node, Memory):
+        out.copy_(_cut(node.tensor, box))
+        return
     if not isinstance(node, Op):
         out.copy_(read(node, box))
         return
@@ -50,7 +53,9 @@ def fill(node: Node, box: Box, out: Tensor, read: Read) -> None:
     rule = _RULES.get(node.func)
     if rule is not None:
         rule(node, box, out, read)
-    elif torch.Tag.pointwise in node.func.tags and node.index is None:
+    elif node.func is overlay and not node.args[2]:
+        fill(node.args[1], box, out, read)
+    elif node.func is not overlay and torch.Tag.pointwise in node.func.tags and node.index is None:
         _pointwise(node, box, out, read)
     else:
         _computed(node, box, out, read)

@@ -167,7 +167,7 @@ def _hollowed(model: nn.Module) -> tuple[dict[int, Node], dict[str, Node]]:
             if isinstance(p, Deferred):
                 if id(p) not in made:
                     made[id(p)] = new = nn.Parameter(hollow(p), requires_grad=p.requires_grad)
-                    new.__dict__.update({k: v for k, v in vars(p).items() if k not in ("_node", "_read", "_is_param")})
+                    new.__dict__.update({k: v for k, v in vars(p).items() if k not in ("_own", "_read", "_viewed", "_views", "_is_param")})
                     nodes[id(new)] = _node(p, name)
                 module._parameters[name] = made[id(p)]
         for name, b in module._buffers.items():

@@ -27,7 +27,7 @@ from autotp.errors import CheckpointError
 #: Bytes that are put together and written at once. Large enough that messages and calls cost nothing beside the copying.
 PIECE = 16 << 20
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_RANK = {dtype: i for i, dtype in enumerate(DTYPES.values())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +49,19 @@ class Piece:
 
 
 def lay_out(tensors: Mapping[str, Node], metadata: Mapping[str, str]) -> FilePlan:
-    """The plan of a file with `tensors`, in the order of the library's writer: by size of an entry, then by key.
+    """The plan of a file with `tensors`, in the order of the library's writer: by dtype, the wide ones first, then by key.
 
     Raises:
         CheckpointError: a dtype that safetensors has no name for.
     """
+    for key, node in tensors.items():
+        if node.dtype not in _RANK:
+            raise CheckpointError(f"{key}: safetensors has no dtype {node.dtype}")
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset, offsets = 0, {}
-    for key, node in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        if node.dtype not in _NAMES:
-            raise CheckpointError(f"{key}: safetensors has no dtype {node.dtype}")
+    for key, node in sorted(tensors.items(), key=lambda item: (-_RANK[item[1].dtype], item[0].encode())):
         end = offset + prod(node.shape) * node.dtype.itemsize
-        header[key] = {"dtype": _NAMES[node.dtype], "shape": list(node.shape), "data_offsets": [offset, end]}
+        header[key] = {"dtype": [*DTYPES][_RANK[node.dtype]], "shape": list(node.shape), "data_offsets": [offset, end]}
         offsets[key], offset = offset, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
