@@ -111,8 +111,8 @@ def contents_of(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, opt
     return found
 
 
-def listed(problems: list[str], most: int = 12) -> str:
-    """The lines of a message that names all that is wrong, or the first dozen."""
+def listed(problems: list[str], most: int = 6) -> str:
+    """The lines of a message that names all that is wrong, or the first few."""
     more = [f"… and {len(problems) - most} more"] if len(problems) > most else []
     return "".join(f"\n  {line}" for line in [*problems[:most], *more])
 

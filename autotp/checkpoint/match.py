@@ -113,9 +113,10 @@ def _group_differs(i: int, got: Group, wanted: Group, aliases: Mapping[str, str]
         problems.append(f"group {i} was saved with {_few(lacking)}, which the optimizer does not have there")
     if surplus := sorted(set(wanted.names) - saved):
         problems.append(f"group {i} of the optimizer has {_few(surplus)}, which was not saved there")
-    keys = set(got.options) ^ set(wanted.options)
-    if other := sorted(keys - _SCHEDULERS):
-        problems.append(f"group {i}: the options {_few(other)} are only in the {'checkpoint' if other[0] in got.options else 'optimizer'}")
+    if lacking := sorted(set(got.options) - set(wanted.options) - _SCHEDULERS):
+        problems.append(f"group {i} was saved with {_few(lacking)}, which are no options of the optimizer")
+    if surplus := sorted(set(wanted.options) - set(got.options) - _SCHEDULERS):
+        problems.append(f"group {i} of the optimizer has the options {_few(surplus)}, which were not saved")
     return problems
 
 

@@ -28,10 +28,11 @@ class Resume:
         self._states: dict[str, dict[str, Any]] = {}
         for param, options in self._grouped():
             name = stored.name(param.name, contents.aliases)
-            mine = contents.states.get(param.name, {})
+            there, mine = stored.states.get(name, {}), contents.states.get(param.name, {})
             self._states[param.name] = {
-                key: self._target(param, options, key, known, mine.get(key), f"optimizer.state.{name}.{key}")
-                for key, known in stored.states.get(name, {}).items()
+                key: self._target(param, options, key, there[key], mine.get(key), f"optimizer.state.{name}.{key}")
+                for key in dict.fromkeys([*mine, *sorted(there)])  # in the order that they were made in
+                if key in there
             }
 
     def _grouped(self) -> Iterator[tuple[Param, dict[str, Any]]]:

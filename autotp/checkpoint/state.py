@@ -134,8 +134,8 @@ def _same(group: dist.ProcessGroup | None, contents: Contents, path: Path) -> No
     for rank, other in enumerate(everyone):
         if differ := [what for what in mine if other[what] != everyone[0][what]]:
             raise CheckpointError(
-                f"the ranks do not save the same: the {' and the '.join(differ)} of rank {rank} are not those of rank 0 "
-                f"({everyone[0]['path']}, {other['path']}); models on some of the ranks are saved with group=mesh.get_group()"
+                f"the ranks do not save the same: the {' and the '.join(differ)} of rank {rank} ({other['path']}) "
+                f"and of rank 0 ({everyone[0]['path']}) differ; models on some of the ranks are saved with group=mesh.get_group()"
             )
 
 
