@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import autotp
 from autotp.checkpoint import storage
 from autotp.checkpoint.contents import local_of
 from autotp.checkpoint.state import load, save
 from autotp.errors import CheckpointError, PlanError
 from benchmarks.optimizers import build
-from tests.checkpoint.training import OPTIMIZERS, grouped, parallel, train
-from tests.support.ranks import Pool
+from tests.checkpoint.training import OPTIMIZERS, apart, grouped, mesh_of, parallel, train
+from tests.support.ranks import Pool, RankError, Ranks
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -162,3 +165,39 @@ def test_what_does_not_fit(pool: Pool, tmp_path: Path) -> None:
         print(f"-- {name}: {text}")
     assert set(ranks[0]) == set(WORDS)
     assert {name: WORDS[name] for name, text in ranks[0].items() if WORDS[name] not in text} == {}
+
+
+def killed(folder: str) -> None:
+    """Rank 1 is killed while it writes; the others say what they were told, and live on."""
+    mesh_of(3)
+    model = parallel("even", 3)
+    optimizer = OPTIMIZERS["AdamW"](grouped(model))
+    save(model, optimizer, f"{folder}/state")
+    train(model, optimizer, range(1))
+    if dist.get_rank() == 1:
+        storage._SavePlanner.lookup_object = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
+    try:
+        save(model, optimizer, f"{folder}/state")
+    except CheckpointError as error:
+        Path(folder, f"rank{dist.get_rank()}").write_text(str(error))
+
+
+def reload(folder: str) -> tuple[bool, float]:
+    model = parallel("even", 3, fresh=True)
+    optimizer = OPTIMIZERS["AdamW"](grouped(model))
+    load(model, optimizer, folder)
+    full = autotp.full_state_dict(model)
+    return bool(optimizer.state), apart({n: p.detach() for n, p in build("even").named_parameters()}, full)
+
+
+def test_a_rank_killed_mid_save_leaves_the_old_one(tmp_path: Path) -> None:
+    ranks = Ranks(3, grace=15)
+    try:
+        with pytest.raises(RankError, match="rank 1:\nthe process died") as found:
+            ranks.run(killed, str(tmp_path))
+        assert "did not finish" not in str(found.value)  # the others had their error at once
+        for rank in (0, 2):
+            assert "another rank may be gone" in (tmp_path / f"rank{rank}").read_text()
+        assert ranks.run(reload, str(tmp_path / "state")) == [(False, 0.0)] * 3  # the one before, which had no step
+    finally:
+        ranks.stop()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -191,3 +191,65 @@ def details(folder: str) -> None:
 
 def test_details(pool: Pool, tmp_path: Path) -> None:
     pool.run(details, str(tmp_path / "state"), world=4)
+
+
+def beside_data_parallel(folder: str) -> dict[str, float]:
+    """A 2 × 2 mesh: each tp group has a copy, one of them is saved, all load."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    reference = build("shared")
+    whole = OPTIMIZERS["AdamW"](grouped(reference))
+    train(reference, whole, range(2))
+    model = autotp.parallelize(build("shared"), mesh)
+    mine = OPTIMIZERS["AdamW"](grouped(model))
+    train(model, mine, range(2))
+    save(model, mine, folder)
+    other = autotp.parallelize(build("shared"), mesh)
+    theirs = OPTIMIZERS["AdamW"](grouped(other))
+    load(other, theirs, folder)
+    boxes = [place for key, place in read_index(Path(folder)).storage_data.items() if key.fqn == "model.transformer.h.0.attn.c_attn.weight"]
+    assert len(boxes) == 3  # queries of both ranks of a group, and the one head of keys and values: no box twice
+    written = {place.relative_path for place in read_index(Path(folder)).storage_data.values()}
+    assert len(written) == 4  # and all ranks share the writing
+    full = autotp.full_state_dict(other)
+    return {
+        "weights": apart({n: p.detach() for n, p in reference.named_parameters()}, {n: full[n] for n, _ in reference.named_parameters()}),
+        "moments": apart(plain_moments(reference, whole), moments(other, theirs)),
+    }
+
+
+def test_one_copy_is_saved_of_a_mesh_with_more_dims(pool: Pool, tmp_path: Path) -> None:
+    for errors in pool.run(beside_data_parallel, str(tmp_path / "state"), world=4):
+        assert all(error <= 1e-9 for error in errors.values()), errors
+
+
+def in_bfloat16(folder: str) -> None:
+    """Parameters and moments in bfloat16, the optimizer wrapped by accelerate; bit for bit, at another tp."""
+    from accelerate import Accelerator
+
+    tp2, tp3 = mesh_of(2), mesh_of(3)
+    wrap = Accelerator(cpu=True).prepare_optimizer
+    bits: dict[str, Tensor] = {}
+    if dist.get_rank() < 2:
+        model = autotp.parallelize(build("fused").bfloat16(), tp2)
+        optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=1e-2), device_placement=False)
+        model(input_ids=torch.arange(8).view(1, 8), labels=torch.arange(8).view(1, 8)).loss.backward()
+        optimizer.step()
+        save(model, optimizer, folder, group=tp2.get_group())
+        bits = autotp.full_state_dict(model) | moments(model, optimizer)
+        assert bits["transformer.wte.weight"].dtype == bits["transformer.wte.weight.exp_avg"].dtype == torch.bfloat16
+    parcel = [bits]
+    dist.broadcast_object_list(parcel, src=0)
+    if dist.get_rank() < 3:
+        other = autotp.parallelize(build("fused").bfloat16(), tp3)
+        theirs = wrap(torch.optim.AdamW(other.parameters(), lr=0.5), device_placement=False)
+        load(other, theirs, folder, group=tp3.get_group())
+        got = autotp.full_state_dict(other) | moments(other, theirs)
+        assert set(got) == set(parcel[0]) and all(
+            torch.equal(got[n], parcel[0][n]) and got[n].dtype == t.dtype for n, t in parcel[0].items()
+        )
+        assert theirs.param_groups[0]["lr"] == 1e-2
+    barrier()
+
+
+def test_bfloat16_and_accelerate(pool: Pool, tmp_path: Path) -> None:
+    pool.run(in_bfloat16, str(tmp_path / "state"), world=4)
