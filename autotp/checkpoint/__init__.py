@@ -5,8 +5,8 @@ of ranks, `save` and `load` keep the state of a training run.
 """
 
 from autotp.checkpoint.cut import shard, unshard
-from autotp.checkpoint.load import from_pretrained
-from autotp.checkpoint.save import save_pretrained
+from autotp.checkpoint.loading import from_pretrained
+from autotp.checkpoint.saving import save_pretrained
 from autotp.checkpoint.state import load, save
 
 __all__ = ["from_pretrained", "load", "save", "save_pretrained", "shard", "unshard"]

@@ -66,7 +66,7 @@ def shard(
         raise CheckpointError(f"{directory}: cut already; autotp unshard turns it back into a checkpoint that can be cut")
     _apart(directory, target)
     read = Reader()
-    config, options = load_config(directory, config_overrides)
+    config, options = load_config(directory, config_overrides, model_class)
     cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
     files = {file: tensors_of(file) for file in checkpoint_files(directory, getattr(config, "transformers_weights", None))}
     tensors = {key: tensor for found in files.values() for key, tensor in found.items()}
@@ -207,7 +207,7 @@ def hollow_skeleton(
     Raises:
         CheckpointError, InputError: as for `build`, `load_config`, `find_class`.
     """
-    config, options = load_config(directory, overrides)
+    config, options = load_config(directory, overrides, model_class)
     cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
     tensors = {key: Node(shape, DTYPES[dtype]) for key, (dtype, shape) in manifest.sources.items()}
     return build(directory, tensors, _zeros, config=config, cls=cls, dtype=dtype, options=options, report=report)

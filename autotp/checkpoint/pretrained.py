@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from autotp.checkpoint.deferred import Deferred, Node, hollow, node_of
 from autotp.checkpoint.files import INDEX
 from autotp.errors import CheckpointError, InputError
+from autotp.plan.model import LocalAttribute
+from autotp.rewrite.attributes import before
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -111,15 +113,24 @@ def write_index(directory: Path, files: Mapping[str, Mapping[str, Node]], parame
     (directory / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_config(directory: Path, model: Any) -> None:
-    """config.json, generation_config.json and the model's own code, as transformers writes them."""
-    config = copy.deepcopy(model.config)
-    config.dtype = str(model.dtype).removeprefix("torch.")
-    config.architectures = [type(model).__name__]
-    if model.is_remote_code():
-        from transformers.dynamic_module_utils import custom_object_save
+def write_config(directory: Path, model: Any, attributes: Sequence[LocalAttribute]) -> None:
+    """config.json, generation_config.json and what else the model's class saves beside weights.
 
-        custom_object_save(model, directory, config=config)
-    config.save_pretrained(directory)
-    if model.can_generate():
-        model.generation_config.save_pretrained(directory)
+    The class's own `save_pretrained` writes them, of a state without tensors. `attributes`: those of the model itself that are local; a
+    checkpoint has the values of the whole model.
+    """
+    config = copy.copy(before(model, "config", attributes, type(model).__name__))
+    config.architectures = [type(model).__name__]
+    had, own = "config" in model.__dict__, model.config
+    model.config = config
+    try:
+        model.save_pretrained(directory, state_dict={})
+    except Exception as error:
+        raise CheckpointError(f"{type(model).__name__} cannot write its config: {error}") from error
+    finally:
+        if had:
+            model.config = own
+        else:
+            del model.config
+    for path in directory.glob("*.safetensors"):  # a file without tensors
+        path.unlink()

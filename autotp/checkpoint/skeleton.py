@@ -11,8 +11,9 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ class Skeleton:
             self.model.get_submodule(path)._buffers[leaf] = read(name, node)
 
 
-def load_config(directory: Path, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def load_config(directory: Path, overrides: Mapping[str, Any], model_class: Any = None) -> tuple[Any, dict[str, Any]]:
     """The config in `directory` with `overrides`, and those of them that transformers' loader takes instead.
+
+    `model_class`: one that has a config class of its own; else the config says what it is.
 
     Raises:
         CheckpointError: no config, or one that transformers rejects. InputError: an override that nothing takes.
@@ -57,7 +60,8 @@ def load_config(directory: Path, overrides: Mapping[str, Any]) -> tuple[Any, dic
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: no config.json, so it is no checkpoint of transformers")
     try:
-        config, unused = transformers.AutoConfig.from_pretrained(directory, return_unused_kwargs=True, local_files_only=True, **overrides)
+        kind = getattr(model_class, "config_class", None) or transformers.AutoConfig
+        config, unused = kind.from_pretrained(directory, return_unused_kwargs=True, local_files_only=True, **overrides)
     except Exception as error:
         raise CheckpointError(f"{directory / 'config.json'}: transformers rejects it: {' '.join(str(error).split())}") from error
     passed = {k: v for k, v in unused.items() if k in ("attn_implementation", "experts_implementation", "trust_remote_code")}
@@ -131,6 +135,7 @@ def build(
                 dtype="auto" if dtype is None else dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                generation_config=_generation_config(directory),
                 **options,
             )
         except CheckpointError:
@@ -144,15 +149,21 @@ def build(
         more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
         raise CheckpointError(f"{directory}: {name} has the shape {tuple(got)} in the checkpoint, the model's is {tuple(wanted)}{more}")
     model.config.name_or_path = str(directory)
-    if model.can_generate() and hasattr(model, "adjust_generation_fn"):
-        _generation(model, directory, options.get("trust_remote_code"))
+    if options.get("trust_remote_code") and hasattr(model, "load_custom_generate"):
+        with suppress(OSError):  # the checkpoint has none
+            custom = model.load_custom_generate(directory, trust_remote_code=True)
+            model.generate = partial(custom, model=model)
     return Skeleton(model, *_hollowed(model))
 
 
-def _generation(model: Any, directory: Path, trusted: bool | None) -> None:
-    local = {"cache_dir": None, "force_download": False, "proxies": None, "token": None, "revision": None, "subfolder": ""}
+def _generation_config(directory: Path) -> Any:
+    """What the checkpoint says of generation, in a file of its own or in its config, as transformers looks for it."""
+    config = _transformers().GenerationConfig
     try:
-        model.adjust_generation_fn(None, False, False, str(directory), local_files_only=True, trust_remote_code=trusted, **local)
+        try:
+            return config.from_pretrained(directory, local_files_only=True)
+        except OSError:
+            return config.from_pretrained(directory, config_file_name="config.json", _from_model_config=True, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"{directory / 'generation_config.json'}: {_plain(str(error))}") from error
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,17 @@ def localise(module: nn.Module, attributes: Sequence[LocalAttribute], undo: Undo
         if isinstance(getattr(module, head), nn.Module):
             raise PlanError(f"{where}: {attribute.path} belongs to the module {head!r}; plan it there")
         undo.set_attribute(module, head, value)
+
+
+def before(module: nn.Module, name: str, attributes: Sequence[LocalAttribute], where: str) -> Any:
+    """The attribute `name` of a module that was localised with `attributes`, with the global values; the module is left alone."""
+    copies: dict[int, Any] = {}
+    value = getattr(module, name)
+    for attribute in attributes:
+        head, *rest = attribute.path.split(".")
+        if head == name:
+            value = _changed(value, rest, replace(attribute, value=attribute.local, local=attribute.value), copies, where)
+    return value
 
 
 def _changed(value: Any, path: list[str], attribute: LocalAttribute, copies: dict[int, Any], where: str) -> Any:

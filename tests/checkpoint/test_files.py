@@ -86,7 +86,7 @@ def test_missing_files_are_named(tmp_path):
 
 def test_pickles_are_refused_with_the_reason(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle: .* save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle: .*save_pretrained"):
         checkpoint_files(tmp_path)
     checkpoint(tmp_path, {"a": "pytorch_model.bin"})
     with pytest.raises(CheckpointError, match="which is no safetensors file"):

@@ -25,7 +25,7 @@ from autotp.checkpoint.pullback import value
 from autotp.checkpoint.ranks import RankFile
 from autotp.checkpoint.reading import read_shard
 from autotp.checkpoint.skeleton import Skeleton, build, find_class, load_config
-from autotp.errors import CheckpointError, InputError
+from autotp.errors import CheckpointError, InputError, TraceError
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
 from autotp.rewrite.comm import GroupComm
@@ -86,7 +86,11 @@ def from_pretrained(
             advance(prod(node.shape) * node.dtype.itemsize)
             return local
 
-        model = assemble(skeleton.model, mesh, _placed(skeleton.nodes, shard, line, rank), recipe=recipe, made=found.plan)
+        try:
+            model = assemble(skeleton.model, mesh, _placed(skeleton.nodes, shard, line, rank), recipe=recipe, made=found.plan)
+        except (InputError, TraceError) as error:
+            here = f"from_pretrained takes plan=autotp.plan(path, tp={comm.size}, example_inputs={{…}}), or recipe="
+            raise type(error)(f"{error} ({here})") from error
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
@@ -138,7 +142,7 @@ def _found(
     report = comm.rank == 0
     manifest = read_manifest(directory)
     if manifest is None:
-        config, options = load_config(directory, overrides)
+        config, options = load_config(directory, overrides, model_class)
         cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
         tensors = checkpoint_tensors(directory, getattr(config, "transformers_weights", None))
         skeleton = build(directory, tensors, read, config=config, cls=cls, dtype=dtype, options=options, report=report)

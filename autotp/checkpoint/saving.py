@@ -32,6 +32,8 @@ from autotp.checkpoint.pullback import fill
 from autotp.checkpoint.reading import Counting
 from autotp.checkpoint.writing import PIECE, FilePlan, OutputFile, Piece, lay_out, pieces
 from autotp.errors import InputError
+from autotp.plan.model import ParamPlan
+from autotp.plan.plan import Plan
 from autotp.rewrite.comm import Comm, GroupComm
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -66,14 +68,12 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, max_shard
     files, metadata = agree(group, lambda: _files(model, state, identity, max_shard_size))
     with written_beside(path, group, replaces=_replaced) as directory:
         first = comm.rank == 0
-        agree(group, lambda: _begin(directory, model, state, files) if first else None)
+        agree(group, lambda: _begin(directory, model, parallel.plan, state, files) if first else None)
         write_files(directory, files, metadata, comm, f"Saving {Path(path).name}")
 
 
-def held_state(model: nn.Module, params: Mapping[str, object]) -> tuple[dict[str, Node], dict[str, int]]:
+def held_state(model: nn.Module, params: Mapping[str, ParamPlan]) -> tuple[dict[str, Node], dict[str, int]]:
     """The model's `state_dict` as nodes, and a number for each name that tied tensors share."""
-    from autotp.plan.model import ParamPlan
-
     state: dict[str, Node] = {}
     identity: dict[str, int] = {}
     made: dict[int, Held] = {}
@@ -84,7 +84,7 @@ def held_state(model: nn.Module, params: Mapping[str, object]) -> tuple[dict[str
         if id(tensor) not in made:
             local = tensor.detach()
             local = local._local_tensor if isinstance(local, DTensor) else local
-            if isinstance(plan, ParamPlan):
+            if plan is not None:
                 made[id(tensor)] = Held(plan.layout.shape, local.dtype, local, plan.layout)
             else:
                 made[id(tensor)] = Held(tuple(local.shape), local.dtype, local)
@@ -101,10 +101,10 @@ def _files(
     return pretrained.split(kept, max_shard_size), {"format": "pt", **removed}
 
 
-def _begin(directory: Path, model: nn.Module, state: Mapping[str, Node], files: Mapping[str, Mapping[str, Node]]) -> None:
+def _begin(directory: Path, model: nn.Module, plan: Plan, state: Mapping[str, Node], files: Mapping[str, Mapping[str, Node]]) -> None:
     parameters = {id(state[name]): prod(state[name].shape) for name, _ in model.named_parameters() if name in state}
     if pretrained.is_pretrained(model):
-        pretrained.write_config(directory, model)
+        pretrained.write_config(directory, model, [a for m in plan.modules if not m.path for a in m.attributes])
     pretrained.write_index(directory, files, sum(parameters.values()))
 
 
