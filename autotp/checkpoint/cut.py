@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from autotp.checkpoint.progress import bar
 from autotp.checkpoint.pullback import moves_only, value
 from autotp.checkpoint.ranks import AllRanks, CutTensor
 from autotp.checkpoint.reading import read_shard
-from autotp.checkpoint.skeleton import Skeleton, build, find_class, load_config
+from autotp.checkpoint.skeleton import Skeleton, build, find_class, known_class, load_config
 from autotp.checkpoint.writing import OutputFile, lay_out, pieces
 from autotp.errors import CheckpointError, InputError
 from autotp.plan.layout import Layout, replicated
@@ -50,7 +51,7 @@ def shard(
     for one rank's part of one tensor.
 
     Args:
-        path: a directory with a `config.json` and safetensors files. out: the directory to write; what `shard` wrote there is replaced.
+        path: a directory with a `config.json` and safetensors files. out: a new directory.
         tp: number of ranks.
         recipe, model_class, config_overrides: as for `from_pretrained`.
 
@@ -61,10 +62,13 @@ def shard(
         AutoTPError: CheckpointError: files that are missing or cannot be read, weights that the checkpoint lacks, `out` cannot be written.
             InputError: wrong arguments. PlanError, RecipeError, TraceError: as for `autotp.plan`.
     """
-    directory, target = _existing(path), _path(out, "out")
+    directory, target = _existing(path), _new(out)
+    try:
+        json.dumps(config_overrides)
+    except TypeError as error:
+        raise InputError(f"config_overrides: they are kept beside the plan, and JSON has no word for one: {error}") from error
     if read_manifest(directory) is not None:
         raise CheckpointError(f"{directory}: cut already; autotp unshard turns it back into a checkpoint that can be cut")
-    _apart(directory, target)
     read = Reader()
     config, options = load_config(directory, config_overrides, model_class)
     cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
@@ -77,6 +81,7 @@ def shard(
     manifest = Manifest(
         plan=made,
         model=type(skeleton.model).__name__,
+        overrides=config_overrides,
         sources={k: (_name(t.dtype), t.shape) for k, t in tensors.items() if k in back.used},
         direct=back.direct,
         files={
@@ -85,7 +90,7 @@ def shard(
         index=_text(directory / INDEX),
         rest=tuple(key for key in tensors if key in back.rest),
     )
-    with written_beside(target, None, replaces=_ours) as new:
+    with written_beside(target, None) as new:
         _copy_others(directory, new)
         _write_ranks(new, parts, tp, read)
         if manifest.rest:
@@ -98,21 +103,20 @@ def unshard(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Turn what `shard` made back into the checkpoint: the same files, keys and bits. Needs no process group, and memory for a few pieces.
 
     Args:
-        path: a directory that `shard` made. out: the directory to write; a checkpoint there is replaced.
+        path: a directory that `shard` made. out: a new directory.
 
     Raises:
         AutoTPError: CheckpointError: `path` is no such directory, a file of it is missing or was changed, `out` cannot be written.
     """
-    directory, target = _existing(path), _path(out, "out")
+    directory, target = _existing(path), _new(out)
     manifest = read_manifest(directory)
     if manifest is None:
         raise CheckpointError(f"{directory}: no {NAME} in it, so it is not what autotp shard writes")
-    _apart(directory, target)
     read = AllRanks(directory, manifest.plan.tp)
     nodes = _restored(directory, manifest, read)
     if manifest.rest:
         nodes |= tensors_of(directory / REST)
-    with written_beside(target, None, replaces=lambda name: name.endswith(_WEIGHTS)) as new:
+    with written_beside(target, None) as new:
         _copy_others(directory, new)
         for file, (keys, metadata) in manifest.files.items():
             lost = [key for key in keys if key not in nodes]
@@ -207,7 +211,9 @@ def hollow_skeleton(
     Raises:
         CheckpointError, InputError: as for `build`, `load_config`, `find_class`.
     """
-    config, options = load_config(directory, overrides, model_class)
+    given = {**manifest.overrides, **overrides}
+    model_class = model_class or known_class(manifest.model)
+    config, options = load_config(directory, given, model_class)
     cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
     tensors = {key: Node(shape, DTYPES[dtype]) for key, (dtype, shape) in manifest.sources.items()}
     return build(directory, tensors, _zeros, config=config, cls=cls, dtype=dtype, options=options, report=report)
@@ -251,10 +257,6 @@ def _copy_others(directory: Path, new: Path) -> None:
             shutil.copyfile(path, new / path.name)
 
 
-def _ours(name: str) -> bool:
-    return name in (NAME, REST) or (name.startswith("rank-") and name.endswith(".safetensors"))
-
-
 def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
@@ -276,6 +278,8 @@ def _existing(path: object) -> Path:
     return directory
 
 
-def _apart(directory: Path, out: Path) -> None:
-    if directory.resolve() == out.resolve():
-        raise InputError(f"out: {out} is what is read; write to another directory")
+def _new(out: object) -> Path:
+    target = _path(out, "out")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"out: {target} is there already, and not an empty directory; write to another one")
+    return target

@@ -24,6 +24,7 @@ FORMAT = 1
 class Manifest:
     """One for each directory that `shard` made.
 
+    model: name of the model's class. overrides: of the config, that it was cut with.
     sources: key of the checkpoint → (dtype, shape), for the tensors that the model is made of. direct: those that are a parameter or
     buffer as it is → its name. files: file of the checkpoint → (its keys, its metadata). index: the text of its index, if it had one.
     rest: keys that `rest.safetensors` holds as they were: those that the model has no use for, and those that do not follow from it.
@@ -31,6 +32,7 @@ class Manifest:
 
     plan: Plan
     model: str
+    overrides: Mapping[str, Any]
     sources: Mapping[str, tuple[str, tuple[int, ...]]]
     direct: Mapping[str, str]
     files: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]]
@@ -60,6 +62,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         return Manifest(
             plan=decode(content["plan"]),
             model=content["model"],
+            overrides=dict(content["overrides"]),
             sources={key: (dtype, tuple(shape)) for key, (dtype, shape) in content["sources"].items()},
             direct=dict(content["direct"]),
             files={file: (tuple(keys), dict(metadata)) for file, (keys, metadata) in content["files"].items()},

@@ -103,6 +103,11 @@ def find_class(config: Any, directory: Path, wanted: Any, trusted: bool) -> Any:
     return next((cls for cls in found if cls.__name__ in (config.architectures or ())), found[0])
 
 
+def known_class(name: str) -> Any:
+    """The model class of transformers that has this name; None where there is none (code of the checkpoint's own)."""
+    return getattr(_transformers(), name, None)
+
+
 def build(
     directory: Path,
     tensors: Mapping[str, Node],
