@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 import autotp
 from autotp.plan.layout import Concat, Expr, Factor
 from autotp.plan.plan import Plan
-from autotp.rewrite.grads import SharedGrad
 from autotp.rewrite.reads import GradFix
+from autotp.rewrite.tensor import LayoutDTensor
 from autotp.testing.ranks.threads import ThreadRanks
 from tests.models.geometry import ACTIVATIONS, Geometry, Mlp, Product, Projection, QKNorm, batch, decoder
 from tests.support.equivalence import error_of
@@ -249,7 +249,7 @@ def without_sums(patch: pytest.MonkeyPatch) -> None:
 
 def counted_twice(patch: pytest.MonkeyPatch) -> None:
     """Norms count every copy of a shared row."""
-    patch.setattr(SharedGrad, "_owned", lambda self: self._local_tensor)
+    patch.setattr(LayoutDTensor, "_owned", lambda self: self._local_tensor)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from autotp.rewrite.reads import Read
 from autotp.rewrite.shards import MakeParam
 from autotp.rewrite.sites import SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
+from autotp.rewrite.tensor import is_even
 from autotp.rewrite.undo import Undo
-from autotp.rewrite.whole import KeepWhole, is_even
+from autotp.rewrite.whole import KeepLayout
 
 __all__ = ["Undo", "apply"]
 
@@ -95,7 +96,7 @@ class _Rewriter:
         runs = [(m, m.__dict__.get(STATE)) for m in self.modules.values()]
         install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and r.light], self.undo)
         made: dict[int, nn.Parameter] = {}
-        uneven: dict[int, tuple[nn.Module, dict[str, Layout]]] = {}
+        uneven: dict[int, nn.Module] = {}
         for name, old in self.named.items():
             owner, leaf = self._owner(name)
             layout = self.params[name].layout
@@ -103,9 +104,9 @@ class _Rewriter:
                 made[id(old)] = make_param(name, old, layout)
             self.undo.set_item(owner._parameters, leaf, made[id(old)])
             if not is_even(layout):
-                uneven.setdefault(id(owner), (owner, {}))[1][leaf] = layout
-        for owner, layouts in uneven.values():
-            keep = KeepWhole(owner, layouts, self.comm)
+                uneven[id(owner)] = owner
+        for owner in uneven.values():
+            keep = KeepLayout(owner)
             keep.attach(owner._parameters)
             self.undo.set_attribute(owner, "_apply", keep)
 

@@ -30,7 +30,7 @@ class _ReadMany(torch.autograd.Function):
     def forward(ctx: Any, fixes: Sequence[GradFix], *params: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.fixes = fixes
-        ctx.specs = [p._spec if type(p) is DTensor else None for p in params]
+        ctx.specs = [p._spec if isinstance(p, DTensor) else None for p in params]
         return tuple(local_tensor(p).detach() for p in params)
 
     @staticmethod

@@ -73,7 +73,7 @@ class _Embedding(torch.autograd.Function):
         ids, outside = ctx.saved_tensors
         grad = grad.masked_fill(outside.unsqueeze(-1), 0)
         dense = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.run.padding, False)
-        return None, grad_of(ctx.spec, dense), None
+        return None, grad_of(ctx.spec, dense, ctx.run.weight.fix.layout), None
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -86,9 +86,9 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if is_dynamo_compiling():
             return run.composed(input)
         if torch.is_grad_enabled() and weight.requires_grad:
-            if type(weight) is not DTensor:  # type: ignore[comparison-overlap]
+            if not isinstance(weight, DTensor):
                 return run.composed(input)
-            return _Embedding.apply(input, weight, run)
+            return _Embedding.apply(input, weight, run)  # type: ignore[no-any-return, no-untyped-call]
         return run.local(*local_ids(input, run.runs), local_tensor(weight))
 
     return forward

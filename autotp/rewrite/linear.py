@@ -126,7 +126,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         parameters = attributes["_parameters"]
         weight, bias = parameters["weight"], parameters["bias"]
         if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-            if type(weight) is not DTensor or _autocast():
+            if not isinstance(weight, DTensor) or _autocast():
                 return run.composed(input)
             if run.copies and input.requires_grad:
                 input = copy(input, run.comm)

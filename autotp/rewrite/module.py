@@ -167,7 +167,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
                     shared = run.shared
                     attributes[name] = shared[name] if shared and name in shared else _Read.apply(p, fix)  # type: ignore[no-untyped-call]
                 else:
-                    attributes[name] = p._local_tensor if type(p) is DTensor else p
+                    attributes[name] = p._local_tensor if isinstance(p, DTensor) else p
             return inner(self, *args, **kwargs)
         finally:
             for name, _ in light:

@@ -18,11 +18,12 @@ from autotp.plan.model import Conversion, GradSum
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
 from autotp.rewrite.grads import grad_of
+from autotp.rewrite.tensor import is_even
 
 
 def local_tensor(p: Tensor) -> Tensor:
     """The plain tensor that this rank holds of `p`; carries no gradient for a DTensor."""
-    return p._local_tensor if type(p) is DTensor else p
+    return p._local_tensor if isinstance(p, DTensor) else p
 
 
 class GradFix:
@@ -37,7 +38,7 @@ class GradFix:
 
     def __init__(self, grad: GradSum, layout: Layout | None, comm: Comm) -> None:
         self.comm = comm
-        self.layout = layout if layout is not None and layout.is_shared else None  # a gradient with shared indices, see `grad_of`
+        self.layout = None if layout is None or is_even(layout) else layout  # of the gradient, see `grad_of`
         self.dim = 0 if layout is None or layout.dim is None else layout.dim
         self.padding = () if layout is None else layout.padding(comm.rank)
         self.shared = Shared(0, ()) if layout is None or grad is not GradSum.SHARED else layout.shared(comm.rank)
@@ -75,7 +76,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, fix: GradFix) -> Tensor:
         ctx.fix = fix
-        ctx.spec = p._spec if type(p) is DTensor else None
+        ctx.spec = p._spec if isinstance(p, DTensor) else None
         return local_tensor(p).detach()
 
     @staticmethod
@@ -126,11 +127,11 @@ class Read:
         if p is None:
             return None
         if not (p.requires_grad and torch.is_grad_enabled()):
-            x = p._local_tensor if type(p) is DTensor else p
+            x = p._local_tensor if isinstance(p, DTensor) else p
         elif is_dynamo_compiling():
             x = p.to_local() if isinstance(p, DTensor) else p
             x = _Fix.apply(x, self.fix) if self.fix.needed else x  # type: ignore[no-untyped-call]
-        elif type(p) is DTensor or self.fix.needed:
+        elif isinstance(p, DTensor) or self.fix.needed:
             x = _Read.apply(p, self.fix)  # type: ignore[no-untyped-call]
         else:
             x = p

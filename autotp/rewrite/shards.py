@@ -1,7 +1,8 @@
 """Parameters as DTensors over the tp mesh.
 
-The local tensor is `layout.shard(full, rank)`. The DTensor is an ordinary even `Shard(dim)` over the *layout's own order*;
-with padding or shared indices its global size along the dim, `tp` times the local one, is larger than the model's.
+The local tensor is `layout.shard(full, rank)`. The DTensor is placed as an even `Shard(dim)` over the *layout's own order*;
+with padding or shared indices its global size along the dim, `tp` times the local one, is larger than the model's. One that is not
+the model's tensor cut evenly is a `LayoutDTensor`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autotp.errors import MeshError
 from autotp.plan.layout import Layout
-from autotp.rewrite.grads import shared_grad
+from autotp.rewrite.tensor import is_even, laid_out
 
 MakeParam = Callable[[str, nn.Parameter, Layout], nn.Parameter]
 
@@ -34,8 +35,7 @@ def shard_onto(mesh: DeviceMesh) -> MakeParam:
         with torch.no_grad():
             new = nn.Parameter(as_dtensor(layout.shard(old.detach(), rank), layout, mesh), requires_grad=old.requires_grad)
             if old.grad is not None:
-                grad = as_dtensor(layout.shard(old.grad, rank), layout, mesh)
-                new.grad = shared_grad(grad._spec, grad._local_tensor, layout) if layout.is_shared else grad
+                new.grad = as_dtensor(layout.shard(old.grad, rank), layout, mesh)
         keep_attributes(old, new)
         return new
 
@@ -50,7 +50,8 @@ def as_dtensor(local: Tensor, layout: Layout, mesh: DeviceMesh) -> DTensor:
     shape = list(layout.local_shape)
     shape[dim] *= layout.tp
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, (Shard(dim),), run_check=False, shape=torch.Size(shape), stride=stride)
+    made = DTensor.from_local(local, mesh, (Shard(dim),), run_check=False, shape=torch.Size(shape), stride=stride)
+    return made if is_even(layout) else laid_out(made._spec, made._local_tensor, layout)
 
 
 def keep_attributes(old: nn.Parameter, new: nn.Parameter) -> None:

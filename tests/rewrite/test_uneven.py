@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autotp.errors import AutoTPError
 from autotp.plan.model import GradSum, ModulePlan, ParamPlan
 from autotp.rewrite import linear, reads
 from autotp.rewrite.comm import GroupComm
 from autotp.rewrite.full import full_grads, full_state_dict
-from autotp.rewrite.grads import LocalGrad, SharedGrad
+from autotp.rewrite.grads import LocalGrad
+from autotp.rewrite.tensor import LayoutDTensor, is_even, plain
 from tests.rewrite.plans import error, rewrite, worst_grad
 from tests.rewrite.uneven import Uneven, uneven_plan
 from tests.support.ranks import Pool
@@ -129,7 +129,9 @@ def norms(as_one_device: bool = True) -> dict[str, float]:
         loss_of(m).backward()
     errors = {"grad": worst_grad(reference, model, params, comm)}
     grads = [[p.grad for p in m.parameters()] for m in (reference, model)]
-    assert sum(type(g) is SharedGrad for g in grads[1]) == 6
+    layouts = [params[n].layout for n, _ in model.named_parameters()]
+    assert [type(g) is LayoutDTensor for g in grads[1]] == [not is_even(layout) for layout in layouts]
+    assert sum(layout.is_shared for layout in layouts) == 6
     if not as_one_device:
         grads[1] = [DTensor(g._local_tensor, g._spec, requires_grad=False) for g in grads[1]]
     for order in (1, 2, 3, float("inf")):
@@ -158,7 +160,7 @@ def life_of_a_gradient() -> None:
     """What users do with gradients and parameters."""
     reference, model, params, comm = made(3, 3, 2)
     k = model.attention.k.weight
-    assert type(k) is DTensor
+    assert type(k) is LayoutDTensor and isinstance(k, nn.Parameter)
     calls = []
     own = linear._Linear.apply
     linear._Linear.apply = lambda *args: calls.append(args) or own(*args)
@@ -172,17 +174,17 @@ def life_of_a_gradient() -> None:
     assert first.shape == reference.attention.k.weight.shape and error(reference.attention.k.weight.grad, first) < 1e-9
     before = k.grad
     loss_of(model).backward()
-    assert k.grad is before and type(before) is SharedGrad and error(2 * first, before.full_tensor()) < 1e-9
+    assert k.grad is before and type(before) is LayoutDTensor and error(2 * first, before.full_tensor()) < 1e-9
     assert k.grad.mul_(0.5) is k.grad and error(first, k.grad.full_tensor()) < 1e-9
-    assert type(k.grad.clone()) is type(k.grad.detach()) is type(k.grad * 2) is type(k.grad.float()) is SharedGrad
-    assert type(torch._foreach_mul([k.grad, k.detach()], 2)[1]) is DTensor
+    assert type(k.grad.clone()) is type(k.grad.detach()) is type(k.grad * 2) is type(k.grad.float()) is LayoutDTensor
+    assert [type(t) for t in torch._foreach_mul([k.grad, k.detach(), plain(k)], 2)] == [LayoutDTensor, LayoutDTensor, DTensor]
     assert (k.grad.float()).dtype == torch.float32 and k.grad.sum(1).shape == k.shape[:1]
 
     twin = copy.deepcopy(k.grad)
     twin.zero_()
-    assert type(twin) is SharedGrad and error(first, k.grad.full_tensor()) < 1e-9
+    assert type(twin) is LayoutDTensor and error(first, k.grad.full_tensor()) < 1e-9
     back = pickle.loads(pickle.dumps(k.grad.cpu()))
-    assert type(back) is DTensor and torch.equal(back._local_tensor, k.grad._local_tensor)
+    assert type(back) is LayoutDTensor and error(first, back.full_tensor()) < 1e-9 and torch.equal(back._local_tensor, k.grad._local_tensor)
     file = io.BytesIO()
     torch.save({"grad": k.grad}, file)
     file.seek(0)
@@ -193,18 +195,18 @@ def life_of_a_gradient() -> None:
     optimizer.zero_grad()
     scaler.scale(loss_of(model)).backward()
     scaler.unscale_(optimizer)
-    assert type(k.grad) is SharedGrad and error(first, k.grad.full_tensor()) < 1e-9
+    assert type(k.grad) is LayoutDTensor and error(first, k.grad.full_tensor()) < 1e-9
     scaler.step(optimizer)
     scaler.update()
     found = torch.autograd.grad(loss_of(model), [k])[0]
-    assert type(found) is SharedGrad and error(first, found.full_tensor()) < 1e-9
+    assert type(found) is LayoutDTensor and error(first, found.full_tensor()) < 1e-9
     k.grad = None
     optimizer.zero_grad(set_to_none=False)
     loss_of(model).backward()
     assert error(first, full_grads(model, params, comm)["attention.k.weight"]) < 1e-9
 
     model.float()
-    assert k.dtype == torch.float32 and type(k.grad) is SharedGrad and k.grad.dtype == torch.float32
+    assert k.dtype == torch.float32 and type(k.grad) is LayoutDTensor and k.grad.dtype == torch.float32
     assert LocalGrad not in {type(p.grad) for p in model.parameters()}
 
 
@@ -219,7 +221,7 @@ def full_tensors() -> None:
 
     def check(m: nn.Module, dtype: torch.dtype = torch.float64) -> None:
         for name, p in m.named_parameters():
-            assert type(p) is DTensor and torch.equal(p.full_tensor(), wanted[name].to(dtype)), name
+            assert isinstance(p, DTensor) and torch.equal(p.full_tensor(), wanted[name].to(dtype)), name
 
     check(model)
     twin = copy.deepcopy(model)
@@ -241,8 +243,7 @@ def full_tensors() -> None:
             grad = getattr(p.grad, "_local_tensor", None)
             assert grad is not None and torch.allclose(grad, 3 * p._local_tensor**2), name
     alone = copy.deepcopy(model.attention.k.weight)
-    with pytest.raises(AutoTPError, match="copy the model"):
-        alone.full_tensor()
+    assert torch.equal(alone.full_tensor(), wanted["attention.k.weight"])
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
