@@ -127,7 +127,8 @@ def _same(group: dist.ProcessGroup | None, contents: Contents, path: Path) -> No
         return
     tensors = {name: (tuple(s.size()), s.local.dtype) for name, s in contents.model().items()}
     states = {name: sorted(state) for name, state in contents.states.items()}
-    mine = {"path": str(path), "model": _digest(tensors), "parameter groups": _digest(contents.groups), "state": _digest(states)}
+    groups = [(group.names, sorted((key, _shown(value)) for key, value in group.options.items())) for group in contents.groups or []]
+    mine = {"path": str(path), "model": _digest(tensors), "parameter groups": _digest(groups), "state": _digest(states)}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     with failures("the ranks cannot be compared"):
         dist.all_gather_object(everyone, mine, group=group)
@@ -137,6 +138,11 @@ def _same(group: dist.ProcessGroup | None, contents: Contents, path: Path) -> No
                 f"the ranks do not save the same: the {' and the '.join(differ)} of rank {rank} ({other['path']}) "
                 f"and of rank 0 ({everyone[0]['path']}) differ; models on some of the ranks are saved with group=mesh.get_group()"
             )
+
+
+def _shown(value: Any) -> str:
+    """The value of a hyperparameter, wherever it is."""
+    return repr((value.dtype, value.tolist()) if isinstance(value, Tensor) else value)
 
 
 def _digest(value: object) -> str:

@@ -161,6 +161,11 @@ def details(folder: str) -> None:
     unused = model.get_parameter("transformer.wpe.weight")
     del optimizer.state[unused]  # as of a parameter that never had a gradient
     save(model, optimizer, folder)
+    if dist.get_rank() == 0:
+        Path(folder, "notes.txt").write_text("mine")
+    barrier()
+    save(model, optimizer, folder)
+    assert Path(folder, "notes.txt").read_text() == "mine"
     for stepped in (False, True):
         other, theirs = made(fill=True)
         rate = theirs.param_groups[0]["lr"]
@@ -253,3 +258,27 @@ def in_bfloat16(folder: str) -> None:
 
 def test_bfloat16_and_accelerate(pool: Pool, tmp_path: Path) -> None:
     pool.run(in_bfloat16, str(tmp_path / "state"), world=4)
+
+
+def of_whole_parameters(folder: str) -> None:
+    """State of any shape is fine for what every rank holds whole; it is made where the optimizer has not made it."""
+    model = parallel("fused", 2)
+    p = model.get_parameter("transformer.wpe.weight")
+
+    def made() -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD([p], lr=0.1)
+        optimizer.state[p] = {"rows": torch.arange(32.0), "kept": 3, "name": "x"}
+        return optimizer
+
+    optimizer = made()
+    save(model, optimizer, folder)
+    theirs = made()
+    for state in ({}, {"rows": torch.zeros(32), "kept": 0, "name": ""}):
+        theirs.state[p] = state
+        load(model, theirs, folder)
+        assert torch.equal(local_of(theirs.state[p]["rows"]), torch.arange(32.0))
+        assert theirs.state[p]["kept"] == 3 and theirs.state[p]["name"] == "x"
+
+
+def test_state_of_whole_parameters(pool: Pool, tmp_path: Path) -> None:
+    pool.run(of_whole_parameters, str(tmp_path / "state"))
