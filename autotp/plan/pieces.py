@@ -64,3 +64,14 @@ def shorter(piece: Piece, most: int) -> list[Piece]:
     return [
         Piece(piece.at + i, piece.start + i, min(most, piece.length - i), piece.owned) for i in range(0, piece.length, most) or range(1)
     ]
+
+
+@lru_cache(maxsize=4096)
+def is_even(layout: Layout) -> bool:
+    """True when the ranks' parts, one after the other, are the model's tensor."""
+    end = 0
+    for a, b in (run for rank in range(layout.tp if layout.dim is not None else 0) for run in layout.runs(rank)):
+        if a != end:
+            return False
+        end = b
+    return layout.dim is None or end == layout.shape[layout.dim]

@@ -13,6 +13,7 @@ from torch import nn
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout, alike
 from autotp.plan.model import ModulePlan, ParamPlan, Use
+from autotp.plan.pieces import is_even
 from autotp.rewrite import embedding, linear, module
 from autotp.rewrite.attributes import localise
 from autotp.rewrite.batch import install_batch
@@ -26,7 +27,6 @@ from autotp.rewrite.reads import Read
 from autotp.rewrite.shards import MakeParam
 from autotp.rewrite.sites import SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
-from autotp.rewrite.tensor import is_even
 from autotp.rewrite.undo import Undo
 from autotp.rewrite.whole import KeepLayout
 

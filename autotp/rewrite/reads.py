@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from autotp.plan.layout import Layout, Shared
 from autotp.plan.model import Conversion, GradSum
+from autotp.plan.pieces import is_even
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
 from autotp.rewrite.grads import grad_of
-from autotp.rewrite.tensor import is_even
 
 
 def local_tensor(p: Tensor) -> Tensor:

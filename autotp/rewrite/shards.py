@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autotp.errors import MeshError
 from autotp.plan.layout import Layout
-from autotp.rewrite.tensor import is_even, laid_out
+from autotp.plan.pieces import is_even
+from autotp.rewrite.tensor import laid_out
 
 MakeParam = Callable[[str, nn.Parameter, Layout], nn.Parameter]
 

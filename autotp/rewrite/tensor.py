@@ -16,7 +16,6 @@ argument is laid out like it. Nothing here is called in a forward, which reads l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from math import isinf
 from typing import Any
 
@@ -44,17 +43,6 @@ _COUNTING = frozenset(
 )
 
 
-@lru_cache(maxsize=4096)
-def is_even(layout: Layout) -> bool:
-    """True when the ranks' parts, one after the other, are the model's tensor."""
-    end = 0
-    for a, b in (run for rank in range(layout.tp if layout.dim is not None else 0) for run in layout.runs(rank)):
-        if a != end:
-            return False
-        end = b
-    return layout.dim is None or end == layout.shape[layout.dim]
-
-
 def plain(tensor: DTensor) -> DTensor:
     """The ordinary DTensor over the same local tensor."""
     return _new(DTensor, tensor._local_tensor, tensor._spec, requires_grad=False)  # type: ignore[no-any-return]
@@ -74,7 +62,9 @@ class LayoutDTensor(DTensor):
             return args[0]._like(args[0]._local_tensor, args[0]._spec)
         if func is _copy_:
             _same_order(args[0], args[1])
-        if torch.Tag.pointwise in func.tags and (result := _on_elements(func, args, kwargs)) is not NotImplemented:
+        tags = func.tags
+        on_elements = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags  # DTensor knows about seeds
+        if on_elements and (result := _on_elements(func, args, kwargs)) is not NotImplemented:
             return result
         counts = func.overloadpacket in _COUNTING and _counts(func, args, kwargs)
         originals: dict[int, tuple[DTensor, LayoutDTensor]] = {}

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autotp.plan.model import GradSum, ModulePlan, ParamPlan
+from autotp.plan.pieces import is_even
 from autotp.rewrite import linear, reads
 from autotp.rewrite.comm import GroupComm
 from autotp.rewrite.full import full_grads, full_state_dict
 from autotp.rewrite.grads import LocalGrad
-from autotp.rewrite.tensor import LayoutDTensor, is_even, plain
+from autotp.rewrite.tensor import LayoutDTensor, plain
 from tests.rewrite.plans import error, rewrite, worst_grad
 from tests.rewrite.uneven import Uneven, uneven_plan
 from tests.support.ranks import Pool
@@ -262,6 +263,7 @@ def compiled() -> dict[str, float]:
     run = torch.compile(model, backend="aot_eager")
     loss_of(reference).backward()
     loss_of(run).backward()
+    assert all((type(p.grad) is LayoutDTensor) == isinstance(p, LayoutDTensor) for p in model.parameters())
     a, b = (torch.nn.utils.get_total_norm([p.grad for p in m.parameters()]) for m in (reference, model))
     return {"grad": worst_grad(reference, model, params, comm), "norm": error(a, whole(b))}
 
