@@ -274,4 +274,5 @@ def _hash(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.device.type == "meta":
         return (str(tensor.dtype), tuple(tensor.shape))
     with torch.no_grad():
-        return (str(tensor.dtype), tuple(tensor.shape), int(torch.hash_tensor(tensor.detach()).view(torch.int64)) if tensor.numel() else 0)
+        bits = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+        return (str(tensor.dtype), tuple(tensor.shape), int(torch.hash_tensor(bits).view(torch.int64)) if tensor.numel() else 0)

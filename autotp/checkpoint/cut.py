@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -139,14 +140,16 @@ class _WayBack:
 
 def _parts(skeleton: Skeleton, made: Plan, directory: Path) -> dict[str, tuple[Node, Layout]]:
     """Name → what is stored and how, for every parameter (tied ones once) and every buffer that files hold."""
-    known = {id(p) for _, p in skeleton.names()}
-    lost = [name for name, p in skeleton.model.named_parameters() if id(p) not in known]
+    left = {name: p for name, p in skeleton.model.named_parameters() if id(p) not in skeleton.nodes}
+    computed = getattr(skeleton.model, "_keys_to_ignore_on_load_missing", None) or ()  # patterns of what no checkpoint holds
+    lost = [name for name in left if not any(re.search(pattern, name) for pattern in computed)]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise CheckpointError(f"{directory}: the checkpoint lacks {lost[0]}{more}; cut a checkpoint that has all weights of the model")
     found: dict[str, tuple[Node, Layout]] = {}
     for name, p in skeleton.model.named_parameters():
-        found[name] = _stored(skeleton.nodes[id(p)]), made.params[name].layout
+        if name not in left:
+            found[name] = _stored(skeleton.nodes[id(p)]), made.params[name].layout
     for name, node in skeleton.buffers.items():
         found[name] = _stored(node), replicated(node.shape, made.tp)
     return found

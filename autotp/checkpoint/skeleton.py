@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -133,26 +133,18 @@ def build(
     given = {key: Deferred(node, read) for key, node in tensors.items()}
     with _own_words(report) as said:
         try:
-            model, info = cls.from_pretrained(
+            model = cls.from_pretrained(
                 None,
                 config=config,
                 state_dict=given,
                 dtype="auto" if dtype is None else dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
                 generation_config=_generation_config(directory),
                 **options,
             )
         except CheckpointError:
             raise
         except Exception as error:
-            text = " ".join([str(error), *said])
-            raise CheckpointError(f"{directory}: transformers cannot load it as {cls.__name__}: {_plain(text)}") from error
-    mismatched = sorted(info["mismatched_keys"])
-    if mismatched:
-        name, got, wanted = mismatched[0]
-        more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
-        raise CheckpointError(f"{directory}: {name} has the shape {tuple(got)} in the checkpoint, the model's is {tuple(wanted)}{more}")
+            raise CheckpointError(f"{directory}: transformers cannot load it as {cls.__name__}: {_reason(error, said)}") from error
     model.config.name_or_path = str(directory)
     if options.get("trust_remote_code") and hasattr(model, "load_custom_generate"):
         with suppress(OSError):  # the checkpoint has none
@@ -206,21 +198,35 @@ def _own_words(report: bool) -> Iterator[list[str]]:
     said: list[str] = []
 
     class Listen(logging.Filter):
+        def __init__(self, level: int) -> None:
+            super().__init__()
+            self.level = level
+
         def filter(self, record: logging.LogRecord) -> bool:
             said.append(record.getMessage())
-            return report
+            return report and record.levelno >= self.level
 
-    listen = Listen()
     progress = _transformers().utils.logging
     with ExitStack() as stack:
         for name in _LOGGERS:
             logger = logging.getLogger(name)
+            listen = Listen(logger.getEffectiveLevel())
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(min(listen.level, logging.WARNING))  # an error of transformers points to what it logs as a warning
             logger.addFilter(listen)
             stack.callback(logger.removeFilter, listen)
         if progress.is_progress_bar_enabled():
             progress.disable_progress_bar()
             stack.callback(progress.enable_progress_bar)
         yield said
+
+
+def _reason(error: Exception, said: Sequence[str]) -> str:
+    """What transformers raised, or, where that points to its report, what the report says of tensors that do not fit."""
+    rows = [_plain(row) for text in said for row in text.splitlines()]
+    wrong = [row for row in rows if "MISMATCH" in row or "CONVERSION" in row]
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return f"{wrong[0]}{more}" if wrong else _plain(str(error))
 
 
 def _plain(text: str) -> str:
