@@ -81,7 +81,7 @@ def shard(
     back = _way_back(skeleton.model, parts, tensors, read)
     manifest = Manifest(
         plan=made,
-        model=type(skeleton.model).__name__,
+        model=f"{type(skeleton.model).__module__}.{type(skeleton.model).__name__}",
         overrides=config_overrides,
         sources={k: (_name(t.dtype), t.shape) for k, t in tensors.items() if k in back.used},
         direct=back.direct,

@@ -24,7 +24,7 @@ FORMAT = 1
 class Manifest:
     """One for each directory that `shard` made.
 
-    model: name of the model's class. overrides: of the config, that it was cut with.
+    model: module and name of the model's class. overrides: of the config, that it was cut with.
     sources: key of the checkpoint → (dtype, shape), for the tensors that the model is made of. direct: those that are a parameter or
     buffer as it is → its name. files: file of the checkpoint → (its keys, its metadata). index: the text of its index, if it had one.
     rest: keys that `rest.safetensors` holds as they were: those that the model has no use for, and those that do not follow from it.

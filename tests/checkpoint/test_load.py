@@ -24,7 +24,7 @@ def saved(folder: str, model_type: str = "llama", dtype: torch.dtype = torch.flo
     """A tiny model and the directory with it."""
     model = transformer(model_type, **overrides).to(dtype)
     path = Path(folder) / "model"
-    write(model, path)
+    write(model, path, "200KB")
     return model, path
 
 

@@ -63,7 +63,7 @@ def _contents(directory: Path) -> tuple[dict[str, Any], Any]:
     return tensors, [m for i, m in enumerate(metadata) if m not in metadata[:i]]
 
 
-def write(model: nn.Module, directory: Path, size: str = "200KB") -> None:
+def write(model: nn.Module, directory: Path, size: str) -> None:
     """The model as transformers writes it, on rank 0; all wait."""
     if dist.get_rank() == 0:
         model.save_pretrained(directory, max_shard_size=size)  # type: ignore[operator]
@@ -76,11 +76,11 @@ def life(model_type: str, folder: str, dtype: torch.dtype | None = None, **overr
     return life_of(model if dtype is None else model.to(dtype), Path(folder))
 
 
-def life_of(model: nn.Module, root: Path) -> list[str]:
-    """The same for a model that is there, equal on all ranks."""
+def life_of(model: nn.Module, root: Path, size: str = "200KB") -> list[str]:
+    """The same for a model that is there, equal on all ranks; `size`: of the files."""
     was, again, saved, cut, back = (root / name for name in ("was", "again", "saved", "cut", "back"))
     cls: Any = type(model)
-    write(model, was)
+    write(model, was, size)
     plain = cls.from_pretrained(was)
     found: list[str] = []
 
@@ -99,8 +99,8 @@ def life_of(model: nn.Module, root: Path) -> list[str]:
 
     loaded = autotp.from_pretrained(was, mesh(), model_class=cls)
     same_model("loaded", loaded)
-    autotp.save_pretrained(loaded, saved, max_shard_size="200KB")
-    write(plain, again)
+    autotp.save_pretrained(loaded, saved, max_shard_size=size)
+    write(plain, again, size)
     check("saved", checkpoints_differing(saved, again))
     if dist.get_rank() == 0:
         shard(was, cut, tp=dist.get_world_size(), model_class=cls)
@@ -113,7 +113,7 @@ def life_of(model: nn.Module, root: Path) -> list[str]:
         unshard(cut, back)
         check("unshard", files_differing(back, was))
     dist.barrier()
-    autotp.save_pretrained(from_cut, saved, max_shard_size="200KB")
+    autotp.save_pretrained(from_cut, saved, max_shard_size=size)
     check("saved from cut", checkpoints_differing(saved, again))
     return found
 
