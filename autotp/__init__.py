@@ -1,7 +1,8 @@
 """Tensor parallelism for any PyTorch model, worked out from its graph."""
 
-from autotp import checkpoint
+from autotp import checkpoint as checkpoint
 from autotp.api import full_grads, full_state_dict, parallelize, plan, plan_of
+from autotp.checkpoint.cut import shard, unshard
 from autotp.checkpoint.loading import from_pretrained
 from autotp.checkpoint.saving import save_pretrained
 from autotp.errors import AutoTPError
@@ -12,7 +13,6 @@ __all__ = [
     "AutoTPError",
     "Plan",
     "Recipe",
-    "checkpoint",
     "from_pretrained",
     "full_grads",
     "full_state_dict",
@@ -20,4 +20,6 @@ __all__ = [
     "plan",
     "plan_of",
     "save_pretrained",
+    "shard",
+    "unshard",
 ]

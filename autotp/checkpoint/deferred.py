@@ -101,6 +101,8 @@ class Deferred(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _UNCHANGED and len(args) == 1:  # most calls, of which a large checkpoint makes many
+            return _unchanged(func, args[0], kwargs)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Deferred)]
         read = given[0]._read
         if func._schema.is_mutable:
@@ -122,6 +124,21 @@ class Deferred(Tensor):
         if isinstance(outcome, Tensor):
             return made(outcome, None)
         return type(outcome)(made(o, i) for i, o in enumerate(outcome))
+
+
+_aten = torch.ops.aten
+_UNCHANGED = frozenset((_aten.alias.default, _aten.detach.default, _aten._to_copy.default))
+
+
+def _unchanged(func: Any, x: Deferred, kwargs: Mapping[str, Any]) -> Deferred:
+    """Operators that keep shape and order: aliases of `x`, and copies, perhaps in another dtype."""
+    if func is not _aten._to_copy.default:
+        base = x if x._viewed is None else x._viewed
+        return Deferred(x._own, x._read, base, (*x._views, View(func, (), kwargs, None)))
+    node, dtype = node_of(x), kwargs.get("dtype") or x.dtype
+    if dtype != node.dtype:
+        node = Op(node.shape, dtype, func, (node,), {"dtype": dtype})
+    return Deferred(node, x._read)
 
 
 def node_of(tensor: Deferred) -> Node:
@@ -170,7 +187,7 @@ def _values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: R
     """What is no tensor: the operator on values; `equal` row by row, so that no whole tensor is held."""
     from autotp.checkpoint.pullback import value
 
-    if read is not None and func is torch.ops.aten.equal.default and isinstance(args[0], Deferred) and isinstance(args[1], Deferred):
+    if read is not None and func is _aten.equal.default and isinstance(args[0], Deferred) and isinstance(args[1], Deferred):
         a, b = node_of(args[0]), node_of(args[1])
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
@@ -210,7 +227,7 @@ def uncast(node: Node) -> Node:
     """`node` without the changes of dtype in it: in the dtype of its sources."""
     if not isinstance(node, Op):
         return node
-    if node.func is torch.ops.aten._to_copy.default:
+    if node.func is _aten._to_copy.default:
         return uncast(node.args[0])
     args = tree_map_only(Node, uncast, node.args)
     changed = replace(node, args=args)

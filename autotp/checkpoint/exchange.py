@@ -138,4 +138,4 @@ def _bytes(held: Held, box: Box, part: Part) -> int:
 
 
 def _device(boxes: Sequence[tuple[Held, Box]]) -> torch.device:
-    return boxes[0][0].local.device
+    return next(held.local.device for held, _ in boxes if _is_cut(held))

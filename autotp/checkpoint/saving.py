@@ -31,7 +31,7 @@ from autotp.checkpoint.progress import bar
 from autotp.checkpoint.pullback import fill
 from autotp.checkpoint.reading import Counting
 from autotp.checkpoint.writing import PIECE, FilePlan, OutputFile, Piece, lay_out, pieces
-from autotp.errors import InputError
+from autotp.errors import CheckpointError, InputError
 from autotp.plan.model import ParamPlan
 from autotp.plan.plan import Plan
 from autotp.rewrite.comm import Comm, GroupComm
@@ -64,7 +64,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, max_shard
     group = comm.group if isinstance(comm, GroupComm) else None
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path: got {type(path).__name__}, wanted a directory")
-    state, identity = held_state(model, parallel.plan.params)
+    state, identity = agree(group, lambda: held_state(model, parallel.plan.params))
     files, metadata = agree(group, lambda: _files(model, state, identity, max_shard_size))
     with written_beside(path, group, replaces=_replaced) as directory:
         first = comm.rank == 0
@@ -73,7 +73,11 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, max_shard
 
 
 def held_state(model: nn.Module, params: Mapping[str, ParamPlan]) -> tuple[dict[str, Node], dict[str, int]]:
-    """The model's `state_dict` as nodes, and a number for each name that tied tensors share."""
+    """The model's `state_dict` as nodes, and a number for each name that tied tensors share.
+
+    Raises:
+        CheckpointError: a tensor has no values.
+    """
     state: dict[str, Node] = {}
     identity: dict[str, int] = {}
     made: dict[int, Held] = {}
@@ -84,6 +88,8 @@ def held_state(model: nn.Module, params: Mapping[str, ParamPlan]) -> tuple[dict[
         if id(tensor) not in made:
             local = tensor.detach()
             local = local._local_tensor if isinstance(local, DTensor) else local
+            if local.is_meta:
+                raise CheckpointError(f"{name} is on the meta device and has no values: load weights into the model first")
             if plan is not None:
                 made[id(tensor)] = Held(plan.layout.shape, local.dtype, local, plan.layout)
             else:

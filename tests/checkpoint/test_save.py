@@ -129,6 +129,7 @@ def wrong(folder: str) -> list[str]:
         failure(lambda: autotp.save_pretrained(model, 3)),  # type: ignore[arg-type]
         failure(lambda: autotp.save_pretrained(model, folder + "/x", max_shard_size="much")),
         failure(lambda: autotp.save_pretrained(model, file)),
+        failure(lambda: autotp.save_pretrained(autotp.parallelize(transformer("llama").to("meta"), mesh()), folder + "/x")),
     ]
 
 
@@ -140,6 +141,7 @@ def test_wrong_arguments(pool, tmp_path):
         "InputError: path: got int, wanted a directory",
         "InputError: max_shard_size='much': wanted bytes, or text such as '5GB'",
         "CheckpointError: ",
+        "CheckpointError: model.embed_tokens.weight is on the meta device and has no values",
     ]
     for got, start in zip(first, wanted, strict=True):
         assert got.startswith(start), got
