@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -61,3 +63,66 @@ def test_train_on_two_ranks_is_train_on_one(on_one_rank):
 def test_train_under_accelerate_is_the_same(on_one_rank):
     launch = (*ACCELERATE, "--num-processes", 2, "--main-process-port", 0)
     assert run(*launch, "examples/train.py", "--steps", "3", "--accelerate", ACCELERATE_USE_CPU="1") == on_one_rank
+
+
+FINETUNE = ("examples/finetune.py", "--lr", "5e-3", "--model")
+STORIES = ROOT.parent / "shared" / "models" / "stories15m"
+
+
+def losses(lines):
+    """{step: loss} of the lines that a training program printed."""
+    return {int(words[1]): float(words[3]) for words in map(str.split, lines) if words[0] == "step"}
+
+
+def tokens(lines):
+    return next(json.loads(line.removeprefix("tokens: ")) for line in lines if line.startswith("tokens: "))
+
+
+def by_transformers(folder, given):
+    """The tokens that transformers generates from the checkpoint in `folder`, as many and with the same prompt as in `given`."""
+    from transformers import AutoModelForCausalLM
+
+    prompt = torch.tensor([given[:5]])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": len(given) - 5, "do_sample": False, "pad_token_id": 0}
+    return model.generate(prompt, **arguments)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """(folder, lines) of four steps on one rank without a break; --model '' makes a tiny one in folder/start."""
+    out = tmp_path_factory.mktemp("finetuned")
+    return out, run(*TORCHRUN, 1, *FINETUNE, "", "--out", out, "--steps", "4", "--precision", "float32")
+
+
+def test_finetune_goes_on_at_another_tp(finetuned, tmp_path):
+    first = run(*TORCHRUN, 2, *FINETUNE, "", "--out", tmp_path, "--steps", "2", "--precision", "float32")
+    rest = run(*TORCHRUN, 3, *FINETUNE, "", "--out", tmp_path, "--steps", "4", "--precision", "float32", "--resume")
+    assert list(losses(first)) == [0, 1] and list(losses(rest)) == [2, 3]
+    assert losses(first) | losses(rest) == pytest.approx(losses(finetuned[1]), abs=2e-4)
+    assert tokens(rest) == tokens(finetuned[1]) == by_transformers(tmp_path / "model", tokens(rest))
+
+
+def test_finetune_under_accelerate_is_the_same(finetuned, tmp_path):
+    launch = (*ACCELERATE, "--num-processes", 2, "--main-process-port", 0)
+    command = (*launch, *FINETUNE, "", "--out", tmp_path, "--steps", "4", "--precision", "float32", "--accelerate")
+    lines = run(*command, ACCELERATE_USE_CPU="1")
+    assert losses(lines) == pytest.approx(losses(finetuned[1]), abs=2e-4)
+    assert tokens(lines) == tokens(finetuned[1])
+
+
+def test_finetune_in_bfloat16_under_accelerate(finetuned, tmp_path):
+    """Three steps at tp 2: near float32, and the checkpoint gives the tokens that were printed (in float32, without the casts)."""
+    launch = (*ACCELERATE, "--num-processes", 2, "--main-process-port", 0)
+    lines = run(*launch, *FINETUNE, "", "--out", tmp_path, "--steps", "3", "--accelerate", ACCELERATE_USE_CPU="1")
+    found = losses(lines)
+    assert found == pytest.approx({step: losses(finetuned[1])[step] for step in found}, rel=2e-2)
+    assert found != {step: losses(finetuned[1])[step] for step in found}
+    assert tokens(lines) == by_transformers(tmp_path / "model", tokens(lines))
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the pretrained stories15m is not beside this checkout")
+def test_finetune_of_a_pretrained_model(tmp_path):
+    lines = run(*TORCHRUN, 2, "examples/finetune.py", "--model", STORIES, "--out", tmp_path, "--steps", "3")
+    assert 2.6 < losses(lines)[0] < 2.8 and losses(lines)[2] < 1
+    assert tokens(lines) == by_transformers(tmp_path / "model", tokens(lines))
