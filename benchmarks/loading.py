@@ -1,4 +1,4 @@
-"""What loading and saving cost over a bare loop: `python -m benchmarks.loading [--gigabytes 1.5] [--rounds 3] [--json F]`.
+"""What loading and saving cost over a bare loop: `python -m benchmarks.loading [--gigabytes 1.5] [--rounds 3] [--cold] [--json F]`.
 
 A llama of that size in bfloat16 with random weights is written to a temporary directory, in files of half a gigabyte. Each way runs in
 two fresh processes, all ways one after the other in each round; a figure is the median over rounds of the ratio to the ideal's in the
@@ -298,8 +298,19 @@ class Memory:
         return int(text.partition("RssAnon:")[2].split()[0]) << 10
 
 
-def measure(kind: str, way: str, folder: str) -> dict[str, float]:
+def forget(folder: Path) -> None:
+    """Let the system drop what it holds of the files in memory."""
+    for file in folder.glob("*/*.safetensors"):
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def measure(kind: str, way: str, folder: str, cold: bool) -> dict[str, float]:
     """One way on fresh ranks: the slower, the larger."""
+    if cold:
+        forget(Path(folder))
     with tempfile.TemporaryDirectory(dir=folder) as scratch, Memory() as memory:
         results = values(run_ranks(one, TP, kind, way, folder, f"{scratch}/saved", timeout=600, on_event=memory.event))
     most = [(memory.most[pid] - memory.first[pid]) / 1e6 for pid in memory.ranks.values()]
@@ -311,13 +322,13 @@ def measure(kind: str, way: str, folder: str) -> dict[str, float]:
     }
 
 
-def rounds(count_: int, kind: str, ways: tuple[str, ...], folder: str) -> Iterator[dict[str, dict[str, float]]]:
+def rounds(count_: int, kind: str, ways: tuple[str, ...], folder: str, cold: bool) -> Iterator[dict[str, dict[str, float]]]:
     """Round → way → figures."""
     for i in range(count_):
         order = ways[i % len(ways) :] + ways[: i % len(ways)]
         found: dict[str, dict[str, float]] = {}
         for way in order:
-            found[way] = measure(kind, way, folder)
+            found[way] = measure(kind, way, folder, cold)
             print(f"{kind} {i + 1}/{count_} {way}: {found[way]}", file=sys.stderr, flush=True)
         yield found
 
@@ -357,6 +368,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kind", nargs="+", default=["load", "save"], choices=["load", "save"])
     parser.add_argument("--only", nargs="+", help="ways, beside the ideal")
+    parser.add_argument("--cold", action="store_true", help="load files that are not in the system's memory")
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
     results: dict[str, Any] = {}
@@ -366,7 +378,7 @@ def main() -> None:
         autotp.checkpoint.shard(Path(folder) / "model", Path(folder) / "cut", tp=TP)
         for kind in options.kind:
             ways = tuple(w for w in (LOADS if kind == "load" else SAVES) if not options.only or w == "ideal" or w in options.only)
-            results[kind] = summary(list(rounds(options.rounds, kind, ways, folder)), ways)
+            results[kind] = summary(list(rounds(options.rounds, kind, ways, folder, options.cold and kind == "load")), ways)
     finally:
         shutil.rmtree(folder)
     for kind, figures in results.items():

@@ -110,8 +110,8 @@ class Deferred(Tensor):
         if not all(isinstance(r.type, torch.TensorType | torch.ListType) for r in func._schema.returns):
             return _values(func, args, kwargs, read)
         placed = {"device": "meta"} if "device" in kwargs else {}
-        outcome = func(*tree_map_only(Deferred, hollow, args), **tree_map_only(Deferred, hollow, kwargs | placed))
-        nodes = tree_map_only(Deferred, node_of, args), tree_map_only(Deferred, node_of, kwargs)
+        outcome = func(*tree_map_only(Tensor, hollow, args), **tree_map_only(Tensor, hollow, kwargs | placed))
+        nodes = tree_map_only(Tensor, node_of, args), tree_map_only(Tensor, node_of, kwargs)
         is_view = isinstance(args[0], Deferred) and func._schema.returns[0].alias_info is not None
 
         def made(result: Tensor, index: int | None) -> Deferred:
@@ -141,8 +141,10 @@ def _unchanged(func: Any, x: Deferred, kwargs: Mapping[str, Any]) -> Deferred:
     return Deferred(node, x._read)
 
 
-def node_of(tensor: Deferred) -> Node:
-    """What `tensor` stands for now."""
+def node_of(tensor: Tensor) -> Node:
+    """What `tensor` stands for now; itself, for a tensor that is there."""
+    if not isinstance(tensor, Deferred):
+        return Memory(tuple(tensor.shape), tensor.dtype, tensor)
     base = tensor._viewed
     if base is None or not isinstance(base._own, Op) or base._own.func is not overlay:
         return tensor._own

@@ -222,6 +222,13 @@ def test_changes_in_place_are_seen_by_all_views():
         there(torch.randn(3)).mul_(2)
 
 
+def test_tensors_that_are_there_take_part():
+    x, y = torch.randn(4, 6), torch.randn(4, 1)
+    got = torch.cat([there(x) * y, torch.ones(1, 6)])
+    wanted = torch.cat([x * y, torch.ones(1, 6)])
+    assert torch.equal(value(node_of(got), ((2, 5), (1, 3)), Reading()), wanted[2:5, 1:3])
+
+
 def test_a_parameter_keeps_its_node():
     tensor = there(torch.randn(3, 2))
     p = torch.nn.Parameter(tensor)
