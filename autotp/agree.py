@@ -41,6 +41,8 @@ def agree(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     if first is None:
         return result  # type: ignore[no-any-return]
     rank, (name, text, ours) = first
+    if ours and isinstance(failure, AutoTPError) and str(failure) == text:
+        raise failure
     if ours:
         raise {cls.__name__: cls for cls in _kinds(AutoTPError)}.get(name, AutoTPError)(text) from failure
     raise AutoTPError(f"rank {rank} failed with {name}: {text}") from failure

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autotp.checkpoint.deferred import Deferred, Node, hollow, node_of
 from autotp.checkpoint.files import INDEX
+from autotp.checkpoint.progress import without_theirs
 from autotp.errors import CheckpointError, InputError
 from autotp.plan.model import LocalAttribute
 from autotp.rewrite.attributes import before
@@ -124,7 +125,8 @@ def write_config(directory: Path, model: Any, attributes: Sequence[LocalAttribut
     had, own = "config" in model.__dict__, model.config
     model.config = config
     try:
-        model.save_pretrained(directory, state_dict={})
+        with without_theirs():
+            model.save_pretrained(directory, state_dict={})
     except Exception as error:
         raise CheckpointError(f"{type(model).__name__} cannot write its config: {error}") from error
     finally:

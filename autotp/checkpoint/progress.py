@@ -22,6 +22,20 @@ def bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.advance(task, done)
 
 
+@contextmanager
+def without_theirs() -> Iterator[None]:
+    """transformers shows no bars of its own: it works on tensors that are not there, and its bars would say nothing."""
+    logging = sys.modules["transformers"].utils.logging
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
 def _wanted() -> bool:
     transformers = sys.modules.get("transformers")
     return transformers is None or bool(transformers.utils.logging.is_progress_bar_enabled())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from autotp import targets
 from autotp.checkpoint.deferred import Deferred, Node, Read, hollow, node_of
+from autotp.checkpoint.progress import without_theirs
 from autotp.errors import CheckpointError, InputError
 
 _LOGGERS = ("transformers.modeling_utils", "transformers.core_model_loading", "transformers.conversion_mapping")
@@ -201,7 +202,7 @@ def _node(tensor: Deferred, name: str) -> Node:
 
 @contextmanager
 def _own_words(report: bool) -> Iterator[list[str]]:
-    """Collect what transformers logs; it is shown only where `report`. Its progress bar is not: nothing is read yet."""
+    """Collect what transformers logs; it is shown only where `report`."""
     said: list[str] = []
 
     class Listen(logging.Filter):
@@ -213,7 +214,6 @@ def _own_words(report: bool) -> Iterator[list[str]]:
             said.append(record.getMessage())
             return report and record.levelno >= self.level
 
-    progress = _transformers().utils.logging
     with ExitStack() as stack:
         for name in _LOGGERS:
             logger = logging.getLogger(name)
@@ -223,9 +223,7 @@ def _own_words(report: bool) -> Iterator[list[str]]:
             logger.setLevel(min(listen.level, logging.WARNING - 1))
             logger.addFilter(listen)
             stack.callback(logger.removeFilter, listen)
-        if progress.is_progress_bar_enabled():
-            progress.disable_progress_bar()
-            stack.callback(progress.enable_progress_bar)
+        stack.enter_context(without_theirs())
         yield said
 
 
