@@ -209,6 +209,11 @@ def full_grads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def state_of(model: object) -> ParallelState:
+    """The plan and the group of a parallel model.
+
+    Raises:
+        InputError: `model` is no module. PlanError: it is not parallel.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected an nn.Module, got {type(model).__name__}")
     state = model.__dict__.get(_STATE)

@@ -39,10 +39,6 @@ class Skeleton:
     nodes: Mapping[int, Node]
     buffers: Mapping[str, Node]
 
-    def names(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that files hold by their names, tied ones under each."""
-        return ((n, p) for n, p in self.model.named_parameters(remove_duplicate=False) if id(p) in self.nodes)
-
     def fill_buffers(self, read: Callable[[str, Node], Tensor]) -> None:
         """Give the model the buffers that files hold: `read(name, node)`."""
         for name, node in self.buffers.items():
