@@ -97,6 +97,8 @@ def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
 
 def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> int:
     """Load what `save` wrote, on any number of ranks; the steps done."""
+    if not (out / "progress.json").exists():
+        raise SystemExit(f"--resume: no progress.json in {out}, so no whole state of a training is there")
     rest = json.loads((out / "progress.json").read_text())
     autotp.checkpoint.load(model, optimizer, out / rest["state"])
     schedule.load_state_dict(rest["schedule"])

@@ -122,7 +122,7 @@ def checkpoint_files(directory: Path, name: str | None = None) -> tuple[Path, ..
         CheckpointError: there are none, the index cannot be read, or names a file outside of the directory or one that is missing.
     """
     if name is not None:
-        _inside(name, f"{directory / 'config.json'}: transformers_weights")
+        inside(name, f"{directory / 'config.json'}: transformers_weights")
     single, index = directory / (name or SINGLE), directory / INDEX
     if name is not None and name.endswith(".index.json"):
         index = directory / name
@@ -132,7 +132,7 @@ def checkpoint_files(directory: Path, name: str | None = None) -> tuple[Path, ..
         raise CheckpointError(_nothing(directory, name))
     names = dict.fromkeys(_weight_map(index).values())
     for entry in names:
-        _inside(entry, str(index))
+        inside(entry, str(index))
     missing = [entry for entry in names if not (directory / entry).is_file()]
     if missing:
         raise CheckpointError(f"{directory}: {len(missing)} of {len(names)} files of {index.name} are missing: {', '.join(missing[:5])}")
@@ -166,8 +166,12 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return found
 
 
-def _inside(name: str, where: str) -> None:
-    """Refuse names that lead out of the directory."""
+def inside(name: str, where: str) -> None:
+    """Refuse names of files that lead out of their directory, or are no safetensors files.
+
+    Raises:
+        CheckpointError: names `where` it was found.
+    """
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     absolute = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor)
     if absolute or ".." in parts or not parts or "\0" in name:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autotp.checkpoint.files import DTYPES, inside
 from autotp.errors import AutoTPError, CheckpointError
 from autotp.plan.plan import Plan
 from autotp.recipe.pinned import decode, encode
@@ -59,6 +60,11 @@ def read_manifest(directory: Path) -> Manifest | None:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {content['format']}; this autotp reads format {FORMAT}: cut the checkpoint again")
+        for file in content["files"]:
+            inside(file, str(path))  # unshard writes to these names
+        unknown = sorted({dtype for dtype, _ in content["sources"].values()} - set(DTYPES))
+        if unknown:
+            raise CheckpointError(f"{path}: names the dtype {unknown[0]!r}, which cannot be read here")
         return Manifest(
             plan=decode(content["plan"]),
             model=content["model"],

@@ -123,6 +123,8 @@ def test_changed_files_are_found(tmp_path):
         (lambda: manifest.write_text("{"), "not what autotp shard writes"),
         (lambda: manifest.write_text(text.replace('"format": 1', '"format": 9', 1)), "format 9; this autotp reads format 1"),
         (lambda: manifest.write_text(text.replace('"plan"', '"plans"', 1)), "not what autotp shard writes"),
+        (lambda: manifest.write_text(text.replace('"model-00001-of', '"../model-00001-of', 1)), "which is not inside of its directory"),
+        (lambda: manifest.write_text(text.replace('"F32"', '"F33"', 1)), "names the dtype 'F33', which cannot be read here"),
         (file.unlink, "rank-00001-of-00002.safetensors: no such file"),
         (lambda: file.write_bytes(content[:-8]), "not a whole safetensors file"),
         (lambda: save_file({"model.norm.weight": torch.zeros(3)}, file), "cut it again|cut the checkpoint again"),
