@@ -228,6 +228,9 @@ def _node(
     )
     # contractions over a sharded dim make partial sums
     summed = NONE
+    crossed: dict[int, Atoms] = {}
+    for contract, atoms in space.contracts[index]:
+        crossed[contract.value] = crossed.get(contract.value, NONE) | atoms
     for contract, atoms in space.contracts[index]:
         hit = have.get(contract.value, NONE) & atoms
         if not hit:
@@ -236,6 +239,8 @@ def _node(
         if not statistic and not covers(contract.dim, have[contract.value], out.cuts):
             segments = tuple(uncovered(contract.dim, have[contract.value], out.cuts))
             out.conflicts.append(Conflict(hit, node, "some of what is summed is held by several ranks", segments))
+        if statistic and (parted := _parted(hit, have[contract.value], crossed[contract.value], out.cuts)):
+            out.conflicts.append(Conflict(parted, node, "the cut goes through the groups that a statistic is taken of"))
         if contract.kernel is not None:
             out.kernels[index] = contract.kernel
         if not contract.whole:
@@ -276,6 +281,15 @@ def _node(
                 out.born.add(o.id)
             if hit:
                 out.conflicts.append(Conflict(hit | summed, node, "a partial sum would also be sharded"))
+
+
+def _parted(hit: Atoms, have: Atoms, crossed: Atoms, cuts: Cuts) -> Atoms:
+    """Atoms of the cuts that a value has both factors of and its statistic crosses one of.
+
+    Pieces of the groups are dealt, so an index of what is left is another group, or another part of one, on each rank.
+    """
+    found = (cuts[atom].atoms & have for atom in hit)
+    return NONE.union(*(both for both in found if len(both) > 1 and not both <= crossed))
 
 
 def _add_once(space: Space, meaning: Meaning, ids: frozenset[int], out: Labels) -> bool:
