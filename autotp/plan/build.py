@@ -89,15 +89,19 @@ class Builder:
 
     def _input(self, node: Node, value: Value, conversion: Conversion) -> None:
         spec = self._call(node)
-        found = [i for i, key in enumerate(node.tensors) if key == value.id]
+        found = self.space.calls.arguments(node, value)
         if not found:
-            raise Unrealisable(node, "the tensor to convert is no argument of the call in the code")
+            raise Unrealisable(node, "the tensor to convert is no argument of the call in the code, or is changed in place by it")
         for i in found:
             spec.inputs.setdefault(i, []).append(conversion)
 
     def _output(self, node: Node, value: Value, conversion: Conversion) -> None:
         spec = self._call(node)
-        spec.outputs.setdefault(node.outputs.index(value), []).append(conversion)
+        found = self.space.calls.results(node, value)
+        if not found:
+            raise Unrealisable(node, "the tensor to convert is no result of the call in the code, or is changed in place by it")
+        for i in found:
+            spec.outputs.setdefault(i, []).append(conversion)
 
     def _at(self, key: Hashable, conversion: Conversion) -> None:
         assert isinstance(key, tuple)
@@ -107,7 +111,7 @@ class Builder:
         if key[0] == "place":
             for node in self.graph.nodes:
                 for i, o in enumerate(node.outputs):
-                    if conversion_key(node, i) == key:
+                    if conversion_key(self.space, node, i) == key:
                         self._output(node, o, conversion)
             return
         maker = self.made.get(key[1])
@@ -278,16 +282,8 @@ class Builder:
         specs: dict[tuple[str, int], tuple[Node, _CallSpec]] = {}
         for index, spec in self.calls.items():
             node = self.graph.nodes[index]
-            key = (node.module, node.call)
-            if key in specs:
-                old = specs[key][1]
-                old.ints += spec.ints
-                old.inputs.update(spec.inputs)
-                old.outputs.update(spec.outputs)
-                if spec.kernel is not None:
-                    old.kernel, old.over, old.over_dim = spec.kernel, spec.over, spec.over_dim
-            else:
-                specs[key] = (node, spec)
+            _, old = specs.setdefault((node.module, node.call), (node, _CallSpec()))
+            self._merge(node, old, spec)
         places: dict[tuple[str, Place], tuple[object, Site]] = {}
         for (module, _), (node, spec) in specs.items():
             assert node.place is not None
@@ -304,6 +300,22 @@ class Builder:
         for (module, _), (_, site) in places.items():
             out.setdefault(module, []).append(site)
         return out
+
+    def _merge(self, node: Node, into: _CallSpec, spec: _CallSpec) -> None:
+        """Add what one node needs to what its Python call does; all nodes of the call see the same arguments."""
+        nodes = self.space.calls.nodes(node)
+        into.ints += spec.ints
+        if len({position for position, _, _ in into.ints}) < len(set(into.ints)):
+            raise Unrealisable(node, "one number of the call would have to become two")
+        for i, conversions in spec.inputs.items():
+            key = nodes[0].tensors[i]
+            others = [self.calls.get(n.index, _CallSpec()).inputs.get(i) for n in nodes if any(v.id == key for v in n.inputs())]
+            if any(other != conversions for other in others):
+                raise Unrealisable(node, "operators inside of one call need its argument in different forms")
+            into.inputs[i] = conversions
+        into.outputs.update(spec.outputs)
+        if spec.kernel is not None:
+            into.kernel, into.over, into.over_dim = spec.kernel, spec.over, spec.over_dim
 
     def _merge_result_slots(self) -> None:
         """Items of one list in the model's result that are all converted alike become one slot for every item.

@@ -16,6 +16,7 @@ from heapq import heappop, heappush
 from autotp.axes.analysis import Axes, Meaning
 from autotp.axes.atoms import Atom, flat
 from autotp.axes.kernel import Kernel
+from autotp.plan.calls import Calls
 from autotp.plan.cuts import Atoms, Cuts, covers, in_order, meets_two, uncovered
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
@@ -108,6 +109,7 @@ class Space:
             for atom in frozenset().union(*(atoms for _, atoms in self.contracts[node.index]), NONE):
                 self.summing.setdefault(atom, []).append(node.index)
         self.made = {o.id: n for n in self.graph.nodes for o in n.outputs}
+        self.calls = Calls(self.graph)
         self._params = {v.id for v in self.graph.params.values()}
 
     def free(self, key: int) -> bool:
@@ -243,6 +245,8 @@ def _node(
             out.conflicts.append(Conflict(parted, node, "the cut goes through the groups that a statistic is taken of"))
         if contract.kernel is not None:
             out.kernels[index] = contract.kernel
+            if not space.calls.stands_for(node, contract.kernel):
+                out.conflicts.append(Conflict(hit, node, "it is part of a function that has no distributed form"))
         if not contract.whole:
             summed |= hit
     generated = NONE

@@ -54,15 +54,16 @@ def slot_key(node: Node) -> SlotKey | None:
     return None
 
 
-def conversion_key(node: Node, index: int) -> Hashable:
+def conversion_key(space: Space, node: Node, index: int) -> Hashable:
     """What converts result `index` of a node: a boundary slot, or the place in the code that calls the operator.
 
-    A hook treats every call of its module alike, and an intervention every call from its place.
+    A hook treats every call of its module alike, and an intervention every call from its place. Results that no conversion reaches
+    stand for themselves.
     """
     slot = slot_key(node)
     if slot is not None:
         return ("slot", slot)
-    if node.place is None or isinstance(node.op, Pseudo):
+    if not space.calls.results(node, node.outputs[index]):
         return ("value", node.outputs[index].id)
     return ("place", node.module, node.place, node.opname, index)
 
@@ -74,9 +75,12 @@ class _Vertices:
         """`places`: calls from one place in the code share their vertices; otherwise each value outside slots is alone."""
         self.key: dict[int, Hashable] = {}
         self.order: dict[int, int] = {}
+        self.fixed: set[Hashable] = set()  # of what no conversion reaches
         for node in space.graph.nodes:
             for i, o in enumerate(node.outputs):
-                key = conversion_key(node, i)
+                key = conversion_key(space, node, i)
+                if key == ("value", o.id):
+                    self.fixed.add(key)
                 self.key[o.id] = key if places or slot_key(node) is not None else ("value", o.id)
                 self.order[o.id] = node.index
 
@@ -140,12 +144,12 @@ def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozen
 
 
 def _mixed(space: Space, vertices: _Vertices, holds: Callable[[Value], bool], matters: Callable[[Value], bool]) -> set[Hashable]:
-    """Slots, and places in the code, that see both kinds of values in different calls: no conversion can stand there.
+    """What no conversion reaches, and slots and places in the code that see both kinds of values in different calls.
 
     `matters`: what a conversion at a place would do something to.
     """
     seen: dict[Hashable, bool] = {}
-    mixed: set[Hashable] = set()
+    mixed = set(vertices.fixed)
     for node in space.graph.nodes:
         slot = slot_key(node) is not None
         for o in node.outputs:

@@ -289,7 +289,7 @@ def _site_traffic(space: Space, choice: Choice, moves: Moves, sources: _Sources)
     for keys, when in ((moves.reduces, "forward"), (moves.copies, "backward")):
         for node in space.graph.nodes[:first]:
             for i, o in enumerate(node.outputs):
-                key = conversion_key(node, i)
+                key = conversion_key(space, node, i)
                 if key in keys and isinstance(key, tuple) and key[0] != "slot":
                     add(node, when, _per_token(o))
     for index, number in sorted(moves.group_edges):

@@ -14,6 +14,8 @@ def map_leaves(value: Any, fn: Callable[[Any], Any]) -> Any:
     """`value` rebuilt with `fn` applied to each leaf, in the order that positions count."""
     if isinstance(value, tuple):
         items = [map_leaves(item, fn) for item in value]
+        if type(value).__module__ == "torch.return_types":  # the results of max, sort, …
+            return type(value)(items)  # type: ignore[arg-type]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
         return [map_leaves(item, fn) for item in value]

@@ -128,6 +128,14 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class PythonCall:
+    """What the code called, of which one node or several are recorded: the function's name, ids of the tensors in its result in order."""
+
+    function: str
+    results: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Graph:
     """A trace of one or more paths through a model.
 
@@ -144,3 +152,4 @@ class Graph:
     notes: tuple[str, ...] = ()
     constants: Mapping[int, torch.Tensor] = field(default_factory=dict)  # value id → the numbers of small constants
     calls: Mapping[int, tuple[str, int]] = field(default_factory=dict)  # frame → (path of its module, frame of the caller)
+    python: Mapping[int, PythonCall] = field(default_factory=dict)  # `Node.call` → the call

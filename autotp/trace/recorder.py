@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from autotp.trace import choices
 from autotp.trace.boundary import flatten_arguments, flatten_result
-from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, Result, Value
+from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Value
 from autotp.trace.ints import IntExpr, SizeRef, TaggedInt, expr_of
 from autotp.trace.places import call_of, call_place
 
@@ -70,6 +70,7 @@ class Recorder:
         self._aliases: dict[int, list[Tensor]] = {}
         self._call: tuple[Any, Any, Any, Place] | None = None
         self._calls = self._frames = 0
+        self.python: dict[int, PythonCall] = {}
         self._quiet = 0
         self._count = 0
         self.dispatch = _Dispatch(self)
@@ -136,7 +137,9 @@ class Recorder:
             if v.id in self.concrete and (v.origin is Origin.CONST or prod(v.shape) <= 16)
         }
         tables = dict(self.params), dict(self.buffers)
-        return Graph(nodes, *tables, results, dict(repeats), dict(self.fills), tuple(self.notes), constants, dict(self.calls))
+        notes, numbers = tuple(self.notes), {n.call for n in nodes}
+        python = {number: call for number, call in self.python.items() if number in numbers}
+        return Graph(nodes, *tables, results, dict(repeats), dict(self.fills), notes, constants, dict(self.calls), python)
 
     # nodes ----------------------------------------------------------------------------------------------------------------
 
@@ -178,7 +181,8 @@ class Recorder:
         if not isinstance(result, (Tensor, tuple, list)):
             self.add(func, vargs, vkwargs, (), **self._provenance(args, kwargs))  # a number leaves the graph
             return result
-        mutated = [args[i] for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write and i < len(args)]
+        written = [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write]
+        mutated = [args[i] if i < len(args) else kwargs.get(name) for i, name in written]
         outputs = []
         flat = [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
         reals = [real] if isinstance(result, Tensor) else real if real is not None else [None] * len(flat)
@@ -454,7 +458,7 @@ class _Function(TorchFunctionMode):
             frame = frame.f_back
         rec._calls += 1
         rec._call = (func, args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
-        before = len(rec.nodes)
+        before, number = len(rec.nodes), rec._calls
         if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (list, tuple)):
             args = (choices.numbers(rec, args[0]), *args[1:])
         try:
@@ -463,6 +467,10 @@ class _Function(TorchFunctionMode):
             rec._call = held
         if isinstance(result, Tensor) and len(rec.nodes) > before and id(result) not in rec._values:
             rec.adopt(result, rec.nodes[-1])
+        if len(rec.nodes) > before:
+            found: list[int] = []
+            _gather((result,), [], found, rec)
+            rec.python[number] = PythonCall(getattr(func, "__name__", str(func)), tuple(found))
         return result
 
     def _size(self, func: Any, tensor: Tensor, rest: Any, kwargs: Any) -> Any:
