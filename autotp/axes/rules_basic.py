@@ -364,7 +364,10 @@ def split(context: Context, node: Node) -> None:
     for out, piece in zip(node.outputs, pieces, strict=True):
         context.set(out, _with(context, x, d, piece))
     context.linear([x])
-    if isinstance(wanted, (list, tuple)):
+    if node.opname == "tensor_split":
+        if isinstance(arg(node, 1, "indices"), (list, tuple)):  # positions, from either end
+            context.block(x, context.of(x)[d], "the dim is cut at positions")
+    elif isinstance(wanted, (list, tuple)):
         for i, n in enumerate(wanted):
             context.demand(n, node.outputs[i], [pieces[i]], i, len(wanted))
     elif node.opname in ("split", "unsafe_split"):
@@ -383,10 +386,12 @@ def slice_(context: Context, node: Node) -> None:
     d = dim_of(arg(node, 1, "dim", 0), x)
     n = x.shape[d]
     if node.opname == "narrow":
-        start, stop, step = node.args[2], node.args[2] + node.args[3], 1
-        if not isinstance(start, int):
+        first, length, step = node.args[2], node.args[3], 1
+        if not isinstance(first, int):
             context.opaque()
             return
+        start = first % n if n else 0
+        stop = start + length
     else:
         start, stop, step = arg(node, 2, "start"), arg(node, 3, "end"), arg(node, 4, "step", 1)
     raw = (start, stop)
@@ -403,7 +408,10 @@ def slice_(context: Context, node: Node) -> None:
     before, piece, after = _cut(context, node, x, d, sizes) if stop > start else (atoms.new(n), atoms.new(0), [])
     context.set(out, _with(context, x, d, piece))
     if node.opname == "narrow":
-        context.demand(node.args[2], x, [before])
+        if node.args[2] < 0:
+            context.meaning.demands.append(_negative(node.args[2], x, [piece, after]))
+        else:
+            context.demand(node.args[2], x, [before])
         context.demand(node.args[3], x, [piece])
         return
     pieces = [(before, sizes[0]), (piece, sizes[1]), (after, sizes[2])]

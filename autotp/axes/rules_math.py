@@ -189,6 +189,8 @@ def sdpa(context: Context, node: Node) -> None:
                 context.join(mask, context.of(mask)[-i], q, scores[-i])
         if mask.shape[-1] != 1:
             context.mix(mask, -1)
+    if arg(node, 5, "is_causal", False):
+        context.block(q, context.of(q)[-2], "a causal mask counts the positions of the queries")
     context.linear([v])
 
 
@@ -210,7 +212,8 @@ def total(context: Context, node: Node) -> None:
     for i in gone:
         context.contract(x, i, Kernel.MEAN if node.opname == "mean" else None)
     reduced(context, node, x, gone)
-    context.linear([x])
+    if node.opname != "nansum":  # a NaN in one summand is one in the sum, and only the sum is left out
+        context.linear([x])
 
 
 @rule("var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
@@ -219,8 +222,8 @@ def statistic(context: Context, node: Node) -> None:
     x = node.args[0]
     overload = getattr(node.op, "_overloadname", "")
     kernel = None
-    if node.opname in ("var", "std") and len(node.outputs) == 1:
-        kernel = Kernel.VAR
+    if node.opname.startswith(("var", "std")):
+        kernel = Kernel.VAR if len(node.outputs) == 1 else None
         gone = dims_of(arg(node, 1, "dim"), x) if overload != "default" else dims_of(None, x)
     elif node.opname == "linalg_vector_norm":
         kernel = Kernel.VECTOR_NORM if arg(node, 1, "ord", 2) == 2 else None
@@ -230,7 +233,7 @@ def statistic(context: Context, node: Node) -> None:
         if node.opname == "norm" and arg(node, 1, "p", 2) in (2, None):
             kernel = Kernel.VECTOR_NORM
     for i in gone:
-        if kernel is None:
+        if kernel is None or x.dtype.is_complex:
             context.mix(x, i)
         else:
             context.contract(x, i, kernel, whole=True)
@@ -353,7 +356,7 @@ def norm(context: Context, node: Node) -> None:
             context.contract(x, i, kernel, whole=True)
         else:
             context.mix(x, i)
-        for weight in values_in(node.args[2:4]):
+        for weight in values_in([arg(node, 2, "weight"), arg(node, 3, "bias")]):
             context.join(weight, context.of(weight)[i], x, context.of(x)[i])
         context.demand(shape[i], x, [context.of(x)[i]], k + i, k)
     context.set(out, context.of(x))
@@ -410,14 +413,34 @@ def _known_row(context: Context, node: Node, x: Value, d: int, where: Value) -> 
     return True
 
 
+def _is_mask(place: Value) -> bool:
+    return place.dtype in (torch.bool, torch.uint8)
+
+
+def _masked_span(places: list[Value | None]) -> int:
+    """Up to which dim a mask of several dims among the indices reaches; 0 where there is none."""
+    if not any(v is not None and _is_mask(v) and len(v.shape) > 1 for v in places):
+        return 0
+    return sum(len(v.shape) if v is not None and _is_mask(v) else 1 for v in places)
+
+
+def _mix_masks(context: Context, places: list[Value | None]) -> None:
+    for v in places:
+        for i in range(len(v.shape) if v is not None and _is_mask(v) else 0):
+            context.mix(v, i)  # type: ignore[arg-type]
+
+
 @rule("index", "_unsafe_index")
 def index(context: Context, node: Node) -> None:
     """Tensor indices: indexed dims are mixed, the others stay."""
     x, out = node.args[0], node.outputs[0]
     places = list(node.args[1])
     indexed = [i for i, v in enumerate(places) if v is not None]
-    if any(v is not None and str(v.dtype) in ("torch.bool", "torch.uint8") and len(v.shape) > 1 for v in places):
-        span = sum(len(v.shape) if v is not None and str(v.dtype) == "torch.bool" else 1 for v in places)
+    _mix_masks(context, places)
+    if span := _masked_span(places):
+        for v in places:
+            for i in range(len(v.shape) if v is not None else 0):
+                context.mix(v, i)
         for i in range(min(span, len(x.shape))):
             context.mix(x, i)
         tail = [context.of(x)[i] for i in range(span, len(x.shape))]
@@ -429,7 +452,7 @@ def index(context: Context, node: Node) -> None:
         return
     for i in indexed:
         context.mix(x, i)
-    shape = max((len(v.shape) if str(v.dtype) != "torch.bool" else 1 for v in places if v is not None), default=0)
+    shape = max((1 if _is_mask(v) else len(v.shape) for v in places if v is not None), default=0)
     at = indexed[0] if indexed == list(range(indexed[0], indexed[0] + len(indexed))) else 0
     kept = [(i, d) for i, d in enumerate(context.of(x)) if i not in indexed]
     before = [d for i, d in kept if i < at] if at == indexed[0] else []
@@ -437,7 +460,7 @@ def index(context: Context, node: Node) -> None:
     sizes = out.shape[len(before) : len(before) + shape]
     middle: list[Dim] = [atoms.new(n) for n in sizes]
     for v in places:
-        if v is not None and str(v.dtype) != "torch.bool":
+        if v is not None and not _is_mask(v):
             for k in range(1, len(v.shape) + 1):
                 if v.shape[-k] == sizes[-k] != 1:
                     context.join(v, context.of(v)[-k], out, middle[-k])
@@ -445,75 +468,94 @@ def index(context: Context, node: Node) -> None:
     context.linear([x])
 
 
-@rule("index_select", "gather", "take_along_dim")
+@rule("index_select", "gather")
 def pick(context: Context, node: Node) -> None:
-    """Indices along one dim."""
-    x, d, where = node.args[0], node.args[1], node.args[2]
-    out = node.outputs[0]
-    if node.opname == "take_along_dim":
-        where, d = node.args[1], node.args[2]
-    d = dim_of(d, x)
+    """Indices along one dim. Where `gather` has fewer of them in another dim than there are entries, both are counted from 0."""
+    x, d, where = node.args[0], dim_of(node.args[1], node.args[0]), node.args[2]
     context.mix(x, d)
     if node.opname == "index_select":
-        context.set(out, [dim if i != d else context.of(where)[0] if where.shape else [] for i, dim in enumerate(context.of(x))])
+        dims = [dim if i != d else context.of(where)[0] if where.shape else [] for i, dim in enumerate(context.of(x))]
     else:
-        dims = [context.of(where)[i] for i in range(len(x.shape))]
-        for i, dim in enumerate(context.of(x)):
+        dims = list(context.of(where))
+        for i in range(len(x.shape)):
             if i == d:
                 context.mix(where, i)
-            elif where.shape[i] == x.shape[i]:
-                context.join(x, dim, where, dims[i])
             else:
-                context.mix(x, i)
-        context.set(out, dims)
+                _counted(context, i, x, where)
+    context.set(node.outputs[0], dims)
+    context.linear([x])
+
+
+def _counted(context: Context, i: int, *values: Value) -> None:
+    """Dim `i` of all `values` runs in parallel where it is as long in each; otherwise the entries are counted from 0 in each."""
+    if len({v.shape[i] for v in values}) == 1:
+        for other in values[1:]:
+            context.join(values[0], context.of(values[0])[i], other, context.of(other)[i])
+    else:
+        for v in values:
+            context.block(v, context.of(v)[i], f"{context.node.opname} takes the first entries of a longer dim")
+
+
+@rule("take_along_dim")
+def take_along_dim(context: Context, node: Node) -> None:
+    """Indices along one dim, with broadcasting in the others."""
+    x, where, d = node.args[0], node.args[1], arg(node, 2, "dim")
+    if d is None:
+        context.opaque("the indices are counted over all elements")
+        return
+    d, out = dim_of(d, x), node.outputs[0]
+    context.mix(x, d)
+    context.mix(where, d)
+    dims: list[Dim] = []
+    for i, n in enumerate(out.shape):
+        carrying = [v for v in ((where,) if i == d else (x, where)) if v.shape[i] == n != 1]
+        if len(carrying) == 2:
+            context.join(x, context.of(x)[i], where, context.of(where)[i])
+        dims.append(context.of(carrying[0])[i] if carrying else [])
+    context.set(out, dims)
     context.linear([x])
 
 
 @rule("index_add", "index_add_", "index_copy", "index_copy_", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce")
 def put(context: Context, node: Node) -> None:
-    """Writing along one dim; the others run in parallel."""
+    """Writing along one dim; the others run in parallel where all have the same entries there."""
     x, d, where = node.args[0], dim_of(node.args[1], node.args[0]), node.args[2]
     source = arg(node, 3, "src", arg(node, 3, "source"))
-    context.mix(x, d)
-    if isinstance(source, Value) and source.shape:
-        for i in range(len(x.shape)):
-            if i == d:
-                context.mix(source, i)
-            elif source.shape[i] == x.shape[i]:
-                context.join(x, context.of(x)[i], source, context.of(source)[i])
-            else:
-                context.mix(x, i)
-                context.mix(source, i)
-    if len(where.shape) == len(x.shape) and node.opname.startswith("scatter"):
-        for i in range(len(x.shape)):
-            if i == d or where.shape[i] != x.shape[i]:
-                context.mix(where, i)
-            else:
-                context.join(x, context.of(x)[i], where, context.of(where)[i])
+    given = isinstance(source, Value) and bool(source.shape)
+    scatters = node.opname.startswith("scatter")
+    for i in range(len(where.shape) if not scatters or len(where.shape) != len(x.shape) else 0):
+        context.mix(where, i)  # one index for each entry of the source along the dim
+    each = [v for v, there in ((x, True), (source, given), (where, scatters)) if there and len(v.shape) == len(x.shape)]
+    for i in range(len(x.shape)):
+        if i == d:
+            for v in each:
+                context.mix(v, i)
+        else:
+            _counted(context, i, *each)
+    for v in (source,) if given and not any(v is source for v in each) else ():
+        for i in range(len(v.shape)):
+            context.mix(v, i)
     context.set(node.outputs[0], context.of(x))
-    if isinstance(source, Value) and (node.opname.startswith(("index_add", "scatter_add")) or node.opname.startswith(("index_copy",))):
+    if isinstance(source, Value) and node.opname.startswith(("index_add", "scatter_add", "index_copy")):
         context.linear([x, source])
 
 
 @rule("index_put", "index_put_", "_index_put_impl_")
 def index_put(context: Context, node: Node) -> None:
-    """x[indices] = values: indexed dims are mixed, trailing dims of the values follow x."""
+    """x[indices] = values: trailing dims of the values follow x; indices, indexed dims and those before them are mixed."""
     x, places, values = node.args[:3]
-    indexed = [i for i, v in enumerate(places) if v is not None]
-    wide = any(v is not None and str(v.dtype) == "torch.bool" and len(v.shape) > 1 for v in places)
-    span = max(len(v.shape) for v in places if v is not None) if wide else 0
-    mixed = list(range(span)) if wide else indexed
-    for i in mixed:
+    span = _masked_span(places) or 1 + max(i for i, v in enumerate(places) if v is not None)
+    for i in range(min(span, len(x.shape))):
         context.mix(x, i)
-    trailing = [i for i in range(len(x.shape)) if i > max(mixed)]
+    for v in places:
+        for i in range(len(v.shape) if v is not None else 0):
+            context.mix(v, i)
+    trailing = range(min(span, len(x.shape)), len(x.shape))
     for k, i in enumerate(reversed(trailing), start=1):
         if k <= len(values.shape) and values.shape[-k] == x.shape[i] != 1:
             context.join(x, context.of(x)[i], values, context.of(values)[-k])
     for i in range(len(values.shape) - len(trailing)):
         context.mix(values, i)
-    for i in range(min(mixed)):
-        if i not in mixed:
-            context.mix(x, i)
     context.set(node.outputs[0], context.of(x))
     context.linear([x, values])
 
@@ -530,6 +572,9 @@ def masked_scatter(context: Context, node: Node) -> None:
 def one_hot(context: Context, node: Node) -> None:
     """A new dim of classes."""
     x, out = node.args[0], node.outputs[0]
+    if arg(node, 1, "num_classes", -1) == -1:
+        context.opaque("the number of classes depends on data")
+        return
     known = context.dims.get(out.id)
     context.set(out, [*context.of(x), known[-1] if known else atoms.new(out.shape[-1])])
 

@@ -114,7 +114,15 @@ def local_ids(ids: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Ten
 
 
 def _axes(x: Tensor, dims: Dims) -> tuple[int, ...]:
-    return tuple(range(x.ndim)) if dims is None else (dims,) if isinstance(dims, int) else tuple(dims)
+    if dims is None or dims == [] or dims == ():
+        return tuple(range(x.ndim))
+    return (dims,) if isinstance(dims, int) else tuple(dims)
+
+
+def _root(total: Tensor) -> Tensor:
+    """√total, whose gradient is 0 where it is 0, as that of torch's own norms and deviations."""
+    zero = total == 0
+    return total.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def _mean_call(
@@ -152,7 +160,7 @@ def _var_call(
     value = _distributed_var(input, dim, correction, keepdim, across)
     if name not in ("var", "std"):
         raise TypeError(f"expected var or std, got {name}")
-    return value.sqrt() if name == "std" else value
+    return _root(value) if name == "std" else value
 
 
 def _norm_call(name: str, across: Across, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -166,7 +174,7 @@ def _norm_call(name: str, across: Across, x: Tensor, *args: Any, **kwargs: Any) 
     x = x if dtype is None else x.to(dtype)
     axes = _axes(x, dim)
     across.count(x, axes)  # checks them
-    return reduce(across.owned(x).square().sum(axes, keepdim=bool(given.get("keepdim", False))), across.comm).sqrt()
+    return _root(reduce(across.owned(x).square().sum(axes, keepdim=bool(given.get("keepdim", False))), across.comm))
 
 
 def _working(x: Tensor) -> Tensor:
