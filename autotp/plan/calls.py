@@ -38,7 +38,7 @@ class Calls:
     def results(self, node: Node, value: Value) -> tuple[int, ...]:
         """Where among the tensors of the call's result the output `value` stands; () where a conversion of it is out of reach."""
         call = self.graph.python.get(node.call)
-        if call is None or node.place is None or isinstance(node.op, Pseudo) or writes(node):
+        if call is None or node.place is None or isinstance(node.op, Pseudo) or in_place(node):
             return ()
         if any(v.id == value.id for other in self.nodes(node) for v in other.inputs()):
             return ()  # it is used inside of the call as well
@@ -66,4 +66,11 @@ def writes(node: Node) -> tuple[Value, ...]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             found += [given] if isinstance(given, Value) else []
+    if node.opname == "batch_norm":  # in training it updates its running statistics, which its schema does not say
+        found += [v for v in node.args[3:5] if isinstance(v, Value)]
     return tuple(found)
+
+
+def in_place(node: Node) -> bool:
+    """True for an operator that returns what it changed."""
+    return bool(writes(node)) and not isinstance(node.op, Pseudo) and any(r.alias_info is not None for r in node.op._schema.returns)

@@ -18,6 +18,7 @@ from autotp.axes.atoms import Atom, flat
 from autotp.axes.kernel import Kernel
 from autotp.plan.calls import Calls
 from autotp.plan.cuts import Atoms, Cuts, covers, in_order, meets_two, uncovered
+from autotp.plan.storage import Storage
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
 #: Operators whose result is made of elements of their first argument.
@@ -109,7 +110,7 @@ class Space:
             for atom in frozenset().union(*(atoms for _, atoms in self.contracts[node.index]), NONE):
                 self.summing.setdefault(atom, []).append(node.index)
         self.made = {o.id: n for n in self.graph.nodes for o in n.outputs}
-        self.calls = Calls(self.graph)
+        self.calls, self.storage = Calls(self.graph), Storage(self.graph)
         self._params = {v.id for v in self.graph.params.values()}
 
     def free(self, key: int) -> bool:

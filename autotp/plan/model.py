@@ -44,6 +44,14 @@ class GradSum(Enum):
     SHARED = "shared"  # sharded parameter with indices that are held more than once: their gradients are partial sums
 
 
+class Written(Enum):
+    """When a forward changes the part of a buffer that it reads."""
+
+    NEVER = "never"
+    TRAINING = "training"
+    ALWAYS = "always"
+
+
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """One conversion of one tensor. `dim` and `expr` say what is sliced or gathered (GATHER, SLICE only)."""
@@ -71,13 +79,15 @@ class Use:
     """A parameter or buffer that a module's forward reads: `owner` module path + `name`, and how it reads it.
 
     `grad`: what the gradient of this use still needs. `conversions`: applied to the local tensor on each read (SLICE of a
-    replicated buffer, ONCE of a row-parallel bias); parameters with a sharded layout are read as their local shard.
+    replicated buffer, ONCE of a row-parallel bias); parameters with a sharded layout are read as their local shard. `written`: when
+    the module changes its part of a sliced buffer in place (running statistics); the buffer is then made whole after the forward.
     """
 
     owner: str
     name: str
     grad: GradSum = GradSum.NONE
     conversions: tuple[Conversion, ...] = ()
+    written: Written = Written.NEVER
 
 
 @dataclass(frozen=True, slots=True)

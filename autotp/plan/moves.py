@@ -176,6 +176,7 @@ def place_copies(
         return v.id in flows and v.id not in partial and not sharded.get(v.id)
 
     mixed = _mixed(space, vertices, whole, lambda v: v.id in flows)
+    mixed |= {vertices.of(o) for n in space.graph.nodes for o in n.outputs if o.id in space.storage.changed}  # a copy would be changed
     groups: dict[int, Value] = {}
     edges: set[tuple[int, int]] = set()
     seen: dict[int, Value] = {}

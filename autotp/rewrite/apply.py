@@ -163,7 +163,7 @@ class _Rewriter:
         full = f"{use.owner}.{use.name}" if use.owner else use.name
         plan = self.params.get(full) if use.name in owner._parameters else None
         layout: Layout | None = None if plan is None else plan.layout
-        return Read(owner, use.name, self.comm, layout, use.grad, use.conversions)
+        return Read(owner, use.name, self.comm, layout, use.grad, use.conversions, use.written)
 
     def _rewrite(self, sub: nn.Module, plan: ModulePlan | None) -> None:
         reads = self._reads(sub, plan.uses if plan is not None else ())
@@ -203,7 +203,7 @@ class _Rewriter:
 
     def _hook(self, sub: nn.Module, run: ModuleRun) -> None:
         if run.reads or run.sites is not None:
-            self.undo.set_attribute(sub, "forward", EagerForward(sub))
+            self.undo.set_attribute(sub, "forward", EagerForward(sub, run))
         before = sub.register_forward_pre_hook(run.before, prepend=True, with_kwargs=True)
         self.undo.push(before.remove)
         after = sub.register_forward_hook(run.after, prepend=True, always_call=True)

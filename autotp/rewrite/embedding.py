@@ -64,7 +64,8 @@ class _Embedding(torch.autograd.Function):
         ids, outside = local_ids(input, run.runs)
         ctx.save_for_backward(ids, outside)
         ctx.run, ctx.spec, ctx.rows = run, weight._spec, weight._local_tensor.shape[0]
-        return run.local(ids, outside, weight._local_tensor)
+        y = run.local(ids, outside, weight._local_tensor)
+        return y.data if y._is_view() else y  # as in a Linear
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:

@@ -84,7 +84,8 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None)
         ctx.run = run
         ctx.specs = weight._spec, None if bias is None else bias._spec
-        return run.local(x, w, None if bias is None else bias._local_tensor)
+        y = run.local(x, w, None if bias is None else bias._local_tensor)
+        return y.data if y._is_view() else y  # a view made in here could not be changed in place; nothing else holds its base
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

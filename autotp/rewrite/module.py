@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.distributed.tensor import DTensor
 
 from autotp.plan.layout import Layout
+from autotp.plan.model import Written
 from autotp.rewrite.classes import STATE
 from autotp.rewrite.reads import Read, _Read
 from autotp.rewrite.sites import RUNNING, SiteMode, SiteTable
@@ -28,7 +29,7 @@ _grad_enabled = torch.is_grad_enabled
 class ModuleRun:
     """What one module does in a forward. `own` are the reads of its own tensors, `reads` all of them."""
 
-    __slots__ = ("frames", "inputs", "light", "outputs", "own", "reads", "shared", "sites")
+    __slots__ = ("frames", "inputs", "light", "outputs", "own", "parts", "reads", "shared", "sites")
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class ModuleRun:
         self.reads = reads
         self.own = tuple(r for r in reads if r.owner is module)
         self.inputs, self.outputs, self.sites = inputs, outputs, sites
+        self.parts = tuple(r for r in reads if r.written is not Written.NEVER)
         self.shared: dict[str, Tensor] | None = None  # values read by the root for all modules
         self.frames: list[tuple[list[tuple[dict[str, Any], str, Any]], SiteMode | None]] = []
         simple = len(self.own) == len(reads) and all(r.convert is None and not r.is_buffer for r in reads)
@@ -87,7 +89,7 @@ class ModuleRun:
             args, kwargs = self.inputs(args, kwargs)
         if not is_dynamo_compiling():
             result = self.inside(module, forward, args, kwargs)
-        elif self.sites is None:  # the class's views read local values
+        elif self.sites is None and not self.parts:  # the class's views read local values
             result = forward(module, *args, **kwargs)
         else:  # the lines of code that make calls are known in eager code only: a break in the graph
             result = self.inside_eagerly(module, forward, args, kwargs)
@@ -97,9 +99,19 @@ class ModuleRun:
         """`forward` with the local tensors in place and sites watched."""
         try:
             self.enter()
-            return forward(module, *args, **kwargs)
+            if not self.parts:
+                return forward(module, *args, **kwargs)
+            result = forward(module, *args, **kwargs)
+            self.put_back(module)
+            return result
         finally:
             self.leave()
+
+    def put_back(self, module: nn.Module) -> None:
+        """Make buffers whole again whose parts the forward changed (running statistics)."""
+        for read in self.parts:
+            if module.training or read.written is Written.ALWAYS:
+                read.put_back(read.owner.__dict__[read.name])
 
     inside_eagerly = torch.compiler.disable(inside)  # type: ignore[no-untyped-call]
 
@@ -132,17 +144,18 @@ _leave = torch.compiler.disable(ModuleRun.leave)  # type: ignore[no-untyped-call
 class EagerForward:
     """The forward of a module whose class stays and that reads parameters of its own: never compiled. Survives deepcopy."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, run: ModuleRun) -> None:
+        self.module, self.run = module, run
         self.inner = module.__dict__.get("forward")
         functools.update_wrapper(self, module.forward)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
-        if self.inner is not None:
-            return self.inner(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        """The module's own forward, between `ModuleRun.before` and `ModuleRun.after`."""
+        forward = functools.partial(type(self.module).forward, self.module) if self.inner is None else self.inner
+        result = forward(*args, **kwargs)
+        self.run.put_back(self.module)
+        return result
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:

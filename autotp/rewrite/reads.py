@@ -14,11 +14,12 @@ from torch.compiler import is_dynamo_compiling
 from torch.distributed.tensor import DTensor
 
 from autotp.plan.layout import Layout, Shared
-from autotp.plan.model import Conversion, GradSum
+from autotp.plan.model import Conversion, GradSum, Op, Written
 from autotp.plan.pieces import is_even
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
 from autotp.rewrite.grads import grad_of
+from autotp.rewrite.split import split_of
 
 
 def local_tensor(p: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class _Fix(torch.autograd.Function):
 class Read:
     """One use: how `name` of module `owner` is read. `value()` gives the tensor for one forward."""
 
-    __slots__ = ("conversions", "convert", "fix", "is_buffer", "layout", "name", "owner")
+    __slots__ = ("comm", "conversions", "convert", "fix", "is_buffer", "layout", "name", "owner", "written")
 
     def __init__(
         self,
@@ -112,12 +113,13 @@ class Read:
         layout: Layout | None = None,
         grad: GradSum = GradSum.NONE,
         conversions: tuple[Conversion, ...] = (),
+        written: Written = Written.NEVER,
     ) -> None:
         self.owner = owner
-        self.name = name
+        self.name, self.comm = name, comm
         self.layout = layout
         self.fix = GradFix(grad, layout, comm)
-        self.conversions = conversions
+        self.conversions, self.written = conversions, written
         self.is_buffer = name in owner._buffers
         self.convert = bind_all(conversions, comm) if conversions else None
 
@@ -136,3 +138,13 @@ class Read:
         else:
             x = p
         return x if self.convert is None else self.convert(x)
+
+    def put_back(self, part: Tensor) -> None:
+        """Write `part`, this rank's part of a buffer that is read in slices, and the other ranks' into the whole buffer. Collective."""
+        whole = self.owner._buffers[self.name]
+        assert whole is not None
+        with torch.no_grad():
+            for c in reversed(self.conversions):
+                if c.op is Op.SLICE and c.dim is not None and c.expr is not None:
+                    part = split_of(c.dim, c.expr, self.comm).join(part.detach())
+            whole.data.copy_(part)  # like the operator's own write, no new version: what was saved for a backward is not used in it
