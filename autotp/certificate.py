@@ -66,7 +66,7 @@ def replay(model: nn.Module, examples: Sequence[Example], draft: Draft, params: 
             if layout.dim is None or not isinstance(old, torch._subclasses.FakeTensor):
                 return old
             with fake:
-                return nn.Parameter(torch.empty(layout.local_shape, dtype=old.dtype), requires_grad=False)
+                return nn.Parameter(torch.empty(layout.local_shape, dtype=old.dtype), old.requires_grad)
 
         skipped = tuple(b + "." for b in expected.repeats)
         modules = [m for m in draft.plan.modules if not (skipped and (m.path + ".").startswith(skipped))]

@@ -15,7 +15,7 @@ import torch
 from autotp.axes import atoms
 from autotp.axes.atoms import Atom, Dim, Opaque
 from autotp.axes.kernel import Kernel
-from autotp.trace.graph import Graph, Node, Pseudo, Value
+from autotp.trace.graph import Graph, Node, Pseudo, Value, outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +157,7 @@ def analyse(graph: Graph, rules: Mapping[str, Rule], fallback: Rule) -> Axes:
         context.of(value)
     for _ in range(2):
         context.meanings.clear()
+        inside: dict[int, set[int]] = {}
         for node in graph.nodes:
             context.node = node
             context.meanings.append(Meaning())
@@ -164,11 +165,15 @@ def analyse(graph: Graph, rules: Mapping[str, Rule], fallback: Rule) -> Axes:
             try:
                 if _is_empty(node):
                     context.opaque("nothing is computed on empty tensors")
+                elif outside(node):
+                    context.opaque(graph.sealed(node))
                 else:
                     rule(context, node)
             except (Opaque, AssertionError, IndexError, KeyError, TypeError, ValueError) as why:
                 context.meanings[-1] = Meaning()
                 context.opaque(f"{node.opname}: {why}" if str(why) else f"{node.opname} in a form without a rule")
+            if node.scope >= 0:
+                _enclose(context, node, inside.setdefault(node.scope, set()))
     dims = {key: tuple(tuple(d) for d in value) for key, value in context.dims.items()}
     return Axes(graph, dims, tuple(context.meanings))
 
@@ -203,12 +208,40 @@ def _repeat(context: Context, node: Node) -> None:
             context.join(a, x, b, y)
 
 
+def _enclose(context: Context, node: Node, inside: set[int]) -> None:
+    """Block what comes into an autograd function past its arguments; its backward says nothing of that."""
+    if node.op is not Pseudo.APPLY:
+        for value in node.inputs():
+            if value.id not in inside:
+                for dim in context.of(value):
+                    context.block(value, dim, f"{context.graph.sealed(node)}, and it is no argument of it")
+    else:
+        inside.update(v.id for v in node.inputs())
+    inside.update(o.id for o in node.outputs)
+
+
+def _apply(context: Context, node: Node) -> None:
+    """The arguments of an autograd function: sharded only where its backward was shown to allow it."""
+    scope = context.graph.scopes[node.scope]
+    for value in node.inputs():
+        dims = context.of(value)
+        for i, dim in enumerate(dims):
+            if not scope.shown and i - len(dims) not in scope.local:
+                context.block(value, dim, context.graph.sealed(node))
+
+
+def _hook(context: Context, node: Node) -> None:
+    context.opaque("a hook sees its gradient")
+
+
 def _escape(context: Context, node: Node) -> None:
     context.opaque("it is used inside a vmap")
 
 
 _PSEUDO: dict[Pseudo, Rule] = {
     Pseudo.ESCAPE: _escape,
+    Pseudo.APPLY: _apply,
+    Pseudo.HOOK: _hook,
     Pseudo.ENTER: _identity,
     Pseudo.EXIT: _identity,
     Pseudo.WRITE: _write,

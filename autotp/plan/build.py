@@ -134,6 +134,8 @@ class Builder:
     def _call(self, node: Node) -> _CallSpec:
         if node.place is None or isinstance(node.op, Pseudo):
             raise Unrealisable(node, "no call site can be told")
+        if reason := self.graph.sealed(node):
+            raise Unrealisable(node, reason)
         return self.calls.setdefault(node.index, _CallSpec())
 
     def _input(self, node: Node, value: Value, conversion: Conversion) -> None:
@@ -391,11 +393,12 @@ class Builder:
             return plans.get(path) or ModulePlan(path)
 
         for (kind, path, where), conversions in self.slots.items():
-            slot = Slot(where, _ordered(conversions))
-            plan = at(path)
-            plans[path] = (
-                replace(plan, inputs=(*plan.inputs, slot)) if kind is Pseudo.ENTER else replace(plan, outputs=(*plan.outputs, slot))
-            )
+            plan, ordered = at(path), _ordered(conversions)
+            if kind is Pseudo.ENTER:  # arguments that were one tensor in some call are converted alike, each by itself
+                slots = tuple(Slot(p, ordered) for p in self.graph.members.get((path, where), (where,)))
+                plans[path] = replace(plan, inputs=(*plan.inputs, *slots))
+            else:
+                plans[path] = replace(plan, outputs=(*plan.outputs, Slot(where, ordered)))
         for (module, _, _), use in self.uses.items():
             plans[module] = replace(at(module), uses=(*at(module).uses, use))
         for module, attributes in self.local.attributes.items():

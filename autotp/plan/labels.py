@@ -69,7 +69,13 @@ class Labels:
 def differentiable(graph: Graph) -> set[int]:
     """Values that a gradient can flow through: floats that depend on parameters or on float arguments of the model."""
     found = {v.id for v in graph.params.values() if v.dtype.is_floating_point}
+    scopes: set[int] = set()  # autograd functions that a gradient reaches: what their forward detaches says nothing
     for node in graph.nodes:
+        if node.op is Pseudo.APPLY and any(v.id in found for v in node.inputs()):
+            scopes.add(node.scope)
+        if node.scope in scopes:
+            found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
+            continue
         if node.opname == "detach" or (node.outputs and all(o.id in graph.fills for o in node.outputs)):
             continue
         for v in node.inputs():

@@ -18,9 +18,10 @@ from math import prod
 
 from autotp.plan.labels import Labels, SlotKey, Space
 from autotp.plan.mincut import Cut
-from autotp.trace.graph import Node, Origin, Pseudo, Value
+from autotp.trace.graph import Node, Origin, Pseudo, Value, outside
 
 SITE = 1e12
+_TORCH = frozenset(("aten", "prim", "prims", "_c10d_functional"))  # operators whose backward is known to be linear in the gradient
 TOKENS_SCALE = 100.0  # examples are tiny: an activation stands for this many times its elements against a parameter's
 
 
@@ -100,7 +101,7 @@ def _cost(key: Hashable, value: Value, order: int) -> float:
 def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozenset[Hashable], frozenset[int]]:
     """(where partial sums are reduced, values still partial after that)."""
     cut, vertices = Cut(), _Vertices(space, places)
-    mixed = _mixed(space, vertices, lambda v: v.id in labels.partial, lambda v: True)
+    mixed = _mixed(space, vertices, lambda v: v.id in labels.partial, lambda v: True) | _sealed(space, vertices)
     stops, first = [result.stop for result in space.graph.results], dict[Hashable, int]()
     summed = labels.partial - {key for key, number in space.graph.fills.items() if number == 0.0}  # zeros are whole and partial
     for node in space.graph.nodes:
@@ -164,6 +165,22 @@ def _mixed(space: Space, vertices: _Vertices, holds: Callable[[Value], bool], ma
     return mixed
 
 
+def _sealed(space: Space, vertices: _Vertices) -> set[Hashable]:
+    """What no conversion can stand at: results of operators inside of autograd functions, and outside of the model's forward."""
+    return {vertices.of(o) for node in space.graph.nodes if space.graph.sealed(node) for o in node.outputs}
+
+
+def _seen_whole(space: Space, node: Node) -> tuple[Value, ...]:
+    """The values of a node whose gradient has to be whole as soon as it arrives: code sees it that need not be linear in it."""
+    if node.op is Pseudo.HOOK:
+        return tuple(node.inputs())
+    if node.op is Pseudo.APPLY:
+        return ()
+    own = node.scope >= 0 and not space.graph.scopes[node.scope].shown
+    foreign = not isinstance(node.op, Pseudo) and node.op.namespace not in _TORCH
+    return node.outputs if own or foreign or outside(node) else ()
+
+
 def place_copies(
     space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable], places: bool
 ) -> tuple[frozenset[Hashable], frozenset[tuple[int, int]], frozenset[int]]:
@@ -175,7 +192,7 @@ def place_copies(
     def whole(v: Value) -> bool:
         return v.id in flows and v.id not in partial and not sharded.get(v.id)
 
-    mixed = _mixed(space, vertices, whole, lambda v: v.id in flows)
+    mixed = _mixed(space, vertices, whole, lambda v: v.id in flows) | _sealed(space, vertices)
     mixed |= {vertices.of(o) for n in space.graph.nodes for o in n.outputs if o.id in space.storage.changed}  # a copy would be changed
     groups: dict[int, Value] = {}
     edges: set[tuple[int, int]] = set()
@@ -196,6 +213,10 @@ def place_copies(
         if node.op is Pseudo.REPEAT:
             _repeat(cut, vertices, node, whole)
             continue
+        for v in _seen_whole(space, node):
+            if whole(v):
+                seen[v.id] = v
+                cut.needed(("below", vertices.of(v)))
         if not live:
             continue
         for v in inputs:

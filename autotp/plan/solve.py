@@ -200,6 +200,7 @@ def _traffic(
     blocks = {b + ".": t + "." for b, t in space.graph.repeats.items()}
     inside = _site_traffic(space, choice, moves, sources)
     shared: set[tuple[str, int]] = set()
+    again = {(path, p) for (path, where), members in space.graph.members.items() for p in members if p != where}
     for m in modules:
         path, instance = m.path + ".", _block_of(m.path + ".", blocks) or ""
         while (block := _block_of(path, blocks)) is not None:
@@ -208,6 +209,8 @@ def _traffic(
         found: list[tuple[Traffic, int | None]] = []
         for kind, slots in (("enter", m.inputs), ("exit", m.outputs)):
             for slot in slots:
+                if kind == "enter" and (path, slot.path) in again:
+                    continue  # the same tensor as another argument
                 crossed = (kind, ".".join(map(str, (path, *slot.path))))
                 size = width.get(crossed, 0)
                 for c in slot.conversions:

@@ -90,20 +90,40 @@ class Binding:
 class InputSlots:
     """All input slots of one module."""
 
-    __slots__ = ("bindings",)
+    __slots__ = ("alike", "bindings")
 
     def __init__(self, slots: Sequence[Slot], forward: Callable[..., Any], comm: Comm, where: str) -> None:
         self.bindings = tuple(Binding(slot, forward, comm, where) for slot in slots)
+        kinds = [slot.conversions for slot in slots]
+        #: Bindings that convert as another one does: one tensor in two arguments stays one.
+        self.alike = tuple(kinds.index(kind) if kinds.count(kind) > 1 else None for kind in kinds)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments after conversion; the caller's containers stay as they are."""
         positional, keywords = list(args), dict(kwargs)
-        for b in self.bindings:
+        made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # the argument is kept, so that its id stays its own
+        for b, kind in zip(self.bindings, self.alike, strict=True):
+            convert = b.convert if kind is None else _Once(b.convert, kind, made)
             if b.index is not None and b.index < len(positional):
-                positional[b.index] = map_path(positional[b.index], b.rest, b.convert)
+                positional[b.index] = map_path(positional[b.index], b.rest, convert)
             elif b.name in keywords:
-                keywords[b.name] = map_path(keywords[b.name], b.rest, b.convert)
+                keywords[b.name] = map_path(keywords[b.name], b.rest, convert)
         return tuple(positional), keywords
+
+
+class _Once:
+    """Converts each tensor of a call once: what was one tensor in several arguments is one after."""
+
+    __slots__ = ("convert", "kind", "made")
+
+    def __init__(self, convert: Convert, kind: int, made: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> None:
+        self.convert, self.kind, self.made = convert, kind, made
+
+    def __call__(self, x: Tensor) -> Tensor:
+        key = id(x), self.kind
+        if key not in self.made:
+            self.made[key] = x, self.convert(x)
+        return self.made[key][1]
 
 
 class OutputSlots:

@@ -1,7 +1,8 @@
 """The traced graph: values, nodes and module boundaries, as plain data.
 
-A `Node` is one ATen operator call, or one of three pseudo-operators that keep the structure of the modules visible: ENTER and
-EXIT (a tensor crosses a module boundary, identity) and REPEAT (a block alike to one already traced was called).
+A `Node` is one ATen operator call, or a pseudo-operator that keeps visible what operators do not show: ENTER and EXIT (a tensor
+crosses a module boundary, identity), REPEAT (a block alike to one already traced was called), APPLY and HOOK (gradients pass code that
+the forward does not show).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Pseudo(Enum):
     REPEAT = "repeat"
     ESCAPE = "escape"  # a tensor goes where operators cannot be recorded (inside vmap)
     WRITE = "write"  # an in-place operator changed this alias of its target
+    APPLY = "apply"  # tensors go into an autograd.Function; its operators follow, with the same scope
+    HOOK = "hook"  # code of the model sees the gradient of a tensor
 
 
 class Origin(Enum):
@@ -76,7 +79,8 @@ class Node:
 
     `module` is the path of the innermost module whose forward was running, `frame` a number that tells calls of modules apart.
     `ints` are the call's Python int arguments in order (as written in the code, before the dispatcher), with provenance.
-    `slot` is (module path, path in its arguments or result) for ENTER and EXIT.
+    `slot` is (module path, path in its arguments or result) for ENTER and EXIT. Paths of arguments that were one tensor in some call
+    are one slot, named by the first of them: see `Graph.members`. `scope` is the number of the `Scope` that the node runs in, -1 for none.
     """
 
     index: int
@@ -91,6 +95,7 @@ class Node:
     slot: tuple[str, tuple[str | int, ...]] | None = None
     tensors: tuple[int, ...] = ()  # ids of the call's tensor arguments in the order of the Python call
     call: int = -1  # nodes of one Python call share this number
+    scope: int = -1
 
     def inputs(self) -> Iterator[Value]:
         """Every value among the arguments, in order."""
@@ -119,6 +124,19 @@ def values_in(tree: Any) -> Iterator[Value]:
 
 
 @dataclass(frozen=True, slots=True)
+class Scope:
+    """One call of an autograd.Function: operators whose backward is code of its own.
+
+    shown: the backward was run, and gives what autograd makes of the forward's operators. local: dims, counted from the last (-1), along
+    which forward and backward were run and treat each element by itself.
+    """
+
+    name: str
+    shown: bool
+    local: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """What one traced path returned to its caller: leaves with their paths (values, or plain Python scalars)."""
 
@@ -140,7 +158,7 @@ class Graph:
     """A trace of one or more paths through a model.
 
     `params`/`buffers`: fqn → Value (tied names share a value). `repeats`: path of a block → path of the alike block that was
-    traced in its place.
+    traced in its place. `members`: slot of an ENTER → the argument paths that it stands for, where these are several.
     """
 
     nodes: tuple[Node, ...]
@@ -153,3 +171,16 @@ class Graph:
     constants: Mapping[int, torch.Tensor] = field(default_factory=dict)  # value id → the numbers of small constants
     calls: Mapping[int, tuple[str, int]] = field(default_factory=dict)  # frame → (path of its module, frame of the caller)
     python: Mapping[int, PythonCall] = field(default_factory=dict)  # `Node.call` → the call
+    members: Mapping[tuple[str, tuple[str | int, ...]], tuple[tuple[str | int, ...], ...]] = field(default_factory=dict)
+    scopes: tuple[Scope, ...] = ()
+
+    def sealed(self, node: Node) -> str:
+        """Why no conversion can act inside or at the result of a node; "" where one can."""
+        if node.scope >= 0:
+            return f"{self.scopes[node.scope].name} has a backward of its own"
+        return "it runs outside of the model's forward, in a hook" if outside(node) else ""
+
+
+def outside(node: Node) -> bool:
+    """True for an operator that no call of a module contains: a hook of the root makes it."""
+    return node.frame == 0 and node.op not in (Pseudo.ENTER, Pseudo.EXIT, Pseudo.WRITE)

@@ -61,11 +61,6 @@ def keep_state(model: nn.Module, undo: Undo) -> None:
     undo.append(back)
 
 
-def module_paths(model: nn.Module) -> dict[int, str]:
-    """id(module) → path; a module that is registered twice keeps its first path."""
-    return {id(m): name for name, m in model.named_modules()}
-
-
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """All modules in training or eval mode inside, each one's own mode restored after."""
@@ -107,7 +102,7 @@ def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], b
                 if id(tensor) not in made:
                     with fake:
                         new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                        made[id(tensor)] = nn.Parameter(new, requires_grad=False) if table is module._parameters else new
+                        made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if table is module._parameters else new
                 set_item(table, name, made[id(tensor)], undo)
 
 

@@ -2,7 +2,8 @@
 
 Two modes work together. A `TorchFunctionMode` sees each call as the code wrote it: raw Python ints with their provenance, and
 the place of the call. A dispatch mode on the PreDispatch key sees the same call as ATen operators that are not decomposed yet
-(`linear`, `scaled_dot_product_attention`, …). `nn.Module.__call__` is wrapped to record what crosses module boundaries.
+(`linear`, `scaled_dot_product_attention`, …). The `forward` of every module is wrapped, inside the hooks of the call and where
+`module.forward(x)` finds it too, to record what crosses module boundaries: the rewritten modules act in the same place.
 
 Small integer and constant tensors are computed for real beside the fake run, so that branches on masks and positions go the
 way they go for the user. Where code depends on data that is unknown (which experts are hit), sizes are chosen: see `choices`.
@@ -13,10 +14,12 @@ from __future__ import annotations
 import functools
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,16 +32,22 @@ from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from autotp.trace import choices
-from autotp.trace.boundary import flatten_arguments, flatten_result
-from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Value
+from autotp.trace.boundary import Path, flatten_arguments, flatten_result
+from autotp.trace.functions import Applied, TensorLike, prove
+from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, SizeRef, TaggedInt, expr_of
 from autotp.trace.places import call_of, call_place
+from autotp.trace.watch import GRAD_FN, REQUIRES_GRAD, Question, Refused, is_model, is_running, watching
 
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
 _LEN = torch.Tensor.__len__
 _SIZES = (_SHAPE, _SIZE, _NUMEL, _LEN)  # compared by equality: each access of a getter makes a new wrapper
+#: Gradients would pass code that the graph does not hold; hooks after the accumulation see a leaf, which no local tensor is.
+_DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_post_accumulate_grad_hook)
+_GRADIENTS = frozenset((REQUIRES_GRAD, GRAD_FN, Tensor.is_inference, Tensor.register_hook, Tensor.retain_grad, *_DIFFERENTIATING))
 _FILLS = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
 _FILL_AT = {"full": 1, "full_like": 1, "new_full": 2, "fill_": 1}
 
@@ -47,13 +56,18 @@ class Recorder:
     """Collects nodes; used as `with recorder.recording(): model(...)`."""
 
     def __init__(
-        self, fake: FakeTensorMode, keep: Callable[[Any], bool], paths: dict[int, str], hidden: Callable[[str], bool] = lambda file: False
+        self,
+        fake: FakeTensorMode,
+        keep: Callable[[Any], bool],
+        modules: Mapping[str, nn.Module],
+        hidden: Callable[[str], bool] = lambda file: False,
     ) -> None:
-        """`keep`: operators recorded whole (others are decomposed if they can be). `paths`: id(module) → path.
+        """`keep`: operators recorded whole (others are decomposed if they can be). `modules`: path → module, one path each.
 
         `hidden(file)`: calls made from such a file are run but not recorded.
         """
-        self.fake, self.keep, self.paths, self.hidden = fake, keep, paths, hidden
+        self.fake, self.keep, self.hidden, self.every = fake, keep, hidden, modules
+        self.paths = {id(m): path for path, m in modules.items()}
         self.nodes: list[Node] = []
         self.params: dict[str, Value] = {}
         self.buffers: dict[str, Value] = {}
@@ -73,6 +87,11 @@ class Recorder:
         self.python: dict[int, PythonCall] = {}
         self._quiet = 0
         self._count = 0
+        self.asked: set[Question] = set()
+        self.inference = False
+        self.applied: list[Applied] = []
+        self._scopes: list[tuple[FrameType, int]] = []  # calls of autograd functions that run
+        self._same: dict[str, dict[Path, Path]] = {}  # module → argument path → a path that was the same tensor in some call
         self.dispatch = _Dispatch(self)
         self.function = _Function(self)
 
@@ -125,6 +144,7 @@ class Recorder:
             else:
                 self._values[key] = value
         self.modules[1:] = []
+        self._scopes = []
         self._call = None
 
     def graph(self, repeats: dict[str, str]) -> Graph:
@@ -136,23 +156,36 @@ class Recorder:
             for v in n.inputs()
             if v.id in self.concrete and (v.origin is Origin.CONST or prod(v.shape) <= 16)
         }
+        nodes, members = _one_slot(nodes, self._same)
         tables = dict(self.params), dict(self.buffers)
         notes, numbers = tuple(self.notes), {n.call for n in nodes}
         python = {number: call for number, call in self.python.items() if number in numbers}
-        return Graph(nodes, *tables, results, dict(repeats), dict(self.fills), notes, constants, dict(self.calls), python)
+        calls = dict(self.calls)
+        scopes = self._proven()
+        return Graph(nodes, *tables, results, dict(repeats), dict(self.fills), notes, constants, calls, python, members, scopes)
+
+    def _proven(self) -> tuple[Scope, ...]:
+        known: dict[object, Scope] = {}
+        scopes: list[Scope] = []
+        for call in self.applied:
+            key = call.function, tuple(a if isinstance(a, (TensorLike, int, float, str, bool, type(None))) else id(a) for a in call.args)
+            if key not in known:
+                known[key] = prove(call)
+            scopes.append(known[key])
+        return tuple(scopes)
 
     # nodes ----------------------------------------------------------------------------------------------------------------
 
     def add(self, op: Any, args: Any, kwargs: Any, outputs: tuple[Value, ...], **more: Any) -> Node:
         """Append a node at the current module."""
         module, frame = self.modules[-1]
-        node = Node(len(self.nodes), op, args, kwargs, outputs, module, frame, **more)
+        node = Node(len(self.nodes), op, args, kwargs, outputs, module, frame, scope=self._scope(), **more)
         self.nodes.append(node)
         return node
 
     def cross(self, tensor: Tensor, kind: Pseudo, module: str, path: tuple[str | int, ...]) -> Tensor:
         """An alias of `tensor` on the other side of a module boundary."""
-        with self.paused():
+        with self.paused(), torch.enable_grad():  # the alias of what requires a gradient does, whatever the mode
             alias: Tensor = torch.ops.aten.alias.default(tensor)
         before = self.value(tensor)
         after = self.bind(alias, Origin.NODE)
@@ -279,77 +312,130 @@ class Recorder:
             self._quiet -= 1
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record everything that runs inside."""
-        with torch.no_grad(), self.fake, self.function, enable_python_dispatcher(), self.dispatch, self._wrap_modules():
+    def recording(self, grad: bool = False, inference: bool = False) -> Iterator[None]:
+        """Record everything that runs inside. `grad`: with gradients; `inference`: as if in inference mode."""
+        self.inference = inference
+        watched = watching(self.ask, self.apply, inference)
+        with torch.set_grad_enabled(grad), self.fake, self.function, enable_python_dispatcher(), self.dispatch, self._boundaries(), watched:
             yield
 
     @contextmanager
-    def _wrap_modules(self) -> Iterator[None]:
-        original = nn.Module.__call__
-        recorder = self
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            path = recorder.paths.get(id(module))
-            if path is None or recorder._quiet:
-                return original(module, *args, **kwargs)
-            return recorder.module_call(original, module, path, args, kwargs)
-
-        nn.Module.__call__ = call  # type: ignore[method-assign]
+    def _boundaries(self) -> Iterator[None]:
+        """Every module's `forward` records what crosses it, in the instance, where calls and `module.forward(x)` find it."""
+        placed: list[tuple[dict[str, Any], Any, Any]] = []
         try:
+            for path, module in self.every.items():
+                if not isinstance(module, torch.jit.ScriptModule):
+                    attributes = module.__dict__
+                    wrapped = self._boundary(module, path, module.forward)
+                    placed.append((attributes, wrapped, attributes.get("forward")))
+                    attributes["forward"] = wrapped
             yield
         finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
+            for attributes, wrapped, own in placed:
+                if attributes.get("forward") is not wrapped:
+                    continue  # the model's code put another one there
+                if own is None:
+                    del attributes["forward"]
+                else:
+                    attributes["forward"] = own
 
-    def module_call(self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
-        """Run one module call; its tensors are aliased where a rewrite acts on them.
+    def _boundary(self, module: nn.Module, path: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs) if self._quiet else self.module_call(module, path, inner, args, kwargs)
 
-        That is around the forward, inside the hooks; for the root and other objects that keep their class, outside.
-        """
-        own = module.__dict__.get("forward")
+        return forward
+
+    def module_call(self, module: nn.Module, path: str, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the forward `inner` of a module; its tensors are aliased where a rewrite acts on them."""
+        self.check_forward(sys._getframe(1))
         try:
-            if path == "" or (own is not None and not hasattr(own, "_traced")):
-                return self._inside(module, path, functools.partial(original, module), args, kwargs)
-            inner = module.forward if own is None else own._traced
-
-            @functools.wraps(inner)
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                return self._inside(module, path, inner, args, kwargs)
-
-            forward._traced = inner  # type: ignore[attr-defined]
-            with replaced_forward(module, forward):
-                return original(module, *args, **kwargs)
+            args, kwargs = self.enter(module, path, args, kwargs)
+            return self.leave(path, self._inside(path, inner, args, kwargs))
         except choices.Untraceable:
             raise
         except Exception as error:
             raise choices.Untraceable(path, type(module).__name__, self.nodes[-1] if self.nodes else None, error) from error
 
-    def _inside(self, module: nn.Module, path: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        args, kwargs = self.enter(module, path, args, kwargs)
+    def _inside(self, path: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._frames += 1
         self.calls[self._frames] = (path, self.modules[-1][1])
         self.modules.append((path, self._frames))
         held, self._call = self._call, None
         try:
-            result = run(*args, **kwargs)
+            return run(*args, **kwargs)
         finally:
             self.modules.pop()
             self._call = held
-        return self.leave(path, result)
+
+    def check_forward(self, frame: FrameType | None) -> None:
+        """Raise where `frame` belongs to a forward that was called through a class, past the module's instance.
+
+        Raises:
+            Refused: it does. The rewritten module may act there or not, which the trace cannot know.
+        """
+        here, stop = self.modules[-1][0], Recorder._inside.__code__
+        while frame is not None and frame.f_code is not stop:
+            code = frame.f_code
+            if code.co_name == "forward" and code.co_argcount:
+                path = self.paths.get(id(frame.f_locals.get(code.co_varnames[0])))
+                if path is not None and path != here:
+                    raise Refused(
+                        f"the forward of module {path!r} ({type(self.every[path]).__name__}) is called through a class inside of module "
+                        f"{here or '<root>'!r}: call the module itself, or its own forward (module.forward(x))"
+                    )
+            frame = frame.f_back
+
+    # gradients ------------------------------------------------------------------------------------------------------------
+
+    def ask(self, question: Question, file: str) -> None:
+        """Code in `file` asks about gradients: the path that it takes then may be another."""
+        if not self._quiet and is_model(file) and not self.hidden(file):
+            self.asked.add(question)
+
+    def apply(self, frame: FrameType, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The autograd function `function` is applied in `frame`: what is recorded until it returns is in its scope."""
+        caller = frame.f_back
+        if self._quiet or caller is None or self.hidden(caller.f_code.co_filename):
+            return
+        values = tuple(self.value(a) for a in args if isinstance(a, Tensor))
+        self._scopes.append((frame, len(self.applied)))
+        self.applied.append(Applied(function, tuple(self._like(a) if isinstance(a, Tensor) else a for a in args), kwargs))
+        self.add(Pseudo.APPLY, values, {}, ())
+
+    def _like(self, tensor: Tensor) -> TensorLike:
+        value = self.value(tensor)
+        return TensorLike(value.shape, value.dtype, self.concrete.get(value.id))
+
+    def _scope(self) -> int:
+        while self._scopes and not is_running(self._scopes[-1][0]):
+            self._scopes.pop()
+        return self._scopes[-1][1] if self._scopes else -1
+
+    def hooked(self, tensor: Tensor) -> None:
+        """Code of the model sees the gradient of `tensor`."""
+        if not self._quiet:
+            self.add(Pseudo.HOOK, (self.value(tensor),), {}, ())
 
     def enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """`args`, `kwargs` with each tensor replaced by its alias inside the module."""
-        seen: dict[int, Tensor] = {}
-        return flatten_arguments(module, args, kwargs, lambda where, t: self._once(seen, t, Pseudo.ENTER, path, where))
+        seen: dict[int, tuple[Path, Tensor]] = {}
+
+        def once(where: Path, tensor: Tensor) -> Tensor:
+            if id(tensor) not in seen:
+                seen[id(tensor)] = where, self.cross(tensor, Pseudo.ENTER, path, where)
+            first, alias = seen[id(tensor)]
+            if first != where:
+                same = self._same.setdefault(path, {})
+                same[_root(same, where)] = _root(same, first)
+            return alias
+
+        return flatten_arguments(module, args, kwargs, once)
 
     def leave(self, path: str, result: Any) -> Any:
         """`result` with each tensor replaced by its alias outside the module, one alias for each place it is returned at."""
         return flatten_result(result, lambda where, t: self.cross(t, Pseudo.EXIT, path, where))
-
-    def _once(self, seen: dict[int, Any], tensor: Tensor, kind: Pseudo, path: str, where: tuple[str | int, ...]) -> Tensor:
-        if id(tensor) not in seen:
-            seen[id(tensor)] = self.cross(tensor, kind, path, where)
-        return seen[id(tensor)]  # type: ignore[no-any-return]
 
     def finish(self, name: str, result: Any) -> None:
         """Close one path: note what it returned."""
@@ -363,19 +449,31 @@ class Recorder:
         self.results.append(Result(name, tuple(found), len(self.nodes)))
 
 
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module.forward` is `forward` inside, for this instance."""
-    attributes = module.__dict__
-    had, old = "forward" in attributes, attributes.get("forward")
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        if had:
-            attributes["forward"] = old
-        else:
-            attributes.pop("forward", None)
+def _root(same: Mapping[Path, Path], path: Path) -> Path:
+    while same.get(path, path) != path:
+        path = same[path]
+    return path
+
+
+def _one_slot(
+    nodes: tuple[Node, ...], same: Mapping[str, Mapping[Path, Path]]
+) -> tuple[tuple[Node, ...], dict[tuple[str, Path], tuple[Path, ...]]]:
+    """The nodes with one slot for all argument paths that were one tensor in some call, and the paths of each such slot."""
+    members: dict[tuple[str, Path], tuple[Path, ...]] = {}
+    for module, pairs in same.items():
+        for path in dict.fromkeys((*pairs, *pairs.values())):
+            key = module, _root(pairs, path)
+            members[key] = tuple(sorted({*members.get(key, ()), path, key[1]}, key=str))
+    if not members:
+        return nodes, members
+
+    def renamed(node: Node) -> Node:
+        if node.op is not Pseudo.ENTER or node.slot is None or node.slot[0] not in same:
+            return node
+        module, path = node.slot
+        return replace(node, slot=(module, _root(same[module], path)))
+
+    return tuple(map(renamed, nodes)), members
 
 
 def _alive(nodes: list[Node], results: list[Result]) -> tuple[tuple[Node, ...], tuple[Result, ...]]:
@@ -451,11 +549,15 @@ class _Function(TorchFunctionMode):
         rec = self.recorder
         if func in _SIZES:
             return self._size(func, args[0], args[1:], kwargs or {})
-        held = rec._call
         code, offset = call_place(2)
+        if func in _GRADIENTS:
+            return self._gradient(func, code.co_filename, args, kwargs or {})
+        held = rec._call
         frame = sys._getframe(1)
         while frame.f_code is not code and frame.f_back is not None:
             frame = frame.f_back
+        if not rec._quiet:
+            rec.check_forward(frame)
         rec._calls += 1
         rec._call = (func, args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
         before, number = len(rec.nodes), rec._calls
@@ -472,6 +574,27 @@ class _Function(TorchFunctionMode):
             _gather((result,), [], found, rec)
             rec.python[number] = PythonCall(getattr(func, "__name__", str(func)), tuple(found))
         return result
+
+    def _gradient(self, func: Any, file: str, args: Any, kwargs: Any) -> Any:
+        """Questions about gradients are noted, hooks on them recorded."""
+        rec = self.recorder
+        if rec._quiet or rec.hidden(file) or not is_model(file):
+            return func(*args, **kwargs)
+        if func == REQUIRES_GRAD:
+            rec.ask(Question.GRAD, file)
+        elif func is Tensor.is_inference:
+            rec.ask(Question.INFERENCE, file)
+            return rec.inference or func(*args, **kwargs)
+        elif func in _DIFFERENTIATING:
+            raise Refused(f"{func.__name__} is called inside of the forward of module {rec.modules[-1][0] or '<root>'!r}")
+        else:
+            if func == GRAD_FN:
+                rec.ask(Question.GRAD, file)
+            if REQUIRES_GRAD(args[0]):
+                rec.hooked(args[0])
+                if func is Tensor.register_hook:
+                    return RemovableHandle(OrderedDict())  # nothing runs backwards here
+        return func(*args, **kwargs)
 
     def _size(self, func: Any, tensor: Tensor, rest: Any, kwargs: Any) -> Any:
         rec = self.recorder

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from autotp.trace.alike import alike_blocks
 from autotp.trace.choices import Untraceable, small
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 from autotp.trace.inputs import Example
-from autotp.trace.prepare import Undo, fake_weights, in_mode, keep_state, module_paths, run_undo, same_numbers, tag_ints
-from autotp.trace.recorder import Recorder, replaced_forward
+from autotp.trace.prepare import Undo, fake_weights, in_mode, keep_state, run_undo, same_numbers, tag_ints
+from autotp.trace.recorder import Recorder
+from autotp.trace.watch import Question, Refused, has_backward_hooks
 
 
 class _NotAlike(BaseException):
@@ -37,37 +38,38 @@ class _BlockRecorder(Recorder):
     repeats: dict[str, str]
     done: dict[Any, tuple[Any, Any]]
 
-    def module_call(self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+    def module_call(self, module: nn.Module, path: str, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Answer the call of a repeated block from its template's result."""
         if path not in self.templates:
-            return super().module_call(original, module, path, args, kwargs)
-        key = (self.templates[path], self.round, _form((args, kwargs), self))
+            return super().module_call(module, path, inner, args, kwargs)
+        here = self._tensors((args, kwargs))
+        key = (self.templates[path], self.round, _form((args, kwargs), self), tuple(map(here.index, here)))
         if path not in self.repeats:
-            result = super().module_call(original, module, path, args, kwargs)
-            self.done[key] = (self._tensors((args, kwargs)), result)
+            result = super().module_call(module, path, inner, args, kwargs)
+            self.done[key] = (here, args, result)  # the arguments are kept alive: values are told by identity
             return result
         if key not in self.done:
             raise _NotAlike(self.templates[path])
-        ins, result = self.done[key]
-        here = self._tensors((args, kwargs))[0]
+        there, _, result = self.done[key]
         # What a block returns stands for what every block alike to it returns, so only new arguments tell something new.
-        if here != ins[0] and (key, here) not in self.seen:
+        if here != there and (key, here) not in self.seen:
             self.seen.add((key, here))
-            self.add(Pseudo.REPEAT, (here, ins[0]), {}, (), slot=(path, (self.templates[path],)))
-        result = copy.copy(result) if isinstance(result, (list, dict)) else result
-        if not (module._forward_hooks or module._forward_pre_hooks):
-            return result
-        with self.paused(), replaced_forward(module, lambda *_, **__: result):  # the call goes on, so that its hooks run
-            return original(module, *args, **kwargs)
+            self.add(Pseudo.REPEAT, (here, there), {}, (), slot=(path, (self.templates[path],)))
+        return copy.copy(result) if isinstance(result, (list, dict)) else result
 
     seen: set[Any]
     templates: dict[str, str]
     round: int
 
-    def _tensors(self, tree: Any) -> tuple[tuple[Value, ...], tuple[Tensor, ...]]:
-        found: dict[int, Tensor] = {}
-        _map_result(tree, lambda t: found.setdefault(id(t), t))
-        return tuple(self.value(t) for t in found.values()), tuple(found.values())
+    def _tensors(self, tree: Any) -> tuple[Value, ...]:
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        _map_result(tree, note)
+        return tuple(map(self.value, found))
 
 
 def _map_result(tree: Any, on_tensor: Callable[[Tensor], Tensor]) -> Any:
@@ -95,7 +97,7 @@ def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "")
 
     def convert(tensor: Tensor) -> Tensor:
         with fake:
-            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad)
         value = recorder.bind(new, Origin.INPUT, name)
         if small(tensor) and tensor.device.type != "meta" and not tensor.dtype.is_floating_point:
             recorder.concrete[value.id] = tensor.detach().cpu()
@@ -142,7 +144,7 @@ def _trace(
     def skip(path: str) -> bool:
         return bool(skipped) and (path + ".").startswith(skipped)
 
-    recorder = _BlockRecorder(fake, keep, module_paths(model), hidden)
+    recorder = _BlockRecorder(fake, keep, dict(model.named_modules()), hidden)
     recorder.repeats, recorder.done, recorder.round, recorder.seen = dict(repeats), {}, 0, set()
     recorder.templates = {**repeats, **{t: t for t in repeats.values()}}
     undo: Undo = []
@@ -164,6 +166,8 @@ def _trace(
                     table[name] = values[id(tensor)]
             for example in examples:
                 _run(model, recorder, fake, example)
+    except Refused as error:
+        raise TraceError(f"{type(model).__name__}: {error}") from None
     finally:
         run_undo(undo)
     return recorder.graph(dict(repeats))
@@ -181,45 +185,102 @@ def _quiet_fakes() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@dataclass(frozen=True, slots=True)
+class _Mode:
+    """How a call is made: with gradients, or as if in inference mode."""
+
+    grad: bool
+    inference: bool = False
+
+    def others(self, asked: set[Question]) -> tuple[_Mode, ...]:
+        """The modes in which code that asked may take another path."""
+        grad = (_Mode(not self.grad),) if Question.GRAD in asked else ()
+        return (*grad, _Mode(grad=False, inference=True)) if Question.INFERENCE in asked else grad
+
+    def name(self, example: Example) -> str:
+        """The name of an example's path in this mode."""
+        usual = self.grad is example.training
+        return example.name + ("-inference" if self.inference else "" if usual else "-grad" if self.grad else "-no-grad")
+
+
 def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example) -> None:
-    if example.training:
-        with in_mode(model, training=True):
-            _run(model, recorder, fake, replace(example, training=False))
-        return
+    """Record the path of an example, and those that its code may take with and without gradients where it asks for them.
+
+    The path in training mode runs with gradients, whether its code asks or not.
+    """
+
+    def path(mode: _Mode, optional: bool) -> tuple[str, str] | None:
+        return _path(model, recorder, fake, replace(example, name=mode.name(example), optional=optional), mode)
+
+    recorder.asked = {Question.GRAD} if has_backward_hooks(model) else set()
+    modes = [_Mode(grad=example.training)]
+    with in_mode(model, example.training):
+        failed = path(modes[0], optional=example.optional or example.training)
+        if failed is not None and example.training:
+            with_gradients, failed = failed, _path(model, recorder, fake, example, _Mode(grad=False))
+            if failed is None and Question.GRAD in recorder.asked:
+                raise TraceError(f"{with_gradients[1]} The code asks {Question.GRAD.value}, so the path without them says nothing of it.")
+            modes.append(_Mode(grad=False))
+        if failed is not None:
+            recorder.notes.append(f"the {failed[0]} path was not traced: {failed[1]}")
+        if failed is not None and "+decode" not in failed[0]:
+            return
+        if failed is not None:
+            example = replace(example, decode=None)
+        for mode in modes:
+            for other in mode.others(recorder.asked):
+                if other not in modes:
+                    path(other, optional=False)
+                    modes.append(other)
+
+
+def _path(
+    model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example, mode: _Mode
+) -> tuple[str, str] | None:
+    """Record one path and what it decodes to; (name, why) of what could not be run and was left out.
+
+    Raises:
+        TraceError: the example is not optional.
+    """
     name, start, done = example.name, len(recorder.nodes), len(recorder.results)
     mark = start
     try:
         recorder.round += 1
-        result = _call(model, recorder, fake, example.make())
+        result = _call(model, recorder, fake, example.make(), mode)
         recorder.finish(name, result)
         more = example.decode(result) if example.decode is not None else None
         if more is not None:
             name, mark = name + "+decode", len(recorder.nodes)
             recorder.round += 1
-            recorder.finish(name, _call(model, recorder, fake, more))
+            recorder.finish(name, _call(model, recorder, fake, more, mode))
     except Untraceable as error:
         if recorder.ends and isinstance(error.error, IndexError):
             recorder.rewind(start)
             del recorder.results[done:]
             recorder.ends = False
             try:
-                _run(model, recorder, fake, example)
+                return _path(model, recorder, fake, example, mode)
             finally:
                 recorder.ends = True
-            return
         if not example.optional:
             failure = TraceError(_explain(name, error))
             failure.partial, failure.module = recorder.graph(recorder.repeats), error.module
             raise failure from error.error
         recorder.rewind(mark)
-        recorder.notes.append(f"the {name} path was not traced: {_explain(name, error)}")
+        return name, _explain(name, error)
+    return None
 
 
-def _call(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, inputs: Mapping[str, Any]) -> Any:
+def _call(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, inputs: Mapping[str, Any], mode: _Mode) -> Any:
     known = recorder._values
     fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
-    with recorder.recording():
-        return model(**fresh)
+    with recorder.recording(mode.grad, mode.inference):
+        try:
+            return model(**fresh)
+        except Untraceable:
+            raise
+        except Exception as error:  # of a hook of the model
+            raise Untraceable("", type(model).__name__, recorder.nodes[-1] if recorder.nodes else None, error) from error
 
 
 def _is_known(item: Any, known: Mapping[int, Value]) -> bool:
