@@ -17,12 +17,12 @@ from autotp.plan.pieces import is_even
 from autotp.rewrite import embedding, linear, module
 from autotp.rewrite.attributes import localise
 from autotp.rewrite.batch import install_batch
-from autotp.rewrite.classes import STATE, subclass
+from autotp.rewrite.classes import STATE, subclass, wrap_forward
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.embedding import EmbeddingRun, embedding_run
 from autotp.rewrite.joint import install_joints, without_parts
 from autotp.rewrite.linear import LinearRun, linear_run
-from autotp.rewrite.module import EagerForward, ModuleRun
+from autotp.rewrite.module import RUN, ModuleRun, run_instance
 from autotp.rewrite.reads import Read
 from autotp.rewrite.shards import MakeParam
 from autotp.rewrite.sites import SiteTable
@@ -174,7 +174,9 @@ class _Rewriter:
             localise(sub, plan.attributes, self.undo, where)
         run, make_forward = self._run(sub, plan, reads, where)
         if isinstance(run, ModuleRun) and self._keeps_class(sub):
-            self._hook(sub, run)
+            run.light = None  # it reads for itself
+            self.undo.set_item(sub.__dict__, RUN, run)
+            wrap_forward(sub, run_instance, self.undo)
             return
         names = tuple(r.name for r in run.own)
         self.undo.set_item(sub.__dict__, STATE, run)
@@ -200,14 +202,6 @@ class _Rewriter:
 
     def _keeps_class(self, sub: nn.Module) -> bool:
         return sub is self.model or "forward" in sub.__dict__
-
-    def _hook(self, sub: nn.Module, run: ModuleRun) -> None:
-        if run.reads or run.sites is not None:
-            self.undo.set_attribute(sub, "forward", EagerForward(sub, run))
-        before = sub.register_forward_pre_hook(run.before, prepend=True, with_kwargs=True)
-        self.undo.push(before.remove)
-        after = sub.register_forward_hook(run.after, prepend=True, always_call=True)
-        self.undo.push(after.remove)
 
 
 def _without_path(plan: ModulePlan) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""Subclasses made at run time for modules whose forward changes.
+"""Subclasses made at run time for modules whose forward changes, and forwards of single instances for those whose class stays.
 
 The subclass keeps the name of its base and is an instance of it; only `forward` is replaced. From outside, `module.weight`
 is the DTensor parameter; inside the forward the instance's `__dict__` holds the local tensor, which shadows the
@@ -7,12 +7,17 @@ descriptor below (it has no `__set__`, so the instance dict comes first).
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from functools import cache
+from types import MethodType
 from typing import Any
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
+
+from autotp.rewrite.undo import Undo
 
 STATE = "_autotp"
 
@@ -50,3 +55,35 @@ def subclass(
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # inspect.signature shows the model's own arguments
     body.update(forward=forward, __module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
     return type(base)(base.__name__, (base,), body)  # type: ignore[misc, no-any-return]
+
+
+Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def wrap_forward(module: nn.Module, around: Around, undo: Undo) -> None:
+    """Give one module `around(module, forward, args, kwargs)` as its forward; its class stays.
+
+    It runs inside of the module's hooks, and `module.forward(x)` finds it too. What `around` needs of the module is to be in its
+    `__dict__`, as the forward that it had is: both are copied with the module.
+    """
+    inner, own = module.forward, module.__dict__.get("forward")
+    key = f"_autotp_forward_{sum(k.startswith('_autotp_forward') for k in module.__dict__)}"
+    undo.set_item(module.__dict__, key, own)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = self.__dict__[key]
+        return around(self, _of_class if before is None else _of_instance(before), args, kwargs)
+
+    functools.update_wrapper(forward, getattr(inner, "__func__", inner))
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    signature = inspect.Signature([this, *inspect.signature(inner).parameters.values()])
+    forward.__signature__ = signature  # type: ignore[attr-defined]  # a forward of the instance's own need not take a self
+    undo.set_item(module.__dict__, "forward", MethodType(forward, module))
+
+
+def _of_class(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _of_instance(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda _, *args, **kwargs: forward(*args, **kwargs)

@@ -5,7 +5,7 @@
 
 What is kept belongs to one call of the parent. The parent's forward opens a call before and closes it after, also after an error, so
 that nothing stays for the next one; a member that runs outside of its parent (by itself, or again for a checkpoint of its own) finds no
-open call and reduces alone. Each wrapper is one more subclass around the module's rewritten forward, or a hook where the class must stay.
+open call and reduces alone. Each wrapper is one more subclass around the module's rewritten forward, or a forward of the instance where the class must stay.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import AutoTPError, PlanError
 from autotp.plan.model import ModulePlan, Op, Slot
-from autotp.rewrite.classes import subclass
+from autotp.rewrite.classes import subclass, wrap_forward
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import Convert, copy, reduce
 from autotp.rewrite.slots import Path, map_path
@@ -134,10 +134,6 @@ class _Part:
             result = map_path(result, path, convert)
         return result
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
-        """The forward hook of a module whose class stays."""
-        return self(result)
-
 
 class _Calls:
     """What a parent does around its forward."""
@@ -146,19 +142,6 @@ class _Calls:
 
     def __init__(self, sums: tuple[HeldSum, ...]) -> None:
         self.sums = sums
-
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """The forward pre-hook of a module whose class stays."""
-        for held in self.sums:
-            held.open()
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        """The forward hook of a module whose class stays; also called, without a result, after an error."""
-        try:
-            if result is not None:
-                self.check()
-        finally:
-            self.close()
 
     def check(self) -> None:
         for held in self.sums:
@@ -185,31 +168,33 @@ def without_parts(plan: ModulePlan | None) -> ModulePlan | None:
     return replace(plan, outputs=tuple(s for s in plan.outputs if not _is_part(s)))
 
 
+def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a parent."""
+    calls: _Calls = module.__dict__[CALLS]
+    for held in calls.sums:
+        held.open()
+    try:
+        result = forward(module, *args, **kwargs)
+        calls.check()
+        return result
+    finally:
+        calls.close()
+
+
+def _member(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a member."""
+    part: _Part = module.__dict__[PART]
+    return part(forward(module, *args, **kwargs))
+
+
 def _calls_forward(base: type[nn.Module]) -> Callable[..., Any]:
     inner = base.forward
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        calls: _Calls = self.__dict__[CALLS]
-        for held in calls.sums:
-            held.open()
-        try:
-            result = inner(self, *args, **kwargs)
-            calls.check()
-            return result
-        finally:
-            calls.close()
-
-    return forward
+    return lambda self, *args, **kwargs: _call(self, inner, args, kwargs)
 
 
 def _part_forward(base: type[nn.Module]) -> Callable[..., Any]:
     inner = base.forward
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        part: _Part = self.__dict__[PART]
-        return part(inner(self, *args, **kwargs))
-
-    return forward
+    return lambda self, *args, **kwargs: _member(self, inner, args, kwargs)
 
 
 def install_joints(model: nn.Module, plans: Iterable[ModulePlan], comm: Comm, undo: Undo) -> None:
@@ -242,17 +227,16 @@ def _keeps_class(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _wrap_part(model: nn.Module, module: nn.Module, part: _Part, undo: Undo) -> None:
-    if _keeps_class(model, module):
-        undo.push(module.register_forward_hook(part.after, prepend=True).remove)
-        return
     undo.set_item(module.__dict__, PART, part)
-    undo.set_class(module, subclass(type(module), (), _part_forward))  # type: ignore[arg-type]
+    if _keeps_class(model, module):
+        wrap_forward(module, _member, undo)
+    else:
+        undo.set_class(module, subclass(type(module), (), _part_forward))  # type: ignore[arg-type]
 
 
 def _wrap_calls(model: nn.Module, module: nn.Module, calls: _Calls, undo: Undo) -> None:
-    if _keeps_class(model, module):
-        undo.push(module.register_forward_pre_hook(calls.before, prepend=True).remove)
-        undo.push(module.register_forward_hook(calls.after, always_call=True).remove)
-        return
     undo.set_item(module.__dict__, CALLS, calls)
-    undo.set_class(module, subclass(type(module), (), _calls_forward))  # type: ignore[arg-type]
+    if _keeps_class(model, module):
+        wrap_forward(module, _call, undo)
+    else:
+        undo.set_class(module, subclass(type(module), (), _calls_forward))  # type: ignore[arg-type]

@@ -1,12 +1,11 @@
 """Any module's forward under a plan: convert arguments, read local tensors, watch sites, convert results.
 
 `ModuleRun` is the state that a rewritten module carries. It runs either as the forward of a subclass or, where an object's
-class must stay, as a pair of hooks around its forward.
+class must stay, as a forward of the instance. Both are found by `module(x)`, inside of its hooks, and by `module.forward(x)`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -115,47 +114,22 @@ class ModuleRun:
 
     inside_eagerly = torch.compiler.disable(inside)  # type: ignore[no-untyped-call]
 
-    def enter_eagerly(self) -> None:
-        """`enter`, where there is something to enter."""
-        if self.reads or self.sites is not None or RUNNING.modes:
-            _enter(self)
-
-    def leave_eagerly(self) -> None:
-        """`leave`, if entered."""
-        if self.frames:
-            _leave(self)
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The forward pre-hook of a module whose class stays."""
-        self.enter_eagerly()
-        return (args, kwargs) if self.inputs is None else self.inputs(args, kwargs)
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
-        """The forward hook of a module whose class stays; also called after an error."""
-        self.leave_eagerly()
-        return result if self.outputs is None else self.outputs(result)
-
 
 _PAUSE: Any = object()
-_enter = torch.compiler.disable(ModuleRun.enter)  # type: ignore[no-untyped-call]
-_leave = torch.compiler.disable(ModuleRun.leave)  # type: ignore[no-untyped-call]
 
 
-class EagerForward:
-    """The forward of a module whose class stays and that reads parameters of its own: never compiled. Survives deepcopy."""
+RUN = "_autotp_run"
 
-    def __init__(self, module: nn.Module, run: ModuleRun) -> None:
-        self.module, self.run = module, run
-        self.inner = module.__dict__.get("forward")
-        functools.update_wrapper(self, module.forward)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, between `ModuleRun.before` and `ModuleRun.after`."""
-        forward = functools.partial(type(self.module).forward, self.module) if self.inner is None else self.inner
-        result = forward(*args, **kwargs)
-        self.run.put_back(self.module)
-        return result
+def run_instance(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a module whose class stays, under the plan. No view of the class reads its parameters: that is never compiled."""
+    run: ModuleRun = module.__dict__[RUN]
+    if run.reads and is_dynamo_compiling():
+        return _run_eagerly(run, module, forward, args, kwargs)
+    return run(module, forward, args, kwargs)
+
+
+_run_eagerly = torch.compiler.disable(ModuleRun.__call__)  # type: ignore[no-untyped-call]
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:

@@ -40,10 +40,11 @@ from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, SizeRef, TaggedInt, expr_of
 from autotp.trace.places import call_of, call_place
-from autotp.trace.watch import GRAD_FN, REQUIRES_GRAD, Question, Refused, is_model, is_running, watching
+from autotp.trace.watch import FUNCTION, GRAD_FN, REQUIRES_GRAD, Question, Refused, is_model, is_running, watching
 
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
 _LEN = torch.Tensor.__len__
+_VIEW, _ALIAS = torch.ops.aten.view.default, torch.ops.aten.alias.default
 _SIZES = (_SHAPE, _SIZE, _NUMEL, _LEN)  # compared by equality: each access of a getter makes a new wrapper
 #: Gradients would pass code that the graph does not hold; hooks after the accumulation see a leaf, which no local tensor is.
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_post_accumulate_grad_hook)
@@ -186,7 +187,7 @@ class Recorder:
     def cross(self, tensor: Tensor, kind: Pseudo, module: str, path: tuple[str | int, ...]) -> Tensor:
         """An alias of `tensor` on the other side of a module boundary."""
         with self.paused(), torch.enable_grad():  # the alias of what requires a gradient does, whatever the mode
-            alias: Tensor = torch.ops.aten.alias.default(tensor)
+            alias: Tensor = _ALIAS(tensor)
         before = self.value(tensor)
         after = self.bind(alias, Origin.NODE)
         if before.id in self.concrete:
@@ -224,6 +225,8 @@ class Recorder:
             outputs.append(value)
             if exact is not None and choices.small(exact):
                 self.concrete[value.id] = exact
+        if func is _VIEW and place is not None and place.file == FUNCTION:  # what a function returns as it is, in a view of its size
+            func, vargs = _ALIAS, vargs[:1]
         node = self.add(func, vargs, vkwargs, tuple(outputs), **self._provenance(args, kwargs))
         self._note_fill(node)
         for target in mutated:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._functorch import utils as functorch
 
 _TORCH = torch.__file__.rsplit("__init__", 1)[0]
+FUNCTION = _TORCH + "autograd/function.py"
 _APPLY = torch.autograd.Function.__dict__["apply"].__func__.__code__
 #: Files of torch's own that ask about gradients to keep books, and take no other path.
 _BOOKS = tuple(_TORCH + "nn/" + name for name in ("parameter.py", "modules/module.py"))
