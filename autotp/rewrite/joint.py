@@ -5,7 +5,8 @@
 
 What is kept belongs to one call of the parent. The parent's forward opens a call before and closes it after, also after an error, so
 that nothing stays for the next one; a member that runs outside of its parent (by itself, or again for a checkpoint of its own) finds no
-open call and reduces alone. Each wrapper is one more subclass around the module's rewritten forward, or a forward of the instance where the class must stay.
+open call and reduces alone. Each wrapper is one more subclass around the module's rewritten forward, or a forward of the instance where
+the class must stay.
 """
 
 from __future__ import annotations

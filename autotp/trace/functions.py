@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _is_setup_context_defined
+from torch.autograd.function import _is_setup_context_defined as _separate
 from torch.utils._pytree import tree_flatten
 
 from autotp.trace.graph import Scope
@@ -129,7 +129,8 @@ class _Draw:
             except Exception:  # it needs the whole size
                 return False
             outputs = tuple(o.narrow(dim, start, stop - start) for o in self.whole.outputs)
-            whole = tuple(None if g is None else g.narrow(dim, start, stop - start) if c else g for g, c in zip(self.whole.grads, cut, strict=True))
+            pairs = zip(self.whole.grads, cut, strict=True)
+            whole = tuple(g.narrow(dim, start, stop - start) if g is not None and c else g for g, c in pairs)
             if not _equal(_Run(outputs, whole), part):
                 return False
         return True
@@ -139,7 +140,7 @@ class _Draw:
 
     def _forward(self, args: tuple[Any, ...]) -> Any:
         function = self.call.function
-        first = () if _is_setup_context_defined(function.setup_context) else (_Context(len(args)),)
+        first = () if _separate(function.setup_context) else (_Context(len(args)),)  # type: ignore[no-untyped-call]
         return function.forward(*first, *args, **self.call.kwargs)
 
     def _outputs(self, call: Callable[[tuple[Any, ...]], Any], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -36,7 +36,7 @@ class _BlockRecorder(Recorder):
     """A recorder that runs a block alike to an earlier one only once for each form of its arguments."""
 
     repeats: dict[str, str]
-    done: dict[Any, tuple[Any, Any]]
+    done: dict[Any, tuple[tuple[Value, ...], Any, Any]]
 
     def module_call(self, module: nn.Module, path: str, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Answer the call of a repeated block from its template's result."""
@@ -234,9 +234,7 @@ def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, examp
                     modes.append(other)
 
 
-def _path(
-    model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example, mode: _Mode
-) -> tuple[str, str] | None:
+def _path(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example, mode: _Mode) -> tuple[str, str] | None:
     """Record one path and what it decodes to; (name, why) of what could not be run and was left out.
 
     Raises:
