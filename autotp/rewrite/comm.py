@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from autotp.rewrite.memo import CopyMemo
 
-_modes = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
+_modes = torch._C._len_torch_dispatch_stack
 
 
 def keeps_results() -> bool:
