@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.ranks import Pool
+import autotp
+from autotp.errors import PlanError
+from tests.support.ranks import Pool, mesh
 from tests.support.side_by_side import equal
 
 X = torch.randn(4, 16, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -115,3 +118,19 @@ def test_a_buffer_follows_activations(name: str) -> None:
 @pytest.mark.parametrize("normed", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
 def test_vectors_of_a_spectral_norm(normed: Callable[[nn.Module], nn.Module]) -> None:
     equal(lambda: nn.Sequential(normed(nn.Linear(16, 24)), nn.ReLU(), normed(nn.Linear(24, 16))), {"input": ROWS}, train=True)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_statistics_over_tensor_parallel_ranks_are_refused(pool: Pool, alone: bool) -> None:
+    pool.run(synchronised, alone, world=2)
+
+
+def synchronised(alone: bool) -> None:
+    """On one rank: a SyncBatchNorm over all ranks, or over this one."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    model = Convolved(lambda n: nn.SyncBatchNorm(n, process_group=groups[dist.get_rank()] if alone else None)).double().eval()
+    if alone:
+        autotp.parallelize(model, mesh(), example_inputs={"x": X})
+    else:
+        with pytest.raises(PlanError, match=r"n is a SyncBatchNorm over ranks \[0, 1\]"):
+            autotp.parallelize(model, mesh(), example_inputs={"x": X})
