@@ -119,6 +119,7 @@ def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
 def _ready(model: nn.Module, group: dist.ProcessGroup) -> GroupComm:
     """The group's collectives, once all ranks have the same model and none is parallel."""
     agree(group, lambda: _refuse_parallel(model))
+    agree(group, lambda: _refuse_synchronised(model, group))
     _same_weights(group, model)
     return GroupComm(group)
 
@@ -244,6 +245,19 @@ def _refuse_parallel(model: nn.Module) -> None:
     foreign = [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
     if foreign:
         raise PlanError(f"{foreign[0]} is already a DTensor: parallelize takes the model before FSDP or another parallelism is applied")
+
+
+def _refuse_synchronised(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Refuse batch norms that would take their statistics over ranks of `group`: these see the same rows, and other channels."""
+    ranks = set(dist.get_process_group_ranks(group))
+    for path, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            over = ranks & set(dist.get_process_group_ranks(module.process_group or dist.group.WORLD))
+            if len(over) > 1:
+                raise PlanError(
+                    f"{path} is a SyncBatchNorm over ranks {sorted(over)}, which are tensor-parallel: in training it would count every row "
+                    f"{len(over)} times; give it the process group of the data-parallel ranks, or make it a BatchNorm"
+                )
 
 
 def tp_mesh(mesh: object) -> DeviceMesh:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from autotp.axes import rules_basic, rules_math
+from autotp.axes import rules_basic, rules_index, rules_math
 from autotp.axes.analysis import Axes, Context, Rule, analyse, is_pointwise
 from autotp.axes.rules_basic import pointwise
 from autotp.trace.graph import Graph, Node
 
 RULES: dict[str, Rule] = {**rules_basic.RULES}
-assert rules_math  # importing it registers its rules in the same table
+assert rules_math and rules_index  # importing them registers their rules in the same table
 RULES.update(rules_basic.RULES)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
-from autotp.plan.calls import in_place
+from autotp.plan.changes import statistics, wrongly_changed
 from autotp.plan.choose import Choice
 from autotp.plan.cuts import Atoms
 from autotp.plan.joint import Joint, conversions_of, members
@@ -19,7 +19,6 @@ from autotp.plan.localise import Localised
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use, Written
 from autotp.plan.moves import Moves, conversion_key, slot_key
 from autotp.plan.naming import Namer
-from autotp.plan.storage import outlives
 from autotp.trace.graph import Node, Origin, Place, Pseudo, Value
 
 
@@ -83,25 +82,6 @@ class Builder:
         self._check_changes()
         return self._modules()
 
-    def _check_changes(self) -> None:
-        """What is changed in place is one tensor with all that shares its storage, and whole where it outlives the call."""
-        storage = self.space.storage
-        for node in storage.updates:
-            if any(self._converted(v) for v in storage.apart(node)):
-                raise Unrealisable(node, "a tensor is changed in place on one side of a conversion and used on the other")
-        for node, target in storage.changes:
-            path = storage.path(target)
-            if any(c.op in (Op.COPY, Op.ONCE) for v in path for c in self._converted(v)):
-                raise Unrealisable(node, "what enters a sharded region is changed in place there")
-            if not outlives(path[-1]):
-                continue
-            if any(self._converted(v) for v in path):
-                raise Unrealisable(node, "what outlives the call is changed in place behind a conversion")
-            new = target if node.opname == "batch_norm" else node.outputs[0] if node.outputs else target
-            cut = self.labels.of(new) | self.labels.slices.get((node.index, target.id), NONE)
-            if (cut and not self._put_back(node, target)) or new.id in self.moves.partial:
-                raise Unrealisable(node, "what outlives the call would be a part or a summand on each rank")
-
     def _converted(self, value: Value) -> tuple[Conversion, ...]:
         """Conversions between a value and what it is made of."""
         node = self.made.get(value.id)
@@ -110,24 +90,23 @@ class Builder:
         slot = slot_key(node)
         if slot is not None:
             return tuple(self.slots.get(slot, ()))
-        spec = self.calls.get(node.index)
-        if spec is None:
-            return ()
+        spec = self.calls.get(node.index, _CallSpec())
         return tuple(c for table in (spec.inputs, spec.outputs) for conversions in table.values() for c in conversions)
 
-    def _put_back(self, node: Node, target: Value) -> bool:
-        """True for running statistics that their module reads in slices: they are made whole after its forward."""
-        if target.origin is not Origin.BUFFER or in_place(node):
-            return False
-        key = (node.module, *self._owner(target, node.module))
-        use = self.uses.get(key)
-        if use is None or not any(c.op is Op.SLICE for c in use.conversions):
-            return False
-        path = next(result for result in self.graph.results if node.index < result.stop)
-        if use.written is not Written.ALWAYS:
+    def _check_changes(self) -> None:
+        """Nothing is changed in place behind a conversion, and statistics that modules read in slices are marked as written."""
+        error = wrongly_changed(self.space, self.labels, self.moves.partial, self._converted)
+        if error is not None:
+            raise Unrealisable(*error)
+        for node, buffer in statistics(self.space, self.labels):
+            key = (node.module, *self._owner(buffer, node.module))
+            use = self.uses.get(key)
+            if use is None or not any(c.op is Op.SLICE for c in use.conversions):
+                raise Unrealisable(node, "running statistics that are no buffers of the module would be updated in parts")
+            path = next(result for result in self.graph.results if node.index < result.stop)
             always = node.args[5] and not path.name.endswith("-training")
-            self.uses[key] = replace(use, written=Written.ALWAYS if always else Written.TRAINING)
-        return True
+            if use.written is not Written.ALWAYS:
+                self.uses[key] = replace(use, written=Written.ALWAYS if always else Written.TRAINING)
 
     # where ------------------------------------------------------------------------------------------------------------------
 

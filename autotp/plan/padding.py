@@ -183,10 +183,22 @@ def _joined(node: Node, states: dict[int, Padding]) -> Padding:
     if len(have) > 1:
         return ANY
     (state,) = have
-    if node.opname in _FILLS and state != ZERO:
+    if node.opname in _FILLS and (state != ZERO or _fills_with(node) != 0):
         return ANY
     whole = [v for v in values_in(node.args) if v.id not in states and v.dtype.is_floating_point]
     return ANY if node.opname in _MIXES and whole else state
+
+
+def _fills_with(node: Node) -> float:
+    """The number that a node puts beside elements."""
+    if node.opname in ("pad", "constant_pad_nd"):
+        at = 3 if node.opname == "pad" else 2
+        given = node.args[at] if len(node.args) > at else node.kwargs.get("value")
+    elif node.opname.startswith("scatter"):
+        given = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    else:
+        given = None
+    return float(given) if isinstance(given, (int, float)) else 0.0
 
 
 def _elementwise(space: Space, node: Node, base: str, states: dict[int, Padding]) -> Padding:

@@ -1,8 +1,9 @@
 """The few collectives that a rewritten model runs.
 
 `all_reduce_` sums a tensor that the caller owns, in place where that is cheapest; `all_reduce` leaves its argument alone;
-both return the sum. Eager code uses plain c10d (4 µs a call, functional collectives cost 76 µs); code being compiled uses
-functional collectives, so that a forward stays one graph.
+both return the sum. Eager code uses plain c10d (4 µs a call, functional collectives cost 76 µs). Code being compiled uses
+functional collectives, so that a forward stays one graph, and so does code under a dispatch mode: what a mode has seen it may
+keep (selective activation checkpointing does), and it must not be changed afterwards.
 """
 
 from __future__ import annotations
@@ -15,6 +16,13 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from autotp.rewrite.memo import CopyMemo
+
+_modes = torch._C._len_torch_dispatch_stack
+
+
+def keeps_results() -> bool:
+    """True where a dispatch mode sees results: nothing that an operator returned may be changed in place then."""
+    return bool(_modes())
 
 
 class Comm(Protocol):
@@ -53,13 +61,13 @@ class GroupComm:
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         if self.size == 1:
             return tensor
-        if is_dynamo_compiling():
+        if is_dynamo_compiling() or _modes():
             return self._functional_sum(tensor)
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        if is_dynamo_compiling() and self.size > 1:
+        if self.size > 1 and (is_dynamo_compiling() or _modes()):
             return self._functional_sum(tensor)
         return self.all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
 
@@ -67,7 +75,7 @@ class GroupComm:
         if self.size == 1:
             return [tensor]
         tensor = tensor.contiguous()
-        if is_dynamo_compiling():
+        if is_dynamo_compiling() or _modes():
             op = torch.ops._c10d_functional
             out = op.wait_tensor(op.all_gather_into_tensor(tensor.reshape(1, -1), self.size, self.name))
             return [part.reshape(tensor.shape) for part in out.unbind(0)]

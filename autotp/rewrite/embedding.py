@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from autotp.errors import AutoTPError, PlanError
 from autotp.plan.model import GradSum, Kernel, ModulePlan, Op
 from autotp.rewrite.classes import STATE
-from autotp.rewrite.comm import Comm
+from autotp.rewrite.comm import Comm, keeps_results
 from autotp.rewrite.convert import reduce
 from autotp.rewrite.grads import grad_of
 from autotp.rewrite.kernels import local_ids
@@ -54,7 +54,8 @@ class EmbeddingRun:
 
     def local(self, ids: Tensor, outside: Tensor, w: Tensor) -> Tensor:
         """Rows [.., width] of local ids, zero where `outside`, summed over ranks; nothing recorded."""
-        y = F.embedding(ids, w).masked_fill_(outside.unsqueeze(-1), 0)
+        y, outside = F.embedding(ids, w), outside.unsqueeze(-1)
+        y = y.masked_fill(outside, 0) if keeps_results() else y.masked_fill_(outside, 0)
         return self.comm.all_reduce_(y) if self.reduces else y
 
 

@@ -15,7 +15,7 @@ def map_leaves(value: Any, fn: Callable[[Any], Any]) -> Any:
     if isinstance(value, tuple):
         items = [map_leaves(item, fn) for item in value]
         if type(value).__module__ == "torch.return_types":  # the results of max, sort, …
-            return type(value)(items)  # type: ignore[arg-type]
+            return type(value)(items)
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
         return [map_leaves(item, fn) for item in value]

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from autotp.errors import AutoTPError
 from autotp.plan.model import ModulePlan, Op
 from autotp.rewrite.classes import STATE
-from autotp.rewrite.comm import Comm
+from autotp.rewrite.comm import Comm, keeps_results
 from autotp.rewrite.convert import copy, gather, once, reduce
 from autotp.rewrite.grads import grad_of
 from autotp.rewrite.reads import Read, local_tensor
@@ -69,7 +69,9 @@ class LinearRun:
             if not self.once:
                 return self.comm.all_reduce_(F.linear(x, w, b))
             y = self.comm.all_reduce_(F.linear(x, w))
-            return y.add_(b) if b is not None else y
+            if b is None:
+                return y
+            return y + b if keeps_results() else y.add_(b)
         if self.once and self.comm.rank:
             b = None
         y = F.linear(x, w, b)

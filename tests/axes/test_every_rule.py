@@ -236,6 +236,93 @@ MORE: dict[str, Case] = {
     "dropout": unary(lambda x: F.dropout(x, 0.5, False)),
 }  # fmt: skip
 
+
+def short(function: Callable[..., Any]) -> Case:
+    """`function` of a tensor [m, n], rows of fewer entries than its dim and as many indices; the indices are shared out too, or whole."""
+
+    def made(d: Draw, m: int, n: int) -> Made:
+        n = max(n, 4)
+        rows, index = d.x(m, n // 2), d.ids(m, m, n // 2)
+        return (function, [d.x(m, n), rows, index], []) if d.yes() else (function, [d.x(m, n), rows], [index])
+
+    return made
+
+
+def placed(function: Callable[..., Any]) -> Case:
+    """`function` of a tensor [m, n], row numbers and as many rows; the row numbers are shared out too, or whole."""
+
+    def made(d: Draw, m: int, n: int) -> Made:
+        rows, index = d.x(2, n), torch.arange(2)
+        return (function, [d.x(m, n), rows, index], []) if d.yes() else (function, [d.x(m, n), rows], [index])
+
+    return made
+
+
+def assigned(x: Tensor, places: Any, values: Tensor) -> Tensor:
+    """`x` with other values at some places."""
+    x = x * 1
+    x[places] = values
+    return x
+
+
+#: Forms of operators that a rule may take for the usual one: operator, then what is special.
+FORMS: dict[str, Case] = {
+    "gather short": short(lambda x, y, i: x.gather(0, i) + y),
+    "gather long rows": short(lambda x, y, i: y.gather(1, i.clamp(max=y.shape[1] - 1)) + x.sum()),
+    "scatter short": short(lambda x, y, i: x.scatter(0, i, y)),
+    "scatter number": short(lambda x, y, i: x.scatter(0, i, 2.0) + y.sum()),
+    "scatter longer source": short(lambda x, y, i: y.scatter(0, i, x)),
+    "scatter_ short": short(lambda x, y, i: (x * 1).scatter_(0, i, y)),
+    "scatter_add short": short(lambda x, y, i: x.scatter_add(0, i, y)),
+    "scatter_add longer source": short(lambda x, y, i: y.scatter_add(0, i, x)),
+    "scatter_reduce short": short(lambda x, y, i: x.scatter_reduce(0, i, y, "sum")),
+    "take_along_dim one column": short(lambda x, y, i: x.take_along_dim(i[:, :1], 0) + y.sum()),
+    "take_along_dim of one column": short(lambda x, y, i: x[:, :1].take_along_dim(i, 0) + y),
+    "take_along_dim of all": short(lambda x, y, i: x.take_along_dim(i.flatten()) + y.sum()),
+    "index_add placed": placed(lambda x, y, i: x.index_add(0, i, y)),
+    "index_copy placed": placed(lambda x, y, i: x.index_copy(0, i, y)),
+    "index_put placed": placed(lambda x, y, i: x.index_put((i,), y)),
+    "index_put one number": placed(lambda x, y, i: x.index_put((i,), y[0, 0])),
+    "index_put apart": lambda d, m, n: (lambda x, y, i: assigned(x, (i, slice(None), i), y), [d.x(m, n, 4), d.x(2, n)], [torch.arange(2)]),
+    "index_put masked": lambda d, m, n: (lambda x, v, k: assigned(x, (slice(None), k), v), [d.x(3, m, n), d.x(1)], [d.mask(m, n)]),
+    "index masked": lambda d, m, n: (lambda x, k: x[:, k].sum(1), [d.x(3, m, n)], [torch.ones(m, n, dtype=torch.bool)]),
+    "index_select placed": placed(lambda x, y, i: x.index_select(0, i) + y),
+    "narrow from the end": unary(lambda x: torch.cat([x.narrow(1, -2, 2), x.narrow(1, -2, 1)], -1)),
+    "var_mean of all": unary(lambda x: torch.var_mean(x, False)),
+    "nansum": unary(lambda x: x.nansum(-1)),
+    "pad negative": unary(lambda x: F.pad(x, (-1, 1))),
+    "pad circular": lambda d, m, n: (lambda x: F.pad(x, (1, 1), mode="circular"), [d.x(1, m, n)], []),
+    "tensor_split at": lambda d, m, n: (lambda x: x.tensor_split((1, 3), -1), [d.x(m, n + 4)], []),
+    "einsum diagonal": lambda d, m, n: (lambda x: torch.einsum("bii->bi", x), [d.x(m, n, n)], []),
+    "batch_norm training": lambda d, m, n: (
+        lambda x, w: F.batch_norm(x, None, None, w, None, True), [d.x(m, n, 3), d.x(n)], []
+    ),
+    "unfold": unary(lambda x: x.unfold(1, 2, 1)),
+    "diagonal": unary(lambda x: x.diagonal()),
+    "index_fill": lambda d, m, n: (lambda x, i: x.index_fill(1, i, 2.0), [d.x(m, n)], [torch.arange(2)]),
+    "take": lambda d, m, n: (lambda x, i: x.take(i), [d.x(m, n)], [torch.arange(2)]),
+    "put": lambda d, m, n: (lambda x, i: x.put(i, torch.ones(2, dtype=x.dtype)), [d.x(m, n)], [torch.arange(2)]),
+    "searchsorted": binary(lambda x, y: torch.searchsorted(x.sort(-1).values, y)),
+    "histc": unary(lambda x: x.histc(4)),
+    "causal": lambda d, m, n: (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), [d.x(2, m, n), d.x(2, 3, n), d.x(2, 3, 4)], []
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_form(name: str) -> None:
+    @settings(max_examples=6, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def examples(data: st.DataObject) -> None:
+        d = Draw(data)
+        subject = Subject.of(Operator(*FORMS[name](d, d.n(), d.n())), name == "tensor_split at")
+        subject.claims()
+        subject.check_linear(d.generator)
+
+    examples()
+
+
 #: Rules that no case reaches, and why.
 UNREACHABLE: dict[str, str] = {
     **dict.fromkeys(
