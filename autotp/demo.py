@@ -22,7 +22,7 @@ from rich.console import Console
 
 from autotp.errors import AutoTPError, InputError
 from autotp.launch import run_ranks, values
-from autotp.testing.exact import relative_error
+from autotp.numeric.exact import relative_error
 
 RANKS = 2
 TOLERANCE = 1e-4  # float32, 30 layers

@@ -204,7 +204,7 @@ def compare(emit: Callable[[Any], None], kinds: list[str], names: list[str]) -> 
     from torch.distributed.device_mesh import init_device_mesh
 
     import autotp
-    from autotp.testing.exact import DOUBLE
+    from autotp.numeric.exact import DOUBLE
 
     transformers.logging.set_verbosity_error()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autotp.testing.exact import Precision, largest, relative_error
+from autotp.numeric.exact import Precision, largest, relative_error
 
 _LEAST_PARAMETER = 0.01
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotp.testing.exact import TOLERANCE, relative_error
+from autotp.numeric.exact import TOLERANCE, relative_error
 from autotp.trace.boundary import flatten_result
 
 #: (module path, number of the call, path inside the result) → output.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp.errors import InputError
-from autotp.testing.exact import DOUBLE, SINGLE, Precision
+from autotp.numeric.exact import DOUBLE, SINGLE, Precision
 
 #: Builds the model; a transformers config stands for the model of random weights that it describes.
 Factory = Callable[[], nn.Module]

@@ -11,7 +11,7 @@ report can name the first module that differs (`modules`).
 
 from __future__ import annotations
 
-from autotp.testing.exact import TOLERANCE, relative_error
+from autotp.numeric.exact import TOLERANCE, relative_error
 from autotp.verify.main import verify
 from autotp.verify.report import Check, Report
 

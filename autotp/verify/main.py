@@ -17,7 +17,7 @@ from autotp import targets
 from autotp.errors import InputError
 from autotp.launch import Outcome, RankError, run_ranks, values
 from autotp.recipe.recipe import Recipe
-from autotp.testing.exact import DOUBLE, SINGLE
+from autotp.numeric.exact import DOUBLE, SINGLE
 from autotp.testing.modules import first_difference
 from autotp.verify.report import Check, Report
 from autotp.verify.worker import NEW_TOKENS, Parallelizer, check_rank, with_autotp

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import autotp
 from autotp.api import parallelize_as
 from autotp.plan.plan import Plan
-from autotp.testing.exact import DOUBLE
+from autotp.numeric.exact import DOUBLE
 from benchmarks.optimizers import build
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

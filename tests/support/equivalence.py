@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autotp.testing.exact import Float64
+from autotp.numeric.exact import Float64
 from autotp.testing.observe import tensors_of
 from tests.support.ranks import Pool, RankError, mesh
 

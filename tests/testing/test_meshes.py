@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import autotp
 from autotp.testing import strategies as tps
 from autotp.testing.architecture import Architecture
-from autotp.testing.exact import relative_error
+from autotp.numeric.exact import relative_error
 from tests.support.ranks import Pool
 
 MODEL = Architecture(kv=3, group=2)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCTC, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from autotp.errors import InputError
-from autotp.testing.exact import Float64
+from autotp.numeric.exact import Float64
 from autotp.testing.tiny import tiny_config, tiny_model
 from autotp.trace.inputs import example_inputs, user_example
 

@@ -1,0 +1,196 @@
+"""Do the ranks of a plan compute what the model computes?
+
+    judge(model, examples, plan) → Verdict
+
+The model and its `tp` local ranks run every traced call in one process (`autotp.numeric.ranks`), forward and backward. Compared are
+results, gradients of arguments, each rank's part of each parameter's gradient, and buffers. In float64 only the order of sums differs,
+so a relative error above 1e-9 is a wrong plan, unless the model itself answers a nudge of its weights by one unit in the last place
+with changes as large (`nudge`).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotp.numeric.exact import DOUBLE, SINGLE, Precision, largest, relative_error
+from autotp.numeric.ranks import LocalComm, TimedOut, run_ranks
+from autotp.numeric.subject import CannotRun, Seen, copy_of, nudge, run
+from autotp.numeric.where import Order, first_wrong_module, watched
+from autotp.plan.layout import Layout
+from autotp.plan.plan import Plan
+from autotp.rewrite.apply import apply
+from autotp.trace.inputs import Example
+from autotp.trace.prepare import same_numbers
+
+#: Parameter elements of models that are run as they are; float64 copies of each rank's part and of the whole are made.
+MOST_ELEMENTS = 4_000_000
+#: Ranks that are run.
+MOST_RANKS = 16
+#: Seconds that the ranks may take, and that one run of the model may take for them to be started.
+SECONDS = 20.0
+_NUDGES = 100.0  # times the model's own answer to a nudge that the ranks may differ by
+_LEAST = 1e-12  # values below this are rounding errors of zero
+_UNSTABLE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`unknown`: why nothing was compared, "" where something was. `module`: path of the first module that differs, None where all are equal.
+
+    `reason`: what differs there.
+    """
+
+    unknown: str = ""
+    module: str | None = None
+    reason: str = ""
+
+
+def too_large(model: nn.Module, tp: int) -> str:
+    """Why the numbers of a model are not run, "" where they can be."""
+    elements = sum(p.numel() for p in model.parameters())
+    if elements > MOST_ELEMENTS:
+        return f"it has {elements:,} parameter elements, more than the {MOST_ELEMENTS:,} of models that are run in full"
+    if tp > MOST_RANKS:
+        return f"{tp} ranks are more than the {MOST_RANKS} that are run in one process"
+    return ""
+
+
+def judge(model: nn.Module, examples: Sequence[Example], plan: Plan) -> Verdict:
+    """Run the model and the ranks of `plan`, and compare. The model is left as it was, and so are the random states.
+
+    `examples`: the calls that were traced.
+    """
+    reason = too_large(model, plan.tp)
+    if reason:
+        return Verdict(reason)
+    with same_numbers(), warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        try:
+            subject = _subject(model, tuple(examples))
+            return _compare(subject, plan)
+        except CannotRun as error:
+            return Verdict(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What one device does: `make` copies the model, `wanted` is what a run showed, in the order in which modules ended."""
+
+    make: Callable[[], nn.Module]
+    examples: tuple[Example, ...]
+    precision: Precision
+    wanted: Seen
+    order: Order
+
+
+def _subject(model: nn.Module, examples: tuple[Example, ...]) -> _Subject:
+    problem: Exception | None = None
+    for precision in (DOUBLE, SINGLE):
+        make = lambda p=precision: copy_of(model, p)  # noqa: E731
+        original = make()
+        started = time.monotonic()
+        try:
+            with watched(original) as order:
+                wanted = run(original, examples, precision)
+        except Exception as error:  # the model may refuse in any way
+            problem = problem or error
+            continue
+        if time.monotonic() - started > SECONDS / (plan_ranks := 4):
+            raise CannotRun(f"one run of the model takes more than {SECONDS / plan_ranks:.0f} seconds")
+        again = run(make(), examples, precision)
+        if _differences(wanted, again, {}, 0, precision.tolerance, precision):
+            raise CannotRun("two runs of the model with one seed differ")
+        return _Subject(make, examples, precision, wanted, order)
+    raise CannotRun(f"the model itself does not run on the example inputs ({type(problem).__name__}: {' '.join(str(problem).split())[:200]})")
+
+
+def _compare(subject: _Subject, plan: Plan) -> Verdict:
+    tolerance = subject.precision.tolerance
+    layouts = {n: p.layout for n, p in plan.params.items()}
+
+    def rank(comm: LocalComm) -> tuple[Seen, Order]:
+        local = _parallel(subject.make(), plan, comm)
+        with watched(local) as order:
+            return run(local, subject.examples, subject.precision), order
+
+    try:
+        ranks = run_ranks(plan.tp, rank, SECONDS)
+    except TimedOut as error:
+        raise CannotRun(str(error)) from error
+    except Exception as error:
+        module = getattr(error, "autotp_module", "")
+        return Verdict(module=module, reason=f"the numbers cannot be computed on a shard ({type(error).__name__}: {_short(error)})")
+    wrong = [_differences(subject.wanted, seen, layouts, r, tolerance, subject.precision) for r, (seen, _) in enumerate(ranks)]
+    if not any(wrong):
+        return Verdict()
+    moved = _own_change(subject)
+    if moved > _UNSTABLE:
+        raise CannotRun(f"a change of its weights in the last place changes the model's results by {moved:.0e}")
+    if moved * _NUDGES > tolerance:
+        tolerance = moved * _NUDGES
+        wrong = [_differences(subject.wanted, seen, layouts, r, tolerance, subject.precision) for r, (seen, _) in enumerate(ranks)]
+        if not any(wrong):
+            return Verdict()
+    merged: dict[str, float] = {}
+    for found in wrong:
+        for path, error in found.items():
+            merged[path] = max(error, merged.get(path, 0.0))
+    worst = max(merged, key=lambda path: merged[path])
+    module = first_wrong_module(subject.order, [order for _, order in ranks], merged, tolerance)
+    return Verdict(module=module, reason=f"numbers differ from one device ({worst}: relative error {merged[worst]:.1e})")
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _parallel(model: nn.Module, plan: Plan, comm: LocalComm) -> nn.Module:
+    def make(name: str, old: nn.Parameter, layout: Layout) -> nn.Parameter:
+        with torch.no_grad():
+            return nn.Parameter(layout.shard(old.detach(), comm.rank).clone(), requires_grad=old.requires_grad)
+
+    apply(model, plan.params, plan.modules, comm=comm, make_param=make).release()
+    return model
+
+
+def _own_change(subject: _Subject) -> float:
+    """The largest relative change of what is compared when the weights move by one unit in the last place."""
+    moved = subject.make()
+    nudge(moved)
+    found = _differences(subject.wanted, run(moved, subject.examples, subject.precision), {}, 0, 0.0, subject.precision)
+    return max(found.values(), default=0.0)
+
+
+def _differences(wanted: Seen, got: Seen, layouts: Mapping[str, Layout], rank: int, tolerance: float, precision: Precision) -> dict[str, float]:
+    """Path → relative error of what differs by more than `tolerance`."""
+    found: dict[str, float] = {}
+
+    def compare(kind: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], part: Callable[[str, Tensor], Tensor], least: float) -> None:
+        for name in {**a, **b}:
+            error = _error(a.get(name), b.get(name), lambda t, n=name: part(n, t), least)
+            if not error <= tolerance:
+                found[f"{kind}{name}"] = error
+
+    whole: Any = lambda _, t: t  # noqa: E731
+    compare("", wanted.results, got.results, whole, _LEAST)
+    compare("buffer ", wanted.buffers, got.buffers, whole, _LEAST)
+    floor = max(_LEAST, precision.floor * max(map(largest, (*wanted.gradients.values(), *wanted.arguments.values())), default=0.0))
+    compare("gradient of argument ", wanted.arguments, got.arguments, whole, floor)
+    shard = lambda n, t: layouts[n].shard(t, rank) if n in layouts else t  # noqa: E731
+    compare("gradient of ", wanted.gradients, got.gradients, shard, floor)
+    return found
+
+
+def _error(a: Tensor | None, b: Tensor | None, part: Callable[[Tensor], Tensor], least: float) -> float:
+    if a is None or b is None:
+        there = b if a is None else a
+        return 0.0 if there is None or largest(there) <= least else float("inf")
+    scale = max(largest(a), least) if a.is_floating_point() or a.is_complex() else None
+    return relative_error(b, part(a), scale=scale)

@@ -1,0 +1,200 @@
+"""Copies of a model in float64, and calls of them.
+
+A parameter that holds a single value (a zero bias) gets noise, or nothing would show that it is added twice. Dropout does nothing, in
+training mode too, since a rank's part of a mask is not a part of the mask of one device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from autotp.numeric.exact import Precision
+from autotp.trace.boundary import flatten_result
+from autotp.trace.inputs import Example
+
+
+class CannotRun(Exception):
+    """The model cannot be run for its numbers; says why."""
+
+
+_WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def in_precision(tree: Any, precision: Precision) -> Any:
+    """Fresh tensors on the CPU, floating-point ones in the precision's dtype."""
+
+    def cast(t: Tensor) -> Tensor:
+        dtype = t.dtype
+        if precision.dtype is torch.float64:
+            dtype = _WIDE.get(dtype, dtype)
+        elif dtype.is_floating_point:
+            dtype = precision.dtype
+        return t.detach().to(device="cpu", dtype=dtype, copy=True)
+
+    return tree_map_only(Tensor, cast, tree)
+
+
+def copy_of(model: nn.Module, precision: Precision) -> nn.Module:
+    """A deep copy on the CPU without gradients; see the module docstring.
+
+    Raises:
+        CannotRun: it has no weights, or cannot be copied.
+    """
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise CannotRun("the model has no weights")
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:  # what a module holds may refuse to be copied in any way
+        raise CannotRun(f"the model cannot be copied ({type(error).__name__}: {error})") from error
+    if any(b is a for a, b in zip(model.parameters(), copied.parameters(), strict=True)):
+        raise CannotRun("a copy of the model shares its parameters")
+    copied.zero_grad(set_to_none=True)
+    return _enlivened(_wide(copied, precision))
+
+
+def _wide(model: nn.Module, precision: Precision) -> nn.Module:
+    return model._apply(lambda t: in_precision(t, precision))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _enlivened(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point() and p.numel() > 1 and bool((p == p.flatten()[0]).all()):
+                p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+_DROPOUTS: dict[Any, int] = {
+    f: 0
+    for f in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, torch.alpha_dropout)
+}
+
+
+class NoDropout(TorchFunctionMode):
+    """Dropout hands its argument on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            if "dropout_p" in kwargs:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_dropout(precision: Precision) -> Any:
+    """The context in which both models run."""
+    with NoDropout(), precision.mode():
+        yield
+
+
+@dataclass(slots=True)
+class Seen:
+    """What one run of a model showed, by path: results of its calls, gradients of arguments, and of parameters by name.
+
+    `buffers` are those after all calls.
+    """
+
+    results: dict[str, Tensor] = field(default_factory=dict)
+    arguments: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run(model: nn.Module, examples: tuple[Example, ...], precision: Precision) -> Seen:
+    """Every example without gradients and with them; `model` is changed."""
+    seen = Seen()
+    with without_dropout(precision):
+        for at, example in enumerate(examples):
+            model.train(example.training)
+            if at == 0 or example.decode is not None:
+                _without_gradients(model, example, precision, seen)
+            _with_gradients(model, example, precision, seen)
+    seen.gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    seen.buffers = {n: b.detach().clone() for n, b in model.named_buffers() if isinstance(b, Tensor)}
+    return seen
+
+
+def _without_gradients(model: nn.Module, example: Example, precision: Precision, seen: Seen) -> None:
+    with torch.no_grad():
+        torch.manual_seed(0)
+        result = model(**in_precision(example.make(), precision))
+        _keep(result, f"{example.name} without gradients", seen)
+        more = example.decode(result) if example.decode is not None else None
+        if more is not None:
+            _keep(model(**_cast_new(more, precision)), f"{example.name}+decode", seen)
+
+
+def _cast_new(inputs: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
+    """The keywords of a second call: what the first returned is there as it is."""
+    return {k: in_precision(v, precision) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def _with_gradients(model: nn.Module, example: Example, precision: Precision, seen: Seen) -> None:
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(where: tuple[str | int, ...], t: Tensor) -> Tensor:
+        if t.is_floating_point():
+            leaves[f"{'.'.join(map(str, where))} of {example.name}"] = t.requires_grad_()
+            return t * 1  # a leaf must not be changed in place
+        return t
+
+    inputs = flatten_result(dict(in_precision(example.make(), precision)), leaf)
+    torch.manual_seed(0)
+    found = _keep(model(**inputs), example.name, seen)
+    total = weighted(found)
+    if total is not None:
+        total.backward()  # type: ignore[no-untyped-call]
+    seen.arguments |= {path: t.grad for path, t in leaves.items() if t.grad is not None}
+
+
+def _keep(result: Any, name: str, seen: Seen) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def keep(where: tuple[str | int, ...], t: Tensor) -> Tensor:
+        found[".".join(map(str, where)) or "result"] = t
+        return t
+
+    flatten_result(result, keep)
+    seen.results |= {f"{path} of {name}": t.detach().clone() for path, t in found.items()}
+    return found
+
+
+def weighted(results: Mapping[str, Tensor]) -> Tensor | None:
+    """Σ results × fixed random weights: a number whose gradient reaches every entry differently. None where nothing has a gradient."""
+    total: Tensor | None = None
+    generator = torch.Generator().manual_seed(0)
+    for t in results.values():
+        if t.requires_grad and (t.is_floating_point() or t.is_complex()):
+            t = torch.view_as_real(t) if t.is_complex() else t
+            weights = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
+            term = (torch.where(t.isfinite(), t, 0) * weights).sum()
+            total = term if total is None else total + term
+    return total
+
+
+Perturb = Callable[[nn.Module], None]
+
+
+def nudge(model: nn.Module) -> None:
+    """Move every floating-point parameter by about one unit in the last place."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point():
+                signs = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
+                p.mul_(1 + signs * torch.finfo(p.dtype).eps)
