@@ -17,7 +17,8 @@ from autotp.agree import agree
 from autotp.errors import InputError, MeshError, PlanError
 from autotp.plan.layout import replicated
 from autotp.plan.plan import Plan
-from autotp.planner import make_plan, whole_plan
+from autotp.examine import Check, checked_plan
+from autotp.planner import whole_plan
 from autotp.recipe.prove import recipe_plan
 from autotp.recipe.recipe import Recipe
 from autotp.rewrite import full
@@ -45,7 +46,14 @@ class ParallelState:
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, Any]
 
 
-def plan(target: object, *, tp: int, recipe: RecipeLike | None = None, example_inputs: Mapping[str, object] | None = None) -> Plan:
+def plan(
+    target: object,
+    *,
+    tp: int,
+    recipe: RecipeLike | None = None,
+    example_inputs: Mapping[str, object] | None = None,
+    check: str = "numbers",
+) -> Plan:
     """What `parallelize` would do to `target` over `tp` ranks; needs no process group, no weights and no GPU.
 
     Args:
@@ -55,9 +63,11 @@ def plan(target: object, *, tp: int, recipe: RecipeLike | None = None, example_i
         recipe: a `Recipe`, or what `Recipe.load` takes: layouts that override the planner where it says something. It is proven against the
             model's axes; one that covers every parameter is used without proof where the model cannot be traced (the plan's notes say so).
         example_inputs: keywords of `forward` that the model is traced with. For transformers models they are made from the config.
+        check: "numbers": where that takes seconds, the model (or a smaller twin of a large transformers model) and its ranks are run in
+            this process in float64, and what differs stays whole; `Plan.checked` says what was done. "graph": the trace alone is proof.
 
     Raises:
-        InputError: a bad target, tp or example_inputs. RecipeError: a recipe with mistakes, or one that cannot be proven.
+        InputError: a bad target, tp, check or example_inputs. RecipeError: a recipe with mistakes, or one that cannot be proven.
         TraceError: the model cannot be run on fake tensors, and no recipe covers all of it.
     """
     if not isinstance(tp, int) or isinstance(tp, bool) or tp < 1:
@@ -65,7 +75,7 @@ def plan(target: object, *, tp: int, recipe: RecipeLike | None = None, example_i
     model = targets.resolve(target)
     if _STATE in model.__dict__:
         raise PlanError("the model is already parallel: autotp.plan_of(model) gives its plan")
-    return _make(model, tp, recipe, example_inputs)
+    return _make(model, tp, recipe, example_inputs, Check.of(check))
 
 
 def parallelize(
@@ -75,6 +85,7 @@ def parallelize(
     recipe: RecipeLike | None = None,
     example_inputs: Mapping[str, object] | None = None,
     strict: bool = False,
+    check: str = "numbers",
 ) -> nn.Module:
     """Make `model` tensor-parallel over `mesh`, in place; returns the same object. Collective: call on every rank.
 
@@ -87,6 +98,7 @@ def parallelize(
         recipe: as for `plan`. Rank 0 reads it; the others need no file.
         example_inputs: as for `plan`.
         strict: raise when Linear or expert parameters would stay replicated.
+        check: as for `plan`.
 
     Raises:
         AutoTPError: the same on every rank, with the model as it was. MeshError: no process group, no tp dim. PlanError: models that
@@ -94,6 +106,7 @@ def parallelize(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"parallelize takes an nn.Module, got {type(model).__name__}; autotp.plan also takes configs and paths")
+    checked = Check.of(check)
     line = tp_mesh(mesh)
     group = line.get_group()
     if dist.get_world_size(group) == 1:
@@ -103,7 +116,7 @@ def parallelize(
             model.__dict__[_STATE] = ParallelState(whole_plan(model, "the mesh has one rank"), DryComm(1))
         return model
     comm = _ready(model, group)
-    return _install(model, line, comm, _planned(model, comm, recipe, example_inputs, strict))
+    return _install(model, line, comm, _planned(model, comm, recipe, example_inputs, strict, checked))
 
 
 def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
@@ -143,7 +156,7 @@ def assemble(
         agree(comm.group, lambda: _replace_all(model, make_param))
         return parallelize(model, mesh, recipe=recipe)
     if made is None:
-        made = _planned(model, comm, recipe, None, False)
+        made = _planned(model, comm, recipe, None, False, Check.NUMBERS)
     return _install(model, line, comm, made, make_param)
 
 
@@ -154,9 +167,14 @@ def _replace_all(model: nn.Module, make_param: MakeParam) -> None:
 
 
 def _planned(
-    model: nn.Module, comm: GroupComm, recipe: RecipeLike | None, example_inputs: Mapping[str, object] | None, strict: bool
+    model: nn.Module,
+    comm: GroupComm,
+    recipe: RecipeLike | None,
+    example_inputs: Mapping[str, object] | None,
+    strict: bool,
+    check: Check,
 ) -> Plan:
-    work = lambda: _prepare(model, comm.size, recipe, example_inputs, strict) if comm.rank == 0 else None  # noqa: E731
+    work = lambda: _prepare(model, comm.size, recipe, example_inputs, strict, check) if comm.rank == 0 else None  # noqa: E731
     parcel: list[Any] = [agree(comm.group, work)]
     dist.broadcast_object_list(parcel, group=comm.group, group_src=0)  # one rank plans: all ranks then have the same plan
     return parcel[0]  # type: ignore[no-any-return]
@@ -223,14 +241,16 @@ def state_of(model: object) -> ParallelState:
     return state
 
 
-def _make(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[str, object] | None) -> Plan:
+def _make(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[str, object] | None, check: Check) -> Plan:
     if recipe is None:
-        return make_plan(model, tp, inputs)
-    return recipe_plan(Recipe.load(recipe), model, tp, inputs)
+        return checked_plan(model, tp, inputs, check=check)
+    return recipe_plan(Recipe.load(recipe), model, tp, inputs, check)
 
 
-def _prepare(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[str, object] | None, strict: bool) -> Plan:
-    made = _make(model, tp, recipe, inputs)
+def _prepare(
+    model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[str, object] | None, strict: bool, check: Check
+) -> Plan:
+    made = _make(model, tp, recipe, inputs, check)
     if strict and made.replicated_products:
         listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)
         raise PlanError(f"strict=True, and these Linear or expert parameters stay replicated:\n  {listed}")

@@ -53,13 +53,17 @@ class Difference:
     reason: str
 
 
+def traced(examples: Sequence[Example], graph: Graph) -> tuple[Example, ...]:
+    """The examples that are in the trace, with the second calls that are."""
+    names = {r.name for r in graph.results}
+    ran = (replace(e, optional=False) for e in examples if e.name in names)
+    return tuple(e if e.name + "+decode" in names else replace(e, decode=None) for e in ran)
+
+
 def replay(model: nn.Module, examples: Sequence[Example], draft: Draft, params: dict[str, ParamPlan], tp: int) -> Difference | None:
     """Run the rewritten model on fake tensors; the first difference from the plan, None when it follows it."""
     expected = draft.space.graph
-    names = {r.name.removesuffix("+decode") for r in expected.results}
-    ran = [replace(e, optional=False) for e in examples if e.name in names]
-    decoded = {r.name for r in expected.results if r.name.endswith("+decode")}
-    ran = [e if e.name + "+decode" in decoded else replace(e, decode=None) for e in ran]
+    ran = traced(examples, expected)
 
     def before(fake: FakeTensorMode) -> Callable[[], None]:
         def make(name: str, old: nn.Parameter, layout: Layout) -> nn.Parameter:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from autotp import cli_checkpoint, cli_recipe
-from autotp.cli_options import InputsOption, RecipeOption, TargetArgument, TpOption, examples, status
+from autotp.cli_options import CheckOption, InputsOption, RecipeOption, TargetArgument, TpOption, examples, status
 from autotp.errors import AutoTPError, RecipeError
 
 app = typer.Typer(name="autotp", help="Tensor parallelism for any PyTorch model.", add_completion=False, rich_markup_mode=None)
@@ -37,10 +37,11 @@ def plan(
     as_json: JsonOption = False,
     inputs: InputsOption = None,
     recipe: RecipeOption = None,
+    check: CheckOption = "numbers",
     tokens: Annotated[int | None, typer.Option(min=1, help="also print the bytes moved for so many tokens, in bfloat16")] = None,
 ) -> None:
     """Print how TARGET would be sharded, what stays whole and why, and what each token costs in bytes moved."""
-    made = _plan(target, tp, inputs, recipe)
+    made = _plan(target, tp, inputs, recipe, check)
     if as_json:
         print_json(made.to_dict())
         return
@@ -58,9 +59,10 @@ def explain(
     tp: TpOption,
     inputs: InputsOption = None,
     recipe: RecipeOption = None,
+    check: CheckOption = "numbers",
 ) -> None:
     """Say why one parameter or module of TARGET is sharded as it is, or why it is not."""
-    typer.echo(_plan(target, tp, inputs, recipe).explain(name))
+    typer.echo(_plan(target, tp, inputs, recipe, check).explain(name))
 
 
 @app.command()
@@ -97,11 +99,11 @@ def demo(
     raise typer.Exit(run_demo(question, tokens))
 
 
-def _plan(target: str, tp: int, inputs: str | None, recipe: str | None) -> Any:
+def _plan(target: str, tp: int, inputs: str | None, recipe: str | None, check: str) -> Any:
     import autotp
     from autotp import targets
 
-    given: dict[str, Any] = {"recipe": recipe, "example_inputs": examples(inputs)}
+    given: dict[str, Any] = {"recipe": recipe, "example_inputs": examples(inputs), "check": check}
     return autotp.plan(targets.resolve(target), tp=tp, **{name: value for name, value in given.items() if value is not None})
 
 

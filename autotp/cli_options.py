@@ -18,6 +18,10 @@ InputsOption = Annotated[
 ]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="recipe to follow: YAML file or bundled name")]
 
+CheckOption = Annotated[
+    str, typer.Option("--check", metavar="numbers|graph", help="run the model and its ranks and compare, or trust the trace alone")
+]
+
 
 def examples(inputs: str | None) -> Mapping[str, Any] | None:
     """What `--inputs` names."""

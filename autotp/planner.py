@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from autotp.axes.rules import find_axes, keep
-from autotp.certificate import replay
+from autotp.certificate import replay, traced
 from autotp.errors import InputError, PlanError
 from autotp.plan.labels import Space
 from autotp.plan.layout import Layout, replicated
 from autotp.plan.localise import Hints
 from autotp.plan.model import ParamPlan
 from autotp.plan.plan import Plan
-from autotp.plan.solve import Bans, lift, solve
+from autotp.plan.solve import Accused, Bans, lift, solve
 from autotp.plan.wanted import by_value, differing
 from autotp.trace.alike import alike_blocks
 from autotp.trace.inputs import Example, example_inputs, user_example
@@ -29,6 +29,22 @@ from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.run import trace
 
 MAX_REPLAYS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What an examination of a plan showed: `checked` as in `Plan.checked`, and what is `wrong`."""
+
+    checked: str
+    wrong: tuple[Accused, ...] = ()
+
+
+#: Looks at a plan that passed its replay, with the calls that were traced.
+Examine = Callable[[Plan, tuple[Example, ...]], Examined]
+
+
+def _only_replayed(plan: Plan, examples: tuple[Example, ...]) -> Examined:
+    return Examined("graph only")
 
 
 @contextmanager
@@ -50,11 +66,13 @@ def make_plan(
     inputs: Mapping[str, object] | None = None,
     wanted: Mapping[str, Layout] | None = None,
     hints: Hints | None = None,
+    examine: Examine = _only_replayed,
 ) -> Plan:
     """The certified plan of `model` over `tp` ranks. The model is left as it was.
 
     `wanted`: layouts by name that it is to have where that can be proven; compare the plan's own with them. The rest is planned
-    around them. `hints`: local values of attributes that are taken where they do (module, path).
+    around them. `hints`: local values of attributes that are taken where they do (module, path). `examine`: says what is wrong with a
+    plan that passed its replay; it is then planned again without that.
 
     Raises:
         InputError: example inputs are needed or do not fit. TraceError: the model cannot be run on fake tensors.
@@ -76,10 +94,16 @@ def make_plan(
         draft = solve(space, tp, bans, name, linears, asked, hints)
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
         difference = replay(model, examples, draft, dict(plan.params), tp)
-        if difference is None or not draft.choice.on:
-            return plan
-        bans.blame(space, draft.choice, difference.node, difference.reason)
-        reason = f"{difference.reason}: {difference.node}"
+        if difference is not None and draft.choice.on:
+            bans.blame(space, draft.choice, difference.node, difference.reason)
+            reason = f"{difference.reason}: {difference.node}"
+            continue
+        found = examine(plan, traced(examples, graph))
+        if not found.wrong or not draft.choice.on:
+            return replace(plan, checked=found.checked)
+        for accused in found.wrong:
+            bans.accuse(space, draft.choice, accused)
+        reason = found.wrong[0].reason
     raise PlanError(f"{name}: no plan passed its replay in {MAX_REPLAYS} attempts; the last difference: {reason}")
 
 

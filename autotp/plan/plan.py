@@ -59,7 +59,8 @@ class Plan:
     params: fqn → ParamPlan, in the model's order (tied names each). modules: what changes at which module. axes: the sharded
     axes. traffic: the collectives before they are given a size. aliases: tied name → the first name of the same parameter.
     products: names of the parameters that are operands of products (Linear and expert weights). notes: what the
-    reader should know (paths that were not traced).
+    reader should know (paths that were not traced). checked: what the plan passed besides its replay on fake tensors: `numbers` (the
+    model and its ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Plan:
     aliases: Mapping[str, str]
     products: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    checked: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
@@ -87,6 +89,7 @@ class Plan:
             dict(self.aliases),
             self.products,
             self.notes,
+            self.checked,
         )
         return Plan, fields
 

@@ -37,6 +37,14 @@ class Draft:
     local: Localised
 
 
+@dataclass(frozen=True, slots=True)
+class Accused:
+    """A module that computes something else on the ranks; None: it cannot be told which."""
+
+    module: str | None
+    reason: str
+
+
 @dataclass
 class Bans:
     """What later attempts must not do: cuts with the reason, and nodes whose result stays whole."""
@@ -58,6 +66,26 @@ class Bans:
         if not guilty:
             guilty = choice.on
         self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{reason}: {node}"))
+
+
+    def accuse(self, space: Space, choice: Choice, accused: Accused) -> None:
+        """Forbid the cuts that meet in a module; all cuts where it cannot be told which or none does."""
+        guilty: frozenset[Atom] = choice.on
+        if accused.module is not None:
+            path = _traced_path(accused.module, space.graph.repeats)
+            near = [v for n in space.graph.nodes if n.module == path for v in (*space.inputs[n.index], *n.outputs)]
+            guilty = frozenset().union(*(choice.labels.of(v) for v in near), NONE) & choice.on or choice.on
+        where = accused.module or "the model"
+        self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{accused.reason}, first in {where}"))
+
+
+def _traced_path(path: str, repeats: Mapping[str, str]) -> str:
+    """The path of the module that was traced in the place of `path`."""
+    blocks = {b + ".": t + "." for b, t in repeats.items()}
+    path += "."
+    while (block := _block_of(path, blocks)) is not None:
+        path = blocks[block] + path[len(block) :]
+    return path[:-1]
 
 
 def _feeds(source: Node, node: Node) -> bool:

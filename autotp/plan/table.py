@@ -80,7 +80,8 @@ def render(plan: Plan) -> str:
     sites = [(m.path, s) for m in plan.modules for s in m.sites]
     if sites:
         lines += ["", f"{len(sites)} operator calls run in a distributed form (see `autotp explain`)"]
-    return "\n".join([*lines, *(["", *("note: " + n for n in plan.notes)] if plan.notes else [])])
+    last = [*(f"checked: {text}" for text in (plan.checked,) if text), *("note: " + n for n in plan.notes)]
+    return "\n".join([*lines, *(["", *last] if last else [])])
 
 
 def _cost(plan: Plan) -> list[str]:
@@ -155,6 +156,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "modules": [_module(m) for m in plan.modules],
         "replicated": dict(plan.replicated),
         "notes": list(plan.notes),
+        "checked": plan.checked,
     }
 
 

@@ -19,7 +19,8 @@ from autotp.plan.model import ModulePlan, Op, ParamPlan
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
 from autotp.plan.wanted import RULED_OUT
-from autotp.planner import make_plan, whole_plan
+from autotp.examine import Check, checked_plan
+from autotp.planner import whole_plan
 from autotp.recipe.bind import bind
 from autotp.recipe.bound import Bound, BoundParam, Problems
 from autotp.recipe.build import plan_of_bound
@@ -28,7 +29,9 @@ from autotp.recipe.model import Role
 from autotp.recipe.recipe import Recipe
 
 
-def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Mapping[str, object] | None = None) -> Plan:
+def recipe_plan(
+    recipe: Recipe, model: nn.Module, tp: int, inputs: Mapping[str, object] | None = None, check: Check = Check.NUMBERS
+) -> Plan:
     """The plan of `model` that follows `recipe`, proven where the model can be traced. The model is left as it was.
 
     Raises:
@@ -42,12 +45,12 @@ def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Mapping[str, 
         return replace(plan_of_bound(bound), notes=(f"UNSAFE: the recipe {recipe.name or recipe.file} is not proven: {recipe.reason}",))
     wanted = _wanted(bound)
     try:
-        planned = make_plan(model, tp, inputs, wanted, _hints(bound))
+        planned = checked_plan(model, tp, inputs, wanted, _hints(bound), check=check)
     except (TraceError, InputError) as error:
         if isinstance(error, InputError) and inputs is not None:
             raise
         return _untraced(bound, error)
-    problems = _differences(bound, planned, wanted, lambda: make_plan(model, tp, inputs))
+    problems = _differences(bound, planned, wanted, lambda: checked_plan(model, tp, inputs, check=check))
     if problems:
         raise RecipeError(problems)
     return replace(planned, params={n: _param(p, bound.params.get(n), wanted.get(n), recipe.pinned) for n, p in planned.params.items()})

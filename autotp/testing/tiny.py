@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from autotp.errors import InputError
 from autotp.testing.irregular import DEFAULTS, FIELDS
-from autotp.testing.roles import Sizes
-from autotp.testing.shrink import shrink_config
+from autotp.twin.roles import Sizes
+from autotp.twin.shrink import shrink_config
 
 #: Which head to build when a model has several: what people run comes first.
 TASKS = (

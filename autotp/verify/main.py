@@ -101,8 +101,8 @@ def _of_rank_zero(on_event: Callable[[str], None] | None) -> Callable[[int, Any]
 def _shrink(config: Any, name: str, count: int, limit: int, tp: int) -> tuple[Any, str]:
     if not hasattr(config, "model_type"):
         raise InputError(f"target {name}: {count:,} parameters, more than the {limit:,} that are verified, and only configs can be shrunk")
-    from autotp.testing.roles import Sizes
-    from autotp.testing.shrink import shrink_config, sizes_like
+    from autotp.twin.roles import Sizes
+    from autotp.twin.shrink import shrink_config, sizes_like
 
     kept = "structure and head counts kept"
     try:

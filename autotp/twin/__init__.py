@@ -1,0 +1,1 @@
+"""A small model that stands for a large one of transformers."""
