@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from autotp import targets
 from autotp.agree import agree
 from autotp.errors import InputError, MeshError, PlanError
+from autotp.examine import Check, checked_plan
 from autotp.plan.layout import replicated
 from autotp.plan.plan import Plan
-from autotp.examine import Check, checked_plan
 from autotp.planner import whole_plan
 from autotp.recipe.prove import recipe_plan
 from autotp.recipe.recipe import Recipe
@@ -247,9 +247,7 @@ def _make(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[
     return recipe_plan(Recipe.load(recipe), model, tp, inputs, check)
 
 
-def _prepare(
-    model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[str, object] | None, strict: bool, check: Check
-) -> Plan:
+def _prepare(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[str, object] | None, strict: bool, check: Check) -> Plan:
     made = _make(model, tp, recipe, inputs, check)
     if strict and made.replicated_products:
         listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)

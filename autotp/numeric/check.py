@@ -108,7 +108,9 @@ def _subject(model: nn.Module, examples: tuple[Example, ...]) -> _Subject:
         if _differences(wanted, again, {}, 0, precision.tolerance, precision):
             raise CannotRun("two runs of the model with one seed differ")
         return _Subject(make, examples, precision, wanted, order)
-    raise CannotRun(f"the model itself does not run on the example inputs ({type(problem).__name__}: {' '.join(str(problem).split())[:200]})")
+    raise CannotRun(
+        f"the model itself does not run on the example inputs ({type(problem).__name__}: {' '.join(str(problem).split())[:200]})"
+    )
 
 
 def _compare(subject: _Subject, plan: Plan) -> Verdict:
@@ -168,7 +170,9 @@ def _own_change(subject: _Subject) -> float:
     return max(found.values(), default=0.0)
 
 
-def _differences(wanted: Seen, got: Seen, layouts: Mapping[str, Layout], rank: int, tolerance: float, precision: Precision) -> dict[str, float]:
+def _differences(
+    wanted: Seen, got: Seen, layouts: Mapping[str, Layout], rank: int, tolerance: float, precision: Precision
+) -> dict[str, float]:
     """Path → relative error of what differs by more than `tolerance`."""
     found: dict[str, float] = {}
 

@@ -75,10 +75,9 @@ def _enlivened(model: nn.Module) -> nn.Module:
     return model
 
 
-_DROPOUTS: dict[Any, int] = {
-    f: 0
-    for f in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, torch.alpha_dropout)
-}
+_DROPOUTS: dict[Any, int] = dict.fromkeys(
+    (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, torch.alpha_dropout), 0
+)
 
 
 class NoDropout(TorchFunctionMode):

@@ -67,7 +67,6 @@ class Bans:
             guilty = choice.on
         self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{reason}: {node}"))
 
-
     def accuse(self, space: Space, choice: Choice, accused: Accused) -> None:
         """Forbid the cuts that meet in a module; all cuts where it cannot be told which or none does."""
         guilty: frozenset[Atom] = choice.on

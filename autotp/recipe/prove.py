@@ -14,12 +14,12 @@ from dataclasses import replace
 from torch import nn
 
 from autotp.errors import InputError, RecipeError, TraceError
+from autotp.examine import Check, checked_plan
 from autotp.plan.layout import Layout, alike
 from autotp.plan.model import ModulePlan, Op, ParamPlan
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
 from autotp.plan.wanted import RULED_OUT
-from autotp.examine import Check, checked_plan
 from autotp.planner import whole_plan
 from autotp.recipe.bind import bind
 from autotp.recipe.bound import Bound, BoundParam, Problems

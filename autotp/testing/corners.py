@@ -15,9 +15,9 @@ from autotp.errors import InputError
 from autotp.testing.geometry import Geometry
 from autotp.testing.inputs import tiny_inputs
 from autotp.testing.irregular import DEFAULTS, FIELDS
+from autotp.testing.tiny import tiny_model
 from autotp.twin.roles import HEAD_NAMES, KV_NAMES, Sizes
 from autotp.twin.shrink import shrink_config
-from autotp.testing.tiny import tiny_model
 
 #: Fields that are on or off, and change what a model is made of.
 _SWITCH = re.compile(

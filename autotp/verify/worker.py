@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from autotp import targets
 from autotp.errors import InputError
+from autotp.numeric.exact import DOUBLE, SINGLE, Precision, largest, relative_error
 from autotp.plan.layout import Layout
 from autotp.recipe.recipe import Recipe
-from autotp.numeric.exact import DOUBLE, SINGLE, Precision, largest, relative_error
 from autotp.testing.modules import recorded
 from autotp.testing.observe import tensors_of, weighted
 

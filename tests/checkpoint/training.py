@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import autotp
 from autotp.api import parallelize_as
-from autotp.plan.plan import Plan
 from autotp.numeric.exact import DOUBLE
+from autotp.plan.plan import Plan
 from benchmarks.optimizers import build
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

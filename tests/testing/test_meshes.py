@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
+from autotp.numeric.exact import relative_error
 from autotp.testing import strategies as tps
 from autotp.testing.architecture import Architecture
-from autotp.numeric.exact import relative_error
 from tests.support.ranks import Pool
 
 MODEL = Architecture(kv=3, group=2)

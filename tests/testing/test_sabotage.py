@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import autotp
 from autotp.errors import InputError
+from autotp.numeric.exact import Precision
 from autotp.testing import equivalence, sabotage
 from autotp.testing.architecture import Architecture, Extra, Mlp, Position, Product, Projection, QKNorm
 from autotp.testing.compare import Aspect
-from autotp.numeric.exact import Precision
 from autotp.testing.mutation import Damage
 from autotp.testing.sabotage import Kind, mutations, survey
 from tests.models.custom import CUSTOM
