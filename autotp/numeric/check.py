@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,9 +43,9 @@ _UNSTABLE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`unknown`: why nothing was compared, "" where something was. `module`: path of the first module that differs, None where all are equal.
+    """`unknown`: why nothing was compared, "" where something was.
 
-    `reason`: what differs there.
+    `module`: path of the first module that differs, None where all are equal; `reason`: what differs there.
     """
 
     unknown: str = ""
@@ -93,7 +94,7 @@ class _Subject:
 def _subject(model: nn.Module, examples: tuple[Example, ...]) -> _Subject:
     problem: Exception | None = None
     for precision in (DOUBLE, SINGLE):
-        make = lambda p=precision: copy_of(model, p)  # noqa: E731
+        make = partial(copy_of, model, precision)
         original = make()
         started = time.monotonic()
         try:
@@ -127,8 +128,7 @@ def _compare(subject: _Subject, plan: Plan) -> Verdict:
     except TimedOut as error:
         raise CannotRun(str(error)) from error
     except Exception as error:
-        module = getattr(error, "autotp_module", "")
-        return Verdict(module=module, reason=f"the numbers cannot be computed on a shard ({type(error).__name__}: {_short(error)})")
+        return Verdict(module="", reason=f"the code fails on a shard ({_short(error)})")
     wrong = [_differences(subject.wanted, seen, layouts, r, tolerance, subject.precision) for r, (seen, _) in enumerate(ranks)]
     if not any(wrong):
         return Verdict()
@@ -142,15 +142,15 @@ def _compare(subject: _Subject, plan: Plan) -> Verdict:
             return Verdict()
     merged: dict[str, float] = {}
     for found in wrong:
-        for path, error in found.items():
-            merged[path] = max(error, merged.get(path, 0.0))
+        for path, apart in found.items():
+            merged[path] = max(apart, merged.get(path, 0.0))
     worst = max(merged, key=lambda path: merged[path])
     module = first_wrong_module(subject.order, [order for _, order in ranks], merged, tolerance)
     return Verdict(module=module, reason=f"numbers differ from one device ({worst}: relative error {merged[worst]:.1e})")
 
 
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def _short(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _parallel(model: nn.Module, plan: Plan, comm: LocalComm) -> nn.Module:
@@ -178,7 +178,7 @@ def _differences(
 
     def compare(kind: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], part: Callable[[str, Tensor], Tensor], least: float) -> None:
         for name in {**a, **b}:
-            error = _error(a.get(name), b.get(name), lambda t, n=name: part(n, t), least)
+            error = _error(a.get(name), b.get(name), partial(part, name), least)
             if not error <= tolerance:
                 found[f"{kind}{name}"] = error
 

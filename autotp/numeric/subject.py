@@ -7,7 +7,7 @@ training mode too, since a rank's part of a mask is not a part of the mask of on
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,8 +75,8 @@ def _enlivened(model: nn.Module) -> nn.Module:
     return model
 
 
-_DROPOUTS: dict[Any, int] = dict.fromkeys(
-    (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, torch.alpha_dropout), 0
+_DROPOUTS = frozenset(
+    (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, torch.alpha_dropout)
 )
 
 
@@ -95,7 +95,7 @@ class NoDropout(TorchFunctionMode):
 
 
 @contextmanager
-def without_dropout(precision: Precision) -> Any:
+def without_dropout(precision: Precision) -> Iterator[None]:
     """The context in which both models run."""
     with NoDropout(), precision.mode():
         yield
@@ -184,9 +184,6 @@ def weighted(results: Mapping[str, Tensor]) -> Tensor | None:
             term = (torch.where(t.isfinite(), t, 0) * weights).sum()
             total = term if total is None else total + term
     return total
-
-
-Perturb = Callable[[nn.Module], None]
 
 
 def nudge(model: nn.Module) -> None:
