@@ -7,28 +7,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp import targets
 from autotp.agree import agree
-from autotp.errors import InputError, MeshError, PlanError
+from autotp.errors import InputError, PlanError
 from autotp.examine import Check, checked_plan
 from autotp.plan.layout import replicated
 from autotp.plan.plan import Plan
 from autotp.planner import whole_plan
+from autotp.preflight import STATE as _STATE
+from autotp.preflight import refuse_parallel, refuse_synchronised, same_model, tp_mesh
 from autotp.recipe.prove import recipe_plan
 from autotp.recipe.recipe import Recipe
 from autotp.rewrite import full
 from autotp.rewrite.apply import apply
 from autotp.rewrite.comm import Comm, DryComm, GroupComm
 from autotp.rewrite.rng import install_rng
+from autotp.rewrite.same_inputs import install_same_inputs
 from autotp.rewrite.shards import MakeParam, shard_onto
 from autotp.rewrite.undo import Undo
-
-_STATE = "_autotp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +131,9 @@ def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
 
 def _ready(model: nn.Module, group: dist.ProcessGroup) -> GroupComm:
     """The group's collectives, once all ranks have the same model and none is parallel."""
-    agree(group, lambda: _refuse_parallel(model))
-    agree(group, lambda: _refuse_synchronised(model, group))
-    _same_weights(group, model)
+    agree(group, lambda: refuse_parallel(model))
+    agree(group, lambda: refuse_synchronised(model, group))
+    same_model(group, model)
     return GroupComm(group)
 
 
@@ -187,6 +187,7 @@ def _install(model: nn.Module, line: DeviceMesh, comm: GroupComm, made: Plan, ma
     def rewrite() -> None:
         undo.push(apply(model, made.params, made.modules, comm=comm, make_param=make_param or shard_onto(line)).undo)
         install_rng(model, comm, undo)
+        install_same_inputs(model, comm, undo)
 
     try:
         agree(comm.group, rewrite)
@@ -253,63 +254,3 @@ def _prepare(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mappi
         listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)
         raise PlanError(f"strict=True, and these Linear or expert parameters stay replicated:\n  {listed}")
     return made
-
-
-def _refuse_parallel(model: nn.Module) -> None:
-    if any(_STATE in m.__dict__ for m in model.modules()):
-        raise PlanError("the model, or a module in it, is already parallel; autotp.plan_of(model) gives its plan")
-    from torch.distributed.tensor import DTensor
-
-    foreign = [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
-    if foreign:
-        raise PlanError(f"{foreign[0]} is already a DTensor: parallelize takes the model before FSDP or another parallelism is applied")
-
-
-def _refuse_synchronised(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Refuse batch norms that would take their statistics over ranks of `group`: these see the same rows, and other channels."""
-    ranks = set(dist.get_process_group_ranks(group))
-    for path, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            over = ranks & set(dist.get_process_group_ranks(module.process_group or dist.group.WORLD))
-            if len(over) > 1:
-                raise PlanError(
-                    f"{path} is a SyncBatchNorm over ranks {sorted(over)}, which are tensor-parallel: in training it would count every row "
-                    f"{len(over)} times; give it the process group of the data-parallel ranks, or make it a BatchNorm"
-                )
-
-
-def tp_mesh(mesh: object) -> DeviceMesh:
-    """The 1-D mesh of the tp ranks."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise MeshError("no process group: call torch.distributed.init_process_group (or start under torchrun) before parallelize")
-    if not isinstance(mesh, DeviceMesh):
-        raise MeshError(f"mesh must be a torch DeviceMesh (see init_device_mesh), got {type(mesh).__name__}")
-    names = mesh.mesh_dim_names
-    if names is not None and "tp" in names:
-        return mesh["tp"] if mesh.ndim > 1 else mesh
-    if mesh.ndim == 1:
-        return mesh
-    raise MeshError(f"a mesh of {mesh.ndim} dims needs one named 'tp', got dims {names}: pass mesh_dim_names=(…, 'tp') to init_device_mesh")
-
-
-def _same_weights(group: dist.ProcessGroup, model: nn.Module) -> None:
-    """Refuse models whose weights differ between ranks; compares a hash of the bits of every tensor."""
-    own: dict[str, Any] = {"the class": type(model).__qualname__}
-    own |= {n: _hash(t) for n, t in (*model.named_parameters(), *model.named_buffers())}
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, own, group=group)
-    for rank, other in enumerate(everyone):
-        names = [n for n in {**everyone[0], **other} if everyone[0].get(n) != other.get(n)]
-        if names:
-            raise PlanError(
-                f"the models differ between ranks: {names[0]} on rank {rank} is not what it is on rank 0 "
-                f"({len(names)} tensors differ); load the same weights on every rank, or seed alike before building the model"
-            )
-
-
-def _hash(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.device.type == "meta":
-        return (str(tensor.dtype), tuple(tensor.shape))
-    with torch.no_grad():
-        bits = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
-        return (str(tensor.dtype), tuple(tensor.shape), int(torch.hash_tensor(bits).view(torch.int64)) if tensor.numel() else 0)

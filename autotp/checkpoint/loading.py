@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.agree import agree
-from autotp.api import RecipeLike, assemble, tp_mesh
+from autotp.api import RecipeLike, assemble
 from autotp.checkpoint.cut import hollow_skeleton
 from autotp.checkpoint.deferred import Node, whole_box
 from autotp.checkpoint.files import Reader, checkpoint_tensors
@@ -28,6 +28,7 @@ from autotp.checkpoint.skeleton import Skeleton, build, find_class, load_config
 from autotp.errors import CheckpointError, InputError, TraceError
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
+from autotp.preflight import tp_mesh
 from autotp.rewrite.comm import GroupComm
 from autotp.rewrite.rng import sync_rng
 from autotp.rewrite.shards import MakeParam, as_dtensor, keep_attributes
