@@ -13,13 +13,13 @@ from torch import nn
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout, alike
 from autotp.plan.model import ModulePlan, ParamPlan, Use
-from autotp.plan.pieces import is_even
 from autotp.rewrite import embedding, linear, module
 from autotp.rewrite.attributes import localise
 from autotp.rewrite.batch import install_batch
 from autotp.rewrite.classes import STATE, subclass
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.embedding import EmbeddingRun, embedding_run
+from autotp.rewrite.holders import Pair, give_new, retire
 from autotp.rewrite.joint import install_joints, without_parts
 from autotp.rewrite.linear import LinearRun, linear_run
 from autotp.rewrite.module import EagerForward, ModuleRun
@@ -27,8 +27,9 @@ from autotp.rewrite.reads import Read
 from autotp.rewrite.shards import MakeParam
 from autotp.rewrite.sites import SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
+from autotp.rewrite.tensor import GradHook, LayoutDTensor
 from autotp.rewrite.undo import Undo
-from autotp.rewrite.whole import KeepLayout
+from autotp.rewrite.whole import keep_with
 
 __all__ = ["Undo", "apply"]
 
@@ -95,20 +96,35 @@ class _Rewriter:
         install_joints(self.model, list(self.plans.values()), self.comm, self.undo)
         runs = [(m, m.__dict__.get(STATE)) for m in self.modules.values()]
         install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and r.light], self.undo)
-        made: dict[int, nn.Parameter] = {}
-        uneven: dict[int, nn.Module] = {}
+        self._replace_params([r for _, r in runs if r is not None], make_param)
+
+    def _replace_params(self, runs: Sequence[ModuleRun | LinearRun | EmbeddingRun], make_param: MakeParam) -> None:
+        names: dict[int, list[str]] = {}
         for name, old in self.named.items():
-            owner, leaf = self._owner(name)
-            layout = self.params[name].layout
-            if id(old) not in made:
-                made[id(old)] = make_param(name, old, layout)
-            self.undo.set_item(owner._parameters, leaf, made[id(old)])
-            if not is_even(layout):
-                uneven[id(owner)] = owner
-        for owner in uneven.values():
-            keep = KeepLayout(owner)
-            keep.attach(owner._parameters)
-            self.undo.set_attribute(owner, "_apply", keep)
+            names.setdefault(id(old), []).append(name)
+        pairs: list[Pair] = []
+        for tied in names.values():
+            old = self.named[tied[0]]
+            new = make_param(tied[0], old, self.params[tied[0]].layout)
+            pairs.append(Pair(tuple(tied), old, new))
+            if isinstance(new, LayoutDTensor):
+                _keep_hooks(old, new, self.undo)
+        del old
+        laid_out = [p for p in pairs if isinstance(p.new, LayoutDTensor)]
+        give_new(laid_out, {id(t): t for m in self.modules.values() for t in (m._parameters,)}, [self.named], self.undo)
+        owners: dict[int, nn.Module] = {}
+        for pair in pairs:
+            for name in pair.names:
+                owner, leaf = self._owner(name)
+                self.undo.set_item(owner._parameters, leaf, pair.new)
+                owners[id(owner)] = owner
+        for owner in owners.values():
+            if any(isinstance(p, LayoutDTensor) for p in owner._parameters.values()):
+                keep_with(owner, self.undo)
+        for run in runs:
+            for read in run.reads:
+                read.of_parts = read.is_buffer or not isinstance(read.owner._parameters[read.name], LayoutDTensor)
+        self.undo.at_release(lambda: retire(laid_out))
 
     def _plans(self, modules: Sequence[ModulePlan]) -> dict[int, ModulePlan]:
         plans: dict[int, ModulePlan] = {}
@@ -208,6 +224,18 @@ class _Rewriter:
         self.undo.push(before.remove)
         after = sub.register_forward_hook(run.after, prepend=True, always_call=True)
         self.undo.push(after.remove)
+
+
+def _keep_hooks(old: nn.Parameter, new: LayoutDTensor, undo: Undo) -> None:
+    """The hooks on a parameter stay; their handles too."""
+    hooks = old._backward_hooks
+    if hooks:
+        before = dict(hooks)
+        hooks.update({key: GradHook(hook, new._layout) for key, hook in before.items()})
+        undo.push(lambda: hooks.update(before))
+        new._backward_hooks = hooks
+    if after := old._post_accumulate_grad_hooks:
+        new._post_accumulate_grad_hooks = after
 
 
 def _without_path(plan: ModulePlan) -> tuple[object, ...]:

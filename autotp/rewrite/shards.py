@@ -1,8 +1,8 @@
 """Parameters as DTensors over the tp mesh.
 
 The local tensor is `layout.shard(full, rank)`. The DTensor is placed as an even `Shard(dim)` over the *layout's own order*;
-with padding or shared indices its global size along the dim, `tp` times the local one, is larger than the model's. One that is not
-the model's tensor cut evenly is a `LayoutDTensor`.
+with padding or shared indices its global size along the dim, `tp` times the local one, is larger than the model's. The layout comes
+with it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autotp.errors import MeshError
 from autotp.plan.layout import Layout
-from autotp.plan.pieces import is_even
-from autotp.rewrite.tensor import laid_out
+from autotp.rewrite.tensor import LayoutDTensor, laid_out
 
 MakeParam = Callable[[str, nn.Parameter, Layout], nn.Parameter]
 
@@ -43,16 +42,17 @@ def shard_onto(mesh: DeviceMesh) -> MakeParam:
     return make_param
 
 
-def as_dtensor(local: Tensor, layout: Layout, mesh: DeviceMesh) -> DTensor:
+def as_dtensor(local: Tensor, layout: Layout, mesh: DeviceMesh) -> LayoutDTensor:
     """The DTensor of one rank's `local` (shape `layout.local_shape`); no communication."""
     dim = layout.dim
     if dim is None:
-        return DTensor.from_local(local, mesh, (Replicate(),), run_check=False)
+        whole = DTensor.from_local(local, mesh, (Replicate(),), run_check=False)
+        return laid_out(whole._spec, whole._local_tensor, layout)
     shape = list(layout.local_shape)
     shape[dim] *= layout.tp
     stride = torch.empty(shape, device="meta").stride()
     made = DTensor.from_local(local, mesh, (Shard(dim),), run_check=False, shape=torch.Size(shape), stride=stride)
-    return made if is_even(layout) else laid_out(made._spec, made._local_tensor, layout)
+    return laid_out(made._spec, made._local_tensor, layout)
 
 
 def keep_attributes(old: nn.Parameter, new: nn.Parameter) -> None:
