@@ -82,7 +82,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     if func._schema.name.startswith(_LISTS) and _in_step(args):
         return _on_lists(func, args, kwargs, counts)
     if counts and _counts(func, args, kwargs):
-        return func(_owned(args[0]), *args[1:], **kwargs)
+        return _summed(func(_owned(args[0]), *args[1:], **kwargs))
     return _on_whole(func, args, kwargs, random)
 
 
@@ -113,11 +113,14 @@ def _on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return args[0]
     if not isinstance(result, Tensor) or result.shape != like._local_tensor.shape:
         return like._everywhere(result) if like._layout.dim is None and isinstance(result, Tensor) else NotImplemented
-    spec: Any = like._spec
+    return like._like(result, _in_dtype(like._spec, result.dtype))
+
+
+def _in_dtype(spec: Any, dtype: torch.dtype) -> Any:
     meta = spec.tensor_meta
-    if result.dtype != meta.dtype:
-        spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, result.dtype))
-    return like._like(result, spec)
+    if dtype == meta.dtype:
+        return spec
+    return DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, dtype))
 
 
 def _local(x: Tensor, like: LayoutDTensor) -> Tensor | None:
@@ -133,9 +136,6 @@ def _local(x: Tensor, like: LayoutDTensor) -> Tensor | None:
         spec = x._spec
         if all(p.is_replicate() for p in spec.placements):
             x = x._local_tensor
-            if layout.dim is not None and x.ndim and tuple(x.shape) != layout.shape and x.shape == like.shape:
-                # A number that DTensor's rules expanded to the shape of a DTensor that is larger than the model's tensor.
-                return x.narrow(layout.dim, 0, like._local_tensor.shape[layout.dim]) if not any(x.stride()) else None
         elif spec.placements == like._spec.placements and x.shape == like.shape and spec.mesh == like._spec.mesh:
             return x._local_tensor  # a gradient that compiled code made
         else:
@@ -172,7 +172,33 @@ def _known_order(into: Any, source: Any) -> None:
 
 
 def _owned(x: LayoutDTensor) -> DTensor:
-    return new_dtensor(DTensor, x._owned(), x._spec, requires_grad=False)  # type: ignore[no-any-return]
+    return plain(x, x._owned())
+
+
+class Summed(DTensor):
+    """A sum or a norm, which every rank may hold its part of until someone needs the number: then it is reduced."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = (args, dict(kwargs or {}))
+        alone = all(isinstance(t, DTensor) for t in tree_iter(given) if isinstance(t, Tensor))
+        if alone and func is not _aten._local_scalar_dense.default:
+            args, kwargs = tree_map_only(Summed, _ordinary, given)
+            return _summed(func(*args, **kwargs))
+        args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), given)
+        return func(*args, **kwargs)
+
+
+def _ordinary(x: DTensor) -> DTensor:
+    return new_dtensor(DTensor, x._local_tensor, x._spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def _summed(result: Any) -> Any:
+    return tree_map_only(
+        DTensor, lambda x: new_dtensor(Summed, x._local_tensor, x._spec, requires_grad=False) if type(x) is DTensor else x, result
+    )
 
 
 def _counts(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -195,7 +221,7 @@ def _counts(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool
 
 def _in_step(args: tuple[Any, ...]) -> bool:
     """True for lists whose tensors at one position are placed alike, as an optimizer's are."""
-    lists = [a for a in args if isinstance(a, list | tuple) and any(isinstance(t, DTensor) for t in a)]
+    lists = [a for a in args if isinstance(a, list | tuple) and any(isinstance(t, Tensor) and t.ndim for t in a)]
     if any(len(a) != len(lists[0]) for a in lists):
         return False
     for at in zip(*lists, strict=True):
@@ -214,7 +240,7 @@ def _on_lists(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], count
     change = _owned if counts else plain
     result = func(*tree_map_only(LayoutDTensor, change, args), **tree_map_only(LayoutDTensor, change, dict(kwargs)))
     if counts:
-        return result
+        return _summed(result)
     for a, argument in zip(args, func._schema.arguments, strict=False):
         if isinstance(a, list | tuple) and argument.alias_info is not None and argument.alias_info.is_write:
             for t in a:
@@ -226,9 +252,9 @@ def _on_lists(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], count
 
 
 def _relaid(result: Any, like: Any) -> Any:
-    if isinstance(like, LayoutDTensor) and isinstance(result, DTensor) and result.shape == like.shape:
-        return like._like(result._local_tensor, result._spec)
-    return result
+    if not (isinstance(like, LayoutDTensor) and isinstance(result, DTensor)) or result._local_tensor.shape != like._local_tensor.shape:
+        return result
+    return like._like(result._local_tensor, _in_dtype(like._spec, result.dtype))
 
 
 # any other --------------------------------------------------------------------------------------------------------------------
@@ -269,9 +295,6 @@ def _on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], rando
     """On whole tensors, on every rank alike."""
     written = list(_written(func, args, kwargs))
     one = next(t for t in tree_iter((args, dict(kwargs))) if isinstance(t, LayoutDTensor))
-    for t in tree_iter((args, dict(kwargs))):
-        if isinstance(t, LayoutDTensor) and t.shape != t._layout.shape:
-            _refuse_larger(func, t, random and any(t is w for w in written))
     wholes = _Wholes()
     new_args, new_kwargs = tree_map_only(Tensor, wholes, args), tree_map_only(Tensor, wholes, dict(kwargs))
     with torch.no_grad():
@@ -325,16 +348,3 @@ def _same_everywhere(x: Any, one: LayoutDTensor) -> None:
         sent = one._comm.broadcast_(x.contiguous())
         if sent is not x:
             x.copy_(sent)
-
-
-def _refuse_larger(func: Any, t: LayoutDTensor, drawn: bool) -> None:
-    name, shapes = func._schema.name.rpartition("::")[2], f"its shape as a DTensor is {tuple(t.shape)}, that of the model's tensor {t._layout.shape}"
-    if drawn:
-        raise AutoTPError(
-            f"{name} of a parameter with padding or shared indices: {shapes}, and an initialiser may scale by the first. "
-            "Initialise before parallelize, or copy_ a whole tensor into it"
-        )
-    if t.requires_grad and torch.is_grad_enabled():
-        raise AutoTPError(
-            f"{name} of a parameter with padding or shared indices has no gradient: {shapes}. Use its full_tensor(), which has one, or torch.no_grad()"
-        )

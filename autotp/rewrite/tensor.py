@@ -1,12 +1,12 @@
 """A DTensor that knows its layout: what every parameter of a parallel model is.
 
-The DTensor of a fused parameter is in the layout's order, one with padding or shared indices is larger than the model's tensor. Taken
-for an even `Shard` it would be read, saved and counted wrongly, and nothing would say so; and writes to views of an even one would go
-into a copy. So parameters, their gradients, and what is made from them element by element (a detached parameter, a clone, an
+The parts of a fused parameter are in the layout's order, those with padding or shared indices are together larger than the model's tensor.
+Taken for an even `Shard` they would be read, saved and counted wrongly, and nothing would say so; and writes to views of an even one would
+go into a copy. So parameters, their gradients, and what is made from them element by element (a detached parameter, a clone, an
 optimizer's moments) are `LayoutDTensor`s:
 
 - `full_tensor` and `redistribute` to `Replicate` give the model's tensor, in its order and shape;
-- torch.distributed.checkpoint saves and loads them in the model's order (`Sharded`), or refuses;
+- torch.distributed.checkpoint saves and loads them in the model's order (`Sharded`);
 - operators on them give what they give on one device (`autotp.rewrite.operators`);
 - `data = …` takes a whole tensor, or one in the same layout.
 
@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from autotp.errors import AutoTPError, CheckpointError
+from autotp.errors import AutoTPError
 from autotp.plan import layout as layouts
 from autotp.plan.layout import Layout, replicated, take
 from autotp.rewrite.comm import GroupComm
@@ -35,9 +35,21 @@ new_dtensor: Callable[..., Any] = torch.Tensor._dtensor__new__
 _DATA: Any = torch.Tensor.data
 
 
-def plain(tensor: DTensor) -> DTensor:
-    """The ordinary DTensor over the same local tensor."""
-    return new_dtensor(DTensor, tensor._local_tensor, tensor._spec, requires_grad=False)  # type: ignore[no-any-return]
+def placements(layout: Layout) -> tuple[Any]:
+    """How a tensor of `layout` is placed on its mesh."""
+    return (Replicate() if layout.dim is None else Shard(layout.dim),)
+
+
+def plain(tensor: LayoutDTensor, local: Tensor | None = None) -> DTensor:
+    """The ordinary DTensor over the same local tensors (or others of their shape), end to end."""
+    local = tensor._local_tensor if local is None else local
+    spec, layout = tensor._spec, tensor._layout
+    if layout.dim is not None and (layout.is_padded or layout.is_shared):
+        shape = list(local.shape)
+        shape[layout.dim] *= layout.tp
+        meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
+        spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    return new_dtensor(DTensor, local, spec, requires_grad=False)  # type: ignore[no-any-return]
 
 
 class LayoutDTensor(DTensor):
@@ -81,9 +93,11 @@ class LayoutDTensor(DTensor):
                     f"{tuple(value.shape)} placed {value._spec.placements}"
                 )
             value = self._cut(value._local_tensor)
-        local, spec = value._local_tensor, value._spec
-        _DATA.__set__(self, value)
-        self._local_tensor, self._spec = local, spec
+        self._become(value)
+
+    def _become(self, other: LayoutDTensor) -> None:
+        _DATA.__set__(self, other)
+        self._local_tensor, self._spec, self._layout = other._local_tensor, other._spec, other._layout
 
     def _cut(self, whole: Tensor) -> LayoutDTensor:
         """A plain whole tensor in this layout; a copy."""
@@ -144,10 +158,13 @@ class LayoutDTensor(DTensor):
 
     def _fill_(self, whole: Tensor) -> None:
         """Take the values of a plain whole tensor."""
+        if whole is self._local_tensor and self._layout.dim is None:
+            if whole.shape != self.shape or whole.stride() != self.stride():
+                self._become(self._everywhere(whole))
+            return
         if tuple(whole.shape) != self._layout.shape:
             raise AutoTPError(f"a tensor of shape {self._layout.shape} that is laid out over ranks cannot become one of {tuple(whole.shape)}")
-        if whole is not self._local_tensor:
-            self._local_tensor.copy_(self._part(whole))
+        self._local_tensor.copy_(self._part(whole))
 
     def _clear_padding_(self) -> None:
         for a, b in self._layout.padding(self._rank):
@@ -173,25 +190,16 @@ class LayoutDTensor(DTensor):
         return DTensor.from_local(self.full_tensor(), self._spec.mesh, wanted, run_check=False)
 
     def __create_write_items__(self, fqn: str, object: object) -> list[Any]:
-        return self._sharded(fqn).__create_write_items__(fqn, object)
+        return self._sharded().__create_write_items__(fqn, object)
 
     def __create_chunk_list__(self) -> list[Any]:
-        return self._sharded("a tensor").__create_chunk_list__()
+        return self._sharded().__create_chunk_list__()
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
-        return self._sharded(index.fqn).__get_tensor_shard__(index)
+        return self._sharded().__get_tensor_shard__(index)
 
-    def _sharded(self, name: str) -> Sharded:
-        """What torch.distributed.checkpoint is told. It compares shapes before, so one larger than the model's it could not load.
-
-        Raises:
-            CheckpointError: for a layout with padding or shared indices.
-        """
-        if tuple(self.shape) != self._layout.shape:
-            raise CheckpointError(
-                f"{name} has the layout {self._layout} of shape {self._layout.shape}; with padding or copies of indices its DTensor is "
-                f"{tuple(self.shape)}, which torch.distributed.checkpoint alone cannot load: use autotp.checkpoint.save and load"
-            )
+    def _sharded(self) -> Sharded:
+        """What torch.distributed.checkpoint is told."""
         return Sharded(self._local_tensor, self._layout, self._rank)
 
     def __tensor_flatten__(self) -> Any:
@@ -205,7 +213,8 @@ class LayoutDTensor(DTensor):
         return _rebuilt(made, flatten_spec[1].layout, flatten_spec[-1])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (plain(self), self._layout, self.requires_grad)
+        ordinary = new_dtensor(DTensor, self._local_tensor, self._spec, requires_grad=False)
+        return _rebuilt, (ordinary, self._layout, self.requires_grad)
 
 
 class _Meta(TensorMeta):

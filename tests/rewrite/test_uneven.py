@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autotp.plan.model import GradSum, ModulePlan, ParamPlan
-from autotp.plan.pieces import is_even
 from autotp.rewrite import linear, reads
 from autotp.rewrite.comm import GroupComm
 from autotp.rewrite.full import full_grads, full_state_dict
@@ -60,7 +59,7 @@ def loss_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 @contextmanager
 def without_zeros(drop: str) -> Iterator[None]:
     """A negative control: padding keeps what gradient it gets."""
-    own = reads.GradFix.__init__
+    own, clear = reads.GradFix.__init__, LayoutDTensor._clear_padding_
 
     def init(self: reads.GradFix, *args: Any) -> None:
         own(self, *args)
@@ -69,9 +68,10 @@ def without_zeros(drop: str) -> Iterator[None]:
     try:
         if drop == "zeros":
             reads.GradFix.__init__ = init  # type: ignore[method-assign]
+            LayoutDTensor._clear_padding_ = lambda self: None  # type: ignore[method-assign]
         yield
     finally:
-        reads.GradFix.__init__ = own  # type: ignore[method-assign]
+        reads.GradFix.__init__, LayoutDTensor._clear_padding_ = own, clear  # type: ignore[method-assign]
 
 
 def whole(x: Tensor) -> Tensor:
@@ -89,7 +89,11 @@ def largest_padding(model: nn.Module, params: dict[str, ParamPlan], rank: int) -
 def training(kind: str, kv: int, group: int, pieces: int, drop: str = "") -> dict[str, float]:
     """Errors after three clipped steps, each of two batches."""
     with without_zeros(drop):
-        reference, model, params, comm = made(kv, group, pieces, drop)
+        return three_steps(kind, made(kv, group, pieces, drop))
+
+
+def three_steps(kind: str, models: tuple[nn.Module, nn.Module, dict[str, ParamPlan], Any]) -> dict[str, float]:
+    reference, model, params, comm = models
     errors, norms = {}, []
     with torch.no_grad():
         errors["inference"] = error(reference(IDS), model(IDS))
@@ -178,7 +182,7 @@ def life_of_a_gradient() -> None:
     assert k.grad.mul_(0.5) is k.grad and error(first, k.grad.full_tensor()) < 1e-9
     assert type(k.grad.clone()) is type(k.grad.detach()) is type(k.grad * 2) is type(k.grad.float()) is LayoutDTensor
     assert [type(t) for t in torch._foreach_mul([k.grad, k.detach(), plain(k)], 2)] == [LayoutDTensor, LayoutDTensor, DTensor]
-    assert (k.grad.float()).dtype == torch.float32 and k.grad.sum(1).shape == k.shape[:1]
+    assert (k.grad.float()).dtype == torch.float32 and k.grad.sum(1).shape == first.shape[:1]
 
     twin = copy.deepcopy(k.grad)
     twin.zero_()
