@@ -71,13 +71,15 @@ class Use:
     """A parameter or buffer that a module's forward reads: `owner` module path + `name`, and how it reads it.
 
     `grad`: what the gradient of this use still needs. `conversions`: applied to the local tensor on each read (SLICE of a
-    replicated buffer, ONCE of a row-parallel bias); parameters with a sharded layout are read as their local shard.
+    replicated buffer, ONCE of a row-parallel bias); parameters with a sharded layout are read as their local shard. `held`: the code does
+    not (only) read the owner's attribute, but takes the parameter from a list, a closure, `parameters()`.
     """
 
     owner: str
     name: str
     grad: GradSum = GradSum.NONE
     conversions: tuple[Conversion, ...] = ()
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)

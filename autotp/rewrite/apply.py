@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout, alike
@@ -88,6 +89,7 @@ class _Rewriter:
             if not (skip and (path + ".").startswith(skip)):
                 self.paths[id(sub)], self.modules[id(sub)] = path, sub
         self.plans = self._plans(modules)
+        self.runs: list[ModuleRun | LinearRun | EmbeddingRun] = []
 
     def run(self, make_param: MakeParam) -> None:
         self._check_params()
@@ -96,9 +98,9 @@ class _Rewriter:
         install_joints(self.model, list(self.plans.values()), self.comm, self.undo)
         runs = [(m, m.__dict__.get(STATE)) for m in self.modules.values()]
         install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and r.light], self.undo)
-        self._replace_params([r for _, r in runs if r is not None], make_param)
+        self._replace_params(make_param)
 
-    def _replace_params(self, runs: Sequence[ModuleRun | LinearRun | EmbeddingRun], make_param: MakeParam) -> None:
+    def _replace_params(self, make_param: MakeParam) -> None:
         names: dict[int, list[str]] = {}
         for name, old in self.named.items():
             names.setdefault(id(old), []).append(name)
@@ -111,7 +113,8 @@ class _Rewriter:
                 _keep_hooks(old, new, self.undo)
         del old
         laid_out = [p for p in pairs if isinstance(p.new, LayoutDTensor)]
-        give_new(laid_out, {id(t): t for m in self.modules.values() for t in (m._parameters,)}, [self.named], self.undo)
+        real = [p for p in pairs if p.new is not p.old and not isinstance(p.old, FakeTensor)]
+        give_new(real, {id(t): t for m in self.modules.values() for t in (m._parameters,)}, [self.named], self.undo)
         owners: dict[int, nn.Module] = {}
         for pair in pairs:
             for name in pair.names:
@@ -121,7 +124,7 @@ class _Rewriter:
         for owner in owners.values():
             if any(isinstance(p, LayoutDTensor) for p in owner._parameters.values()):
                 keep_with(owner, self.undo)
-        for run in runs:
+        for run in self.runs:
             for read in run.reads:
                 read.of_parts = read.is_buffer or not isinstance(read.owner._parameters[read.name], LayoutDTensor)
         self.undo.at_release(lambda: retire(laid_out))
@@ -179,7 +182,7 @@ class _Rewriter:
         full = f"{use.owner}.{use.name}" if use.owner else use.name
         plan = self.params.get(full) if use.name in owner._parameters else None
         layout: Layout | None = None if plan is None else plan.layout
-        return Read(owner, use.name, self.comm, layout, use.grad, use.conversions)
+        return Read(owner, use.name, self.comm, layout, use.grad, use.conversions, held=use.held)
 
     def _rewrite(self, sub: nn.Module, plan: ModulePlan | None) -> None:
         reads = self._reads(sub, plan.uses if plan is not None else ())
@@ -189,6 +192,7 @@ class _Rewriter:
         if plan is not None and plan.attributes:
             localise(sub, plan.attributes, self.undo, where)
         run, make_forward = self._run(sub, plan, reads, where)
+        self.runs.append(run)
         if isinstance(run, ModuleRun) and self._keeps_class(sub):
             self._hook(sub, run)
             return
@@ -199,7 +203,7 @@ class _Rewriter:
     def _run(
         self, sub: nn.Module, plan: ModulePlan | None, reads: tuple[Read, ...], where: str
     ) -> tuple[ModuleRun | LinearRun | EmbeddingRun, Callable[..., Callable[..., object]]]:
-        own = len(reads) == sum(r.owner is sub for r in reads)
+        own = all(r.owner is sub and not r.held for r in reads)
         if own and not self._keeps_class(sub):
             if type(sub).forward is nn.Linear.forward and (fast := linear_run(plan, reads, self.comm)) is not None:
                 return fast, linear.make_forward
@@ -211,7 +215,8 @@ class _Rewriter:
             return ModuleRun(sub, reads), module.make_forward
         inputs = InputSlots(plan.inputs, sub.forward, self.comm, where) if plan.inputs else None
         outputs = OutputSlots(plan.outputs, self.comm) if plan.outputs else None
-        sites = SiteTable(plan.sites, self.comm, where) if plan.sites else None
+        watched = plan.sites or any(r.held for r in reads)
+        sites = SiteTable(plan.sites, self.comm, where) if watched else None
         return ModuleRun(sub, reads, inputs, outputs, sites), module.make_forward
 
     def _keeps_class(self, sub: nn.Module) -> bool:

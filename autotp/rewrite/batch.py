@@ -73,7 +73,7 @@ class BatchReads:
             shared: dict[str, Tensor] = {}
             run.shared = shared
             for name, fix in run.light or ():
-                p = module._parameters[name]
+                p: Tensor | None = module._parameters[name]
                 if type(p) is LayoutDTensor and p.requires_grad and p.numel() <= SMALL:
                     wanted.append((shared, name))
                     params.append(p)

@@ -80,7 +80,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         run: EmbeddingRun = self.__dict__[STATE]
-        weight = self._parameters["weight"]
+        weight: Tensor | None = self._parameters["weight"]
         if type(weight) is not LayoutDTensor or is_dynamo_compiling():
             return run.composed(input)
         if torch.is_grad_enabled() and weight.requires_grad:

@@ -44,7 +44,7 @@ class Replaced(nn.Parameter):
             "(model.get_parameter), or make what holds it after parallelize"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<{vars(self).get('_name')}, replaced by autotp.parallelize>"
 
 
@@ -90,7 +90,11 @@ def _give_everywhere(held: Any, by_old: Mapping[int, Pair], skip: set[int], undo
             changed = tuple.__new__(type(holder), items)
             _give_everywhere(holder, {id(holder): Pair((), holder, changed)}, {*skip, id(items)}, undo)
         elif _give(holder, by_old):
-            undo.push(functools.partial(_give, holder, _backwards(by_old)))
+            undo.push(functools.partial(_give_back, holder, _backwards(by_old)))
+
+
+def _give_back(holder: Any, by_new: Mapping[int, Pair]) -> None:
+    _give(holder, by_new)
 
 
 def _backwards(by_old: Mapping[int, Pair]) -> dict[int, Pair]:
@@ -155,7 +159,7 @@ def _give_slots(holder: Any, by_old: Mapping[int, Pair]) -> bool:
     for cls in type(holder).__mro__:
         names = vars(cls).get("__slots__", ())
         for name in (names,) if isinstance(names, str) else names:
-            slot = vars(cls).get(name)
+            slot: Any = vars(cls).get(name)
             value = getattr(holder, name, None)
             if id(value) in by_old and hasattr(slot, "__set__"):
                 slot.__set__(holder, by_old[id(value)].new)

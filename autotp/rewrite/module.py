@@ -52,6 +52,7 @@ class ModuleRun:
         mode: SiteMode | None = None
         self.frames.append((saved, None))
         layouts: dict[int, Layout] = {}
+        held: dict[int, Tensor] = {}
         for read in self.reads:
             value = read.value()
             attributes = read.owner.__dict__
@@ -59,8 +60,10 @@ class ModuleRun:
             attributes[read.name] = value
             if read.layout is not None:
                 layouts[id(value)] = read.layout
+            if read.held and value is not None:
+                held[id(read.tensor)] = value
         if self.sites is not None:
-            mode = SiteMode(self.sites, layouts)
+            mode = SiteMode(self.sites, layouts, held)
             mode.__enter__()
         elif RUNNING.modes:
             RUNNING.modes.append(None)

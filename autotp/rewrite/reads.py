@@ -110,10 +110,10 @@ class _Fix(torch.autograd.Function):
 class Read:
     """One use: how `name` of module `owner` is read. `value()` gives the tensor for one forward.
 
-    `of_parts`: the model's parameters are plain tensors that hold a rank's part, no DTensors (a rehearsal without ranks).
+    `held`: the code takes the parameter itself from somewhere, and is given the value instead. `of_parts`: the model's parameters are plain tensors that hold a rank's part, no DTensors (a rehearsal without ranks).
     """
 
-    __slots__ = ("conversions", "convert", "fix", "is_buffer", "layout", "name", "of_parts", "owner")
+    __slots__ = ("conversions", "convert", "fix", "held", "is_buffer", "layout", "name", "of_parts", "owner")
 
     def __init__(
         self,
@@ -123,8 +123,9 @@ class Read:
         layout: Layout | None = None,
         grad: GradSum = GradSum.NONE,
         conversions: tuple[Conversion, ...] = (),
+        held: bool = False,
     ) -> None:
-        self.owner = owner
+        self.owner, self.held = owner, held
         self.name = name
         self.layout = layout
         self.fix = GradFix(grad, layout, comm)
@@ -133,9 +134,14 @@ class Read:
         self.of_parts = self.is_buffer
         self.convert = bind_all(conversions, comm) if conversions else None
 
+    @property
+    def tensor(self) -> Tensor | None:
+        """What the owner has under this name."""
+        return (self.owner._buffers if self.is_buffer else self.owner._parameters)[self.name]
+
     def value(self) -> Tensor | None:
         """The local tensor with gradient recording where it is needed; None for an absent parameter."""
-        p = (self.owner._buffers if self.is_buffer else self.owner._parameters)[self.name]
+        p = self.tensor
         if p is None:
             return None
         record = p.requires_grad and torch.is_grad_enabled()
@@ -172,8 +178,8 @@ class Read:
                 return _Read.apply(p, self.fix)  # type: ignore[no-any-return, no-untyped-call]
         elif tuple(p.shape) == layout.shape:
             if layout.dim is None:
-                return _Fix.apply(p, self.fix) if record and self.fix.needed else p  # type: ignore[no-any-return, no-untyped-call]
-            return _Cut.apply(p, self.fix) if record else layout.shard(p, self.fix.comm.rank)  # type: ignore[no-any-return, no-untyped-call]
+                return _Fix.apply(p, self.fix) if record and self.fix.needed else p  # type: ignore[no-untyped-call]
+            return _Cut.apply(p, self.fix) if record else layout.shard(p, self.fix.comm.rank)  # type: ignore[no-untyped-call]
         kind = f"a DTensor of shape {tuple(p.shape)} placed {p._spec.placements}" if isinstance(p, DTensor) else f"shape {tuple(p.shape)}"
         raise AutoTPError(
             f"{type(self.owner).__name__}.{self.name} was replaced after parallelize by a tensor that is neither whole, of shape "

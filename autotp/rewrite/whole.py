@@ -76,7 +76,7 @@ def cut_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
     """Pre-hook of `load_state_dict`: whole tensors become parts of the parameters that they are for."""
     for name, p in module._parameters.items():
         given = state.get(prefix + name)
-        if type(p) is LayoutDTensor and isinstance(given, Tensor) and not isinstance(given, DTensor) and tuple(given.shape) == p._layout.shape:
+        if isinstance(p, LayoutDTensor) and isinstance(given, Tensor) and not isinstance(given, DTensor) and tuple(given.shape) == p._layout.shape:
             with torch.no_grad():
                 state[prefix + name] = p._cut(given)
 
@@ -86,4 +86,4 @@ def keep_with(module: nn.Module, undo: Undo) -> None:
     keep = KeepHooks(module)
     keep.attach(module._parameters)
     undo.set_attribute(module, "_apply", keep)
-    undo.push(module.register_load_state_dict_pre_hook(cut_loaded).remove)
+    undo.push(module.register_load_state_dict_pre_hook(cut_loaded).remove)  # type: ignore[no-untyped-call]

@@ -60,6 +60,10 @@ class _BlockRecorder(Recorder):
         with self.paused(), replaced_forward(module, lambda *_, **__: result):  # the call goes on, so that its hooks run
             return original(module, *args, **kwargs)
 
+    def left_read(self, path: str) -> None:
+        """Someone reads a parameter of a block that is not run: it is not like its template to everyone, so it must run."""
+        raise _NotAlike(next(t for b, t in self.repeats.items() if (path + ".").startswith(b + ".")))
+
     seen: set[Any]
     templates: dict[str, str]
     round: int
@@ -149,7 +153,7 @@ def _trace(
     try:
         keep_state(model, undo)
         with in_mode(model, training=False), same_numbers(), _quiet_fakes():
-            fake_weights(model, fake, skip, undo)
+            recorder.weights = fake_weights(model, fake, skip, undo)
             if tag:
                 tag_ints(model, skip, undo)
             if before is not None:
@@ -162,6 +166,8 @@ def _trace(
                     if id(tensor) not in values:
                         values[id(tensor)] = recorder.bind(tensor, origin, name)
                     table[name] = values[id(tensor)]
+            for shown, name in recorder.weights.attributes.values():
+                recorder.stands_for(shown, name)
             for example in examples:
                 _run(model, recorder, fake, example)
     finally:
