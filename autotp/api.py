@@ -185,7 +185,9 @@ def _install(model: nn.Module, line: DeviceMesh, comm: GroupComm, made: Plan, ma
     undo = Undo()
 
     def rewrite() -> None:
-        undo.push(apply(model, made.params, made.modules, comm=comm, make_param=make_param or shard_onto(line)).undo)
+        done = apply(model, made.params, made.modules, comm=comm, make_param=make_param or shard_onto(line))
+        undo.push(done.undo)
+        undo.at_release(done.release)
         install_rng(model, comm, undo)
         install_same_inputs(model, comm, undo)
 

@@ -124,7 +124,7 @@ def run(model: nn.Module, examples: tuple[Example, ...], precision: Precision) -
                 _without_gradients(model, example, precision, seen)
             _with_gradients(model, example, precision, seen)
     seen.gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    seen.buffers = {n: b.detach().clone() for n, b in model.named_buffers() if isinstance(b, Tensor)}
+    seen.buffers = {n: _plain(b) for n, b in model.named_buffers()}
     return seen
 
 
@@ -169,8 +169,12 @@ def _keep(result: Any, name: str, seen: Seen) -> dict[str, Tensor]:
         return t
 
     flatten_result(result, keep)
-    seen.results |= {f"{path} of {name}": t.detach().clone() for path, t in found.items()}
-    return found
+    seen.results |= {f"{path} of {name}": _plain(t) for path, t in found.items()}
+    return {path: t for path, t in found.items() if t.layout is torch.strided}
+
+
+def _plain(t: Tensor) -> Tensor:
+    return t.detach().clone() if t.layout is torch.strided else t.detach().to_dense()
 
 
 def weighted(results: Mapping[str, Tensor]) -> Tensor | None:

@@ -19,7 +19,7 @@ from autotp.plan.localise import Localised
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use, Written
 from autotp.plan.moves import Moves, conversion_key, slot_key
 from autotp.plan.naming import Namer
-from autotp.trace.graph import Node, Origin, Place, Pseudo, Value
+from autotp.trace.graph import Access, Node, Origin, Place, Pseudo, Value
 
 
 class Unrealisable(Exception):
@@ -300,10 +300,14 @@ class Builder:
             repeated = bool(on) and any(_has_repeats(self.namer.expr(d, on), self.tp) for d in self.space.axes.dims[value.id])
             grad = GradSum.ALL if value.id in self.moves.grad_sums else GradSum.SHARED if repeated else GradSum.NONE
             conversions = (Conversion(Op.ONCE),) if value.id in self.labels.once else ()
-            for module in dict.fromkeys(n.module for n in self.users.get(value.id, ())):
-                owner, name = self._owner(value, module)
-                if grad is not GradSum.NONE or conversions or owner != module:
-                    self.uses[module, owner, name] = Use(owner, name, grad, conversions)
+            reading = [n.module for n in self.users.get(value.id, ())]
+            for module in dict.fromkeys((*reading, *(m for m, key in self.graph.accesses if key == value.id))):
+                accesses = self.graph.accesses.get((module, value.id), ())
+                for full in dict.fromkeys(a.name for a in accesses):
+                    owner, _, name = full.rpartition(".")
+                    held = Access(full, True) in accesses
+                    if grad is not GradSum.NONE or conversions or owner != module or held:
+                        self.uses[module, owner, name] = Use(owner, name, grad, conversions, held=held)
 
     # assembly -----------------------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class Use:
     `grad`: what the gradient of this use still needs. `conversions`: applied to the local tensor on each read (SLICE of a
     replicated buffer, ONCE of a row-parallel bias); parameters with a sharded layout are read as their local shard. `written`: when
     the module changes its part of a sliced buffer in place (running statistics); the buffer is then made whole after the forward.
+    `held`: the code does not (only) read the owner's attribute, but takes the parameter from a list, a closure, `parameters()`.
     """
 
     owner: str
@@ -88,6 +89,7 @@ class Use:
     grad: GradSum = GradSum.NONE
     conversions: tuple[Conversion, ...] = ()
     written: Written = Written.NEVER
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)

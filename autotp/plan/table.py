@@ -214,6 +214,7 @@ def _explain_module(m: ModulePlan) -> list[str]:
     out += [f"  attribute {a.path}: {a.value} → {a.local}" for a in m.attributes]
     for u in m.uses:
         what = [c.op.value for c in u.conversions] + ([f"gradient summed ({u.grad.value})"] if u.grad is not GradSum.NONE else [])
+        what += ["wherever the code holds it"] if u.held else []
         out.append(f"  reads {'.'.join(filter(None, (u.owner, u.name)))}: {', '.join(what) or 'the local shard'}")
     for s in m.sites:
         what = [f"int {a} → {b}" for _, a, b in s.ints] + ([s.kernel.value] if s.kernel else [])

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout, alike
 from autotp.plan.model import ModulePlan, ParamPlan, Use
-from autotp.plan.pieces import is_even
 from autotp.rewrite import embedding, linear, module
 from autotp.rewrite.attributes import localise
 from autotp.rewrite.batch import install_batch
 from autotp.rewrite.classes import STATE, subclass, wrap_forward
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.embedding import EmbeddingRun, embedding_run
+from autotp.rewrite.holders import Pair, give_new, retire
 from autotp.rewrite.joint import install_joints, without_parts
 from autotp.rewrite.linear import LinearRun, linear_run
 from autotp.rewrite.module import RUN, ModuleRun, run_instance
@@ -27,8 +28,9 @@ from autotp.rewrite.reads import Read
 from autotp.rewrite.shards import MakeParam
 from autotp.rewrite.sites import SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
+from autotp.rewrite.tensor import GradHook, LayoutDTensor
 from autotp.rewrite.undo import Undo
-from autotp.rewrite.whole import KeepLayout
+from autotp.rewrite.whole import keep_with
 
 __all__ = ["Undo", "apply"]
 
@@ -87,6 +89,7 @@ class _Rewriter:
             if not (skip and (path + ".").startswith(skip)):
                 self.paths[id(sub)], self.modules[id(sub)] = path, sub
         self.plans = self._plans(modules)
+        self.runs: list[ModuleRun | LinearRun | EmbeddingRun] = []
 
     def run(self, make_param: MakeParam) -> None:
         self._check_params()
@@ -95,20 +98,36 @@ class _Rewriter:
         install_joints(self.model, list(self.plans.values()), self.comm, self.undo)
         runs = [(m, m.__dict__.get(STATE)) for m in self.modules.values()]
         install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and r.light], self.undo)
-        made: dict[int, nn.Parameter] = {}
-        uneven: dict[int, nn.Module] = {}
+        self._replace_params(make_param)
+
+    def _replace_params(self, make_param: MakeParam) -> None:
+        names: dict[int, list[str]] = {}
         for name, old in self.named.items():
-            owner, leaf = self._owner(name)
-            layout = self.params[name].layout
-            if id(old) not in made:
-                made[id(old)] = make_param(name, old, layout)
-            self.undo.set_item(owner._parameters, leaf, made[id(old)])
-            if not is_even(layout):
-                uneven[id(owner)] = owner
-        for owner in uneven.values():
-            keep = KeepLayout(owner)
-            keep.attach(owner._parameters)
-            self.undo.set_attribute(owner, "_apply", keep)
+            names.setdefault(id(old), []).append(name)
+        pairs: list[Pair] = []
+        for tied in names.values():
+            old = self.named[tied[0]]
+            new = make_param(tied[0], old, self.params[tied[0]].layout)
+            pairs.append(Pair(tuple(tied), old, new))
+            if isinstance(new, LayoutDTensor):
+                _keep_hooks(old, new, self.undo)
+        del old
+        laid_out = [p for p in pairs if isinstance(p.new, LayoutDTensor)]
+        real = [p for p in pairs if p.new is not p.old and not isinstance(p.old, FakeTensor)]
+        give_new(real, {id(t): t for m in self.modules.values() for t in (m._parameters,)}, [self.named], self.undo)
+        owners: dict[int, nn.Module] = {}
+        for pair in pairs:
+            for name in pair.names:
+                owner, leaf = self._owner(name)
+                self.undo.set_item(owner._parameters, leaf, pair.new)
+                owners[id(owner)] = owner
+        for owner in owners.values():
+            if any(isinstance(p, LayoutDTensor) for p in owner._parameters.values()):
+                keep_with(owner, self.undo)
+        for run in self.runs:
+            for read in run.reads:
+                read.of_parts = read.is_buffer or not isinstance(read.owner._parameters[read.name], LayoutDTensor)
+        self.undo.at_release(lambda: retire(laid_out))
 
     def _plans(self, modules: Sequence[ModulePlan]) -> dict[int, ModulePlan]:
         plans: dict[int, ModulePlan] = {}
@@ -163,7 +182,7 @@ class _Rewriter:
         full = f"{use.owner}.{use.name}" if use.owner else use.name
         plan = self.params.get(full) if use.name in owner._parameters else None
         layout: Layout | None = None if plan is None else plan.layout
-        return Read(owner, use.name, self.comm, layout, use.grad, use.conversions, use.written)
+        return Read(owner, use.name, self.comm, layout, use.grad, use.conversions, use.written, held=use.held)
 
     def _rewrite(self, sub: nn.Module, plan: ModulePlan | None) -> None:
         reads = self._reads(sub, plan.uses if plan is not None else ())
@@ -173,6 +192,7 @@ class _Rewriter:
         if plan is not None and plan.attributes:
             localise(sub, plan.attributes, self.undo, where)
         run, make_forward = self._run(sub, plan, reads, where)
+        self.runs.append(run)
         if isinstance(run, ModuleRun) and self._keeps_class(sub):
             run.light = None  # it reads for itself
             self.undo.set_item(sub.__dict__, RUN, run)
@@ -185,7 +205,7 @@ class _Rewriter:
     def _run(
         self, sub: nn.Module, plan: ModulePlan | None, reads: tuple[Read, ...], where: str
     ) -> tuple[ModuleRun | LinearRun | EmbeddingRun, Callable[..., Callable[..., object]]]:
-        own = len(reads) == sum(r.owner is sub for r in reads)
+        own = all(r.owner is sub and not r.held for r in reads)
         if own and not self._keeps_class(sub):
             if type(sub).forward is nn.Linear.forward and (fast := linear_run(plan, reads, self.comm)) is not None:
                 return fast, linear.make_forward
@@ -197,11 +217,24 @@ class _Rewriter:
             return ModuleRun(sub, reads), module.make_forward
         inputs = InputSlots(plan.inputs, sub.forward, self.comm, where) if plan.inputs else None
         outputs = OutputSlots(plan.outputs, self.comm) if plan.outputs else None
-        sites = SiteTable(plan.sites, self.comm, where) if plan.sites else None
+        watched = plan.sites or any(r.held for r in reads)
+        sites = SiteTable(plan.sites, self.comm, where) if watched else None
         return ModuleRun(sub, reads, inputs, outputs, sites), module.make_forward
 
     def _keeps_class(self, sub: nn.Module) -> bool:
         return sub is self.model or "forward" in sub.__dict__
+
+
+def _keep_hooks(old: nn.Parameter, new: LayoutDTensor, undo: Undo) -> None:
+    """The hooks on a parameter stay; their handles too."""
+    hooks = old._backward_hooks
+    if hooks:
+        before = dict(hooks)
+        hooks.update({key: GradHook(hook, new._layout) for key, hook in before.items()})
+        undo.push(lambda: hooks.update(before))
+        new._backward_hooks = hooks
+    if after := old._post_accumulate_grad_hooks:
+        new._post_accumulate_grad_hooks = after
 
 
 def _without_path(plan: ModulePlan) -> tuple[object, ...]:

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.distributed.tensor import DTensor
 
 from autotp.plan.model import GradSum
-from autotp.rewrite.grads import grad_of
 from autotp.rewrite.module import ModuleRun
-from autotp.rewrite.reads import GradFix, local_tensor
+from autotp.rewrite.reads import GradFix
+from autotp.rewrite.tensor import LayoutDTensor, laid_out
 from autotp.rewrite.undo import Undo
 
 SMALL = 1 << 16  # elements; larger gradients should not wait for the end of the backward
@@ -27,16 +26,16 @@ SMALL = 1 << 16  # elements; larger gradients should not wait for the end of the
 
 class _ReadMany(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fixes: Sequence[GradFix], *params: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, fixes: Sequence[GradFix], *params: LayoutDTensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.fixes = fixes
-        ctx.specs = [p._spec if isinstance(p, DTensor) else None for p in params]
-        return tuple(local_tensor(p).detach() for p in params)
+        ctx.specs = [p._spec for p in params]
+        return tuple(p._local_tensor.detach() for p in params)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         done = _sum_together(list(grads), ctx.fixes)
-        placed = [g if g is None or s is None else grad_of(s, g, fix.layout) for g, s, fix in zip(done, ctx.specs, ctx.fixes, strict=True)]
+        placed = [None if g is None else laid_out(s, g, fix.layout) for g, s, fix in zip(done, ctx.specs, ctx.fixes, strict=True)]
         return None, *placed
 
 
@@ -68,14 +67,14 @@ class BatchReads:
         if is_dynamo_compiling() or self.active or not torch.is_grad_enabled():
             return
         wanted: list[tuple[dict[str, Tensor], str]] = []
-        params: list[Tensor] = []
+        params: list[LayoutDTensor] = []
         fixes: list[GradFix] = []
         for module, run in self.runs:
             shared: dict[str, Tensor] = {}
             run.shared = shared
             for name, fix in run.light or ():
-                p = module._parameters[name]
-                if p is not None and p.requires_grad and p.numel() <= SMALL:
+                p: Tensor | None = module._parameters[name]
+                if type(p) is LayoutDTensor and p.requires_grad and p.numel() <= SMALL:
                     wanted.append((shared, name))
                     params.append(p)
                     fixes.append(fix)

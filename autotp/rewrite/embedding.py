@@ -9,16 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError, PlanError
 from autotp.plan.model import GradSum, Kernel, ModulePlan, Op
 from autotp.rewrite.classes import STATE
 from autotp.rewrite.comm import Comm, keeps_results
 from autotp.rewrite.convert import reduce
-from autotp.rewrite.grads import grad_of
 from autotp.rewrite.kernels import local_ids
-from autotp.rewrite.reads import Read, local_tensor
+from autotp.rewrite.reads import Read
+from autotp.rewrite.tensor import LayoutDTensor, laid_out
 
 
 class EmbeddingRun:
@@ -61,7 +60,7 @@ class EmbeddingRun:
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: DTensor, run: EmbeddingRun) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: LayoutDTensor, run: EmbeddingRun) -> Tensor:
         ids, outside = local_ids(input, run.runs)
         ctx.save_for_backward(ids, outside)
         ctx.run, ctx.spec, ctx.rows = run, weight._spec, weight._local_tensor.shape[0]
@@ -75,7 +74,7 @@ class _Embedding(torch.autograd.Function):
         ids, outside = ctx.saved_tensors
         grad = grad.masked_fill(outside.unsqueeze(-1), 0)
         dense = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.run.padding, False)
-        return None, grad_of(ctx.spec, dense, ctx.run.weight.fix.layout), None
+        return None, laid_out(ctx.spec, dense, ctx.run.weight.layout), None
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -83,15 +82,12 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         run: EmbeddingRun = self.__dict__[STATE]
-        weight = self._parameters["weight"]
-        assert weight is not None
-        if is_dynamo_compiling():
+        weight: Tensor | None = self._parameters["weight"]
+        if type(weight) is not LayoutDTensor or is_dynamo_compiling():
             return run.composed(input)
         if torch.is_grad_enabled() and weight.requires_grad:
-            if not isinstance(weight, DTensor):
-                return run.composed(input)
             return _Embedding.apply(input, weight, run)  # type: ignore[no-any-return, no-untyped-call]
-        return run.local(*local_ids(input, run.runs), local_tensor(weight))
+        return run.local(*local_ids(input, run.runs), weight._local_tensor)
 
     return forward
 

@@ -11,16 +11,22 @@ from torch.distributed.tensor import DTensor
 from autotp.plan.layout import Layout
 from autotp.plan.model import ParamPlan
 from autotp.rewrite.comm import Comm
+from autotp.rewrite.tensor import LayoutDTensor
 
 
 @torch.no_grad()
 def unshard(tensor: Tensor, layout: Layout, comm: Comm) -> Tensor:
-    """The full tensor of shape `layout.shape` from every rank's local part of `tensor`."""
+    """The full tensor of shape `layout.shape`: of one in that layout, of every rank's part of it, or of one that is whole already."""
     tensor = tensor.detach()
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    if layout.dim is None:
-        return local
-    return layout.unshard(comm.all_gather(local))
+    if isinstance(tensor, LayoutDTensor):
+        return tensor._whole()
+    if isinstance(tensor, DTensor):
+        if layout.dim is not None and all(p.is_replicate() for p in tensor._spec.placements):
+            return tensor._local_tensor
+        tensor = tensor._local_tensor
+    elif tuple(tensor.shape) == layout.shape:  # put where the parameter was
+        return tensor
+    return tensor if layout.dim is None else layout.unshard(comm.all_gather(tensor))
 
 
 def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:

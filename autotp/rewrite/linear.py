@@ -15,16 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
 from autotp.plan.model import ModulePlan, Op
 from autotp.rewrite.classes import STATE
 from autotp.rewrite.comm import Comm, keeps_results
 from autotp.rewrite.convert import copy, gather, once, reduce
-from autotp.rewrite.grads import grad_of
-from autotp.rewrite.reads import Read, local_tensor
+from autotp.rewrite.reads import Read
 from autotp.rewrite.split import Split
+from autotp.rewrite.tensor import LayoutDTensor, laid_out
 
 _grad_enabled = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
@@ -80,7 +79,7 @@ class LinearRun:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: DTensor, bias: DTensor | None, run: LinearRun) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: LayoutDTensor, bias: LayoutDTensor | None, run: LinearRun) -> Tensor:
         w = weight._local_tensor
         needs = ctx.needs_input_grad
         ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None)
@@ -108,13 +107,13 @@ class _Linear(torch.autograd.Function):
             grad_w = rows.t().mm(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
             if run.weight.fix.needed:
                 grad_w = run.weight.fix(grad_w, owned=True)
-            grad_w = grad_of(ctx.specs[0], grad_w, run.weight.fix.layout)
+            grad_w = laid_out(ctx.specs[0], grad_w, run.weight.fix.layout)  # type: ignore[arg-type]
         if needs[2]:
             grad_b = rows.sum(0)
             fix = run.bias.fix  # type: ignore[union-attr]  # it needs a gradient, so it is there
             if fix.needed:
                 grad_b = fix(grad_b, owned=True)
-            grad_b = grad_of(ctx.specs[1], grad_b, fix.layout)
+            grad_b = laid_out(ctx.specs[1], grad_b, fix.layout)  # type: ignore[arg-type]
         return grad_x, grad_w, grad_b, None
 
 
@@ -128,13 +127,15 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
             return run.composed(input)
         parameters = attributes["_parameters"]
         weight, bias = parameters["weight"], parameters["bias"]
+        if type(weight) is not LayoutDTensor or (bias is not None and type(bias) is not LayoutDTensor):
+            return run.composed(input)
         if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-            if not isinstance(weight, DTensor) or _autocast():
+            if _autocast():
                 return run.composed(input)
             if run.copies and input.requires_grad:
                 input = copy(input, run.comm)
             return _Linear.apply(input, weight, bias, run)  # type: ignore[no-any-return, no-untyped-call]
-        return run.local(input, local_tensor(weight), None if bias is None else local_tensor(bias))
+        return run.local(input, weight._local_tensor, None if bias is None else bias._local_tensor)
 
     return forward
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.distributed.tensor import DTensor
 
 from autotp.plan.layout import Layout
 from autotp.plan.model import Written
@@ -20,6 +19,7 @@ from autotp.rewrite.classes import STATE
 from autotp.rewrite.reads import Read, _Read
 from autotp.rewrite.sites import RUNNING, SiteMode, SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
+from autotp.rewrite.tensor import LayoutDTensor
 
 _ABSENT: Any = object()
 _grad_enabled = torch.is_grad_enabled
@@ -53,6 +53,7 @@ class ModuleRun:
         mode: SiteMode | None = None
         self.frames.append((saved, None))
         layouts: dict[int, Layout] = {}
+        held: dict[int, Tensor] = {}
         for read in self.reads:
             value = read.value()
             attributes = read.owner.__dict__
@@ -60,8 +61,10 @@ class ModuleRun:
             attributes[read.name] = value
             if read.layout is not None:
                 layouts[id(value)] = read.layout
+            if read.held and value is not None:
+                held[id(read.tensor)] = value
         if self.sites is not None:
-            mode = SiteMode(self.sites, layouts)
+            mode = SiteMode(self.sites, layouts, held)
             mode.__enter__()
         elif RUNNING.modes:
             RUNNING.modes.append(None)
@@ -145,16 +148,18 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         parameters = attributes["_parameters"]
         record = _grad_enabled()
         for name, _ in light:
-            if name in attributes:  # called again inside its own forward
+            if (
+                name in attributes or type(parameters[name]) is not LayoutDTensor
+            ):  # called again inside its own forward; put there by someone
                 return run(self, inner, args, kwargs)
         try:
             for name, fix in light:
-                p: Tensor = parameters[name]
+                p: LayoutDTensor = parameters[name]
                 if record and p.requires_grad:
                     shared = run.shared
                     attributes[name] = shared[name] if shared and name in shared else _Read.apply(p, fix)  # type: ignore[no-untyped-call]
                 else:
-                    attributes[name] = p._local_tensor if isinstance(p, DTensor) else p
+                    attributes[name] = p._local_tensor
             return inner(self, *args, **kwargs)
         finally:
             for name, _ in light:

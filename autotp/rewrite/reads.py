@@ -1,7 +1,8 @@
 """How a module's forward reads parameters and buffers: as plain local tensors.
 
 A parameter is a DTensor leaf; its local tensor enters the computation through one `autograd.Function` whose backward sums
-what is still partial and returns a DTensor gradient with the parameter's placements, so that no DTensor is dispatched on.
+what is still partial and returns a DTensor gradient in the parameter's layout, so that no DTensor is dispatched on. A whole tensor that
+someone put where the parameter was (`functional_call`, an assignment) is cut at each read.
 """
 
 from __future__ import annotations
@@ -13,18 +14,13 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.distributed.tensor import DTensor
 
+from autotp.errors import AutoTPError
 from autotp.plan.layout import Layout, Shared
 from autotp.plan.model import Conversion, GradSum, Op, Written
-from autotp.plan.pieces import is_even
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
-from autotp.rewrite.grads import grad_of
 from autotp.rewrite.split import split_of
-
-
-def local_tensor(p: Tensor) -> Tensor:
-    """The plain tensor that this rank holds of `p`; carries no gradient for a DTensor."""
-    return p._local_tensor if isinstance(p, DTensor) else p
+from autotp.rewrite.tensor import LayoutDTensor, laid_out
 
 
 class GradFix:
@@ -39,7 +35,7 @@ class GradFix:
 
     def __init__(self, grad: GradSum, layout: Layout | None, comm: Comm) -> None:
         self.comm = comm
-        self.layout = None if layout is None or is_even(layout) else layout  # of the gradient, see `grad_of`
+        self.layout = layout
         self.dim = 0 if layout is None or layout.dim is None else layout.dim
         self.padding = () if layout is None else layout.padding(comm.rank)
         self.shared = Shared(0, ()) if layout is None or grad is not GradSum.SHARED else layout.shared(comm.rank)
@@ -75,20 +71,32 @@ class GradFix:
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, p: Tensor, fix: GradFix) -> Tensor:
-        ctx.fix = fix
-        ctx.spec = p._spec if isinstance(p, DTensor) else None
-        return local_tensor(p).detach()
+    def forward(ctx: Any, p: DTensor, fix: GradFix) -> Tensor:
+        ctx.fix, ctx.spec = fix, p._spec
+        return p._local_tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        fix, spec = ctx.fix, ctx.spec
-        grad = fix(grad)
-        return grad if spec is None else grad_of(spec, grad, fix.layout), None
+        fix = ctx.fix
+        return laid_out(ctx.spec, fix(grad), fix.layout), None
+
+
+class _Cut(torch.autograd.Function):
+    """This rank's part of a whole tensor that stands where a parameter was; its gradient is whole again."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, fix: GradFix) -> Tensor:
+        ctx.fix = fix
+        return fix.layout.shard(whole.detach(), fix.comm.rank)  # type: ignore[union-attr]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        fix = ctx.fix
+        return fix.layout.unshard(fix.comm.all_gather(fix(grad))), None
 
 
 class _Fix(torch.autograd.Function):
-    """The gradient's part of `_Read` alone, for code being compiled, where `to_local` makes the DTensor gradient."""
+    """What `_Read` does to the gradient alone: for local tensors, and for compiled code, where `to_local` makes the DTensor gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, fix: GradFix) -> Tensor:
@@ -101,9 +109,13 @@ class _Fix(torch.autograd.Function):
 
 
 class Read:
-    """One use: how `name` of module `owner` is read. `value()` gives the tensor for one forward."""
+    """One use: how `name` of module `owner` is read. `value()` gives the tensor for one forward.
 
-    __slots__ = ("comm", "conversions", "convert", "fix", "is_buffer", "layout", "name", "owner", "written")
+    `held`: the code takes the parameter itself from somewhere, and is given the value instead. `of_parts`: the model's parameters are
+    plain tensors that hold a rank's part, no DTensors (a rehearsal without ranks).
+    """
+
+    __slots__ = ("comm", "conversions", "convert", "fix", "held", "is_buffer", "layout", "name", "of_parts", "owner", "written")
 
     def __init__(
         self,
@@ -114,29 +126,40 @@ class Read:
         grad: GradSum = GradSum.NONE,
         conversions: tuple[Conversion, ...] = (),
         written: Written = Written.NEVER,
+        held: bool = False,
     ) -> None:
-        self.owner = owner
+        self.owner, self.held = owner, held
         self.name, self.comm = name, comm
         self.layout = layout
         self.fix = GradFix(grad, layout, comm)
         self.conversions, self.written = conversions, written
         self.is_buffer = name in owner._buffers
+        self.of_parts = self.is_buffer
         self.convert = bind_all(conversions, comm) if conversions else None
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What the owner has under this name."""
+        return (self.owner._buffers if self.is_buffer else self.owner._parameters)[self.name]
 
     def value(self) -> Tensor | None:
         """The local tensor with gradient recording where it is needed; None for an absent parameter."""
-        p = (self.owner._buffers if self.is_buffer else self.owner._parameters)[self.name]
+        p = self.tensor
         if p is None:
             return None
-        if not (p.requires_grad and torch.is_grad_enabled()):
-            x = p._local_tensor if isinstance(p, DTensor) else p
-        elif is_dynamo_compiling():
-            x = p.to_local() if isinstance(p, DTensor) else p
-            x = _Fix.apply(x, self.fix) if self.fix.needed else x  # type: ignore[no-untyped-call]
-        elif isinstance(p, DTensor) or self.fix.needed:
-            x = _Read.apply(p, self.fix)  # type: ignore[no-untyped-call]
+        record = p.requires_grad and torch.is_grad_enabled()
+        if type(p) is LayoutDTensor:
+            if not record:
+                x = p._local_tensor
+            elif is_dynamo_compiling():
+                x = p.to_local()
+                x = _Fix.apply(x, self.fix) if self.fix.needed else x  # type: ignore[no-untyped-call]
+            else:
+                x = _Read.apply(p, self.fix)  # type: ignore[no-untyped-call]
+        elif self.of_parts:
+            x = _Fix.apply(p, self.fix) if record and self.fix.needed else p  # type: ignore[no-untyped-call]
         else:
-            x = p
+            x = self._put_there(p, record)
         return x if self.convert is None else self.convert(x)
 
     def put_back(self, part: Tensor) -> None:
@@ -148,3 +171,30 @@ class Read:
                 if c.op is Op.SLICE and c.dim is not None and c.expr is not None:
                     part = split_of(c.dim, c.expr, self.comm).join(part.detach())
             whole.data.copy_(part)  # like the operator's own write, no new version: what was saved for a backward is not used in it
+
+    def _put_there(self, p: Tensor, record: bool) -> Tensor:
+        """The part of a tensor that someone put where the parameter was: a whole one, or a DTensor placed as the parameter.
+
+        Raises:
+            AutoTPError: for any other.
+        """
+        layout = self.layout
+        if layout is None:
+            return p
+        if isinstance(p, DTensor):
+            placed = [q.dim if q.is_shard() else None for q in p._spec.placements if not q.is_partial()]  # type: ignore[attr-defined]
+            if placed == [layout.dim] and tuple(p._local_tensor.shape) == layout.local_shape:
+                if not record:
+                    return p._local_tensor
+                if is_dynamo_compiling():
+                    return _Fix.apply(p.to_local(), self.fix)  # type: ignore[no-any-return, no-untyped-call]
+                return _Read.apply(p, self.fix)  # type: ignore[no-any-return, no-untyped-call]
+        elif tuple(p.shape) == layout.shape:
+            if layout.dim is None:
+                return _Fix.apply(p, self.fix) if record and self.fix.needed else p  # type: ignore[no-untyped-call]
+            return _Cut.apply(p, self.fix) if record else layout.shard(p, self.fix.comm.rank)  # type: ignore[no-untyped-call]
+        kind = f"a DTensor of shape {tuple(p.shape)} placed {p._spec.placements}" if isinstance(p, DTensor) else f"shape {tuple(p.shape)}"
+        raise AutoTPError(
+            f"{type(self.owner).__name__}.{self.name} was replaced after parallelize by a tensor that is neither whole, of shape "
+            f"{layout.shape}, nor placed as the parameter was: {kind}. Put a whole tensor there, or copy_ into the parameter"
+        )

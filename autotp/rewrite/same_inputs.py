@@ -72,8 +72,8 @@ def compare_inputs(comm: Comm, where: str, args: tuple[Any, ...], kwargs: Mappin
     other = next((r for r, each in enumerate(everyone) if each.get(first) != everyone[0].get(first)), 1)
     raise AutoTPError(
         f"{where} was called with different inputs on different ranks: {first} on rank {other} is not what it is on rank 0. The ranks of "
-        f"one tensor-parallel group need the same batch: give data loaders the data-parallel rank, not the global one. {VARIABLE}=never turns "
-        "this check off."
+        f"one tensor-parallel group need the same batch: give data loaders the data-parallel rank, not the global one. "
+        f"{VARIABLE}=never turns this check off."
     )
 
 

@@ -1,8 +1,7 @@
 """Parameters as DTensors over the tp mesh.
 
-The local tensor is `layout.shard(full, rank)`. The DTensor is placed as an even `Shard(dim)` over the *layout's own order*;
-with padding or shared indices its global size along the dim, `tp` times the local one, is larger than the model's. One that is not
-the model's tensor cut evenly is a `LayoutDTensor`.
+The local tensor is `layout.shard(full, rank)`. The DTensor has the model's shape and is placed as `Shard(dim)`, over the *layout's own
+order*: with padding or shared indices the ranks' parts together are larger than it is. The layout comes with it.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from autotp.errors import MeshError
 from autotp.plan.layout import Layout
-from autotp.plan.pieces import is_even
-from autotp.rewrite.tensor import laid_out
+from autotp.rewrite.tensor import LayoutDTensor, laid_out, placements
 
 MakeParam = Callable[[str, nn.Parameter, Layout], nn.Parameter]
 
@@ -43,16 +41,11 @@ def shard_onto(mesh: DeviceMesh) -> MakeParam:
     return make_param
 
 
-def as_dtensor(local: Tensor, layout: Layout, mesh: DeviceMesh) -> DTensor:
+def as_dtensor(local: Tensor, layout: Layout, mesh: DeviceMesh) -> LayoutDTensor:
     """The DTensor of one rank's `local` (shape `layout.local_shape`); no communication."""
-    dim = layout.dim
-    if dim is None:
-        return DTensor.from_local(local, mesh, (Replicate(),), run_check=False)
-    shape = list(layout.local_shape)
-    shape[dim] *= layout.tp
-    stride = torch.empty(shape, device="meta").stride()
-    made = DTensor.from_local(local, mesh, (Shard(dim),), run_check=False, shape=torch.Size(shape), stride=stride)
-    return made if is_even(layout) else laid_out(made._spec, made._local_tensor, layout)
+    stride = torch.empty(layout.shape, device="meta").stride()
+    meta = TensorMeta(torch.Size(layout.shape), stride, local.dtype)
+    return laid_out(DTensorSpec(mesh, placements(layout), tensor_meta=meta), local, layout)
 
 
 def keep_attributes(old: nn.Parameter, new: nn.Parameter) -> None:

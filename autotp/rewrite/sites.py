@@ -21,9 +21,18 @@ from autotp.plan.model import Conversion, Site
 from autotp.rewrite.across import Across
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import Convert, bind_all
+from autotp.rewrite.holders import now
 from autotp.rewrite.kernels import run_kernel
 from autotp.rewrite.leaves import is_int, map_call, map_leaves
 from autotp.trace.places import call_of, call_place
+
+# What code asks of a parameter itself, not of its values.
+_OF_THE_PARAMETER = (
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad", "is_leaf", "grad_fn", "_backward_hooks")),
+    *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad", "data", "_backward_hooks")),
+    Tensor.register_hook,
+    Tensor.requires_grad_,
+)
 
 
 class _Running(threading.local):
@@ -66,12 +75,16 @@ class SiteTable:
 
 
 class SiteMode(TorchFunctionMode):
-    """Acts on the calls that `table` lists; `layouts` gives the layout of the local tensors the module reads, by id."""
+    """Acts on the calls that `table` lists; `layouts` gives the layout of the local tensors the module reads, by id.
 
-    def __init__(self, table: SiteTable, layouts: Mapping[int, Layout]) -> None:
+    held: parameters that the code takes from elsewhere than its module's attributes, by id → what it computes with instead.
+    """
+
+    def __init__(self, table: SiteTable, layouts: Mapping[int, Layout], held: Mapping[int, Tensor]) -> None:
         super().__init__()
         self.table = table
         self.layouts = layouts
+        self.held = held
 
     def __enter__(self) -> SiteMode:
         RUNNING.modes.append(self)
@@ -87,10 +100,15 @@ class SiteMode(TorchFunctionMode):
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
         if RUNNING.modes[-1] is self:
+            if self.held and func not in _OF_THE_PARAMETER:
+                args, kwargs = map_call(args, kwargs, self._read)
             site = self.table.find(*call_place(2))
             if site is not None:
                 return self._intervene(site, func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _read(self, leaf: Any) -> Any:
+        return self.held.get(id(now(leaf)), leaf) if isinstance(leaf, Tensor) else leaf
 
     def _intervene(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if site.ints:

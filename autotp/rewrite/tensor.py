@@ -1,51 +1,55 @@
-"""A DTensor that knows its layout, for what is not cut evenly.
+"""A DTensor that knows its layout: what every parameter of a parallel model is.
 
-The DTensor of a fused parameter is in the layout's order, one with padding or shared indices is larger than the model's tensor. Taken
-for an even `Shard` it would be read, saved and counted wrongly, and nothing would say so. So such parameters, their gradients, and what
-is made from them element by element (a detached parameter, a clone, an optimizer's moments) are `LayoutDTensor`s:
+The parts of a fused parameter are in the layout's order, those with padding or shared indices are together larger than the model's tensor.
+Taken for an even `Shard` they would be read, saved and counted wrongly, and nothing would say so; and writes to views of an even one would
+go into a copy. So parameters, their gradients, and what is made from them element by element (a detached parameter, a clone, an
+optimizer's moments) are `LayoutDTensor`s:
 
 - `full_tensor` and `redistribute` to `Replicate` give the model's tensor, in its order and shape;
-- torch.distributed.checkpoint saves and loads them in the model's order (`Sharded`), or refuses;
-- sums and norms count an index that several ranks hold once:  ‖g‖ = (Σ over ranks of Σ over owned entries of |g|^p)^(1/p);
-- a DTensor whose order is not known to be the same is not copied into one.
+- torch.distributed.checkpoint saves and loads them in the model's order (`Sharded`);
+- operators on them give what they give on one device (`autotp.rewrite.operators`);
+- `data = …` takes a whole tensor, or one in the same layout.
 
-Operators on elements run on the local tensors. Any other operator runs on ordinary DTensors; a result that is placed and shaped like an
-argument is laid out like it. Nothing here is called in a forward, which reads local tensors.
+Nothing here is called in a forward, which reads local tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import isinf
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.utils._pytree import tree_map_only
 
-from autotp.errors import AutoTPError, CheckpointError
+from autotp.errors import AutoTPError
 from autotp.plan import layout as layouts
-from autotp.plan.layout import Layout, take
+from autotp.plan.layout import Layout, replicated, take
 from autotp.rewrite.comm import GroupComm
 from autotp.rewrite.sharded import Sharded
 
-_aten = torch.ops.aten
-_detach, _copy_ = _aten.detach.default, _aten.copy_.default
+_detach = torch.ops.aten.detach.default
 # DTensor's own constructor spends 3 µs in Python before it comes to this one.
-_new: Callable[..., Any] = torch.Tensor._dtensor__new__
-# Operators in which an entry counts as often as it is there (but for norms of infinite order, which are maxima).
-_COUNTING = frozenset(
-    getattr(_aten, name)
-    for name in ("linalg_vector_norm", "norm", "_foreach_norm", "linalg__powsum", "_foreach_powsum", "sum")
-    if hasattr(_aten, name)
-)
+new_dtensor: Callable[..., Any] = torch.Tensor._dtensor__new__
+_DATA: Any = torch.Tensor.data
 
 
-def plain(tensor: DTensor) -> DTensor:
-    """The ordinary DTensor over the same local tensor."""
-    return _new(DTensor, tensor._local_tensor, tensor._spec, requires_grad=False)  # type: ignore[no-any-return]
+def placements(layout: Layout) -> tuple[Any]:
+    """How a tensor of `layout` is placed on its mesh."""
+    return (Replicate() if layout.dim is None else Shard(layout.dim),)
+
+
+def plain(tensor: LayoutDTensor, local: Tensor | None = None) -> DTensor:
+    """The ordinary DTensor over the same local tensors (or others of their shape), end to end."""
+    local = tensor._local_tensor if local is None else local
+    spec, layout = tensor._spec, tensor._layout
+    if layout.dim is not None and (layout.is_padded or layout.is_shared):
+        shape = list(local.shape)
+        shape[layout.dim] *= layout.tp
+        meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
+        spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    return new_dtensor(DTensor, local, spec, requires_grad=False)  # type: ignore[no-any-return]
 
 
 class LayoutDTensor(DTensor):
@@ -57,38 +61,79 @@ class LayoutDTensor(DTensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is _detach:
+        if func is _detach and type(args[0]) is LayoutDTensor:
             return args[0]._like(args[0]._local_tensor, args[0]._spec)
-        if func is _copy_:
-            _same_order(args[0], args[1])
-        tags = func.tags
-        on_elements = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags  # DTensor knows about seeds
-        if on_elements and (result := _on_elements(func, args, kwargs)) is not NotImplemented:
-            return result
-        counts = func.overloadpacket in _COUNTING and _counts(func, args, kwargs)
-        originals: dict[int, tuple[DTensor, LayoutDTensor]] = {}
+        from autotp.rewrite.operators import dispatch  # it makes tensors of this class
 
-        def ordinary(tensor: LayoutDTensor) -> DTensor:
-            made = _new(DTensor, tensor._owned(), tensor._spec, requires_grad=False) if counts else plain(tensor)
-            originals[id(made)] = made, tensor
-            return made
+        return dispatch(func, args, kwargs or {})
 
-        result = func(*tree_map_only(LayoutDTensor, ordinary, args), **tree_map_only(LayoutDTensor, ordinary, kwargs))
-        if counts:
-            return result
-        if isinstance(result, list | tuple):  # of a foreach operator: one result for each tensor of its first list
-            first = args[0] if isinstance(args[0], list | tuple) and len(args[0]) == len(result) else [None] * len(result)
-            return type(result)(_replaced(r, originals, [t]) for r, t in zip(result, first, strict=True))
-        return _replaced(result, originals, [tensor for _, tensor in originals.values()])
+    @property
+    def data(self) -> Any:
+        """The tensor without its history; assigned: a whole tensor, or one in the same layout.
+
+        Raises:
+            AutoTPError: for a tensor of another shape or layout.
+        """
+        return _DATA.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        layout = self._layout
+        if not isinstance(value, DTensor):
+            if tuple(value.shape) != layout.shape:
+                raise AutoTPError(
+                    f"data of a parameter of shape {layout.shape} takes a whole tensor, got {tuple(value.shape)}"
+                    + (": write a rank's part into to_local()" if tuple(value.shape) == layout.local_shape else "")
+                )
+            value = self._cut(value.detach())
+        elif not isinstance(value, LayoutDTensor) or not layouts.alike(value._layout, layout):
+            if tuple(value.shape) != layout.shape or not all(p.is_replicate() for p in value._spec.placements):
+                raise AutoTPError(
+                    f"data of a parameter with the layout {layout} takes a whole tensor or one in this layout, got a DTensor of shape "
+                    f"{tuple(value.shape)} placed {value._spec.placements}"
+                )
+            value = self._cut(value._local_tensor)
+        self._become(value)
+
+    def _become(self, other: LayoutDTensor) -> None:
+        _DATA.__set__(self, other)
+        self._local_tensor, self._spec, self._layout = other._local_tensor, other._spec, other._layout
+
+    def _cut(self, whole: Tensor) -> LayoutDTensor:
+        """A plain whole tensor in this layout; a copy."""
+        local = self._part(whole)
+        spec, meta = self._spec, self._spec.tensor_meta
+        assert meta is not None
+        if local.dtype != meta.dtype:
+            spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, local.dtype))
+        return self._like(local.clone() if local is whole else local, spec)
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        """As on one device; what the hook returns, whole or not, becomes a gradient in this layout."""
+        return super().register_hook(GradHook(hook, self._layout))  # type: ignore[no-untyped-call]
+
+    @property
+    def _rank(self) -> int:
+        return self._spec.mesh.get_local_rank()
+
+    @property
+    def _comm(self) -> GroupComm:
+        return GroupComm(self._spec.mesh.get_group())
 
     def _like(self, local: Tensor, spec: Any) -> LayoutDTensor:
+        """`local` placed and laid out as this tensor."""
         return laid_out(spec, local, self._layout)
 
+    def _everywhere(self, whole: Tensor) -> LayoutDTensor:
+        """`whole` as a tensor of this mesh that every rank holds."""
+        meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+        spec = DTensorSpec(self._spec.mesh, (Replicate(),), tensor_meta=meta)
+        return laid_out(spec, whole, replicated(whole.shape, self._layout.tp))
+
     def _owned(self) -> Tensor:
-        """The local tensor with zeros where another copy of the index is the owner."""
+        """The local tensor with zeros in padding and where another copy of the index is the owner."""
         layout, local = self._layout, self._local_tensor
-        if not layout.is_shared:
+        if not (layout.is_shared or layout.is_padded):
             return local
         dim, at = layout.dim or 0, 0
         parts: list[tuple[int, int]] = []
@@ -96,11 +141,36 @@ class LayoutDTensor(DTensor):
             parts += [(at - a, 0), (a, b)] if a > at else [(a, b)]
             at = b
         end = local.shape[dim]
-        return take(local, dim, [*parts, (at - end, 0)] if at < end else parts)
+        return take(local, dim, [*parts, (at - end, 0)] if at < end or not parts else parts)
 
-    @property
-    def _rank(self) -> int:
-        return self._spec.mesh.get_local_rank()
+    def _whole(self) -> Tensor:
+        """The plain whole tensor in the model's order and shape; the local tensor itself where every rank holds all. Collective."""
+        layout, local = self._layout, self._local_tensor
+        if layout.dim is None:
+            return local
+        if local.is_meta:
+            return local.new_empty(layout.shape)
+        return layout.unshard(self._comm.all_gather(local))
+
+    def _part(self, whole: Tensor) -> Tensor:
+        """This rank's part of a plain whole tensor."""
+        return self._layout.shard(whole, self._rank)
+
+    def _fill_(self, whole: Tensor) -> None:
+        """Take the values of a plain whole tensor."""
+        if whole is self._local_tensor and self._layout.dim is None:
+            if whole.shape != self.shape or whole.stride() != self.stride():
+                self._become(self._everywhere(whole))
+            return
+        if tuple(whole.shape) != self._layout.shape:
+            raise AutoTPError(
+                f"a tensor of shape {self._layout.shape} that is laid out over ranks cannot become one of {tuple(whole.shape)}"
+            )
+        self._local_tensor.copy_(self._part(whole))
+
+    def _clear_padding_(self) -> None:
+        for a, b in self._layout.padding(self._rank):
+            self._local_tensor.narrow(self._layout.dim or 0, a, b - a).zero_()
 
     def full_tensor(self, *, grad_placements: Sequence[Any] | None = None) -> Tensor:
         """The whole tensor in the model's order and shape, differentiable. Collective."""
@@ -122,25 +192,16 @@ class LayoutDTensor(DTensor):
         return DTensor.from_local(self.full_tensor(), self._spec.mesh, wanted, run_check=False)
 
     def __create_write_items__(self, fqn: str, object: object) -> list[Any]:
-        return self._sharded(fqn).__create_write_items__(fqn, object)
+        return self._sharded().__create_write_items__(fqn, object)
 
     def __create_chunk_list__(self) -> list[Any]:
-        return self._sharded("a tensor").__create_chunk_list__()
+        return self._sharded().__create_chunk_list__()
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
-        return self._sharded(index.fqn).__get_tensor_shard__(index)
+        return self._sharded().__get_tensor_shard__(index)
 
-    def _sharded(self, name: str) -> Sharded:
-        """What torch.distributed.checkpoint is told. It compares shapes before, so one larger than the model's it could not load.
-
-        Raises:
-            CheckpointError: for a layout with padding or shared indices.
-        """
-        if tuple(self.shape) != self._layout.shape:
-            raise CheckpointError(
-                f"{name} has the layout {self._layout} of shape {self._layout.shape}; with padding or copies of indices its DTensor is "
-                f"{tuple(self.shape)}, which torch.distributed.checkpoint alone cannot load: use autotp.checkpoint.save and load"
-            )
+    def _sharded(self) -> Sharded:
+        """What torch.distributed.checkpoint is told."""
         return Sharded(self._local_tensor, self._layout, self._rank)
 
     def __tensor_flatten__(self) -> Any:
@@ -154,7 +215,8 @@ class LayoutDTensor(DTensor):
         return _rebuilt(made, flatten_spec[1].layout, flatten_spec[-1])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (plain(self), self._layout, self.requires_grad)
+        ordinary = new_dtensor(DTensor, self._local_tensor, self._spec, requires_grad=False)
+        return _rebuilt, (ordinary, self._layout, self.requires_grad)
 
 
 class _Meta(TensorMeta):
@@ -176,17 +238,18 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: LayoutDTensor) -> Tensor:
         ctx.layout, ctx.spec, ctx.rank = p._layout, p._spec, p._rank
-        return p._layout.unshard(GroupComm(p._spec.mesh.get_group()).all_gather(p._local_tensor))
+        whole = p._whole()
+        return whole.detach() if whole is p._local_tensor else whole
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         # The gradient is whole on every rank, and so is that of each copy.
-        return laid_out(ctx.spec, take(grad, ctx.layout.dim, ctx.layout.runs(ctx.rank)).contiguous(), ctx.layout)
+        return laid_out(ctx.spec, ctx.layout.shard(grad, ctx.rank).contiguous(), ctx.layout)
 
 
 def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
     """The DTensor placed as `spec` over `local` (shape `layout.local_shape`), in the order of `layout`."""
-    made: LayoutDTensor = _new(LayoutDTensor, local, spec, requires_grad=False)
+    made: LayoutDTensor = new_dtensor(LayoutDTensor, local, spec, requires_grad=False)
     made._layout = layout
     return made
 
@@ -200,68 +263,19 @@ def _rebuilt(tensor: DTensor, layout: Layout, requires_grad: bool) -> LayoutDTen
 torch.serialization.add_safe_globals([_rebuilt, Layout, layouts.Factor, layouts.Product, layouts.Concat])
 
 
-def _same_order(into: Any, source: Any) -> None:
-    """Raise where it is not known that `source` has the order of `into`."""
-    if isinstance(into, LayoutDTensor) and isinstance(source, DTensor):
-        known = source._layout if isinstance(source, LayoutDTensor) else None
-        if known is None or not (known == into._layout or layouts.alike(known, into._layout)):
-            raise AutoTPError(
-                f"a tensor in the order of the layout {into._layout} is not filled from a DTensor "
-                f"{'of the layout ' + str(known) if known is not None else 'that says nothing of its order'}: load whole tensors before "
-                "parallelize, a parallel model's own state_dict, or what autotp.checkpoint.save wrote"
-            )
+class GradHook:
+    """A tensor hook on a parameter laid out as `layout`: what `hook` makes of its gradient is laid out so too."""
 
+    __slots__ = ("hook", "layout")
 
-def _on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """An operator on elements of tensors that are placed alike; NotImplemented where they are not."""
-    like: LayoutDTensor | None = None
-    local: list[Any] = []
-    for a in args:
-        if not isinstance(a, Tensor):
-            local.append(a)
-            continue
-        if not isinstance(a, DTensor):
-            return NotImplemented
-        local.append(a._local_tensor)
-        if like is None and isinstance(a, LayoutDTensor):
-            like = a
-    if like is None or kwargs.get("out") is not None or any(isinstance(v, Tensor) for v in kwargs.values()):
-        return NotImplemented
-    spec = like._spec
-    for a in args:
-        if isinstance(a, DTensor) and not _alike(a._spec, spec):
-            return NotImplemented
-    result = func(*local, **kwargs)
-    if func._schema.name.endswith("_"):
-        return args[0]
-    if not isinstance(result, Tensor) or result.shape != like._local_tensor.shape:
-        raise AutoTPError(f"{func} is not an operator on elements")
-    meta: Any = spec.tensor_meta
-    if result.dtype != meta.dtype:
-        spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, result.dtype))
-    return like._like(result, spec)
+    def __init__(self, hook: Callable[[Tensor], Tensor | None], layout: Layout) -> None:
+        self.hook, self.layout = hook, layout
 
-
-def _alike(a: Any, b: Any) -> bool:
-    return a is b or (a.placements == b.placements and a.tensor_meta.shape == b.tensor_meta.shape and a.mesh == b.mesh)
-
-
-def _counts(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """True where this call of a counting operator sums over the dim with shared indices."""
-    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
-    order, dims = given.get("ord", given.get("p")), given.get("dim")
-    if order is not None and isinf(order):
-        return False
-    return not dims or (args[0]._layout.dim or 0) in [d % args[0].ndim for d in dims]
-
-
-def _replaced(result: Any, originals: Mapping[int, tuple[DTensor, LayoutDTensor]], likely: Sequence[Any]) -> Any:
-    """`result` as the `LayoutDTensor` that it is: one that was changed in place, or a new one placed like one of `likely`."""
-    if not isinstance(result, DTensor):
-        return result
-    if id(result) in originals:
-        return originals[id(result)][1]
-    for tensor in likely:
-        if isinstance(tensor, LayoutDTensor) and tensor.shape == result.shape and tensor._spec.placements == result._spec.placements:
-            return tensor._like(result._local_tensor, result._spec)
-    return result
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        made = self.hook(grad)
+        if made is None or made is grad or not isinstance(grad, LayoutDTensor):
+            return made
+        if isinstance(made, LayoutDTensor) and layouts.alike(made._layout, grad._layout):
+            return made
+        with torch.no_grad():
+            return torch.empty_like(grad).copy_(made)

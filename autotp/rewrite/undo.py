@@ -15,6 +15,7 @@ class Undo:
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
+        self._last: list[Callable[[], None]] = []
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -51,6 +52,12 @@ class Undo:
         while self._steps:
             self._steps.pop()()
 
+    def at_release(self, step: Callable[[], None]) -> None:
+        """Add what is to be done when the rewrite is final."""
+        self._last.append(step)
+
     def release(self) -> None:
         """Forget the originals (and free the full parameters): the rewrite is final."""
         self._steps.clear()
+        while self._last:
+            self._last.pop(0)()

@@ -1,8 +1,8 @@
-"""Gradients that compiled code makes of parameters that are not cut evenly.
+"""What stays with the parameters of a module, whatever is done to the module.
 
-Code being compiled reads such a parameter as an ordinary DTensor, and its gradient is one, in an order that nothing says. A hook on the
-parameter gives it its layout. Hooks are lost where parameters are made anew: `KeepLayout` sets them again after `model.to(…)` and
-`copy.deepcopy(model)`.
+Code being compiled reads a parameter as an ordinary DTensor, and its gradient is one, in an order that nothing says. A hook on the
+parameter gives it its layout. That hook and those of users are lost where parameters are made anew: `KeepHooks` sets them again after
+`model.to(…)`, and ours after `copy.deepcopy(model)`. Whole tensors that `load_state_dict` is given are cut.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autotp.plan.layout import Layout
 from autotp.rewrite.tensor import LayoutDTensor, laid_out
+from autotp.rewrite.undo import Undo
 
 
 class _Ordered:
@@ -36,14 +38,22 @@ class _Ordered:
         return _Ordered, (None, self.layout)
 
 
-class KeepLayout:
-    """The `_apply` (under `to`, `half`, `cuda`, …) of a module with such parameters; sets their hooks again."""
+class KeepHooks:
+    """The `_apply` (under `to`, `half`, `cuda`, …) of a module with parameters; sets their hooks again."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        hooks = {n: (p._backward_hooks, p._post_accumulate_grad_hooks) for n, p in self.module._parameters.items() if p is not None}
         type(self.module)._apply(self.module, fn, recurse)  # type: ignore[no-untyped-call]
+        for name, p in self.module._parameters.items():
+            if p is not None and name in hooks:
+                before, after = hooks[name]
+                if before and not p._backward_hooks:
+                    p._backward_hooks = before
+                if after and not p._post_accumulate_grad_hooks:
+                    p._post_accumulate_grad_hooks = after
         self.attach(self.module._parameters)
         return self.module
 
@@ -55,8 +65,30 @@ class KeepLayout:
                 vars(p)["_ordered"] = hook
                 p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KeepLayout:
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeepHooks:
         # A module is in `memo` before its attributes are copied, and its parameters are the first of them.
-        copied = KeepLayout(memo.get(id(self.module), self.module))
+        copied = KeepHooks(memo.get(id(self.module), self.module))
         copied.attach({name: memo.get(id(p)) for name, p in self.module._parameters.items()})
         return copied
+
+
+def cut_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Pre-hook of `load_state_dict`: whole tensors become parts of the parameters that they are for."""
+    for name, p in module._parameters.items():
+        given = state.get(prefix + name)
+        if (
+            isinstance(p, LayoutDTensor)
+            and isinstance(given, Tensor)
+            and not isinstance(given, DTensor)
+            and tuple(given.shape) == p._layout.shape
+        ):
+            with torch.no_grad():
+                state[prefix + name] = p._cut(given)
+
+
+def keep_with(module: nn.Module, undo: Undo) -> None:
+    """Set all this on one module whose parameters are laid out."""
+    keep = KeepHooks(module)
+    keep.attach(module._parameters)
+    undo.set_attribute(module, "_apply", keep)
+    undo.push(module.register_load_state_dict_pre_hook(cut_loaded).remove)  # type: ignore[no-untyped-call]

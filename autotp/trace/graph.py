@@ -154,6 +154,14 @@ class PythonCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Access:
+    """How a module's code gets at a parameter: as the attribute `name` of its owner, or `held`: as the object that anyone may hold."""
+
+    name: str
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Graph:
     """A trace of one or more paths through a model.
 
@@ -170,6 +178,7 @@ class Graph:
     notes: tuple[str, ...] = ()
     constants: Mapping[int, torch.Tensor] = field(default_factory=dict)  # value id → the numbers of small constants
     calls: Mapping[int, tuple[str, int]] = field(default_factory=dict)  # frame → (path of its module, frame of the caller)
+    accesses: Mapping[tuple[str, int], tuple[Access, ...]] = field(default_factory=dict)  # (module, value id of a parameter) → its ways
     python: Mapping[int, PythonCall] = field(default_factory=dict)  # `Node.call` → the call
     members: Mapping[tuple[str, tuple[str | int, ...]], tuple[tuple[str | int, ...], ...]] = field(default_factory=dict)
     scopes: tuple[Scope, ...] = ()

@@ -10,6 +10,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,11 +90,31 @@ def same_numbers() -> Iterator[None]:
         random.setstate(host)
 
 
-def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], bool], undo: Undo) -> None:
-    """Swap fake parameters and buffers in, on the CPU; tied tensors stay tied."""
+@dataclass(slots=True)
+class Weights:
+    """How code gets at a parameter, by the id of what it gets.
+
+    attributes: what `module.name` gives → the parameter's fake, its name there. objects: the parameter in the module's table, which
+    `parameters()` and `state_dict` give, → a name. originals: the real parameter, which lists and closures hold, → the table and the name
+    of what stands for it. left: the real parameters of modules that were left as they are → the path of the module.
+    """
+
+    attributes: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
+    objects: dict[int, str] = field(default_factory=dict)
+    originals: dict[int, tuple[dict[str, Any], str]] = field(default_factory=dict)
+    left: dict[int, str] = field(default_factory=dict)
+
+
+def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], bool], undo: Undo) -> Weights:
+    """Swap fake parameters and buffers in, on the CPU; tied tensors stay tied.
+
+    An attribute of a module gives another object than its table, as in a parallel model, so that the two ways to read it can be told apart.
+    """
     made: dict[int, Tensor] = {}
+    weights = Weights()
     for path, module in model.named_modules():
         if skip(path):
+            weights.left.update({id(p): path for p in module._parameters.values() if p is not None})
             continue
         for table in (module._parameters, module._buffers):
             for name, tensor in list(table.items()):
@@ -103,7 +124,17 @@ def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], b
                     with fake:
                         new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                         made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if table is module._parameters else new
-                set_item(table, name, made[id(tensor)], undo)
+                now = made[id(tensor)]
+                set_item(table, name, now, undo)
+                if table is module._parameters:
+                    whole = f"{path}.{name}" if path else name
+                    with fake:
+                        shown = nn.Parameter(now.detach(), now.requires_grad)
+                    set_item(module.__dict__, name, shown, undo)
+                    weights.attributes[id(shown)] = shown, whole
+                    weights.objects.setdefault(id(now), whole)
+                    weights.originals[id(tensor)] = table, name
+    return weights
 
 
 def _is_config(value: Any) -> bool:

@@ -37,9 +37,10 @@ from torch.utils.hooks import RemovableHandle
 from autotp.trace import choices
 from autotp.trace.boundary import Path, flatten_arguments, flatten_result
 from autotp.trace.functions import Applied, TensorLike, prove
-from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
+from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, SizeRef, TaggedInt, expr_of
 from autotp.trace.places import call_of, call_place
+from autotp.trace.prepare import Weights
 from autotp.trace.watch import FUNCTION, GRAD_FN, REQUIRES_GRAD, Question, Refused, is_model, is_running, watching
 
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
@@ -49,6 +50,9 @@ _SIZES = (_SHAPE, _SIZE, _NUMEL, _LEN)  # compared by equality: each access of a
 #: Gradients would pass code that the graph does not hold; hooks after the accumulation see a leaf, which no local tensor is.
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_post_accumulate_grad_hook)
 _GRADIENTS = frozenset((REQUIRES_GRAD, GRAD_FN, Tensor.is_inference, Tensor.register_hook, Tensor.retain_grad, *_DIFFERENTIATING))
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_TRANSPOSED = tuple(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
+_SLOTS = ("__get__", "__set__")
 _FILLS = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
 _FILL_AT = {"full": 1, "full_like": 1, "new_full": 2, "fill_": 1}
 
@@ -86,6 +90,8 @@ class Recorder:
         self._call: tuple[Any, Any, Any, Place] | None = None
         self._calls = self._frames = 0
         self.python: dict[int, PythonCall] = {}
+        self.weights = Weights()
+        self._accesses: dict[tuple[str, int], dict[Access, None]] = {}
         self._quiet = 0
         self._count = 0
         self.asked: set[Question] = set()
@@ -117,12 +123,39 @@ class Recorder:
         """The current value of `tensor`; a tensor never seen before is a constant."""
         known = self._values.get(id(tensor))
         if known is not None:
+            if known.origin is Origin.PARAM:
+                self._note_access(tensor, known)
             return known
         value = self.bind(tensor, Origin.CONST)
         real = tensor.constant if isinstance(tensor, FakeTensor) else tensor
         if real is not None and real.device.type != "meta" and choices.small(real):
             self.concrete[value.id] = real
         return value
+
+    def _note_access(self, tensor: Tensor, value: Value) -> None:
+        shown = self.weights.attributes.get(id(tensor))
+        access = Access(shown[1], False) if shown is not None else Access(self.weights.objects.get(id(tensor), value.name), True)
+        self._accesses.setdefault((self.modules[-1][0], value.id), {})[access] = None
+
+    def stands_for(self, shown: Tensor, name: str) -> None:
+        """`shown` is what an attribute gives for the parameter `name`."""
+        self._set(shown, self.params[name])
+        self._alive.append(shown)
+
+    def fakes(self, tree: Any) -> Any:
+        """The arguments of a call with fake parameters instead of real ones that the code holds."""
+        if isinstance(tree, Tensor):
+            key = id(tree)
+            if key in self.weights.left:
+                self.left_read(self.weights.left[key])
+            found = self.weights.originals.get(key)
+            return tree if found is None else found[0][found[1]]
+        if type(tree) in (tuple, list):
+            return type(tree)(self.fakes(x) if isinstance(x, (Tensor, tuple, list)) else x for x in tree)
+        return tree
+
+    def left_read(self, path: str) -> None:
+        """Code outside of the module at `path`, which does not run, reads one of its parameters."""
 
     def adopt(self, tensor: Tensor, node: Node) -> None:
         """Factory functions return another Python object than the dispatcher did: it stands for the same value."""
@@ -161,9 +194,10 @@ class Recorder:
         tables = dict(self.params), dict(self.buffers)
         notes, numbers = tuple(self.notes), {n.call for n in nodes}
         python = {number: call for number, call in self.python.items() if number in numbers}
-        calls = dict(self.calls)
-        scopes = self._proven()
-        return Graph(nodes, *tables, results, dict(repeats), dict(self.fills), notes, constants, calls, python, members, scopes)
+        calls, scopes = dict(self.calls), self._proven()
+        held = {key: tuple(found) for key, found in self._accesses.items()}
+        fills = dict(self.fills)
+        return Graph(nodes, *tables, results, dict(repeats), fills, notes, constants, calls, held, python, members, scopes)
 
     def _proven(self) -> tuple[Scope, ...]:
         known: dict[object, Scope] = {}
@@ -550,6 +584,11 @@ class _Function(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rec = self.recorder
+        if not rec._quiet and (func in _SIZES or getattr(func, "__name__", "") not in _SLOTS or func in (_DATA, *_TRANSPOSED)):
+            args = rec.fakes(args)
+            kwargs = {k: rec.fakes(v) for k, v in kwargs.items()} if kwargs else {}
+        if func == _DATA:
+            func = torch.Tensor.detach
         if func in _SIZES:
             return self._size(func, args[0], args[1:], kwargs or {})
         code, offset = call_place(2)
@@ -604,7 +643,7 @@ class _Function(TorchFunctionMode):
         plain = func(tensor, *rest, **kwargs)
         if id(tensor) not in rec._values or rec._quiet:
             return plain
-        value = rec._values[id(tensor)]
+        value = rec.value(tensor)
         if isinstance(plain, torch.Size):
             return TaggedSize(TaggedInt(n, SizeRef(value.id, i, n)) for i, n in enumerate(plain))
         if func is _NUMEL:

@@ -57,6 +57,10 @@ class _BlockRecorder(Recorder):
             self.add(Pseudo.REPEAT, (here, there), {}, (), slot=(path, (self.templates[path],)))
         return copy.copy(result) if isinstance(result, (list, dict)) else result
 
+    def left_read(self, path: str) -> None:
+        """Someone reads a parameter of a block that is not run: it is not like its template to everyone, so it must run."""
+        raise _NotAlike(next(t for b, t in self.repeats.items() if (path + ".").startswith(b + ".")))
+
     seen: set[Any]
     templates: dict[str, str]
     round: int
@@ -151,7 +155,7 @@ def _trace(
     try:
         keep_state(model, undo)
         with in_mode(model, training=False), same_numbers(), _quiet_fakes():
-            fake_weights(model, fake, skip, undo)
+            recorder.weights = fake_weights(model, fake, skip, undo)
             if tag:
                 tag_ints(model, skip, undo)
             if before is not None:
@@ -164,6 +168,8 @@ def _trace(
                     if id(tensor) not in values:
                         values[id(tensor)] = recorder.bind(tensor, origin, name)
                     table[name] = values[id(tensor)]
+            for shown, name in recorder.weights.attributes.values():
+                recorder.stands_for(shown, name)
             for example in examples:
                 _run(model, recorder, fake, example)
     except Refused as error:

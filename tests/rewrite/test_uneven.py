@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autotp.plan.model import GradSum, ModulePlan, ParamPlan
-from autotp.plan.pieces import is_even
 from autotp.rewrite import linear, reads
 from autotp.rewrite.comm import GroupComm
 from autotp.rewrite.full import full_grads, full_state_dict
-from autotp.rewrite.grads import LocalGrad
 from autotp.rewrite.tensor import LayoutDTensor, plain
 from tests.rewrite.plans import error, rewrite, worst_grad
 from tests.rewrite.uneven import Uneven, uneven_plan
@@ -61,7 +59,7 @@ def loss_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 @contextmanager
 def without_zeros(drop: str) -> Iterator[None]:
     """A negative control: padding keeps what gradient it gets."""
-    own = reads.GradFix.__init__
+    own, clear = reads.GradFix.__init__, LayoutDTensor._clear_padding_
 
     def init(self: reads.GradFix, *args: Any) -> None:
         own(self, *args)
@@ -70,9 +68,10 @@ def without_zeros(drop: str) -> Iterator[None]:
     try:
         if drop == "zeros":
             reads.GradFix.__init__ = init  # type: ignore[method-assign]
+            LayoutDTensor._clear_padding_ = lambda self: None  # type: ignore[method-assign]
         yield
     finally:
-        reads.GradFix.__init__ = own  # type: ignore[method-assign]
+        reads.GradFix.__init__, LayoutDTensor._clear_padding_ = own, clear  # type: ignore[method-assign]
 
 
 def whole(x: Tensor) -> Tensor:
@@ -90,7 +89,11 @@ def largest_padding(model: nn.Module, params: dict[str, ParamPlan], rank: int) -
 def training(kind: str, kv: int, group: int, pieces: int, drop: str = "") -> dict[str, float]:
     """Errors after three clipped steps, each of two batches."""
     with without_zeros(drop):
-        reference, model, params, comm = made(kv, group, pieces, drop)
+        return three_steps(kind, made(kv, group, pieces, drop))
+
+
+def three_steps(kind: str, models: tuple[nn.Module, nn.Module, dict[str, ParamPlan], Any]) -> dict[str, float]:
+    reference, model, params, comm = models
     errors, norms = {}, []
     with torch.no_grad():
         errors["inference"] = error(reference(IDS), model(IDS))
@@ -131,7 +134,7 @@ def norms(as_one_device: bool = True) -> dict[str, float]:
     errors = {"grad": worst_grad(reference, model, params, comm)}
     grads = [[p.grad for p in m.parameters()] for m in (reference, model)]
     layouts = [params[n].layout for n, _ in model.named_parameters()]
-    assert [type(g) is LayoutDTensor for g in grads[1]] == [not is_even(layout) for layout in layouts]
+    assert {type(g) for g in grads[1]} == {LayoutDTensor}
     assert sum(layout.is_shared for layout in layouts) == 6
     if not as_one_device:
         grads[1] = [DTensor(g._local_tensor, g._spec, requires_grad=False) for g in grads[1]]
@@ -179,7 +182,7 @@ def life_of_a_gradient() -> None:
     assert k.grad.mul_(0.5) is k.grad and error(first, k.grad.full_tensor()) < 1e-9
     assert type(k.grad.clone()) is type(k.grad.detach()) is type(k.grad * 2) is type(k.grad.float()) is LayoutDTensor
     assert [type(t) for t in torch._foreach_mul([k.grad, k.detach(), plain(k)], 2)] == [LayoutDTensor, LayoutDTensor, DTensor]
-    assert (k.grad.float()).dtype == torch.float32 and k.grad.sum(1).shape == k.shape[:1]
+    assert (k.grad.float()).dtype == torch.float32 and k.grad.sum(1).shape == first.shape[:1]
 
     twin = copy.deepcopy(k.grad)
     twin.zero_()
@@ -208,7 +211,7 @@ def life_of_a_gradient() -> None:
 
     model.float()
     assert k.dtype == torch.float32 and type(k.grad) is LayoutDTensor and k.grad.dtype == torch.float32
-    assert LocalGrad not in {type(p.grad) for p in model.parameters()}
+    assert {type(p.grad) for p in model.parameters()} == {LayoutDTensor}
 
 
 def test_what_users_do_with_gradients(pool: Pool) -> None:
@@ -263,7 +266,7 @@ def compiled() -> dict[str, float]:
     run = torch.compile(model, backend="aot_eager")
     loss_of(reference).backward()
     loss_of(run).backward()
-    assert all((type(p.grad) is LayoutDTensor) == isinstance(p, LayoutDTensor) for p in model.parameters())
+    assert {type(p.grad) for p in model.parameters()} == {LayoutDTensor}
     a, b = (torch.nn.utils.get_total_norm([p.grad for p in m.parameters()]) for m in (reference, model))
     return {"grad": worst_grad(reference, model, params, comm), "norm": error(a, whole(b))}
 

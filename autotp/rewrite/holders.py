@@ -1,0 +1,179 @@
+"""Whoever holds a parameter besides its module holds the parallel one afterwards.
+
+A parameter cannot become a DTensor in place (the classes' instances are laid out differently in memory), so a new object takes its
+place. Lists, dicts, closures, attributes and optimizers made before `parallelize` may hold the old one, and would go on computing with a
+whole tensor that nothing trains. They are found through the garbage collector and given the new one; only parameters with more references
+than their modules account for are looked for. What cannot be found or changed (a local variable, a C++ object) keeps the old object, which
+from then on raises at every use.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+from collections.abc import Iterable, Mapping
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotp.errors import AutoTPError, PlanError
+from autotp.rewrite.undo import Undo
+
+
+class Pair:
+    """A parameter and what takes its place. `names`: those that it has in the model."""
+
+    __slots__ = ("names", "new", "old")
+
+    def __init__(self, names: tuple[str, ...], old: Any, new: Any) -> None:
+        self.names, self.old, self.new = names, old, new
+
+
+class Replaced(nn.Parameter):
+    """A parameter as it was before `parallelize`, held by someone who could not be given the new one. Every use of it raises."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        held: Any = next((a for a in args if isinstance(a, Replaced)), None)
+        name = "a parameter" if held is None else f"the parameter {vars(held)['_name']!r}"
+        raise AutoTPError(
+            f"{name} was taken from the model before parallelize, which replaced it: take it from the model again "
+            "(model.get_parameter), or make what holds it after parallelize"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"<{vars(self).get('_name')}, replaced by autotp.parallelize>"
+
+
+def now(x: Any) -> Any:
+    """What took the place of `x`, where something did."""
+    return vars(x)["_now"] if type(x) is Replaced else x
+
+
+def give_new(pairs: Iterable[Pair], tables: Mapping[int, Any], ignored: Iterable[object], undo: Undo) -> None:
+    """Replace the old parameters of `pairs` by the new ones wherever they are held, journalled.
+
+    Args:
+        tables: `id → _parameters` of the model's modules, which are left alone, as are the containers in `ignored`. Each old parameter
+            must be in one of `tables` and one of `ignored` for each of its names.
+
+    Raises:
+        PlanError: a module outside of the model has one of the parameters too.
+    """
+    by_old = {id(pair.old): pair for pair in pairs}
+    skip = {*tables, *map(id, ignored)}
+    for pair in by_old.values():
+        # one reference from the pair, one from the call itself
+        if sys.getrefcount(pair.old) > 2 + 2 * len(pair.names):
+            _give_everywhere(pair.old, by_old, skip, undo)
+
+
+def _give_everywhere(held: Any, by_old: Mapping[int, Pair], skip: set[int], undo: Undo) -> None:
+    referrers = gc.get_referrers(held)
+    skip = {*skip, id(referrers)}
+    for holder in referrers:
+        if id(holder) in skip or isinstance(holder, Pair):
+            continue
+        if isinstance(holder, dict) and _is_foreign(holder):
+            gc.collect()  # what nobody refers to any more does not count
+            if any(r is holder for r in gc.get_referrers(held)) and _is_foreign(holder):
+                names = [p.names[0] for p in by_old.values() if any(v is p.old for v in holder.values())]
+                raise PlanError(
+                    f"{names[0]} is also a parameter of a module outside of the model: parallelize a module that holds both, or give them "
+                    "parameters of their own"
+                )
+        elif type(holder) is tuple or (isinstance(holder, tuple) and hasattr(holder, "_fields")):
+            items = [by_old[id(v)].new if id(v) in by_old else v for v in holder]
+            changed = tuple.__new__(type(holder), items)
+            _give_everywhere(holder, {id(holder): Pair((), holder, changed)}, {*skip, id(items)}, undo)
+        elif _give(holder, by_old):
+            undo.push(functools.partial(_give_back, holder, _backwards(by_old)))
+
+
+def _give_back(holder: Any, by_new: Mapping[int, Pair]) -> None:
+    _give(holder, by_new)
+
+
+def _backwards(by_old: Mapping[int, Pair]) -> dict[int, Pair]:
+    return {id(p.new): Pair(p.names, p.new, p.old) for p in by_old.values()}
+
+
+def _is_foreign(table: dict[Any, Any]) -> bool:
+    """True for a module's table of parameters."""
+    for owner in gc.get_referrers(table):
+        attributes = owner if isinstance(owner, dict) else vars(owner) if isinstance(owner, nn.Module) else {}
+        if attributes.get("_parameters") is table and "_modules" in attributes:
+            return True
+    return False
+
+
+def _give(holder: Any, by_old: Mapping[int, Pair]) -> bool:
+    """Replace in one container; False where it holds none in a way that can be changed."""
+    if isinstance(holder, dict):
+        return _give_dict(holder, by_old)
+    if isinstance(holder, list):
+        found = [i for i, v in enumerate(holder) if id(v) in by_old]
+        for i in found:
+            holder[i] = by_old[id(holder[i])].new
+        return bool(found)
+    if isinstance(holder, set):
+        members = [v for v in holder if id(v) in by_old]
+        for v in members:
+            holder.discard(v)
+            holder.add(by_old[id(v)].new)
+        return bool(members)
+    if isinstance(holder, CellType):
+        holder.cell_contents = by_old[id(holder.cell_contents)].new
+        return True
+    if isinstance(holder, functools.partial):
+        if id(holder.args) not in by_old:
+            return False
+        holder.__setstate__((holder.func, by_old[id(holder.args)].new, holder.keywords, vars(holder)))  # type: ignore[attr-defined]
+        return True
+    if isinstance(holder, FunctionType) and id(holder.__defaults__) in by_old:
+        holder.__defaults__ = by_old[id(holder.__defaults__)].new
+        return True
+    if isinstance(holder, Tensor | type) or not hasattr(holder, "__dict__"):
+        return _give_slots(holder, by_old)
+    return _give_dict(vars(holder), by_old) or _give_slots(holder, by_old)
+
+
+def _give_dict(holder: dict[Any, Any], by_old: Mapping[int, Pair]) -> bool:
+    if any(id(k) in by_old for k in holder):
+        items = [(by_old[id(k)].new if id(k) in by_old else k, v) for k, v in holder.items()]
+        holder.clear()
+        holder.update(items)
+        _give_dict(holder, by_old)
+        return True
+    found = [k for k, v in holder.items() if id(v) in by_old]
+    for k in found:
+        holder[k] = by_old[id(holder[k])].new
+    return bool(found)
+
+
+def _give_slots(holder: Any, by_old: Mapping[int, Pair]) -> bool:
+    done = False
+    for cls in type(holder).__mro__:
+        names = vars(cls).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            slot: Any = vars(cls).get(name)
+            value = getattr(holder, name, None)
+            if id(value) in by_old and hasattr(slot, "__set__"):
+                slot.__set__(holder, by_old[id(value)].new)
+                done = True
+    return done
+
+
+@torch.no_grad()
+def retire(pairs: Iterable[Pair]) -> None:
+    """Free the old parameters' memory; those that someone still holds raise from now on."""
+    for pair in pairs:
+        old, pair.old = pair.old, None
+        if sys.getrefcount(old) > 2 and type(old) is nn.Parameter:
+            old.grad = None
+            old.data = old.new_empty(0)
+            vars(old).update(_name=pair.names[0], _now=pair.new)
+            old.__class__ = Replaced

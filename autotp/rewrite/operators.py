@@ -1,0 +1,360 @@
+"""Operators on tensors that are laid out over ranks give what they give on one device.
+
+    on elements   add, mul, copy_, …: on the local parts; a whole tensor among the arguments is cut first
+    counting      sums and norms: on what each rank owns, an index that several ranks hold once, padding never
+    lists         foreach and fused ones: DTensor's own, on elements too
+    any other     on the whole tensors: parts are gathered, what is written goes back into the parts, views remember what they are of
+
+A plain tensor among the arguments is whole. Results of the last kind are whole on every rank, and random numbers are rank 0's. Nothing
+here is called in a forward, which reads local tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import isinf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from autotp.errors import AutoTPError
+from autotp.plan import layout as layouts
+from autotp.plan.pieces import is_even
+from autotp.rewrite.tensor import LayoutDTensor, new_dtensor, plain
+
+_aten = torch.ops.aten
+_detach, _copy_ = _aten.detach.default, _aten.copy_.default
+# Operators in which an entry counts as often as it is there.
+_COUNTING = frozenset(
+    getattr(_aten, name)
+    for name in ("linalg_vector_norm", "norm", "_foreach_norm", "linalg__powsum", "_foreach_powsum", "sum")
+    if hasattr(_aten, name)
+)
+# On elements too, though torch does not tag them so.
+_ON_ELEMENTS = frozenset(
+    getattr(_aten, name)
+    for name in ("copy_", "fill_", "zero_", "masked_fill_", "_to_copy", "zeros_like", "ones_like", "empty_like", "full_like", "alias")
+)
+_RESHAPES = frozenset((_aten.view, _aten._unsafe_view, _aten.expand))
+_LISTS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_")
+
+
+class PartView(LayoutDTensor):
+    """A view of a tensor that is cut: `source`, and the operators that make the view of the whole tensor.
+
+    What it holds is what the view was when it was made. Each operator makes it anew, and a write goes back into every rank's part.
+    """
+
+    _source: LayoutDTensor
+    _steps: tuple[Callable[[Tensor], Tensor], ...]
+
+    def _of(self, whole: Tensor) -> Tensor:
+        for step in self._steps:
+            whole = step(whole)
+        return whole
+
+    def _whole(self) -> Tensor:
+        return self._of(self._source._whole())
+
+    def to_local(self, **options: Any) -> Tensor:
+        raise AutoTPError(
+            "a view of a tensor that is cut over ranks has no part on this rank: read it with full_tensor(), write it as it is"
+        )
+
+
+def dispatch(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`func(*args, **kwargs)`, some of whose arguments are laid out over ranks."""
+    if func is _detach and type(args[0]) is not PartView:
+        return args[0]._like(args[0]._local_tensor, args[0]._spec)
+    if func is _copy_:
+        _known_order(args[0], args[1])
+    packet, tags = func.overloadpacket, func.tags
+    random = torch.Tag.nondeterministic_seeded in tags
+    if (torch.Tag.pointwise in tags and not random) or packet in _ON_ELEMENTS:
+        if (result := _on_elements(func, args, kwargs)) is not NotImplemented:
+            return result
+    elif packet in _RESHAPES and isinstance(x := args[0], LayoutDTensor) and type(x) is not PartView and tuple(args[1]) == tuple(x.shape):
+        return x._like(x._local_tensor, x._spec)
+    counts = packet in _COUNTING
+    if func._schema.name.startswith(_LISTS) and _in_step(args):
+        return _on_lists(func, args, kwargs, counts)
+    if counts and _counts(func, args, kwargs):
+        return _summed(func(_owned(args[0]), *args[1:], **kwargs))
+    return _on_whole(func, args, kwargs, random)
+
+
+# on elements ------------------------------------------------------------------------------------------------------------------
+
+
+def _on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """On the local tensors; NotImplemented where they are not parts alike."""
+    like: LayoutDTensor | None = None
+    for a in args:
+        if isinstance(a, LayoutDTensor):
+            if type(a) is PartView:
+                return NotImplemented
+            if like is None or (like._layout.dim is None and a._layout.dim is not None):
+                like = a
+    if like is None or any(isinstance(v, Tensor) for v in kwargs.values()):
+        return NotImplemented
+    in_place = func._schema.name.endswith("_")
+    if in_place and not (isinstance(args[0], LayoutDTensor) and _same_layout(args[0], like)):
+        return NotImplemented
+    local = [_local(a, like) if isinstance(a, Tensor) else a for a in args]
+    if any(x is None and a is not None for x, a in zip(local, args, strict=True)):
+        return NotImplemented
+    result = func(*local, **kwargs)
+    if in_place:
+        if like._layout.is_padded:
+            like._clear_padding_() if args[0] is like else args[0]._clear_padding_()
+        return args[0]
+    if not isinstance(result, Tensor) or result.shape != like._local_tensor.shape:
+        return like._everywhere(result) if like._layout.dim is None and isinstance(result, Tensor) else NotImplemented
+    return like._like(result, _in_dtype(like._spec, result.dtype))
+
+
+def _in_dtype(spec: Any, dtype: torch.dtype) -> Any:
+    meta = spec.tensor_meta
+    if dtype == meta.dtype:
+        return spec
+    return DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, dtype))
+
+
+def _local(x: Tensor, like: LayoutDTensor) -> Tensor | None:
+    """What goes with the local tensor of `like`; None where it must be whole."""
+    layout = like._layout
+    if isinstance(x, LayoutDTensor):
+        if x is like or _same_layout(x, like):
+            return x._local_tensor
+        if x._layout.dim is not None:
+            return None
+        x = x._local_tensor
+    elif isinstance(x, DTensor):
+        spec = x._spec
+        if all(p.is_replicate() for p in spec.placements):
+            x = x._local_tensor
+        elif spec.placements == like._spec.placements and x.shape == like.shape and spec.mesh == like._spec.mesh:
+            return x._local_tensor  # a gradient that compiled code made
+        else:
+            x = x.full_tensor()
+    if x.ndim == 0 or layout.dim is None:
+        return x
+    return like._part(x) if tuple(x.shape) == layout.shape else None
+
+
+def _same_layout(a: LayoutDTensor, b: LayoutDTensor) -> bool:
+    x, y = a._layout, b._layout
+    return (x is y or x == y or layouts.alike(x, y)) and (a._spec.mesh is b._spec.mesh or a._spec.mesh == b._spec.mesh)
+
+
+def _known_order(into: Any, source: Any) -> None:
+    """Raise where it cannot be told which elements `source` holds."""
+    if not isinstance(into, LayoutDTensor) or isinstance(source, LayoutDTensor):
+        return
+    layout = into._layout
+    if isinstance(source, DTensor):
+        if not is_even(layout) and not all(p.is_replicate() for p in source._spec.placements):
+            raise AutoTPError(
+                f"a tensor in the order of the layout {layout} is not filled from a DTensor that says nothing of its order: load whole "
+                "tensors, a parallel model's own state_dict, or what autotp.checkpoint.save wrote"
+            )
+    elif tuple(source.shape) not in ((), layout.shape) and tuple(source.shape) == layout.local_shape:
+        raise AutoTPError(
+            f"a tensor of shape {layout.shape} that is laid out over ranks is filled from whole tensors, got {tuple(source.shape)}, the "
+            "shape of a rank's part: write a part into to_local() of the parameter"
+        )
+
+
+# sums and norms ---------------------------------------------------------------------------------------------------------------
+
+
+def _owned(x: LayoutDTensor) -> DTensor:
+    return plain(x, x._owned())
+
+
+class Summed(DTensor):
+    """A sum or a norm, which every rank may hold its part of until someone needs the number: then it is reduced."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = (args, dict(kwargs or {}))
+        alone = all(isinstance(t, DTensor) for t in tree_iter(given) if isinstance(t, Tensor))
+        if alone and func is not _aten._local_scalar_dense.default:
+            args, kwargs = tree_map_only(Summed, _ordinary, given)
+            return _summed(func(*args, **kwargs))
+        args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), given)
+        return func(*args, **kwargs)
+
+
+def _ordinary(x: DTensor) -> DTensor:
+    return new_dtensor(DTensor, x._local_tensor, x._spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def _summed(result: Any) -> Any:
+    return tree_map_only(
+        DTensor, lambda x: new_dtensor(Summed, x._local_tensor, x._spec, requires_grad=False) if type(x) is DTensor else x, result
+    )
+
+
+def _counts(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """True where zeros instead of copies and padding do not change the result, and no dim in a layout's order is left in it."""
+    if not isinstance(args[0], LayoutDTensor) or type(args[0]) is PartView or any(isinstance(v, Tensor) for v in kwargs.values()):
+        return False
+    layout = args[0]._layout
+    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
+    order, dims = given.get("ord", given.get("p")), given.get("dim")
+    if order is not None and (order < 0 or (isinf(order) and not layout.shape)):
+        return False
+    if is_even(layout) or not dims:
+        return True
+    dims = [dims] if isinstance(dims, int) else dims
+    return layout.dim in [d % args[0].ndim for d in dims] and not given.get("keepdim")
+
+
+# lists ------------------------------------------------------------------------------------------------------------------------
+
+
+def _in_step(args: tuple[Any, ...]) -> bool:
+    """True for lists whose tensors at one position are placed alike, as an optimizer's are."""
+    lists = [a for a in args if isinstance(a, list | tuple) and any(isinstance(t, Tensor) and t.ndim for t in a)]
+    if any(len(a) != len(lists[0]) for a in lists):
+        return False
+    for at in zip(*lists, strict=True):
+        first = at[0]
+        for t in at:
+            if isinstance(t, PartView) or not isinstance(t, DTensor):
+                return False
+            if isinstance(t, LayoutDTensor) and isinstance(first, LayoutDTensor) and not _same_layout(t, first):
+                return False
+            if t._spec.placements != first._spec.placements or t.shape != first.shape:
+                return False
+    return True
+
+
+def _on_lists(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], counts: bool) -> Any:
+    change = _owned if counts else plain
+    result = func(*tree_map_only(LayoutDTensor, change, args), **tree_map_only(LayoutDTensor, change, dict(kwargs)))
+    if counts:
+        return _summed(result)
+    for a, argument in zip(args, func._schema.arguments, strict=False):
+        if isinstance(a, list | tuple) and argument.alias_info is not None and argument.alias_info.is_write:
+            for t in a:
+                if isinstance(t, LayoutDTensor) and t._layout.is_padded:
+                    t._clear_padding_()
+    if not isinstance(result, list | tuple) or len(result) != len(args[0]):
+        return result
+    return type(result)(_relaid(r, t) for r, t in zip(result, args[0], strict=True))
+
+
+def _relaid(result: Any, like: Any) -> Any:
+    if not (isinstance(like, LayoutDTensor) and isinstance(result, DTensor)) or result._local_tensor.shape != like._local_tensor.shape:
+        return result
+    return like._like(result._local_tensor, _in_dtype(like._spec, result.dtype))
+
+
+# any other --------------------------------------------------------------------------------------------------------------------
+
+
+class _Wholes:
+    """The whole tensors of one call's arguments, each made once."""
+
+    def __init__(self) -> None:
+        self._sources: dict[int, tuple[LayoutDTensor, Tensor]] = {}
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}  # id of a whole tensor → it and the argument that it stands for
+        self._known: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not isinstance(x, DTensor):
+            return x
+        if id(x) not in self._known:
+            whole = (
+                x._of(self._source(x._source))
+                if isinstance(x, PartView)
+                else self._source(x)
+                if isinstance(x, LayoutDTensor)
+                else x.full_tensor()
+            )
+            self._known[id(x)] = whole
+            self.made[id(whole)] = whole, x
+        return self._known[id(x)]
+
+    def _source(self, x: LayoutDTensor) -> Tensor:
+        if id(x) not in self._sources:
+            self._sources[id(x)] = x, x._whole()
+        return self._sources[id(x)][1]
+
+    def write_back(self, x: Tensor) -> None:
+        """The values of `x`, which was changed in place, go into the parts."""
+        if isinstance(x, LayoutDTensor):
+            source = x._source if isinstance(x, PartView) else x
+            source._fill_(self._source(source))
+        elif isinstance(x, DTensor):
+            raise AutoTPError(
+                "a DTensor that autotp did not make is not written from tensors that are laid out over ranks: use full_tensor()"
+            )
+
+
+def _on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], random: bool) -> Any:
+    """On whole tensors, on every rank alike."""
+    written = list(_written(func, args, kwargs))
+    one = next(t for t in tree_iter((args, dict(kwargs))) if isinstance(t, LayoutDTensor))
+    wholes = _Wholes()
+    new_args, new_kwargs = tree_map_only(Tensor, wholes, args), tree_map_only(Tensor, wholes, dict(kwargs))
+    with torch.no_grad():
+        result = func(*new_args, **new_kwargs)
+        if random:
+            for t in (*map(wholes, written), *(tree_iter(result) if not written else ())):
+                _same_everywhere(t, one)
+    for t in written:
+        wholes.write_back(t)
+
+    def placed(at: int, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) in wholes.made:
+            return wholes.made[id(x)][1]
+        if any(x is t for t in tree_iter(args)):
+            return x  # a plain tensor that was written
+        if func.is_view and isinstance(args[0], LayoutDTensor) and (isinstance(args[0], PartView) or args[0]._layout.dim is not None):
+            return _view(args[0], x, partial(_step, func, args[1:], dict(kwargs), at))
+        return one._everywhere(x)
+
+    if isinstance(result, list | tuple):
+        return type(result)(placed(i, x) for i, x in enumerate(result))
+    return placed(-1, result)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = kwargs.get(argument.name) if argument.kwarg_only or i >= len(args) else args[i]
+            yield from (t for t in tree_iter(given) if isinstance(t, Tensor))
+
+
+def _view(of: LayoutDTensor, now: Tensor, step: Callable[[Tensor], Tensor]) -> PartView:
+    whole = of._everywhere(now)
+    made: PartView = new_dtensor(PartView, now, whole._spec, requires_grad=False)
+    made._layout = whole._layout
+    made._source = of._source if isinstance(of, PartView) else of
+    made._steps = (*of._steps, step) if isinstance(of, PartView) else (step,)
+    return made
+
+
+def _step(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: int, x: Tensor) -> Tensor:
+    result = func(x, *args, **kwargs)
+    return result if at < 0 else result[at]  # type: ignore[no-any-return]
+
+
+def _same_everywhere(x: Any, one: LayoutDTensor) -> None:
+    """Rank 0's random numbers."""
+    if isinstance(x, Tensor) and not x.is_meta and x.numel():
+        sent = one._comm.broadcast_(x.contiguous())
+        if sent is not x:
+            x.copy_(sent)
