@@ -47,9 +47,8 @@ _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Ten
 _LEN = torch.Tensor.__len__
 _VIEW, _ALIAS = torch.ops.aten.view.default, torch.ops.aten.alias.default
 _SIZES = (_SHAPE, _SIZE, _NUMEL, _LEN)  # compared by equality: each access of a getter makes a new wrapper
-#: Gradients would pass code that the graph does not hold; hooks after the accumulation see a leaf, which no local tensor is.
-_DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_post_accumulate_grad_hook)
-_GRADIENTS = frozenset((REQUIRES_GRAD, GRAD_FN, Tensor.is_inference, Tensor.register_hook, Tensor.retain_grad, *_DIFFERENTIATING))
+_AFTER = Tensor.register_post_accumulate_grad_hook
+_GRADIENTS = frozenset((REQUIRES_GRAD, GRAD_FN, Tensor.is_inference, Tensor.register_hook, Tensor.retain_grad, _AFTER))
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _TRANSPOSED = tuple(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
 _SLOTS = ("__get__", "__set__")
@@ -627,8 +626,9 @@ class _Function(TorchFunctionMode):
         elif func is Tensor.is_inference:
             rec.ask(Question.INFERENCE, file)
             return rec.inference or func(*args, **kwargs)
-        elif func in _DIFFERENTIATING:
-            raise Refused(f"{func.__name__} is called inside of the forward of module {rec.modules[-1][0] or '<root>'!r}")
+        elif func is _AFTER:
+            where = rec.modules[-1][0] or "<root>"
+            raise Refused(f"the forward of module {where!r} calls {func.__name__}, but reads a parameter in the form of a local tensor there")
         else:
             if func == GRAD_FN:
                 rec.ask(Question.GRAD, file)

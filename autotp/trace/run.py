@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -278,7 +279,8 @@ def _path(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, exam
 def _call(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, inputs: Mapping[str, Any], mode: _Mode) -> Any:
     known = recorder._values
     fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
-    with recorder.recording(mode.grad, mode.inference):
+    with recorder.recording(mode.grad, mode.inference), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the model's code, which will warn its user when it runs
         try:
             return model(**fresh)
         except Untraceable:

@@ -20,7 +20,7 @@ from torch._functorch import utils as functorch
 
 _TORCH = torch.__file__.rsplit("__init__", 1)[0]
 FUNCTION = _TORCH + "autograd/function.py"
-_APPLY = torch.autograd.Function.__dict__["apply"].__func__.__code__
+_APPLY = torch.autograd.Function.__dict__["apply"].__func__.__code__  # compared by value: a copy of a model from another process has a copy of it
 #: Files of torch's own that ask about gradients to keep books, and take no other path.
 _BOOKS = tuple(_TORCH + "nn/" + name for name in ("parameter.py", "modules/module.py"))
 #: Where the backward runs the forward again.
@@ -90,7 +90,7 @@ def watching(
     `inference`: what the question for inference mode is answered with.
     """
     grad, unwrap = torch.is_grad_enabled, functorch.unwrap_dead_wrappers
-    inferring = torch.is_inference_mode_enabled
+    inferring, engine = torch.is_inference_mode_enabled, torch.autograd._engine_run_backward
 
     def is_grad_enabled() -> bool:
         ask(Question.GRAD, asking_file(1))
@@ -103,10 +103,14 @@ def watching(
     def unwrap_dead_wrappers(args: tuple[Any, ...]) -> tuple[Any, ...]:
         args = unwrap(args)
         frame = sys._getframe(1)
-        if frame.f_code is _APPLY and frame.f_locals["cls"].__module__ != _RECOMPUTING:
+        if frame.f_code == _APPLY and frame.f_locals["cls"].__module__ != _RECOMPUTING:
             applied(frame, frame.f_locals["cls"], args, frame.f_locals["kwargs"])
         return args
 
+    def differentiate(*args: Any, **kwargs: Any) -> Any:
+        raise Refused("it differentiates inside of its forward (torch.autograd.grad or backward), where gradients would pass unseen code")
+
+    torch.autograd._engine_run_backward = differentiate
     torch.is_grad_enabled, torch.is_inference_mode_enabled = is_grad_enabled, is_inference_mode_enabled
     functorch.unwrap_dead_wrappers = unwrap_dead_wrappers
     try:
@@ -114,3 +118,4 @@ def watching(
     finally:
         torch.is_grad_enabled, torch.is_inference_mode_enabled = grad, inferring
         functorch.unwrap_dead_wrappers = unwrap
+        torch.autograd._engine_run_backward = engine
