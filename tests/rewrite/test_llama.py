@@ -21,7 +21,7 @@ def run_all(bias: bool, tied: bool) -> dict[str, float]:
     cls, keys = type(model), list(model.state_dict())
     comm, _ = rewrite(model, params, modules)
     assert type(model) is cls and list(model.state_dict()) == keys
-    assert all(type(p) is DTensor for p in model.parameters())
+    assert all(isinstance(p, DTensor) for p in model.parameters())
     if tied:
         assert model.lm_head.weight is model.model.embed_tokens.weight
     errors = {}
