@@ -36,6 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autotp.trace import choices
 from autotp.trace.boundary import Path, flatten_arguments, flatten_result
+from autotp.trace.fills import FILL_AT, FILLS, KEEPING
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, SizeRef, TaggedInt, expr_of
@@ -49,8 +50,6 @@ _SIZES = (_SHAPE, _SIZE, _NUMEL, _LEN)  # compared by equality: each access of a
 #: Gradients would pass code that the graph does not hold; hooks after the accumulation see a leaf, which no local tensor is.
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_post_accumulate_grad_hook)
 _GRADIENTS = frozenset((REQUIRES_GRAD, GRAD_FN, Tensor.is_inference, Tensor.register_hook, Tensor.retain_grad, *_DIFFERENTIATING))
-_FILLS = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
-_FILL_AT = {"full": 1, "full_like": 1, "new_full": 2, "fill_": 1}
 
 
 class Recorder:
@@ -259,24 +258,13 @@ class Recorder:
 
     def _note_fill(self, node: Node) -> None:
         name = node.opname
-        number = _FILLS.get(name)
-        if number is None and name in _FILL_AT:
-            at = _FILL_AT[name]
+        number = FILLS.get(name)
+        if number is None and name in FILL_AT:
+            at = FILL_AT[name]
             raw = node.args[at] if at < len(node.args) else None
             number = float(raw) if isinstance(raw, (int, float)) else None
         source = next(iter(node.inputs()), None)
-        if number is None and name in (
-            "to",
-            "clone",
-            "contiguous",
-            "expand",
-            "view",
-            "reshape",
-            "detach",
-            "alias",
-            "unsqueeze",
-            "lift_fresh",
-        ):
+        if number is None and name in KEEPING:
             number = self.fills.get(source.id) if source is not None else None
         if number is not None:
             for out in node.outputs:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from autotp.errors import TraceError
 from autotp.trace.alike import alike_blocks
 from autotp.trace.choices import Untraceable, small
+from autotp.trace.fills import of_every_block
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 from autotp.trace.inputs import Example
 from autotp.trace.prepare import Undo, fake_weights, in_mode, keep_state, run_undo, same_numbers, tag_ints
@@ -170,7 +171,7 @@ def _trace(
         raise TraceError(f"{type(model).__name__}: {error}") from None
     finally:
         run_undo(undo)
-    return recorder.graph(dict(repeats))
+    return of_every_block(recorder.graph(dict(repeats)))
 
 
 @contextmanager
