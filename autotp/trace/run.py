@@ -245,13 +245,13 @@ def _path(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, exam
     mark = start
     try:
         recorder.round += 1
-        result = _call(model, recorder, fake, example.make(), mode)
+        result = _call(model, recorder, fake, example, example.make(), mode)
         recorder.finish(name, result)
         more = example.decode(result) if example.decode is not None else None
         if more is not None:
             name, mark = name + "+decode", len(recorder.nodes)
             recorder.round += 1
-            recorder.finish(name, _call(model, recorder, fake, more, mode))
+            recorder.finish(name, _call(model, recorder, fake, example, more, mode))
     except Untraceable as error:
         if recorder.ends and isinstance(error.error, IndexError):
             recorder.rewind(start)
@@ -270,15 +270,17 @@ def _path(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, exam
     return None
 
 
-def _call(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, inputs: Mapping[str, Any], mode: _Mode) -> Any:
+def _call(
+    model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode
+) -> Any:
     known = recorder._values
     fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
     with recorder.recording(mode.grad, mode.inference):
         try:
-            return model(**fresh)
+            return example.call(model, fresh)
         except Untraceable:
             raise
-        except Exception as error:  # of a hook of the model
+        except Exception as error:  # of a hook of the model, or of a method that is called past its forward
             raise Untraceable("", type(model).__name__, recorder.nodes[-1] if recorder.nodes else None, error) from error
 
 
