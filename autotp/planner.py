@@ -27,6 +27,7 @@ from autotp.trace.alike import alike_blocks
 from autotp.trace.inputs import Example, example_inputs, user_example
 from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.run import trace
+from autotp.uncalled import with_uncalled
 
 MAX_REPLAYS = 64
 
@@ -77,7 +78,7 @@ def make_plan(
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
         difference = replay(model, examples, draft, dict(plan.params), tp)
         if difference is None or not draft.choice.on:
-            return plan
+            return with_uncalled(plan, draft, model)
         bans.blame(space, draft.choice, difference.node, difference.reason)
         reason = f"{difference.reason}: {difference.node}"
     raise PlanError(f"{name}: no plan passed its replay in {MAX_REPLAYS} attempts; the last difference: {reason}")

@@ -27,6 +27,7 @@ from autotp.rewrite.reads import Read
 from autotp.rewrite.shards import MakeParam
 from autotp.rewrite.sites import SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
+from autotp.rewrite.uncalled import uncalled_run
 from autotp.rewrite.undo import Undo
 from autotp.rewrite.whole import KeepLayout
 
@@ -172,7 +173,7 @@ class _Rewriter:
         where = self.paths[id(sub)] or type(sub).__name__
         if plan is not None and plan.attributes:
             localise(sub, plan.attributes, self.undo, where)
-        run, make_forward = self._run(sub, plan, reads, where)
+        run, make_forward = uncalled_run(sub, reads, where) if plan is not None and plan.uncalled else self._run(sub, plan, reads, where)
         if isinstance(run, ModuleRun) and self._keeps_class(sub):
             run.light = None  # it reads for itself
             self.undo.set_item(sub.__dict__, RUN, run)
@@ -205,4 +206,4 @@ class _Rewriter:
 
 
 def _without_path(plan: ModulePlan) -> tuple[object, ...]:
-    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint
+    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint, plan.uncalled
