@@ -8,7 +8,7 @@ have no conflict. So heads beat head widths, and both beat the residual stream, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, product
 from math import gcd, prod
@@ -111,12 +111,22 @@ def _candidates(space: Space, carriers: Mapping[Atom, list[Value]], free: set[At
     pairs = {pair: None for v in space.graph.params.values() for dim in space.axes.dims[v.id] for pair in neighbours(dim)}
     for major, minor in pairs:
         if major in free and minor in free and major.size > 1 and minor.size > 1 and major.size % tp and _within(major, minor, carriers):
-            every = {-(-minor.size // -(-minor.size // n)) for n in range(2, minor.size + 1)}  # fewest pieces for each piece's size
-            both = [Cut(major, tp, minor, n) for n in sorted(every)]
+            both = [Cut(major, tp, minor, n) for n in _pieces(minor.size)]
             if any(v.id in wanted for atom in (major, minor) for v in carriers[atom]):
                 yield from both
             else:
                 yield min(both, key=lambda c: (_held(space, c, carriers), c.local_size, c.pieces))
+
+
+def _pieces(size: int) -> Iterator[int]:
+    """The numbers of pieces to cut `size` indices into, in order: for each size of a piece the fewest."""
+    n = 2
+    while n <= size:
+        width = -(-size // n)
+        yield -(-size // width)
+        if width == 1:
+            return
+        n = -(-size // (width - 1))
 
 
 def _granules(space: Space) -> dict[Atom, int]:
