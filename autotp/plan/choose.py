@@ -367,7 +367,10 @@ def _exits_to_results(space: Space, labels: Labels, cut: Cut) -> list[list[Node]
     unused = {
         node.slot
         for node in space.graph.nodes
-        if node.op is Pseudo.EXIT and labels.of(node.outputs[0]) and node.outputs[0].id not in results and not space.users.get(node.outputs[0].id)
+        if node.op is Pseudo.EXIT
+        and labels.of(node.outputs[0])
+        and node.outputs[0].id not in results
+        and not space.users.get(node.outputs[0].id)
     }
     level = [space.made[key] for key in leaves if key in space.made]
     if len(level) < len(leaves):
