@@ -27,7 +27,7 @@ from autotp.rewrite.reads import Read
 from autotp.rewrite.shards import MakeParam
 from autotp.rewrite.sites import SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
-from autotp.rewrite.uncalled import uncalled_run
+from autotp.rewrite.uncalled import Uncalled
 from autotp.rewrite.undo import Undo
 from autotp.rewrite.whole import KeepLayout
 
@@ -173,7 +173,7 @@ class _Rewriter:
         where = self.paths[id(sub)] or type(sub).__name__
         if plan is not None and plan.attributes:
             localise(sub, plan.attributes, self.undo, where)
-        run, make_forward = uncalled_run(sub, reads, where) if plan is not None and plan.uncalled else self._run(sub, plan, reads, where)
+        run, make_forward = self._run(sub, plan, reads, where)
         if isinstance(run, ModuleRun) and self._keeps_class(sub):
             run.light = None  # it reads for itself
             self.undo.set_item(sub.__dict__, RUN, run)
@@ -186,6 +186,8 @@ class _Rewriter:
     def _run(
         self, sub: nn.Module, plan: ModulePlan | None, reads: tuple[Read, ...], where: str
     ) -> tuple[ModuleRun | LinearRun | EmbeddingRun, Callable[..., Callable[..., object]]]:
+        if plan is not None and plan.uncalled:
+            return Uncalled(sub, reads, where), module.make_forward
         own = len(reads) == sum(r.owner is sub for r in reads)
         if own and not self._keeps_class(sub):
             if type(sub).forward is nn.Linear.forward and (fast := linear_run(plan, reads, self.comm)) is not None:

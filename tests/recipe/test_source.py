@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -11,9 +12,7 @@ from autotp.recipe.recipe import Recipe
 from autotp.recipe.source import MOST, MOST_LEVELS, read
 
 LETTERS = "abcdefgh"
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip(LETTERS, LETTERS[1:], strict=False)
-)
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise(LETTERS))
 CHAIN = "k0: &k0 [x]\n" + "".join(f"k{i}: &k{i} [*k{i - 1}]\n" for i in range(1, 2000))
 BAD = {
     "aliases of aliases": (BOMB, "aliases repeat more than 10000 entries"),
@@ -62,7 +61,7 @@ def test_data_of_a_program_may_be_as_wrong():
 
 @pytest.mark.parametrize("name", ["a" * 5000, "/a" * 5000 + ".yaml", "a\0b"])
 def test_a_name_that_no_file_can_have(name):
-    with pytest.raises(RecipeError, match="no recipe|no such recipe"):
+    with pytest.raises(RecipeError, match=r"no .*recipe"):
         Recipe.load(name)
 
 
