@@ -72,6 +72,7 @@ def plan(
     """
     if not isinstance(tp, int) or isinstance(tp, bool) or tp < 1:
         raise InputError(f"tp must be a positive int, got {tp!r}")
+    targets.check_ranks(tp)
     model = targets.resolve(target)
     if _STATE in model.__dict__:
         raise PlanError("the model is already parallel: autotp.plan_of(model) gives its plan")

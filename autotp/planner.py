@@ -27,6 +27,7 @@ from autotp.trace.alike import alike_blocks
 from autotp.trace.inputs import Example, example_inputs, user_example
 from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.run import trace
+from autotp.uncalled import with_uncalled
 
 MAX_REPLAYS = 64
 
@@ -98,6 +99,7 @@ def make_plan(
             bans.blame(space, draft.choice, difference.node, difference.reason)
             reason = f"{difference.reason}: {difference.node}"
             continue
+        plan = with_uncalled(plan, draft, model)
         found = examine(plan, traced(examples, graph))
         if not found.wrong or not draft.choice.on:
             return replace(plan, checked=found.checked)

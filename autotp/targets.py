@@ -17,15 +17,24 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from autotp.errors import InputError
+from autotp.textfile import is_file, read_text, reason
+
+#: More ranks than any tensor-parallel group has, more layers and classes than any model, more modules than the largest mixtures of experts.
+MOST_RANKS = 1024
+MOST_LAYERS = 1000
+MOST_LABELS = 1_000_000
+MOST_MODULES = 200_000
 
 #: The Auto mappings tried in order for a config that names no class; the name of the mapping in transformers.
 _HEADS = (
@@ -41,6 +50,10 @@ _HEADS = (
     "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
     "MODEL_MAPPING",
 )
+
+
+#: Fields that count what is made one by one → the most of it that is taken: `num_hidden_layers`, `n_layer`, `depths`; classes.
+_COUNTS = {re.compile("layers$|^n_layer$|^num_layer$|(^|_)depths?$"): MOST_LAYERS, re.compile("^num_labels$"): MOST_LABELS}
 
 
 def resolve(target: object) -> nn.Module:
@@ -63,12 +76,24 @@ def load(target: object) -> Any:
             return target
         raise InputError(f"target: got {type(target).__name__}, wanted a path, a model type, package.module:callable, a config or a module")
     text = os.fspath(target)
+    if not isinstance(text, str):
+        raise InputError(f"target: got a path in {type(text).__name__}, wanted one in str")
     path = Path(text)
-    if path.exists() and (path.is_file() or (path / "config.json").is_file()):
-        return _load_config(path if path.is_file() else path / "config.json")
+    if is_file(path) or is_file(path / "config.json"):
+        return _load_config(path if is_file(path) else path / "config.json")
     if ":" in text and os.sep not in text:
         return _load_callable(text)
     return _load_model_type(text)
+
+
+def check_ranks(tp: int) -> None:
+    """Refuse numbers of ranks that no group has and no axis fills: a plan says what each of them holds.
+
+    Raises:
+        InputError: more than `MOST_RANKS`.
+    """
+    if tp > MOST_RANKS:
+        raise InputError(f"tp is {tp}, wanted at most {MOST_RANKS}: no model has axes that fill so many ranks")
 
 
 def build(loaded: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
@@ -124,8 +149,42 @@ def model_class(config: Any) -> Any:
 
 
 def _build_config(config: Any) -> nn.Module:
-    module: nn.Module = model_class(config)._from_config(config, dtype=torch.float32)
+    if problems := list(_absurd(vars(config))):
+        raise InputError(f"target {config.model_type}: {'; '.join(problems)}")
+    made = 0
+
+    def count(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal made
+        made += 1
+        if made > MOST_MODULES:
+            raise InputError(f"target {config.model_type}: its config asks for more than {MOST_MODULES} modules; {_largest(config)}")
+
+    watch = register_module_module_registration_hook(count)
+    try:
+        module: nn.Module = model_class(config)._from_config(config, dtype=torch.float32)
+    finally:
+        watch.remove()
     return module.eval()
+
+
+def _absurd(fields: Mapping[str, Any], where: str = "", depth: int = 0) -> Iterator[str]:
+    """Numbers of layers and labels that no model has: building as many would not end."""
+    for name, value in fields.items():
+        path = f"{where}{name}"
+        nested = vars(value) if _is_config(value) else value
+        if isinstance(nested, Mapping) and depth < 4:
+            yield from _absurd(nested, f"{path}.", depth + 1)
+        most = next((most for names, most in _COUNTS.items() if names.search(path.rpartition(".")[2])), None)
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if most is not None and isinstance(item, int) and item > most:
+                yield f"{path} is {item}, wanted at most {most}"
+
+
+def _largest(config: Any) -> str:
+    """The largest whole number of a config, as a likely cause."""
+    found = {name: value for name, value in vars(config).items() if isinstance(value, int) and "token" not in name}
+    name = max(found, key=lambda n: found[n], default="")
+    return f"its largest number is {name} = {found[name]}" if name else "make it smaller"
 
 
 def _is_config(value: object) -> bool:
@@ -137,13 +196,15 @@ def _load_config(path: Path) -> Any:
     if path.suffix != ".json":
         raise InputError(f"target {path}: wanted a config.json or a directory that holds one")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"target {path}: not a readable JSON file: {error}") from error
+        values = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"target {path}: not a readable JSON file: {reason(error)}") from error
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if not isinstance(model_type, str):
         raise InputError(f"target {path}: holds no `model_type`, so it is no config of transformers")
     _known_model_type(model_type, where=f"target {path}: ")
+    if problems := list(_absurd(values)):
+        raise InputError(f"target {path}: {'; '.join(problems)}")
     from transformers import CONFIG_MAPPING
 
     try:
@@ -198,4 +259,6 @@ def near(name: str, known: Iterable[str]) -> str:
 
 def _near_paths(text: str) -> str:
     parent = Path(text).parent
+    if len(text) > 1000:
+        return ""
     return near(Path(text).name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""

@@ -40,6 +40,10 @@ def run(capsys):
         (("explain", "lama", "x", "--tp", "2"), "near names: llama"),
         (("verify", "lama", "--tp", "2"), "near names: llama"),
         (("verify", "no/such/config.json", "--tp", "2"), "nothing is downloaded"),
+        (("plan", "gpt2", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
+        (("explain", "gpt2", "x", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
+        (("verify", "gpt2", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
+        (("recipe", "init", "gpt2", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(run, arguments, message):

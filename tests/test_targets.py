@@ -120,3 +120,63 @@ def test_bad_config_files_are_named(folder, text, message):
     with pytest.raises(InputError, match=message) as caught:
         resolve(folder)
     assert str(folder) in str(caught.value)
+
+
+ABSURD = {
+    "layers": ({**SMALL, "num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, wanted at most 1000"),
+    "nested layers": (
+        {"model_type": "llava", "text_config": {**SMALL, "num_hidden_layers": 10**6}},
+        "text_config.num_hidden_layers is 1000000, wanted at most 1000",
+    ),
+    "depths": ({"model_type": "swin", "depths": [2, 10**7, 2, 2]}, "depths is 10000000, wanted at most 1000"),
+    "classes": ({"model_type": "bert", "num_labels": 10**8}, "num_labels is 100000000, wanted at most 1000000"),
+    "width": ({**SMALL, "hidden_size": 10**30}, "building it failed|rejected"),
+    "no width": ({**SMALL, "hidden_size": 0}, "building it failed|rejected"),
+    "text": ({**SMALL, "num_hidden_layers": "many"}, "rejected"),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_sizes_are_refused_before_anything_is_built(folder, name):
+    values, message = ABSURD[name]
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        resolve(folder)
+
+
+def test_absurd_sizes_of_a_config_object():
+    with pytest.raises(InputError, match="num_hidden_layers is 5000, wanted at most 1000"):
+        resolve(transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 5000}))
+
+
+def test_a_config_of_very_many_modules_names_its_largest_number(monkeypatch):
+    from autotp import targets
+
+    monkeypatch.setattr(targets, "MOST_MODULES", 50)
+    with pytest.raises(InputError, match="more than 50 modules; its largest number is vocab_size = 999983"):
+        resolve(transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 30, "vocab_size": 999983, "max_position_embeddings": 64}))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 20000, "recursion"),
+        (b'{"model_type": "llama", "a": ' + b'{"a": ' * 20000 + b"1" + b"}" * 20001, "recursion"),
+        (b'{"model_type": "llama", "hidden_size": ' + b"9" * 5000 + b"}", "digits"),
+        (bytes(range(256)), "not text in UTF-8"),
+        (b"x" * (16 * 2**20 + 1), "larger than"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_files_that_are_no_configs(folder, content, message):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        resolve(folder)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "/a" * 5000, "a\0b"])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(InputError, match="target"):
+        resolve(name)

@@ -159,7 +159,7 @@ def checkpoint_tensors(directory: Path, name: str | None = None) -> dict[str, Fi
 def _weight_map(index: Path) -> Mapping[str, str]:
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a readable index ({type(error).__name__}: {error})") from error
     if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
         raise CheckpointError(f"{index}: weight_map does not map tensors to files")

@@ -77,7 +77,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         )
     except CheckpointError:
         raise
-    except (AutoTPError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (AutoTPError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: not what autotp shard writes ({what}); cut the checkpoint again") from error
 

@@ -131,7 +131,7 @@ def run(model: nn.Module, examples: tuple[Example, ...], precision: Precision) -
 def _without_gradients(model: nn.Module, example: Example, precision: Precision, seen: Seen) -> None:
     with torch.no_grad():
         torch.manual_seed(0)
-        result = model(**in_precision(example.make(), precision))
+        result = example.call(model, in_precision(example.make(), precision))
         _keep(result, f"{example.name} without gradients", seen)
         more = example.decode(result) if example.decode is not None else None
         if more is not None:
@@ -154,7 +154,7 @@ def _with_gradients(model: nn.Module, example: Example, precision: Precision, se
 
     inputs = flatten_result(dict(in_precision(example.make(), precision)), leaf)
     torch.manual_seed(0)
-    found = _keep(model(**inputs), example.name, seen)
+    found = _keep(example.call(model, inputs), example.name, seen)
     total = weighted(found)
     if total is not None:
         total.backward()  # type: ignore[no-untyped-call]

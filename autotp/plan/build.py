@@ -19,7 +19,8 @@ from autotp.plan.localise import Localised
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use, Written
 from autotp.plan.moves import Moves, conversion_key, slot_key
 from autotp.plan.naming import Namer
-from autotp.trace.graph import Access, Node, Origin, Place, Pseudo, Value
+from autotp.plan.storage import outlives
+from autotp.trace.graph import Access, Node, Origin, Place, Pseudo, Value, outside
 
 
 class Unrealisable(Exception):
@@ -328,6 +329,8 @@ class Builder:
             if before[0] != frozen:
                 raise Unrealisable(node, "calls from one place in the code need different conversions")
         for node in self.graph.nodes:
+            if outside(node):
+                continue  # sites are watched in calls of the model only
             if node.place is not None and (node.module, node.place) in places and (node.module, node.call) not in specs:
                 raise Unrealisable(node, "only some of the calls from one place in the code need a conversion")
         out: dict[str, list[Site]] = {}
@@ -352,21 +355,20 @@ class Builder:
             into.kernel, into.over, into.over_dim = spec.kernel, spec.over, spec.over_dim
 
     def _merge_result_slots(self) -> None:
-        """Items of one list in the model's result that are all converted alike become one slot for every item.
+        """Items of one list in a module's result that are all converted alike become one slot for every item.
 
         Blocks that were not traced add items to such lists (attentions) that the trace has not seen.
         """
-        leaves = {path for result in self.graph.results for path, leaf in result.leaves if isinstance(leaf, Value)}
-        groups: dict[tuple[str | int, ...], list[tuple[str | int, ...]]] = {}
-        for path in leaves:
-            if len(path) > 1 and isinstance(path[-1], int):
-                groups.setdefault(path[:-1], []).append(path)
-        for parent, paths in groups.items():
-            found = [self.slots.get((Pseudo.EXIT, "", p)) for p in paths]
+        groups: dict[tuple[str, tuple[str | int, ...]], dict[tuple[str | int, ...], None]] = {}
+        for node in self.graph.nodes:
+            if node.op is Pseudo.EXIT and node.slot is not None and len(node.slot[1]) > 1 and isinstance(node.slot[1][-1], int):
+                groups.setdefault((node.slot[0], node.slot[1][:-1]), {})[node.slot[1]] = None
+        for (module, parent), paths in groups.items():
+            found = [self.slots.get((Pseudo.EXIT, module, p)) for p in paths]
             if found[0] and all(f is not None and _alike(f, found[0]) for f in found):
                 for p in paths:
-                    del self.slots[Pseudo.EXIT, "", p]
-                self.slots[Pseudo.EXIT, "", (*parent, "*")] = found[0]
+                    del self.slots[Pseudo.EXIT, module, p]
+                self.slots[Pseudo.EXIT, module, (*parent, "*")] = found[0]
 
     def _modules(self) -> tuple[ModulePlan, ...]:
         plans: dict[str, ModulePlan] = {}

@@ -8,7 +8,7 @@ have no conflict. So heads beat head widths, and both beat the residual stream, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, product
 from math import gcd, prod
@@ -111,12 +111,22 @@ def _candidates(space: Space, carriers: Mapping[Atom, list[Value]], free: set[At
     pairs = {pair: None for v in space.graph.params.values() for dim in space.axes.dims[v.id] for pair in neighbours(dim)}
     for major, minor in pairs:
         if major in free and minor in free and major.size > 1 and minor.size > 1 and major.size % tp and _within(major, minor, carriers):
-            every = {-(-minor.size // -(-minor.size // n)) for n in range(2, minor.size + 1)}  # fewest pieces for each piece's size
-            both = [Cut(major, tp, minor, n) for n in sorted(every)]
+            both = [Cut(major, tp, minor, n) for n in _pieces(minor.size)]
             if any(v.id in wanted for atom in (major, minor) for v in carriers[atom]):
                 yield from both
             else:
                 yield min(both, key=lambda c: (_held(space, c, carriers), c.local_size, c.pieces))
+
+
+def _pieces(size: int) -> Iterator[int]:
+    """The numbers of pieces to cut `size` indices into, in order: for each size of a piece the fewest."""
+    n = 2
+    while n <= size:
+        width = -(-size // n)
+        yield -(-size // width)
+        if width == 1:
+            return
+        n = -(-size // (width - 1))
 
 
 def _granules(space: Space) -> dict[Atom, int]:
@@ -231,14 +241,10 @@ def _try(space: Space, cuts: tuple[Cut, ...], state: Taken, carriers: Mapping[At
         if isinstance(head, Conflict):
             return head
         gathers, labels = head
-        final = _result_gathers(space, labels, cut, gathers)
-        if final is None:
-            return Conflict(cut.atoms, None, "the sharded value is returned in a form that cannot be gathered")
-        if final != gathers:
-            gathers = final
-            labels = label(space, wanted, gathers, whole)
-            if labels.conflicts:
-                return labels.conflicts[0]
+        whole_results = _whole_results(space, wanted, gathers, whole, labels, cut)
+        if isinstance(whole_results, Conflict):
+            return whole_results
+        gathers, labels = whole_results
         if _small_table(space, cut):
             return Conflict(cut.atoms, None, "a lookup table this short costs more to reduce than it saves")
         if labels.gathered and not _pays(space, cut, labels, carriers[cut.major]):
@@ -326,19 +332,77 @@ def _returned(space: Space, labels: Labels, cut: Cut) -> bool:
     return any(isinstance(v, Value) and cut.atoms & labels.of(v) for result in space.graph.results for _, v in result.leaves)
 
 
-def _result_gathers(space: Space, labels: Labels, cut: Cut, gathers: Mapping[SlotKey, Atoms]) -> Mapping[SlotKey, Atoms] | None:
-    """`gathers` extended so that no result of the model is sharded on `cut`; None where that cannot be said."""
-    made = space.made
-    out = dict(gathers)
-    for result in space.graph.results:
-        for _, leaf in result.leaves:
-            if isinstance(leaf, Value) and cut.atoms & labels.of(leaf):
-                node = made.get(leaf.id)
-                if node is None or node.op is not Pseudo.EXIT or node.slot is None:
-                    return None
-                key = (Pseudo.EXIT, *node.slot)
-                out[key] = out.get(key, NONE) | cut.atoms
-    return out
+def _whole_results(
+    space: Space, wanted: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], labels: Labels, cut: Cut
+) -> tuple[Mapping[SlotKey, Atoms], Labels] | Conflict:
+    """`gathers` extended so that no result of the model is sharded on `cut`, and the labels then.
+
+    Results are gathered as near as can be to where they are made: the code between there and the model's end may have branches that
+    no traced call took (a loss behind a flag), and methods of the model may be called without it.
+    """
+    if not _returned(space, labels, cut):
+        return gathers, labels
+    conflict = Conflict(cut.atoms, None, "the sharded value is returned in a form that cannot be gathered")
+    for nodes in _exits_to_results(space, labels, cut):
+        trial = dict(gathers)
+        for node in nodes:
+            assert node.slot is not None
+            key: SlotKey = (Pseudo.EXIT, *node.slot)
+            trial[key] = trial.get(key, NONE) | cut.atoms
+        again = label(space, wanted, trial, whole)
+        if not again.conflicts and not _returned(space, again, cut):
+            return trial, again
+        conflict = again.conflicts[0] if again.conflicts else conflict
+    return conflict
+
+
+def _exits_to_results(space: Space, labels: Labels, cut: Cut) -> list[list[Node]]:
+    """Sets of EXITs that everything sharded on `cut` passes on its way to a result of the model, the innermost set first.
+
+    A set with an EXIT whose value nothing uses in some call (attention weights, most of the time) is left out: that call would
+    gather in vain.
+    """
+    leaves = {v.id: v for result in space.graph.results for _, v in result.leaves if isinstance(v, Value) and cut.atoms & labels.of(v)}
+    results = {v.id for result in space.graph.results for _, v in result.leaves if isinstance(v, Value)}
+    unused = {
+        node.slot
+        for node in space.graph.nodes
+        if node.op is Pseudo.EXIT
+        and labels.of(node.outputs[0])
+        and node.outputs[0].id not in results
+        and not space.users.get(node.outputs[0].id)
+    }
+    level = [space.made[key] for key in leaves if key in space.made]
+    if len(level) < len(leaves):
+        return []
+    sets: list[list[Node]] = []
+    while True:
+        if all(node.op is Pseudo.EXIT for node in level) and not any(node.slot in unused for node in level):
+            sets.append(level)
+        inner = {n.index: n for node in level for n in (_exits_before(space, labels, cut, node) or [node])}
+        if set(inner) == {node.index for node in level}:
+            return sets[::-1][:GATHER_TRIES]
+        level = list(inner.values())
+
+
+def _exits_before(space: Space, labels: Labels, cut: Cut, node: Node) -> list[Node]:
+    """The EXITs that what is sharded on `cut` passed last on its way to `node`; none where some of it passed none."""
+    found: dict[int, Node] = {}
+    seen: set[int] = set()
+    queue = [node]
+    while queue:
+        item = queue.pop()
+        sharded = [v for v in item.inputs() if cut.atoms & labels.of(v) and space.parameter_of(v.id) is None]
+        if not sharded:
+            return []
+        for value in sharded:
+            made = space.made[value.id]
+            if made.op is Pseudo.EXIT:
+                found[made.index] = made
+            elif made.index not in seen:
+                seen.add(made.index)
+                queue.append(made)
+    return list(found.values())
 
 
 def _pays(space: Space, cut: Cut, labels: Labels, carriers: list[Value]) -> bool:

@@ -67,22 +67,35 @@ class Labels:
 
 
 def differentiable(graph: Graph) -> set[int]:
-    """Values that a gradient can flow through: floats that depend on parameters or on float arguments of the model."""
+    """Values that a gradient can flow through: floats that depend on parameters or on float arguments of the model.
+
+    What a template returns and is given stands for all blocks alike, so its arguments count as those of every one of them: the first
+    block of a decoder may start from zeros or from something detached, and the next ones not.
+    """
     found = {v.id for v in graph.params.values() if v.dtype.is_floating_point}
     scopes: set[int] = set()  # autograd functions that a gradient reaches: what their forward detaches says nothing
-    for node in graph.nodes:
-        if node.op is Pseudo.APPLY and any(v.id in found for v in node.inputs()):
-            scopes.add(node.scope)
-        if node.scope in scopes:
-            found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
-            continue
-        if node.opname == "detach" or (node.outputs and all(o.id in graph.fills for o in node.outputs)):
-            continue
-        for v in node.inputs():
-            if v.origin is Origin.INPUT and v.dtype.is_floating_point:
-                found.add(v.id)
-        if any(v.id in found for v in node.inputs()):
-            found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
+    again = True
+    while again:
+        again = False
+        for node in graph.nodes:
+            if node.op is Pseudo.REPEAT:
+                for here, there in zip(*node.args, strict=True):
+                    if here.id in found and there.id not in found:
+                        found.add(there.id)
+                        again = True
+                continue
+            if node.op is Pseudo.APPLY and any(v.id in found for v in node.inputs()):
+                scopes.add(node.scope)
+            if node.scope in scopes:
+                found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
+                continue
+            if node.opname == "detach" or (node.outputs and all(o.id in graph.fills for o in node.outputs)):
+                continue
+            for v in node.inputs():
+                if v.origin is Origin.INPUT and v.dtype.is_floating_point:
+                    found.add(v.id)
+            if any(v.id in found for v in node.inputs()):
+                found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
     return found
 
 

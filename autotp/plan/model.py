@@ -130,7 +130,8 @@ class ModulePlan:
     """Everything that changes at one module; `path` is "" for the root.
 
     `joint`: paths, relative to this module, of modules inside it whose results meet in one sum during a call of this module:
-    all but the last HOLD theirs, the last one JOINs them (`autotp.plan.joint`).
+    all but the last HOLD theirs, the last one JOINs them (`autotp.plan.joint`). `uncalled`: no traced call runs the module, and its
+    parameters are sharded for others; a call of it is an error.
     """
 
     path: str
@@ -140,6 +141,7 @@ class ModulePlan:
     attributes: tuple[LocalAttribute, ...] = ()
     sites: tuple[Site, ...] = ()
     joint: tuple[tuple[str, ...], ...] = ()
+    uncalled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

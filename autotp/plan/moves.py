@@ -94,8 +94,11 @@ def _elements(value: Value) -> float:
 
 
 def _cost(key: Hashable, value: Value, order: int) -> float:
+    """The model's own results come last: code before its end may have branches that no traced call took, and take a sum for whole."""
     base = _elements(value) * (1 + 1e-7 * order)
-    return base if isinstance(key, tuple) and key[0] == "slot" else SITE + base
+    if not (isinstance(key, tuple) and key[0] == "slot"):
+        return SITE + base
+    return 2 * SITE + base if key[1][:2] == (Pseudo.EXIT, "") else base
 
 
 def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozenset[Hashable], frozenset[int]]:
@@ -247,7 +250,8 @@ def place_copies(
                     cut.same(("above", vertices.of(o)), below)
     for key, v in groups.items():
         cut.born(("group", key))
-        cut.convertible(("group", key), ("group", key), ("group post", key), SITE + _elements(v))
+        sealed = any(space.graph.sealed(space.graph.nodes[index]) for index, number in edges if number == key)
+        cut.convertible(("group", key), ("group", key), ("group post", key), None if sealed else SITE + _elements(v))
     _ends(space, cut, vertices, seen, flows, mixed)
     solved = cut.solve()
     if solved is None:

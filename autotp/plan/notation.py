@@ -22,6 +22,7 @@ from autotp.plan.layout import Concat, Expr, Factor, Product, factors, size
 #: The size of a factor that the text does not say.
 UNKNOWN = -1
 MAX_DEPTH = 50
+MAX_DIGITS = 15
 _FACTOR = re.compile(
     r"(?P<name>[A-Za-z_][A-Za-z0-9_]*|\d+(?:_\d+)?)(?::(?P<size>\d+))?(?P<star>\*(?:(?P<pieces>\d+)(?:/(?P<of>[A-Za-z_0-9]+))?)?)?(?:%(?P<granule>\d+))?"
 )
@@ -81,6 +82,8 @@ class _Reader:
         if match is None:
             wanted = "a name, a number, ( or )" if token else "a dim"
             raise self.fail(f"got {token!r}, wanted {wanted}" if token else f"wanted {wanted}")
+        if any(len(digits) > MAX_DIGITS for digits in re.findall(r"\d+", token)):
+            raise self.fail("a number this large")
         name = match["name"]
         own = int(name.partition("_")[0]) if name[0].isdigit() else UNKNOWN
         if match["size"]:

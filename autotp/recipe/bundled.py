@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from autotp.errors import RecipeError
+from autotp.textfile import is_file
 
 
 def folder() -> Path:
@@ -47,8 +48,8 @@ def find(source: str, *, beside: Path | None = None) -> Path:
         RecipeError: there is none; lists the nearest names.
     """
     path = Path(source) if beside is None else beside / source
-    if source.endswith((".yaml", ".yml")) or os.sep in source or path.is_file():
-        if not path.is_file():
+    if source.endswith((".yaml", ".yml")) or os.sep in source or is_file(path):
+        if not is_file(path):
             raise RecipeError(f"{source}: no such recipe file")
         return path
     name = source if source in names() else families().get(source)

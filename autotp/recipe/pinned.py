@@ -17,6 +17,7 @@ from autotp.errors import RecipeError
 from autotp.plan.layout import Concat, Expr, Factor, Layout, Product
 from autotp.plan.notation import parse, spelled
 from autotp.plan.plan import Plan
+from autotp.targets import MOST_RANKS
 
 
 def encode(value: Any) -> Any:
@@ -47,6 +48,8 @@ def decode(data: Any) -> Plan:
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise RecipeError(f"plan: not what a plan is written as ({type(error).__name__}: {error}); take the key out") from error
     assert isinstance(plan, Plan)
+    if plan.tp > MOST_RANKS:
+        raise RecipeError(f"plan: it is for tp {plan.tp}, wanted at most {MOST_RANKS}; take the key out")
     return plan
 
 

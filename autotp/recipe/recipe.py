@@ -14,7 +14,9 @@ from autotp.errors import InputError, RecipeError
 from autotp.recipe import bundled
 from autotp.recipe.model import Attribute, Boundary, Entry, Role, Shard, Size
 from autotp.recipe.reading import Layer, layer_of
-from autotp.recipe.source import Pos, Source, from_data, read
+from autotp.recipe.source import MOST, Pos, Source, from_data, read
+from autotp.targets import check_ranks
+from autotp.textfile import read_text, reason
 
 if TYPE_CHECKING:
     from autotp.plan.plan import Plan
@@ -93,9 +95,9 @@ class Recipe:
     @classmethod
     def _read(cls, path: Path, inside: tuple[Path, ...]) -> Recipe:
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            text = read_text(path, MOST)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path}: cannot be read: {reason(error)}") from error
         return cls._of(read(text, str(path) if not bundled.is_bundled(path) else path.name), path, inside)
 
     @classmethod
@@ -229,6 +231,7 @@ class Recipe:
             raise InputError(f"to_plan takes an nn.Module, got {type(model).__name__}")
         if not isinstance(tp, int) or isinstance(tp, bool) or tp < 1:
             raise InputError(f"to_plan(model) needs tp=, the number of ranks; got {tp!r}")
+        check_ranks(tp)
         from autotp.recipe.build import static_plan
 
         return static_plan(self, model, tp)

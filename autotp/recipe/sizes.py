@@ -20,6 +20,9 @@ from torch import nn
 
 from autotp.errors import InputError
 
+#: Characters of an expression.
+LONGEST = 500
+
 _MATH: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -53,9 +56,11 @@ def parse_size(text: str) -> ast.expr:
     Raises:
         InputError: it is none, or it has something that sizes may not have.
     """
+    if len(text) > LONGEST:
+        raise InputError(f"size {text[:40]!r}…: {len(text)} characters, wanted at most {LONGEST}")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(f"size {text!r} is no expression: {getattr(error, 'msg', error)}") from error
     for node in ast.walk(tree):
         constant = not isinstance(node, ast.Constant) or node.value is None or isinstance(node.value, int | str)
@@ -88,7 +93,10 @@ def _value(node: ast.expr, model: nn.Module) -> Any:
         case ast.Constant():
             return node.value
         case ast.BinOp():
-            return _MATH[type(node.op)](_value(node.left, model), _value(node.right, model))
+            left, right = _value(node.left, model), _value(node.right, model)
+            if not (isinstance(left, int) and isinstance(right, int)):
+                raise TypeError(f"{ast.unparse(node)} is no arithmetic of whole numbers")
+            return _MATH[type(node.op)](left, right)
         case ast.UnaryOp():
             return not _value(node.operand, model)
         case ast.IfExp():

@@ -16,6 +16,10 @@ from autotp.errors import RecipeError
 
 Path = tuple[str, ...]
 _WORDS = frozenset(("yes", "no", "on", "off", "y", "n"))
+#: Bytes of a text, levels of nesting, entries that aliases repeat: more than any recipe has, its exact plan included.
+MOST = 2 * 2**20
+MOST_LEVELS = 50
+MOST_REPEATED = 10_000
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -44,6 +48,8 @@ class Source:
     values: dict[Path, Pos] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     quoted: set[Path] = field(default_factory=set)
+    seen: set[int] = field(default_factory=set)
+    repeated: int = 0
 
     def at(self, path: Sequence[object], *, key: bool = False) -> Pos:
         """The place of a value (of its key), or of the nearest thing around it."""
@@ -66,6 +72,8 @@ def read(text: str, file: str) -> Source:
         RecipeError: the text is not YAML; says where.
     """
     source = Source(file)
+    if len(text) > MOST:
+        raise RecipeError(f"{Pos(file, 1, 1)}: {len(text)} characters, wanted at most {MOST}")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -75,20 +83,29 @@ def read(text: str, file: str) -> Source:
     except yaml.YAMLError as error:
         raise RecipeError([f"{Pos(file, 1, 1)}: not YAML: {error}"]) from error
     except RecursionError as error:
-        raise RecipeError(f"{Pos(file, 1, 1)}: not YAML that can be read: nested too deep") from error
+        raise RecipeError(f"{Pos(file, 1, 1)}: not YAML that can be read: {_DEEP}") from error
     source.data = {} if node is None else _plain(node, (), source, set())
     return source
 
 
 def from_data(data: Mapping[Any, Any], file: str = "<dict>") -> Source:
-    """Data that a program made: its places are names, not lines."""
-    return Source(file, _texts(data))
+    """Data that a program made: its places are names, not lines.
+
+    Raises:
+        RecipeError: it is nested deeper than any recipe.
+    """
+    return Source(file, _texts(data, file, 0))
 
 
-def _texts(data: Any) -> Any:
+_DEEP = f"nested too deep, wanted at most {MOST_LEVELS} levels"
+
+
+def _texts(data: Any, file: str, level: int) -> Any:
+    if level > MOST_LEVELS:
+        raise RecipeError(f"{file}: {_DEEP}")
     if isinstance(data, Mapping):
-        return {str(k): _texts(v) for k, v in data.items()}
-    return [_texts(v) for v in data] if isinstance(data, list | tuple) else data
+        return {str(k): _texts(v, file, level + 1) for k, v in data.items()}
+    return [_texts(v, file, level + 1) for v in data] if isinstance(data, list | tuple) else data
 
 
 def _pos(node: yaml.Node, file: str) -> Pos:
@@ -102,6 +119,12 @@ def _plain(node: yaml.Node, path: Path, source: Source, around: set[int]) -> Any
     if id(node) in around:
         source.problems.append(f"{pos}: an alias that contains itself")
         return None
+    if len(around) > MOST_LEVELS:
+        raise RecipeError(f"{pos}: {_DEEP}")
+    source.repeated += id(node) in source.seen
+    source.seen.add(id(node))
+    if source.repeated > MOST_REPEATED:
+        raise RecipeError(f"{pos}: aliases repeat more than {MOST_REPEATED} entries: write down what is meant")
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, path, source, around | {id(node)})
     if isinstance(node, yaml.SequenceNode):
@@ -115,7 +138,7 @@ def _plain(node: yaml.Node, path: Path, source: Source, around: set[int]) -> Any
         return node.value
     try:
         return yaml.SafeLoader("").construct_object(node)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that is none, a number of thousands of digits
         source.problems.append(f"{pos}: {getattr(error, 'problem', error)}")
         return None
 

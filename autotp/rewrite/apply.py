@@ -29,6 +29,7 @@ from autotp.rewrite.shards import MakeParam
 from autotp.rewrite.sites import SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
 from autotp.rewrite.tensor import GradHook, LayoutDTensor
+from autotp.rewrite.uncalled import Uncalled
 from autotp.rewrite.undo import Undo
 from autotp.rewrite.whole import keep_with
 
@@ -205,6 +206,8 @@ class _Rewriter:
     def _run(
         self, sub: nn.Module, plan: ModulePlan | None, reads: tuple[Read, ...], where: str
     ) -> tuple[ModuleRun | LinearRun | EmbeddingRun, Callable[..., Callable[..., object]]]:
+        if plan is not None and plan.uncalled:
+            return Uncalled(sub, reads, where), module.make_forward
         own = all(r.owner is sub and not r.held for r in reads)
         if own and not self._keeps_class(sub):
             if type(sub).forward is nn.Linear.forward and (fast := linear_run(plan, reads, self.comm)) is not None:
@@ -238,4 +241,4 @@ def _keep_hooks(old: nn.Parameter, new: LayoutDTensor, undo: Undo) -> None:
 
 
 def _without_path(plan: ModulePlan) -> tuple[object, ...]:
-    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint
+    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint, plan.uncalled

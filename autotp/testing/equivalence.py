@@ -22,6 +22,7 @@ from autotp.errors import AutoTPError, InputError
 from autotp.launch import RankError
 from autotp.plan.plan import Plan
 from autotp.recipe.recipe import Recipe
+from autotp.targets import check_ranks
 from autotp.testing.compare import Aspect, compare
 from autotp.testing.locate import first_module, gradient_order, surroundings
 from autotp.testing.modules import Record, recorded
@@ -187,6 +188,7 @@ def _check_arguments(tp: int, steps: int, seed: int, backend: str, timeout: floa
     for name, value, least in (("tp", tp, 1), ("steps", steps, 0), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"assert_equivalent: {name} is {value!r}, wanted a whole number of at least {least}")
+    check_ranks(tp)
     if backend not in BACKENDS:
         raise InputError(f"assert_equivalent: backend is {backend!r}, wanted one of {', '.join(BACKENDS)}")
     if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:

@@ -187,9 +187,9 @@ class Graph:
         """Why no conversion can act inside or at the result of a node; "" where one can."""
         if node.scope >= 0:
             return f"{self.scopes[node.scope].name} has a backward of its own"
-        return "it runs outside of the model's forward, in a hook" if outside(node) else ""
+        return "it runs outside of the model's forward, in a hook or a method" if outside(node) else ""
 
 
 def outside(node: Node) -> bool:
-    """True for an operator that no call of a module contains: a hook of the root makes it."""
+    """True for an operator that no call of a module contains: a hook of the root makes it, or a method that is called past its forward."""
     return node.frame == 0 and node.op not in (Pseudo.ENTER, Pseudo.EXIT, Pseudo.WRITE)

@@ -10,6 +10,7 @@ failure says that the model doesn't take it in this form.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,18 +26,21 @@ from autotp.trace.inputs_labels import labels
 from autotp.trace.inputs_values import BATCH, VALUES, token_ids
 
 Inputs = dict[str, object]
+_FEATURES = re.compile("get_[a-z0-9_]+_features")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One way to call a model.
 
-    name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states` or `images`; `user` for the caller's own.
+    name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states`, `images`, a flag of the forward (`return_loss`) or a
+        method (`get_text_features`); `user` for the caller's own.
     make: builds the keywords of the call, new tensors each time.
     decode: from the outputs of that call, the keywords of the next one (the returned cache and one more token); it
         answers None where the outputs hold no cache.
     optional: the model may turn this call down without harm.
     training: the call is made in training mode.
+    method: the method that is called, past the hooks of the model; "" for the model itself.
     """
 
     name: str
@@ -44,11 +48,16 @@ class Example:
     decode: Callable[[Any], Inputs | None] | None = None
     optional: bool = False
     training: bool = False
+    method: str = ""
 
     @property
     def inputs(self) -> Inputs:
         """The keywords of the call."""
         return self.make()
+
+    def call(self, model: nn.Module, inputs: Inputs) -> Any:
+        """What `model` answers to this call with `inputs`."""
+        return getattr(model, self.method)(**inputs) if self.method else model(**inputs)
 
 
 def example_inputs(model: nn.Module) -> tuple[Example, ...]:
@@ -71,7 +80,7 @@ def example_inputs(model: nn.Module) -> tuple[Example, ...]:
             f"{type(model).__name__}.forward requires {_listed(unknown)}, which autotp cannot make up from the config: "
             f"pass example_inputs={{name: value}} with {_listed(base)}"
         )
-    return tuple(_examples(facts, base))
+    return (*_examples(facts, base), *_features(model))
 
 
 def user_example(model: nn.Module, mapping: Mapping[str, object]) -> tuple[Example, ...]:
@@ -158,19 +167,34 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
     if given is not None:
         heard = mask or (("attention_mask",) if facts.takes("attention_mask") and "input_features" in base else ())
         yield Example("labels", lambda: call(*heard)() | given(), optional=True)
+    for flag in facts.flags("loss"):
+        yield Example(flag, call(**{flag: True}), optional=True)
     yield from _internals(facts, call)
     if reads_text and "pixel_values" not in base and facts.takes("pixel_values"):
         yield Example("images", partial(with_images, facts, tuple(base)), optional=True)
 
 
 def _internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Iterator[Example]:
-    """The call that asks for hidden states, and for attention weights where the attention computes them (eager)."""
+    """The call that asks for hidden states, and for attention weights: some models compute those whatever attention they run."""
     hidden = facts.any_keyword or facts.takes("output_hidden_states")
     weights = facts.any_keyword or facts.takes("output_attentions")
-    if hidden and weights and getattr(facts.config, "_attn_implementation", "eager") == "eager":
+    if hidden and weights:
         yield Example("attentions", call(output_attentions=True, output_hidden_states=True), optional=True)
     elif hidden:
         yield Example("hidden_states", call(output_hidden_states=True), optional=True)
+
+
+def _features(model: nn.Module) -> Iterator[Example]:
+    """The public methods that answer one kind of input alone (`get_image_features`), as far as their inputs can be made."""
+    for name in sorted(n for n in dir(type(model)) if _FEATURES.fullmatch(n)):
+        facts = Facts(model, name)
+        base = _base(facts)
+        if base and all(key in VALUES for key in base):
+            yield Example(name, partial(_values, facts, base), optional=True, method=name)
+
+
+def _values(facts: Facts, names: list[str]) -> Inputs:
+    return {name: VALUES[name](facts) for name in names}
 
 
 def _decode(facts: Facts, base: list[str], mask: tuple[str, ...], outputs: Any) -> Inputs | None:

@@ -31,15 +31,16 @@ class Keyword:
     annotation: str
 
 
-def forward_keywords(model: nn.Module) -> dict[str, Keyword]:
-    """The named parameters of `model.forward`, in order; `*args` and `**kwargs` are left out."""
-    named = (p for p in inspect.signature(model.forward).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+def forward_keywords(model: nn.Module, method: str = "forward") -> dict[str, Keyword]:
+    """The named parameters of `model.forward`, or of another method, in order; `*args` and `**kwargs` are left out."""
+    parameters = inspect.signature(getattr(model, method)).parameters.values()
+    named = (p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
     return {p.name: Keyword(p.name, p.default is p.empty, str(p.annotation)) for p in named}
 
 
-def takes_any_keyword(model: nn.Module) -> bool:
-    """Whether `model.forward` ends in `**kwargs`."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+def takes_any_keyword(model: nn.Module, method: str = "forward") -> bool:
+    """Whether `model.forward`, or another method, ends in `**kwargs`."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(getattr(model, method)).parameters.values())
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -49,16 +50,21 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 
 class Facts:
-    """The forward keywords and the config values of one Hugging Face model."""
+    """The keywords of the forward (or of another `method`) and the config values of one Hugging Face model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, method: str = "forward") -> None:
         self.model: Any = model
         self.config: Any = model.config
-        self.keywords = forward_keywords(model)
+        self.method = method
+        self.keywords = forward_keywords(model, method)
 
     def takes(self, *names: str) -> bool:
         """Whether `forward` names every one of `names`."""
         return all(name in self.keywords for name in names)
+
+    def flags(self, word: str) -> list[str]:
+        """The keywords that hold a truth value and whose name has `word` as a part (`return_loss`)."""
+        return [k.name for k in self.keywords.values() if word in k.name.split("_") and "bool" in k.annotation]
 
     def _nested(self, config: Any) -> Iterator[tuple[str, Any]]:
         for name, value in vars(config).items():
@@ -161,7 +167,7 @@ class Facts:
     @cached_property
     def any_keyword(self) -> bool:
         """Whether `forward` ends in `**kwargs`."""
-        return takes_any_keyword(self.model)
+        return takes_any_keyword(self.model, self.method)
 
     @cached_property
     def image_token(self) -> int | None:

@@ -36,6 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autotp.trace import choices
 from autotp.trace.boundary import Path, flatten_arguments, flatten_result
+from autotp.trace.fills import FILL_AT, FILLS, KEEPING
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, SizeRef, TaggedInt, expr_of
@@ -52,8 +53,6 @@ _GRADIENTS = frozenset((REQUIRES_GRAD, GRAD_FN, Tensor.is_inference, Tensor.regi
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _TRANSPOSED = tuple(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
 _SLOTS = ("__get__", "__set__")
-_FILLS = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
-_FILL_AT = {"full": 1, "full_like": 1, "new_full": 2, "fill_": 1}
 
 
 class Recorder:
@@ -292,24 +291,13 @@ class Recorder:
 
     def _note_fill(self, node: Node) -> None:
         name = node.opname
-        number = _FILLS.get(name)
-        if number is None and name in _FILL_AT:
-            at = _FILL_AT[name]
+        number = FILLS.get(name)
+        if number is None and name in FILL_AT:
+            at = FILL_AT[name]
             raw = node.args[at] if at < len(node.args) else None
             number = float(raw) if isinstance(raw, (int, float)) else None
         source = next(iter(node.inputs()), None)
-        if number is None and name in (
-            "to",
-            "clone",
-            "contiguous",
-            "expand",
-            "view",
-            "reshape",
-            "detach",
-            "alias",
-            "unsqueeze",
-            "lift_fresh",
-        ):
+        if number is None and name in KEEPING:
             number = self.fills.get(source.id) if source is not None else None
         if number is not None:
             for out in node.outputs:
@@ -628,7 +616,9 @@ class _Function(TorchFunctionMode):
             return rec.inference or func(*args, **kwargs)
         elif func is _AFTER:
             where = rec.modules[-1][0] or "<root>"
-            raise Refused(f"the forward of module {where!r} calls {func.__name__}, but reads a parameter in the form of a local tensor there")
+            raise Refused(
+                f"the forward of module {where!r} calls {func.__name__}, but reads a parameter in the form of a local tensor there"
+            )
         else:
             if func == GRAD_FN:
                 rec.ask(Question.GRAD, file)

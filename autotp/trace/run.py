@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from autotp.errors import TraceError
 from autotp.trace.alike import alike_blocks
 from autotp.trace.choices import Untraceable, small
+from autotp.trace.fills import of_every_block
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 from autotp.trace.inputs import Example
 from autotp.trace.prepare import Undo, fake_weights, in_mode, keep_state, run_undo, same_numbers, tag_ints
@@ -177,7 +178,7 @@ def _trace(
         raise TraceError(f"{type(model).__name__}: {error}") from None
     finally:
         run_undo(undo)
-    return recorder.graph(dict(repeats))
+    return of_every_block(recorder.graph(dict(repeats)))
 
 
 @contextmanager
@@ -251,13 +252,13 @@ def _path(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, exam
     mark = start
     try:
         recorder.round += 1
-        result = _call(model, recorder, fake, example.make(), mode)
+        result = _call(model, recorder, fake, example, example.make(), mode)
         recorder.finish(name, result)
         more = example.decode(result) if example.decode is not None else None
         if more is not None:
             name, mark = name + "+decode", len(recorder.nodes)
             recorder.round += 1
-            recorder.finish(name, _call(model, recorder, fake, more, mode))
+            recorder.finish(name, _call(model, recorder, fake, example, more, mode))
     except Untraceable as error:
         if recorder.ends and isinstance(error.error, IndexError):
             recorder.rewind(start)
@@ -276,16 +277,18 @@ def _path(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, exam
     return None
 
 
-def _call(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, inputs: Mapping[str, Any], mode: _Mode) -> Any:
+def _call(
+    model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode
+) -> Any:
     known = recorder._values
     fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
     with recorder.recording(mode.grad, mode.inference), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model's code, which will warn its user when it runs
         try:
-            return model(**fresh)
+            return example.call(model, fresh)
         except Untraceable:
             raise
-        except Exception as error:  # of a hook of the model
+        except Exception as error:  # of a hook of the model, or of a method that is called past its forward
             raise Untraceable("", type(model).__name__, recorder.nodes[-1] if recorder.nodes else None, error) from error
 
 

@@ -20,7 +20,9 @@ from torch._functorch import utils as functorch
 
 _TORCH = torch.__file__.rsplit("__init__", 1)[0]
 FUNCTION = _TORCH + "autograd/function.py"
-_APPLY = torch.autograd.Function.__dict__["apply"].__func__.__code__  # compared by value: a copy of a model from another process has a copy of it
+_APPLY = torch.autograd.Function.__dict__[
+    "apply"
+].__func__.__code__  # compared by value: a copy of a model from another process has a copy of it
 #: Files of torch's own that ask about gradients to keep books, and take no other path.
 _BOOKS = tuple(_TORCH + "nn/" + name for name in ("parameter.py", "modules/module.py"))
 #: Where the backward runs the forward again.

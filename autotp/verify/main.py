@@ -55,6 +55,7 @@ def verify(
     """
     if tp < 1:
         raise InputError(f"verify: tp is {tp}, wanted at least 1")
+    targets.check_ranks(tp)
     started = time.monotonic()
     loaded = targets.load(target)
     if isinstance(loaded, nn.Module) and any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers())):
