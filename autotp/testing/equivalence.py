@@ -110,7 +110,8 @@ def assert_equivalent(
     """Check that the model and the model parallelized over `tp` ranks are one function; what was compared is returned.
 
     Compared are the state dict (bit by bit), every output, the gradients of every parameter and of floating-point arguments, greedy
-    generation, and `steps` optimizer steps with clipped gradients. The model runs in eval mode, so without dropout.
+    generation, and `steps` optimizer steps with clipped gradients. The model runs in eval mode, and in training mode too where it
+    draws no random numbers there (dropout): outputs, gradients, a second call, and the buffers after it.
 
     Args:
         factory: builds the model, called once; or a transformers config, which stands for a model of random weights. Parameters
@@ -133,7 +134,7 @@ def assert_equivalent(
         NotEquivalent: they differ, or a rank raised or did not end in time. Also an AssertionError. Nothing is left running, but
             for a thread that hangs in C code.
         InputError: arguments that make no sense, a model that does not run by itself. TraceError, PlanError, RecipeError: as for
-            `autotp.parallelize`.
+            `autotp.parallelize`. Any other AutoTPError: that with which every rank refuses a call.
     """
     _check_arguments(tp, steps, seed, backend, timeout)
     if sabotage is not None and not isinstance(sabotage, Mutation):
@@ -198,8 +199,12 @@ def _on_ranks(job: _Job, tp: int, backend: str, timeout: float, name: str) -> li
         found: list[_Found] = run(backend, _rank, job, tp, timeout)
     except RankError as error:
         raise NotEquivalent(f"{name} failed:\n{error}") from error
-    if found[0].refused is not None:
-        kind, text = found[0].refused
+    refused = [f.refused for f in found]
+    if any(refused) and not all(refused):
+        rank, (kind, text) = next((i, r) for i, r in enumerate(refused) if r is not None)
+        raise NotEquivalent(f"{name} failed: rank {rank} refuses, rank {refused.index(None)} does not: {kind}: {text}")
+    if refused[0] is not None:
+        kind, text = refused[0]
         raise getattr(errors, kind, AutoTPError)(text)
     return found
 
@@ -226,7 +231,14 @@ def _rank(job: _Job) -> _Found:
         return found
     watch = Watch(model, job.subject, _PARALLEL, job.training)
     for name, wanted in job.wanted.found.items():
-        found.aspects[name] = compare(name, wanted, getattr(watch, name)(), job.subject.precision)
+        try:
+            got = getattr(watch, name)()
+        except AutoTPError as error:  # a call that the plan is not made for; whether all ranks say so is seen in `_on_ranks`
+            if job.mutation is not None:
+                raise
+            found.refused = type(error).__name__, f"{error}\n(raised when {name} of the parallel model were computed)"
+            return found
+        found.aspects[name] = compare(name, wanted, got, job.subject.precision)
     return found
 
 
