@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from autotp.errors import InputError
 from autotp.testing.compare import GRADIENT
-from autotp.testing.subject import Subject
+from autotp.testing.subject import Subject, twin
 from autotp.trace.boundary import flatten_result
 
 ASPECTS = ("state", "outputs", "gradients", "generation", "training", "steps")
@@ -233,7 +232,7 @@ def observe_model(subject: Subject, training: Training) -> Observed:
         InputError: there are no outputs to compare, or steps were asked for and the model itself cannot take them.
     """
     observed = Observed()
-    watch = Watch(copy.deepcopy(subject.model), subject, PLAIN, training)
+    watch = Watch(twin(subject.model), subject, PLAIN, training)
     for aspect in ASPECTS:
         reason = _absent(aspect, subject, training)
         if not reason:

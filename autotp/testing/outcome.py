@@ -46,11 +46,12 @@ def equal_or_refused(
     steps: int = 0,
     backend: str = "local",
     timeout: float = 120.0,
+    certificate: str = "numbers",
 ) -> Outcome:
     """Check that the model over `tp` ranks is the model on one device, or that autotp refuses it.
 
     Args:
-        factory, inputs, tp, steps, backend, timeout: as for `assert_equivalent`; `inputs` are what is planned with.
+        factory, inputs, tp, steps, backend, timeout, certificate: as for `assert_equivalent`; `inputs` are what is planned with.
         more: further calls after planning, which the plan has not seen: changes to the keyword arguments, by name.
 
     Raises:
@@ -61,7 +62,7 @@ def equal_or_refused(
         training = Training(steps, adamw)
         wanted = observe_model(subject, training)
     try:
-        return Outcome(check(subject, wanted, training, tp, backend, timeout))
+        return Outcome(check(subject, wanted, training, tp, backend, timeout, certificate=certificate))
     except NotEquivalent:
         raise
     except AutoTPError as error:

@@ -46,8 +46,13 @@ class Hole:
 
 
 def grouped(statistic: Callable[[Tensor], Tensor], groups: int) -> Callable[[Tensor], Tensor]:
-    """`statistic` over the last dim of `groups` groups."""
+    """`statistic` over the last dim of `groups` groups: a number in the code, so no rank can have fewer."""
     return lambda h: statistic(h.view(*h.shape[:-1], groups, -1)).flatten(-2)
+
+
+def sized(statistic: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
+    """`statistic` over groups of `size`, as many as there are."""
+    return lambda h: statistic(h.view(*h.shape[:-1], -1, size)).flatten(-2)
 
 
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,7 +71,7 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 #: groups × size: 2 or 3 ranks divide the groups, the size, both or neither.
-GROUPS = [(3, 4), (2, 6), (4, 3), (5, 2), (6, 4)]
+GROUPS = [(3, 4), (2, 6), (4, 3), (5, 2)]
 
 INDEX = torch.zeros(2, 1, 3, dtype=torch.long)
 ORDER = torch.tensor([3, 1, 0, 2, 5, 4, 7, 6, 11, 10, 9, 8])
@@ -158,21 +163,29 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda h: h[:, :1].expand(-1, 6, -1) * h,
     "repeated": lambda h: h.repeat(1, 1, 2)[..., 6:18],
     "first_head_for_all": lambda h: (h.view(2, 6, 3, 4)[:, :, :1] * h.view(2, 6, 3, 4)).flatten(2),
-    "complex_pairs": lambda h: torch.view_as_real(torch.view_as_complex(h.view(2, 6, 6, 2)) * (0.6 + 0.8j)).flatten(2),
+    "complex_pairs": lambda h: torch.view_as_real(torch.view_as_complex(h.view(2, 6, -1, 2)) * (0.6 + 0.8j)).flatten(2),
     "transposed_heads": lambda h: h.view(2, 6, 3, 4).transpose(2, 3).flatten(2),
     "pointwise": lambda h: F.gelu(h) * torch.sigmoid(h),
 }
 
 #: Of those above, what a plan shards at 2 ranks and at 3.
-_SHARDED = frozenset({"mse_loss", "pointwise", "expanded", "scaled_partial_sum", "complex_pairs", "rms_norm_6x4", "softmax_6x4", "mean_6x4"})
+_SHARDED = frozenset({"pointwise", "expanded", "scaled_partial_sum", "complex_pairs", *(f"{n}_in_groups_of_4" for n in STATISTICS if n != "across")})
 
 
 def _mid(name: str, function: Callable[[Tensor], Tensor], width: int = 12) -> Hole:
     return Hole(name, partial(Mid, function, width), name in _SHARDED)
 
 
+def _statistics() -> list[Hole]:
+    found = []
+    for i, (name, f) in enumerate(STATISTICS.items()):
+        groups, size = GROUPS[i % 4]
+        found += [_mid(f"{name}_{groups}x{size}", grouped(f, groups), groups * size), _mid(f"{name}_in_groups_of_4", sized(f, 4), 24)]
+    return found
+
+
 HOLES: list[Hole] = [
-    *(_mid(f"{n}_{g}x{d}", grouped(f, g), g * d) for i, (n, f) in enumerate(STATISTICS.items()) for g, d in (GROUPS[i % 4], GROUPS[4])),
+    *_statistics(),
     *(_mid(name, f) for table in (COMPOSITES, INDICES, IN_PLACE, FORMS) for name, f in table.items()),
     *(Hole(name, factory, name in state.SHARDED, more=state.MORE.get(name, {})) for name, factory in state.FACTORIES.items()),
     *(Hole(name, factory, name in calls.SHARDED) for name, factory in calls.FACTORIES.items()),
