@@ -275,6 +275,6 @@ def compiled(text: str) -> dict[str, Any]:
     """The names that the text of a model defines; tracebacks show its lines."""
     file = f"<architecture {hash(text) & 0xFFFFFFFF:08x}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    space: dict[str, Any] = {"__name__": "autotp_architecture"}
+    space: dict[str, Any] = {"__name__": "__main__"}  # dataclasses look their module up
     exec(compile(text, file, "exec"), space)
     return space

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from autotp.numeric.exact import Precision, largest, relative_error
 
+#: What paths of gradients begin with, in an aspect of more than gradients.
+GRADIENT = "gradient of "
 _LEAST_PARAMETER = 0.01
 
 
@@ -36,32 +38,36 @@ class Aspect:
 
 def compare(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision) -> Aspect:
     """Compare one aspect. A tensor that only one side has is an error, but for a gradient of zeros."""
-    errors = {path: _error(name, path, wanted, got, precision) for path in {**wanted, **got}}
+    gradient = precision.floor * max((largest(t) for path, t in wanted.items() if _is_gradient(name, path)), default=0.0)
+    errors = {path: _error(name, path, wanted, got, gradient) for path in {**wanted, **got}}
     limit = 0.0 if name == "state" else precision.tolerance
     wrong = tuple(path for path, error in errors.items() if not error <= limit)
     where = max(errors, key=lambda path: errors[path], default="")
     return Aspect(name, len(errors), errors.get(where, 0.0), where, wrong)
 
 
-def _error(name: str, path: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision) -> float:
+def _error(name: str, path: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], gradient: float) -> float:
+    """`gradient`: as how large a gradient counts at least."""
     a, b = wanted.get(path), got.get(path)
     if a is None or b is None:
         there = b if a is None else a
-        return 0.0 if name == "gradients" and there is not None and not there.count_nonzero() else float("inf")
+        return 0.0 if _is_gradient(name, path) and there is not None and not there.count_nonzero() else float("inf")
     if a.dtype != b.dtype:
         return float("inf")
     if name == "state":
         return 0.0 if a.shape == b.shape and torch.equal(_bits(a), _bits(b)) else max(relative_error(b, a), 1e-300)
     if not a.is_floating_point() or a.shape != b.shape:
         return relative_error(b, a)
-    return relative_error(b, a, scale=max(largest(a), _floor(name, path, wanted, precision)))
+    return relative_error(b, a, scale=max(largest(a), gradient if _is_gradient(name, path) else _floor(name, path)))
+
+
+def _is_gradient(name: str, path: str) -> bool:
+    return name == "gradients" or path.startswith(GRADIENT)
 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _floor(name: str, path: str, wanted: Mapping[str, Tensor], precision: Precision) -> float:
-    if name == "gradients":
-        return precision.floor * max((largest(t) for t in wanted.values()), default=0.0)
+def _floor(name: str, path: str) -> float:
     return _LEAST_PARAMETER if name == "steps" and " of step " not in path else 0.0

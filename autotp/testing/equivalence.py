@@ -5,11 +5,10 @@ observe the model → start the ranks → parallelize a copy on each → observe
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from autotp.testing.modules import Record, recorded
 from autotp.testing.mutation import Mutation
 from autotp.testing.observe import Access, MakeOptimizer, Observed, Training, Watch, adamw, observe_model
 from autotp.testing.ranks.run import BACKENDS, run
-from autotp.testing.subject import Factory, Inputs, Subject, make_subject
+from autotp.testing.subject import Factory, Inputs, Subject, make_subject, twin
 
 _PARALLEL = Access(lambda m: autotp.full_state_dict(m), lambda m: autotp.full_grads(m))
 
@@ -82,6 +81,7 @@ class _Job:
     mutation: Mutation | None
     plan: Plan | None  # with a mutation: what it changes
     record: str | None = None  # the call that is watched module by module ("": the main one)
+    certificate: str = "numbers"
 
 
 @dataclass(slots=True)
@@ -107,11 +107,13 @@ def assert_equivalent(
     seed: int = 0,
     optimizer: MakeOptimizer = adamw,
     sabotage: Mutation | None = None,
+    certificate: str = "numbers",
 ) -> Equivalence:
     """Check that the model and the model parallelized over `tp` ranks are one function; what was compared is returned.
 
     Compared are the state dict (bit by bit), every output, the gradients of every parameter and of floating-point arguments, greedy
-    generation, and `steps` optimizer steps with clipped gradients. The model runs in eval mode, so without dropout.
+    generation, and `steps` optimizer steps with clipped gradients. The model runs in eval mode, and in training mode too where it
+    draws no random numbers there (dropout): outputs, gradients, a second call, and the buffers after it.
 
     Args:
         factory: builds the model, called once; or a transformers config, which stands for a model of random weights. Parameters
@@ -129,12 +131,13 @@ def assert_equivalent(
         seed: of the weights and of guessed inputs.
         optimizer: makes the optimizer of a list of parameters; AdamW.
         sabotage: a mutation of the plan (`autotp.testing.sabotage`), to see that this check notices.
+        certificate: `check` of `autotp.parallelize`: "graph" shows what the plan would be without its own check of numbers.
 
     Raises:
         NotEquivalent: they differ, or a rank raised or did not end in time. Also an AssertionError. Nothing is left running, but
             for a thread that hangs in C code.
         InputError: arguments that make no sense, a model that does not run by itself. TraceError, PlanError, RecipeError: as for
-            `autotp.parallelize`.
+            `autotp.parallelize`. Any other AutoTPError: that with which every rank refuses a call.
     """
     _check_arguments(tp, steps, seed, backend, timeout)
     if sabotage is not None and not isinstance(sabotage, Mutation):
@@ -146,7 +149,7 @@ def assert_equivalent(
         subject = make_subject(factory, inputs, dtype, seed)
         training = Training(steps, optimizer)
         wanted = observe_model(subject, training)
-    return check(subject, wanted, training, tp, backend, timeout, recipe, sabotage, started=started)
+    return check(subject, wanted, training, tp, backend, timeout, recipe, sabotage, started=started, certificate=certificate)
 
 
 def check(
@@ -160,6 +163,7 @@ def check(
     mutation: Mutation | None = None,
     plan: Plan | None = None,
     started: float | None = None,
+    certificate: str = "numbers",
 ) -> Equivalence:
     """`assert_equivalent` for a subject that has been observed already; `plan` is the one that `mutation` changes.
 
@@ -170,7 +174,7 @@ def check(
     loaded = None if recipe is None else Recipe.load(recipe)
     if mutation is not None and plan is None:
         plan = autotp.plan(subject.model, tp=tp, recipe=loaded, example_inputs=subject.example_inputs())
-    job = _Job(subject, wanted, training, loaded, mutation, plan)
+    job = _Job(subject, wanted, training, loaded, mutation, plan, certificate=certificate)
     name = f"{type(subject.model).__name__} over tp={tp} ({backend} ranks)"
     found = _on_ranks(job, tp, backend, timeout, name)
     aspects = {n: _worst([f.aspects[n] for f in found]) for n in found[0].aspects}
@@ -200,8 +204,12 @@ def _on_ranks(job: _Job, tp: int, backend: str, timeout: float, name: str) -> li
         found: list[_Found] = run(backend, _rank, job, tp, timeout)
     except RankError as error:
         raise NotEquivalent(f"{name} failed:\n{error}") from error
-    if found[0].refused is not None:
-        kind, text = found[0].refused
+    refused = [f.refused for f in found]
+    if any(refused) and not all(refused):
+        rank, (kind, text) = next((i, r) for i, r in enumerate(refused) if r is not None)
+        raise NotEquivalent(f"{name} failed: rank {rank} refuses, rank {refused.index(None)} does not: {kind}: {text}")
+    if refused[0] is not None:
+        kind, text = refused[0]
         raise getattr(errors, kind, AutoTPError)(text)
     return found
 
@@ -209,11 +217,11 @@ def _on_ranks(job: _Job, tp: int, backend: str, timeout: float, name: str) -> li
 def _rank(job: _Job) -> _Found:
     """What one rank does: parallelize a copy, watch it, compare."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
-    model = copy.deepcopy(job.subject.model)
+    model = twin(job.subject.model)
     found = _Found()
     try:
         if job.mutation is None or job.plan is None:
-            autotp.parallelize(model, mesh, recipe=job.recipe, example_inputs=job.subject.example_inputs())
+            autotp.parallelize(model, mesh, recipe=job.recipe, example_inputs=job.subject.example_inputs(), check=job.certificate)
         else:
             parallelize_as(model, mesh, job.mutation.change(job.plan))
             job.mutation.damage(model, autotp.plan_of(model))
@@ -228,7 +236,14 @@ def _rank(job: _Job) -> _Found:
         return found
     watch = Watch(model, job.subject, _PARALLEL, job.training)
     for name, wanted in job.wanted.found.items():
-        found.aspects[name] = compare(name, wanted, getattr(watch, name)(), job.subject.precision)
+        try:
+            got = getattr(watch, name)()
+        except AutoTPError as error:  # a call that the plan is not made for; whether all ranks say so is seen in `_on_ranks`
+            if job.mutation is not None:
+                raise
+            found.refused = type(error).__name__, f"{error}\n(raised when {name} of the parallel model were computed)"
+            return found
+        found.aspects[name] = compare(name, wanted, got, job.subject.precision)
     return found
 
 
@@ -253,7 +268,7 @@ def _first(job: _Job, result: Equivalence, timeout: float) -> str:
     call = next((n for n in job.subject.more if outputs and all(path.endswith(f" {n}") for path in outputs)), "")
     reference = _record(job.subject, job.subject.model, call)
     if "outputs" in result.failed or not {"gradients", "steps"} & set(result.failed):
-        watched = _Job(job.subject, job.wanted, job.training, job.recipe, None, None, record=call)
+        watched = replace(job, mutation=None, plan=None, record=call)
         try:
             found = _on_ranks(watched, result.tp, result.backend, timeout, "watching")
         except NotEquivalent as error:

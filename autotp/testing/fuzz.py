@@ -1,7 +1,8 @@
 """`python -m autotp.testing.fuzz --minutes 30`: draw models until the time is up, and write down every failure as a script.
 
-A failure is shrunk by Hypothesis first. What was covered is printed at the end: how many examples there were of each variant of
-architecture, number of ranks, model type and kind of layout. Another `--seed` draws other models.
+Three families take turns: architectures (transformer-like, must be equal), idioms (small, must be equal or refused) and configs of
+transformers. A failure is shrunk by Hypothesis first. What was covered is printed at the end: how many examples there were of each
+variant, number of ranks, model type and kind of layout, and how many idioms were refused. Another `--seed` draws other models.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import seed as seeded
 
-from autotp.errors import AutoTPError
+from autotp.errors import AutoTPError, InputError
 from autotp.testing.architecture import Architecture
 from autotp.testing.equivalence import assert_equivalent
-from autotp.testing.proving import features, prove, variants
-from autotp.testing.strategies import architectures, configs, degrees
+from autotp.testing.idioms import Idioms
+from autotp.testing.outcome import equal_or_refused
+from autotp.testing.proving import features, prove, traits, variants
+from autotp.testing.strategies import architectures, configs, degrees, idioms
 
 #: Model types of transformers whose configs are drawn; one for each kind of layout.
 MODEL_TYPES = [
@@ -57,6 +60,8 @@ MODEL_TYPES = [
     "granite",
     "bart",
 ]
+FAMILIES = ("architectures", "idioms", "configs")
+_TURNS = ("architectures", "idioms", "architectures", "idioms", "configs")
 _BATCH = 60
 _SETTINGS = settings(
     max_examples=_BATCH,
@@ -72,10 +77,12 @@ _SETTINGS = settings(
 class Fuzzer:
     """Counts what is drawn, keeps what fails."""
 
-    def __init__(self, folder: Path, until: float, write: Callable[[str], None]) -> None:
-        self.folder, self.until, self.write = folder, until, write
+    def __init__(self, folder: Path, until: float, write: Callable[[str], None], certificate: str = "numbers") -> None:
+        self.folder, self.until, self.write, self.certificate = folder, until, write, certificate
         self.covered: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
         self.stopped = False
         self._last: tuple[str, str] | None = None
@@ -91,6 +98,17 @@ class Fuzzer:
 
         self._batch(attempt)
 
+    def idioms(self, seed: int) -> None:
+        """A batch of idioms."""
+
+        @seeded(seed)
+        @_SETTINGS
+        @given(idioms(), degrees(most=4))
+        def attempt(drawn: Idioms, tp: int) -> None:
+            self._attempt(lambda: script_of_idioms(drawn, tp, self.certificate), lambda: self._equal_or_refused(drawn, tp))
+
+        self._batch(attempt)
+
     def config(self, model_type: str, seed: int) -> None:
         """A batch of configs of one model type."""
 
@@ -103,12 +121,25 @@ class Fuzzer:
         self._batch(attempt)
 
     def _prove(self, architecture: Architecture, tp: int) -> None:
-        plan = prove(architecture, tp).plan
+        plan = prove(architecture, tp, certificate=self.certificate).plan
         self.covered.update([f"tp={tp}", *variants(architecture), *(f"plan: {f}" for f in features(plan))])
         self.reasons.update({plan.replicated[n] for n in plan.replicated_products})
 
+    def _equal_or_refused(self, drawn: Idioms, tp: int) -> None:
+        try:
+            outcome = equal_or_refused(drawn.build, inputs=drawn.inputs(), tp=tp, more=drawn.more(), certificate=self.certificate)
+        except InputError:
+            self.outcomes["ill"] += 1
+            reject()
+        if outcome.equal is None:
+            self.outcomes["refused"] += 1
+            self.refusals[" ".join(outcome.refused.split())[:160]] += 1
+            return
+        self.outcomes["sharded" if outcome.sharded else "whole"] += 1
+        self.covered.update([f"tp={tp}", *traits(drawn), *(f"plan: {f}" for f in features(outcome.equal.plan))])
+
     def _equal(self, config: Any, tp: int) -> None:
-        plan = assert_equivalent(config, tp=tp, steps=2).plan
+        plan = assert_equivalent(config, tp=tp, steps=2, certificate=self.certificate).plan
         self.covered.update([f"tp={tp}", f"type={config.model_type}", *(f"plan: {f}" for f in features(plan))])
 
     def _attempt(self, script: Callable[[], str], work: Callable[[], None]) -> None:
@@ -144,6 +175,12 @@ class Fuzzer:
         total = sum(n for name, n in self.covered.items() if name.startswith("tp="))
         lines = [f"{total} examples were equal; how many there were of each kind:"]
         lines += [f"  {group}: {', '.join(values)}" for group, values in groups.items()]
+        if self.outcomes:
+            ran = sum(n for name, n in self.outcomes.items() if name != "ill")
+            counts = {name: self.outcomes[name] for name in ("sharded", "whole", "refused")}
+            shares = ", ".join(f"{n} {name} ({n / max(1, ran):.0%})" for name, n in counts.items())
+            lines.append(f"idioms: {shares}; {self.outcomes['ill']} more do not run on one device")
+            lines += [f"  refused {count} × {why}" for why, count in self.refusals.most_common(12)]
         if self.reasons:
             lines.append("why weights stayed whole (architectures, the most frequent):")
             lines += [f"  {count} × {reason}" for reason, count in self.reasons.most_common(12)]
@@ -168,6 +205,17 @@ def script_of_architecture(architecture: Architecture, tp: int) -> str:
     )
 
 
+def script_of_idioms(drawn: Idioms, tp: int, certificate: str = "numbers") -> str:
+    """A script with the model's text that fails as the example did."""
+    return (
+        f"# {drawn!r}\n\n{drawn.source()}\n\n"
+        "from autotp.testing.outcome import equal_or_refused\nfrom autotp.testing.tiny import randomise\n\n\n"
+        "def model():\n    torch.manual_seed(0)\n    made = Model()\n    randomise(made, seed=3)\n    return made.double()\n\n\n"
+        f"x = torch.randn(2, 6, {drawn.outer}, generator=torch.Generator().manual_seed(1), dtype=torch.float64)\n"
+        f"print(equal_or_refused(model, inputs={{'x': x}}, tp={tp}, more={drawn.more()!r}, certificate={certificate!r}))\n"
+    )
+
+
 def script_of_config(config: Any, tp: int) -> str:
     """A script with the config that fails as the example did."""
     fields = {n: v for n, v in config.to_diff_dict().items() if n not in ("model_type", "transformers_version")}
@@ -179,16 +227,21 @@ def script_of_config(config: Any, tp: int) -> str:
     )
 
 
-def fuzz(minutes: float, folder: Path, seed: int = 0, only: str = "", write: Callable[[str], None] = print) -> Fuzzer:
-    """Draw for `minutes`; `only`: "architectures" or "configs"."""
-    fuzzer = Fuzzer(folder, time.monotonic() + 60 * minutes, write)
+def fuzz(
+    minutes: float, folder: Path, seed: int = 0, family: str = "", write: Callable[[str], None] = print, certificate: str = "numbers"
+) -> Fuzzer:
+    """Draw for `minutes`; `family`: one of `FAMILIES`, or all in turns. `certificate`: as for `assert_equivalent`."""
+    fuzzer = Fuzzer(folder, time.monotonic() + 60 * minutes, write, certificate)
     number = 0
     while time.monotonic() < fuzzer.until and not fuzzer.stopped:
         at = seed * 1_000_000 + number
-        if only == "configs" or (number % 4 == 3 and only != "architectures"):
-            fuzzer.config(MODEL_TYPES[number // (1 if only else 4) % len(MODEL_TYPES)], at)
-        else:
-            fuzzer.architecture(at)
+        match family or _TURNS[number % len(_TURNS)]:
+            case "configs":
+                fuzzer.config(MODEL_TYPES[number // (1 if family else len(_TURNS)) % len(MODEL_TYPES)], at)
+            case "idioms":
+                fuzzer.idioms(at)
+            case _:
+                fuzzer.architecture(at)
         number += 1
     return fuzzer
 
@@ -199,10 +252,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to draw (10)")
     parser.add_argument("--seed", type=int, default=0, help="which models are drawn (0)")
     parser.add_argument("--out", type=Path, default=Path("fuzz"), help="folder for scripts that reproduce failures (fuzz)")
-    parser.add_argument("--only", choices=("architectures", "configs"), default="", help="draw only these")
+    parser.add_argument("--family", choices=FAMILIES, default="", help="draw only these (all in turns)")
+    parser.add_argument("--certificate", choices=("numbers", "graph"), default="numbers", help="how plans are checked before they are run (numbers)")
     given = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    done = fuzz(given.minutes, given.out, given.seed, given.only, lambda text: print(text, flush=True))  # noqa: T201
+    done = fuzz(given.minutes, given.out, given.seed, given.family, lambda text: print(text, flush=True), given.certificate)  # noqa: T201
     print(done.report())  # noqa: T201
     sys.exit(1 if done.failures else 0)
 

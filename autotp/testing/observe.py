@@ -7,26 +7,31 @@
 |            | models are called again for all that they can return, and with padding                                   |
 | gradients  | of every parameter and of floating-point arguments, from a fixed random weighting of all outputs         |
 | generation | greedy tokens, and the logits of each step                                                               |
+| training   | in training mode: outputs of a call and gradients of it, outputs of a second call, and the buffers       |
+|            | afterwards. Models that draw random numbers there (dropout) are not compared                             |
 | steps      | the loss and the gradient norm of each optimizer step, and every parameter after the last                |
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autotp.errors import InputError
-from autotp.testing.subject import Subject
+from autotp.testing.compare import GRADIENT
+from autotp.testing.subject import Subject, twin
 from autotp.trace.boundary import flatten_result
 
-ASPECTS = ("state", "outputs", "gradients", "generation", "steps")
+ASPECTS = ("state", "outputs", "gradients", "generation", "training", "steps")
 NEW_TOKENS = 4
 #: Entries of an output that may be shards.
 LOCAL_OUTPUTS = frozenset(
@@ -83,8 +88,8 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
 class Watch:
     """Watches one model; an error in it is the caller's to see."""
 
-    def __init__(self, model: nn.Module, subject: Subject, access: Access, training: Training) -> None:
-        self.model, self.subject, self.access, self.training = model, subject, access, training
+    def __init__(self, model: nn.Module, subject: Subject, access: Access, stepping: Training) -> None:
+        self.model, self.subject, self.access, self.stepping = model, subject, access, stepping
         self._run: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     def state(self) -> dict[str, Tensor]:
@@ -99,15 +104,7 @@ class Watch:
         """Gradients of a weighting of all outputs; {} where no output has one."""
         outputs, leaves = self._forward()
         self._run = None
-        total = weighted(outputs)
-        if total is None:
-            return {}
-        total.backward()  # type: ignore[no-untyped-call]
-        found = dict(self.access.grads(self.model))
-        found |= {path: t.grad for path, t in leaves.items() if t.grad is not None}
-        found = {name: t.detach().clone() for name, t in found.items()}
-        self.model.zero_grad(set_to_none=True)
-        return found
+        return self._gradients(outputs, leaves)
 
     def generation(self) -> dict[str, Tensor]:
         """Greedy tokens and logits."""
@@ -134,12 +131,35 @@ class Watch:
             )
         return {"tokens": made.sequences} | {f"logits of token {i}": t for i, t in enumerate(made.logits or ())}
 
+    def training(self) -> dict[str, Tensor]:
+        """A call in training mode with its gradients, a second call, and the buffers after both.
+
+        The second call shows what the first one left behind. It is made where the caller chose the inputs, or where there are
+        buffers that might have been written: most transformers models have none, and are large.
+        """
+        buffers = self._buffers()
+        self._run = None
+        self.model.train()
+        try:
+            outputs, leaves = self._forward(further=False)
+            found = {path: t.detach().clone() for path, t in outputs.items()}
+            found |= {f"{GRADIENT}{name}": t for name, t in self._gradients(outputs, leaves).items()}
+            if self.subject.given or buffers:
+                self._run = None
+                with torch.no_grad():
+                    found |= {f"{path} of a second call": t.clone() for path, t in self._forward(further=False)[0].items()}
+                found |= self._buffers()
+        finally:
+            self._run = None
+            self.model.eval()
+        return found
+
     def steps(self) -> dict[str, Tensor]:
         """Loss and gradient norm of each step, every parameter after the last; the model is changed."""
         found: dict[str, Tensor] = {}
         parameters = list(self.model.parameters())
-        optimizer = self.training.optimizer(parameters)
-        for step in range(self.training.steps):
+        optimizer = self.stepping.optimizer(parameters)
+        for step in range(self.stepping.steps):
             self._run = None
             loss = loss_of(self._forward(further=False)[0])
             if loss is None:
@@ -152,6 +172,22 @@ class Watch:
             found[f"gradient norm of step {step}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         names = {n for n, _ in self.model.named_parameters()}
         return found | {n: t for n, t in self.state().items() if n in names}
+
+    def _gradients(self, outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        total = weighted(outputs)
+        if total is None:
+            return {}
+        total.backward()  # type: ignore[no-untyped-call]
+        found = dict(self.access.grads(self.model))
+        found |= {path: t.grad for path, t in leaves.items() if t.grad is not None}
+        found = {name: t.detach().clone() for name, t in found.items()}
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Whole buffers of the state dict; {} without asking the other ranks where there are none."""
+        names = {n for n, _ in self.model.named_buffers()}
+        return {f"buffer {n}": t for n, t in self.state().items() if n in names} if names else {}
 
     def _forward(self, further: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self._run is None:
@@ -190,22 +226,19 @@ def loss_of(outputs: Mapping[str, Tensor]) -> Tensor | None:
 def observe_model(subject: Subject, training: Training) -> Observed:
     """What the model of one device does; aspects that it does not have are skipped with the reason.
 
-    Steps change the model: a copy takes them.
+    A copy is watched: the model stays as it was, whatever it writes to itself.
 
     Raises:
         InputError: there are no outputs to compare, or steps were asked for and the model itself cannot take them.
     """
     observed = Observed()
-    watch = Watch(subject.model, subject, PLAIN, training)
+    watch = Watch(twin(subject.model), subject, PLAIN, training)
     for aspect in ASPECTS:
         reason = _absent(aspect, subject, training)
         if not reason:
-            if aspect == "steps":
-                watch.model = copy.deepcopy(subject.model)
-            try:
-                tensors = getattr(watch, aspect)()
-            except Exception as error:  # the model itself cannot do this
-                tensors, reason = {}, f"the model itself cannot: {type(error).__name__}: {str(error)[:200]}"
+            tensors, reason = _observed(watch, aspect)
+            if reason:
+                tensors = {}
             if tensors or aspect == "state":
                 observed.found[aspect] = tensors
             else:
@@ -214,8 +247,40 @@ def observe_model(subject: Subject, training: Training) -> Observed:
             observed.skipped[aspect] = reason
             if aspect == "outputs" or (aspect == "steps" and training.steps):
                 raise InputError(f"{type(subject.model).__name__}: no {aspect} to compare: {reason}")
-    subject.model.zero_grad(set_to_none=True)
     return observed
+
+
+def _observed(watch: Watch, aspect: str) -> tuple[dict[str, Tensor], str]:
+    """(what is found, why it cannot be compared). Buffers that an aspect wrote which is not compared are put back."""
+    kept = {name: t.clone() for name, t in watch.model.named_buffers()} if aspect == "training" else {}
+    reason = ""
+    tensors: dict[str, Tensor] = {}
+    with _drawn() as drawn:
+        try:
+            tensors = getattr(watch, aspect)()
+        except Exception as error:  # the model itself cannot do this
+            reason = f"the model itself cannot: {type(error).__name__}: {str(error)[:200]}"
+    if aspect == "training" and drawn:
+        reason = reason or "the model draws random numbers in training mode (dropout)"
+    if reason:
+        watch.model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, buffer in watch.model.named_buffers():
+                if name in kept and kept[name].shape == buffer.shape:
+                    buffer.copy_(kept[name])
+    return tensors, reason
+
+
+@contextmanager
+def _drawn() -> Iterator[list[str]]:
+    """The list is not empty afterwards if random numbers were drawn inside (`_forward` seeds torch by itself)."""
+    found: list[str] = []
+    torch.manual_seed(0)
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
+    yield found
+    same = torch.equal(before[0], torch.get_rng_state()) and random.getstate() == before[1]
+    if not same or not numpy.array_equal(before[2], numpy.random.get_state()[1]):
+        found.append("random numbers")
 
 
 def _absent(aspect: str, subject: Subject, training: Training) -> str:

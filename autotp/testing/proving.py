@@ -10,19 +10,25 @@ from autotp.plan.layout import Concat, factors
 from autotp.plan.plan import Plan
 from autotp.testing.architecture import Architecture
 from autotp.testing.equivalence import Equivalence, NotEquivalent, assert_equivalent
+from autotp.testing.idiom_lines import KINDS
+from autotp.testing.idioms import Idioms
 
 
 class TrapSprung(NotEquivalent):
     """A dim was sharded that a planted trap forbids."""
 
 
-def prove(architecture: Architecture, tp: int, *, steps: int = 3, backend: str = "local", timeout: float = 120.0) -> Equivalence:
+def prove(
+    architecture: Architecture, tp: int, *, steps: int = 3, backend: str = "local", timeout: float = 120.0, certificate: str = "numbers"
+) -> Equivalence:
     """The model of `architecture` is the same over `tp` ranks: forward, backward and after `steps` steps; its trap is not sharded.
 
     Raises:
         NotEquivalent: it is not. TrapSprung: it is for these numbers, and sharded what it must not. AutoTPError: autotp refuses it.
     """
-    result = assert_equivalent(architecture.build, inputs=architecture.inputs(), tp=tp, steps=steps, backend=backend, timeout=timeout)
+    result = assert_equivalent(
+        architecture.build, inputs=architecture.inputs(), tp=tp, steps=steps, backend=backend, timeout=timeout, certificate=certificate
+    )
     for name, dim in architecture.kept():
         if result.plan.params[name].layout.dim == dim:
             raise TrapSprung(f"{name} is sharded along dim {dim}, where {architecture.trap.value} has no exact sharding\n{result.plan}")
@@ -41,6 +47,16 @@ def variants(architecture: Architecture) -> Iterator[str]:
     heads = "mqa" if architecture.kv == 1 < architecture.group else "gqa" if architecture.group > 1 else "mha"
     yield f"heads={heads}"
     yield f"activation={architecture.activation}"
+
+
+def traits(idioms: Idioms) -> Iterator[str]:
+    """What the example shows of each idiom: `call=twice`, `around=gate`, `line=index`."""
+    for each in fields(idioms):
+        value = getattr(idioms, each.name)
+        if isinstance(value, Enum):
+            yield f"{each.name}={value.value}"
+    yield from (f"around={around.value}" for around in idioms.around)
+    yield from {f"line={kind}" for kind, table in KINDS.items() if set(idioms.lines) & set(table)}
 
 
 def features(plan: Plan) -> Iterator[str]:

@@ -22,6 +22,7 @@
 | `meshes`        | the shape and dim names of a DeviceMesh with a dim "tp"                                                    |
 | `configs`       | a tiny config of a transformers model type, with odd corners                                               |
 | `architectures` | a whole model as an `Architecture`; a share of them with a trap that must not be sharded                   |
+| `idioms`        | a small model as `Idioms`, in the idioms of other people's code: equal or refused                          |
 
 Examples shrink towards one layer, small numbers, the plainest variants and no trap.
 """
@@ -56,6 +57,8 @@ from autotp.testing.architecture import (
 )
 from autotp.testing.architecture import Product as AttentionProduct
 from autotp.testing.geometry import Geometry
+from autotp.testing.idiom_lines import KINDS, STATISTICS
+from autotp.testing.idioms import Around, Call, Differ, Idioms, Repeat, Up, Weights
 
 __all__ = [
     "Geometry",
@@ -64,6 +67,7 @@ __all__ = [
     "degrees",
     "exprs",
     "geometries",
+    "idioms",
     "layouts",
     "meshes",
     "notations",
@@ -255,3 +259,33 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
     if min(made.normed) < least:
         made = replace(made, qk_norm=QKNorm.NONE, extras=made.extras - {Extra.SUB_NORM, Extra.HEAD_NORM, Extra.ONE_NORM})
     return made
+
+
+@st.composite
+def idioms(draw: st.DrawFn) -> Idioms:
+    """A small model of one to three idioms between its weights, and a few around them; groups × size need not fit any tp.
+
+    Hooks on weights want gradients, statistics more than one entry, and nearly all models run by themselves (a view of what a
+    convolution made does not): `equal_or_refused` says `InputError` of the others.
+    """
+    kinds = draw(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=3))
+    lines = tuple(draw(st.sampled_from(list(KINDS[kind]))) for kind in kinds)
+    least = 2 if any(name in STATISTICS for name in lines) else 1
+    groups = draw(st.integers(least, 6))
+    plain = draw(st.booleans())  # half of them differ in one more respect only
+    repeat = draw(st.sampled_from(Repeat))
+    around = draw(st.frozensets(st.sampled_from(Around), max_size=1 if plain else 3))
+    if {Around.WEIGHT_HOOK, Around.MIXING_WEIGHT_HOOK} & around:
+        around -= {Around.FROZEN}
+    return Idioms(
+        groups=groups,
+        size=draw(st.integers(max(least, 3 if groups == 1 else 2 if groups < 3 else 1), 4)),
+        outer=draw(st.sampled_from((8, 6, 7))),
+        up=draw(st.sampled_from(Up)),
+        weights=Weights.MODULES if plain else draw(st.sampled_from(Weights)),
+        lines=lines,
+        call=Call.PLAIN if plain else draw(st.sampled_from(Call)),
+        repeat=repeat,
+        differ=Differ.NOT if repeat in (Repeat.ONE, Repeat.SHARED) else draw(st.sampled_from(Differ)),
+        around=around,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,17 @@ def _fresh(value: Any, path: str, leaves: dict[str, Tensor] | None) -> Any:
     return value
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """A deep copy, hooks on parameters included: a copied parameter has lost them."""
+    made = copy.deepcopy(model)
+    for old, new in zip(model.parameters(), made.parameters(), strict=True):
+        for hook in (old._backward_hooks or {}).values():
+            new.register_hook(hook)
+        for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+            new.register_post_accumulate_grad_hook(hook)
+    return made
+
+
 def precision_of(dtype: torch.dtype) -> Precision:
     """How finely a comparison in `dtype` tells.
 
@@ -98,9 +110,10 @@ def make_subject(factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: 
     _enliven(model, seed)
     args, kwargs = _arguments(model, inputs, precision, seed)
     subject = Subject(model, _cast(args, dtype), _cast(kwargs, dtype), precision, inputs is not None)
-    _try(subject)
-    subject = replace(subject, leaves=_records(subject))
-    return subject if inputs is not None else replace(subject, more=_further(subject))
+    trial = replace(subject, model=twin(model))  # calls may leave something on the model
+    _try(trial)
+    trial = replace(trial, leaves=_records(trial))
+    return replace(trial, model=model, more=_further(trial) if inputs is None else {})
 
 
 def _build(factory: Any) -> nn.Module:

@@ -37,7 +37,7 @@ def test_a_failure_is_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     said: list[str] = []
     with monkeypatch.context() as fault:
         fault.setitem(rules.RULES, "flip", pointwise)
-        done = fuzz.fuzz(0.02, tmp_path, only="architectures", write=said.append)
+        done = fuzz.fuzz(0.02, tmp_path, family="architectures", write=said.append)
         (name,) = done.failures
         script = (tmp_path / name).read_text(encoding="utf-8")
         with pytest.raises(NotEquivalent):
@@ -56,7 +56,7 @@ def test_a_config_is_a_script(tmp_path: Path) -> None:
     assert space["config"].to_diff_dict() == config.to_diff_dict()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("words", [["--minutes", "x"], ["--only", "everything"]])
+@pytest.mark.parametrize("words", [["--minutes", "x"], ["--family", "everything"]])
 def test_bad_arguments(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["fuzz", *words])
     with pytest.raises(SystemExit, match="2"):

@@ -1,0 +1,69 @@
+"""Equal or refused: what may come of any model at all.
+
+A plan that cannot be proved is an error of autotp's own, from planning or from the first call that it is not made for; numbers that
+differ, an error of torch's and a hang are none of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotp.errors import AutoTPError
+from autotp.testing.equivalence import Equivalence, NotEquivalent, check
+from autotp.testing.observe import Training, adamw, observe_model
+from autotp.testing.subject import Inputs, make_subject
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`equal`: what was compared; None where the model was refused with the error `refused` (its type and text)."""
+
+    equal: Equivalence | None
+    refused: str = ""
+
+    @property
+    def sharded(self) -> bool:
+        """Is it equal, with less than all of it on a rank?"""
+        return self.equal is not None and self.equal.plan.local_share < 1
+
+    def __str__(self) -> str:
+        if self.equal is None:
+            return f"refused: {self.refused}"
+        return f"equal, {self.equal.plan.local_share:.2f} of it on each rank"
+
+
+def equal_or_refused(
+    factory: Callable[[], nn.Module],
+    *,
+    inputs: Inputs,
+    tp: int,
+    more: Mapping[str, Mapping[str, Any]] | None = None,
+    steps: int = 0,
+    backend: str = "local",
+    timeout: float = 120.0,
+    certificate: str = "numbers",
+) -> Outcome:
+    """Check that the model over `tp` ranks is the model on one device, or that autotp refuses it.
+
+    Args:
+        factory, inputs, tp, steps, backend, timeout, certificate: as for `assert_equivalent`; `inputs` are what is planned with.
+        more: further calls after planning, which the plan has not seen: changes to the keyword arguments, by name.
+
+    Raises:
+        NotEquivalent: neither. InputError: the model itself does not run on these inputs.
+    """
+    with torch.random.fork_rng(devices=()):
+        subject = replace(make_subject(factory, inputs, torch.float64, 0), more=more or {})
+        training = Training(steps, adamw)
+        wanted = observe_model(subject, training)
+    try:
+        return Outcome(check(subject, wanted, training, tp, backend, timeout, certificate=certificate))
+    except NotEquivalent:
+        raise
+    except AutoTPError as error:
+        return Outcome(None, f"{type(error).__name__}: {error}")
