@@ -91,7 +91,7 @@ class ModuleRun:
             args, kwargs = self.inputs(args, kwargs)
         if not is_dynamo_compiling():
             result = self.inside(module, forward, args, kwargs)
-        elif self.sites is None and not self.parts:  # the class's views read local values
+        elif self.sites is None and not self.written(module):  # the class's views read local values
             result = forward(module, *args, **kwargs)
         else:  # the lines of code that make calls are known in eager code only: a break in the graph
             result = self.inside_eagerly(module, forward, args, kwargs)
@@ -111,9 +111,12 @@ class ModuleRun:
 
     def put_back(self, module: nn.Module) -> None:
         """Make buffers whole again whose parts the forward changed (running statistics)."""
-        for read in self.parts:
-            if module.training or read.written is Written.ALWAYS:
-                read.put_back(read.owner.__dict__[read.name])
+        for read in self.written(module):
+            read.put_back(read.owner.__dict__[read.name])
+
+    def written(self, module: nn.Module) -> list[Read]:
+        """The buffers whose parts a forward changes in the mode that the module is in."""
+        return [read for read in self.parts if module.training or read.written is Written.ALWAYS]
 
     inside_eagerly = torch.compiler.disable(inside)  # type: ignore[no-untyped-call]
 

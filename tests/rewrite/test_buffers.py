@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -134,3 +135,21 @@ def synchronised(alone: bool) -> None:
     else:
         with pytest.raises(PlanError, match=r"n is a SyncBatchNorm over ranks \[0, 1\]"):
             autotp.parallelize(model, mesh(), example_inputs={"x": X})
+
+
+def compiled() -> None:
+    """On one rank: statistics of a compiled model, in both modes."""
+    plain = Convolved(nn.BatchNorm1d).double()
+    parallel = copy.deepcopy(plain)
+    autotp.parallelize(parallel, mesh(), example_inputs={"x": X})
+    run = torch.compile(parallel, backend="eager")
+    for mode in (True, False):
+        plain.train(mode)
+        parallel.train(mode)
+        assert torch.allclose(run(X), plain(X), rtol=0, atol=1e-12)
+    state = autotp.full_state_dict(parallel)
+    assert all(torch.allclose(state[name], t) for name, t in plain.state_dict().items())
+
+
+def test_statistics_of_a_compiled_model(pool: Pool) -> None:
+    pool.run(compiled, world=2)
