@@ -26,6 +26,7 @@ from autotp.plan.wanted import by_value, differing
 from autotp.trace.alike import alike_blocks
 from autotp.trace.inputs import Example, example_inputs, user_example
 from autotp.trace.inputs_facts import is_hugging_face
+from autotp.trace.keep import undisturbed
 from autotp.trace.run import trace
 
 MAX_REPLAYS = 64
@@ -60,6 +61,7 @@ def _no_collection() -> Iterator[None]:
 
 
 @_no_collection()
+@undisturbed()
 def make_plan(
     model: nn.Module,
     tp: int,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autotp.trace.ints import AttrRef, TaggedInt
+from autotp.trace.ints import AttrRef, Counter, Life, TaggedInt
+from autotp.trace.keep import Undo
+from autotp.trace.recorder import Recorder
 
 _SKIP = frozenset(nn.Module().__dict__) | {"forward"}
-_TABLES = frozenset(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict))
-Undo = list[Callable[[], None]]
 
 
 def run_undo(undo: Undo) -> None:
@@ -41,23 +41,6 @@ def set_item(mapping: dict[Any, Any], key: Any, value: Any, undo: Undo) -> None:
             mapping.pop(key, None)
 
     mapping[key] = value
-    undo.append(back)
-
-
-def keep_state(model: nn.Module, undo: Undo) -> None:
-    """Remember the attributes, tensors and hooks of each module: code may cache tensors or install hooks while it runs."""
-    saved: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    for module in model.modules():
-        attributes = module.__dict__
-        saved.append((attributes, dict(attributes)))
-        saved += [(table, dict(table)) for key, table in attributes.items() if key in _TABLES and isinstance(table, dict)]
-
-    def back() -> None:
-        for table, before in saved:
-            if before or table:
-                table.clear()
-                table.update(before)
-
     undo.append(back)
 
 
@@ -89,6 +72,31 @@ def same_numbers() -> Iterator[None]:
         random.setstate(host)
 
 
+@contextmanager
+def moved_nowhere(recorder: Recorder) -> Iterator[None]:
+    """Inside, a module that its model's code moves to another device (`self.head.to(x.device)`) stays as it is: all is on one.
+
+    To convert a module to another dtype in the middle of a forward is refused: what its parameters are would change from call to call.
+    """
+    original = nn.Module._apply
+
+    def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if id(module) not in recorder.paths:
+            return original(module, fn, recurse)
+        with recorder.paused(), recorder.fake:
+            for dtype in dict.fromkeys(t.dtype for t in (*module.parameters(), *module.buffers())):
+                made = fn(torch.empty(1, dtype=dtype))
+                if made.dtype is not dtype:
+                    raise RuntimeError(f"{type(module).__name__} is converted from {dtype} to {made.dtype} inside of a forward")
+        return module
+
+    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
+
+
 def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], bool], undo: Undo) -> None:
     """Swap fake parameters and buffers in, on the CPU; tied tensors stay tied."""
     made: dict[int, Tensor] = {}
@@ -117,21 +125,30 @@ def _is_config(value: Any) -> bool:
     )
 
 
-def _tag(value: Any, module: str, path: str, depth: int) -> Any:
-    if type(value) is int:
-        return TaggedInt(value, AttrRef(module, path, value))
-    if isinstance(value, (tuple, list)) and 0 < len(value) <= 16 and type(value) in (tuple, list) and any(type(v) is int for v in value):
-        return type(value)(_tag(v, module, f"{path}.{i}", depth) if type(v) is int else v for i, v in enumerate(value))
-    if depth < 3 and _is_config(value):
-        changes = {k: _tag(v, module, f"{path}.{k}", depth + 1) for k, v in value.__dict__.items() if not k.startswith("__")}
-        if any(changes[k] is not value.__dict__[k] for k in changes):
-            twin = copy.copy(value)
-            twin.__dict__.update(changes)
-            return twin
-    return value
+class Tagger:
+    """Makes tagged ints of plain ones. `counters`: (module path, attribute) → what to call when module code computes with it."""
+
+    def __init__(self, life: Life, counters: Mapping[tuple[str, str], Callable[[], None]]) -> None:
+        self.life, self.counters = life, counters
+
+    def tag(self, value: Any, module: str, path: str, depth: int = 0) -> Any:
+        """`value` with its ints tagged; the object itself where it holds none."""
+        if type(value) is int:
+            used = self.counters.get((module, path))
+            ref = AttrRef(module, path, value)
+            return TaggedInt(value, ref, self.life) if used is None else Counter.of(value, ref, self.life, used)
+        if isinstance(value, (tuple, list)) and 0 < len(value) <= 16 and type(value) in (tuple, list) and any(type(v) is int for v in value):
+            return type(value)(self.tag(v, module, f"{path}.{i}", depth) if type(v) is int else v for i, v in enumerate(value))
+        if depth < 3 and _is_config(value):
+            changes = {k: self.tag(v, module, f"{path}.{k}", depth + 1) for k, v in value.__dict__.items() if not k.startswith("__")}
+            if any(changes[k] is not value.__dict__[k] for k in changes):
+                twin = copy.copy(value)
+                twin.__dict__.update(changes)
+                return twin
+        return value
 
 
-def tag_ints(model: nn.Module, skip: Callable[[str], bool], undo: Undo) -> None:
+def tag_ints(model: nn.Module, skip: Callable[[str], bool], undo: Undo, tagger: Tagger) -> None:
     """Replace the plain ints of each module and of the configs it holds by tagged ones; a shared config gets one view a module."""
     for path, module in model.named_modules():
         if skip(path):
@@ -139,6 +156,6 @@ def tag_ints(model: nn.Module, skip: Callable[[str], bool], undo: Undo) -> None:
         for key, value in list(module.__dict__.items()):
             if key in _SKIP:
                 continue
-            tagged = _tag(value, path, key, 0)
+            tagged = tagger.tag(value, path, key)
             if tagged is not value:
                 set_item(module.__dict__, key, tagged, undo)

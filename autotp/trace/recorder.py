@@ -38,7 +38,7 @@ from autotp.trace import choices
 from autotp.trace.boundary import Path, flatten_arguments, flatten_result
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
-from autotp.trace.ints import IntExpr, SizeRef, TaggedInt, expr_of
+from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
 from autotp.trace.places import call_of, call_place
 from autotp.trace.watch import FUNCTION, GRAD_FN, REQUIRES_GRAD, Question, Refused, is_model, is_running, watching
 
@@ -77,11 +77,13 @@ class Recorder:
         self.notes: list[str] = []
         self.concrete: dict[int, Tensor] = {}  # value id → real tensor
         self.ends = True  # an unknown mask selects its last row too
+        self.life = Life()  # of the tags of this trace
         self.modules: list[tuple[str, int]] = [("", 0)]
         self.calls: dict[int, tuple[str, int]] = {}  # frame → (path of its module, frame of the caller)
         self._values: dict[int, Value] = {}  # id(tensor) → value
         self._before: list[tuple[int, int, Value | None]] = []  # (number of nodes, id(tensor), its value) before each change of `_values`
         self._alive: list[Tensor] = []
+        self._copies = choices.Copies()
         self._aliases: dict[int, list[Tensor]] = {}
         self._call: tuple[Any, Any, Any, Place] | None = None
         self._calls = self._frames = 0
@@ -121,16 +123,28 @@ class Recorder:
         value = self.bind(tensor, Origin.CONST)
         real = tensor.constant if isinstance(tensor, FakeTensor) else tensor
         if real is not None and real.device.type != "meta" and choices.small(real):
-            self.concrete[value.id] = real
+            self.know(value, real)
         return value
+
+    def know(self, value: Value, real: Tensor) -> None:
+        """The numbers of `value` are those of `real`, of which a copy is kept: operators may write into it."""
+        with self.paused():
+            self.concrete[value.id] = self._copies.of(real)
 
     def adopt(self, tensor: Tensor, node: Node) -> None:
         """Factory functions return another Python object than the dispatcher did: it stands for the same value."""
         if len(node.outputs) == 1 and node.outputs[0].shape == tuple(tensor.shape):
-            self._set(tensor, node.outputs[0])
-            self._alive.append(tensor)
-            if isinstance(tensor, FakeTensor):
-                self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+            self.stands_for(tensor, node.outputs[0])
+
+    def stands_for(self, tensor: Tensor, value: Value) -> None:
+        """`tensor` is another object for `value`."""
+        self._set(tensor, value)
+        self._alive.append(tensor)
+        if isinstance(tensor, FakeTensor):
+            self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+
+    def met(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Code calls `func`, a function of tensors or the getter of a property; for recorders that care."""
 
     def rewind(self, mark: int) -> None:
         """Forget the nodes after the first `mark` ones (a path that the model turned down), and the values that they made.
@@ -550,6 +564,7 @@ class _Function(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rec = self.recorder
+        rec.met(func, args)
         if func in _SIZES:
             return self._size(func, args[0], args[1:], kwargs or {})
         code, offset = call_place(2)
@@ -606,8 +621,8 @@ class _Function(TorchFunctionMode):
             return plain
         value = rec._values[id(tensor)]
         if isinstance(plain, torch.Size):
-            return TaggedSize(TaggedInt(n, SizeRef(value.id, i, n)) for i, n in enumerate(plain))
+            return TaggedSize(TaggedInt(n, SizeRef(value.id, i, n), rec.life) for i, n in enumerate(plain))
         if func is _NUMEL:
-            return TaggedInt(plain, SizeRef(value.id, -1, plain))
+            return TaggedInt(plain, SizeRef(value.id, -1, plain), rec.life)
         dim = (rest[0] if rest else kwargs.get("dim", 0)) if func is _SIZE else 0
-        return TaggedInt(plain, SizeRef(value.id, int(dim) % max(tensor.dim(), 1), plain))
+        return TaggedInt(plain, SizeRef(value.id, int(dim) % max(tensor.dim(), 1), plain), rec.life)
