@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -144,7 +144,8 @@ def assert_equivalent(
     with torch.random.fork_rng(devices=()):
         subject = make_subject(factory, inputs, dtype, seed)
         training = Training(steps, optimizer)
-        wanted = observe_model(subject, training)
+        watched = replace(subject, model=copy.deepcopy(subject.model))  # what its forward leaves on it is not the ranks'
+        wanted = observe_model(watched, training)
     return check(subject, wanted, training, tp, backend, timeout, recipe, sabotage, started=started)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -98,9 +99,10 @@ def make_subject(factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: 
     _enliven(model, seed)
     args, kwargs = _arguments(model, inputs, precision, seed)
     subject = Subject(model, _cast(args, dtype), _cast(kwargs, dtype), precision, inputs is not None)
-    _try(subject)
-    subject = replace(subject, leaves=_records(subject))
-    return subject if inputs is not None else replace(subject, more=_further(subject))
+    tried = replace(subject, model=copy.deepcopy(model))  # what a forward leaves on a model is no part of it
+    _try(tried)
+    subject = replace(subject, leaves=_records(tried))
+    return subject if inputs is not None else replace(subject, more=_further(replace(tried, leaves=subject.leaves)))
 
 
 def _build(factory: Any) -> nn.Module:

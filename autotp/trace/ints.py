@@ -171,12 +171,12 @@ class Counter(TaggedInt):
 
 
 def _in_module(depth: int) -> bool:
-    """True where the code that runs `depth` frames above the caller has a module for its first argument."""
+    """True where the code that runs `depth` frames above the caller has a module for its first argument, or closes over one."""
     frame = sys._getframe(depth + 1)
     while frame.f_code.co_name in ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>") and frame.f_back is not None:
         frame = frame.f_back
-    names = frame.f_code.co_varnames
-    return bool(names) and isinstance(frame.f_locals.get(names[0]), nn.Module)
+    names = (*frame.f_code.co_varnames[:1], *frame.f_code.co_freevars)
+    return any(isinstance(frame.f_locals.get(name), nn.Module) for name in names)
 
 
 def _watched(name: str) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from autotp.trace import choices
-from autotp.trace.boundary import Path, flatten_arguments, flatten_result
+from autotp.trace.boundary import Handed, Path, flatten_arguments, flatten_result
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
@@ -77,6 +77,7 @@ class Recorder:
         self.notes: list[str] = []
         self.concrete: dict[int, Tensor] = {}  # value id → real tensor
         self.ends = True  # an unknown mask selects its last row too
+        self.refilled: set[str] = set()
         self.life = Life()  # of the tags of this trace
         self.modules: list[tuple[str, int]] = [("", 0)]
         self.calls: dict[int, tuple[str, int]] = {}  # frame → (path of its module, frame of the caller)
@@ -176,8 +177,8 @@ class Recorder:
         notes, numbers = tuple(self.notes), {n.call for n in nodes}
         python = {number: call for number, call in self.python.items() if number in numbers}
         calls = dict(self.calls)
-        scopes = self._proven()
-        return Graph(nodes, *tables, results, dict(repeats), dict(self.fills), notes, constants, calls, python, members, scopes)
+        scopes, refilled = self._proven(), frozenset(self.refilled)
+        return Graph(nodes, *tables, results, dict(repeats), dict(self.fills), notes, constants, calls, python, members, scopes, refilled)
 
     def _proven(self) -> tuple[Scope, ...]:
         known: dict[object, Scope] = {}
@@ -368,8 +369,13 @@ class Recorder:
         """Run the forward `inner` of a module; its tensors are aliased where a rewrite acts on them."""
         self.check_forward(sys._getframe(1))
         try:
+            given = args, kwargs
             args, kwargs = self.enter(module, path, args, kwargs)
-            return self.leave(path, self._inside(path, inner, args, kwargs))
+            handed = Handed(given, (args, kwargs))
+            result = self._inside(path, inner, args, kwargs)
+            if handed.back():
+                self.refilled.add(path)
+            return self.leave(path, result)
         except choices.Untraceable:
             raise
         except Exception as error:
