@@ -91,22 +91,24 @@ def make_plan(
     asked = by_value(graph.params, wanted)
     bans = Bans({})
     linears = frozenset(path for path, m in model.named_modules() if type(m).forward is nn.Linear.forward)
-    reason = ""
-    for _ in range(MAX_REPLAYS):
+    for attempt in range(MAX_REPLAYS + 1):
+        before = bans.size
         draft = solve(space, tp, bans, name, linears, asked, hints)
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
         difference = replay(model, examples, draft, dict(plan.params), tp)
         if difference is not None and draft.choice.on:
             bans.blame(space, draft.choice, difference.node, difference.reason)
             reason = f"{difference.reason}: {difference.node}"
-            continue
-        found = examine(plan, traced(examples, graph))
-        if not found.wrong or not draft.choice.on:
-            return replace(plan, checked=found.checked)
-        for accused in found.wrong:
-            bans.accuse(space, draft.choice, accused)
-        reason = found.wrong[0].reason
-    raise PlanError(f"{name}: no plan passed its replay in {MAX_REPLAYS} attempts; the last difference: {reason}")
+        else:
+            found = examine(plan, traced(examples, graph))
+            if not found.wrong or not draft.choice.on:
+                return replace(plan, checked=found.checked)
+            for accused in found.wrong:
+                bans.accuse(space, draft.choice, accused)
+            reason = found.wrong[0].reason
+        if bans.size == before or attempt == MAX_REPLAYS - 1:
+            bans.all = reason
+    raise PlanError(f"{name}: {bans.all}, and nothing is sharded")
 
 
 def _examples(model: nn.Module, inputs: Mapping[str, object] | None) -> tuple[Example, ...]:

@@ -8,6 +8,7 @@ selects it), the path is traced again with the first row alone. Choices are dete
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,8 @@ class Copies:
 def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The fake result of a call and, where it is known, the real one."""
     known, real = _real(recorder, func, args, kwargs)
+    if func._schema.is_mutable:
+        args, kwargs = tree_map_only(Tensor, partial(_fake, recorder), (args, kwargs))
     shape = _SHAPES.get(func._schema.name)
     if shape is not None:
         return shape(*args), None
@@ -82,6 +85,11 @@ def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any
             fakes = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=_device(args)), real)
             return fakes, real
         return _chosen_shape(recorder, func, args), _chosen_rows(recorder, func, args[0])
+
+
+def _fake(recorder: Recorder, tensor: Tensor) -> Tensor:
+    """The fake that stands for a real tensor: without one, an operator that writes does so for real."""
+    return tensor if isinstance(tensor, FakeTensor) else recorder.fake.from_tensor(tensor, static_shapes=True)
 
 
 def _grouped_mm(x: Tensor, w: Tensor, *_: Any) -> Tensor:
