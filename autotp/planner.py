@@ -26,6 +26,7 @@ from autotp.plan.wanted import by_value, differing
 from autotp.trace.alike import alike_blocks
 from autotp.trace.inputs import Example, example_inputs, user_example
 from autotp.trace.inputs_facts import is_hugging_face
+from autotp.trace.keep import undisturbed
 from autotp.trace.run import trace
 from autotp.uncalled import with_uncalled
 
@@ -61,6 +62,7 @@ def _no_collection() -> Iterator[None]:
 
 
 @_no_collection()
+@undisturbed()
 def make_plan(
     model: nn.Module,
     tp: int,
@@ -90,23 +92,25 @@ def make_plan(
     asked = by_value(graph.params, wanted)
     bans = Bans({})
     linears = frozenset(path for path, m in model.named_modules() if type(m).forward is nn.Linear.forward)
-    reason = ""
-    for _ in range(MAX_REPLAYS):
+    for attempt in range(MAX_REPLAYS + 1):
+        before = bans.size
         draft = solve(space, tp, bans, name, linears, asked, hints)
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
         difference = replay(model, examples, draft, dict(plan.params), tp)
         if difference is not None and draft.choice.on:
             bans.blame(space, draft.choice, difference.node, difference.reason)
             reason = f"{difference.reason}: {difference.node}"
-            continue
-        plan = with_uncalled(plan, draft, model)
-        found = examine(plan, traced(examples, graph))
-        if not found.wrong or not draft.choice.on:
-            return replace(plan, checked=found.checked)
-        for accused in found.wrong:
-            bans.accuse(space, draft.choice, accused)
-        reason = found.wrong[0].reason
-    raise PlanError(f"{name}: no plan passed its replay in {MAX_REPLAYS} attempts; the last difference: {reason}")
+        else:
+            plan = with_uncalled(plan, draft, model)
+            found = examine(plan, traced(examples, graph))
+            if not found.wrong or not draft.choice.on:
+                return replace(plan, checked=found.checked)
+            for accused in found.wrong:
+                bans.accuse(space, draft.choice, accused)
+            reason = found.wrong[0].reason
+        if bans.size == before or attempt == MAX_REPLAYS - 1:
+            bans.all = reason
+    raise PlanError(f"{name}: {bans.all}, and nothing is sharded")
 
 
 def _examples(model: nn.Module, inputs: Mapping[str, object] | None) -> tuple[Example, ...]:

@@ -19,7 +19,6 @@ from autotp.plan.localise import Localised
 from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use, Written
 from autotp.plan.moves import Moves, conversion_key, slot_key
 from autotp.plan.naming import Namer
-from autotp.plan.storage import outlives
 from autotp.trace.graph import Access, Node, Origin, Place, Pseudo, Value, outside
 
 
@@ -379,6 +378,9 @@ class Builder:
 
         for (kind, path, where), conversions in self.slots.items():
             plan, ordered = at(path), _ordered(conversions)
+            if kind is Pseudo.ENTER and len(where) > 1 and path in self.graph.refilled:
+                node = next(n for n in self.graph.nodes if n.slot == (path, where))
+                raise Unrealisable(node, "the call changes the list or dict in which it is given a tensor to convert")
             if kind is Pseudo.ENTER:  # arguments that were one tensor in some call are converted alike, each by itself
                 slots = tuple(Slot(p, ordered) for p in self.graph.members.get((path, where), (where,)))
                 plans[path] = replace(plan, inputs=(*plan.inputs, *slots))

@@ -22,6 +22,7 @@ from autotp.trace.graph import Node, Origin, Pseudo, Value
 
 #: A head's result leaves its module at once; later boundaries are not worth a pass each.
 GATHER_TRIES = 4
+UNREAD = "no traced call reads it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,17 @@ class Choice(Taken):
         return frozenset(self.cuts)
 
 
-def choose(space: Space, tp: int, banned: Mapping[Cut, str], forced: frozenset[int] = frozenset(), wanted: Wanted | None = None) -> Choice:
+def choose(
+    space: Space,
+    tp: int,
+    banned: Mapping[Cut, str],
+    forced: frozenset[int] = frozenset(),
+    wanted: Wanted | None = None,
+    nothing: str = "",
+) -> Choice:
     """Take the candidates greedily; `banned` ones are refused with the reason given, results of `forced` nodes stay whole.
+
+    `nothing`: why no candidate is taken at all.
 
     Cuts that `wanted` layouts ask for are taken first, those that they rule out never.
     """
@@ -66,7 +76,11 @@ def choose(space: Space, tp: int, banned: Mapping[Cut, str], forced: frozenset[i
     widths = head_widths(space)
     for atom in widths:
         refused.setdefault(atom, "it is the width of one attention head, which is not cut")
-    free = {atom for atom in carriers if atom not in widths}
+    unread = {atom for value in space.graph.params.values() if value.id not in space.users for atom in space.carried[value.id]}
+    refused.update(dict.fromkeys(unread, UNREAD))
+    if nothing:
+        refused.update((atom, nothing) for atom in carriers if atom not in refused)
+    free = {atom for atom in carriers if atom not in widths and atom not in unread and not nothing}
     candidates = [c for c in _candidates(space, carriers, free, tp, wanted) if c not in banned]
     against = {c: ruled_out(space, c, carriers, wanted) for c in candidates}
     for cut, reason in against.items():

@@ -23,6 +23,8 @@ from autotp.plan.plan import AxisInfo, Plan, Traffic
 from autotp.plan.wanted import Wanted
 from autotp.trace.graph import Node, Origin, Pseudo, Value
 
+#: How many drafts are tried before everything stays whole.
+MAX_ATTEMPTS = 128
 _PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm"))
 
 
@@ -51,6 +53,12 @@ class Bans:
 
     cuts: dict[Cut, str]
     whole: frozenset[int] = NONE  # type: ignore[assignment]
+    all: str = ""  # why no axis at all may be sharded
+
+    @property
+    def size(self) -> int:
+        """How much is banned."""
+        return len(self.cuts) + len(self.whole)
 
     def blame(self, space: Space, choice: Choice, node: Node, reason: str) -> None:
         """Forbid what made `node` fail: first that its result is made sharded, then the axes that meet it."""
@@ -97,10 +105,14 @@ def solve(
 ) -> Draft:
     """The best plan that avoids `bans`, with the `wanted` layouts as far as they can be had; adds to `bans` what turns out impossible.
 
-    `hints`: see `localise`.
+    Each attempt that fails bans something more. After `MAX_ATTEMPTS`, and where nothing more was found to ban, everything is. `hints`: see `localise`.
+
+    Raises:
+        PlanError: a fault that stays where nothing is sharded.
     """
-    while True:
-        choice = choose(space, tp, bans.cuts, bans.whole, wanted)
+    for attempt in range(MAX_ATTEMPTS + 1):
+        before = bans.size
+        choice = choose(space, tp, bans.cuts, bans.whole, wanted, bans.all)
         try:
             local = localise(space, choice.labels, hints)
             moves = place(space, choice.labels)
@@ -108,13 +120,21 @@ def solve(
             joints, notes = find_joints(space, moves)
             modules = Builder(space, choice, moves, local, namer, linears, tp, joints).run()
         except (Stuck, Unrealisable) as error:
+            reason = f"{error.reason}: {error.node}"
+            if not choice.on:
+                raise PlanError(f"{model}: {reason}, and nothing is sharded") from error
             bans.blame(space, choice, error.node, error.reason)
-            continue
         except Undecidable as error:
-            _blame_alone(space, choice, bans, str(error))
-            continue
-        plan = _plan(space, choice, moves, modules, namer, tp, model, bans)
-        return Draft(replace(plan, notes=(*plan.notes, *notes)), space, choice, moves, local)
+            reason = str(error)
+            if not choice.on:
+                raise PlanError(f"{model}: {reason}, and nothing is sharded") from error
+            _blame_alone(space, choice, bans, reason)
+        else:
+            plan = _plan(space, choice, moves, modules, namer, tp, model, bans)
+            return Draft(replace(plan, notes=(*plan.notes, *notes)), space, choice, moves, local)
+        if bans.size == before or attempt == MAX_ATTEMPTS - 1:
+            bans.all = reason
+    raise AssertionError("an axis was taken where none may be")
 
 
 def _param_dims(space: Space) -> list[tuple[tuple[Atom, ...], ...]]:

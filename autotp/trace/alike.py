@@ -1,45 +1,159 @@
 """Blocks that are alike, so that a trace costs the same at any depth.
 
-Two children of a `ModuleList` or `Sequential` are alike when their trees have the same classes, parameter and buffer shapes
-and plain attributes. An attribute that counts the blocks (equal to the child's position in every child that has it, as `layer_idx`
-is in hybrids of two kinds of blocks) is left out of the comparison.
+Two children of a `ModuleList` or `Sequential` are alike when their trees have the same classes, parameter and buffer shapes, hooks
+and plain attributes; functions among those are equal when their code and what they close over are. What is also held outside of its
+block (a tied parameter, a shared module) has to be the very same for both. An attribute that counts the blocks (equal to the
+child's position in every child that has it, as `layer_idx` is in hybrids of two kinds of blocks) is left out of the comparison.
+
+Being built alike is what this module looks at. Being used alike is seen while the model runs (`trace/blocks.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import functools
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _SKIP = frozenset(nn.Module().__dict__) - {"training"}
-_PLAIN = (int, float, bool, str, type(None))
+_HOOKS = tuple(k for k in nn.Module().__dict__ if k.endswith("_hooks"))
+_FLAGS = tuple(k for k in nn.Module().__dict__ if "_hooks_" in k)
+_PLAIN = (int, float, bool, str, type(None), complex, bytes, range, torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
+_DICTS = (dict, OrderedDict, defaultdict)
+_DEEP, _LONG = 6, 256
 Key = tuple[str, str]
 
 
-def _plain(value: Any, depth: int = 0) -> Hashable:
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, (tuple, list)) and depth < 3:
-        return tuple(_plain(v, depth + 1) for v in value)
-    if isinstance(value, nn.Module):
-        return type(value)  # type: ignore[return-value]  # classes are hashable
-    by_identity = hasattr(value, "__dict__") and not callable(value)
-    return id(value) if by_identity else type(value)  # type: ignore[return-value]  # classes are hashable
+class Holders:
+    """Who holds each tensor and each module of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.count: dict[int, int] = {}
+        for module in model.modules():
+            for item in _held(module):
+                self.count[id(item)] = self.count.get(id(item), 0) + 1
+
+    def outside(self, block: nn.Module) -> set[int]:
+        """Ids of tensors and modules of `block` (but for itself) that something outside of it holds too."""
+        inside: dict[int, int] = {}
+        for module in block.modules():
+            for item in _held(module):
+                inside[id(item)] = inside.get(id(item), 0) + 1
+        return {key for key, count in inside.items() if self.count[key] > count}
+
+    def own(self, block: nn.Module) -> Iterator[nn.Module]:
+        """`block` and the modules inside of it that can be reached through it alone."""
+        outside = self.outside(block)
+        queue, seen = [block], {id(block)}
+        while queue:
+            module = queue.pop()
+            yield module
+            fresh = [m for m in module._modules.values() if m is not None and id(m) not in outside and id(m) not in seen]
+            seen.update(map(id, fresh))
+            queue += fresh
 
 
-def _describe(block: nn.Module) -> tuple[Hashable, dict[Key, Hashable]]:
-    parts: list[Hashable] = []
-    attributes: dict[Key, Hashable] = {}
-    for path, module in block.named_modules():
-        shapes = tuple(
-            (k, None if t is None else (tuple(t.shape), t.dtype))
-            for table in (module._parameters, module._buffers)
-            for k, t in table.items()
+def _held(module: nn.Module) -> list[Tensor | nn.Module]:
+    tables: tuple[Mapping[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+    return [item for table in tables for item in table.values() if item is not None]
+
+
+class _Describer:
+    """Says what a block is, in values that are equal for blocks that are alike."""
+
+    def __init__(self, block: nn.Module, outside: set[int]) -> None:
+        self.block, self.outside = block, outside
+        self.inside: dict[int, str] = {id(m): path for path, m in block.named_modules()}
+        self.tensors: dict[int, str] = {}
+        for path, module in block.named_modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        self.tensors.setdefault(id(tensor), f"{path}.{name}")
+
+    def describe(self) -> tuple[Hashable, dict[Key, Hashable]]:
+        """The tree, and its plain attributes by (path, name)."""
+        parts: list[Hashable] = []
+        attributes: dict[Key, Hashable] = {}
+        for path, module in self.block.named_modules(remove_duplicate=False):
+            tensors = tuple(
+                (name, None if tensor is None else self._tensor(tensor))
+                for table in (module._parameters, module._buffers)
+                for name, tensor in table.items()
+            )
+            same = id(module) if id(module) in self.outside else self.inside[id(module)]
+            parts.append((path, type(module), same, tensors, self._hooks(module)))
+            if same == path or isinstance(same, int):
+                attributes.update({(path, k): self.plain(v) for k, v in module.__dict__.items() if k not in _SKIP})
+        return tuple(parts), attributes
+
+    def _tensor(self, tensor: Tensor) -> Hashable:
+        same = id(tensor) if id(tensor) in self.outside else self.tensors[id(tensor)]
+        hooks = self.plain(list((tensor._backward_hooks or {}).values())), self.plain(list(_after(tensor).values()))
+        return same, type(tensor), tuple(tensor.shape), tensor.dtype, tensor.layout, tensor.requires_grad, hooks
+
+    def _hooks(self, module: nn.Module) -> Hashable:
+        attributes = module.__dict__
+        flags = [attributes[name] for name in _FLAGS]
+        return tuple(
+            (name, self.plain(hook), tuple(key in flag for flag in flags if isinstance(flag, dict)))
+            for name in _HOOKS
+            for key, hook in attributes[name].items()
         )
-        parts.append((path, type(module), shapes))
-        attributes.update({(path, k): _plain(v) for k, v in module.__dict__.items() if k not in _SKIP})
-    return tuple(parts), attributes
+
+    def plain(self, value: Any, depth: int = 0) -> Hashable:
+        """A value to compare by: plain data and functions by what they are, anything else by which object it is."""
+        if isinstance(value, _PLAIN):
+            return type(value), value
+        below = depth + 1
+        if depth > _DEEP:
+            return id(value)
+        if isinstance(value, (tuple, list, set, frozenset, deque, *_DICTS)) and len(value) <= _LONG:
+            if isinstance(value, dict):
+                return type(value), tuple((self.plain(k, below), self.plain(v, below)) for k, v in value.items())
+            parts = [self.plain(v, below) for v in value]
+            return type(value), frozenset(parts) if isinstance(value, (set, frozenset)) else tuple(parts)
+        if isinstance(value, nn.Module):
+            return nn.Module, self.inside.get(id(value), id(value))
+        if isinstance(value, Tensor):
+            return Tensor, id(value) if id(value) in self.outside else self.tensors.get(id(value), id(value))
+        return self._function(value, below)
+
+    def _function(self, value: Any, below: int) -> Hashable:
+        if isinstance(value, functools.partial):
+            return type(value), self.plain((value.func, value.args, value.keywords), below)
+        if isinstance(value, (MethodType, BuiltinFunctionType)):
+            return type(value), value.__name__, self.plain(value.__self__, below), self.plain(getattr(value, "__func__", None), below)
+        if type(value) is FunctionType:
+            inner = tuple(_content(cell) for cell in value.__closure__ or ())
+            parts = (value.__defaults__, value.__kwdefaults__, value.__dict__, inner)
+            return FunctionType, value.__code__, id(value.__globals__), self.plain(parts, below)
+        if _is_callable_object(value):
+            return type(value), self.plain(value.__dict__, below)
+        return id(value)
+
+
+def _after(tensor: Tensor) -> Mapping[Any, Any]:
+    return getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not set yet
+        return None
+
+
+def _is_callable_object(value: Any) -> bool:
+    """An instance of a class in Python whose `__dict__` is all its state."""
+    kind = type(value)
+    plain = isinstance(getattr(kind, "__call__", None), FunctionType) and isinstance(getattr(value, "__dict__", None), dict)
+    return plain and not isinstance(value, type) and not any("__slots__" in k.__dict__ for k in kind.__mro__)
 
 
 def _counters(blocks: Sequence[Mapping[Key, Hashable]]) -> set[Key]:
@@ -48,7 +162,7 @@ def _counters(blocks: Sequence[Mapping[Key, Hashable]]) -> set[Key]:
     others: set[Key] = set()
     for position, attributes in enumerate(blocks):
         for key, value in attributes.items():
-            if type(value) is int and value == position:
+            if value == (int, position):
                 holders[key] = holders.get(key, 0) + 1
             else:
                 others.add(key)
@@ -58,19 +172,16 @@ def _counters(blocks: Sequence[Mapping[Key, Hashable]]) -> set[Key]:
 def alike_blocks(model: nn.Module) -> dict[str, str]:
     """Path of a block → path of the earlier block in the same container that it is alike to (templates are left out)."""
     found: dict[str, str] = {}
-    owners: dict[int, int] = {}
-    for _, parent in model.named_modules(remove_duplicate=False):
-        for child in parent._modules.values():
-            owners[id(child)] = owners.get(id(child), 0) + 1
+    holders = Holders(model)
     for path, container in model.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.Sequential)) or len(container) < 2:
             continue
         if any((path + ".").startswith(block + ".") for block in found):
             continue
         blocks = [(f"{path}.{name}" if path else name, block) for name, block in container._modules.items() if block is not None]
-        if any(not block._modules or owners[id(block)] > 1 for _, block in blocks):
-            continue  # leaves are cheap, shared blocks are not copies of each other
-        described = [_describe(block) for _, block in blocks]
+        if any(not block._modules or holders.count[id(block)] > 1 or not _can_be_called(block) for _, block in blocks):
+            continue  # leaves are cheap, shared blocks are not copies of each other, containers are not called themselves
+        described = [_Describer(block, holders.outside(block)).describe() for _, block in blocks]
         counters = _counters([attributes for _, attributes in described])
         templates: dict[Hashable, str] = {}
         for (child, _), (tree, attributes) in zip(blocks, described, strict=True):
@@ -78,4 +189,20 @@ def alike_blocks(model: nn.Module) -> dict[str, str]:
             template = templates.setdefault(signature, child)
             if template != child:
                 found[child] = template
+    return found
+
+
+def _can_be_called(block: nn.Module) -> bool:
+    return type(block).forward is not nn.Module.forward or "forward" in block.__dict__
+
+
+def counted(model: nn.Module, repeats: Mapping[str, str]) -> set[Key]:
+    """Int attributes (module path, name) of templates that are another number in a block alike to them."""
+    found: set[Key] = set()
+    modules = dict(model.named_modules())
+    for block, template in repeats.items():
+        for path, module in modules[template].named_modules():
+            twin = modules[block].get_submodule(path).__dict__
+            here = f"{template}.{path}" if path else template
+            found |= {(here, k) for k, v in module.__dict__.items() if type(v) is int and k not in _SKIP and twin.get(k) != v}
     return found

@@ -47,6 +47,55 @@ def flatten_result(result: Any, on_tensor: OnTensor, on_other: OnOther | None = 
     return _walk((), result, on_tensor, on_other)
 
 
+class Handed:
+    """Lists and dicts of a call's arguments that were copied for the callee, to see what it does to them.
+
+    `before`, `after`: the arguments as the caller gave them, and as the callee gets them.
+    """
+
+    def __init__(self, before: Any, after: Any) -> None:
+        self._outer: dict[int, Tensor] = {}
+        self._pairs: list[tuple[Any, Any, Any]] = []
+        self._compare(before, after)
+
+    def _compare(self, a: Any, b: Any) -> None:
+        if a is b:
+            return
+        if isinstance(b, Tensor):
+            self._outer[id(b)] = a
+            return
+        if isinstance(a, dict):
+            for key in a:
+                self._compare(a[key], b[key])
+        elif isinstance(a, (tuple, list)):
+            for x, y in zip(a, b, strict=True):
+                self._compare(x, y)
+        if type(a) is type(b) and type(a) in (list, dict, OrderedDict):
+            self._pairs.append((a, b, b.copy()))
+
+    def back(self) -> bool:
+        """Do to the caller's containers what was done to the callee's; True where there was anything."""
+        changed = False
+        for outer, inner, items in self._pairs:
+            mine = list(inner) if isinstance(inner, list) else list(inner.items())
+            kept = list(items) if isinstance(items, list) else list(items.items())
+            if len(mine) == len(kept) and all(_same(x, y) for x, y in zip(mine, kept, strict=True)):
+                continue
+            changed = True
+            outer.clear()
+            if isinstance(inner, list):
+                outer.extend(self._outer.get(id(x), x) for x in inner)
+            else:
+                outer.update({k: self._outer.get(id(x), x) for k, x in inner.items()})
+        return changed
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):  # an item of a dict
+        return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    return a is b
+
+
 def _walk(path: Path, item: Any, on_tensor: OnTensor, on_other: OnOther | None) -> Any:
     if isinstance(item, Tensor):
         return on_tensor(path, item)
@@ -56,7 +105,8 @@ def _walk(path: Path, item: Any, on_tensor: OnTensor, on_other: OnOther | None) 
             return item
         return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
     if type(item) is list:
-        return [_walk((*path, i), x, on_tensor, on_other) for i, x in enumerate(item)]
+        parts = [_walk((*path, i), x, on_tensor, on_other) for i, x in enumerate(item)]
+        return item if all(a is b for a, b in zip(parts, item, strict=True)) else parts
     if isinstance(item, OrderedDict) or type(item) is dict:
         changed = {k: _walk((*path, k), v, on_tensor, on_other) for k, v in item.items()}
         if all(changed[k] is v for k, v in item.items()):

@@ -8,6 +8,7 @@ selects it), the path is traced again with the first row alone. Choices are dete
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,9 +43,34 @@ def small(tensor: Tensor) -> bool:
     return tensor.numel() <= SMALL and not isinstance(tensor, FakeTensor)
 
 
+class Copies:
+    """Copies of real tensors that operators may write into: those of the model and of its caller are not touched.
+
+    Tensors that share memory still do so in their copies.
+    """
+
+    def __init__(self) -> None:
+        self._storages: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` on the CPU."""
+        with unset_fake_temporarily(), torch.no_grad():
+            tensor = tensor.detach()
+            plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.device.type == "cpu"
+            if not plain or tensor.is_conj() or tensor.is_neg() or tensor.untyped_storage().nbytes() > 16 * SMALL:
+                return tensor.cpu().clone()
+            key = tensor.untyped_storage()._cdata
+            if key not in self._storages:
+                self._storages[key] = tensor, tensor.new_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage().clone())
+            _, copied = self._storages[key]
+            return tensor.new_empty(0).set_(copied.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The fake result of a call and, where it is known, the real one."""
     known, real = _real(recorder, func, args, kwargs)
+    if func._schema.is_mutable:
+        args, kwargs = tree_map_only(Tensor, partial(_fake, recorder), (args, kwargs))
     shape = _SHAPES.get(func._schema.name)
     if shape is not None:
         return shape(*args), None
@@ -59,6 +85,11 @@ def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any
             fakes = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=_device(args)), real)
             return fakes, real
         return _chosen_shape(recorder, func, args), _chosen_rows(recorder, func, args[0])
+
+
+def _fake(recorder: Recorder, tensor: Tensor) -> Tensor:
+    """The fake that stands for a real tensor: without one, an operator that writes does so for real."""
+    return tensor if isinstance(tensor, FakeTensor) else recorder.fake.from_tensor(tensor, static_shapes=True)
 
 
 def _grouped_mm(x: Tensor, w: Tensor, *_: Any) -> Tensor:

@@ -182,6 +182,7 @@ class Graph:
     python: Mapping[int, PythonCall] = field(default_factory=dict)  # `Node.call` → the call
     members: Mapping[tuple[str, tuple[str | int, ...]], tuple[tuple[str | int, ...], ...]] = field(default_factory=dict)
     scopes: tuple[Scope, ...] = ()
+    refilled: frozenset[str] = frozenset()  # modules that change a list or dict that they are called with
 
     def sealed(self, node: Node) -> str:
         """Why no conversion can act inside or at the result of a node; "" where one can."""

@@ -78,9 +78,12 @@ class Facts:
 
     def configs(self, part: Sequence[str] = ()) -> list[Any]:
         """The config tree, breadth first; the nested configs whose names hold a word of `part` come first."""
-        found, queue = [], [("", self.config)]
+        found, queue, seen = [], [("", self.config)], set[int]()
         while queue:
             path, config = queue.pop(0)
+            if id(config) in seen:  # one that names its parent
+                continue
+            seen.add(id(config))
             found.append((path, config))
             queue += [(f"{path}.{name}", nested) for name, nested in self._nested(config)]
 

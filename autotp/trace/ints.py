@@ -2,15 +2,19 @@
 
 While a model is traced, its plain int attributes and the sizes it reads from tensors are `TaggedInt`s: ints whose arithmetic
 records an expression over *leaves*. Re-evaluating the expression with other leaf values tells what the code would have
-computed on a shard.
+computed on a shard. A tag says something in its own trace only: what is still around after it (in a cache, in a dict of
+somebody's) counts as a plain number in the next one.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +94,24 @@ def show(expr: IntExpr) -> str:
     return f"({show(expr.left)} {expr.op} {show(expr.right)})"
 
 
+class Life:
+    """The time that the tags of one trace mean something."""
+
+    __slots__ = ("over",)
+
+    def __init__(self) -> None:
+        self.over = False
+
+
 class TaggedInt(int):
-    """An int with the expression that produced it."""
+    """An int with the expression that produced it, in the trace that `life` belongs to."""
 
     expr: IntExpr
+    life: Life
 
-    def __new__(cls, value: int, expr: IntExpr) -> TaggedInt:
+    def __new__(cls, value: int, expr: IntExpr, life: Life) -> TaggedInt:
         self = int.__new__(cls, value)
-        self.expr = expr
+        self.expr, self.life = expr, life
         return self
 
     def __reduce__(self) -> Any:
@@ -106,16 +120,16 @@ class TaggedInt(int):
     def __deepcopy__(self, memo: Any) -> int:
         return int(self)
 
-    def __neg__(self) -> TaggedInt:
-        return TaggedInt(-int(self), Arith("-", Literal(0), self.expr, -int(self)))
+    def __neg__(self) -> int:
+        return -int(self) if self.life.over else TaggedInt(-int(self), Arith("-", Literal(0), self.expr, -int(self)), self.life)
 
     def __copy__(self) -> TaggedInt:
         return self
 
 
 def expr_of(value: int) -> IntExpr:
-    """The expression behind a Python int; a Literal for an untagged one."""
-    return value.expr if isinstance(value, TaggedInt) else Literal(int(value))
+    """The expression behind a Python int; a Literal for an untagged one, and for one of another trace."""
+    return value.expr if isinstance(value, TaggedInt) and not value.life.over else Literal(int(value))
 
 
 def _method(symbol: str, reflected: bool) -> Callable[[TaggedInt, Any], Any]:
@@ -126,7 +140,10 @@ def _method(symbol: str, reflected: bool) -> Callable[[TaggedInt, Any], Any]:
             return NotImplemented
         a, b = (other, self) if reflected else (self, other)
         result = compute(int(a), int(b))
-        return TaggedInt(result, Arith(symbol, expr_of(a), expr_of(b), result))
+        life = self.life
+        if life.over and isinstance(other, TaggedInt):
+            life = other.life
+        return result if life.over else TaggedInt(result, Arith(symbol, expr_of(a), expr_of(b), result), life)
 
     return method
 
@@ -134,3 +151,47 @@ def _method(symbol: str, reflected: bool) -> Callable[[TaggedInt, Any], Any]:
 for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
     setattr(TaggedInt, f"__{_name}__", _method(_symbol, reflected=False))
     setattr(TaggedInt, f"__r{_name}__", _method(_symbol, reflected=True))
+
+
+class Counter(TaggedInt):
+    """The number of a block among blocks alike to it, of which one runs for all.
+
+    To pass it on, and to index with it what is not the module's own (a cache), is the same in every block. Module code that compares it or computes
+    with it may do another thing in another block: `used` is called then.
+    """
+
+    used: Callable[[], None]
+
+    @classmethod
+    def of(cls, value: int, expr: IntExpr, life: Life, used: Callable[[], None]) -> Counter:
+        """A counter that calls `used`."""
+        self = cls(value, expr, life)
+        self.used = used
+        return self  # type: ignore[return-value]
+
+
+def _in_module(depth: int) -> bool:
+    """True where the code that runs `depth` frames above the caller has a module for its first argument, or closes over one."""
+    frame = sys._getframe(depth + 1)
+    while frame.f_code.co_name in ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>") and frame.f_back is not None:
+        frame = frame.f_back
+    names = (*frame.f_code.co_varnames[:1], *frame.f_code.co_freevars)
+    return any(isinstance(frame.f_locals.get(name), nn.Module) for name in names)
+
+
+def _watched(name: str) -> Callable[..., Any]:
+    plain = getattr(TaggedInt, name)
+
+    def method(self: Counter, *args: Any) -> Any:
+        if not self.life.over and _in_module(1):
+            self.used()
+        return plain(self, *args)
+
+    return method
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "bool", "hash", "float", "neg", "pow", "truediv", "and", "or", "xor", "lshift", "rshift", "divmod"):
+    setattr(Counter, f"__{_name}__", _watched(f"__{_name}__"))
+for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
+    setattr(Counter, f"__{_name}__", _watched(f"__{_name}__"))
+    setattr(Counter, f"__r{_name}__", _watched(f"__r{_name}__"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autotp.trace.ints import AttrRef, TaggedInt
+from autotp.trace.ints import AttrRef, Counter, Life, TaggedInt
+from autotp.trace.keep import Undo
+from autotp.trace.recorder import Recorder
 
 _SKIP = frozenset(nn.Module().__dict__) | {"forward"}
-_TABLES = frozenset(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict))
-Undo = list[Callable[[], None]]
 
 
 def run_undo(undo: Undo) -> None:
@@ -42,23 +42,6 @@ def set_item(mapping: dict[Any, Any], key: Any, value: Any, undo: Undo) -> None:
             mapping.pop(key, None)
 
     mapping[key] = value
-    undo.append(back)
-
-
-def keep_state(model: nn.Module, undo: Undo) -> None:
-    """Remember the attributes, tensors and hooks of each module: code may cache tensors or install hooks while it runs."""
-    saved: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    for module in model.modules():
-        attributes = module.__dict__
-        saved.append((attributes, dict(attributes)))
-        saved += [(table, dict(table)) for key, table in attributes.items() if key in _TABLES and isinstance(table, dict)]
-
-    def back() -> None:
-        for table, before in saved:
-            if before or table:
-                table.clear()
-                table.update(before)
-
     undo.append(back)
 
 
@@ -96,13 +79,37 @@ class Weights:
 
     attributes: what `module.name` gives → the parameter's fake, its name there. objects: the parameter in the module's table, which
     `parameters()` and `state_dict` give, → a name. originals: the real parameter, which lists and closures hold, → the table and the name
-    of what stands for it. left: the real parameters of modules that were left as they are → the path of the module.
+    of what stands for it.
     """
 
     attributes: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
     objects: dict[int, str] = field(default_factory=dict)
     originals: dict[int, tuple[dict[str, Any], str]] = field(default_factory=dict)
-    left: dict[int, str] = field(default_factory=dict)
+
+
+@contextmanager
+def moved_nowhere(recorder: Recorder) -> Iterator[None]:
+    """Inside, a module that its model's code moves to another device (`self.head.to(x.device)`) stays as it is: all is on one.
+
+    To convert a module to another dtype in the middle of a forward is refused: what its parameters are would change from call to call.
+    """
+    original = nn.Module._apply
+
+    def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if id(module) not in recorder.paths:
+            return original(module, fn, recurse)
+        with recorder.paused(), recorder.fake:
+            for dtype in dict.fromkeys(t.dtype for t in (*module.parameters(), *module.buffers())):
+                made = fn(torch.empty(1, dtype=dtype))
+                if made.dtype is not dtype:
+                    raise RuntimeError(f"{type(module).__name__} is converted from {dtype} to {made.dtype} inside of a forward")
+        return module
+
+    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
 
 
 def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], bool], undo: Undo) -> Weights:
@@ -114,7 +121,6 @@ def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], b
     weights = Weights()
     for path, module in model.named_modules():
         if skip(path):
-            weights.left.update({id(p): path for p in module._parameters.values() if p is not None})
             continue
         for table in (module._parameters, module._buffers):
             for name, tensor in list(table.items()):
@@ -148,21 +154,30 @@ def _is_config(value: Any) -> bool:
     )
 
 
-def _tag(value: Any, module: str, path: str, depth: int) -> Any:
-    if type(value) is int:
-        return TaggedInt(value, AttrRef(module, path, value))
-    if isinstance(value, (tuple, list)) and 0 < len(value) <= 16 and type(value) in (tuple, list) and any(type(v) is int for v in value):
-        return type(value)(_tag(v, module, f"{path}.{i}", depth) if type(v) is int else v for i, v in enumerate(value))
-    if depth < 3 and _is_config(value):
-        changes = {k: _tag(v, module, f"{path}.{k}", depth + 1) for k, v in value.__dict__.items() if not k.startswith("__")}
-        if any(changes[k] is not value.__dict__[k] for k in changes):
-            twin = copy.copy(value)
-            twin.__dict__.update(changes)
-            return twin
-    return value
+class Tagger:
+    """Makes tagged ints of plain ones. `counters`: (module path, attribute) → what to call when module code computes with it."""
+
+    def __init__(self, life: Life, counters: Mapping[tuple[str, str], Callable[[], None]]) -> None:
+        self.life, self.counters = life, counters
+
+    def tag(self, value: Any, module: str, path: str, depth: int = 0) -> Any:
+        """`value` with its ints tagged; the object itself where it holds none."""
+        if type(value) is int:
+            used = self.counters.get((module, path))
+            ref = AttrRef(module, path, value)
+            return TaggedInt(value, ref, self.life) if used is None else Counter.of(value, ref, self.life, used)
+        if isinstance(value, (tuple, list)) and 0 < len(value) <= 16 and type(value) in (tuple, list) and any(type(v) is int for v in value):
+            return type(value)(self.tag(v, module, f"{path}.{i}", depth) if type(v) is int else v for i, v in enumerate(value))
+        if depth < 3 and _is_config(value):
+            changes = {k: self.tag(v, module, f"{path}.{k}", depth + 1) for k, v in value.__dict__.items() if not k.startswith("__")}
+            if any(changes[k] is not value.__dict__[k] for k in changes):
+                twin = copy.copy(value)
+                twin.__dict__.update(changes)
+                return twin
+        return value
 
 
-def tag_ints(model: nn.Module, skip: Callable[[str], bool], undo: Undo) -> None:
+def tag_ints(model: nn.Module, skip: Callable[[str], bool], undo: Undo, tagger: Tagger) -> None:
     """Replace the plain ints of each module and of the configs it holds by tagged ones; a shared config gets one view a module."""
     for path, module in model.named_modules():
         if skip(path):
@@ -170,6 +185,6 @@ def tag_ints(model: nn.Module, skip: Callable[[str], bool], undo: Undo) -> None:
         for key, value in list(module.__dict__.items()):
             if key in _SKIP:
                 continue
-            tagged = _tag(value, path, key, 0)
+            tagged = tagger.tag(value, path, key)
             if tagged is not value:
                 set_item(module.__dict__, key, tagged, undo)

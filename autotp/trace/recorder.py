@@ -35,11 +35,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from autotp.trace import choices
-from autotp.trace.boundary import Path, flatten_arguments, flatten_result
+from autotp.trace.boundary import Handed, Path, flatten_arguments, flatten_result
 from autotp.trace.fills import FILL_AT, FILLS, KEEPING
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
-from autotp.trace.ints import IntExpr, SizeRef, TaggedInt, expr_of
+from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
 from autotp.trace.places import call_of, call_place
 from autotp.trace.prepare import Weights
 from autotp.trace.watch import FUNCTION, GRAD_FN, REQUIRES_GRAD, Question, Refused, is_model, is_running, watching
@@ -79,11 +79,14 @@ class Recorder:
         self.notes: list[str] = []
         self.concrete: dict[int, Tensor] = {}  # value id → real tensor
         self.ends = True  # an unknown mask selects its last row too
+        self.refilled: set[str] = set()
+        self.life = Life()  # of the tags of this trace
         self.modules: list[tuple[str, int]] = [("", 0)]
         self.calls: dict[int, tuple[str, int]] = {}  # frame → (path of its module, frame of the caller)
         self._values: dict[int, Value] = {}  # id(tensor) → value
         self._before: list[tuple[int, int, Value | None]] = []  # (number of nodes, id(tensor), its value) before each change of `_values`
         self._alive: list[Tensor] = []
+        self._copies = choices.Copies()
         self._aliases: dict[int, list[Tensor]] = {}
         self._call: tuple[Any, Any, Any, Place] | None = None
         self._calls = self._frames = 0
@@ -127,7 +130,7 @@ class Recorder:
         value = self.bind(tensor, Origin.CONST)
         real = tensor.constant if isinstance(tensor, FakeTensor) else tensor
         if real is not None and real.device.type != "meta" and choices.small(real):
-            self.concrete[value.id] = real
+            self.know(value, real)
         return value
 
     def _note_access(self, tensor: Tensor, value: Value) -> None:
@@ -135,7 +138,7 @@ class Recorder:
         access = Access(shown[1], False) if shown is not None else Access(self.weights.objects.get(id(tensor), value.name), True)
         self._accesses.setdefault((self.modules[-1][0], value.id), {})[access] = None
 
-    def stands_for(self, shown: Tensor, name: str) -> None:
+    def shows(self, shown: Tensor, name: str) -> None:
         """`shown` is what an attribute gives for the parameter `name`."""
         self._set(shown, self.params[name])
         self._alive.append(shown)
@@ -143,25 +146,31 @@ class Recorder:
     def fakes(self, tree: Any) -> Any:
         """The arguments of a call with fake parameters instead of real ones that the code holds."""
         if isinstance(tree, Tensor):
-            key = id(tree)
-            if key in self.weights.left:
-                self.left_read(self.weights.left[key])
-            found = self.weights.originals.get(key)
+            found = self.weights.originals.get(id(tree))
             return tree if found is None else found[0][found[1]]
         if type(tree) in (tuple, list):
             return type(tree)(self.fakes(x) if isinstance(x, (Tensor, tuple, list)) else x for x in tree)
         return tree
 
-    def left_read(self, path: str) -> None:
-        """Code outside of the module at `path`, which does not run, reads one of its parameters."""
+    def know(self, value: Value, real: Tensor) -> None:
+        """The numbers of `value` are those of `real`, of which a copy is kept: operators may write into it."""
+        with self.paused():
+            self.concrete[value.id] = self._copies.of(real)
 
     def adopt(self, tensor: Tensor, node: Node) -> None:
         """Factory functions return another Python object than the dispatcher did: it stands for the same value."""
         if len(node.outputs) == 1 and node.outputs[0].shape == tuple(tensor.shape):
-            self._set(tensor, node.outputs[0])
-            self._alive.append(tensor)
-            if isinstance(tensor, FakeTensor):
-                self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+            self.stands_for(tensor, node.outputs[0])
+
+    def stands_for(self, tensor: Tensor, value: Value) -> None:
+        """`tensor` is another object for `value`."""
+        self._set(tensor, value)
+        self._alive.append(tensor)
+        if isinstance(tensor, FakeTensor):
+            self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+
+    def met(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Code calls `func`, a function of tensors or the getter of a property; for recorders that care."""
 
     def rewind(self, mark: int) -> None:
         """Forget the nodes after the first `mark` ones (a path that the model turned down), and the values that they made.
@@ -192,10 +201,10 @@ class Recorder:
         tables = dict(self.params), dict(self.buffers)
         notes, numbers = tuple(self.notes), {n.call for n in nodes}
         python = {number: call for number, call in self.python.items() if number in numbers}
-        calls, scopes = dict(self.calls), self._proven()
-        held = {key: tuple(found) for key, found in self._accesses.items()}
+        calls, held = dict(self.calls), {key: tuple(found) for key, found in self._accesses.items()}
+        scopes, refilled = self._proven(), frozenset(self.refilled)
         fills = dict(self.fills)
-        return Graph(nodes, *tables, results, dict(repeats), fills, notes, constants, calls, held, python, members, scopes)
+        return Graph(nodes, *tables, results, dict(repeats), fills, notes, constants, calls, held, python, members, scopes, refilled)
 
     def _proven(self) -> tuple[Scope, ...]:
         known: dict[object, Scope] = {}
@@ -375,8 +384,13 @@ class Recorder:
         """Run the forward `inner` of a module; its tensors are aliased where a rewrite acts on them."""
         self.check_forward(sys._getframe(1))
         try:
+            given = args, kwargs
             args, kwargs = self.enter(module, path, args, kwargs)
-            return self.leave(path, self._inside(path, inner, args, kwargs))
+            handed = Handed(given, (args, kwargs))
+            result = self._inside(path, inner, args, kwargs)
+            if handed.back():
+                self.refilled.add(path)
+            return self.leave(path, result)
         except choices.Untraceable:
             raise
         except Exception as error:
@@ -576,6 +590,7 @@ class _Function(TorchFunctionMode):
             kwargs = {k: rec.fakes(v) for k, v in kwargs.items()} if kwargs else {}
         if func == _DATA:
             func = torch.Tensor.detach
+        rec.met(func, args)
         if func in _SIZES:
             return self._size(func, args[0], args[1:], kwargs or {})
         code, offset = call_place(2)
@@ -635,8 +650,8 @@ class _Function(TorchFunctionMode):
             return plain
         value = rec.value(tensor)
         if isinstance(plain, torch.Size):
-            return TaggedSize(TaggedInt(n, SizeRef(value.id, i, n)) for i, n in enumerate(plain))
+            return TaggedSize(TaggedInt(n, SizeRef(value.id, i, n), rec.life) for i, n in enumerate(plain))
         if func is _NUMEL:
-            return TaggedInt(plain, SizeRef(value.id, -1, plain))
+            return TaggedInt(plain, SizeRef(value.id, -1, plain), rec.life)
         dim = (rest[0] if rest else kwargs.get("dim", 0)) if func is _SIZE else 0
-        return TaggedInt(plain, SizeRef(value.id, int(dim) % max(tensor.dim(), 1), plain))
+        return TaggedInt(plain, SizeRef(value.id, int(dim) % max(tensor.dim(), 1), plain), rec.life)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,87 +13,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from autotp.errors import TraceError
-from autotp.trace.alike import alike_blocks
+from autotp.errors import AutoTPError, TraceError
+from autotp.trace.alike import alike_blocks, counted
+from autotp.trace.blocks import BlockRecorder, NotAlike
+from autotp.trace.caches import uncached
 from autotp.trace.choices import Untraceable, small
 from autotp.trace.fills import of_every_block
-from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
+from autotp.trace.graph import Graph, Node, Origin, Value
 from autotp.trace.inputs import Example
-from autotp.trace.prepare import Undo, fake_weights, in_mode, keep_state, run_undo, same_numbers, tag_ints
+from autotp.trace.keep import Undo, keep_state, undisturbed
+from autotp.trace.prepare import Tagger, fake_weights, in_mode, moved_nowhere, run_undo, same_numbers, tag_ints
 from autotp.trace.recorder import Recorder
 from autotp.trace.watch import Question, Refused, has_backward_hooks
-
-
-class _NotAlike(BaseException):
-    """A block is called in another way than its template (its own argument values): all blocks of that kind must run."""
-
-    def __init__(self, template: str) -> None:
-        super().__init__(template)
-        self.template = template
-
-
-class _BlockRecorder(Recorder):
-    """A recorder that runs a block alike to an earlier one only once for each form of its arguments."""
-
-    repeats: dict[str, str]
-    done: dict[Any, tuple[tuple[Value, ...], Any, Any]]
-
-    def module_call(self, module: nn.Module, path: str, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Answer the call of a repeated block from its template's result."""
-        if path not in self.templates:
-            return super().module_call(module, path, inner, args, kwargs)
-        here = self._tensors((args, kwargs))
-        key = (self.templates[path], self.round, _form((args, kwargs), self), tuple(map(here.index, here)))
-        if path not in self.repeats:
-            result = super().module_call(module, path, inner, args, kwargs)
-            self.done[key] = (here, args, result)  # the arguments are kept alive: values are told by identity
-            return result
-        if key not in self.done:
-            raise _NotAlike(self.templates[path])
-        there, _, result = self.done[key]
-        # What a block returns stands for what every block alike to it returns, so only new arguments tell something new.
-        if here != there and (key, here) not in self.seen:
-            self.seen.add((key, here))
-            self.add(Pseudo.REPEAT, (here, there), {}, (), slot=(path, (self.templates[path],)))
-        return copy.copy(result) if isinstance(result, (list, dict)) else result
-
-    def left_read(self, path: str) -> None:
-        """Someone reads a parameter of a block that is not run: it is not like its template to everyone, so it must run."""
-        raise _NotAlike(next(t for b, t in self.repeats.items() if (path + ".").startswith(b + ".")))
-
-    seen: set[Any]
-    templates: dict[str, str]
-    round: int
-
-    def _tensors(self, tree: Any) -> tuple[Value, ...]:
-        found: list[Tensor] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            found.append(tensor)
-            return tensor
-
-        _map_result(tree, note)
-        return tuple(map(self.value, found))
-
-
-def _map_result(tree: Any, on_tensor: Callable[[Tensor], Tensor]) -> Any:
-    from autotp.trace.boundary import flatten_result
-
-    return flatten_result(tree, lambda _, t: on_tensor(t))
-
-
-def _form(tree: Any, recorder: Recorder) -> Any:
-    """The form of a call's arguments: shapes and dtypes of tensors, other plain values as they are, objects by identity."""
-    if isinstance(tree, Tensor):
-        value = recorder.value(tree)  # reading the tensor's own shape would go through the recorder's modes
-        return (value.shape, value.dtype)
-    if isinstance(tree, (tuple, list)):
-        return tuple([_form(x, recorder) for x in tree])
-    if isinstance(tree, dict):
-        return tuple([(k, _form(v, recorder)) for k, v in tree.items()])
-    if isinstance(tree, (int, float, str, bool, type(None))):
-        return tree
-    return id(tree)
 
 
 def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "") -> Any:
@@ -106,10 +35,14 @@ def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "")
             new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad)
         value = recorder.bind(new, Origin.INPUT, name)
         if small(tensor) and tensor.device.type != "meta" and not tensor.dtype.is_floating_point:
-            recorder.concrete[value.id] = tensor.detach().cpu()
+            recorder.know(value, tensor)
         return new
 
     return tree_map_only(Tensor, convert, tree)
+
+
+#: How often a trace starts again because blocks turn out to be used in different ways, before all of them run.
+RESTARTS = 4
 
 
 def trace(
@@ -121,18 +54,32 @@ def trace(
     hidden: Callable[[str], bool] = lambda file: False,
     before: Callable[[FakeTensorMode], Callable[[], None]] | None = None,
     repeats: Mapping[str, str] | None = None,
+    fixed: bool = False,
 ) -> Graph:
     """Record every example of `examples`.
 
-    `keep`: see Recorder. `before` is called when the weights are fake, may change the model, and returns how to go back.
-    Raises TraceError when a path cannot be run; the model is left as it was.
+    Args:
+        keep: see Recorder.
+        before: called when the weights are fake; may change the model, and returns how to go back.
+        repeats: blocks that are answered from their templates where they are used alike; `graph.repeats` says which were.
+        fixed: exactly the blocks of `repeats` are.
+
+    Raises:
+        TraceError: a path cannot be run. The model is left as it was.
     """
     found = alike_blocks(model) if repeats is None else dict(repeats)
-    while True:
+    for _ in range(RESTARTS):
         try:
             return _trace(model, examples, keep, found, tag, hidden, before)
-        except _NotAlike as error:
-            found = {block: template for block, template in found.items() if template != error.template}
+        except NotAlike as error:
+            if fixed:
+                raise TraceError(f"blocks alike to one that is traced are used in another way: {error}") from error
+            found = {block: template for block, template in found.items() if block not in error.blocks}
+        except TraceError:
+            if fixed or not found:
+                raise
+            break  # it may be that a block which did not run is missing something
+    return _trace(model, examples, keep, {}, tag, hidden, before)
 
 
 def _trace(
@@ -150,16 +97,15 @@ def _trace(
     def skip(path: str) -> bool:
         return bool(skipped) and (path + ".").startswith(skipped)
 
-    recorder = _BlockRecorder(fake, keep, dict(model.named_modules()), hidden)
-    recorder.repeats, recorder.done, recorder.round, recorder.seen = dict(repeats), {}, 0, set()
-    recorder.templates = {**repeats, **{t: t for t in repeats.values()}}
+    recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden)
     undo: Undo = []
     try:
         keep_state(model, undo)
-        with in_mode(model, training=False), same_numbers(), _quiet_fakes():
+        with undisturbed(), in_mode(model, training=False), same_numbers(), moved_nowhere(recorder), uncached(model):
             recorder.weights = fake_weights(model, fake, skip, undo)
             if tag:
-                tag_ints(model, skip, undo)
+                counters = {key: partial(recorder.counted, key[0]) for key in counted(model, repeats)}
+                tag_ints(model, skip, undo, Tagger(recorder.life, counters))
             if before is not None:
                 undo.append(before(fake))
             params = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not skip(n)}
@@ -171,26 +117,17 @@ def _trace(
                         values[id(tensor)] = recorder.bind(tensor, origin, name)
                     table[name] = values[id(tensor)]
             for shown, name in recorder.weights.attributes.values():
-                recorder.stands_for(shown, name)
+                recorder.shows(shown, name)
+            recorder.watch(model, repeats)
             for example in examples:
                 _run(model, recorder, fake, example)
+            recorder.check()
     except Refused as error:
         raise TraceError(f"{type(model).__name__}: {error}") from None
     finally:
         run_undo(undo)
+        recorder.life.over = True
     return of_every_block(recorder.graph(dict(repeats)))
-
-
-@contextmanager
-def _quiet_fakes() -> Iterator[None]:
-    """torch logs every refusal of a fake operator as an error with a traceback; ours name the module."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +148,7 @@ class _Mode:
         return example.name + ("-inference" if self.inference else "" if usual else "-grad" if self.grad else "-no-grad")
 
 
-def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example) -> None:
+def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example) -> None:
     """Record the path of an example, and those that its code may take with and without gradients where it asks for them.
 
     The path in training mode runs with gradients, whether its code asks or not.
@@ -242,7 +179,7 @@ def _run(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, examp
                     modes.append(other)
 
 
-def _path(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example, mode: _Mode) -> tuple[str, str] | None:
+def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, mode: _Mode) -> tuple[str, str] | None:
     """Record one path and what it decodes to; (name, why) of what could not be run and was left out.
 
     Raises:
@@ -251,14 +188,15 @@ def _path(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, exam
     name, start, done = example.name, len(recorder.nodes), len(recorder.results)
     mark = start
     try:
-        recorder.round += 1
-        result = _call(model, recorder, fake, example, example.make(), mode)
-        recorder.finish(name, result)
-        more = example.decode(result) if example.decode is not None else None
-        if more is not None:
-            name, mark = name + "+decode", len(recorder.nodes)
+        with _failures(model, recorder):
             recorder.round += 1
-            recorder.finish(name, _call(model, recorder, fake, example, more, mode))
+            result = _call(model, recorder, fake, example, example.make(), mode)
+            recorder.finish(name, result)
+            more = example.decode(result) if example.decode is not None else None
+            if more is not None:
+                name, mark = name + "+decode", len(recorder.nodes)
+                recorder.round += 1
+                recorder.finish(name, _call(model, recorder, fake, example, more, mode))
     except Untraceable as error:
         if recorder.ends and isinstance(error.error, IndexError):
             recorder.rewind(start)
@@ -277,19 +215,25 @@ def _path(model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, exam
     return None
 
 
+@contextmanager
+def _failures(model: nn.Module, recorder: BlockRecorder) -> Iterator[None]:
+    """Whatever the model's code or torch raises outside of a module call is told like what they raise in one."""
+    try:
+        yield
+    except (Untraceable, AutoTPError):
+        raise
+    except Exception as error:
+        last = recorder.nodes[-1] if recorder.nodes else None
+        raise Untraceable("", type(model).__name__, last, error) from error
+
+
 def _call(
-    model: nn.Module, recorder: _BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode
+    model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode
 ) -> Any:
     known = recorder._values
     fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
-    with recorder.recording(mode.grad, mode.inference), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the model's code, which will warn its user when it runs
-        try:
-            return example.call(model, fresh)
-        except Untraceable:
-            raise
-        except Exception as error:  # of a hook of the model, or of a method that is called past its forward
-            raise Untraceable("", type(model).__name__, recorder.nodes[-1] if recorder.nodes else None, error) from error
+    with recorder.recording(mode.grad, mode.inference):
+        return example.call(model, fresh)
 
 
 def _is_known(item: Any, known: Mapping[int, Value]) -> bool:

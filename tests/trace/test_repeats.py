@@ -1,0 +1,57 @@
+"""Blocks that are built alike are planned alike only where they are used alike."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autotp.axes.rules import keep
+from autotp.testing import assert_equivalent
+from autotp.trace.inputs import Example
+from autotp.trace.run import trace
+from tests.models.entry import built
+from tests.models.repeated import OUTER, Acts, Counting, Gated, Hooked, Idle, Leaves, Nested, Used, Writes
+
+USES = ("method", "forward", "past", "weight", "sizes", "softmax", "in place", "other arguments", "tied", "hook", "plainly")
+ACTS = ("functions", "lambdas", "closures", "defaults", "partials", "objects", "methods")
+CASES: list[tuple[Any, ...]] = [
+    *((Nested, kind) for kind in ("list", "dict", "sequential", "deep")),
+    *((Used, how) for how in USES),
+    *((Acts, kind) for kind in ACTS),
+    *((Counting, how) for how in ("compare", "compute", "set", "list", "not at all")),
+    *((Leaves, how) for how in ("plainly", "inside", "shared list")),
+    *((Writes, how) for how in ("list", "tensor")),
+    (Idle,),
+    (Hooked,),
+]
+#: The blocks that the first one stands for; none where a case is not here.
+ALIKE = {
+    **dict.fromkeys(((Used, "plainly"), (Used, "softmax"), (Used, "in place"), (Counting, "not at all")), {"l.1", "l.2"}),
+    **dict.fromkeys(((Leaves, "plainly"), (Leaves, "inside"), (Hooked,)), {"l.1", "l.2"}),
+    **dict.fromkeys(((Used, "tied"), (Used, "hook")), {"l.2"}),
+    (Idle,): {"l.1"},
+}
+
+
+def inputs() -> dict[str, Any]:
+    return {"x": torch.randn(2, 4, OUTER, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, (c[0].__name__, *c[1:]))))
+def test_equal(case: tuple[Any, ...]) -> None:
+    cls, *args = case
+    for tp in (2, 3):
+        result = assert_equivalent(built(cls, *args), tp=tp, inputs=inputs())
+        assert result.plan.local_share < 1 or args == ["sizes"], "everything stayed whole"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, (c[0].__name__, *c[1:]))))
+def test_what_is_traced_once(case: tuple[Any, ...]) -> None:
+    cls, *args = case
+    x = inputs()["x"].float()
+    graph = trace(cls(*args), (Example("user", lambda: {"x": x}),), keep)
+    assert set(graph.repeats) == ALIKE.get(tuple(case), set())
