@@ -10,7 +10,6 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autotp.trace.ints import AttrRef, Counter, Life, TaggedInt
 from autotp.trace.keep import Undo
 from autotp.trace.recorder import Recorder
+from autotp.trace.weights import Weights
 
 _SKIP = frozenset(nn.Module().__dict__) | {"forward"}
 
@@ -71,20 +71,6 @@ def same_numbers() -> Iterator[None]:
     finally:
         np.random.set_state(numbers)
         random.setstate(host)
-
-
-@dataclass(slots=True)
-class Weights:
-    """How code gets at a parameter, by the id of what it gets.
-
-    attributes: what `module.name` gives → the parameter's fake, its name there. objects: the parameter in the module's table, which
-    `parameters()` and `state_dict` give, → a name. originals: the real parameter, which lists and closures hold, → the table and the name
-    of what stands for it.
-    """
-
-    attributes: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
-    objects: dict[int, str] = field(default_factory=dict)
-    originals: dict[int, tuple[dict[str, Any], str]] = field(default_factory=dict)
 
 
 @contextmanager

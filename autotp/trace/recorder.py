@@ -41,8 +41,8 @@ from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
 from autotp.trace.places import call_of, call_place
-from autotp.trace.prepare import Weights
 from autotp.trace.watch import FUNCTION, GRAD_FN, REQUIRES_GRAD, Question, Refused, is_model, is_running, watching
+from autotp.trace.weights import Weights
 
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
 _LEN = torch.Tensor.__len__

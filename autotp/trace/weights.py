@@ -1,0 +1,22 @@
+"""How the traced code gets at its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Weights:
+    """How code gets at a parameter, by the id of what it gets.
+
+    attributes: what `module.name` gives → the parameter's fake, its name there. objects: the parameter in the module's table, which
+    `parameters()` and `state_dict` give, → a name. originals: the real parameter, which lists and closures hold, → the table and the name
+    of what stands for it.
+    """
+
+    attributes: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
+    objects: dict[int, str] = field(default_factory=dict)
+    originals: dict[int, tuple[dict[str, Any], str]] = field(default_factory=dict)
