@@ -589,7 +589,9 @@ class _Function(TorchFunctionMode):
             return rec.inference or func(*args, **kwargs)
         elif func is _AFTER:
             where = rec.modules[-1][0] or "<root>"
-            raise Refused(f"the forward of module {where!r} calls {func.__name__}, but reads a parameter in the form of a local tensor there")
+            raise Refused(
+                f"the forward of module {where!r} calls {func.__name__}, but reads a parameter in the form of a local tensor there"
+            )
         else:
             if func == GRAD_FN:
                 rec.ask(Question.GRAD, file)

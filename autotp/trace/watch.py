@@ -15,12 +15,15 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.autograd as autograd
 from torch import Tensor, nn
 from torch._functorch import utils as functorch
 
 _TORCH = torch.__file__.rsplit("__init__", 1)[0]
 FUNCTION = _TORCH + "autograd/function.py"
-_APPLY = torch.autograd.Function.__dict__["apply"].__func__.__code__  # compared by value: a copy of a model from another process has a copy of it
+_APPLY = torch.autograd.Function.__dict__[
+    "apply"
+].__func__.__code__  # compared by value: a copy of a model from another process has a copy of it
 #: Files of torch's own that ask about gradients to keep books, and take no other path.
 _BOOKS = tuple(_TORCH + "nn/" + name for name in ("parameter.py", "modules/module.py"))
 #: Where the backward runs the forward again.
@@ -90,7 +93,7 @@ def watching(
     `inference`: what the question for inference mode is answered with.
     """
     grad, unwrap = torch.is_grad_enabled, functorch.unwrap_dead_wrappers
-    inferring, engine = torch.is_inference_mode_enabled, torch.autograd._engine_run_backward
+    inferring, engine = torch.is_inference_mode_enabled, autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def is_grad_enabled() -> bool:
         ask(Question.GRAD, asking_file(1))
@@ -110,7 +113,7 @@ def watching(
     def differentiate(*args: Any, **kwargs: Any) -> Any:
         raise Refused("it differentiates inside of its forward (torch.autograd.grad or backward), where gradients would pass unseen code")
 
-    torch.autograd._engine_run_backward = differentiate
+    autograd._engine_run_backward = differentiate  # type: ignore[attr-defined]
     torch.is_grad_enabled, torch.is_inference_mode_enabled = is_grad_enabled, is_inference_mode_enabled
     functorch.unwrap_dead_wrappers = unwrap_dead_wrappers
     try:
@@ -118,4 +121,4 @@ def watching(
     finally:
         torch.is_grad_enabled, torch.is_inference_mode_enabled = grad, inferring
         functorch.unwrap_dead_wrappers = unwrap
-        torch.autograd._engine_run_backward = engine
+        autograd._engine_run_backward = engine  # type: ignore[attr-defined]

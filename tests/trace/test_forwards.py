@@ -73,7 +73,9 @@ class Super(Mid):
 
 
 def _hooks(model: Mid) -> None:
-    model.register_forward_pre_hook(lambda m, args, kwargs: (args, {k: v - v.mean(-1, keepdim=True) for k, v in kwargs.items()}), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: (args, {k: v - v.mean(-1, keepdim=True) for k, v in kwargs.items()}), with_kwargs=True
+    )
     model.register_forward_hook(lambda m, args, y: y.softmax(-1))
     model.a.register_forward_hook(lambda m, args, y: y - y.mean(-1, keepdim=True))
     model.b.register_forward_pre_hook(lambda m, args: (args[0].softmax(-1),))

@@ -60,7 +60,9 @@ def _with(model: Callable[[], nn.Module], change: Callable[[nn.Module], object])
 
 def _in_bands(h: Tensor) -> Tensor:
     """Asks, and computes the same in two places."""
-    return h - h.mean(-1, keepdim=True) if torch.is_grad_enabled() else h - h.mean(-1, keepdim=True)
+    if torch.is_grad_enabled():
+        return h - h.mean(-1, keepdim=True)
+    return h - h.mean(-1, keepdim=True)
 
 
 SHARDED = {  # at the right place, whatever stands there
@@ -98,7 +100,9 @@ KEPT = {  # nothing can be sharded
 }
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:Full backward hook is firing")  # torch's, of one device too
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad", "ignore:Full backward hook is firing"
+)  # torch's, of one device too
 @pytest.mark.parametrize("tp", [2, 3])
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded(name: str, tp: int) -> None:
@@ -148,7 +152,11 @@ def _old_hook() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("model", "said"),
-    [(Differentiates, "it differentiates inside"), (HooksAfter, "register_post_accumulate_grad_hook"), (_old_hook, "register_full_backward_hook")],
+    [
+        (Differentiates, "it differentiates inside"),
+        (HooksAfter, "register_post_accumulate_grad_hook"),
+        (_old_hook, "register_full_backward_hook"),
+    ],
 )
 def test_refused(model: Callable[[], nn.Module], said: str) -> None:
     with pytest.raises(TraceError, match=said):
