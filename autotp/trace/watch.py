@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.autograd as autograd
 from torch import Tensor, nn
 from torch._functorch import utils as functorch
 
@@ -92,7 +93,7 @@ def watching(
     `inference`: what the question for inference mode is answered with.
     """
     grad, unwrap = torch.is_grad_enabled, functorch.unwrap_dead_wrappers
-    inferring, engine = torch.is_inference_mode_enabled, torch.autograd._engine_run_backward
+    inferring, engine = torch.is_inference_mode_enabled, autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def is_grad_enabled() -> bool:
         ask(Question.GRAD, asking_file(1))
@@ -112,7 +113,7 @@ def watching(
     def differentiate(*args: Any, **kwargs: Any) -> Any:
         raise Refused("it differentiates inside of its forward (torch.autograd.grad or backward), where gradients would pass unseen code")
 
-    torch.autograd._engine_run_backward = differentiate
+    autograd._engine_run_backward = differentiate  # type: ignore[attr-defined]
     torch.is_grad_enabled, torch.is_inference_mode_enabled = is_grad_enabled, is_inference_mode_enabled
     functorch.unwrap_dead_wrappers = unwrap_dead_wrappers
     try:
@@ -120,4 +121,4 @@ def watching(
     finally:
         torch.is_grad_enabled, torch.is_inference_mode_enabled = grad, inferring
         functorch.unwrap_dead_wrappers = unwrap
-        torch.autograd._engine_run_backward = engine
+        autograd._engine_run_backward = engine  # type: ignore[attr-defined]

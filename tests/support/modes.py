@@ -42,7 +42,10 @@ def call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 def same_in_every_mode(
     factory: Callable[[], nn.Module], inputs: Mapping[str, Any], tp: int, backend: str = "local", also: Callable[..., Any] | None = None
 ) -> float:
-    """Compare outputs and gradients at 1e-9 of their largest element (or of 1e-3, for gradients that are zero); the share of the parameters that a rank holds. `also`: another way to call the model."""
+    """Compare outputs and gradients at 1e-9 of their largest element; the share of the parameters that a rank holds.
+
+    Elements below 1e-3 count as that: some gradients are zero but for rounding. `also`: another way to call the model.
+    """
     torch.manual_seed(0)
     model = factory().double()
     calls = (call,) if also is None else (call, also)

@@ -60,7 +60,9 @@ def _with(model: Callable[[], nn.Module], change: Callable[[nn.Module], object])
 
 def _in_bands(h: Tensor) -> Tensor:
     """Asks, and computes the same in two places."""
-    return h - h.mean(-1, keepdim=True) if torch.is_grad_enabled() else h - h.mean(-1, keepdim=True)
+    if torch.is_grad_enabled():
+        return h - h.mean(-1, keepdim=True)
+    return h - h.mean(-1, keepdim=True)
 
 
 SHARDED = {  # at the right place, whatever stands there
