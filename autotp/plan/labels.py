@@ -23,7 +23,7 @@ from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
 #: Operators whose result is made of elements of their first argument.
 # fmt: off
-_SELECTIONS = frozenset((
+SELECTIONS = frozenset((
     "alias", "index", "select", "slice", "view", "reshape", "unsqueeze", "squeeze", "expand", "to", "_to_copy", "enter", "exit",
     "index_select", "transpose", "t", "numpy_T", "mT", "permute", "clone", "contiguous", "detach",
 ))
@@ -140,7 +140,7 @@ class Space:
         """The parameter that a value is a view or a selection of, None for other values."""
         while key not in self._params:
             node = self.made.get(key)
-            if node is None or node.opname not in _SELECTIONS:
+            if node is None or node.opname not in SELECTIONS:
                 return None
             key = next(node.inputs()).id
         return key

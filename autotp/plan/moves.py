@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from math import prod
 
-from autotp.plan.labels import Labels, SlotKey, Space
+from autotp.plan.labels import SELECTIONS, Labels, SlotKey, Space
 from autotp.plan.mincut import Cut
 from autotp.trace.graph import Node, Origin, Pseudo, Value, outside
 
@@ -93,11 +93,14 @@ def _elements(value: Value) -> float:
     return float(prod(value.shape)) * TOKENS_SCALE
 
 
-def _cost(key: Hashable, value: Value, order: int) -> float:
-    """The model's own results come last: code before its end may have branches that no traced call took, and take a sum for whole."""
-    base = _elements(value) * (1 + 1e-7 * order)
+def _cost(key: Hashable, elements: float, order: int, late: bool = False) -> float:
+    """Boundaries before places in the code, places where a value is made before `late` ones, and the model's own results last.
+
+    Code may have branches that no traced call took, and take a sum for whole: the less of it stands before the conversion the better.
+    """
+    base = elements * (1 + 1e-7 * order)
     if not (isinstance(key, tuple) and key[0] == "slot"):
-        return SITE + base
+        return (1.5 if late else 1) * SITE + base
     return 2 * SITE + base if key[1][:2] == (Pseudo.EXIT, "") else base
 
 
@@ -107,20 +110,24 @@ def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozen
     mixed = _mixed(space, vertices, lambda v: v.id in labels.partial, lambda v: True) | _sealed(space, vertices)
     stops, first = [result.stop for result in space.graph.results], dict[Hashable, int]()
     summed = labels.partial - {key for key, number in space.graph.fills.items() if number == 0.0}  # zeros are whole and partial
+    weights: dict[int, float] = {}
     for node in space.graph.nodes:
         partial_in = [v for v in dict.fromkeys(node.inputs()) if v.id in summed]
         for o in node.outputs:
             if o.id not in summed:
                 continue
-            key = vertices.of(o)
-            if o.id in labels.born:
+            key, born = vertices.of(o), o.id in labels.born
+            weights[o.id] = _elements(o)
+            if not born and node.opname in SELECTIONS:  # what is left out is no gain: it was a sum too
+                weights[o.id] = max([weights[o.id], *(weights.get(v.id, 0.0) for v in partial_in)])
+            if born:
                 cut.born(("pre", key))
             else:
                 for v in partial_in:
                     cut.same(("post", vertices.of(v)), ("pre", key))
             path = bisect_right(stops, node.index)
             if first.setdefault(key, path) == path:  # a module that one path calls twice is no cheaper than two modules
-                cut.convertible(key, ("pre", key), ("post", key), None if key in mixed else _cost(key, o, node.index))
+                cut.convertible(key, ("pre", key), ("post", key), None if key in mixed else _cost(key, weights[o.id], node.index, not born))
     for value in space.graph.params.values():
         if value.id in labels.once:
             key = vertices.of(value)
@@ -277,7 +284,7 @@ def _ends(space: Space, cut: Cut, vertices: _Vertices, seen: dict[int, Value], f
             cut.convertible(("param", v.id), before, after, float(prod(v.shape)))
             cut.needed(after)
         elif v.origin is Origin.NODE:
-            cut.convertible(key, before, after, None if key in mixed else _cost(key, v, -vertices.order[v.id]))
+            cut.convertible(key, before, after, None if key in mixed else _cost(key, _elements(v), -vertices.order[v.id]))
         else:
             cut.convertible(key, before, after, SITE + _elements(v))
             cut.needed(after)

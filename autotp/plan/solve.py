@@ -240,7 +240,8 @@ def _traffic(
     """The collectives of the first path's forward and of its backward. What enters regions from one tensor is reduced once."""
     sources = _Sources(space, modules)
     width: dict[tuple[str, str], int] = {}
-    for node in space.graph.nodes:
+    first = space.graph.results[0].stop if space.graph.results else len(space.graph.nodes)
+    for node in space.graph.nodes[:first]:
         if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
             width.setdefault(_crossing(node), _per_token(node.outputs[0]))
     out: list[Traffic] = []
@@ -258,8 +259,10 @@ def _traffic(
             for slot in slots:
                 if kind == "enter" and (path, slot.path) in again:
                     continue  # the same tensor as another argument
-                crossed = (kind, ".".join(map(str, (path, *slot.path))))
-                size = width.get(crossed, 0)
+                crossed = (kind, ".".join(map(str, (path, *(0 if step == "*" else step for step in slot.path)))))
+                if crossed not in width:
+                    continue  # what other calls ask for alone (attention weights)
+                size = width[crossed]
                 for c in slot.conversions:
                     if c.op is Op.REDUCE:
                         found.append((Traffic(m.path, "all_reduce", "forward", size), None))

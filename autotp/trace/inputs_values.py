@@ -117,7 +117,9 @@ def grid_thw(facts: Facts) -> Tensor:
 
 
 def pixel_values_videos(facts: Facts) -> Tensor:
-    """Frames of videos: `[batch, frames, channels, height, width]`."""
+    """Frames of videos: `[batch, frames, channels, height, width]`, or flattened patches as of images."""
+    if facts.takes("video_grid_thw"):
+        return patches(facts, BATCH)
     frames = _frames(facts) or facts.number("frames_per_clip", "max_frames", default=2, part=VISION)
     return noise(BATCH, frames, _channels(facts), *_image(facts))
 
@@ -265,6 +267,7 @@ VALUES: dict[str, Callable[[Facts], object]] = {
     "image_sizes": _image_sizes,
     "image_grid_thw": grid_thw,
     "grid_thw": grid_thw,
+    "video_grid_thw": grid_thw,
     "merge_sizes": lambda f: torch.ones(BATCH, dtype=torch.long),
     "target_sizes": lambda f: torch.tensor([grid(f)] * BATCH),
     "spatial_shapes": lambda f: torch.tensor([grid(f)] * BATCH),

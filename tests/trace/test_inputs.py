@@ -40,7 +40,7 @@ def test_every_example_runs(model_type):
     assert all(example.optional for example in examples[1:])
     with torch.no_grad():
         for example in examples:
-            model(**example.make())
+            example.call(model, example.make())
 
 
 @pytest.mark.parametrize("model_type", [*TEXT, *ENCODER_DECODERS])
@@ -123,11 +123,39 @@ def test_making_inputs_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_attention_weights_are_asked_of_eager_attention_only():
-    assert "attentions" in named(build("llama", "eager"))
-    lazy = named(build("llama", "sdpa"))
-    assert "attentions" not in lazy
-    assert lazy["hidden_states"].make()["output_hidden_states"] is True
+def test_attention_weights_are_asked_of_any_attention():
+    """Some models compute them whatever attention they run; from the others they are empty."""
+    for attention in ("eager", "sdpa"):
+        asked = named(build("llama", attention))["attentions"].make()
+        assert asked["output_attentions"] is True
+        assert asked["output_hidden_states"] is True
+
+
+def test_flags_that_switch_a_loss_on_are_found_by_their_names_and_annotations():
+    assert named(build("clip"))["return_loss"].make()["return_loss"] is True
+    assert "return_loss" not in named(build("llama"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "methods"),
+    [
+        ("clip", {"get_text_features": {"input_ids"}, "get_image_features": {"pixel_values"}}),
+        ("siglip2", {"get_image_features": {"pixel_values", "pixel_attention_mask", "spatial_shapes"}}),
+        (
+            "qwen2_vl",
+            {"get_image_features": {"pixel_values", "image_grid_thw"}, "get_video_features": {"pixel_values_videos", "video_grid_thw"}},
+        ),
+        ("llama", {}),
+    ],
+)
+def test_methods_that_answer_one_kind_of_input(model_type, methods):
+    examples = named(build(model_type))
+    found = {name: example for name, example in examples.items() if example.method}
+    assert methods.keys() <= found.keys()
+    assert bool(methods) == bool(found)
+    for name, keywords in methods.items():
+        assert found[name].method == name
+        assert found[name].make().keys() == keywords
 
 
 @pytest.mark.parametrize("model_type", WITH_IMAGES)
