@@ -135,7 +135,7 @@ IN_PLACE = {
     "clamp_of_a_part": "h[..., 1:].clamp_(-0.5, 0.5)",
     "masked_fill_": "h.masked_fill_(h < -0.5, 0.0)",
     "copy_": "h.copy_(h.detach().softmax(-1) + h)",
-    "zero_of_a_chunk": "h.chunk(2, -1)[0].zero_()" ,
+    "zero_of_a_part": "h.narrow(-1, 0, $w // 2).zero_()",
     "out": "h = torch.add(h, 1).sub_(0.5)",
 }
 

@@ -272,9 +272,9 @@ def idioms(draw: st.DrawFn) -> Idioms:
     lines = tuple(draw(st.sampled_from(list(KINDS[kind]))) for kind in kinds)
     least = 2 if any(name in STATISTICS for name in lines) else 1
     groups = draw(st.integers(least, 6))
-    plain = draw(st.booleans())  # half of them differ in one more respect only
+    mixed = draw(st.booleans())  # the other half differ in one more respect only
     repeat = draw(st.sampled_from(Repeat))
-    around = draw(st.frozensets(st.sampled_from(Around), max_size=1 if plain else 3))
+    around = draw(st.frozensets(st.sampled_from(Around), max_size=3 if mixed else 1))
     if {Around.WEIGHT_HOOK, Around.MIXING_WEIGHT_HOOK} & around:
         around -= {Around.FROZEN}
     return Idioms(
@@ -282,9 +282,9 @@ def idioms(draw: st.DrawFn) -> Idioms:
         size=draw(st.integers(max(least, 3 if groups == 1 else 2 if groups < 3 else 1), 4)),
         outer=draw(st.sampled_from((8, 6, 7))),
         up=draw(st.sampled_from(Up)),
-        weights=Weights.MODULES if plain else draw(st.sampled_from(Weights)),
+        weights=draw(st.sampled_from(Weights)) if mixed else Weights.MODULES,
         lines=lines,
-        call=Call.PLAIN if plain else draw(st.sampled_from(Call)),
+        call=draw(st.sampled_from(Call)) if mixed else Call.PLAIN,
         repeat=repeat,
         differ=Differ.NOT if repeat in (Repeat.ONE, Repeat.SHARED) else draw(st.sampled_from(Differ)),
         around=around,

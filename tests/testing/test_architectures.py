@@ -45,7 +45,7 @@ FOUND = (
 @pytest.mark.parametrize("number", range(len(NAMED)))
 def test_named(number: int, tp: int) -> None:
     result = prove(NAMED[number], tp)
-    assert result.plan.local_share < 1 and set(result.aspects) == {"state", "outputs", "gradients", "steps"}
+    assert result.plan.local_share < 1 and set(result.aspects) == {"state", "outputs", "gradients", "training", "steps"}
 
 
 @pytest.mark.parametrize(("architecture", "tp"), FOUND)

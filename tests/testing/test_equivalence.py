@@ -226,6 +226,84 @@ def test_a_zero_bias_does_not_hide_that_it_is_added_twice() -> None:
         assert_equivalent(ZeroBias, tp=2, inputs=X, sabotage=twice)
 
 
+class TrainingOnly(Two):
+    """Something is wrong on rank 1, in training mode alone."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.calls = what, 0
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        wrong = self.training and rank() == 1
+        if self.training:
+            self.calls += 1
+            self.seen += 1 + (wrong and self.what == "buffer")
+        if wrong and self.what == "gradient" and y.requires_grad:
+            y.register_hook(lambda g: 2 * g)
+        return y * 1.5 if wrong and (self.what == "output" or (self.what == "second" and self.calls > 1)) else y * 1
+
+
+@pytest.mark.parametrize(
+    ("what", "where"), [("output", "output"), ("gradient", "gradient of "), ("second", "output of a second call"), ("buffer", "buffer seen")]
+)
+def test_training_mode_is_compared(what: str, where: str) -> None:
+    with pytest.raises(NotEquivalent) as caught:
+        assert_equivalent(partial(TrainingOnly, what), tp=2, inputs=X, steps=1)
+    text = str(caught.value)
+    assert "  outputs: 1 compared" in text and "  gradients: 5 compared" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("  training: "))
+    assert f" differ, the most {where}" in line
+
+
+def test_what_is_written_while_watching_is_not_a_difference() -> None:
+    found = assert_equivalent(partial(TrainingOnly, ""), tp=2, inputs=X, steps=1)
+    assert found.aspects["training"].compared == 1 + 5 + 1 + 1
+
+
+class Dropped(Two):
+    """Its outputs are random in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
+def test_random_numbers_are_not_compared() -> None:
+    assert "draws random numbers" in assert_equivalent(Dropped, tp=2, inputs=X, steps=1).skipped["training"]
+
+
+def refuses(y: Tensor) -> Tensor:
+    if rank() >= 0:
+        raise AutoTPError("not this call")
+    return y
+
+
+def refuses_on_one(y: Tensor) -> Tensor:
+    return refuses(y) if rank() == 1 else y
+
+
+def test_a_call_that_every_rank_refuses_is_that_error() -> None:
+    with pytest.raises(AutoTPError, match="not this call") as caught:
+        assert_equivalent(partial(Two, refuses), tp=2, inputs=X, certificate="graph")
+    assert not isinstance(caught.value, NotEquivalent)
+    with pytest.raises(NotEquivalent):
+        assert_equivalent(partial(Two, refuses_on_one), tp=2, inputs=X, certificate="graph")
+
+
+class WeightHook(Two):
+    """A hook on a weight from before: a copy without it would be no control."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.weight.register_hook(lambda g: g * (3 if rank() < 0 else 2))
+
+
+def test_hooks_on_weights_are_watched() -> None:
+    with pytest.raises(NotEquivalent, match="the most a.weight"):
+        assert_equivalent(WeightHook, tp=2, inputs=X)
+
+
 # ranks that fail ----------------------------------------------------------------------------------------------------------------
 
 
