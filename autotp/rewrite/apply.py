@@ -234,7 +234,12 @@ def _keep_hooks(old: nn.Parameter, new: LayoutDTensor, undo: Undo) -> None:
     if hooks:
         before = dict(hooks)
         hooks.update({key: GradHook(hook, new._layout) for key, hook in before.items()})
-        undo.push(lambda: hooks.update(before))
+
+        def back() -> None:
+            hooks.clear()
+            hooks.update(before)
+
+        undo.push(back)
         new._backward_hooks = hooks
     if after := old._post_accumulate_grad_hooks:
         new._post_accumulate_grad_hooks = after

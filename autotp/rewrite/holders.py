@@ -72,6 +72,7 @@ def give_new(pairs: Iterable[Pair], tables: Mapping[int, Any], ignored: Iterable
 
 
 def _give_everywhere(held: Any, by_old: Mapping[int, Pair], skip: set[int], undo: Undo) -> None:
+    # No closure here: its cell would be found as a holder.
     referrers = gc.get_referrers(held)
     skip = {*skip, id(referrers)}
     for holder in referrers:
@@ -79,18 +80,21 @@ def _give_everywhere(held: Any, by_old: Mapping[int, Pair], skip: set[int], undo
             continue
         if isinstance(holder, dict) and _is_foreign(holder):
             gc.collect()  # what nobody refers to any more does not count
-            if any(r is holder for r in gc.get_referrers(held)) and _is_foreign(holder):
-                names = [p.names[0] for p in by_old.values() if any(v is p.old for v in holder.values())]
+            if _is_foreign(holder):
                 raise PlanError(
-                    f"{names[0]} is also a parameter of a module outside of the model: parallelize a module that holds both, or give them "
-                    "parameters of their own"
+                    f"{_first_name(holder, by_old)} is also a parameter of a module outside of the model: parallelize a module that holds "
+                    "both, or give them parameters of their own"
                 )
-        elif type(holder) is tuple or (isinstance(holder, tuple) and hasattr(holder, "_fields")):
+        elif isinstance(holder, tuple):
             items = [by_old[id(v)].new if id(v) in by_old else v for v in holder]
             changed = tuple.__new__(type(holder), items)
             _give_everywhere(holder, {id(holder): Pair((), holder, changed)}, {*skip, id(items)}, undo)
         elif _give(holder, by_old):
             undo.push(functools.partial(_give_back, holder, _backwards(by_old)))
+
+
+def _first_name(table: Mapping[str, Any], by_old: Mapping[int, Pair]) -> str:
+    return next(by_old[id(v)].names[0] for v in table.values() if id(v) in by_old)
 
 
 def _give_back(holder: Any, by_new: Mapping[int, Pair]) -> None:
@@ -126,6 +130,8 @@ def _give(holder: Any, by_old: Mapping[int, Pair]) -> bool:
             holder.add(by_old[id(v)].new)
         return bool(members)
     if isinstance(holder, CellType):
+        if id(holder.cell_contents) not in by_old:
+            return False
         holder.cell_contents = by_old[id(holder.cell_contents)].new
         return True
     if isinstance(holder, functools.partial):

@@ -7,6 +7,7 @@ parameter gives it its layout. That hook and those of users are lost where param
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,27 +16,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autotp.plan.layout import Layout
-from autotp.rewrite.tensor import LayoutDTensor, laid_out
+from autotp.rewrite.shards import as_dtensor
+from autotp.rewrite.tensor import LayoutDTensor
 from autotp.rewrite.undo import Undo
 
 
 class _Ordered:
-    """Post-accumulate hook of the parameter `of`: its gradient has its layout, wherever it was made. Noted in its `__dict__`."""
+    """The first hook of a parameter: its gradient has its layout, wherever it was made."""
 
-    __slots__ = ("layout", "of")
+    __slots__ = ("layout",)
 
-    def __init__(self, of: Tensor | None, layout: Layout) -> None:
-        self.of, self.layout = of, layout
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
 
-    def __call__(self, p: Tensor) -> None:
-        if type(p.grad) is DTensor:
-            p.grad = laid_out(p.grad._spec, p.grad._local_tensor, self.layout)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Ordered:
-        return _Ordered(None, self.layout)
-
-    def __reduce__(self) -> tuple[type[_Ordered], tuple[None, Layout]]:
-        return _Ordered, (None, self.layout)
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        return as_dtensor(grad._local_tensor, self.layout, grad._spec.mesh) if type(grad) is DTensor else None
 
 
 class KeepHooks:
@@ -50,9 +45,9 @@ class KeepHooks:
         for name, p in self.module._parameters.items():
             if p is not None and name in hooks:
                 before, after = hooks[name]
-                if before and not p._backward_hooks:
+                if before:  # the object may still have them while the tensor beneath it has not
                     p._backward_hooks = before
-                if after and not p._post_accumulate_grad_hooks:
+                if after:
                     p._post_accumulate_grad_hooks = after
         self.attach(self.module._parameters)
         return self.module
@@ -60,10 +55,12 @@ class KeepHooks:
     def attach(self, params: Mapping[str, Tensor | None]) -> None:
         """Give the hook to those of `params` that need it and have it not."""
         for p in params.values():
-            if isinstance(p, LayoutDTensor) and p.requires_grad and getattr(vars(p).get("_ordered"), "of", None) is not p:
-                hook = _Ordered(p, p._layout)
-                vars(p)["_ordered"] = hook
-                p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            if isinstance(p, LayoutDTensor) and p.requires_grad:
+                hooks: Any = p._backward_hooks or OrderedDict()
+                if not any(type(h) is _Ordered for h in hooks.values()):
+                    handle = DTensor.register_hook(p, _Ordered(p._layout))  # type: ignore[no-untyped-call]
+                    hooks = p._backward_hooks
+                    hooks.move_to_end(handle.id, last=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeepHooks:
         # A module is in `memo` before its attributes are copied, and its parameters are the first of them.
