@@ -105,7 +105,8 @@ def solve(
 ) -> Draft:
     """The best plan that avoids `bans`, with the `wanted` layouts as far as they can be had; adds to `bans` what turns out impossible.
 
-    Each attempt that fails bans something more. After `MAX_ATTEMPTS`, and where nothing more was found to ban, everything is. `hints`: see `localise`.
+    Each attempt that fails bans something more. After `MAX_ATTEMPTS`, and where nothing more was found to ban, everything is.
+    `hints`: see `localise`.
 
     Raises:
         PlanError: a fault that stays where nothing is sharded.

@@ -152,8 +152,13 @@ def _content(cell: Any) -> Any:
 def _is_callable_object(value: Any) -> bool:
     """An instance of a class in Python whose `__dict__` is all its state."""
     kind = type(value)
-    plain = isinstance(getattr(kind, "__call__", None), FunctionType) and isinstance(getattr(value, "__dict__", None), dict)
-    return plain and not isinstance(value, type) and not any("__slots__" in k.__dict__ for k in kind.__mro__)
+    plain = callable(value) and any(isinstance(k.__dict__.get("__call__"), FunctionType) for k in kind.__mro__)
+    return (
+        plain
+        and isinstance(getattr(value, "__dict__", None), dict)
+        and not isinstance(value, type)
+        and not any("__slots__" in k.__dict__ for k in kind.__mro__)
+    )
 
 
 def _counters(blocks: Sequence[Mapping[Key, Hashable]]) -> set[Key]:

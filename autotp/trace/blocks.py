@@ -2,8 +2,8 @@
 
 What the *template* returned stands for what every block alike to it returns. That holds only where all that happens to a block
 goes through calls of the block itself. So a trace is turned down (`NotAlike`) as soon as something else shows: a module inside of a
-block is called past it, a parameter or buffer of a block that did not run is looked at, a call has another form, the template wrote into its
-arguments or left something behind that cannot be given to the others. The next one runs every block of that kind.
+block is called past it, a parameter or buffer of a block that did not run is looked at, a call has another form, the template wrote
+into its arguments or left something behind that cannot be given to the others. The next one runs every block of that kind.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class BlockRecorder(Recorder):
         return tuple(self.value(t) for t in found.values()), tuple(found.values())
 
     def _form(self, tree: Any, seen: dict[int, int]) -> Any:
-        """The form of a call's arguments: what the graph knows of each tensor, which are the same one, other plain values as they are."""
+        """The form of a call's arguments: what is known of each tensor and which are the same one, other plain values as they are."""
         if isinstance(tree, Tensor):
             value = self.value(tree)  # reading the tensor's own shape would go through the recorder's modes
             same = seen.setdefault(id(tree), len(seen))

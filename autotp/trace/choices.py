@@ -61,7 +61,7 @@ class Copies:
                 return tensor.cpu().clone()
             key = tensor.untyped_storage()._cdata
             if key not in self._storages:
-                self._storages[key] = tensor, tensor.new_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage().clone())
+                self._storages[key] = tensor, tensor.new_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage().clone())  # type: ignore[no-untyped-call]
             _, copied = self._storages[key]
             return tensor.new_empty(0).set_(copied.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 

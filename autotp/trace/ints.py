@@ -167,7 +167,7 @@ class Counter(TaggedInt):
         """A counter that calls `used`."""
         self = cls(value, expr, life)
         self.used = used
-        return self  # type: ignore[return-value]
+        return self
 
 
 def _in_module(depth: int) -> bool:
@@ -190,7 +190,26 @@ def _watched(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("eq", "ne", "lt", "le", "gt", "ge", "bool", "hash", "float", "neg", "pow", "truediv", "and", "or", "xor", "lshift", "rshift", "divmod"):
+for _name in (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "bool",
+    "hash",
+    "float",
+    "neg",
+    "pow",
+    "truediv",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "divmod",
+):
     setattr(Counter, f"__{_name}__", _watched(f"__{_name}__"))
 for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
     setattr(Counter, f"__{_name}__", _watched(f"__{_name}__"))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Undo = list[Callable[[], None]]
+Undo = list[Callable[[], object]]
 _TABLES = frozenset(k for k, v in nn.Module().__dict__.items() if isinstance(v, dict))
 _DICTS = (dict, OrderedDict, defaultdict)
 _FOREIGN = frozenset(("torch", "numpy")) | sys.stdlib_module_names

@@ -79,7 +79,7 @@ def moved_nowhere(recorder: Recorder) -> Iterator[None]:
 
     To convert a module to another dtype in the middle of a forward is refused: what its parameters are would change from call to call.
     """
-    original = nn.Module._apply
+    original: Callable[..., nn.Module] = nn.Module._apply
 
     def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if id(module) not in recorder.paths:
@@ -91,7 +91,7 @@ def moved_nowhere(recorder: Recorder) -> Iterator[None]:
                     raise RuntimeError(f"{type(module).__name__} is converted from {dtype} to {made.dtype} inside of a forward")
         return module
 
-    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    nn.Module._apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -152,7 +152,12 @@ class Tagger:
             used = self.counters.get((module, path))
             ref = AttrRef(module, path, value)
             return TaggedInt(value, ref, self.life) if used is None else Counter.of(value, ref, self.life, used)
-        if isinstance(value, (tuple, list)) and 0 < len(value) <= 16 and type(value) in (tuple, list) and any(type(v) is int for v in value):
+        if (
+            isinstance(value, (tuple, list))
+            and 0 < len(value) <= 16
+            and type(value) in (tuple, list)
+            and any(type(v) is int for v in value)
+        ):
             return type(value)(self.tag(v, module, f"{path}.{i}", depth) if type(v) is int else v for i, v in enumerate(value))
         if depth < 3 and _is_config(value):
             changes = {k: self.tag(v, module, f"{path}.{k}", depth + 1) for k, v in value.__dict__.items() if not k.startswith("__")}

@@ -208,7 +208,7 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
                 recorder.ends = True
         if not example.optional:
             failure = TraceError(_explain(name, error))
-            failure.partial, failure.module = recorder.graph(recorder.repeats), error.module
+            failure.partial, failure.module = recorder.graph(dict(recorder.repeats)), error.module
             raise failure from error.error
         recorder.rewind(mark)
         return name, _explain(name, error)

@@ -49,7 +49,7 @@ class Nested(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i, pair in enumerate(self.l):
-            a, b = ((pair["a"], pair["b"]) if self.kind == "dict" else (pair[0], pair[1]))  # type: ignore[index]
+            a, b = (pair["a"], pair["b"]) if self.kind == "dict" else (pair[0], pair[1])  # type: ignore[index]
             if self.kind == "deep":
                 a, b = a[0], b[0]
             h = a(x)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from autotp.axes.rules import keep
 from autotp.testing import assert_equivalent
 from autotp.trace.inputs import Example
 from autotp.trace.run import trace
 from tests.models.entry import built
-from tests.models.repeated import OUTER, Acts, Counting, Gated, Hooked, Idle, Leaves, Nested, Used, Writes
+from tests.models.repeated import OUTER, Acts, Counting, Hooked, Idle, Leaves, Nested, Used, Writes
 
 USES = ("method", "forward", "past", "weight", "sizes", "softmax", "in place", "other arguments", "tied", "hook", "plainly")
 ACTS = ("functions", "lambdas", "closures", "defaults", "partials", "objects", "methods")
@@ -29,10 +27,18 @@ CASES: list[tuple[Any, ...]] = [
     (Hooked,),
 ]
 #: The blocks that the first one stands for; none where a case is not here.
+BOTH, LAST = {"l.1", "l.2"}, {"l.2"}
 ALIKE = {
-    **dict.fromkeys(((Used, "plainly"), (Used, "softmax"), (Used, "in place"), (Counting, "not at all")), {"l.1", "l.2"}),
-    **dict.fromkeys(((Leaves, "plainly"), (Leaves, "inside"), (Hooked,)), {"l.1", "l.2"}),
-    **dict.fromkeys(((Used, "tied"), (Used, "hook")), {"l.2"}),
+    (Used, "plainly"): BOTH,
+    (Used, "forward"): BOTH,
+    (Used, "softmax"): BOTH,
+    (Used, "in place"): BOTH,
+    (Counting, "not at all"): BOTH,
+    (Leaves, "plainly"): BOTH,
+    (Leaves, "inside"): BOTH,
+    (Hooked,): BOTH,
+    (Used, "tied"): LAST,
+    (Used, "hook"): LAST,
     (Idle,): {"l.1"},
 }
 
