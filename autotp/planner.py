@@ -62,7 +62,6 @@ def _no_collection() -> Iterator[None]:
 
 
 @_no_collection()
-@undisturbed()
 def make_plan(
     model: nn.Module,
     tp: int,
@@ -80,12 +79,18 @@ def make_plan(
     Raises:
         InputError: example inputs are needed or do not fit. TraceError: the model cannot be run on fake tensors.
     """
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-    name = type(model).__name__
     if tp == 1:
         return whole_plan(model, "tp is 1")
+    with undisturbed(model):
+        return _certified(model, tp, inputs, wanted or {}, hints, examine)
+
+
+def _certified(
+    model: nn.Module, tp: int, inputs: Mapping[str, object] | None, wanted: Mapping[str, Layout], hints: Hints | None, examine: Examine
+) -> Plan:
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+    name = type(model).__name__
     examples = tuple(_settled(_examples(model, inputs)))
-    wanted = wanted or {}
     alike = {b: t for b, t in alike_blocks(model).items() if not differing(b, t, wanted, shapes)}
     graph = trace(model, examples, keep, repeats=alike)
     space = Space(find_axes(graph))

@@ -156,8 +156,8 @@ for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordi
 class Counter(TaggedInt):
     """The number of a block among blocks alike to it, of which one runs for all.
 
-    To pass it on, and to index with it what is not the module's own (a cache), is the same in every block. Module code that compares it or computes
-    with it may do another thing in another block: `used` is called then.
+    To pass it on, and to index with it what is not the module's own (a cache), is the same in every block. Module code that
+    compares it or computes with it may do another thing in another block: `used` is called then.
     """
 
     used: Callable[[], None]
@@ -190,27 +190,8 @@ def _watched(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in (
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "bool",
-    "hash",
-    "float",
-    "neg",
-    "pow",
-    "truediv",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-    "divmod",
-):
+for _name in ["eq", "ne", "lt", "le", "gt", "ge", "bool", "hash", "float", "neg", "divmod", "and", "or", "xor", "lshift", "rshift"]:
     setattr(Counter, f"__{_name}__", _watched(f"__{_name}__"))
-for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
+for _name in ["add", "sub", "mul", "floordiv", "mod", "truediv", "pow"]:
     setattr(Counter, f"__{_name}__", _watched(f"__{_name}__"))
     setattr(Counter, f"__r{_name}__", _watched(f"__r{_name}__"))

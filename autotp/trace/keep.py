@@ -30,6 +30,17 @@ _FOREIGN = frozenset(("torch", "numpy")) | sys.stdlib_module_names
 _LONG = 4096
 
 
+@contextmanager
+def undone() -> Iterator[Undo]:
+    """What is pushed inside is undone, in reverse order."""
+    undo: Undo = []
+    try:
+        yield undo
+    finally:
+        while undo:
+            undo.pop()()
+
+
 def keep_state(model: nn.Module, undo: Undo) -> None:
     """Remember what the forwards of `model` may change; `undo` puts it back, every object in its place."""
     keeper = _Keeper(undo)
@@ -71,7 +82,7 @@ class _Keeper:
         self.seen[id(module)] = module
         space = vars(module)
         self._table(space)
-        self.values(v for v in space.values() if isinstance(v, (list, set, deque, *_DICTS)))
+        self.values(v for v in space.values() if isinstance(v, (list, set, deque, Tensor, *_DICTS)))
 
     def values(self, items: Iterable[Any]) -> None:
         """Each of `items`."""
@@ -80,10 +91,12 @@ class _Keeper:
 
     def value(self, value: Any) -> None:
         """What `value` holds, if it is a container, a plain object, a generator or a function with things closed over."""
-        if value is None or isinstance(value, (str, int, float, Tensor, nn.Module, type, ModuleType)) or id(value) in self.seen:
+        if value is None or isinstance(value, (str, int, float, nn.Module, type, ModuleType)) or id(value) in self.seen:
             return
         self.seen[id(value)] = value
-        if isinstance(value, (tuple, frozenset)):
+        if isinstance(value, Tensor):
+            self._tensor(value)
+        elif isinstance(value, (tuple, frozenset)):
             if len(value) <= _LONG:
                 self.values(value)
         elif type(value) in _DICTS:
@@ -103,6 +116,11 @@ class _Keeper:
             self.values((value.func, value.args, value.keywords))
         elif not self._generator(value) and (type(value) is SimpleNamespace or _package(type(value)) not in _FOREIGN):
             self._object(value)
+
+    def _tensor(self, tensor: Tensor) -> None:
+        """A tensor that no module has registered. Large ones are no counters, and copies of them would be dear."""
+        if type(tensor) is Tensor and tensor.layout is torch.strided and tensor.numel() <= _LONG and not tensor.is_meta:
+            self.undo.append(partial(_restore_tensor, tensor, tensor._version, tensor.detach().clone(), tensor.requires_grad))
 
     def _object(self, value: Any) -> None:
         attributes = getattr(value, "__dict__", None)
@@ -148,6 +166,14 @@ def _restore_dict(table: dict[Any, Any], before: dict[Any, Any]) -> None:
         table.update(before)
 
 
+def _restore_tensor(tensor: Tensor, version: int, before: Tensor, trained: bool) -> None:
+    if tensor._version != version:
+        with torch.no_grad():
+            tensor.copy_(before)
+    if tensor.is_leaf and tensor.requires_grad != trained:
+        tensor.requires_grad_(trained)
+
+
 def _restore_list(items: list[Any] | deque[Any], before: list[Any]) -> None:
     if len(items) != len(before) or any(a is not b for a, b in zip(items, before, strict=True)):
         items.clear()
@@ -177,8 +203,8 @@ def _restore_class(cls: type, before: dict[str, Any]) -> None:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Random states, torch's global settings and the filters of warnings inside are the caller's again after; nothing is printed.
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """What the forwards of `model` may change, random states, torch's settings: as they were after. Nothing is printed inside.
 
     torch logs every refusal of a fake operator as an error with a traceback, and models warn of what they were called with. The paths
     that are merely tried would fill the screen; what matters about them is in the plan's notes and in our errors.
@@ -189,7 +215,8 @@ def undisturbed() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with undone() as undo, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            keep_state(model, undo)
             warnings.simplefilter("ignore")
             yield
     finally:

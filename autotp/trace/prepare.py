@@ -25,12 +25,6 @@ from autotp.trace.weights import Weights
 _SKIP = frozenset(nn.Module().__dict__) | {"forward"}
 
 
-def run_undo(undo: Undo) -> None:
-    """Undo in reverse order."""
-    while undo:
-        undo.pop()()
-
-
 def set_item(mapping: dict[Any, Any], key: Any, value: Any, undo: Undo) -> None:
     """`mapping[key] = value`, remembering how to go back."""
     had, old = key in mapping, mapping.get(key)

@@ -21,8 +21,8 @@ from autotp.trace.choices import Untraceable, small
 from autotp.trace.fills import of_every_block
 from autotp.trace.graph import Graph, Node, Origin, Value
 from autotp.trace.inputs import Example
-from autotp.trace.keep import Undo, keep_state, undisturbed
-from autotp.trace.prepare import Tagger, fake_weights, in_mode, moved_nowhere, run_undo, same_numbers, tag_ints
+from autotp.trace.keep import undisturbed, undone
+from autotp.trace.prepare import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.recorder import Recorder
 from autotp.trace.watch import Question, Refused, has_backward_hooks
 
@@ -98,10 +98,9 @@ def _trace(
         return bool(skipped) and (path + ".").startswith(skipped)
 
     recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden)
-    undo: Undo = []
+    evaluating = in_mode(model, training=False)
     try:
-        keep_state(model, undo)
-        with undisturbed(), in_mode(model, training=False), same_numbers(), moved_nowhere(recorder), uncached(model):
+        with undisturbed(model), undone() as undo, evaluating, same_numbers(), moved_nowhere(recorder), uncached(model):
             recorder.weights = fake_weights(model, fake, skip, undo)
             if tag:
                 counters = {key: partial(recorder.counted, key[0]) for key in counted(model, repeats)}
@@ -125,7 +124,6 @@ def _trace(
     except Refused as error:
         raise TraceError(f"{type(model).__name__}: {error}") from None
     finally:
-        run_undo(undo)
         recorder.life.over = True
     return of_every_block(recorder.graph(dict(repeats)))
 
