@@ -10,6 +10,7 @@ differs. `Plan.checked` says what was done.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from torch import nn
@@ -23,8 +24,11 @@ from autotp.plan.plan import Plan
 from autotp.plan.solve import Accused
 from autotp.planner import Examine, Examined, make_plan
 from autotp.trace.inputs import Example
+from autotp.trace.inputs_facts import is_hugging_face
 from autotp.twin.build import NoTwin, twin_of
 
+#: Parameter elements from which a transformers model is judged by a twin.
+TWIN_FROM = 4_000_000
 #: After so many plans whose numbers differ everything stays whole.
 MOST_WRONG_PLANS = 6
 NUMBERS, TWIN = "numbers", "numbers of a smaller twin"
@@ -63,18 +67,41 @@ def checked_plan(
     Raises:
         AutoTPError: as for `make_plan`.
     """
-    examine: Examine
+    return make_plan(model, tp, inputs, wanted, hints, _examine(model, tp, check, plain=not wanted))
+
+
+def _examine(model: nn.Module, tp: int, check: Check, *, plain: bool) -> Examine:
+    """How plans of a model are examined. `plain`: no layouts are asked for."""
     if check is Check.GRAPH:
-        examine = lambda plan, examples: Examined("graph only: numbers were not asked for")  # noqa: E731
-    elif (reason := too_large(model, tp)) or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        examine = _ByTwin(model, tp, reason, plain=not wanted)
-    else:
-        examine = _ByNumbers(model)
-    return make_plan(model, tp, inputs, wanted, hints, examine)
+        return _Not("numbers were not asked for")
+    large = too_large(model, tp)
+    bare = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    elements = sum(p.numel() for p in model.parameters())
+    try:
+        if is_hugging_face(model) and (large or elements > TWIN_FROM):
+            if not plain:
+                raise NoTwin("layouts that are asked for are not those of a smaller twin")
+            return _ByTwin(model, twin_of(model, tp, smaller=True), tp)
+        if is_hugging_face(model) and bare:
+            return _ByNumbers(twin_of(model, tp, smaller=False))
+    except NoTwin as error:
+        return _Not(f"{large}, and {error}") if large else _ByNumbers(model)
+    return _Not(f"{large}, and only a transformers model has a smaller twin") if large else _ByNumbers(model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Not:
+    """Looks at nothing, and says why."""
+
+    reason: str
+
+    def __call__(self, plan: Plan, examples: tuple[Example, ...]) -> Examined:
+        """See `Examine`."""
+        return Examined(f"graph only: {self.reason}")
 
 
 class _ByNumbers:
-    """Runs the model itself. `accused`: all that was found wrong."""
+    """Runs the model itself, or one of the same config with weights. `accused`: all that was found wrong."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -88,48 +115,40 @@ class _ByNumbers:
         if verdict.module is None:
             return Examined(NUMBERS)
         more = len(self.accused) < MOST_WRONG_PLANS
-        self.accused.append(Accused(verdict.module if more else None, verdict.reason))
+        self.accused.append(Accused(verdict.module if more else None, verdict.reason, verdict.backward))
         return Examined(NUMBERS, (self.accused[-1],))
 
 
 class _ByTwin:
-    """Runs a twin of the model, once.
+    """Plans and runs a smaller twin of the model, once; what is wrong with it is taken for wrong with the model."""
 
-    Args:
-        large: why the model itself is not run; "" where it only lacks weights.
-        plain: the model is planned without layouts that are asked for, so its twin is planned by the same rules.
-    """
-
-    def __init__(self, model: nn.Module, tp: int, large: str, *, plain: bool) -> None:
-        self.model, self.tp, self.large, self.plain = model, tp, large, plain
-        self.found: Examined | None = None
+    def __init__(self, model: nn.Module, twin: nn.Module, tp: int) -> None:
+        self.model, self.twin, self.tp = model, twin, tp
+        self.planned: Plan | None = None
 
     def __call__(self, plan: Plan, examples: tuple[Example, ...]) -> Examined:
         """See `Examine`."""
-        if self.found is not None:
-            return Examined(self.found.checked)  # what the twin showed has been acted on
-        self.found = self._run()
-        return self.found
+        accused: list[Accused] = []
+        if self.planned is None:
+            examine = _ByNumbers(self.twin)
+            try:
+                self.planned = make_plan(self.twin, self.tp, examine=examine)
+            except AutoTPError as error:
+                return Examined(f"graph only: the model is too large to be run, and a smaller twin cannot be planned ({error})")
+            here = _same_places(self.model)
+            for a in examine.accused:
+                accused += [replace(a, module=path) for path in ([None] if a.module is None else here(a.module))]
+        if self.planned.checked != NUMBERS:
+            return Examined(f"{self.planned.checked} (a smaller twin)")
+        return Examined(TWIN + _but_for(plan, self.planned), tuple(accused))
 
-    def _run(self) -> Examined:
-        why = self.large or "the model has no weights"
-        if not self.plain:
-            return Examined(f"graph only: {why}, and layouts that are asked for are not those of a twin")
-        try:
-            twin = twin_of(self.model, self.tp, smaller=bool(self.large))
-            if reason := too_large(twin, self.tp):
-                return Examined(f"graph only: {why}; of its twin, {reason}")
-            examine = _ByNumbers(twin)
-            checked = make_plan(twin, self.tp, examine=examine).checked
-        except NoTwin as error:
-            return Examined(f"graph only: {why}, and {error}")
-        except AutoTPError as error:
-            return Examined(f"graph only: {why}, and its twin cannot be planned ({error})")
-        if checked != NUMBERS:
-            return Examined(f"{checked} (of a twin; {why})")
-        here = _same_places(self.model)
-        accused = [Accused(path, a.reason) for a in examine.accused for path in ([None] if a.module is None else here(a.module))]
-        return Examined(TWIN if self.large else NUMBERS, tuple(accused))
+
+def _but_for(plan: Plan, twin: Plan) -> str:
+    """The parameters that are sharded and whose likes in the twin are not: its numbers say nothing of them."""
+    there = {folded(name) for name, p in twin.params.items() if p.layout.dim is not None}
+    here = dict.fromkeys(folded(name) for name, p in plan.params.items() if p.layout.dim is not None)
+    missing = [name for name in here if name not in there]
+    return f", but for {', '.join(missing)}: whole in the twin" if missing else ""
 
 
 def _same_places(model: nn.Module) -> Callable[[str], list[str]]:

@@ -108,8 +108,10 @@ def _certified(
         else:
             plan = with_uncalled(plan, draft, model)
             found = examine(plan, traced(examples, graph))
-            if not found.wrong or not draft.choice.on:
+            if not found.wrong:
                 return replace(plan, checked=found.checked)
+            if not draft.choice.on:
+                raise PlanError(f"{name} cannot be made parallel, even with everything whole on each rank: {found.wrong[0].reason}")
             for accused in found.wrong:
                 bans.accuse(space, draft.choice, accused)
             reason = found.wrong[0].reason

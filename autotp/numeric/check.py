@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autotp.numeric.copies import copy_of, nudge
 from autotp.numeric.exact import DOUBLE, SINGLE, Precision, largest, relative_error
+from autotp.numeric.parameters import local_parameters
 from autotp.numeric.ranks import LocalComm, TimedOut, run_ranks
-from autotp.numeric.subject import CannotRun, Seen, copy_of, nudge, run
+from autotp.numeric.subject import CannotRun, Seen, run
+from autotp.numeric.untouched import untouched
 from autotp.numeric.where import Order, first_wrong_module, watched
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
@@ -30,12 +33,12 @@ from autotp.rewrite.apply import apply
 from autotp.trace.inputs import Example
 from autotp.trace.prepare import same_numbers
 
-#: Parameter elements of models that are run as they are; float64 copies of each rank's part and of the whole are made.
-MOST_ELEMENTS = 4_000_000
+#: Parameter elements that are held at once, by the model and by all ranks of a plan: 16 bytes each, with their gradients.
+MOST_ELEMENTS = 60_000_000
 #: Ranks that are run.
 MOST_RANKS = 16
-#: Seconds that all ranks may take, and one run of the model.
-SECONDS, MOST_SECONDS = 30.0, 5.0
+#: Seconds that all ranks may take together, by what one run of the model took.
+SECONDS = 30.0
 _NUDGES = 100.0  # times the model's own answer to a nudge that the ranks may differ by
 _LEAST = 1e-12  # values below this are rounding errors of zero
 _UNSTABLE = 1e-6
@@ -45,19 +48,21 @@ _UNSTABLE = 1e-6
 class Verdict:
     """`unknown`: why nothing was compared, "" where something was.
 
-    `module`: path of the first module that differs, None where all are equal; `reason`: what differs there.
+    `module`: path of the first module that differs, None where all are equal; `reason`: what differs there; `backward`: in gradients only.
     """
 
     unknown: str = ""
     module: str | None = None
     reason: str = ""
+    backward: bool = False
 
 
-def too_large(model: nn.Module, tp: int) -> str:
-    """Why the numbers of a model are not run, "" where they can be."""
+def too_large(model: nn.Module, tp: int, share: float = 0.0) -> str:
+    """Why the numbers of a model are not run, "" where they can be. `share`: of its elements that a rank holds, 1/tp at least."""
     elements = sum(p.numel() for p in model.parameters())
-    if elements > MOST_ELEMENTS:
-        return f"it has {elements:,} parameter elements, more than the {MOST_ELEMENTS:,} of models that are run in full"
+    held = round(elements * (1 + tp * max(share, 1 / tp)))
+    if held > MOST_ELEMENTS:
+        return f"the model and its ranks would hold {held:,} parameter elements, more than the {MOST_ELEMENTS:,} that are run"
     if tp > MOST_RANKS:
         return f"{tp} ranks are more than the {MOST_RANKS} that are run in one process"
     return ""
@@ -68,16 +73,17 @@ def judge(model: nn.Module, examples: Sequence[Example], plan: Plan) -> Verdict:
 
     `examples`: the calls that were traced.
     """
-    reason = too_large(model, plan.tp)
+    reason = too_large(model, plan.tp, plan.local_share)
     if reason:
         return Verdict(reason)
-    with same_numbers(), warnings.catch_warnings(), torch.enable_grad():
+    with untouched(model), same_numbers(), warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
         warnings.simplefilter("ignore")
-        try:
-            subject = _subject(model, tuple(examples))
-            return _compare(subject, plan)
-        except CannotRun as error:
-            return Verdict(str(error))
+        with torch.compiler.set_stance("force_eager"):  # compiling each copy takes longer than running it
+            try:
+                subject = _subject(model, tuple(examples), plan.tp)
+                return _compare(subject, plan)
+            except CannotRun as error:
+                return Verdict(str(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ class _Subject:
     order: Order
 
 
-def _subject(model: nn.Module, examples: tuple[Example, ...]) -> _Subject:
+def _subject(model: nn.Module, examples: tuple[Example, ...], tp: int) -> _Subject:
     problem: Exception | None = None
     for precision in (DOUBLE, SINGLE):
         make = partial(copy_of, model, precision)
@@ -103,8 +109,11 @@ def _subject(model: nn.Module, examples: tuple[Example, ...]) -> _Subject:
         except Exception as error:  # the model may refuse in any way
             problem = problem or error
             continue
-        if time.monotonic() - started > MOST_SECONDS:
-            raise CannotRun(f"one run of the model takes more than {MOST_SECONDS:.0f} seconds")
+        took = time.monotonic() - started
+        if took * (1 + tp) > SECONDS:
+            raise CannotRun(f"one run of the model takes {took:.1f} seconds, too long for {tp} ranks")
+        if nothing := _nothing_finite(wanted):
+            raise CannotRun(f"the model's {nothing} are not finite")
         again = run(make(), examples, precision)
         if _differences(wanted, again, {}, 0, precision.tolerance, precision):
             raise CannotRun("two runs of the model with one seed differ")
@@ -125,6 +134,8 @@ def _compare(subject: _Subject, plan: Plan) -> Verdict:
 
     try:
         ranks = run_ranks(plan.tp, rank, SECONDS)
+    except CannotRun:
+        raise
     except TimedOut as error:
         raise CannotRun(str(error)) from error
     except Exception as error:
@@ -145,8 +156,9 @@ def _compare(subject: _Subject, plan: Plan) -> Verdict:
         for path, apart in found.items():
             merged[path] = max(apart, merged.get(path, 0.0))
     worst = max(merged, key=lambda path: merged[path])
-    module = first_wrong_module(subject.order, [order for _, order in ranks], merged, tolerance)
-    return Verdict(module=module, reason=f"numbers differ from one device ({worst}: relative error {merged[worst]:.1e})")
+    module, backward = first_wrong_module(subject.order, [order for _, order in ranks], merged, tolerance)
+    reason = f"numbers differ from one device ({worst}: relative error {merged[worst]:.1e})"
+    return Verdict(module=module, reason=reason, backward=backward)
 
 
 def _short(error: BaseException | None) -> str:
@@ -154,12 +166,17 @@ def _short(error: BaseException | None) -> str:
 
 
 def _parallel(model: nn.Module, plan: Plan, comm: LocalComm) -> nn.Module:
-    def make(name: str, old: nn.Parameter, layout: Layout) -> nn.Parameter:
-        with torch.no_grad():
-            return nn.Parameter(layout.shard(old.detach(), comm.rank).clone(), requires_grad=old.requires_grad)
-
-    apply(model, plan.params, plan.modules, comm=comm, make_param=make).release()
+    apply(model, plan.params, plan.modules, comm=comm, make_param=local_parameters(comm)).release()
     return model
+
+
+def _nothing_finite(seen: Seen) -> str:
+    """What there is and has no finite entry: then nothing would be compared."""
+    for name, found in (("results", seen.results), ("gradients", seen.gradients)):
+        floats = [t for t in found.values() if t.is_floating_point() and t.numel()]
+        if floats and not any(bool(t.isfinite().any()) for t in floats):
+            return name
+    return ""
 
 
 def _own_change(subject: _Subject) -> float:

@@ -1,12 +1,10 @@
-"""Copies of a model in float64, and calls of them.
+"""Calls of a model, and what they show.
 
-A parameter that holds a single value (a zero bias) gets noise, or nothing would show that it is added twice. Dropout does nothing, in
-training mode too, since a rank's part of a mask is not a part of the mask of one device.
+Dropout does nothing, in training mode too, since a rank's part of a mask is not a part of the mask of one device.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -42,37 +41,6 @@ def in_precision(tree: Any, precision: Precision) -> Any:
         return t.detach().to(device="cpu", dtype=dtype, copy=True)
 
     return tree_map_only(Tensor, cast, tree)
-
-
-def copy_of(model: nn.Module, precision: Precision) -> nn.Module:
-    """A deep copy on the CPU without gradients; see the module docstring.
-
-    Raises:
-        CannotRun: it has no weights, or cannot be copied.
-    """
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        raise CannotRun("the model has no weights")
-    try:
-        copied = copy.deepcopy(model)
-    except Exception as error:  # what a module holds may refuse to be copied in any way
-        raise CannotRun(f"the model cannot be copied ({type(error).__name__}: {error})") from error
-    if any(b is a for a, b in zip(model.parameters(), copied.parameters(), strict=True)):
-        raise CannotRun("a copy of the model shares its parameters")
-    copied.zero_grad(set_to_none=True)
-    return _enlivened(_wide(copied, precision))
-
-
-def _wide(model: nn.Module, precision: Precision) -> nn.Module:
-    return model._apply(lambda t: in_precision(t, precision))  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _enlivened(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.is_floating_point() and p.numel() > 1 and bool((p == p.flatten()[0]).all()):
-                p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    return model
 
 
 _DROPOUTS = frozenset(
@@ -123,9 +91,15 @@ def run(model: nn.Module, examples: tuple[Example, ...], precision: Precision) -
             if at == 0 or example.decode is not None:
                 _without_gradients(model, example, precision, seen)
             _with_gradients(model, example, precision, seen)
-    seen.gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    seen.gradients = {n: _plain(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     seen.buffers = {n: _plain(b) for n, b in model.named_buffers()}
     return seen
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A dense copy of what this rank holds of a tensor."""
+    local = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+    return local.clone() if local.layout is torch.strided else local.to_dense()
 
 
 def _without_gradients(model: nn.Module, example: Example, precision: Precision, seen: Seen) -> None:
@@ -173,10 +147,6 @@ def _keep(result: Any, name: str, seen: Seen) -> dict[str, Tensor]:
     return {path: t for path, t in found.items() if t.layout is torch.strided}
 
 
-def _plain(t: Tensor) -> Tensor:
-    return t.detach().clone() if t.layout is torch.strided else t.detach().to_dense()
-
-
 def weighted(results: Mapping[str, Tensor]) -> Tensor | None:
     """Σ results × fixed random weights: a number whose gradient reaches every entry differently. None where nothing has a gradient."""
     total: Tensor | None = None
@@ -188,13 +158,3 @@ def weighted(results: Mapping[str, Tensor]) -> Tensor | None:
             term = (torch.where(t.isfinite(), t, 0) * weights).sum()
             total = term if total is None else total + term
     return total
-
-
-def nudge(model: nn.Module) -> None:
-    """Move every floating-point parameter by about one unit in the last place."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.is_floating_point():
-                signs = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
-                p.mul_(1 + signs * torch.finfo(p.dtype).eps)

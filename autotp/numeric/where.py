@@ -48,20 +48,22 @@ def _note(order: Order, key: tuple[str, int, tuple[str | int, ...]], t: Tensor) 
     return t
 
 
-def first_wrong_module(wanted: Order, ranks: Sequence[Order], wrong: Mapping[str, float], tolerance: float) -> str:
+def first_wrong_module(wanted: Order, ranks: Sequence[Order], wrong: Mapping[str, float], tolerance: float) -> tuple[str, bool]:
     """The path of the first module whose result stands for something else; else the one whose gradient is made first of the wrong ones.
+
+    True where gradients showed it.
 
     `wrong`: paths of what differs (`gradient of NAME`).
     """
     for key, w in wanted.items():
         values = [order.get(key) for order in ranks]
         if any(v is None for v in values):
-            return key[0]
+            return key[0], False
         if w.is_floating_point() and not _stands_for([v for v in values if v is not None], w, tolerance):
-            return key[0]
+            return key[0], False
     last = {key[0]: at for at, key in enumerate(wanted)}
     modules = [path.removeprefix("gradient of ").rpartition(".")[0] for path in wrong if path.startswith("gradient of ")]
-    return max(modules, key=lambda m: last.get(m, -1), default="")
+    return max(modules, key=lambda m: last.get(m, -1), default=""), bool(modules)
 
 
 def _stands_for(values: list[Tensor], w: Tensor, tolerance: float) -> bool:

@@ -41,10 +41,11 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Accused:
-    """A module that computes something else on the ranks; None: it cannot be told which."""
+    """A module that computes something else on the ranks; None: it cannot be told which. `backward`: gradients show it, not results."""
 
     module: str | None
     reason: str
+    backward: bool = False
 
 
 @dataclass
@@ -76,14 +77,24 @@ class Bans:
         self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{reason}: {node}"))
 
     def accuse(self, space: Space, choice: Choice, accused: Accused) -> None:
-        """Forbid the cuts that meet in a module; all cuts where it cannot be told which or none does."""
+        """Forbid the cuts that meet in a module, or nearest to it on the way that its numbers come; all where that is unknown."""
         guilty: frozenset[Atom] = choice.on
         if accused.module is not None:
             path = _traced_path(accused.module, space.graph.repeats)
-            near = [v for n in space.graph.nodes if n.module == path for v in (*space.inputs[n.index], *n.outputs)]
-            guilty = frozenset().union(*(choice.labels.of(v) for v in near), NONE) & choice.on or choice.on
+            nodes = space.graph.nodes
+            inside = [n for n in nodes if n.module == path] or [n for n in nodes if n.module.startswith(path + ".")]
+            if inside:
+                way = nodes[inside[-1].index + 1 :] if accused.backward else tuple(reversed(nodes[: inside[0].index]))
+                met = (_met(space, choice, n) for n in way)
+                guilty = frozenset().union(*(_met(space, choice, n) for n in inside)) or next(filter(None, met), choice.on)
         where = accused.module or "the model"
         self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{accused.reason}, first in {where}"))
+
+
+def _met(space: Space, choice: Choice, node: Node) -> frozenset[Atom]:
+    """The axes on which values of a node are sharded."""
+    values = (*space.inputs[node.index], *node.outputs)
+    return frozenset().union(*(choice.labels.of(v) for v in values), NONE) & choice.on
 
 
 def _traced_path(path: str, repeats: Mapping[str, str]) -> str:
