@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from autotp.testing.exact import DOUBLE
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
-from autotp.testing.exact import DOUBLE
 from autotp.testing.observe import tensors_of, weighted
 from autotp.testing.ranks.run import run
 from autotp.testing.tiny import tiny_config, tiny_model

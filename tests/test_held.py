@@ -172,7 +172,14 @@ def test_equal(pool: Pool, model: type[nn.Module], world: int) -> None:
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 64},  # fmt: skip
+    "llama": {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "vocab_size": 64,
+    },
     "gpt2": {"n_embd": 24, "n_layer": 1, "n_head": 4, "vocab_size": 62, "n_positions": 32},
 }
 IDS = torch.arange(3, 12)[None]
@@ -288,8 +295,8 @@ def test_whole_tensors_put_back(pool: Pool, kind: str) -> None:
 def refused() -> None:
     m = autotp.parallelize(InList(), mesh(), example_inputs={"x": X})
     weight = m.a.weight
+    m.a.weight = nn.Parameter(torch.zeros(weight.to_local().shape))
     with pytest.raises(AutoTPError, match=r"Linear\.weight was replaced"):
-        m.a.weight = nn.Parameter(torch.zeros(weight.to_local().shape))
         m.a(X)
     with pytest.raises(AutoTPError, match=r"weight was replaced"):
         torch.func.functional_call(m, {"b.weight": torch.zeros(3, 3)}, (X,))

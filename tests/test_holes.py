@@ -9,7 +9,16 @@ from tests.models.holes import HOLES, Hole
 
 NAMES = {hole.name: hole for hole in HOLES}
 #: One of each kind, on real processes.
-PROCESSES = ["rms_norm_3x4", "matrix_norm", "scatter_short", "batch_norm", "twice_nested", "repeats_nested_differ", "relu_module_in_place", "function_mixing"]
+PROCESSES = [
+    "rms_norm_3x4",
+    "matrix_norm",
+    "scatter_short",
+    "batch_norm",
+    "twice_nested",
+    "repeats_nested_differ",
+    "relu_module_in_place",
+    "function_mixing",
+]
 
 
 def holds(hole: Hole, tp: int, backend: str = "local") -> Outcome:

@@ -253,7 +253,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which models are drawn (0)")
     parser.add_argument("--out", type=Path, default=Path("fuzz"), help="folder for scripts that reproduce failures (fuzz)")
     parser.add_argument("--family", choices=FAMILIES, default="", help="draw only these (all in turns)")
-    parser.add_argument("--certificate", choices=("numbers", "graph"), default="numbers", help="how plans are checked before they are run (numbers)")
+    parser.add_argument(
+        "--certificate", choices=("numbers", "graph"), default="numbers", help="how plans are checked before they are run (numbers)"
+    )
     given = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     done = fuzz(given.minutes, given.out, given.seed, given.family, lambda text: print(text, flush=True), given.certificate)  # noqa: T201

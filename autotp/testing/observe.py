@@ -276,10 +276,10 @@ def _drawn() -> Iterator[list[str]]:
     """The list is not empty afterwards if random numbers were drawn inside (`_forward` seeds torch by itself)."""
     found: list[str] = []
     torch.manual_seed(0)
-    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state(legacy=True)[1].copy()  # type: ignore[index]
     yield found
     same = torch.equal(before[0], torch.get_rng_state()) and random.getstate() == before[1]
-    if not same or not numpy.array_equal(before[2], numpy.random.get_state()[1]):
+    if not same or not numpy.array_equal(before[2], numpy.random.get_state(legacy=True)[1]):  # type: ignore[index]
         found.append("random numbers")
 
 

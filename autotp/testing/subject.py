@@ -78,9 +78,9 @@ def twin(model: nn.Module) -> nn.Module:
     made = copy.deepcopy(model)
     for old, new in zip(model.parameters(), made.parameters(), strict=True):
         for hook in (old._backward_hooks or {}).values():
-            new.register_hook(hook)
+            new.register_hook(hook)  # type: ignore[no-untyped-call]
         for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
-            new.register_post_accumulate_grad_hook(hook)
+            new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     return made
 
 

@@ -170,7 +170,9 @@ def _first(i: Idioms) -> str:
 
 def _last(i: Idioms) -> str:
     if i.weights is Weights.TIED:
-        weight = "self.a.weight[..., 0].t()" if i.up is Up.CONV else "self.a.weight[..., 1].t()" if i.up is Up.CONV_WIDE else "self.a.weight.t()"
+        weight = (
+            "self.a.weight[..., 0].t()" if i.up is Up.CONV else "self.a.weight[..., 1].t()" if i.up is Up.CONV_WIDE else "self.a.weight.t()"
+        )
         return f"F.linear(h, {weight}, self.c)"
     return _read(i, "b", "h", 1)
 
@@ -236,7 +238,10 @@ def _model(i: Idioms) -> str:
     two = i.repeat is not Repeat.ONE
     differ = i.differ if two and i.repeat is not Repeat.SHARED else Differ.NOT
     function = i.differ is Differ.FUNCTION
-    made = ["Part(torch.relu)" if function else "Part()", "Part(lambda h: h.softmax(-1))" if differ is Differ.FUNCTION else "Part(torch.relu)" if function else "Part()"]
+    made = [
+        "Part(torch.relu)" if function else "Part()",
+        "Part(lambda h: h.softmax(-1))" if differ is Differ.FUNCTION else "Part(torch.relu)" if function else "Part()",
+    ]
     holders = {
         Repeat.ONE: (f"self.m = {made[0]}", ["self.m"]),
         Repeat.LIST: (f"self.m = nn.ModuleList([{', '.join(made)}])", ["self.m[0]", "self.m[1]"]),
@@ -247,7 +252,9 @@ def _model(i: Idioms) -> str:
     }
     holder, paths = holders[i.repeat]
     init = ["super().__init__()", f"self.n = nn.LayerNorm({i.outer})", holder]
-    init += [f"self.g, self.late = nn.Parameter(torch.randn({i.outer})), nn.Linear({i.outer}, {i.width})"] if Around.GATE in i.around else []
+    init += (
+        [f"self.g, self.late = nn.Parameter(torch.randn({i.outer})), nn.Linear({i.outer}, {i.width})"] if Around.GATE in i.around else []
+    )
     init += ['self.register_buffer("seen", torch.zeros((), dtype=torch.long))'] if Around.COUNTER in i.around else []
     forward = ["self.seen += 1", "x = x * (1 + 0.1 * self.seen)"] if Around.COUNTER in i.around else []
     forward.append("r = x")

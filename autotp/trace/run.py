@@ -225,9 +225,7 @@ def _failures(model: nn.Module, recorder: BlockRecorder) -> Iterator[None]:
         raise Untraceable("", type(model).__name__, last, error) from error
 
 
-def _call(
-    model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode
-) -> Any:
+def _call(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode) -> Any:
     known = recorder._values
     fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
     with recorder.recording(mode.grad, mode.inference):

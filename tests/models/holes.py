@@ -169,7 +169,9 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 #: Of those above, what a plan shards at 2 ranks and at 3.
-_SHARDED = frozenset({"pointwise", "expanded", "scaled_partial_sum", "complex_pairs", *(f"{n}_in_groups_of_4" for n in STATISTICS if n != "across")})
+_SHARDED = frozenset(
+    {"pointwise", "expanded", "scaled_partial_sum", "complex_pairs", *(f"{n}_in_groups_of_4" for n in STATISTICS if n != "across")}
+)
 
 
 def _mid(name: str, function: Callable[[Tensor], Tensor], width: int = 12) -> Hole:

@@ -279,7 +279,11 @@ FACTORIES: dict[str, Callable[[], nn.Module]] = {
     "stashed": partial(Stashed, False),
     "stashed_and_read": partial(Stashed, True),
     **{f"forward_{how}": partial(Direct, how) for how in ("last", "first", "part", "type", "type_of_part", "class", "call", "mapped")},
-    **{f"repeats_{form}{'_differ' if differ else ''}": partial(Blocks, form, differ) for form in ("nested", "dict", "sequential", "flat") for differ in (False, True)},
+    **{
+        f"repeats_{form}{'_differ' if differ else ''}": partial(Blocks, form, differ)
+        for form in ("nested", "dict", "sequential", "flat")
+        for differ in (False, True)
+    },
     "functions_alike": partial(Functions, F.gelu, F.gelu, F.gelu),
     "functions_differ": partial(Functions, F.relu, lambda h: h.softmax(-1)),
     "functions_differ_late": partial(Functions, F.relu, F.relu, lambda h: h.flip(-1)),

@@ -183,7 +183,12 @@ class Asking(Mid):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
-        asked = {"grad": torch.is_grad_enabled(), "requires": h.requires_grad, "training": self.training, "weight": self.a.weight.requires_grad}
+        asked = {
+            "grad": torch.is_grad_enabled(),
+            "requires": h.requires_grad,
+            "training": self.training,
+            "weight": self.a.weight.requires_grad,
+        }
         return self.b(h.softmax(-1) if asked[self.what] else h)
 
 
@@ -290,12 +295,26 @@ FACTORIES: dict[str, Callable[[], nn.Module]] = {
     "average_in_training": partial(Averaged, True, False),
     "counters": Counted,
     "buffer_assigned": Replaced,
-    **{f"weights_by_{hold.strip('_')}{'_' * hold.startswith('_')}": partial(Held, hold) for hold in
-       ("list", "dict", "closure", "named_parameters", "parameters", "_parameters", "state_dict", "data", "getattr")},
+    **{
+        f"weights_by_{hold.strip('_')}{'_' * hold.startswith('_')}": partial(Held, hold)
+        for hold in ("list", "dict", "closure", "named_parameters", "parameters", "_parameters", "state_dict", "data", "getattr")
+    },
     "weight_of_another_module": Decoded,
     "tied_weights": Tied,
-    **{f"hook_{kind}": partial(Hooked, kind) for kind in
-       ("weight", "weight_mixing", "bias", "post_accumulate", "forward", "forward_elementwise", "pre", "backward", "backward_pre")},
+    **{
+        f"hook_{kind}": partial(Hooked, kind)
+        for kind in (
+            "weight",
+            "weight_mixing",
+            "bias",
+            "post_accumulate",
+            "forward",
+            "forward_elementwise",
+            "pre",
+            "backward",
+            "backward_pre",
+        )
+    },
     **{f"asks_{what}": partial(Asking, what) for what in ("grad", "requires", "training", "weight")},
     "gate": Gated,
     "tensor_hook_elementwise": partial(TensorHook, _clamped),

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from autotp.rewrite.tensor import LayoutDTensor
 
 from autotp.rewrite.full import full_state_dict
+from autotp.rewrite.tensor import LayoutDTensor
 from tests.rewrite.plans import error, llama_plan, rewrite, tiny_llama, worst_grad
 from tests.support.ranks import Pool
 

@@ -246,7 +246,8 @@ class TrainingOnly(Two):
 
 
 @pytest.mark.parametrize(
-    ("what", "where"), [("output", "output"), ("gradient", "gradient of "), ("second", "output of a second call"), ("buffer", "buffer seen")]
+    ("what", "where"),
+    [("output", "output"), ("gradient", "gradient of "), ("second", "output of a second call"), ("buffer", "buffer seen")],
 )
 def test_training_mode_is_compared(what: str, where: str) -> None:
     with pytest.raises(NotEquivalent) as caught:
@@ -300,7 +301,7 @@ class WeightHook(Two):
 
 
 def test_hooks_on_weights_are_watched() -> None:
-    with pytest.raises(NotEquivalent, match="the most a.weight"):
+    with pytest.raises(NotEquivalent, match=r"the most a\.weight"):
         assert_equivalent(WeightHook, tp=2, inputs=X)
 
 

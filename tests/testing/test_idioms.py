@@ -20,7 +20,9 @@ from autotp.testing.idioms import Around, Call, Differ, Idioms, Repeat, Up, Weig
 from autotp.testing.outcome import Outcome, equal_or_refused
 from autotp.testing.proving import traits
 
-QUICK = settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+QUICK = settings(
+    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
 CHOICES = {"up": Up, "weights": Weights, "call": Call, "repeat": Repeat, "differ": Differ}
 
 
