@@ -1,8 +1,8 @@
 """Which values at the boundaries of modules are not whole, as code outside of the module sees them.
 
-Between regions every value is whole on every rank, and so is its gradient. Inside of one, what crosses a module's boundary may be a rank's part,
-a summand, or whole with a gradient that is a summand: a hook of a user or another module put there would compute something else.
-Conversions at a boundary are done inside of the module, so outside of it the argument is the value before them, the result the one after.
+Between regions every value is whole on every rank, and so is its gradient. Inside of one, what crosses a module's boundary may be a rank's
+part, a summand, or whole with a gradient that is a summand: a hook of a user or another module put there would compute something else.
+Conversions at a boundary are done inside of the module: outside of it the argument is the value before them, the result the one after.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def _held(space: Space, joints: Iterable[Joint]) -> set[int]:
 def _trail(space: Space, node: Node) -> list[tuple[int, int]]:
     """(value, node that gave it) of a result and of what is made of it, as long as that has one use."""
     trail = [(node.outputs[0].id, node.index)]
-    while len(users := space.users.get(trail[-1][0], ())) == 1 and len(space.graph.nodes[users[0]].outputs) == 1:
-        trail.append((space.graph.nodes[users[0]].outputs[0].id, users[0]))
+    while len(users := space.users.get(trail[-1][0], [])) == 1 and len(outputs := space.graph.nodes[users[0]].outputs) == 1:
+        trail.append((outputs[0].id, users[0]))
     return trail
 
 

@@ -264,9 +264,7 @@ def place_copies(
         copies,
         frozenset(e for e in edges if ("group", e[1]) in chosen),
         frozenset(k[1] for k in chosen if isinstance(k, tuple) and k[0] == "param"),
-        frozenset(
-            (side, key[1]) for side, key in (v for v in solved[1] if isinstance(v, tuple)) if side in ("above", "below") and key[0] == "slot"
-        ),
+        frozenset((v[0], v[1][1]) for v in solved[1] if isinstance(v, tuple) and v[0] in ("above", "below") and v[1][0] == "slot"),
     )
 
 

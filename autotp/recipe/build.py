@@ -84,7 +84,7 @@ def _boundaries(bound: Bound) -> dict[str, tuple[Boundary, ...]]:
         for p in (w for w in weights(params) if w.names):
             argument = Boundary(False, (first_argument(bound.model.get_submodule(path)),), Shown.PART)
             sides = {Role.COLUMN: (Boundary(True, (), Shown.PART),), Role.ROW: (argument,)}
-            found[path] = found.get(path) or sides.get(p.role, unknown if p.role is Role.PART else ())
+            found.setdefault(path, sides.get(p.role, unknown if p.role is Role.PART else ()))
     return {path: slots for path, slots in found.items() if slots}
 
 
