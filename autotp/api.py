@@ -25,7 +25,7 @@ from autotp.recipe.recipe import Recipe
 from autotp.rewrite import full
 from autotp.rewrite.apply import apply
 from autotp.rewrite.comm import Comm, DryComm, GroupComm
-from autotp.rewrite.rng import install_rng
+from autotp.rewrite.entry import install_entries, originals_of
 from autotp.rewrite.same_inputs import install_same_inputs
 from autotp.rewrite.shards import MakeParam, shard_onto
 from autotp.rewrite.undo import Undo
@@ -186,10 +186,11 @@ def _install(model: nn.Module, line: DeviceMesh, comm: GroupComm, made: Plan, ma
     undo = Undo()
 
     def rewrite() -> None:
+        originals = originals_of(model, made)
         done = apply(model, made.params, made.modules, comm=comm, make_param=make_param or shard_onto(line))
         undo.push(done.undo)
         undo.at_release(done.release)
-        install_rng(model, comm, undo)
+        install_entries(model, made, comm, originals, undo)
         install_same_inputs(model, comm, undo)
 
     try:

@@ -144,6 +144,28 @@ class ModulePlan:
     uncalled: bool = False
 
 
+class Shown(Enum):
+    """What a value at a module's boundary is to code outside of the module, where it is not simply whole."""
+
+    PART = "part"
+    SUM = "summand"
+    HELD = "held"  # its sum is taken at another module
+    GRADIENT = "gradient"  # whole itself, but its gradient is a summand
+    UNKNOWN = "unknown"  # no trace told
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """One tensor at a module's boundary that is not whole: an argument or, if `result`, a result; `path` as in `Slot`."""
+
+    result: bool
+    path: tuple[str | int, ...]
+    shown: Shown
+
+    def __str__(self) -> str:
+        return f"{'result' if self.result else 'argument'} {'.'.join(map(str, self.path))}".strip()
+
+
 @dataclass(frozen=True, slots=True)
 class ParamPlan:
     """Layout of one parameter; `axis` names its axis ("layers.0.attention: heads"), `reason` says why it is replicated."""

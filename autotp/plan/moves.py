@@ -31,7 +31,8 @@ class Moves:
 
     reduces, copies: the `conversion_key`s of module boundaries, call sites or single values.
     group_edges: (node index, value id) uses inside regions that are converted alone. grad_sums: parameters whose gradient is summed.
-    partial: values that are still partial sums where they are used.
+    partial: values that are still partial sums where they are used. hanging: ("above" or "below" a conversion, slot) whose gradient is
+    still a partial sum there.
     """
 
     reduces: frozenset[Hashable]
@@ -39,6 +40,7 @@ class Moves:
     copies: frozenset[Hashable]
     group_edges: frozenset[tuple[int, int]]
     grad_sums: frozenset[int]
+    hanging: frozenset[tuple[str, SlotKey]] = frozenset()
 
 
 class Undecidable(Exception):
@@ -193,8 +195,8 @@ def _seen_whole(space: Space, node: Node) -> tuple[Value, ...]:
 
 def place_copies(
     space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable], places: bool
-) -> tuple[frozenset[Hashable], frozenset[tuple[int, int]], frozenset[int]]:
-    """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed)."""
+) -> tuple[frozenset[Hashable], frozenset[tuple[int, int]], frozenset[int], frozenset[tuple[str, SlotKey]]]:
+    """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed, hanging slots)."""
     cut, vertices = Cut(), _Vertices(space, places)
     flows = space.flows
     sharded = labels.shard
@@ -269,6 +271,7 @@ def place_copies(
         copies,
         frozenset(e for e in edges if ("group", e[1]) in chosen),
         frozenset(k[1] for k in chosen if isinstance(k, tuple) and k[0] == "param"),
+        frozenset((v[0], v[1][1]) for v in solved[1] if isinstance(v, tuple) and v[0] in ("above", "below") and v[1][0] == "slot"),
     )
 
 
@@ -321,5 +324,4 @@ def place(space: Space, labels: Labels) -> Moves:
 
 def _place(space: Space, labels: Labels, places: bool) -> Moves:
     reduces, partial = place_reductions(space, labels, places)
-    copies, groups, sums = place_copies(space, labels, partial, reduces, places)
-    return Moves(reduces, partial, copies, groups, sums)
+    return Moves(reduces, partial, *place_copies(space, labels, partial, reduces, places))

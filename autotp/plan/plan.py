@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from autotp.errors import InputError
 from autotp.plan import cost, export, table
 from autotp.plan.cost import PaddedAxis
-from autotp.plan.model import ModulePlan, ParamPlan
+from autotp.plan.model import Boundary, ModulePlan, ParamPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ class Plan:
     products: names of the parameters that are operands of products (Linear and expert weights). notes: what the
     reader should know (paths that were not traced). checked: what the plan passed besides its replay on fake tensors: `numbers` (the
     model and its ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
+    boundaries: path of a module → what code outside of it does not see whole there (`autotp.plan.boundaries`).
     """
 
     model: str
@@ -73,10 +74,12 @@ class Plan:
     products: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     checked: str = ""
+    boundaries: Mapping[str, tuple[Boundary, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
         object.__setattr__(self, "aliases", MappingProxyType(dict(self.aliases)))
+        object.__setattr__(self, "boundaries", MappingProxyType(dict(self.boundaries)))
 
     def __reduce__(self) -> Any:
         fields = (
@@ -90,6 +93,7 @@ class Plan:
             self.products,
             self.notes,
             self.checked,
+            dict(self.boundaries),
         )
         return Plan, fields
 

@@ -9,6 +9,7 @@ from math import prod
 from autotp.axes.atoms import Atom
 from autotp.axes.kernel import Kernel
 from autotp.errors import PlanError
+from autotp.plan.boundaries import find_boundaries
 from autotp.plan.build import Builder, Unrealisable
 from autotp.plan.choose import Choice, choose
 from autotp.plan.cuts import Cut
@@ -130,7 +131,8 @@ def solve(
             moves = place(space, choice.labels)
             namer = Namer({a: pattern_of(space, choice, a) for a in choice.on}, choice.cuts, _param_dims(space))
             joints, notes = find_joints(space, moves)
-            modules = Builder(space, choice, moves, local, namer, linears, tp, joints).run()
+            builder = Builder(space, choice, moves, local, namer, linears, tp, joints)
+            modules = builder.run()
         except (Stuck, Unrealisable) as error:
             reason = f"{error.reason}: {error.node}"
             if not choice.on:
@@ -143,7 +145,9 @@ def solve(
             _blame_alone(space, choice, bans, reason)
         else:
             plan = _plan(space, choice, moves, modules, namer, tp, model, bans)
-            return Draft(replace(plan, notes=(*plan.notes, *notes)), space, choice, moves, local)
+            copied = {slot for slot, conversions in builder.slots.items() if any(c.op is Op.COPY for c in conversions)}
+            boundaries = find_boundaries(space, choice.labels, moves, joints, copied, space.graph.repeats)
+            return Draft(replace(plan, notes=(*plan.notes, *notes), boundaries=boundaries), space, choice, moves, local)
         if bans.size == before or attempt == MAX_ATTEMPTS - 1:
             bans.all = reason
     raise AssertionError("an axis was taken where none may be")

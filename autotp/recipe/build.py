@@ -22,17 +22,18 @@ from torch import nn
 
 from autotp.errors import RecipeError
 from autotp.plan.layout import Layout, factors, freed, is_sharded
-from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, ParamPlan, Site, Slot, Use
+from autotp.plan.model import Boundary, Conversion, GradSum, Kernel, ModulePlan, Op, ParamPlan, Shown, Site, Slot, Use
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import AxisInfo, Plan, Traffic
 from autotp.plan.solve import summed
 from autotp.recipe.bind import bind
 from autotp.recipe.bound import Bound, BoundBoundary, BoundParam, Problems
-from autotp.recipe.check import first_argument, own_params, scopes, weights
+from autotp.recipe.check import first_argument, own_params, scopes, under, weights
 from autotp.recipe.model import Role
 from autotp.recipe.names import unnamed_attributes
 from autotp.recipe.recipe import Recipe
 
+_INNER = (Role.COLUMN, Role.ROW, Role.PART, Role.INSIDE)
 _LABEL = {Role.LOOKUP: "embedding", Role.GATHERED: "head"}
 
 
@@ -63,8 +64,28 @@ def plan_of_bound(bound: Bound) -> Plan:
     products = {p.name for p in weights(bound.params.values()) if not isinstance(bound.model.get_submodule(p.module), nn.Embedding)}
     return Plan(
         type(bound.model).__name__, bound.tp, params, tuple(modules.values()), tuple(_axes(bound)), tuple(_traffic(bound)),
-        bound.aliases, frozenset(products), (),
+        bound.aliases, frozenset(products), (), boundaries=_boundaries(bound),
     )  # fmt: skip
+
+
+def _boundaries(bound: Bound) -> dict[str, tuple[Boundary, ...]]:
+    """What roles say of the boundaries of modules; all of what may run beside or inside of what is cut and has no role is unknown."""
+    unknown = (Boundary(False, (), Shown.UNKNOWN), Boundary(True, (), Shown.UNKNOWN))
+    found: dict[str, tuple[Boundary, ...]] = {}
+    own = own_params(bound)
+    inner = {b.module for b in (*bound.arguments, *bound.results)}
+    beside = {path.rpartition(".")[0] for path, params in own.items() if any(p.names and p.role in _INNER for p in params)}
+    for path, module in bound.model.named_modules():
+        if path and path not in own and path.rpartition(".")[0] in beside and not list(module.children()):
+            found[path] = unknown
+        if any(under(path, b) and path != b for b in inner):
+            found[path] = unknown
+    for path, params in own.items():
+        for p in (w for w in weights(params) if w.names):
+            argument = Boundary(False, (first_argument(bound.model.get_submodule(path)),), Shown.PART)
+            sides = {Role.COLUMN: (Boundary(True, (), Shown.PART),), Role.ROW: (argument,)}
+            found.setdefault(path, sides.get(p.role, unknown if p.role is Role.PART else ()))
+    return {path: slots for path, slots in found.items() if slots}
 
 
 def _unclear(bound: Bound) -> list[str]:

@@ -1,13 +1,13 @@
 """Random numbers that must agree: sampling draws the same token on every rank, replicated dropout the same mask.
 
-Rank 0's generator states are broadcast before `generate`, and before a training forward of a model with active dropout. Models inside of
-the model do the same where they are called by themselves, and so does a dropout that is.
+Rank 0's generator states are broadcast before `generate`, and before a training forward of a model with active dropout: at the root, or at
+the inner model, block or dropout where a call begins (`autotp.rewrite.entry`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -56,42 +56,27 @@ class SyncedGenerate:
         return self._generate(*args, **kwargs)
 
 
-class SyncedDropout:
-    """Root forward pre-hook: agree on the generator state if any dropout will draw from it."""
+class Dropouts:
+    """Whether modules will draw dropout masks in training: dropout modules, and configs with a dropout above zero."""
 
-    def __init__(self, model: nn.Module, comm: Comm) -> None:
-        self._comm = comm
-        self._dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-        self._config = getattr(model, "config", None)
+    __slots__ = ("_configs", "_modules")
 
-    @property
-    def possible(self) -> bool:
-        """True where there is something that may drop, whatever its probability is now."""
-        return bool(self._dropouts) or any("drop" in k for k in getattr(self._config, "__dict__", {}))
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        every = list(modules)
+        self._modules = [m for m in every if isinstance(m, nn.modules.dropout._DropoutNd)]
+        self._configs = list({id(c): c for m in every if hasattr(c := m.__dict__.get("config"), "__dict__")}.values())
 
     def active(self) -> bool:
         """True when a dropout probability is above zero."""
-        if any(m.p > 0 for m in self._dropouts):
-            return True
-        values = getattr(self._config, "__dict__", {})
-        return any(isinstance(v, float) and v > 0 for k, v in values.items() if "drop" in k)
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        if model.training and self.active():
-            sync_rng(self._comm, device_of(model))
+        return any(m.p > 0 for m in self._modules) or any(map(_drops, self._configs))
 
 
-def _entries(model: nn.Module) -> list[nn.Module]:
-    """The modules that people call: the model, its children, and models inside of it (they generate, or load weights by themselves)."""
-    inner = [m for m in model.modules() if hasattr(type(m), "generate") or hasattr(type(m), "from_pretrained")]
-    return list(dict.fromkeys((model, *model.children(), *inner)))
+def _drops(config: Any) -> bool:
+    return any(isinstance(v, float) and v > 0 for k, v in vars(config).items() if "drop" in k)
 
 
-def install_rng(model: nn.Module, comm: Comm, undo: Undo) -> None:
-    """Make `generate` and training forwards agree on random numbers, of the models inside of `model` too; journalled in `undo`."""
-    for entry in _entries(model):
-        if callable(getattr(type(entry), "generate", None)):
-            undo.set_attribute(entry, "generate", SyncedGenerate(entry, comm))
-        drops = SyncedDropout(entry, comm)
-        if entry is model or drops.possible:
-            undo.push(entry.register_forward_pre_hook(drops, prepend=True).remove)
+def install_generate(model: nn.Module, comm: Comm, undo: Undo) -> None:
+    """Make `generate` of the model, and of models inside of it, agree on arguments and random numbers; journalled in `undo`."""
+    for module in model.modules():
+        if callable(getattr(type(module), "generate", None)):
+            undo.set_attribute(module, "generate", SyncedGenerate(module, comm))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp.numeric.exact import TOLERANCE, relative_error
+from autotp.rewrite.hooks import Observer
 from autotp.trace.boundary import flatten_result
 
 #: (module path, number of the call, path inside the result) → output.
@@ -39,7 +40,7 @@ def recorded(model: nn.Module) -> Iterator[Record]:
 
         return hook
 
-    handles = [module.register_forward_hook(hook_of(path)) for path, module in model.named_modules()]
+    handles = [module.register_forward_hook(Observer(hook_of(path))) for path, module in model.named_modules()]
     try:
         yield record
     finally:

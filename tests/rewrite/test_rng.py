@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autotp.rewrite.comm import GroupComm
-from autotp.rewrite.rng import install_rng
-from autotp.rewrite.undo import Undo
+import autotp
+from autotp.rewrite.rng import install_generate
 from tests.rewrite.plans import llama_plan, rewrite, tiny_llama, tp_mesh
 from tests.support.ranks import Pool
 
@@ -23,7 +22,7 @@ def sample() -> list[list[int]]:
     plain = type(model).generate
     params, modules = llama_plan(model, 2)
     comm, undo = rewrite(model, params, modules)
-    install_rng(model, comm, undo)
+    install_generate(model, comm, undo)
     tokens = []
     for m in (model, copy.deepcopy(model)):
         torch.manual_seed(dist.get_rank())
@@ -41,8 +40,7 @@ def test_sampling_agrees(pool: Pool) -> None:
 
 
 def dropout() -> list[bool]:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
-    install_rng(model, GroupComm(tp_mesh().get_group()), Undo())
+    model = autotp.parallelize(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), tp_mesh(), example_inputs={"input": torch.ones(3, 4)})
     torch.manual_seed(dist.get_rank())
     return (model(torch.ones(3, 4)) == 0).flatten().tolist()
 

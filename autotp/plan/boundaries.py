@@ -1,0 +1,93 @@
+"""Which values at the boundaries of modules are not whole, as code outside of the module sees them.
+
+Between regions every value is whole on every rank, and so is its gradient. Inside of one, what crosses a module's boundary may be a rank's
+part, a summand, or whole with a gradient that is a summand: a hook of a user or another module put there would compute something else.
+Conversions at a boundary are done inside of the module: outside of it the argument is the value before them, the result the one after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from autotp.plan.joint import Joint
+from autotp.plan.labels import Labels, SlotKey, Space
+from autotp.plan.model import Boundary, Shown
+from autotp.plan.moves import Moves, slot_key
+from autotp.trace.graph import Node, Pseudo, Value
+
+_ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # what says most first
+
+
+def find_boundaries(
+    space: Space, labels: Labels, moves: Moves, joints: Iterable[Joint], copied: Collection[SlotKey], repeats: Mapping[str, str]
+) -> dict[str, tuple[Boundary, ...]]:
+    """Path of a module → its boundary values that are not whole; modules with none are left out.
+
+    `copied`: the slots with a COPY. `repeats`: block → the block that was traced in its place.
+    """
+    held = _held(space, joints)
+    found: dict[str, dict[tuple[bool, tuple[str | int, ...]], Shown]] = {}
+    for node in space.graph.nodes:
+        key = slot_key(node)
+        if key is None or not key[1]:
+            continue
+        shown = _shown(space, labels, moves, node, key, held, copied)
+        if shown is None:
+            continue
+        _, path, where = key
+        result = node.op is Pseudo.EXIT
+        for each in (where,) if result else space.graph.members.get((path, where), (where,)):
+            before = found.setdefault(path, {}).setdefault((result, each), shown)
+            found[path][result, each] = min(before, shown, key=_ORDER.index)
+    every = {path: tuple(Boundary(*place, shown) for place, shown in slots.items()) for path, slots in found.items()}
+    return _repeated(every, repeats)
+
+
+def _shown(
+    space: Space, labels: Labels, moves: Moves, node: Node, key: SlotKey, held: set[int], copied: Collection[SlotKey]
+) -> Shown | None:
+    enters = node.op is Pseudo.ENTER
+    value = node.args[0] if enters else node.outputs[0]
+    if not isinstance(value, Value):
+        return None
+    if node.index in held:
+        return Shown.HELD
+    if labels.of(value):
+        return Shown.PART
+    if value.id in moves.partial:
+        return Shown.SUM
+    whole = key in copied if enters else False
+    hanging = ("above" if enters else "below", key) in moves.hanging
+    return Shown.GRADIENT if hanging and not whole and value.id in space.flows else None
+
+
+def _held(space: Space, joints: Iterable[Joint]) -> set[int]:
+    """Crossings of summands that are reduced together, from the modules that hold and join them to the sum where all of them meet."""
+    found: set[int] = set()
+    for joint in joints:
+        trails = [(n, _trail(space, n)) for n in space.graph.nodes if slot_key(n) in joint.slots]
+        for node, trail in trails:
+            others = {value for other, values in trails if slot_key(other) != slot_key(node) for value, _ in values}
+            for value, at in trail:
+                if value in others:
+                    break
+                if isinstance(space.graph.nodes[at].op, Pseudo):
+                    found.add(at)
+    return found
+
+
+def _trail(space: Space, node: Node) -> list[tuple[int, int]]:
+    """(value, node that gave it) of a result and of what is made of it, as long as that has one use."""
+    trail = [(node.outputs[0].id, node.index)]
+    while len(users := space.users.get(trail[-1][0], [])) == 1 and len(outputs := space.graph.nodes[users[0]].outputs) == 1:
+        trail.append((outputs[0].id, users[0]))
+    return trail
+
+
+def _repeated(found: dict[str, tuple[Boundary, ...]], repeats: Mapping[str, str]) -> dict[str, tuple[Boundary, ...]]:
+    """Also for the blocks that were not traced, inner blocks first."""
+    every = dict(found)
+    for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):
+        inside = [path for path in every if path == template or path.startswith(template + ".")]
+        every.update({block + path[len(template) :]: every[path] for path in inside})
+    return every

@@ -1,0 +1,135 @@
+"""What is done once for each call of a parallel model, where it is entered: at its root, an inner model, or a block.
+
+Every module that calls others has its forward wrapped. While one of them runs, those inside pass on; the outermost looks whether
+what the plan rests on is still there, and agrees on random numbers if it will draw some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from autotp.plan.plan import Plan
+from autotp.rewrite.classes import subclass, wrap_forward
+from autotp.rewrite.comm import Comm
+from autotp.rewrite.hooks import Running, Watch, install_hooks
+from autotp.rewrite.reading import Reading
+from autotp.rewrite.rng import Dropouts, device_of, install_generate, sync_rng
+from autotp.rewrite.structure import Places, Structure
+from autotp.rewrite.undo import Undo
+from autotp.rewrite.values import Values, watched
+
+ENTRY = "_autotp_entry"
+Originals = Mapping[tuple[str, str], Any]
+
+_in_backward = torch._C._current_graph_task_id
+
+
+class Entry:
+    """One module at which a call of the model may begin."""
+
+    __slots__ = ("comm", "dropouts", "hooks", "running", "structure", "values")
+
+    def __init__(self, running: Running, comm: Comm, structure: Structure, values: Values, hooks: Watch, dropouts: Dropouts) -> None:
+        self.running, self.comm = running, comm
+        self.structure, self.values, self.hooks, self.dropouts = structure, values, hooks, dropouts
+
+    def begin(self, module: nn.Module) -> None:
+        """What comes before the outermost module runs.
+
+        Raises:
+            AutoTPError: the model is not what it was.
+        """
+        self.structure.check()
+        self.values.check()
+        self.hooks.check()
+        # A block that runs again for a checkpoint, in the backward, has the random state of its first run.
+        if module.training and _in_backward() == -1 and self.dropouts.active():
+            sync_rng(self.comm, device_of(module))
+
+
+def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if is_dynamo_compiling():
+        return forward(module, *args, **kwargs)
+    entry: Entry = module.__dict__[ENTRY]
+    running = entry.running
+    if running.open:
+        return forward(module, *args, **kwargs)
+    running.open = True
+    try:
+        entry.begin(module)
+        return forward(module, *args, **kwargs)
+    finally:
+        running.open = False
+
+
+def _make_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    inner = base.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling() or self.__dict__[ENTRY].running.open:
+            return inner(self, *args, **kwargs)
+        return _call(self, inner, args, kwargs)
+
+    return forward
+
+
+def originals_of(model: nn.Module, plan: Plan) -> Originals:
+    """The objects (configs) of which `apply` makes local copies: to be asked before it does."""
+    heads = {(m.path, a.path.partition(".")[0]) for m in plan.modules for a in m.attributes if "." in a.path}
+    found = {(path, head): getattr(model.get_submodule(path), head, None) for path, head in heads}
+    return {key: value for key, value in found.items() if hasattr(value, "__dict__")}
+
+
+def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Originals, undo: Undo) -> None:
+    """Guard a model that `plan` was applied to; journalled in `undo`."""
+    modules = [(path, m) for path, m in model.named_modules()]
+    places = _places(modules, plan)
+    running = Running()
+    hooks = install_hooks(model, plan.boundaries, running, undo)
+    values = list(watched([(p, m) for p, m in modules if p in places.runs], originals, Reading(), [m for _, m in modules]))
+    entered = [(p, m) for p, m in modules if m is model or _may_begin(model, m)]
+    for _, module in entered:
+        if module is model or "forward" in module.__dict__:
+            wrap_forward(module, _call, undo)
+        else:
+            undo.set_class(module, subclass(type(module), (), _make_forward))  # type: ignore[arg-type]
+    for path, module in entered:  # now that all classes and forwards are those that will run
+        under = [(p, m) for p, m in modules if _within(p, path)]
+        own = {(id(v.object), v.names): v for p, v in reversed(values) if _within(p, path)}
+        structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
+        undo.set_item(module.__dict__, ENTRY, Entry(running, comm, structure, Values(list(own.values())), hooks, dropouts))
+    install_generate(model, comm, undo)
+
+
+def _may_begin(model: nn.Module, module: nn.Module) -> bool:
+    """True for modules that call others, and for dropouts that are beside models: what people call by itself."""
+    if not module._modules:
+        return isinstance(module, nn.modules.dropout._DropoutNd) and any(module is child for child in model.children())
+    return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
+
+
+def _places(modules: list[tuple[str, nn.Module]], plan: Plan) -> Places:
+    cut = {name.rpartition(".")[0] for name, p in plan.params.items() if p.layout.dim is not None}
+    changed = {m.path for m in plan.modules} | cut
+    inner = set(plan.boundaries)
+    runs = changed | inner | {path.rpartition(".")[0] for path in inner if "." in path}
+    if any("." not in path for path in inner):
+        runs.add("")
+    touched: set[str] = set()
+    for path in changed | inner | {u.owner for m in plan.modules for u in m.uses}:
+        touched.update(_above(path))
+    return Places(frozenset(inner), frozenset(runs), frozenset(touched))
+
+
+def _above(path: str) -> Collection[str]:
+    parts = path.split(".") if path else []
+    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+
+
+def _within(path: str, module: str) -> bool:
+    return not module or path == module or path.startswith(module + ".")

@@ -1,0 +1,112 @@
+"""Plain values that code on parts reads (`config._attn_implementation`, a flag, a size) must stay what they were when the plan was made.
+
+Only modules that run on parts are watched: code that sees whole values may take any path. Floats may change: no path depends on them,
+and they are read anew in each call. Where a module has a config of its own, with a local number in it, changes of the model's config do
+not reach it: any that it would have read is then an error, floats too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from autotp.errors import AutoTPError
+from autotp.rewrite.reading import Reading
+
+_PLAIN = (bool, int, str, type(None))
+_MISSING: Any = object()
+
+
+def _plain(value: object, floats: bool = False) -> bool:
+    if isinstance(value, tuple | list):
+        return len(value) < 64 and all(_plain(v, floats) for v in value)
+    return type(value) in _PLAIN or (floats and type(value) is float)
+
+
+class _One:
+    """Some plain values of one object."""
+
+    __slots__ = ("get", "names", "object", "values", "where")
+
+    def __init__(self, where: str, object: Any, names: Sequence[str]) -> None:
+        self.where, self.object, self.names = where, object, tuple(names)
+        self.get: Callable[[Any], Any] = attrgetter(*self.names)
+        self.values = self.get(object)
+
+    def all(self, values: Any) -> tuple[Any, ...]:
+        return tuple(values) if len(self.names) > 1 else (values,)
+
+
+class Values:
+    """The plain values that the modules under one module rest on."""
+
+    __slots__ = ("found",)
+
+    def __init__(self, found: Sequence[_One]) -> None:
+        self.found = tuple(found)
+
+    def check(self) -> None:
+        """Raise where one has changed.
+
+        Raises:
+            AutoTPError: names it.
+        """
+        try:
+            for one in self.found:
+                if one.get(one.object) != one.values:
+                    break
+            else:
+                return
+        except AttributeError:
+            pass
+        for one in self.found:
+            now = tuple(getattr(one.object, name, _MISSING) for name in one.names)
+            for name, old, new in zip(one.names, one.all(one.values), now, strict=True):
+                if new is _MISSING or new != old:
+                    text = "gone" if new is _MISSING else repr(new)
+                    raise AutoTPError(
+                        f"{one.where}{name} was {old!r} when the model was made parallel and is {text} now; the code that reads it runs on "
+                        "a rank's part, by a plan made for the old value. Set it before parallelize (build the model again), or set it back"
+                    )
+
+
+def watched(
+    modules: Iterable[tuple[str, nn.Module]], originals: Mapping[tuple[str, str], Any], reading: Reading, every: Iterable[nn.Module]
+) -> Iterator[tuple[str, _One]]:
+    """(path of a module, values of it or of what it holds) to watch.
+
+    `modules`: those that run on parts. `originals`: (path, attribute) → the object that was there before a local copy of it was made.
+    `every`: all modules of the model; what any of their forwards stores is theirs to change.
+    """
+    stored = frozenset(("training",)).union(*(reading.of(cls)[1] for cls in {type(m) for m in every}))
+    for path, module in modules:
+        names = reading.of(type(module))[0] - stored
+        where = f"{path}." if path else ""
+        own = sorted(n for n, v in module.__dict__.items() if n in names and not n.startswith("_autotp") and _plain(v))
+        if own:
+            yield path, _One(where, module, own)
+        for name, value in module.__dict__.items():
+            if name in names and _holds_values(value):
+                yield from _of_object(path, f"{where}{name}.", value, names, False)
+        for (owner, name), value in originals.items():
+            if owner == path and value is not module.__dict__.get(name):
+                yield from _of_object(path, f"{where}{name}.", value, names, True)
+
+
+def _holds_values(value: object) -> bool:
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, nn.Module | Tensor | type)
+
+
+def _of_object(path: str, where: str, value: Any, names: Iterable[str], floats: bool) -> Iterator[tuple[str, _One]]:
+    found = []
+    for name in sorted(names):
+        try:
+            if _plain(getattr(value, name), floats):
+                found.append(name)
+        except Exception:  # a property of the user's may raise anything
+            continue
+    if found:
+        yield path, _One(where, value, found)
