@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -402,3 +403,62 @@ def hooks_stay() -> None:
 
 def test_hooks_stay(pool: Pool) -> None:
     pool.run(hooks_stay)
+
+
+class Lookup(nn.Module):
+    """A table whose rows are cut; `direct`: looked up by a call in the forward."""
+
+    def __init__(self, rows: int, direct: bool) -> None:
+        super().__init__()
+        self.embed, self.direct = nn.Embedding(rows, 8, padding_idx=3), direct
+        self.head = nn.Linear(8, rows, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.embedding(ids, self.embed.weight, 3) if self.direct else self.embed(ids)
+        return self.head(x.softmax(-1))
+
+
+def strange_ids() -> dict[str, str]:
+    """What a lookup says to ids that one device refuses; nothing where it does not."""
+    wrong: dict[str, str] = {}
+    for rows in (60, 61):
+        for direct in (False, True):
+            torch.manual_seed(0)
+            plain = Lookup(rows, direct).double()
+            good = torch.tensor([[0, 3, rows - 1, 1]])
+            parallel = autotp.parallelize(copy.deepcopy(plain), mesh(), example_inputs={"ids": good})
+            assert parallel.embed.weight.to_local().shape[0] < rows
+            cases = {"-1": good - 1, "rows": good + 1, "far": good * 1000, "bool": good > 0, "float": good * 1.0}
+            cases |= {"good": good, "one": good[:, :1], "last": good[:, 2:3], "none": good[:, :0], "int32": good.int()}
+            for name, ids in cases.items():
+                for record in (False, True):
+                    said = []
+                    for model in (plain, parallel):
+                        model.zero_grad()
+                        with torch.set_grad_enabled(record):
+                            try:
+                                out = model(ids)
+                            except (IndexError, RuntimeError) as error:
+                                said.append(f"{type(error).__name__}: {error}")
+                                continue
+                        if record:
+                            out.pow(2).sum().backward()
+                        weight = model.embed.weight
+                        grad = weight.grad.full_tensor() if model is parallel and record else weight.grad
+                        said.append((out.detach(), grad))
+                    a, b = said
+                    same = a == b if isinstance(a, str) or isinstance(b, str) else torch.allclose(a[0], b[0], rtol=1e-12, atol=1e-12)
+                    same = same and (isinstance(a, str) or not record or torch.allclose(a[1], b[1], rtol=1e-12, atol=1e-12))
+                    if not same:
+                        wrong[f"{rows} {direct} {name} {record}"] = f"{a} | {b}"
+            if rows == 61 and not direct and torch.distributed.get_world_size() == 2:
+                with pytest.raises(Exception, match="out of range"):
+                    torch.compile(parallel, backend="aot_eager")(good + 1)
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ids_outside_of_the_table(pool: Pool, world: int) -> None:
+    for wrong in pool.run(strange_ids, world=world, timeout=120.0):
+        assert not wrong, wrong

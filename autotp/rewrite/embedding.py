@@ -26,7 +26,7 @@ class EmbeddingRun:
     No id stands for a row of padding, so a lookup gives it no gradient and `weight.fix` has nothing to do.
     """
 
-    __slots__ = ("comm", "own", "padding", "reads", "reduces", "runs", "weight")
+    __slots__ = ("comm", "own", "padding", "reads", "reduces", "rows", "runs", "weight")
 
     def __init__(self, weight: Read, padding_idx: int | None, comm: Comm, *, reduces: bool) -> None:
         if weight.layout is None or weight.layout.is_shared:
@@ -35,7 +35,7 @@ class EmbeddingRun:
         self.own = self.reads = (weight,)
         self.comm = comm
         self.reduces = reduces
-        self.runs = weight.layout.runs(comm.rank)
+        self.rows, self.runs = weight.layout.shape[0], weight.layout.runs(comm.rank)
         self.padding = -1
         offset = 0
         for a, b in self.runs:
@@ -45,23 +45,27 @@ class EmbeddingRun:
 
     def composed(self, input: Tensor) -> Tensor:
         """The lookup from separate differentiable steps."""
-        ids, outside = local_ids(input, self.runs)
+        ids, outside = local_ids(input, self.runs, self.rows)
         weight = self.weight.value()
         padding = None if self.padding < 0 else self.padding
-        y = F.embedding(ids, weight, padding).masked_fill(outside.unsqueeze(-1), 0)  # type: ignore[arg-type]
+        y = F.embedding(ids, weight, padding)  # type: ignore[arg-type]
+        if outside is not None:
+            y = y.masked_fill(outside.unsqueeze(-1), 0)
         return reduce(y, self.comm) if self.reduces else y
 
-    def local(self, ids: Tensor, outside: Tensor, w: Tensor) -> Tensor:
+    def local(self, ids: Tensor, outside: Tensor | None, w: Tensor) -> Tensor:
         """Rows [.., width] of local ids, zero where `outside`, summed over ranks; nothing recorded."""
-        y, outside = F.embedding(ids, w), outside.unsqueeze(-1)
-        y = y.masked_fill(outside, 0) if keeps_results() else y.masked_fill_(outside, 0)
+        y = F.embedding(ids, w)
+        if outside is not None:
+            outside = outside.unsqueeze(-1)
+            y = y.masked_fill(outside, 0) if keeps_results() else y.masked_fill_(outside, 0)
         return self.comm.all_reduce_(y) if self.reduces else y
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: LayoutDTensor, run: EmbeddingRun) -> Tensor:
-        ids, outside = local_ids(input, run.runs)
+        ids, outside = local_ids(input, run.runs, run.rows)
         ctx.save_for_backward(ids, outside)
         ctx.run, ctx.spec, ctx.rows = run, weight._spec, weight._local_tensor.shape[0]
         y = run.local(ids, outside, weight._local_tensor)
@@ -72,7 +76,8 @@ class _Embedding(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise AutoTPError("a sharded embedding has no second derivative; run without create_graph=True")
         ids, outside = ctx.saved_tensors
-        grad = grad.masked_fill(outside.unsqueeze(-1), 0)
+        if outside is not None:
+            grad = grad.masked_fill(outside.unsqueeze(-1), 0)
         dense = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.run.padding, False)
         return None, laid_out(ctx.spec, dense, ctx.run.weight.layout), None
 
@@ -87,7 +92,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
             return run.composed(input)
         if torch.is_grad_enabled() and weight.requires_grad:
             return _Embedding.apply(input, weight, run)  # type: ignore[no-any-return, no-untyped-call]
-        return run.local(*local_ids(input, run.runs), weight._local_tensor)
+        return run.local(*local_ids(input, run.runs, run.rows), weight._local_tensor)
 
     return forward
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout
@@ -85,32 +86,50 @@ def _lookup(
         raise PlanError("a sharded lookup reads a weight that is no parameter of the module which the plan lists")
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise PlanError("max_norm, scale_grad_by_freq and sparse gradients are not supported for a sharded embedding")
-    ids, outside = local_ids(input, layout.owned_runs(comm.rank))
+    ids, outside = local_ids(input, layout.owned_runs(comm.rank), layout.shape[0])
+    y = F.embedding(ids, weight)
     if padding_idx is not None:  # the padding row gets no gradient
-        padding_idx = padding_idx % layout.shape[0]
-        rows = torch.where(input == padding_idx, True, outside).unsqueeze(-1)
-        y = F.embedding(ids, weight)
-        y = torch.where(rows, y.detach(), y)
-    else:
-        y = F.embedding(ids, weight)
-    return y.masked_fill(outside.unsqueeze(-1), 0)
+        if not -layout.shape[0] <= padding_idx < layout.shape[0]:
+            raise AssertionError("Padding_idx must be within num_embeddings")  # as F.embedding
+        y = torch.where((input == padding_idx % layout.shape[0]).unsqueeze(-1), y.detach(), y)
+    return y if outside is None else y.masked_fill(outside.unsqueeze(-1), 0)
 
 
-def local_ids(ids: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """`ids` of the full dim → (local ids, 0 where not held; mask of the ids not held). Same shape both. `runs` may have padding."""
+def local_ids(ids: Tensor, runs: Sequence[tuple[int, int]], rows: int) -> tuple[Tensor, Tensor | None]:
+    """`ids` of a table of `rows` → (local ids, 0 where not held; mask of the ids not held, None where all are). Same shape both.
+
+    `runs` may have padding. An id that the table does not have is refused by every rank, as one device does: on CPUs here, elsewhere by
+    the lookup, which is given one that is in no part either.
+
+    Raises:
+        IndexError: as F.embedding.
+    """
+    dtype = ids.dtype
+    if dtype is not torch.int64 and dtype is not torch.int32:
+        F.embedding(ids, torch.empty(1, 1, device=ids.device))  # raises
+    checked = type(ids) is Tensor and ids.is_cpu and ids.numel() > 0 and not is_dynamo_compiling()
     a, b = runs[0]
+    if checked:
+        least, most = torch.aminmax(ids)
+        low, high = int(least), int(most)
+        if low < 0 or high >= rows:
+            raise IndexError("index out of range in self")
+        if 0 <= a <= low and high < b:
+            return ids - a if a else ids, None
     if len(runs) == 1 and a >= 0:
-        local = ids - a
-        outside = (local < 0) | (local >= b - a)
-        return local.masked_fill(outside, 0), outside
-    local, inside, offset = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), 0
-    for a, b in runs:
-        if a >= 0:
-            here = (ids >= a) & (ids < b)
-            local = torch.where(here, ids - (a - offset), local)
-            inside = inside | here
-        offset += b - a
-    return local, ~inside
+        local, size = ids - a, b - a
+        outside = (local < 0) | (local >= size)
+        local = local.masked_fill(outside, 0)
+    else:
+        local, inside, size = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), 0
+        for a, b in runs:
+            if a >= 0:
+                here = (ids >= a) & (ids < b)
+                local = torch.where(here, ids - (a - size), local)
+                inside = inside | here
+            size += b - a
+        outside = ~inside
+    return local if checked else local.masked_fill((ids < 0) | (ids >= rows), size), outside
 
 
 def _axes(x: Tensor, dims: Dims) -> tuple[int, ...]:
