@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, reject, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
-from autotp.errors import AutoTPError, InputError
+from autotp.errors import AutoTPError
 from autotp.testing.architecture import Architecture
 from autotp.testing.equivalence import assert_equivalent
 from autotp.testing.idioms import Idioms
@@ -126,11 +126,7 @@ class Fuzzer:
         self.reasons.update({plan.replicated[n] for n in plan.replicated_products})
 
     def _equal_or_refused(self, drawn: Idioms, tp: int) -> None:
-        try:
-            outcome = equal_or_refused(drawn.build, inputs=drawn.inputs(), tp=tp, more=drawn.more(), certificate=self.certificate)
-        except InputError:
-            self.outcomes["ill"] += 1
-            reject()
+        outcome = equal_or_refused(drawn.build, inputs=drawn.inputs(), tp=tp, more=drawn.more(), certificate=self.certificate)
         if outcome.equal is None:
             self.outcomes["refused"] += 1
             self.refusals[" ".join(outcome.refused.split())[:160]] += 1
@@ -176,10 +172,9 @@ class Fuzzer:
         lines = [f"{total} examples were equal; how many there were of each kind:"]
         lines += [f"  {group}: {', '.join(values)}" for group, values in groups.items()]
         if self.outcomes:
-            ran = sum(n for name, n in self.outcomes.items() if name != "ill")
-            counts = {name: self.outcomes[name] for name in ("sharded", "whole", "refused")}
-            shares = ", ".join(f"{n} {name} ({n / max(1, ran):.0%})" for name, n in counts.items())
-            lines.append(f"idioms: {shares}; {self.outcomes['ill']} more do not run on one device")
+            ran = self.outcomes.total()
+            shares = ", ".join(f"{self.outcomes[name]} {name} ({self.outcomes[name] / ran:.0%})" for name in ("sharded", "whole", "refused"))
+            lines.append(f"idioms: {shares}")
             lines += [f"  refused {count} × {why}" for why, count in self.refusals.most_common(12)]
         if self.reasons:
             lines.append("why weights stayed whole (architectures, the most frequent):")

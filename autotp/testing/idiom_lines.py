@@ -67,9 +67,7 @@ COMPOSITES = {
     "bce": "h = h * F.binary_cross_entropy_with_logits(h, h.sigmoid().detach())",
     "cross_entropy": "h = h * F.cross_entropy(h.flatten(0, 1), torch.arange(12) % $w)",
     "nll": "h = h - F.nll_loss(h.log_softmax(-1).flatten(0, 1), torch.arange(12) % $w)",
-    "cosine_embedding_loss": (
-        "h = h * F.cosine_embedding_loss(h.flatten(0, 1), h.roll(1, 1).flatten(0, 1) + 0.1, torch.ones(12, dtype=h.dtype))"
-    ),
+    "cosine_embedding_loss": "y = h.flatten(0, 1)\nh = h * F.cosine_embedding_loss(y, y.roll(1, 0) + 0.1, torch.ones(12, dtype=h.dtype))",
     "triplet": "h = h * F.triplet_margin_loss(h.flatten(0, 1), h.roll(1, 1).flatten(0, 1), h.roll(2, 1).flatten(0, 1), margin=5.0)",
     "group_norm": "h = F.group_norm(h.transpose(1, 2), $g, eps=1e-1).transpose(1, 2)",
     "instance_norm": "h = F.instance_norm(h.transpose(1, 2), eps=1e-1).transpose(1, 2)",
@@ -80,7 +78,8 @@ COMPOSITES = {
     "bilinear": "h = F.bilinear(h, h, torch.ones($w, $w, $w, dtype=h.dtype) / 50)",
     "tensordot": "h = h + torch.tensordot(h, h[0, 0], 1)[..., None]",
     "einsum_heads": (
-        "y = h.view(2, 6, $g, $d)\nh = torch.einsum('bngm,bmgd->bngd', torch.einsum('bngd,bmgd->bngm', y, y).softmax(-1), y).flatten(2)"
+        "y = h.view(2, 6, $g, $d)\ns = torch.einsum('bngd,bmgd->bngm', y, y).softmax(-1)\n"
+        "h = torch.einsum('bngm,bmgd->bngd', s, y).flatten(2)"
     ),
     "outer": "h = (h[..., None] * h[..., None, :]).sum(-1)",
     "glu": "h = F.glu(torch.cat([h, h.flip(-1)], -1), -1)",
@@ -93,9 +92,7 @@ INDICES = {
     "scatter_add_short": "h = h.scatter_add(1, torch.zeros(2, 1, min(3, $w), dtype=torch.long), torch.ones(2, 1, $w, dtype=h.dtype))",
     "scatter_full": "h = h.scatter(1, torch.zeros(2, 6, $w, dtype=torch.long), h * 2)",
     "scatter_on_it": "h = h.scatter(-1, torch.arange($w).flip(0)[: ($w + 1) // 2].expand(2, 6, -1), 0.5)",
-    "scatter_reduce": (
-        "h = h.scatter_reduce(1, torch.zeros(2, 1, min(3, $w), dtype=torch.long), torch.ones(2, 1, $w, dtype=h.dtype), 'sum')"
-    ),
+    "scatter_reduce": "i = torch.zeros(2, 1, min(3, $w), dtype=torch.long)\nh = h.scatter_reduce(1, i, torch.ones_like(h), 'sum')",
     "gather_short": "h = h + h.gather(1, torch.ones(2, 1, min(3, $w), dtype=torch.long)).sum(-1, keepdim=True)",
     "gather_full": "h = h + h.gather(1, torch.ones(2, 1, $w, dtype=torch.long))",
     "gather_on_it": "h = h.gather(-1, torch.arange($w).flip(0).expand(2, 6, -1))",

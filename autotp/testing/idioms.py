@@ -156,6 +156,21 @@ class Idioms:
         randomise(model, seed=3)
         return model.double()
 
+    def runs(self) -> bool:
+        """Does it run on one device, forward and backward, with finite values?"""
+        from autotp.testing.observe import tensors_of, weighted
+
+        model = self.build()
+        try:
+            outputs = tensors_of(model(**self.inputs()))
+            total = weighted(outputs)
+            if total is not None:
+                total.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return False
+        found = [*outputs.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        return all(bool(t.isfinite().all()) for t in found)
+
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the call that is traced: 2 rows of 6 steps."""
         return {"x": torch.randn(2, 6, self.outer, generator=torch.Generator().manual_seed(1), dtype=torch.float64)}

@@ -276,11 +276,15 @@ def _drawn() -> Iterator[list[str]]:
     """The list is not empty afterwards if random numbers were drawn inside (`_forward` seeds torch by itself)."""
     found: list[str] = []
     torch.manual_seed(0)
-    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state(legacy=True)[1].copy()  # type: ignore[index]
+    before = _random_states()
     yield found
-    same = torch.equal(before[0], torch.get_rng_state()) and random.getstate() == before[1]
-    if not same or not numpy.array_equal(before[2], numpy.random.get_state(legacy=True)[1]):  # type: ignore[index]
+    if _random_states() != before:
         found.append("random numbers")
+
+
+def _random_states() -> tuple[object, ...]:
+    numbers: Any = numpy.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), numbers[1].tobytes(), numbers[2]
 
 
 def _absent(aspect: str, subject: Subject, training: Training) -> str:
