@@ -50,18 +50,22 @@ def _only_replayed(plan: Plan, examples: tuple[Example, ...]) -> Examined:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Planning makes many small objects and no garbage cycles worth a pass over the whole model's objects."""
+def _lean() -> Iterator[None]:
+    """Without garbage collection and compilation.
+
+    Planning makes many small objects and no cycles worth a pass over the whole model's objects, and runs compiled code a few times only.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         if was:
             gc.enable()
 
 
-@_no_collection()
+@_lean()
 def make_plan(
     model: nn.Module,
     tp: int,

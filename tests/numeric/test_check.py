@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import autotp
 from autotp.errors import InputError
 from autotp.numeric.check import MOST_ELEMENTS, judge
 from autotp.plan.model import Conversion, Op
+from autotp.planner import whole_plan
 from autotp.trace.inputs import user_example
 
 
@@ -71,6 +74,90 @@ def test_a_sum_made_twice_is_found(made) -> None:
     plan = autotp.plan(model, tp=2, example_inputs=example[0].make(), check="graph")
     twice = lambda m: tuple(replace(s, conversions=(*s.conversions, Conversion(Op.REDUCE))) for s in m.outputs)  # noqa: E731
     assert judge(model, example, _changed(plan, "b", outputs=twice)).module is not None
+
+
+def test_ranks_hold_the_parameters_that_parallelize_makes() -> None:
+    """Modules run in other forms where parameters are plain tensors."""
+    plan = autotp.plan(Block(), tp=2, example_inputs={"x": torch.randn(2, 5, 16)})
+    seen: list[type] = []
+    model = Block()
+    model.a.register_forward_pre_hook(lambda module, _: seen.append(type(module._parameters["weight"])))
+    judge(model, user_example(model, {"x": torch.randn(2, 5, 16)}), plan)
+    assert any(issubclass(t, DTensor) for t in seen)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, nullcontext])
+def test_the_mode_of_the_caller_does_not_matter(mode) -> None:
+    with mode():
+        plan = autotp.plan(Block(), tp=2, example_inputs={"x": torch.randn(2, 5, 16)})
+    assert plan.checked == "numbers" and plan.local_share < 0.7
+
+
+class Captured(nn.Module):
+    """Its functions hold a weight and a batch norm of their own, which a copy shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n = nn.Linear(16, 16), nn.BatchNorm1d(5)
+        weight, norm = self.a.weight, self.n
+        self.f, self.g = (lambda x: x @ weight.t()), (lambda x: norm(x))
+
+    def forward(self, x):
+        return self.g(self.f(x))
+
+
+def test_what_copies_share_with_the_model_is_put_back() -> None:
+    model = Captured().double().train()
+    model.n.weight.grad = torch.ones(5, dtype=torch.float64)
+    before, kept = {n: t.clone() for n, t in model.state_dict().items()}, model.n.weight.grad
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    plan = whole_plan(model, "")
+    judge(model, user_example(model, {"x": x}), plan)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert model.a.weight.grad is None and model.n.weight.grad is kept and torch.equal(kept, torch.ones(5, dtype=torch.float64))
+
+
+class Undefined(Block):
+    """Every result is NaN."""
+
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
+def test_nothing_is_shown_by_numbers_that_are_not_finite() -> None:
+    assert "are not finite" in autotp.plan(Undefined(), tp=2, example_inputs={"x": torch.randn(2, 5, 16)}).checked
+
+
+class Normed(nn.Module):
+    """Tied weights and running statistics."""
+
+    def __init__(self, table: bool) -> None:
+        super().__init__()
+        self.a, self.n, self.b, self.c = nn.Conv1d(8, 12, 1), nn.BatchNorm1d(12), nn.Conv1d(12, 8, 1), nn.Conv1d(8, 12, 1)
+        self.c.weight = self.a.weight
+        if table:
+            self.register_buffer("t", torch.ones(8, 1))
+
+    def forward(self, x):
+        x = self.b(self.n(self.a(x)).relu() + self.c(x)) + x
+        return x * self.t if "t" in self._buffers else x
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_model_without_weights_gets_random_ones(table: bool) -> None:
+    with torch.device("meta"):
+        model = Normed(table)
+    plan = autotp.plan(model, tp=2, example_inputs={"x": torch.randn(2, 8, 6)})
+    assert plan.local_share < 0.7 and all(p.is_meta for p in model.parameters())
+    assert plan.checked == ("graph only: the model has no weights, and nothing says what its buffer t holds" if table else "numbers")
+
+
+def test_compiled_code_is_run_as_it_is_written() -> None:
+    """Compiling it for every copy takes minutes, and prints warnings."""
+    model = Block()
+    model.b.compile(backend="eager")
+    plan = autotp.plan(model, tp=2, example_inputs={"x": torch.randn(2, 5, 16)})
+    assert plan.checked == "numbers" and plan.local_share < 0.7
 
 
 class Noise(nn.Module):
