@@ -173,7 +173,9 @@ class Fuzzer:
         lines += [f"  {group}: {', '.join(values)}" for group, values in groups.items()]
         if self.outcomes:
             ran = self.outcomes.total()
-            shares = ", ".join(f"{self.outcomes[name]} {name} ({self.outcomes[name] / ran:.0%})" for name in ("sharded", "whole", "refused"))
+            shares = ", ".join(
+                f"{self.outcomes[name]} {name} ({self.outcomes[name] / ran:.0%})" for name in ("sharded", "whole", "refused")
+            )
             lines.append(f"idioms: {shares}")
             lines += [f"  refused {count} × {why}" for why, count in self.refusals.most_common(12)]
         if self.reasons:
