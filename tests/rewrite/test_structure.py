@@ -1,0 +1,210 @@
+"""What a plan rests on and that changes after parallelize: equal, or an error of the call that would go wrong."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.utils.parametrizations
+import torch.nn.utils.prune
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import autotp
+from autotp.api import parallelize_as
+from tests.rewrite.guarded import INNER, WIDTH, Change, Use, build, forward, gradients, inputs, outcome, planned
+from tests.support.ranks import Pool, mesh
+
+
+class Lora(nn.Module):
+    """A Linear and a product of two small ones beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.a, self.b = base, nn.Linear(base.in_features, 2).double(), nn.Linear(2, base.out_features).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(x))
+
+
+class Around(nn.Module):
+    """Scales what the module inside returns."""
+
+    def __init__(self, inner: nn.Module, scale: float = 2.0) -> None:
+        super().__init__()
+        self.inner, self.scale = inner, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scale
+
+
+def replaced(path: str, make: Callable[[Any], nn.Module]) -> Change:
+    """The module at `path` is replaced by what `make` makes of it, with the same new weights on every rank."""
+
+    def change(model: Any) -> None:
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(7)
+            setattr(owner, name, make(owner.get_submodule(name)))
+
+    return change
+
+
+def _forward_of(path: str, make: Callable[[Any], Any]) -> Change:
+    return lambda model: setattr(model.get_submodule(path), "forward", make(model.get_submodule(path).forward))
+
+
+def _new(inside: int, outside: int) -> Callable[[Any], nn.Module]:
+    return lambda old: nn.Linear(inside, outside).double()
+
+
+REFUSED: dict[str, tuple[Change, str]] = {
+    "a LoRA layer": (replaced("core.blocks.1.attention.q", Lora), "core.blocks.1.attention.q was a Linear .* is a Lora now"),
+    "a LoRA layer on a row": (replaced("core.blocks.1.mlp.down", Lora), "core.blocks.1.mlp.down was a Linear"),
+    "another Linear": (replaced("core.blocks.0.mlp.down", _new(INNER, WIDTH)), "core.blocks.0.mlp.down was a Linear .* another Linear"),
+    "another mlp": (replaced("core.blocks.0.mlp", _new(WIDTH, WIDTH)), "core.blocks.0.mlp was a Mlp"),
+    "a wrapper inside": (replaced("core.blocks.0.mlp.up", Around), "core.blocks.0.mlp.up was a Linear .* is a Around now"),
+    "other modules of a list": (lambda m: m.core.blocks.__setitem__(0, nn.Identity()), "core.blocks.0 was a Block"),
+    "swapped": (lambda m: (a := m.core.blocks[0].attention, *map(a.__setattr__, "qk", (a.k, a.q))), "another Linear"),
+    "gone": (lambda m: m.core.blocks.__delitem__(1), "core.blocks.1, a Block .* is gone"),
+    "added inside": (lambda m: m.core.blocks[0].mlp.add_module("more", nn.Linear(2, 2)), "core.blocks.0.mlp.more, a Linear, was added"),
+    "parametrized": (lambda m: nn.utils.parametrizations.orthogonal(m.core.blocks[0].mlp.up), "core.blocks.0.mlp.up"),
+    "another forward": (_forward_of("core.blocks.0.mlp", lambda old: lambda x: old(x) * 2), "core.blocks.0.mlp .* another forward"),
+    "a string of the config": (lambda m: setattr(m.config, "act", "softmax"), "config.act was 'gelu' .* is 'softmax' now"),
+    "a number of the config": (lambda m: setattr(m.config, "heads", 2), "config.heads was 4"),
+    "a float that a local config hides": (lambda m: setattr(m.config, "scale", 3.0), "core.blocks.0.attention.config.scale was 1.0"),
+    "a flag": (lambda m: setattr(m.core.blocks[1].mlp, "flip", True), "core.blocks.1.mlp.flip was False"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_changes_that_would_give_other_numbers(name: str) -> None:
+    change, wanted = REFUSED[name]
+    with pytest.raises(AssertionError, match=wanted):
+        raise AssertionError(outcome(change))
+
+
+def _checkpointed(model: Any) -> Tensor:
+    """Gradients, with a block that runs again in the backward, where the call begins at the block."""
+    block = model.core.blocks[0]
+    model.zero_grad()
+    x = inputs().requires_grad_()
+    model.head(model.core.blocks[1](torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))).square().sum().backward()
+    grad = block.norm.weight.grad
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+
+
+def _none(_: Any) -> None:
+    pass
+
+
+EQUAL: dict[str, tuple[Change, Use]] = {
+    "nothing": (_none, gradients),
+    "an inner model": (_none, lambda m: m.core(inputs())),
+    "a block": (_none, lambda m: m.core.blocks[1](inputs())),
+    "checkpointing": (_none, _checkpointed),
+    "a checkpoint wrapper": (replaced("core.blocks.0", checkpoint_wrapper), gradients),
+    "a checkpoint wrapper inside": (replaced("core.blocks.0.mlp.up", checkpoint_wrapper), gradients),
+    "a wrapper of a block": (replaced("core.blocks.0", Around), gradients),
+    "a LoRA layer on a whole result": (replaced("core.blocks.0.mlp", Around), gradients),
+    "another norm": (replaced("core.blocks.1.norm", lambda old: nn.LayerNorm(WIDTH, eps=0.1).double()), forward),
+    "a new head": (lambda m: m.add_module("extra", nn.Linear(2, 2)), gradients),
+    "a forward that says what it wraps": (_forward_of("core.blocks.0.mlp", lambda old: _scaled(old)), gradients),
+    "a compiled forward": (_forward_of("core.blocks.0", lambda old: torch.compile(old, backend="eager")), forward),
+    "a rate": (lambda m: setattr(m.core.blocks[1].mlp, "rate", 0.25), gradients),
+    "settings of the root": (lambda m: setattr(m.config, "note", "other"), gradients),
+    "a copy": (_none, lambda m: gradients(copy.deepcopy(m))),
+    "a shallow copy": (_none, lambda m: gradients(copy.copy(m))),
+    "a block for its copy": (_none, lambda m: copy.deepcopy(m.core.blocks[0])(inputs())),
+}
+
+
+def _scaled(old: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    import functools
+
+    @functools.wraps(old)
+    def new(x: Tensor) -> Tensor:
+        return old(x) * 2
+
+    return new
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_changes_that_pass_on_whole_values(name: str) -> None:
+    change, use = EQUAL[name]
+    assert outcome(change, use) == "equal"
+    if name in ("nothing", "checkpointing", "a wrapper of a block"):
+        assert outcome(change, use, tp=3) == "equal"
+
+
+BROKEN = replaced("core.blocks.0.mlp.down", _new(INNER, WIDTH))
+
+
+@pytest.mark.parametrize("use", [lambda m: m.core(inputs()), lambda m: m.core.blocks[0](inputs()), lambda m: m.core.blocks[0].mlp(inputs())])
+def test_every_module_that_calls_others_is_guarded(use: Use) -> None:
+    assert "core.blocks.0.mlp.down was a Linear" in outcome(BROKEN, use)
+    assert outcome(BROKEN, lambda m: m.core.blocks[1](inputs())) == "equal"  # that one is as it was
+
+
+def test_a_copy_is_watched_by_itself() -> None:
+    def broken_copy(model: Any) -> Tensor:
+        other = copy.deepcopy(model)
+        BROKEN(other)
+        return forward(model) if hasattr(model, "_whole") else forward(other)
+
+    assert "mlp.down was a Linear" in outcome(_none, broken_copy)
+
+    def beside(model: Any) -> Tensor:
+        BROKEN(copy.deepcopy(model))
+        return forward(model)
+
+    assert outcome(_none, beside) == "equal"
+    assert "core.blocks.0.mlp.down was a Linear" in outcome(BROKEN, lambda m: forward(copy.deepcopy(m)))
+
+
+def test_a_change_that_is_taken_back() -> None:
+    def change(model: Any) -> None:
+        mlp = model.core.blocks[0].mlp
+        before = mlp.down
+        BROKEN(model)
+        if isinstance(model.core.blocks[0].attention.q.weight, nn.Parameter) and hasattr(model, "_autotp"):
+            with pytest.raises(autotp.AutoTPError, match="mlp.down"):
+                forward(model)
+        mlp.down = before
+
+    assert outcome(change, gradients) == "equal"
+
+
+def _on_processes() -> list[str]:
+    """Two changes with real processes, and a module that is not the same on both."""
+    import torch.distributed as dist
+
+    found = []
+    for change in (BROKEN, replaced("core.blocks.0", Around), _other_weights):
+        model = parallelize_as(build(), mesh(), planned(False, 2))
+        change(model)
+        try:
+            found.append(f"{float(forward(model).sum()):.9f}")
+        except autotp.AutoTPError as error:
+            found.append(str(error))
+    dist.barrier()
+    return found
+
+
+def _other_weights(model: Any) -> None:
+    torch.manual_seed(torch.distributed.get_rank())
+    model.add_module("extra", nn.Linear(2, 2))
+
+
+def test_on_processes(pool: Pool) -> None:
+    first, second = pool.run(_on_processes)
+    assert first == second
+    whole = build()
+    replaced("core.blocks.0", Around)(whole)
+    assert "mlp.down was a Linear" in first[0] and first[1] == f"{float(forward(whole).sum()):.9f}"
+    assert "extra, a Linear that came after parallelize, has other weights on rank 1" in first[2]
