@@ -394,6 +394,9 @@ class Builder:
             plans[module] = replace(at(module), sites=tuple(sites))
         for module, groups in members(self.joints).items():
             plans[module] = replace(at(module), joint=groups)
+        for (module, name), values in self.graph.left.items():
+            if any(self.labels.of(v) or v.id in self.moves.partial for v in values):
+                plans[module] = replace(at(module), stashed=(*at(module).stashed, name))
         return (*plans.values(), *_repeated(plans, self.graph.repeats))
 
 

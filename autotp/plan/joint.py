@@ -72,6 +72,7 @@ def find_joints(space: Space, moves: Moves) -> tuple[tuple[Joint, ...], tuple[st
     reduced = {key[1] for key in moves.reduces - moves.copies if isinstance(key, tuple) and key[0] == "slot"}
     exits = [n for n in space.graph.nodes if n.op is Pseudo.EXIT and slot_key(n) in reduced]
     returned = {v.id for result in space.graph.results for _, v in result.leaves if isinstance(v, Value)}
+    returned |= {v.id for values in space.graph.left.values() for v in values}
     trails = {n.index: _follow(space, n, returned) for n in exits}
     met: dict[int, list[Node]] = {}
     for n in exits:

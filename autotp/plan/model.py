@@ -131,7 +131,8 @@ class ModulePlan:
 
     `joint`: paths, relative to this module, of modules inside it whose results meet in one sum during a call of this module:
     all but the last HOLD theirs, the last one JOINs them (`autotp.plan.joint`). `uncalled`: no traced call runs the module, and its
-    parameters are sharded for others; a call of it is an error.
+    parameters are sharded for others; a call of it is an error. `stashed`: attributes in which its forward leaves a part or a
+    summand of a value, for the model's own code to read.
     """
 
     path: str
@@ -142,6 +143,7 @@ class ModulePlan:
     sites: tuple[Site, ...] = ()
     joint: tuple[tuple[str, ...], ...] = ()
     uncalled: bool = False
+    stashed: tuple[str, ...] = ()
 
 
 class Shown(Enum):

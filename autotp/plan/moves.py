@@ -295,6 +295,10 @@ def _ends(space: Space, cut: Cut, vertices: _Vertices, seen: dict[int, Value], f
         for _, leaf in result.leaves:
             if isinstance(leaf, Value) and leaf.id in seen:
                 cut.needed(("below", vertices.of(leaf)))
+    for values in space.graph.left.values():  # a loss may be made of what is whole
+        for v in values:
+            if v.id in seen:
+                cut.needed(("below", vertices.of(v)))
 
 
 def _repeat(cut: Cut, vertices: _Vertices, node: Node, whole: Callable[[Value], bool]) -> None:

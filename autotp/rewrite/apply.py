@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout, alike
 from autotp.plan.model import ModulePlan, ParamPlan, Use
-from autotp.rewrite import embedding, linear, module
+from autotp.rewrite import embedding, linear, module, stash
 from autotp.rewrite.attributes import localise
 from autotp.rewrite.batch import install_batch
 from autotp.rewrite.classes import STATE, subclass, wrap_forward
@@ -95,7 +95,10 @@ class _Rewriter:
     def run(self, make_param: MakeParam) -> None:
         self._check_params()
         for sub in self.modules.values():
-            self._rewrite(sub, without_parts(self.plans.get(id(sub))))
+            plan = self.plans.get(id(sub))
+            self._rewrite(sub, without_parts(plan))
+            if plan is not None and plan.stashed:
+                stash.guard(self.model, plan.path, plan.stashed, self.undo)
         install_joints(self.model, list(self.plans.values()), self.comm, self.undo)
         runs = [(m, m.__dict__.get(STATE)) for m in self.modules.values()]
         install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and r.light], self.undo)
@@ -246,4 +249,4 @@ def _keep_hooks(old: nn.Parameter, new: LayoutDTensor, undo: Undo) -> None:
 
 
 def _without_path(plan: ModulePlan) -> tuple[object, ...]:
-    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint, plan.uncalled
+    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint, plan.uncalled, plan.stashed

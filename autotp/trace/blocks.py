@@ -84,6 +84,10 @@ class BlockRecorder(Recorder):
                     tensors = (*module._parameters.values(), *module._buffers.values())
                     self._owner.update((id(t), block) for t in tensors if t is not None and not isinstance(t, FakeTensor))
 
+    def within(self, path: str) -> str | None:
+        """The innermost block that the module at `path` is inside of."""
+        return self._within.get(path)
+
     def differ(self, block: str) -> None:
         """`block` or one alike to it is used in a way of its own."""
         template = self.templates[block]
@@ -175,7 +179,7 @@ class BlockRecorder(Recorder):
         if isinstance(tree, Tensor):
             value = self.value(tree)  # reading the tensor's own shape would go through the recorder's modes
             same = seen.setdefault(id(tree), len(seen))
-            return value.shape, value.dtype, same, self.fills.get(value.id), self._known(value)
+            return value.shape, value.dtype, same, self._known(value)  # numbers that fill it: see `fills`
         if isinstance(tree, (tuple, list)):
             return type(tree), tuple([self._form(x, seen) for x in tree])
         if isinstance(tree, dict):

@@ -183,6 +183,7 @@ class Graph:
     members: Mapping[tuple[str, tuple[str | int, ...]], tuple[tuple[str | int, ...], ...]] = field(default_factory=dict)
     scopes: tuple[Scope, ...] = ()
     refilled: frozenset[str] = frozenset()  # modules that change a list or dict that they are called with
+    left: Mapping[tuple[str, str], tuple[Value, ...]] = field(default_factory=dict)  # (module, attribute) → what forwards leave there
 
     def sealed(self, node: Node) -> str:
         """Why no conversion can act inside or at the result of a node; "" where one can."""

@@ -15,7 +15,7 @@ import functools
 import sys
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -80,6 +80,7 @@ class Recorder:
         self.concrete: dict[int, Tensor] = {}  # value id → real tensor
         self.ends = True  # an unknown mask selects its last row too
         self.refilled: set[str] = set()
+        self.left: dict[tuple[str, str], dict[int, Value]] = {}
         self.life = Life()  # of the tags of this trace
         self.modules: list[tuple[str, int]] = [("", 0)]
         self.calls: dict[int, tuple[str, int]] = {}  # frame → (path of its module, frame of the caller)
@@ -190,7 +191,7 @@ class Recorder:
 
     def graph(self, repeats: dict[str, str]) -> Graph:
         """Everything recorded so far, without versions of aliases that nothing reads."""
-        nodes, results = _alive(self.nodes, self.results)
+        nodes, results = _alive(self.nodes, self.results, (v for values in self.left.values() for v in values.values()))
         constants = {
             v.id: self.concrete[v.id]
             for n in nodes
@@ -204,7 +205,9 @@ class Recorder:
         calls, held = dict(self.calls), {key: tuple(found) for key, found in self._accesses.items()}
         scopes, refilled = self._proven(), frozenset(self.refilled)
         fills = dict(self.fills)
-        return Graph(nodes, *tables, results, dict(repeats), fills, notes, constants, calls, held, python, members, scopes, refilled)
+        left = {key: tuple(values.values()) for key, values in self.left.items()}
+        made = constants, calls, held, python, members, scopes, refilled, left
+        return Graph(nodes, *tables, results, dict(repeats), fills, notes, *made)
 
     def _proven(self) -> tuple[Scope, ...]:
         known: dict[object, Scope] = {}
@@ -475,8 +478,11 @@ class Recorder:
         """`result` with each tensor replaced by its alias outside the module, one alias for each place it is returned at."""
         return flatten_result(result, lambda where, t: self.cross(t, Pseudo.EXIT, path, where))
 
-    def finish(self, name: str, result: Any) -> None:
-        """Close one path: note what it returned."""
+    def finish(self, name: str, result: Any, left: Iterable[tuple[str, str, Value]] = ()) -> None:
+        """Close one path: note what it returned, and what it `left` on modules (see `stash`).
+
+        What is left on the root is like a result: its class stays, so nothing keeps its user from reading it.
+        """
         found: list[tuple[tuple[str | int, ...], Any]] = []
 
         def tensor(where: tuple[str | int, ...], t: Tensor) -> Tensor:
@@ -484,6 +490,11 @@ class Recorder:
             return t
 
         flatten_result(result, tensor, lambda where, x: found.append((where, x)))
+        for path, attribute, value in left:
+            if path:
+                self.left.setdefault((path, attribute), {})[value.id] = value
+            else:
+                found.append((("the attribute", attribute), value))
         self.results.append(Result(name, tuple(found), len(self.nodes)))
 
 
@@ -514,8 +525,8 @@ def _one_slot(
     return tuple(map(renamed, nodes)), members
 
 
-def _alive(nodes: list[Node], results: list[Result]) -> tuple[tuple[Node, ...], tuple[Result, ...]]:
-    used = {leaf.id for result in results for _, leaf in result.leaves if isinstance(leaf, Value)}
+def _alive(nodes: list[Node], results: list[Result], left: Iterable[Value]) -> tuple[tuple[Node, ...], tuple[Result, ...]]:
+    used = {leaf.id for result in results for _, leaf in result.leaves if isinstance(leaf, Value)} | {v.id for v in left}
     kept: list[Node] = []
     counts: list[int] = []
     for node in reversed(nodes):

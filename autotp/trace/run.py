@@ -24,6 +24,7 @@ from autotp.trace.inputs import Example
 from autotp.trace.keep import undisturbed, undone
 from autotp.trace.prepare import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.recorder import Recorder
+from autotp.trace.stash import left_on_modules
 from autotp.trace.watch import Question, Refused, has_backward_hooks
 
 
@@ -189,12 +190,13 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
         with _failures(model, recorder):
             recorder.round += 1
             result = _call(model, recorder, fake, example, example.make(), mode)
-            recorder.finish(name, result)
+            recorder.finish(name, result, left_on_modules(recorder))
             more = example.decode(result) if example.decode is not None else None
             if more is not None:
                 name, mark = name + "+decode", len(recorder.nodes)
                 recorder.round += 1
-                recorder.finish(name, _call(model, recorder, fake, example, more, mode))
+                result = _call(model, recorder, fake, example, more, mode)
+                recorder.finish(name, result, left_on_modules(recorder))
     except Untraceable as error:
         if recorder.ends and isinstance(error.error, IndexError):
             recorder.rewind(start)
