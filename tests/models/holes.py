@@ -24,13 +24,17 @@ X = torch.randn(2, 6, OUTER, generator=torch.Generator().manual_seed(1))
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """`more`: further calls after the traced one, by name: changes to the keyword arguments. `sharded`: must be, at 2 ranks and at 3."""
+    """`more`: further calls after the traced one, by name: changes to the keyword arguments. `sharded`: must be, at 2 ranks and at 3.
+
+    `alike`: others here nearly cover it.
+    """
 
     name: str
     factory: Callable[[], nn.Module]
     sharded: bool = False
     inputs: Mapping[str, Any] = field(default_factory=lambda: {"x": X})
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    alike: bool = False
 
     def build(self) -> nn.Module:
         """The model with weights drawn afresh, so that biases and norms show."""
@@ -174,22 +178,31 @@ _SHARDED = frozenset(
 )
 
 
-def _mid(name: str, function: Callable[[Tensor], Tensor], width: int = 12) -> Hole:
-    return Hole(name, partial(Mid, function, width), name in _SHARDED)
+def _mid(name: str, function: Callable[[Tensor], Tensor], alike: bool, width: int = 12) -> Hole:
+    return Hole(name, partial(Mid, function, width), name in _SHARDED, alike=alike)
 
 
 def _statistics() -> list[Hole]:
     found = []
     for i, (name, f) in enumerate(STATISTICS.items()):
         groups, size = GROUPS[i % 4]
-        found += [_mid(f"{name}_{groups}x{size}", grouped(f, groups), groups * size), _mid(f"{name}_in_groups_of_4", sized(f, 4), 24)]
+        found.append(_mid(f"{name}_{groups}x{size}", grouped(f, groups), i % 2 == 1, groups * size))
+        found.append(_mid(f"{name}_in_groups_of_4", sized(f, 4), i % 4 != 0, 24))
     return found
+
+
+def _lines() -> list[Hole]:
+    tables = (COMPOSITES, INDICES, IN_PLACE, FORMS)
+    return [_mid(name, f, i % 3 != 0 and name not in _SHARDED) for table in tables for i, (name, f) in enumerate(table.items())]
 
 
 HOLES: list[Hole] = [
     *_statistics(),
-    *(_mid(name, f) for table in (COMPOSITES, INDICES, IN_PLACE, FORMS) for name, f in table.items()),
-    *(Hole(name, factory, name in state.SHARDED, more=state.MORE.get(name, {})) for name, factory in state.FACTORIES.items()),
-    *(Hole(name, factory, name in calls.SHARDED) for name, factory in calls.FACTORIES.items()),
+    *_lines(),
+    *(
+        Hole(name, factory, name in state.SHARDED, more=state.MORE.get(name, {}), alike=name in state.ALIKE)
+        for name, factory in state.FACTORIES.items()
+    ),
+    *(Hole(name, factory, name in calls.SHARDED, alike=name in calls.ALIKE) for name, factory in calls.FACTORIES.items()),
     Hole("lookups", state.Lookups, True, {"ids": torch.tensor([[0, 5, 3], [12, 1, 5]])}),
 ]

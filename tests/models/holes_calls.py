@@ -308,3 +308,23 @@ SHARDED = frozenset(
         "in_place_argument",
     }
 )
+ALIKE = frozenset(
+    {
+        "twice_mixed",
+        "twice_list",
+        "twice_dict",
+        "returns_inner",
+        "stashed",
+        "forward_first",
+        "forward_type_of_part",
+        "forward_class",
+        "forward_mapped",
+        "repeats_dict",
+        "repeats_sequential_differ",
+        "repeats_flat",
+        "repeats_flat_differ",
+        "functions_differ",
+        "second_keyword",
+        "in_place_row",
+    }
+)

@@ -334,3 +334,21 @@ FACTORIES: dict[str, Callable[[], nn.Module]] = {
 }
 SHARDED = frozenset({"weights_by_getattr", "checkpoint", "checkpoint_reentrant", "checkpoint_inside", "frozen", "hook_weight", "gate"})
 MORE: dict[str, dict[str, dict[str, Any]]] = {"gate": {"with the gate": {"gate": True}}}
+ALIKE = frozenset(
+    {
+        "batch_norm_cumulative",
+        "average_in_training",
+        "weights_by_dict",
+        "weights_by_parameters",
+        "weights_by_state_dict",
+        "weights_by_getattr",
+        "hook_bias",
+        "hook_forward_elementwise",
+        "hook_backward_pre",
+        "asks_requires",
+        "function_flipping",
+        "function_in_groups",
+        "tensor_hook_on_a_whole_value",
+        "checkpoint_reentrant",
+    }
+)
