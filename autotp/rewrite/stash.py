@@ -84,4 +84,3 @@ def guard(model: nn.Module, path: str, names: tuple[str, ...], undo: Undo) -> No
         module = module.get_submodule(name)
         undo.set_item(module.__dict__, HOLDS, ".".join(parts[: i + 1]))
     undo.set_class(module, _keeping(type(module), names))
-

@@ -125,7 +125,7 @@ def gradients(model: Any) -> Tensor:
 
 
 def outcome(change: Change, use: Use = forward, *, tp: int = 2, parallel: bool = False) -> str:
-    """"equal" where a changed parallel model still does what the changed model of one device does; else the error of `autotp`, the same on
+    """ "equal" where a changed parallel model still does what the changed model of one device does; else the error of `autotp`, the same on
     all ranks.
     """
     whole = build(parallel)

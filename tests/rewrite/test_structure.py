@@ -145,7 +145,9 @@ def test_changes_that_pass_on_whole_values(name: str) -> None:
 BROKEN = replaced("core.blocks.0.mlp.down", _new(INNER, WIDTH))
 
 
-@pytest.mark.parametrize("use", [lambda m: m.core(inputs()), lambda m: m.core.blocks[0](inputs()), lambda m: m.core.blocks[0].mlp(inputs())])
+@pytest.mark.parametrize(
+    "use", [lambda m: m.core(inputs()), lambda m: m.core.blocks[0](inputs()), lambda m: m.core.blocks[0].mlp(inputs())]
+)
 def test_every_module_that_calls_others_is_guarded(use: Use) -> None:
     assert "core.blocks.0.mlp.down was a Linear" in outcome(BROKEN, use)
     assert outcome(BROKEN, lambda m: m.core.blocks[1](inputs())) == "equal"  # that one is as it was
