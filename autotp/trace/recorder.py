@@ -206,8 +206,8 @@ class Recorder:
         scopes, refilled = self._proven(), frozenset(self.refilled)
         fills = dict(self.fills)
         left = {key: tuple(values.values()) for key, values in self.left.items()}
-        made = constants, calls, held, python, members, scopes, refilled, left
-        return Graph(nodes, *tables, results, dict(repeats), fills, notes, *made)
+        alike = dict(repeats)
+        return Graph(nodes, *tables, results, alike, fills, notes, constants, calls, held, python, members, scopes, refilled, left)
 
     def _proven(self) -> tuple[Scope, ...]:
         known: dict[object, Scope] = {}

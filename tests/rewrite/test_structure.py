@@ -175,7 +175,7 @@ def test_a_change_that_is_taken_back() -> None:
         before = mlp.down
         BROKEN(model)
         if isinstance(model.core.blocks[0].attention.q.weight, nn.Parameter) and hasattr(model, "_autotp"):
-            with pytest.raises(autotp.AutoTPError, match="mlp.down"):
+            with pytest.raises(autotp.AutoTPError, match=r"mlp\.down"):
                 forward(model)
         mlp.down = before
 
