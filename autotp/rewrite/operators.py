@@ -41,6 +41,7 @@ _ON_ELEMENTS = frozenset(
     for name in ("copy_", "fill_", "zero_", "masked_fill_", "_to_copy", "zeros_like", "ones_like", "empty_like", "full_like", "alias")
 )
 _RESHAPES = frozenset((_aten.view, _aten._unsafe_view, _aten.expand))
+_COLLECTIVES = frozenset(("c10d", "_c10d_functional", "_c10d_functional_autograd"))
 _LISTS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_")
 
 
@@ -71,6 +72,11 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     """`func(*args, **kwargs)`, some of whose arguments are laid out over ranks."""
     if func is _detach and type(args[0]) is not PartView:
         return args[0]._like(args[0]._local_tensor, args[0]._spec)
+    if func.namespace in _COLLECTIVES:
+        raise AutoTPError(
+            f"{func} on a tensor that is laid out over tensor-parallel ranks: give it to_local(), this rank's part, over a group that does "
+            "not hold other parts of it"
+        )
     if func is _copy_:
         _known_order(args[0], args[1])
     packet, tags = func.overloadpacket, func.tags
@@ -191,6 +197,9 @@ class Summed(DTensor):
             return _summed(func(*args, **kwargs))
         args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), given)
         return func(*args, **kwargs)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)
 
 
 def _ordinary(x: DTensor) -> DTensor:

@@ -83,7 +83,7 @@ class LayoutDTensor(DTensor):
             if tuple(value.shape) != layout.shape:
                 raise AutoTPError(
                     f"data of a parameter of shape {layout.shape} takes a whole tensor, got {tuple(value.shape)}"
-                    + (": write a rank's part into to_local()" if tuple(value.shape) == layout.local_shape else "")
+                    + (": write a rank's part into to_local()" if tuple(value.shape) == layout.local_shape else ", and it keeps its shape")
                 )
             value = self._cut(value.detach())
         elif not isinstance(value, LayoutDTensor) or not layouts.alike(value._layout, layout):
@@ -94,6 +94,9 @@ class LayoutDTensor(DTensor):
                 )
             value = self._cut(value._local_tensor)
         self._become(value)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)
 
     def _become(self, other: LayoutDTensor) -> None:
         _DATA.__set__(self, other)

@@ -13,24 +13,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from autotp.plan.layout import Layout
+from autotp.plan.layout import Layout, alike
 from autotp.rewrite.shards import as_dtensor
-from autotp.rewrite.tensor import LayoutDTensor
+from autotp.rewrite.tensor import LayoutDTensor, placements
 from autotp.rewrite.undo import Undo
 
 
 class _Ordered:
-    """The first hook of a parameter: its gradient has its layout, wherever it was made."""
+    """The first hook of a parameter: its gradient has its layout, wherever it was made. A whole one is cut."""
 
-    __slots__ = ("layout",)
+    __slots__ = ("layout", "mesh")
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, mesh: DeviceMesh) -> None:
+        self.layout, self.mesh = layout, mesh
 
     def __call__(self, grad: Tensor) -> Tensor | None:
-        return as_dtensor(grad._local_tensor, self.layout, grad._spec.mesh) if type(grad) is DTensor else None
+        if isinstance(grad, LayoutDTensor) and (grad._layout is self.layout or alike(grad._layout, self.layout)):
+            return None
+        if type(grad) is DTensor and grad._spec.placements == placements(self.layout):
+            return as_dtensor(grad._local_tensor, self.layout, self.mesh)  # compiled code made it
+        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        return as_dtensor(self.layout.shard(whole.detach(), self.mesh.get_local_rank()), self.layout, self.mesh)
 
 
 class KeepHooks:
@@ -58,7 +64,7 @@ class KeepHooks:
             if isinstance(p, LayoutDTensor) and p.requires_grad:
                 hooks: Any = p._backward_hooks or OrderedDict()
                 if not any(type(h) is _Ordered for h in hooks.values()):
-                    handle = DTensor.register_hook(p, _Ordered(p._layout))  # type: ignore[no-untyped-call]
+                    handle = DTensor.register_hook(p, _Ordered(p._layout, p._spec.mesh))  # type: ignore[no-untyped-call]
                     hooks = p._backward_hooks
                     hooks.move_to_end(handle.id, last=False)
 
