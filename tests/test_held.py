@@ -294,11 +294,11 @@ def test_whole_tensors_put_back(pool: Pool, kind: str) -> None:
 
 
 def refused() -> None:
-    m = autotp.parallelize(InList(), mesh(), example_inputs={"x": X})
+    m = autotp.parallelize(Mlp(), mesh(), example_inputs={"x": X})
     weight = m.a.weight
     m.a.weight = nn.Parameter(torch.zeros(weight.to_local().shape))
     with pytest.raises(AutoTPError, match=r"Linear\.weight was replaced"):
-        m.a(X)
+        m(X)
     with pytest.raises(AutoTPError, match=r"weight was replaced"):
         torch.func.functional_call(m, {"b.weight": torch.zeros(3, 3)}, (X,))
     m.a.weight = weight

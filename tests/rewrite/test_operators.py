@@ -126,7 +126,14 @@ READS: dict[str, Callable[[Any, Tensor], Any]] = {
     ),
     "broadcast": lambda w, x: (w + x[0], w * x[..., :1], w - w.mean(0), w / w.norm(dim=-1, keepdim=True)),
     "of two": lambda w, x: ((w * w).sum(), torch.dot(w.flatten(), w.flatten()), torch.cat([w, w]), torch.cat([w.view(-1), w.view(-1)])),
-    "numbers": lambda w, x: (w.sum().item(), w[1].sum().item(), float(w.flatten()[3]), f"{w.sum():.6f} {w[0].sum():.6f}", w.isnan().any().item(), w.count_nonzero()),
+    "numbers": lambda w, x: (
+        w.sum().item(),
+        w[1].sum().item(),
+        float(w.flatten()[3]),
+        f"{w.sum():.6f} {w[0].sum():.6f}",
+        w.isnan().any().item(),
+        w.count_nonzero(),
+    ),
     "new": lambda w, x: (torch.zeros_like(w), w.clone(), w.float(), w.new_zeros(3), w.detach() * 2, w.double().neg().abs()),
     "into a plain one": lambda w, x: (x.clone().copy_(w), torch.zeros_like(x).add_(w), x.clone().lerp_(w, 0.5)),
     "foreach": lambda w, x: (
