@@ -132,7 +132,7 @@ class FakePlan:
 
 @pytest.fixture
 def planned(monkeypatch):
-    monkeypatch.setattr(autotp, "plan", lambda target, *, tp: FakePlan(), raising=False)
+    monkeypatch.setattr(autotp, "plan", lambda target, *, tp, check: FakePlan(), raising=False)
 
 
 @pytest.mark.usefixtures("planned")
