@@ -2,7 +2,7 @@
 
 The error of a tensor is  max|a − b| / max(max|b|, floor); in float64 only the order of sums differs between a right parallel
 model and the model itself, so an error above 1e-9 is a bug. A gradient counts as at least a millionth of the model's largest,
-and a parameter after a step as at least 0.01: some are zero but for rounding. The state dict must be equal bit by bit.
+a parameter after a step as at least 0.01 and a buffer in training as at least 1e-6: some are zero but for rounding. The state dict must be equal bit by bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from autotp.numeric.exact import Precision, largest, relative_error
 
 #: What paths of gradients begin with, in an aspect of more than gradients.
 GRADIENT = "gradient of "
+#: What paths of buffers begin with.
+BUFFER = "buffer "
 _LEAST_PARAMETER = 0.01
+_LEAST_BUFFER = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,4 +73,6 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _floor(name: str, path: str) -> float:
+    if path.startswith(BUFFER):
+        return _LEAST_BUFFER
     return _LEAST_PARAMETER if name == "steps" and " of step " not in path else 0.0

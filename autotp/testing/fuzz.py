@@ -12,6 +12,7 @@ import hashlib
 import logging
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +256,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # of torch, about what is drawn
     done = fuzz(given.minutes, given.out, given.seed, given.family, lambda text: print(text, flush=True), given.certificate)  # noqa: T201
     print(done.report())  # noqa: T201
     sys.exit(1 if done.failures else 0)

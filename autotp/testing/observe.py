@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autotp.errors import InputError
-from autotp.testing.compare import GRADIENT
+from autotp.testing.compare import BUFFER, GRADIENT
 from autotp.testing.subject import Subject, twin
 from autotp.trace.boundary import flatten_result
 
@@ -187,7 +187,7 @@ class Watch:
     def _buffers(self) -> dict[str, Tensor]:
         """Whole buffers of the state dict; {} without asking the other ranks where there are none."""
         names = {n for n, _ in self.model.named_buffers()}
-        return {f"buffer {n}": t for n, t in self.state().items() if n in names} if names else {}
+        return {f"{BUFFER}{n}": t for n, t in self.state().items() if n in names} if names else {}
 
     def _forward(self, further: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self._run is None:
