@@ -1,4 +1,7 @@
-"""Which attributes the code of a forward reads: names in its bytecode, and in that of the methods and functions that it calls."""
+"""Which attributes the code of a forward reads: names in its bytecode, and in that of the methods and functions that it calls.
+
+What wraps the forward (a decorator that checkpoints the module) is not its code: it passes on.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Reading:
 def _names(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
     read: set[str] = set()
     stored: set[str] = set()
-    todo: list[Any] = [cls.forward]
+    todo: list[Any] = [inspect.unwrap(cls.forward)]
     seen: set[CodeType] = set()
     while todo and len(seen) < _MOST:
         function = todo.pop()

@@ -88,7 +88,7 @@ class Structure:
             self.children[i] = dict(module._modules)
         kind, now = self.kinds[i], type(module)
         if now is not kind:
-            passes = issubclass(now, kind) and now.forward is kind.forward  # type: ignore[attr-defined]
+            passes = issubclass(now, kind) and _calls(now.forward, kind.forward, kind)  # type: ignore[attr-defined]
             if not passes and path in self.places.touched:
                 where = path or "the model"
                 raise AutoTPError(f"{where} was a {_name(kind)} when the model was made parallel, is a {_name(now)} now. {_ADVICE}")
@@ -165,11 +165,11 @@ def _passes_on(new: nn.Module, old: nn.Module) -> bool:
 
 
 def _calls(new: Any, old: Any, kind: type) -> bool:
-    """True for a forward that says of itself that it wraps the one that was there, and for that one itself."""
+    """True for a forward that says of itself that it wraps the one that was there, and for that one itself. None: that of the class."""
     for _ in range(16):
-        if new is None:
-            return old is None
         if new == old or (old is None and isinstance(new, MethodType) and new.__func__ is kind.forward):  # type: ignore[attr-defined]
             return True
         new = getattr(new, "_torchdynamo_orig_callable", None) or getattr(new, "__wrapped__", None)
+        if new is None:
+            break
     return False

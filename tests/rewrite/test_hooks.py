@@ -82,10 +82,12 @@ def test_hooks_inside_of_regions_are_refused(path: str, kind: str, hook: Any, wa
 def test_summands_that_are_reduced_together() -> None:
     """One scaled summand would scale nothing, the other all of the sum."""
     assert any(m.joint for m in planned(True, 2).modules)
-    for name in ("attention", "mlp", "attention.o", "mlp.down"):
-        assert "summed together" in outcome(put(f"core.blocks.0.{name}", "forward_hook", doubled), parallel=True)
+    for name, reason in (("attention", "summed"), ("mlp", "summed"), ("attention.o", "part"), ("mlp.down", "part")):
+        assert reason in outcome(put(f"core.blocks.0.{name}", "forward_hook", doubled), parallel=True)
     assert outcome(put("core.blocks.0", "forward_hook", doubled), parallel=True) == "equal"
-    assert outcome(put("core.blocks.0.norm", "forward_hook", doubled), parallel=True) == "equal"
+    # The norm sums the gradient of what both of them take, so outside of it that is a summand.
+    assert outcome(put("core.blocks.0.norm", "forward_hook", normalised), gradients, parallel=True) == "equal"
+    assert "a gradient that is this rank's summand" in outcome(put("core.blocks.0.norm", "full_backward_hook", of_gradients), parallel=True)
 
 
 def test_hooks_on_all_modules() -> None:
@@ -162,7 +164,9 @@ def test_hooks_of_the_model_itself(pool: Pool) -> None:
 def test_boundaries_are_part_of_a_plan() -> None:
     plan = planned(True, 2)
     shown = {(path, b.result): b.shown for path, found in plan.boundaries.items() for b in found}
-    assert shown["core.blocks.1.mlp.up", True] is Shown.PART and ("core.blocks.1.mlp.up", False) not in shown
+    assert shown["core.blocks.1.mlp.up", True] is Shown.PART
     assert shown["core.blocks.0.attention", True] is Shown.HELD
-    assert not {"core", "core.blocks.0", "core.blocks.1.norm", "head"} & set(plan.boundaries)
+    assert shown["core.blocks.1.norm", True] is shown["core.blocks.1.mlp", False] is Shown.GRADIENT
+    assert not {"core", "core.blocks.0", "core.blocks.1", "head"} & set(plan.boundaries)
+    assert "core.blocks.1.mlp" not in planned(False, 2).boundaries
     assert decode(encode(plan)) == plan == pickle.loads(pickle.dumps(plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import autotp
 from autotp.api import parallelize_as
-from tests.rewrite.guarded import INNER, WIDTH, Change, Use, build, forward, gradients, inputs, outcome, planned
+from tests.rewrite.guarded import INNER, WIDTH, Change, Use, build, first_gradient, forward, gradients, inputs, outcome, planned
 from tests.support.ranks import Pool, mesh
 
 
@@ -94,9 +95,8 @@ def _checkpointed(model: Any) -> Tensor:
     block = model.core.blocks[0]
     model.zero_grad()
     x = inputs().requires_grad_()
-    model.head(model.core.blocks[1](torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))).square().sum().backward()
-    grad = block.norm.weight.grad
-    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    model.head(model.core.blocks[1](torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))).sin().sum().backward()
+    return first_gradient(model)
 
 
 def _none(_: Any) -> None:
@@ -125,8 +125,6 @@ EQUAL: dict[str, tuple[Change, Use]] = {
 
 
 def _scaled(old: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    import functools
-
     @functools.wraps(old)
     def new(x: Tensor) -> Tensor:
         return old(x) * 2
@@ -134,6 +132,7 @@ def _scaled(old: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return new
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it itself
 @pytest.mark.parametrize("name", EQUAL)
 def test_changes_that_pass_on_whole_values(name: str) -> None:
     change, use = EQUAL[name]
@@ -157,7 +156,7 @@ def test_a_copy_is_watched_by_itself() -> None:
     def broken_copy(model: Any) -> Tensor:
         other = copy.deepcopy(model)
         BROKEN(other)
-        return forward(model) if hasattr(model, "_whole") else forward(other)
+        return forward(other)
 
     assert "mlp.down was a Linear" in outcome(_none, broken_copy)
 
@@ -174,7 +173,7 @@ def test_a_change_that_is_taken_back() -> None:
         mlp = model.core.blocks[0].mlp
         before = mlp.down
         BROKEN(model)
-        if isinstance(model.core.blocks[0].attention.q.weight, nn.Parameter) and hasattr(model, "_autotp"):
+        if hasattr(model, "_autotp"):
             with pytest.raises(autotp.AutoTPError, match=r"mlp\.down"):
                 forward(model)
         mlp.down = before
@@ -191,7 +190,7 @@ def _on_processes() -> list[str]:
         model = parallelize_as(build(), mesh(), planned(False, 2))
         change(model)
         try:
-            found.append(f"{float(forward(model).sum()):.9f}")
+            found.append(f"{float(forward(model).detach().sum()):.9f}")
         except autotp.AutoTPError as error:
             found.append(str(error))
     dist.barrier()
@@ -208,5 +207,5 @@ def test_on_processes(pool: Pool) -> None:
     assert first == second
     whole = build()
     replaced("core.blocks.0", Around)(whole)
-    assert "mlp.down was a Linear" in first[0] and first[1] == f"{float(forward(whole).sum()):.9f}"
+    assert "mlp.down was a Linear" in first[0] and first[1] == f"{float(forward(whole).detach().sum()):.9f}"
     assert "extra, a Linear that came after parallelize, has other weights on rank 1" in first[2]
