@@ -199,7 +199,7 @@ class Summed(DTensor):
         return func(*args, **kwargs)
 
     def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)
+        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]
 
 
 def _ordinary(x: DTensor) -> DTensor:

@@ -72,7 +72,7 @@ def _in_forward(frame: FrameType | None) -> bool:
 def _keeping(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: Kept(name) for name in names}
     body.update(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
-    return type(base)(base.__name__, (base,), body)  # type: ignore[no-any-return]
+    return type(base)(base.__name__, (base,), body)  # type: ignore[misc, no-any-return]
 
 
 def guard(model: nn.Module, path: str, names: tuple[str, ...], undo: Undo) -> None:
@@ -83,4 +83,4 @@ def guard(model: nn.Module, path: str, names: tuple[str, ...], undo: Undo) -> No
     for i, name in enumerate(parts):
         module = module.get_submodule(name)
         undo.set_item(module.__dict__, HOLDS, ".".join(parts[: i + 1]))
-    undo.set_class(module, _keeping(type(module), names))
+    undo.set_class(module, _keeping(type(module), names))  # type: ignore[arg-type]  # classes are hashable

@@ -96,7 +96,7 @@ class LayoutDTensor(DTensor):
         self._become(value)
 
     def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)
+        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]
 
     def _become(self, other: LayoutDTensor) -> None:
         _DATA.__set__(self, other)

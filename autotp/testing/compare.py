@@ -2,7 +2,8 @@
 
 The error of a tensor is  max|a − b| / max(max|b|, floor); in float64 only the order of sums differs between a right parallel
 model and the model itself, so an error above 1e-9 is a bug. A gradient counts as at least a millionth of the model's largest,
-a parameter after a step as at least 0.01 and a buffer in training as at least 1e-6: some are zero but for rounding. The state dict must be equal bit by bit.
+a parameter after a step as at least 0.01, a buffer in training as at least 1e-6: some are zero but for rounding. The state dict must be
+equal bit by bit.
 """
 
 from __future__ import annotations

@@ -46,14 +46,39 @@ class NotAlike(BaseException):
 
 
 @dataclass(frozen=True, slots=True)
+class _Memory:
+    """Where a fake tensor lies: in which storage (of how many elements), and how."""
+
+    storage: Any
+    elements: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    grad: bool
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Memory:
+        """The memory of `tensor`; it is read past the recorder's modes."""
+        with torch._C.DisableTorchFunction():
+            storage, dtype = tensor.untyped_storage(), tensor.dtype
+            key = (storage._cdata, dtype) if isinstance(tensor, FakeTensor) else None
+            size, stride, offset = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+            return _Memory(key, storage.nbytes() // dtype.itemsize, size, stride, offset, dtype, tensor.requires_grad)
+
+
+@dataclass(frozen=True, slots=True)
 class _Answer:
-    """What a call of the template gave: its arguments, its result, and the attributes (path inside, name, value) that it left."""
+    """What a call of the template gave: its arguments, its result, and the attributes (path inside, name, value) that it left.
+
+    `ins`, `lent`: its tensor arguments. `outs`: id(tensor of the result or of what was left) → what it was when the call ended.
+    """
 
     arguments: Any
     ins: tuple[Value, ...]
-    tensors: tuple[Tensor, ...]
+    lent: tuple[_Memory, ...]
     result: Any
-    outs: Mapping[int, Value]  # id(tensor of the result or of what was left) → what it was when the call ended
+    outs: Mapping[int, tuple[Value, _Memory]]
     left: tuple[tuple[str, str, Any], ...]
 
 
@@ -145,8 +170,8 @@ class BlockRecorder(Recorder):
         if left is None or not untouched or not _plain(result, _objects((args, kwargs))):
             self._done[key] = None
             return result
-        outs = {id(t): self.value(t) for t in _each_tensor((result, [v for *_, v in left]))}
-        self._done[key] = _Answer((args, kwargs), ins, tensors, result, outs, left)
+        outs = {id(t): (self.value(t), _Memory.of(t)) for t in _each_tensor((result, [v for *_, v in left]))}
+        self._done[key] = _Answer((args, kwargs), ins, tuple(map(_Memory.of, tensors)), result, outs, left)
         return result
 
     def _answer(self, path: str, module: nn.Module, key: Any, arguments: Any) -> Any:
@@ -240,8 +265,7 @@ class _Twins:
     """
 
     def __init__(self, recorder: BlockRecorder, answer: _Answer, arguments: tuple[Tensor, ...]) -> None:
-        self.recorder, self.answer = recorder, answer
-        self.pairs = list(zip(answer.tensors, arguments, strict=True))
+        self.recorder, self.answer, self.arguments = recorder, answer, arguments
         self.bases: dict[Any, Tensor] = {}
         self.made: dict[int, Tensor] = {}
 
@@ -251,24 +275,23 @@ class _Twins:
 
     def _twin(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.made:
-            with self.recorder.paused(), torch.set_grad_enabled(tensor.requires_grad):
-                twin = self._view(tensor) if isinstance(tensor, FakeTensor) else tensor.detach()
+            value, memory = self.answer.outs[id(tensor)]
+            with self.recorder.paused(), torch._C.DisableTorchFunction(), torch.set_grad_enabled(memory.grad):
+                twin = tensor.detach() if memory.storage is None else self._view(memory)
             self.made[id(tensor)] = twin
-            self.recorder.stands_for(twin, self.answer.outs[id(tensor)])
+            self.recorder.stands_for(twin, value)
         return self.made[id(tensor)]
 
-    def _view(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        size, stride, offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-        for theirs, own in self.pairs:
-            same = isinstance(theirs, FakeTensor) and theirs.untyped_storage()._cdata == storage._cdata
-            if same and theirs.dtype == own.dtype == tensor.dtype and theirs.stride() == own.stride():
-                return own.as_strided(size, stride, offset - theirs.storage_offset() + own.storage_offset())
-        key = storage._cdata, tensor.dtype
-        if key not in self.bases:
-            count = storage.nbytes() // tensor.dtype.itemsize
-            self.bases[key] = torch.empty(count, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
-        return self.bases[key].as_strided(size, stride, offset)
+    def _view(self, memory: _Memory) -> Tensor:
+        for theirs, own in zip(self.answer.lent, self.arguments, strict=True):
+            if theirs.storage == memory.storage and own.dtype is memory.dtype and own.stride() == theirs.stride:
+                return own.as_strided(memory.size, memory.stride, memory.offset - theirs.offset + own.storage_offset())
+        alone = sum(other.storage == memory.storage for _, other in self.answer.outs.values()) == 1
+        if alone and not memory.grad and memory.offset == 0:
+            return torch.empty_strided(memory.size, memory.stride, dtype=memory.dtype)
+        if memory.storage not in self.bases:
+            self.bases[memory.storage] = torch.empty(memory.elements, dtype=memory.dtype, requires_grad=memory.grad)
+        return self.bases[memory.storage].as_strided(memory.size, memory.stride, memory.offset)
 
 
 def _each_tensor(tree: Any) -> Iterator[Tensor]:
