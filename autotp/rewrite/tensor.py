@@ -274,7 +274,9 @@ class GradHook:
     def __init__(self, hook: Callable[[Tensor], Tensor | None], layout: Layout) -> None:
         self.hook, self.layout = hook, layout
 
-    def __call__(self, grad: Tensor) -> Tensor | None:
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        if grad is None:  # on one device a parameter without a gradient calls no hook
+            return None
         made = self.hook(grad)
         if made is None or made is grad or not isinstance(grad, LayoutDTensor):
             return made

@@ -30,7 +30,9 @@ class _Ordered:
     def __init__(self, layout: Layout, mesh: DeviceMesh) -> None:
         self.layout, self.mesh = layout, mesh
 
-    def __call__(self, grad: Tensor) -> Tensor | None:
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        if grad is None:  # the parameter was read together with others, and nothing came of it
+            return None
         if isinstance(grad, LayoutDTensor) and (grad._layout is self.layout or alike(grad._layout, self.layout)):
             return None
         if type(grad) is DTensor and grad._spec.placements == placements(self.layout):
