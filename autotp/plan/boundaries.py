@@ -1,4 +1,4 @@
-"""Which values at the boundaries of modules are not whole, as code outside of the module sees them.
+"""Which values at the boundaries of modules are not whole, as code outside of the module sees them, and which code computes on such values.
 
 Between regions every value is whole on every rank, and so is its gradient. Inside of one, what crosses a module's boundary may be a rank's
 part, a summand, or whole with a gradient that is a summand: a hook of a user or another module put there would compute something else.
@@ -8,6 +8,7 @@ Conversions at a boundary are done inside of the module: outside of it the argum
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
 
 from autotp.plan.joint import Joint
 from autotp.plan.labels import Labels, SlotKey, Space
@@ -41,6 +42,16 @@ def find_boundaries(
             found[path][result, each] = min(before, shown, key=_ORDER.index)
     every = {path: tuple(Boundary(*place, shown) for place, shown in slots.items()) for path, slots in found.items()}
     return _repeated(every, repeats)
+
+
+def find_inside(space: Space, labels: Labels, moves: Moves, repeats: Mapping[str, str]) -> frozenset[str]:
+    """Paths of the modules whose own code runs operators on parts or summands."""
+    found = {
+        node.module: ()
+        for node in space.graph.nodes
+        if not isinstance(node.op, Pseudo) and any(labels.of(v) or v.id in moves.partial for v in (*node.inputs(), *node.outputs))
+    }
+    return frozenset(_repeated(found, repeats))
 
 
 def _shown(
@@ -84,7 +95,10 @@ def _trail(space: Space, node: Node) -> list[tuple[int, int]]:
     return trail
 
 
-def _repeated(found: dict[str, tuple[Boundary, ...]], repeats: Mapping[str, str]) -> dict[str, tuple[Boundary, ...]]:
+_T = TypeVar("_T")
+
+
+def _repeated(found: Mapping[str, _T], repeats: Mapping[str, str]) -> dict[str, _T]:
     """Also for the blocks that were not traced, inner blocks first."""
     every = dict(found)
     for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):

@@ -61,7 +61,8 @@ class Plan:
     products: names of the parameters that are operands of products (Linear and expert weights). notes: what the
     reader should know (paths that were not traced). checked: what the plan passed besides its replay on fake tensors: `numbers` (the
     model and its ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
-    boundaries: path of a module → what code outside of it does not see whole there (`autotp.plan.boundaries`).
+    boundaries: path of a module → what code outside of it does not see whole there (`autotp.plan.boundaries`). inside: paths
+    of the modules whose own code computes on parts.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     checked: str = ""
     boundaries: Mapping[str, tuple[Boundary, ...]] = field(default_factory=dict)
+    inside: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
@@ -94,6 +96,7 @@ class Plan:
             self.notes,
             self.checked,
             dict(self.boundaries),
+            self.inside,
         )
         return Plan, fields
 

@@ -9,7 +9,7 @@ from math import prod
 from autotp.axes.atoms import Atom
 from autotp.axes.kernel import Kernel
 from autotp.errors import PlanError
-from autotp.plan.boundaries import find_boundaries
+from autotp.plan.boundaries import find_boundaries, find_inside
 from autotp.plan.build import Builder, Unrealisable
 from autotp.plan.choose import Choice, choose
 from autotp.plan.cuts import Cut
@@ -147,7 +147,9 @@ def solve(
             plan = _plan(space, choice, moves, modules, namer, tp, model, bans)
             copied = {slot for slot, conversions in builder.slots.items() if any(c.op is Op.COPY for c in conversions)}
             boundaries = find_boundaries(space, choice.labels, moves, joints, copied, space.graph.repeats)
-            return Draft(replace(plan, notes=(*plan.notes, *notes), boundaries=boundaries), space, choice, moves, local)
+            inside = find_inside(space, choice.labels, moves, space.graph.repeats)
+            plan = replace(plan, notes=(*plan.notes, *notes), boundaries=boundaries, inside=inside)
+            return Draft(plan, space, choice, moves, local)
         if bans.size == before or attempt == MAX_ATTEMPTS - 1:
             bans.all = reason
     raise AssertionError("an axis was taken where none may be")

@@ -65,7 +65,17 @@ def plan_of_bound(bound: Bound) -> Plan:
     return Plan(
         type(bound.model).__name__, bound.tp, params, tuple(modules.values()), tuple(_axes(bound)), tuple(_traffic(bound)),
         bound.aliases, frozenset(products), (), boundaries=_boundaries(bound),
+        inside=frozenset(_inside(bound)),
     )  # fmt: skip
+
+
+def _inside(bound: Bound) -> Iterator[str]:
+    """Modules whose code may compute on parts: those that own some, those around them, and what is inside of a region that is asked for."""
+    for path, params in own_params(bound).items():
+        if any(p.names for p in params):
+            yield from (path, path.rpartition(".")[0])
+    inner = {b.module for b in (*bound.arguments, *bound.results)}
+    yield from (path for path, _ in bound.model.named_modules() if any(under(path, b) for b in inner))
 
 
 def _boundaries(bound: Bound) -> dict[str, tuple[Boundary, ...]]:

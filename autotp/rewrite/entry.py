@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from autotp.plan.model import Shown
 from autotp.plan.plan import Plan
 from autotp.rewrite.classes import subclass, wrap_forward
 from autotp.rewrite.comm import Comm
@@ -88,10 +89,11 @@ def originals_of(model: nn.Module, plan: Plan) -> Originals:
 def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Originals, undo: Undo) -> None:
     """Guard a model that `plan` was applied to; journalled in `undo`."""
     modules = [(path, m) for path, m in model.named_modules()]
-    places = _places(modules, plan)
+    places, floats = _places(plan), _floats(plan)
     running = Running()
     hooks = install_hooks(model, plan.boundaries, running, undo)
-    values = list(watched([(p, m) for p, m in modules if p in places.runs], originals, Reading(), [m for _, m in modules]))
+    runs = [(p, m) for p, m in modules if p in places.runs or p in floats]
+    values = list(watched(runs, originals, Reading(), [m for _, m in modules], floats))
     entered = [(p, m) for p, m in modules if m is model or _may_begin(model, m)]
     for _, module in entered:
         if module is model or "forward" in module.__dict__:
@@ -113,17 +115,21 @@ def _may_begin(model: nn.Module, module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
 
 
-def _places(modules: list[tuple[str, nn.Module]], plan: Plan) -> Places:
+def _places(plan: Plan) -> Places:
     cut = {name.rpartition(".")[0] for name, p in plan.params.items() if p.layout.dim is not None}
     changed = {m.path for m in plan.modules} | cut
-    inner = set(plan.boundaries)
-    runs = changed | inner | {path.rpartition(".")[0] for path in inner if "." in path}
-    if any("." not in path for path in inner):
-        runs.add("")
+    inner = frozenset(plan.boundaries)
+    runs = plan.inside | inner | cut | {m.path for m in plan.modules if m.sites or m.attributes}
     touched: set[str] = set()
     for path in changed | inner | {u.owner for m in plan.modules for u in m.uses}:
         touched.update(_above(path))
-    return Places(frozenset(inner), frozenset(runs), frozenset(touched))
+    return Places(inner, runs, frozenset(changed | runs), frozenset(touched))
+
+
+def _floats(plan: Plan) -> frozenset[str]:
+    """Modules that summands of a joint sum pass: a dropout there that drops nothing must go on dropping nothing."""
+    passed = {path for path, slots in plan.boundaries.items() if any(b.shown is Shown.HELD and not b.result for b in slots)}
+    return frozenset(passed | {m.path for m in plan.modules if m.joint})
 
 
 def _above(path: str) -> Collection[str]:

@@ -30,12 +30,13 @@ _ADVICE = "Make the change before parallelize (build the model again), or take i
 class Places:
     """What the plan makes of modules, by path.
 
-    inner: not every value at its boundary is whole. runs: its own code runs on parts. touched: it, or something in it, is cut or
-    rewritten.
+    inner: not every value at its boundary is whole. runs: its own code runs on parts. changed: that, or something is done around it.
+    touched: it, or something in it, is cut or rewritten.
     """
 
     inner: Collection[str]
     runs: Collection[str]
+    changed: Collection[str]
     touched: Collection[str]
 
 
@@ -95,9 +96,11 @@ class Structure:
             self.kinds[i] = now
         old_forward, new_forward = self.forwards[i], module.__dict__.get("forward")
         if old_forward != new_forward:
-            if path in self.places.runs and not _calls(new_forward, old_forward, kind):
+            if path in self.places.changed and not _calls(new_forward, old_forward, kind):
                 where = f"{path or 'the model'} ({_name(now)})"
-                raise AutoTPError(f"{where} was given another forward after parallelize, and runs on a rank's part. {_ADVICE}")
+                raise AutoTPError(
+                    f"{where} was given another forward after parallelize, which knows nothing of this rank's part. {_ADVICE}"
+                )
             self.forwards[i] = new_forward
 
     def _judge_child(self, parent: str, path: str, old: nn.Module | None, new: nn.Module | None) -> None:
@@ -110,6 +113,12 @@ class Structure:
                     f"{path}, a {_name(type(new))}, was added after parallelize to a module that runs on a rank's part, and would compute "
                     f"as if it were whole. {_ADVICE}"
                 )
+        elif _is_container(old) and _is_container(new):
+            for name in dict.fromkeys((*old._modules, *new._modules)):
+                one, other = old._modules.get(name), new._modules.get(name)
+                if one is not other:
+                    self._judge_child(path, f"{path}.{name}", one, other)
+            return
         elif not _passes_on(new, old):
             wraps = path not in places.inner and any(m is old for m in new.modules())
             if not wraps and (path in places.inner or path in places.touched):
@@ -139,6 +148,11 @@ class Structure:
 
 def _name(kind: type) -> str:
     return kind.__qualname__
+
+
+def _is_container(module: nn.Module) -> bool:
+    """True for lists and dicts of modules, which are not called themselves."""
+    return type(module).forward is nn.Module.forward and "forward" not in module.__dict__
 
 
 def _another(old: nn.Module, new: nn.Module) -> str:

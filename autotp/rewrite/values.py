@@ -1,14 +1,16 @@
 """Plain values that code on parts reads (`config._attn_implementation`, a flag, a size) must stay what they were when the plan was made.
 
 Only modules that run on parts are watched: code that sees whole values may take any path. Floats may change: no path depends on them,
-and they are read anew in each call. Where a module has a config of its own, with a local number in it, changes of the model's config do
-not reach it: any that it would have read is then an error, floats too.
+and they are read anew in each call. Where summands pass that are reduced together they may not: a dropout of 0 there has to stay 0. And
+where a module has a config of its own, with a local number in it, changes of the model's config do not reach it: any that it would have
+read is then an error, floats too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,14 +18,19 @@ from torch import Tensor, nn
 from autotp.errors import AutoTPError
 from autotp.rewrite.reading import Reading
 
-_PLAIN = (bool, int, str, type(None))
+_PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType)
 _MISSING: Any = object()
 
 
 def _plain(value: object, floats: bool = False) -> bool:
-    if isinstance(value, tuple | list):
-        return len(value) < 64 and all(_plain(v, floats) for v in value)
+    if type(value) in (tuple, list):  # one that is empty is there to be filled
+        return 0 < len(value) < 64 and all(_plain(v, floats) for v in value)
     return type(value) in _PLAIN or (floats and type(value) is float)
+
+
+def _kept(value: Any) -> Any:
+    """A copy of a list, so that changes in it show."""
+    return type(value)(map(_kept, value)) if type(value) in (list, tuple) else value
 
 
 class _One:
@@ -34,7 +41,7 @@ class _One:
     def __init__(self, where: str, object: Any, names: Sequence[str]) -> None:
         self.where, self.object, self.names = where, object, tuple(names)
         self.get: Callable[[Any], Any] = attrgetter(*self.names)
-        self.values = self.get(object)
+        self.values = _kept(self.get(object))
 
     def all(self, values: Any) -> tuple[Any, ...]:
         return tuple(values) if len(self.names) > 1 else (values,)
@@ -74,23 +81,27 @@ class Values:
 
 
 def watched(
-    modules: Iterable[tuple[str, nn.Module]], originals: Mapping[tuple[str, str], Any], reading: Reading, every: Iterable[nn.Module]
+    modules: Iterable[tuple[str, nn.Module]],
+    originals: Mapping[tuple[str, str], Any],
+    reading: Reading,
+    every: Iterable[nn.Module],
+    floats: Collection[str] = (),
 ) -> Iterator[tuple[str, _One]]:
     """(path of a module, values of it or of what it holds) to watch.
 
     `modules`: those that run on parts. `originals`: (path, attribute) → the object that was there before a local copy of it was made.
-    `every`: all modules of the model; what any of their forwards stores is theirs to change.
+    `every`: all modules of the model; what any of their forwards stores is theirs to change. `floats`: where floats count too.
     """
     stored = frozenset(("training",)).union(*(reading.of(cls)[1] for cls in {type(m) for m in every}))
     for path, module in modules:
         names = reading.of(type(module))[0] - stored
         where = f"{path}." if path else ""
-        own = sorted(n for n, v in module.__dict__.items() if n in names and not n.startswith("_autotp") and _plain(v))
+        own = sorted(n for n, v in module.__dict__.items() if n in names and not n.startswith("_autotp") and _plain(v, path in floats))
         if own:
             yield path, _One(where, module, own)
         for name, value in module.__dict__.items():
             if name in names and _holds_values(value):
-                yield from _of_object(path, f"{where}{name}.", value, names, False)
+                yield from _of_object(path, f"{where}{name}.", value, names, path in floats)
         for (owner, name), value in originals.items():
             if owner == path and value is not module.__dict__.get(name):
                 yield from _of_object(path, f"{where}{name}.", value, names, True)

@@ -46,26 +46,27 @@ class Mlp(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, self.calls, self.rate, self.flip = config, 0, 0.5, False
+        self.order, self.seen, self.function = [0, 1], [], torch.tanh
         self.up, self.act, self.down = nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         h = self.up(x)
         h = self.act(h) if self.config.act == "gelu" else h.softmax(-1)
-        return self.down(h.flip(-1) if self.flip else h * self.rate)
+        self.seen.append(len(self.order))
+        return self.down(self.function(h).flip(-1) if self.flip else self.function(h) * self.rate)
 
 
 class Block(nn.Module):
     def __init__(self, config: Config, parallel: bool) -> None:
         super().__init__()
-        self.norm, self.attention, self.drop, self.mlp, self.parallel = (
-            nn.LayerNorm(WIDTH), Attention(config), nn.Dropout(0.0 if parallel else 0.1), Mlp(config), parallel,
-        )  # fmt: skip
+        self.norm, self.attention, self.mlp = nn.LayerNorm(WIDTH), Attention(config), Mlp(config)
+        self.drop, self.join, self.parallel = nn.Dropout(0.1), nn.Dropout(0.0), parallel
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         if self.parallel:
-            return x + self.attention(h) + self.mlp(h)
+            return x + self.join(self.attention(h)) + self.mlp(h)
         x = x + self.drop(self.attention(h))
         return x + self.mlp(x)
 

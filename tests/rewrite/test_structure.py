@@ -79,6 +79,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a string of the config": (lambda m: setattr(m.config, "act", "softmax"), "config.act was 'gelu' .* is 'softmax' now"),
     "a number of the config": (lambda m: setattr(m.config, "heads", 2), "config.heads was 4"),
     "a float that a local config hides": (lambda m: setattr(m.config, "scale", 3.0), "core.blocks.0.attention.config.scale was 1.0"),
+    "a list": (lambda m: m.core.blocks[1].mlp.order.reverse(), r"core.blocks.1.mlp.order was \[0, 1\]"),
+    "a function": (lambda m: setattr(m.core.blocks[1].mlp, "function", torch.softmax), "core.blocks.1.mlp.function was"),
     "a flag": (lambda m: setattr(m.core.blocks[1].mlp, "flip", True), "core.blocks.1.mlp.flip was False"),
 }
 
@@ -103,6 +105,10 @@ def _none(_: Any) -> None:
     pass
 
 
+def _wrapped_list(model: Any) -> None:
+    model.core.blocks = nn.ModuleList(map(checkpoint_wrapper, model.core.blocks))
+
+
 EQUAL: dict[str, tuple[Change, Use]] = {
     "nothing": (_none, gradients),
     "an inner model": (_none, lambda m: m.core(inputs())),
@@ -118,6 +124,8 @@ EQUAL: dict[str, tuple[Change, Use]] = {
     "a compiled forward": (_forward_of("core.blocks.0", lambda old: torch.compile(old, backend="eager")), forward),
     "a rate": (lambda m: setattr(m.core.blocks[1].mlp, "rate", 0.25), gradients),
     "settings of the root": (lambda m: setattr(m.config, "note", "other"), gradients),
+    "a list of wrapped blocks": (_wrapped_list, gradients),
+    "a list that its code fills": (lambda m: m.core.blocks[0].mlp.seen.append(1), gradients),
     "a copy": (_none, lambda m: gradients(copy.deepcopy(m))),
     "a shallow copy": (_none, lambda m: gradients(copy.copy(m))),
     "a block for its copy": (_none, lambda m: copy.deepcopy(m.core.blocks[0])(inputs())),
@@ -150,6 +158,15 @@ BROKEN = replaced("core.blocks.0.mlp.down", _new(INNER, WIDTH))
 def test_every_module_that_calls_others_is_guarded(use: Use) -> None:
     assert "core.blocks.0.mlp.down was a Linear" in outcome(BROKEN, use)
     assert outcome(BROKEN, lambda m: m.core.blocks[1](inputs())) == "equal"  # that one is as it was
+
+
+def _dropping(model: Any) -> None:
+    model.train().core.blocks[1].join.p = 0.5
+
+
+def test_a_dropout_between_summands_that_are_reduced_together() -> None:
+    assert "core.blocks.1.join.p was 0.0" in outcome(_dropping, parallel=True)
+    assert outcome(lambda m: m.core.blocks[1].drop.__setattr__("p", 0.5), gradients) == "equal"
 
 
 def test_a_copy_is_watched_by_itself() -> None:
