@@ -111,6 +111,8 @@ def local_ids(ids: Tensor, runs: Sequence[tuple[int, int]], rows: int) -> tuple[
     a, b = runs[0]
     if checked:
         least, most = torch.aminmax(ids)
+        checked = type(least) is Tensor  # under a mode of fake tensors it is none
+    if checked:
         low, high = int(least), int(most)
         if low < 0 or high >= rows:
             raise IndexError("index out of range in self")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils._pytree import tree_iter, tree_map_only
 
@@ -191,12 +191,19 @@ class Summed(DTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = (args, dict(kwargs or {}))
+        if func._schema.name.endswith("_") and isinstance(args[0], Summed):
+            args[0]._reduce_()
         alone = all(isinstance(t, DTensor) for t in tree_iter(given) if isinstance(t, Tensor))
         if alone and func is not _aten._local_scalar_dense.default:
             args, kwargs = tree_map_only(Summed, _ordinary, given)
             return _summed(func(*args, **kwargs))
         args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), given)
         return func(*args, **kwargs)
+
+    def _reduce_(self) -> None:
+        whole = self.full_tensor()
+        meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+        self._local_tensor, self._spec = whole, DTensorSpec(self._spec.mesh, (Replicate(),), tensor_meta=meta)
 
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]

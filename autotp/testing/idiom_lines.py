@@ -142,9 +142,20 @@ IN_PLACE = {
     "out": "h = torch.add(h, 1).sub_(0.5)",
 }
 
-FORMS = {
+#: What any plan can shard: with these what is around decides.
+PLAIN = {
     "tanh": "h = torch.tanh(h)",
     "gelu": "h = F.gelu(h)",
+    "gate": "h = h.sigmoid() * h",
+    "power": "h = h.pow(2) - 0.5 * h",
+    "dropped": "h = F.dropout(h, 0.0, self.training)",
+    "cumsum_over_time": "h = h.cumsum(1)",
+    "flip_over_time": "h = h.flip(1)",
+    "mean_over_time": "h = h - h.mean(1, keepdim=True)",
+    "clone": "h = h.clone(memory_format=torch.contiguous_format)",
+}
+
+FORMS = {
     "loop": "h = torch.cat([y * (i + 1) for i, y in enumerate(h.view(2, 6, $g, $d).unbind(2))], -1)",
     "loop_of_chunks": "h = torch.cat([y.softmax(-1) for y in h.split($d, -1)], -1)",
     "stack": "h = torch.stack([y.softmax(-1) for y in h.view(2, 6, $g, $d).unbind(2)], 2).flatten(2)",
@@ -168,7 +179,6 @@ FORMS = {
     "wrong_view": "h = h.reshape(2, $w, 6).softmax(1).reshape(2, 6, $w)",
     "matmul_itself": "h = (h @ h.transpose(1, 2)).softmax(-1) @ h",
     "gram": "h = h @ (h.transpose(1, 2) @ h).softmax(-1)",
-    "dropped": "h = F.dropout(h, 0.0, self.training)",
     "float_number": "h = h * float(h.shape[-1])",
     "complex": "y = torch.fft.rfft(h, dim=1)\nh = torch.fft.irfft(y, n=6, dim=1)",
     "fft": "h = torch.fft.fft(h, dim=-1).real",
@@ -193,6 +203,7 @@ GRADIENTS = {
 }
 
 KINDS = {
+    "plain": PLAIN,
     "form": FORMS,
     "statistic": STATISTICS,
     "composite": COMPOSITES,

@@ -80,7 +80,15 @@ READS: dict[str, Callable[[Any, Tensor], Any]] = {
         w.sum(-1, keepdim=True),
     ),
     "extremes": lambda w, x: (w.max(), w.min(), w.amax(0), w.argmax(), w.abs().max(), w.topk(2, 0), w.sort(0)[0], w.flatten().kthvalue(3)),
-    "norms": lambda w, x: (w.norm(), w.norm(p=1), w.norm(dim=-1), torch.linalg.vector_norm(w, float("-inf")), w.norm(p=float("inf"))),
+    "norms": lambda w, x: (
+        w.norm().pow_(2).add_(1),
+        x.sum().mul_(w.sum()),
+        w.norm(),
+        w.norm(p=1),
+        w.norm(dim=-1),
+        torch.linalg.vector_norm(w, float("-inf")),
+        w.norm(p=float("inf")),
+    ),
     "shifted": lambda w, x: (w.cos().sum(), (w + 1).norm(), w.exp().mean(), (w * 0 + 2).std(), torch.ones_like(w).sum()),
     "parts": lambda w, x: (
         w[0],
