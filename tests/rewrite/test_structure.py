@@ -21,6 +21,10 @@ from tests.rewrite.guarded import INNER, WIDTH, Change, Use, build, first_gradie
 from tests.support.ranks import Pool, mesh
 
 
+def _over_the_width(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
 class Lora(nn.Module):
     """A Linear and a product of two small ones beside it."""
 
@@ -80,7 +84,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a number of the config": (lambda m: setattr(m.config, "heads", 2), "config.heads was 4"),
     "a float that a local config hides": (lambda m: setattr(m.config, "scale", 3.0), "core.blocks.0.attention.config.scale was 1.0"),
     "a list": (lambda m: m.core.blocks[1].mlp.order.reverse(), r"core.blocks.1.mlp.order was \[0, 1\]"),
-    "a function": (lambda m: setattr(m.core.blocks[1].mlp, "function", torch.softmax), "core.blocks.1.mlp.function was"),
+    "a function": (lambda m: setattr(m.core.blocks[1].mlp, "function", _over_the_width), "core.blocks.1.mlp.function was"),
     "a flag": (lambda m: setattr(m.core.blocks[1].mlp, "flip", True), "core.blocks.1.mlp.flip was False"),
 }
 
