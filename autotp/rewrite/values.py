@@ -22,7 +22,7 @@ _PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType)
 _MISSING: Any = object()
 
 
-def _plain(value: object, floats: bool = False) -> bool:
+def _plain(value: Any, floats: bool = False) -> bool:
     if type(value) in (tuple, list):  # one that is empty is there to be filled
         return 0 < len(value) < 64 and all(_plain(v, floats) for v in value)
     return type(value) in _PLAIN or (floats and type(value) is float)
