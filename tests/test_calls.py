@@ -41,7 +41,7 @@ def assert_calls_equal(model: nn.Module, calls: dict[str, Call], *, tp: int = 2,
 
     def rank(_: object) -> Any:
         parallel = copy.deepcopy(fresh)
-        autotp.parallelize(parallel, init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",)), example_inputs=inputs)
+        autotp.parallelize(parallel, init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",)), example_inputs=inputs, check="graph")
         return autotp.plan_of(parallel), {name: observed(parallel, call, autotp.full_grads) for name, call in calls.items()}
 
     ranks = run(backend, rank, None, tp, 300.0)

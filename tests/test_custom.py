@@ -31,7 +31,7 @@ def untraced_loss(model: type[Language], sharded: bool) -> None:
     plain = model().double()
     parallel = copy.deepcopy(plain)
     ids, targets = torch.randint(VOCAB, (2, 6)), torch.randint(VOCAB // 4, (2, 6))
-    autotp.parallelize(parallel, mesh(), example_inputs={"i": ids})
+    autotp.parallelize(parallel, mesh(), example_inputs={"i": ids}, check="graph")
     assert (autotp.plan_of(parallel).params["a.weight"].layout.dim is not None) == sharded
     (wanted, loss), (got, same) = plain(ids, targets), parallel(ids, targets)
     assert error_of(wanted.detach(), got.detach()) < 1e-9 and error_of(loss.detach(), same.detach()) < 1e-9

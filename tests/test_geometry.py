@@ -73,7 +73,7 @@ def train(model: nn.Module, g: Geometry, optimizer: str, state: Callable[[nn.Mod
 def rank_errors(model: nn.Module, g: Geometry, optimizer: str, wanted: History) -> tuple[dict[str, float], Plan]:
     """On one rank: the largest errors by aspect, and the plan."""
     model = copy.deepcopy(model)
-    autotp.parallelize(model, mesh(), example_inputs=batch(g))
+    autotp.parallelize(model, mesh(), example_inputs=batch(g), check="graph")  # or its own check would see a sabotage first
     got, plan = train(model, g, optimizer, autotp.full_state_dict), autotp.plan_of(model)
     errors = {
         name: max(error_of(a, b, FLOOR) for a, b in zip(getattr(wanted, name), getattr(got, name), strict=True))

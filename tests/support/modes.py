@@ -56,7 +56,7 @@ def same_in_every_mode(
 def _compare(job: _Job) -> float:
     one = copy.deepcopy(job.model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    several = autotp.parallelize(copy.deepcopy(job.model), mesh, example_inputs=dict(job.inputs))
+    several = autotp.parallelize(copy.deepcopy(job.model), mesh, example_inputs=dict(job.inputs), check="graph")
     for way in job.calls:
         for training, mode in MODES:
             results: list[Tensor] = []
