@@ -132,7 +132,7 @@ class _ByTwin:
         if self.planned is None:
             examine = _ByNumbers(self.twin)
             try:
-                self.planned = make_plan(self.twin, self.tp, examine=examine)
+                self.planned = make_plan(self.twin, self.tp, examine=examine, replayed=False)
             except AutoTPError as error:
                 return Examined(f"graph only: the model is too large to be run, and a smaller twin cannot be planned ({error})")
             here = _same_places(self.model)

@@ -73,12 +73,15 @@ def make_plan(
     wanted: Mapping[str, Layout] | None = None,
     hints: Hints | None = None,
     examine: Examine = _only_replayed,
+    *,
+    replayed: bool = True,
 ) -> Plan:
     """The certified plan of `model` over `tp` ranks. The model is left as it was.
 
     `wanted`: layouts by name that it is to have where that can be proven; compare the plan's own with them. The rest is planned
     around them. `hints`: local values of attributes that are taken where they do (module, path). `examine`: says what is wrong with a
-    plan that passed its replay; it is then planned again without that.
+    plan that passed its replay; it is then planned again without that. `replayed`: False leaves the replay out, where the examination
+    is all that is wanted.
 
     Raises:
         InputError: example inputs are needed or do not fit. TraceError: the model cannot be run on fake tensors.
@@ -86,11 +89,17 @@ def make_plan(
     if tp == 1:
         return whole_plan(model, "tp is 1")
     with undisturbed(model):
-        return _certified(model, tp, inputs, wanted or {}, hints, examine)
+        return _certified(model, tp, inputs, wanted or {}, hints, examine, replayed)
 
 
 def _certified(
-    model: nn.Module, tp: int, inputs: Mapping[str, object] | None, wanted: Mapping[str, Layout], hints: Hints | None, examine: Examine
+    model: nn.Module,
+    tp: int,
+    inputs: Mapping[str, object] | None,
+    wanted: Mapping[str, Layout],
+    hints: Hints | None,
+    examine: Examine,
+    replayed: bool,
 ) -> Plan:
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
     name = type(model).__name__
@@ -105,7 +114,7 @@ def _certified(
         before = bans.size
         draft = solve(space, tp, bans, name, linears, asked, hints)
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
-        difference = replay(model, examples, draft, dict(plan.params), tp)
+        difference = replay(model, examples, draft, dict(plan.params), tp) if replayed else None
         if difference is not None and draft.choice.on:
             bans.blame(space, draft.choice, difference.node, difference.reason)
             reason = f"{difference.reason}: {difference.node}"

@@ -95,7 +95,7 @@ class Fuzzer:
         @_SETTINGS
         @given(architectures(), degrees())
         def attempt(architecture: Architecture, tp: int) -> None:
-            self._attempt(lambda: script_of_architecture(architecture, tp), lambda: self._prove(architecture, tp))
+            self._attempt(lambda: script_of_architecture(architecture, tp, self.certificate), lambda: self._prove(architecture, tp))
 
         self._batch(attempt)
 
@@ -117,7 +117,7 @@ class Fuzzer:
         @_SETTINGS
         @given(configs(model_type), degrees())
         def attempt(config: Any, tp: int) -> None:
-            self._attempt(lambda: script_of_config(config, tp), lambda: self._equal(config, tp))
+            self._attempt(lambda: script_of_config(config, tp, self.certificate), lambda: self._equal(config, tp))
 
         self._batch(attempt)
 
@@ -188,7 +188,7 @@ class Fuzzer:
         return "\n".join(lines)
 
 
-def script_of_architecture(architecture: Architecture, tp: int) -> str:
+def script_of_architecture(architecture: Architecture, tp: int, certificate: str = "numbers") -> str:
     """A script with the model's text that fails as the example did."""
     trap = "".join(
         f"assert result.plan.params[{name!r}].layout.dim != {dim}  # {architecture.trap.value}\n" for name, dim in architecture.kept()
@@ -199,7 +199,7 @@ def script_of_architecture(architecture: Architecture, tp: int) -> str:
         "from autotp.testing import assert_equivalent\nfrom autotp.testing.tiny import randomise\n\n\n"
         "def model():\n    made = Model()\n    randomise(made, seed=3)\n    return made.double()\n\n\n"
         f"rows = {rows!r}\ninputs = {{name: torch.tensor(row) for name, row in rows.items()}}\n"
-        f"result = assert_equivalent(model, tp={tp}, inputs=inputs, steps=3)\n{trap}"
+        f"result = assert_equivalent(model, tp={tp}, inputs=inputs, steps=3, certificate={certificate!r})\n{trap}"
     )
 
 
@@ -214,14 +214,14 @@ def script_of_idioms(drawn: Idioms, tp: int, certificate: str = "numbers") -> st
     )
 
 
-def script_of_config(config: Any, tp: int) -> str:
+def script_of_config(config: Any, tp: int, certificate: str = "numbers") -> str:
     """A script with the config that fails as the example did."""
     fields = {n: v for n, v in config.to_diff_dict().items() if n not in ("model_type", "transformers_version")}
     attention = config._attn_implementation
     return (
         "from transformers import CONFIG_MAPPING\n\nfrom autotp.testing import assert_equivalent\n\n"
         f"config = CONFIG_MAPPING[{config.model_type!r}](**{fields!r})\nconfig._attn_implementation = {attention!r}\n"
-        f"assert_equivalent(config, tp={tp}, steps=2)\n"
+        f"assert_equivalent(config, tp={tp}, steps=2, certificate={certificate!r})\n"
     )
 
 

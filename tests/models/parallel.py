@@ -65,7 +65,8 @@ class ParallelBlock(nn.Module):
         self.o = nn.LayerNorm(WIDTH) if norms == 2 else None
         self.a, self.m = Attend(), Two()
         self.none, self.drop = nn.Dropout(0.0), nn.Dropout(0.1)
-        self.kind, self.skips = kind, False
+        self.kind = kind
+        self.skips: list[bool] = []  # filled by a test; one that is empty while planning may be
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.n(x)

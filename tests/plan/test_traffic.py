@@ -38,6 +38,7 @@ def test_what_is_counted_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch
         ran["all_gather", phase[0]] += self.rank == 0
         return gather(self, tensor)
 
+    monkeypatch.setenv("AUTOTP_CHECK_INPUTS", "never")  # comparing inputs gathers too
     monkeypatch.setattr(GroupComm, "all_reduce_", all_reduce)
     monkeypatch.setattr(GroupComm, "all_gather", all_gather)
 

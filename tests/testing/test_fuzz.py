@@ -37,7 +37,7 @@ def test_a_failure_is_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     said: list[str] = []
     with monkeypatch.context() as fault:
         fault.setitem(rules.RULES, "flip", pointwise)
-        done = fuzz.fuzz(0.02, tmp_path, family="architectures", write=said.append)
+        done = fuzz.fuzz(0.02, tmp_path, family="architectures", write=said.append, certificate="graph")
         (name,) = done.failures
         script = (tmp_path / name).read_text(encoding="utf-8")
         with pytest.raises(NotEquivalent):
@@ -51,8 +51,8 @@ def test_a_config_is_a_script(tmp_path: Path) -> None:
     config = tiny_config("llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=8, tie_word_embeddings=True)
     text = fuzz.script_of_config(config, 3)
     space: dict[str, object] = {}
-    exec(text.replace("assert_equivalent(config, tp=3, steps=2)", ""), space)
-    assert "assert_equivalent(config, tp=3, steps=2)" in text
+    exec(text.replace("assert_equivalent(config, tp=3, steps=2, certificate='numbers')", ""), space)
+    assert "assert_equivalent(config, tp=3, steps=2, certificate='numbers')" in text
     assert space["config"].to_diff_dict() == config.to_diff_dict()  # type: ignore[attr-defined]
 
 
