@@ -25,7 +25,7 @@ from autotp.numeric.exact import DOUBLE, SINGLE, Precision, largest, relative_er
 from autotp.numeric.parameters import local_parameters
 from autotp.numeric.ranks import LocalComm, TimedOut, run_ranks
 from autotp.numeric.subject import CannotRun, Seen, run
-from autotp.numeric.untouched import untouched
+from autotp.numeric.untouched import one_thread, untouched
 from autotp.numeric.where import Order, first_wrong_module, watched
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
@@ -76,7 +76,7 @@ def judge(model: nn.Module, examples: Sequence[Example], plan: Plan) -> Verdict:
     reason = too_large(model, plan.tp, plan.local_share)
     if reason:
         return Verdict(reason)
-    with untouched(model), same_numbers(), warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+    with untouched(model), one_thread(), same_numbers(), warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
         warnings.simplefilter("ignore")
         try:
             subject = _subject(model, tuple(examples), plan.tp)

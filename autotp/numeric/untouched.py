@@ -31,6 +31,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     parameter.grad = grad
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Operators run in the thread that calls them.
+
+    The models that are run are small, and the thread of each rank would start a pool of its own, whose threads spin while they wait.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _put_back(tensor: Tensor, before: Tensor) -> None:
     """Write `before` where something else is: a write makes a new version, which autograd may refuse later."""
     if tensor.layout is torch.strided and not torch.equal(_bits(tensor), _bits(before)):
