@@ -56,8 +56,10 @@ def _error(name: str, path: str, wanted: Mapping[str, Tensor], got: Mapping[str,
     if a is None or b is None:
         there = b if a is None else a
         return 0.0 if _is_gradient(name, path) and there is not None and not there.count_nonzero() else float("inf")
-    if a.dtype != b.dtype:
+    if a.dtype != b.dtype or a.layout != b.layout:
         return float("inf")
+    if a.layout is not torch.strided:
+        a, b = a.to_dense(), b.to_dense()
     if name == "state":
         return 0.0 if a.shape == b.shape and torch.equal(_bits(a), _bits(b)) else max(relative_error(b, a), 1e-300)
     if not a.is_floating_point() or a.shape != b.shape:

@@ -75,7 +75,10 @@ def _fresh(value: Any, path: str, leaves: dict[str, Tensor] | None) -> Any:
 
 def twin(model: nn.Module) -> nn.Module:
     """A deep copy, hooks on parameters included: a copied parameter has lost them."""
-    made = copy.deepcopy(model)
+    try:
+        made = copy.deepcopy(model)
+    except Exception as error:  # a module may refuse in any way
+        raise InputError(f"{type(model).__name__} cannot be copied, so nothing can be compared with it: {error}") from error
     for old, new in zip(model.parameters(), made.parameters(), strict=True):
         for hook in (old._backward_hooks or {}).values():
             new.register_hook(hook)  # type: ignore[no-untyped-call]

@@ -61,6 +61,8 @@ class _Memory:
     def of(tensor: Tensor) -> _Memory:
         """The memory of `tensor`; it is read past the recorder's modes."""
         with torch._C.DisableTorchFunction():
+            if tensor.layout is not torch.strided:  # a sparse tensor lies nowhere; it stands for itself
+                return _Memory(None, 0, tuple(tensor.shape), (), 0, tensor.dtype, tensor.requires_grad)
             storage, dtype = tensor.untyped_storage(), tensor.dtype
             key = (storage._cdata, dtype) if isinstance(tensor, FakeTensor) else None
             size, stride, offset = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())

@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from autotp.trace.storage import storage_of
+
 if TYPE_CHECKING:
     from autotp.trace.graph import Node
     from autotp.trace.recorder import Recorder
@@ -142,8 +144,8 @@ def _forget_written(recorder: Recorder, func: Any, args: Any) -> None:
         if argument.alias_info and argument.alias_info.is_write and i < len(args) and isinstance(args[i], Tensor):
             gone = recorder.concrete.pop(recorder.value(args[i]).id, None)
             if gone is not None:
-                storage = gone.untyped_storage()._cdata
-                for key in [k for k, t in recorder.concrete.items() if t.untyped_storage()._cdata == storage]:
+                storage = storage_of(gone)
+                for key in [k for k, t in recorder.concrete.items() if storage_of(t) == storage]:
                     del recorder.concrete[key]
 
 

@@ -108,7 +108,12 @@ def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], b
                     continue
                 if id(tensor) not in made:
                     with fake:
-                        new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                        # a sparse one has no values to shard; only its shape and layout are needed
+                        new: Tensor = (
+                            torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                            if tensor.layout is torch.strided
+                            else fake.from_tensor(tensor, static_shapes=True)
+                        )
                         made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if table is module._parameters else new
                 now = made[id(tensor)]
                 set_item(table, name, now, undo)

@@ -41,6 +41,7 @@ from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
 from autotp.trace.places import call_of, call_place
+from autotp.trace.storage import storage_of
 from autotp.trace.watch import FUNCTION, GRAD_FN, REQUIRES_GRAD, Question, Refused, is_model, is_running, watching
 from autotp.trace.weights import Weights
 
@@ -113,7 +114,7 @@ class Recorder:
         self._set(tensor, value)
         self._alive.append(tensor)
         if isinstance(tensor, FakeTensor):
-            self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+            self._aliases.setdefault(storage_of(tensor), []).append(tensor)
         return value
 
     def _set(self, tensor: Tensor, value: Value) -> None:
@@ -168,7 +169,7 @@ class Recorder:
         self._set(tensor, value)
         self._alive.append(tensor)
         if isinstance(tensor, FakeTensor):
-            self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+            self._aliases.setdefault(storage_of(tensor), []).append(tensor)
 
     def met(self, func: Any, args: tuple[Any, ...]) -> None:
         """Code calls `func`, a function of tensors or the getter of a property; for recorders that care."""
@@ -322,7 +323,7 @@ class Recorder:
             self._set(target, new)
         if not isinstance(target, FakeTensor):
             return
-        for alias in list(self._aliases.get(target.untyped_storage()._cdata, ())):
+        for alias in list(self._aliases.get(storage_of(target), ())):
             if alias is target:
                 continue
             before = self.value(alias)

@@ -332,7 +332,9 @@ FACTORIES: dict[str, Callable[[], nn.Module]] = {
     "sparse_buffer": Sparse,
     "frozen": Frozen,
 }
-SHARDED = frozenset({"weights_by_getattr", "checkpoint", "checkpoint_reentrant", "checkpoint_inside", "frozen", "hook_weight", "gate"})
+SHARDED = frozenset(
+    {"sparse_buffer", "weights_by_getattr", "checkpoint", "checkpoint_reentrant", "checkpoint_inside", "frozen", "hook_weight", "gate"}
+)
 MORE: dict[str, dict[str, dict[str, Any]]] = {"gate": {"with the gate": {"gate": True}}}
 ALIKE = frozenset(
     {
