@@ -29,6 +29,7 @@ from autotp.rewrite.entry import install_entries, originals_of
 from autotp.rewrite.same_inputs import install_same_inputs
 from autotp.rewrite.shards import MakeParam, shard_onto
 from autotp.rewrite.undo import Undo
+from autotp.trace.inputs import Given
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def plan(
     *,
     tp: int,
     recipe: RecipeLike | None = None,
-    example_inputs: Mapping[str, object] | None = None,
+    example_inputs: Given | None = None,
     check: str = "numbers",
 ) -> Plan:
     """What `parallelize` would do to `target` over `tp` ranks; needs no process group, no weights and no GPU.
@@ -62,7 +63,8 @@ def plan(
         tp: number of ranks, at least 1.
         recipe: a `Recipe`, or what `Recipe.load` takes: layouts that override the planner where it says something. It is proven against the
             model's axes; one that covers every parameter is used without proof where the model cannot be traced (the plan's notes say so).
-        example_inputs: keywords of `forward` that the model is traced with. For transformers models they are made from the config.
+        example_inputs: keywords of `forward` that the model is traced with, or a list of several calls: what code on a rank's part does for
+            an argument of another kind (a flag, a mask where there was none) is refused. Made from the config for transformers models.
         check: "numbers": where that takes seconds, the model (or a smaller twin of a large transformers model) and its ranks are run in
             this process in float64, and what differs stays whole; `Plan.checked` says what was done. "graph": the trace alone is proof.
 
@@ -84,7 +86,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     recipe: RecipeLike | None = None,
-    example_inputs: Mapping[str, object] | None = None,
+    example_inputs: Given | None = None,
     strict: bool = False,
     check: str = "numbers",
 ) -> nn.Module:
@@ -171,7 +173,7 @@ def _planned(
     model: nn.Module,
     comm: GroupComm,
     recipe: RecipeLike | None,
-    example_inputs: Mapping[str, object] | None,
+    example_inputs: Given | None,
     strict: bool,
     check: Check,
 ) -> Plan:
@@ -246,13 +248,13 @@ def state_of(model: object) -> ParallelState:
     return state
 
 
-def _make(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[str, object] | None, check: Check) -> Plan:
+def _make(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Given | None, check: Check) -> Plan:
     if recipe is None:
         return checked_plan(model, tp, inputs, check=check)
     return recipe_plan(Recipe.load(recipe), model, tp, inputs, check)
 
 
-def _prepare(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Mapping[str, object] | None, strict: bool, check: Check) -> Plan:
+def _prepare(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Given | None, strict: bool, check: Check) -> Plan:
     made = _make(model, tp, recipe, inputs, check)
     if strict and made.replicated_products:
         listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)

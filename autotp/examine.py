@@ -23,7 +23,7 @@ from autotp.plan.localise import Hints
 from autotp.plan.plan import Plan
 from autotp.plan.solve import Accused
 from autotp.planner import Examine, Examined, make_plan
-from autotp.trace.inputs import Example
+from autotp.trace.inputs import Example, Given
 from autotp.trace.inputs_facts import is_hugging_face
 from autotp.twin.build import NoTwin, twin_of
 
@@ -56,7 +56,7 @@ class Check(Enum):
 def checked_plan(
     model: nn.Module,
     tp: int,
-    inputs: Mapping[str, object] | None = None,
+    inputs: Given | None = None,
     wanted: Mapping[str, Layout] | None = None,
     hints: Hints | None = None,
     *,

@@ -24,7 +24,7 @@ from autotp.plan.plan import Plan
 from autotp.plan.solve import Accused, Bans, lift, solve
 from autotp.plan.wanted import by_value, differing
 from autotp.trace.alike import alike_blocks
-from autotp.trace.inputs import Example, example_inputs, user_example
+from autotp.trace.inputs import Example, Given, example_inputs, user_examples
 from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.keep import undisturbed
 from autotp.trace.run import trace
@@ -69,7 +69,7 @@ def _lean() -> Iterator[None]:
 def make_plan(
     model: nn.Module,
     tp: int,
-    inputs: Mapping[str, object] | None = None,
+    inputs: Given | None = None,
     wanted: Mapping[str, Layout] | None = None,
     hints: Hints | None = None,
     examine: Examine = _only_replayed,
@@ -95,7 +95,7 @@ def make_plan(
 def _certified(
     model: nn.Module,
     tp: int,
-    inputs: Mapping[str, object] | None,
+    inputs: Given | None,
     wanted: Mapping[str, Layout],
     hints: Hints | None,
     examine: Examine,
@@ -133,12 +133,12 @@ def _certified(
     raise PlanError(f"{name}: {bans.all}, and nothing is sharded")
 
 
-def _examples(model: nn.Module, inputs: Mapping[str, object] | None) -> tuple[Example, ...]:
+def _examples(model: nn.Module, inputs: Given | None) -> tuple[Example, ...]:
     """The caller's example first; a transformers model's own paths are traced too, as far as they can be."""
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
     if inputs is None:
         return tuple(_in_dtype(e, dtype) for e in example_inputs(model))
-    given = user_example(model, inputs)
+    given = user_examples(model, inputs)
     if not is_hugging_face(model):
         return given
     try:
@@ -149,8 +149,9 @@ def _examples(model: nn.Module, inputs: Mapping[str, object] | None) -> tuple[Ex
 
 
 def _settled(examples: tuple[Example, ...]) -> Iterator[Example]:
-    """The examples with their inputs made once, so that every run sees the same, and the first one in training mode too."""
-    for example in (*examples, replace(examples[0], name=examples[0].name + "-training", decode=None, optional=True, training=True)):
+    """The examples with their inputs made once, so that every run sees the same; the first, or all of the caller's, in training too."""
+    first = [e for e in examples if e is examples[0] or (not e.optional and e.name.startswith("user"))]
+    for example in (*examples, *(replace(e, name=e.name + "-training", decode=None, optional=True, training=True) for e in first)):
         try:
             made = example.make()
         except Exception:

@@ -76,8 +76,8 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def planned(module: nn.Module) -> Plan:
-    return autotp.plan(module, tp=2, example_inputs={"x": torch.randn(2, 3, OUTER)})
+def planned(module: nn.Module, check: str = "numbers") -> Plan:
+    return autotp.plan(module, tp=2, example_inputs={"x": torch.randn(2, 3, OUTER)}, check=check)
 
 
 def is_cut(plan: Plan) -> bool:
@@ -109,13 +109,14 @@ SEEN_TWICE = ("divided", "numel", "table")
 @pytest.mark.parametrize("name", [n for n in NUMBERS if n not in SEEN_TWICE])
 def test_without_the_certificate_it_would_be_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "replay", lambda *_: None)
-    assert is_cut(planned(Between(NUMBERS[name])))
+    assert is_cut(planned(Between(NUMBERS[name]), check="graph"))
+    assert not is_cut(planned(Between(NUMBERS[name])))  # the numbers see it too
 
 
 @pytest.mark.parametrize("name", ["literal heads", "literal prefix", "eye", *SEEN_TWICE])
 def test_the_rules_protect_these_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "replay", lambda *_: None)
-    assert not is_cut(planned(Between((NUMBERS | SHAPES)[name])))
+    assert not is_cut(planned(Between((NUMBERS | SHAPES)[name]), check="graph"))
 
 
 @pytest.mark.parametrize(

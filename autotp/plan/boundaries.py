@@ -14,6 +14,7 @@ from autotp.plan.joint import Joint
 from autotp.plan.labels import Labels, SlotKey, Space
 from autotp.plan.model import Boundary, Shown
 from autotp.plan.moves import Moves, slot_key
+from autotp.trace.forms import Forms
 from autotp.trace.graph import Node, Pseudo, Value
 
 _ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # what says most first
@@ -44,14 +45,19 @@ def find_boundaries(
     return _repeated(every, repeats)
 
 
-def find_inside(space: Space, labels: Labels, moves: Moves, repeats: Mapping[str, str]) -> frozenset[str]:
-    """Paths of the modules whose own code runs operators on parts or summands."""
-    found = {
-        node.module: ()
-        for node in space.graph.nodes
+def find_inside(space: Space, labels: Labels, moves: Moves, boundaries: Collection[str], repeats: Mapping[str, str]) -> dict[str, Forms]:
+    """Paths of the modules whose own code holds parts or summands, and how they were called.
+
+    It runs operators on them, or calls a module with such a boundary: what it does in between for another argument is not in the trace.
+    """
+    graph = space.graph
+    runs = {
+        node.module
+        for node in graph.nodes
         if not isinstance(node.op, Pseudo) and any(labels.of(v) or v.id in moves.partial for v in (*node.inputs(), *node.outputs))
     }
-    return frozenset(_repeated(found, repeats))
+    calls = {graph.calls[caller][0] for path, caller in graph.calls.values() if path in boundaries and caller in graph.calls}
+    return _repeated({path: graph.forms.get(path, {}) for path in (*runs, *calls)}, repeats)
 
 
 def _shown(

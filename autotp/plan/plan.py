@@ -14,6 +14,7 @@ from autotp.errors import InputError
 from autotp.plan import cost, export, table
 from autotp.plan.cost import PaddedAxis
 from autotp.plan.model import Boundary, ModulePlan, ParamPlan
+from autotp.trace.forms import Forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class Plan:
     products: names of the parameters that are operands of products (Linear and expert weights). notes: what the
     reader should know (paths that were not traced). checked: what the plan passed besides its replay on fake tensors: `numbers` (the
     model and its ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
-    boundaries: path of a module → what code outside of it does not see whole there (`autotp.plan.boundaries`). inside: paths
-    of the modules whose own code computes on parts.
+    boundaries: path of a module → what code outside of it does not see whole there (`autotp.plan.boundaries`). inside: path
+    of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is known.
     """
 
     model: str
@@ -76,12 +77,13 @@ class Plan:
     notes: tuple[str, ...] = ()
     checked: str = ""
     boundaries: Mapping[str, tuple[Boundary, ...]] = field(default_factory=dict)
-    inside: frozenset[str] = frozenset()
+    inside: Mapping[str, Forms] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
         object.__setattr__(self, "aliases", MappingProxyType(dict(self.aliases)))
         object.__setattr__(self, "boundaries", MappingProxyType(dict(self.boundaries)))
+        object.__setattr__(self, "inside", MappingProxyType(dict(self.inside)))
 
     def __reduce__(self) -> Any:
         fields = (
@@ -96,7 +98,7 @@ class Plan:
             self.notes,
             self.checked,
             dict(self.boundaries),
-            self.inside,
+            dict(self.inside),
         )
         return Plan, fields
 

@@ -27,11 +27,10 @@ from autotp.recipe.build import plan_of_bound
 from autotp.recipe.check import under, weights
 from autotp.recipe.model import Role
 from autotp.recipe.recipe import Recipe
+from autotp.trace.inputs import Given
 
 
-def recipe_plan(
-    recipe: Recipe, model: nn.Module, tp: int, inputs: Mapping[str, object] | None = None, check: Check = Check.NUMBERS
-) -> Plan:
+def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Given | None = None, check: Check = Check.NUMBERS) -> Plan:
     """The plan of `model` that follows `recipe`, proven where the model can be traced. The model is left as it was.
 
     Raises:

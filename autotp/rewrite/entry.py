@@ -15,6 +15,7 @@ from torch.compiler import is_dynamo_compiling
 
 from autotp.plan.model import Shown
 from autotp.plan.plan import Plan
+from autotp.rewrite.called import install_called
 from autotp.rewrite.classes import subclass, wrap_forward
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.hooks import Running, Watch, install_hooks
@@ -89,6 +90,7 @@ def originals_of(model: nn.Module, plan: Plan) -> Originals:
 def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Originals, undo: Undo) -> None:
     """Guard a model that `plan` was applied to; journalled in `undo`."""
     modules = [(path, m) for path, m in model.named_modules()]
+    install_called(model, plan, undo)
     places, floats = _places(plan), _floats(plan)
     running = Running()
     hooks = install_hooks(model, plan.boundaries, running, undo)
@@ -119,7 +121,7 @@ def _places(plan: Plan) -> Places:
     cut = {name.rpartition(".")[0] for name, p in plan.params.items() if p.layout.dim is not None}
     changed = {m.path for m in plan.modules} | cut
     inner = frozenset(plan.boundaries)
-    runs = plan.inside | inner | cut | {m.path for m in plan.modules if m.sites or m.attributes}
+    runs = inner | cut | plan.inside.keys() | {m.path for m in plan.modules if m.sites or m.attributes}
     touched: set[str] = set()
     for path in changed | inner | {u.owner for m in plan.modules for u in m.uses}:
         touched.update(_above(path))

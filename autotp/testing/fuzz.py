@@ -20,6 +20,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
+from torch import Tensor
 
 from autotp.errors import AutoTPError
 from autotp.testing.architecture import Architecture
@@ -205,12 +206,14 @@ def script_of_architecture(architecture: Architecture, tp: int, certificate: str
 
 def script_of_idioms(drawn: Idioms, tp: int, certificate: str = "numbers") -> str:
     """A script with the model's text that fails as the example did."""
+    more = {name: {key: "1e6 * x" if isinstance(v, Tensor) else repr(v) for key, v in call.items()} for name, call in drawn.more().items()}
+    calls = ", ".join(f"{name!r}: {{{', '.join(f'{key!r}: {v}' for key, v in call.items())}}}" for name, call in more.items())
     return (
         f"# {drawn!r}\n\n{drawn.source()}\n\n"
         "from autotp.testing.outcome import equal_or_refused\nfrom autotp.testing.tiny import randomise\n\n\n"
         "def model():\n    torch.manual_seed(0)\n    made = Model()\n    randomise(made, seed=3)\n    return made.double()\n\n\n"
         f"x = torch.randn(2, 6, {drawn.outer}, generator=torch.Generator().manual_seed(1), dtype=torch.float64)\n"
-        f"print(equal_or_refused(model, inputs={{'x': x}}, tp={tp}, more={drawn.more()!r}, certificate={certificate!r}))\n"
+        f"print(equal_or_refused(model, inputs={{'x': x}}, tp={tp}, more={{{calls}}}, certificate={certificate!r}))\n"
     )
 
 

@@ -202,6 +202,13 @@ GRADIENTS = {
     "checkpointed_reentrant": "h = checkpoint(lambda h: F.gelu(h) * h, h, use_reentrant=True)",
 }
 
+#: Another path where data say so: a further call has such data.
+CONDITIONS = {
+    "asks_any": "h = (h / 1e6).softmax(-1) * h if bool((h.detach().abs() > 1e4).any()) else h",
+    "asks_all": "if not (h.detach().abs() < 1e4).all():\n    h = h - h.mean(-1, keepdim=True)",
+    "asks_item": "h = h.flip(-1) if x.abs().max().item() > 1e4 else h.tanh()",
+}
+
 KINDS = {
     "plain": PLAIN,
     "form": FORMS,
@@ -210,5 +217,6 @@ KINDS = {
     "index": INDICES,
     "in_place": IN_PLACE,
     "gradient": GRADIENTS,
+    "condition": CONDITIONS,
 }
 LINES = {name: text for table in KINDS.values() for name, text in table.items()}

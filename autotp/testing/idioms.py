@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autotp.errors import InputError
 from autotp.testing.architecture import compiled
-from autotp.testing.idiom_lines import LINES
+from autotp.testing.idiom_lines import CONDITIONS, LINES
 
 
 class Up(Enum):
@@ -180,4 +180,6 @@ class Idioms:
 
     def more(self) -> dict[str, dict[str, Any]]:
         """Further calls: changes to the keyword arguments, by name."""
-        return {"with the gate": {"gate": True}} if Around.GATE in self.around else {}
+        gate = {"with the gate": {"gate": True}} if Around.GATE in self.around else {}
+        large = {"of large data": {"x": 1e6 * self.inputs()["x"]}} if set(self.lines) & set(CONDITIONS) else {}
+        return {**gate, **large}

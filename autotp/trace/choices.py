@@ -152,10 +152,11 @@ def _forget_written(recorder: Recorder, func: Any, args: Any) -> None:
 def _unknown_number(recorder: Recorder, tensor: Any) -> Any:
     made = recorder.value(tensor) if isinstance(tensor, Tensor) else None
     node = next((n for n in reversed(recorder.nodes[-32:]) if made in n.outputs), None)
-    if node is not None and node.opname == "all":
-        return True  # checks ask whether all is well
     dtype = tensor.dtype if isinstance(tensor, Tensor) else torch.bool
-    return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
+    if dtype is not torch.bool:
+        return 0.0 if dtype.is_floating_point else 0
+    well = node is not None and node.opname == "all"  # checks ask whether all is well
+    return recorder.condition(well, node)
 
 
 def numbers(recorder: Recorder, items: Any) -> Any:

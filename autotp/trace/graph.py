@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from autotp.trace.forms import Forms
 from autotp.trace.ints import IntExpr
 
 
@@ -184,6 +185,7 @@ class Graph:
     scopes: tuple[Scope, ...] = ()
     refilled: frozenset[str] = frozenset()  # modules that change a list or dict that they are called with
     left: Mapping[tuple[str, str], tuple[Value, ...]] = field(default_factory=dict)  # (module, attribute) → what forwards leave there
+    forms: Mapping[str, Forms] = field(default_factory=dict)  # module → how it was called
 
     def sealed(self, node: Node) -> str:
         """Why no conversion can act inside or at the result of a node; "" where one can."""

@@ -1,7 +1,7 @@
 """Small example inputs for every path that a user of a model runs.
 
     example_inputs(model)         -> the paths of a Hugging Face model, from its config and its forward signature
-    user_example(model, mapping)  -> the one path that the caller gave, checked against the forward signature
+    user_examples(model, given)   -> the paths that the caller gave, checked against the forward signature, and their flags turned
 
 An `Example` builds its tensors when asked (`make()`), on the CPU, so a list of examples costs nothing. The first one is
 the plain forward; the others are *optional*: a path that the model may have (a mask, a cache, a loss, an image), whose
@@ -10,10 +10,12 @@ failure says that the model doesn't take it in this form.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from autotp.trace.inputs_labels import labels
 from autotp.trace.inputs_values import BATCH, VALUES, token_ids
 
 Inputs = dict[str, object]
+#: One call by its keywords, or several.
+Given = Mapping[str, object] | Sequence[Mapping[str, object]]
+_MOST_TURNED = 6
 _FEATURES = re.compile("get_[a-z0-9_]+_features")
 
 
@@ -34,12 +39,13 @@ class Example:
     """One way to call a model.
 
     name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states`, `images`, a flag of the forward (`return_loss`) or a
-        method (`get_text_features`); `user` for the caller's own.
+        method (`get_text_features`); `user` for the caller's own, and `user 2`, `user with flag=True`.
     make: builds the keywords of the call, new tensors each time.
     decode: from the outputs of that call, the keywords of the next one (the returned cache and one more token); it
         answers None where the outputs hold no cache.
     optional: the model may turn this call down without harm.
     training: the call is made in training mode.
+    quiet: autotp made the call up: that the model turns it down says nothing.
     method: the method that is called, past the hooks of the model; "" for the model itself.
     """
 
@@ -48,6 +54,7 @@ class Example:
     decode: Callable[[Any], Inputs | None] | None = None
     optional: bool = False
     training: bool = False
+    quiet: bool = False
     method: str = ""
 
     @property
@@ -83,18 +90,42 @@ def example_inputs(model: nn.Module) -> tuple[Example, ...]:
     return (*_examples(facts, base), *_features(model))
 
 
-def user_example(model: nn.Module, mapping: Mapping[str, object]) -> tuple[Example, ...]:
-    """The caller's `example_inputs=` as the only example, after checking it against the signature of `model.forward`.
+def user_examples(model: nn.Module, given: Given) -> tuple[Example, ...]:
+    """The caller's `example_inputs=`, after checking each call against the signature of `model.forward`.
+
+    Where its config says nothing of other calls, some follow that the model may take as well: a flag turned, an argument left out.
 
     Raises:
-        InputError: not a mapping with string keys, a key that forward does not take, a required one that is missing;
+        InputError: no mapping with string keys and no list of them, a key that forward does not take, a required one that is missing;
             all of these problems are named at once.
     """
+    calls: list[Any] = list(given) if isinstance(given, (list, tuple)) and given else [given]
+    names = ["user", *(f"user {i}" for i in range(2, len(calls) + 1))]
+    for mapping in calls:
+        _check_call(model, mapping)
+    users = [Example(name, partial(dict, mapping)) for name, mapping in zip(names, calls, strict=True)]
+    return tuple(users) if is_hugging_face(model) else (*users, *islice(_turned(model, calls), _MOST_TURNED))
+
+
+def _turned(model: nn.Module, calls: Sequence[Mapping[str, object]]) -> Iterator[Example]:
+    """The first call with a flag turned that no call turns, and without an argument that may be absent and never is."""
+    for p in inspect.signature(model.forward).parameters.values():
+        values = [call.get(p.name, p.default) for call in calls]
+        if isinstance(p.default, bool) and all(v is values[0] for v in values) and isinstance(values[0], bool):
+            other: object = not values[0]
+        elif p.default is None and all(v is not None for v in values):
+            other = None
+        else:
+            continue
+        yield Example(f"user with {p.name}={other}", partial(dict, calls[0], **{p.name: other}), optional=True, quiet=True)
+
+
+def _check_call(model: nn.Module, mapping: Any) -> None:
     where = f"example_inputs of {type(model).__name__}"
     if not isinstance(mapping, Mapping):
         raise InputError(
-            f"{where}: got a {type(mapping).__name__}, wanted a mapping from the keywords of forward to their values, "
-            "such as {'input_ids': torch.zeros(2, 8, dtype=torch.long)}"
+            f"{where}: got a {type(mapping).__name__}, wanted a mapping (or a list of several) from the keywords of forward to their "
+            "values, such as {'input_ids': torch.zeros(2, 8, dtype=torch.long)}"
         )
     keywords = forward_keywords(model)
     problems = [f"key {key!r} is a {type(key).__name__}, wanted a string" for key in mapping if not isinstance(key, str)]
@@ -109,7 +140,6 @@ def user_example(model: nn.Module, mapping: Mapping[str, object]) -> tuple[Examp
     ]
     if problems:
         raise InputError(f"{where}: " + "; ".join(problems))
-    return (Example("user", partial(dict, mapping)),)
 
 
 def _base(facts: Facts) -> list[str]:

@@ -37,6 +37,7 @@ from torch.utils.hooks import RemovableHandle
 from autotp.trace import choices
 from autotp.trace.boundary import Handed, Path, flatten_arguments, flatten_result
 from autotp.trace.fills import FILL_AT, FILLS, KEEPING
+from autotp.trace.forms import Forms, Signature
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
@@ -98,9 +99,12 @@ class Recorder:
         self._quiet = 0
         self._count = 0
         self.asked: set[Question] = set()
-        self.inference = False
+        self.inference = self.contrary = False
+        self.turned: list[tuple[str, Place | None]] = []  # where a condition was answered contrary to what is usual
+        self.settled: set[tuple[str, Place | None]] = set()  # where it never is
         self.applied: list[Applied] = []
         self._scopes: list[tuple[FrameType, int]] = []  # calls of autograd functions that run
+        self._forms: list[tuple[int, str, dict[str, str]]] = []  # (number of nodes, module, kinds of its arguments) of each call
         self._same: dict[str, dict[Path, Path]] = {}  # module → argument path → a path that was the same tensor in some call
         self.dispatch = _Dispatch(self)
         self.function = _Function(self)
@@ -180,6 +184,7 @@ class Recorder:
         An operator may return its argument (a `to` that changes nothing): a buffer is then itself again.
         """
         del self.nodes[mark:]
+        self._forms = [form for form in self._forms if form[0] < mark]
         while self._before and self._before[-1][0] >= mark:
             _, key, value = self._before.pop()
             if value is None:
@@ -207,8 +212,15 @@ class Recorder:
         scopes, refilled = self._proven(), frozenset(self.refilled)
         fills = dict(self.fills)
         left = {key: tuple(values.values()) for key, values in self.left.items()}
-        alike = dict(repeats)
-        return Graph(nodes, *tables, results, alike, fills, notes, constants, calls, held, python, members, scopes, refilled, left)
+        alike, forms = dict(repeats), self._called()
+        return Graph(nodes, *tables, results, alike, fills, notes, constants, calls, held, python, members, scopes, refilled, left, forms)
+
+    def _called(self) -> dict[str, Forms]:
+        found: dict[str, dict[str, set[str]]] = {}
+        for _, path, kinds in self._forms:
+            for name, kind in kinds.items():
+                found.setdefault(path, {}).setdefault(name, set()).add(kind)
+        return {path: {name: frozenset(kinds) for name, kinds in form.items()} for path, form in found.items()}
 
     def _proven(self) -> tuple[Scope, ...]:
         known: dict[object, Scope] = {}
@@ -349,9 +361,10 @@ class Recorder:
             self._quiet -= 1
 
     @contextmanager
-    def recording(self, grad: bool = False, inference: bool = False) -> Iterator[None]:
-        """Record everything that runs inside. `grad`: with gradients; `inference`: as if in inference mode."""
-        self.inference = inference
+    def recording(self, grad: bool = False, inference: bool = False, contrary: bool = False) -> Iterator[None]:
+        """Record everything that runs inside. `grad`: with gradients; `inference`: as if in inference mode; `contrary`: see `condition`."""
+        self.inference, self.contrary = inference, contrary
+        self.turned = []
         watched = watching(self.ask, self.apply, inference)
         with torch.set_grad_enabled(grad), self.fake, self.function, enable_python_dispatcher(), self.dispatch, self._boundaries(), watched:
             yield
@@ -387,6 +400,7 @@ class Recorder:
     def module_call(self, module: nn.Module, path: str, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the forward `inner` of a module; its tensors are aliased where a rewrite acts on them."""
         self.check_forward(sys._getframe(1))
+        self._forms.append((len(self.nodes), path, Signature.of(inner).kinds_of(args, kwargs)))
         try:
             given = args, kwargs
             args, kwargs = self.enter(module, path, args, kwargs)
@@ -435,6 +449,15 @@ class Recorder:
         """Code in `file` asks about gradients: the path that it takes then may be another."""
         if not self._quiet and is_model(file) and not self.hidden(file):
             self.asked.add(question)
+
+    def condition(self, usual: bool, node: Node | None) -> bool:
+        """What holds of data that is not known: the `usual`, or the contrary the first time that a module asks at some place."""
+        self.asked.add(Question.CONDITION)
+        where = self.modules[-1][0], None if node is None else node.place
+        if not self.contrary or where in self.turned or where in self.settled:
+            return usual
+        self.turned.append(where)
+        return not usual
 
     def apply(self, frame: FrameType, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The autograd function `function` is applied in `frame`: what is recorded until it returns is in its scope."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from autotp.trace.keep import undisturbed, undone
 from autotp.trace.prepare import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.recorder import Recorder
 from autotp.trace.stash import left_on_modules
-from autotp.trace.watch import Question, Refused, has_backward_hooks
+from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
 
 def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "") -> Any:
@@ -44,6 +45,7 @@ def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "")
 
 #: How often a trace starts again because blocks turn out to be used in different ways, before all of them run.
 RESTARTS = 4
+_HERE = __file__.rsplit("trace", 1)[0]
 
 
 def trace(
@@ -131,20 +133,24 @@ def _trace(
 
 @dataclass(frozen=True, slots=True)
 class _Mode:
-    """How a call is made: with gradients, or as if in inference mode."""
+    """How a call is made: with gradients, as if in inference mode, or where what it asks of unknown data is contrary to what is usual."""
 
     grad: bool
     inference: bool = False
+    contrary: bool = False
 
     def others(self, asked: set[Question]) -> tuple[_Mode, ...]:
         """The modes in which code that asked may take another path."""
         grad = (_Mode(not self.grad),) if Question.GRAD in asked else ()
-        return (*grad, _Mode(grad=False, inference=True)) if Question.INFERENCE in asked else grad
+        inference = (_Mode(grad=False, inference=True),) if Question.INFERENCE in asked else ()
+        contrary = (replace(self, contrary=True),) if Question.CONDITION in asked and not self.inference else ()
+        return (*grad, *inference, *contrary)
 
     def name(self, example: Example) -> str:
         """The name of an example's path in this mode."""
         usual = self.grad is example.training
-        return example.name + ("-inference" if self.inference else "" if usual else "-grad" if self.grad else "-no-grad")
+        gradients = "-inference" if self.inference else "" if usual else "-grad" if self.grad else "-no-grad"
+        return example.name + gradients + ("-contrary" if self.contrary else "")
 
 
 def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example) -> None:
@@ -165,7 +171,7 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, exampl
             if failed is None and Question.GRAD in recorder.asked:
                 raise TraceError(f"{with_gradients[1]} The code asks {Question.GRAD.value}, so the path without them says nothing of it.")
             modes.append(_Mode(grad=False))
-        if failed is not None:
+        if failed is not None and not example.quiet:
             recorder.notes.append(f"the {failed[0]} path was not traced: {failed[1]}")
         if failed is not None and "+decode" not in failed[0]:
             return
@@ -174,7 +180,12 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, exampl
         for mode in modes:
             for other in mode.others(recorder.asked):
                 if other not in modes:
-                    path(other, optional=False)
+                    left_out = path(other, optional=other.contrary)
+                    while left_out is not None and not left_out[1] and recorder.turned:  # the answer that the code refuses is left alone
+                        recorder.settled.add(recorder.turned[-1])
+                        left_out = path(other, optional=True)
+                    if left_out is not None and left_out[1]:
+                        recorder.notes.append(f"the {left_out[0]} path was not traced: {left_out[1]}")
                     modes.append(other)
 
 
@@ -211,8 +222,14 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
             failure.partial, failure.module = recorder.graph(dict(recorder.repeats)), error.module
             raise failure from error.error
         recorder.rewind(mark)
-        return name, _explain(name, error)
+        return name, "" if mode.contrary and _own(error.error) else _explain(name, error)
     return None
+
+
+def _own(error: BaseException) -> bool:
+    """True for what the model's code raises itself: a check that fails for such data fails on every rank."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and is_model(frames[-1].filename) and not frames[-1].filename.startswith(_HERE)
 
 
 @contextmanager
@@ -230,7 +247,7 @@ def _failures(model: nn.Module, recorder: BlockRecorder) -> Iterator[None]:
 def _call(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode) -> Any:
     known = recorder._values
     fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
-    with recorder.recording(mode.grad, mode.inference):
+    with recorder.recording(mode.grad, mode.inference, mode.contrary):
         return example.call(model, fresh)
 
 

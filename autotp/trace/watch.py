@@ -37,6 +37,7 @@ class Question(Enum):
 
     GRAD = "whether gradients are recorded"
     INFERENCE = "whether inference mode is on"
+    CONDITION = "what holds of data"
 
 
 class Refused(BaseException):

@@ -15,7 +15,7 @@ from autotp.errors import InputError
 from autotp.numeric.check import MOST_ELEMENTS, judge
 from autotp.plan.model import Conversion, Op
 from autotp.planner import whole_plan
-from autotp.trace.inputs import user_example
+from autotp.trace.inputs import user_examples
 
 
 class Block(nn.Module):
@@ -36,7 +36,7 @@ class Block(nn.Module):
 @pytest.fixture
 def made():
     torch.manual_seed(0)
-    model, example = Block(), user_example(Block(), {"x": torch.randn(2, 5, 16)})
+    model, example = Block(), user_examples(Block(), {"x": torch.randn(2, 5, 16)})
     return model, example
 
 
@@ -82,7 +82,7 @@ def test_ranks_hold_the_parameters_that_parallelize_makes() -> None:
     seen: list[type] = []
     model = Block()
     model.a.register_forward_pre_hook(lambda module, _: seen.append(type(module._parameters["weight"])))
-    judge(model, user_example(model, {"x": torch.randn(2, 5, 16)}), plan)
+    judge(model, user_examples(model, {"x": torch.randn(2, 5, 16)}), plan)
     assert any(issubclass(t, DTensor) for t in seen)
 
 
@@ -112,7 +112,7 @@ def test_what_copies_share_with_the_model_is_put_back() -> None:
     before, kept = {n: t.clone() for n, t in model.state_dict().items()}, model.n.weight.grad
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     plan = whole_plan(model, "")
-    judge(model, user_example(model, {"x": x}), plan)
+    judge(model, user_examples(model, {"x": x}), plan)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert model.a.weight.grad is None and model.n.weight.grad is kept and torch.equal(kept, torch.ones(5, dtype=torch.float64))
 

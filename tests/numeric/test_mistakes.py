@@ -10,7 +10,7 @@ import torch
 import autotp
 from autotp.numeric.check import judge
 from autotp.testing.sabotage import mutations
-from autotp.trace.inputs import user_example
+from autotp.trace.inputs import user_examples
 from tests.models.custom import CUSTOM
 
 MODELS = {entry.name: entry for entry in CUSTOM}
@@ -26,7 +26,7 @@ def test_no_mistake_survives(name: str, tp: int) -> None:
     model = entry.factory()
     inputs = dict(zip(inspect.signature(model.forward).parameters, entry.inputs(model), strict=False))
     plan = autotp.plan(model, tp=tp, example_inputs=inputs, check="graph")
-    examples = user_example(model, inputs)
+    examples = user_examples(model, inputs)
     right = judge(model, examples, plan)
     assert not right.unknown and right.module is None
     made = [m for m in mutations(plan) if m.old is not None]

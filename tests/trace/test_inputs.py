@@ -14,7 +14,7 @@ from transformers import AutoModelForCTC, AutoModelForMaskedLM, AutoModelForSequ
 from autotp.errors import InputError
 from autotp.numeric.exact import Float64
 from autotp.testing.tiny import tiny_config, tiny_model
-from autotp.trace.inputs import example_inputs, user_example
+from autotp.trace.inputs import example_inputs, user_examples
 
 TEXT = ["llama", "gpt2", "bloom", "falcon", "mixtral", "qwen3_moe", "mamba2", "deepseek_v3"]
 ENCODERS = ["bert", "modernbert"]
@@ -199,17 +199,17 @@ def test_a_keyword_that_no_config_describes_is_named():
 
 def test_inputs_of_the_caller():
     given = {"x": torch.ones(2), "gate": torch.ones(2)}
-    (example,) = user_example(Plain(), given)
+    (example,) = user_examples(Plain(), given)
     assert example.make() == given
     assert example.make() is not given
     assert example.decode is None
     assert not example.optional
-    assert user_example(Open(), {"x": 1, "anything": 2})[0].make() == {"x": 1, "anything": 2}
+    assert user_examples(Open(), {"x": 1, "anything": 2})[0].make() == {"x": 1, "anything": 2}
 
 
 def test_all_that_is_wrong_with_the_callers_inputs_is_said_at_once():
     with pytest.raises(InputError) as caught:
-        user_example(Plain(), {"x": 1, "gates": torch.zeros(2, 3), 4: 5})
+        user_examples(Plain(), {"x": 1, "gates": torch.zeros(2, 3), 4: 5})
     message = str(caught.value)
     for part in ("example_inputs of Plain", "'gates'", "float32 tensor of shape (2, 3)", "'gate'", "key 4 is a int"):
         assert part in message
@@ -217,7 +217,7 @@ def test_all_that_is_wrong_with_the_callers_inputs_is_said_at_once():
 
 def test_the_callers_inputs_must_be_a_mapping():
     with pytest.raises(InputError, match="got a tuple, wanted a mapping"):
-        user_example(Plain(), (torch.ones(2),))
+        user_examples(Plain(), (torch.ones(2),))
 
 
 def test_transformers_is_not_imported():

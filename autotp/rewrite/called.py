@@ -1,0 +1,93 @@
+"""Code that computes on parts is called only as it was traced: for another flag it may take a path of which nothing is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, cast
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from autotp.errors import AutoTPError
+from autotp.plan.plan import Plan
+from autotp.rewrite.classes import subclass, wrap_forward
+from autotp.rewrite.undo import Undo
+from autotp.trace.forms import TENSOR, Forms, Signature
+
+CALLED = "_autotp_called"
+_MOST_KNOWN = 256
+
+
+class Called:
+    """The forms in which one module was traced. `known`: the calls that were looked at and are right."""
+
+    __slots__ = ("forms", "known", "signature", "where")
+
+    def __init__(self, where: str, signature: Signature, forms: Forms) -> None:
+        self.where, self.signature, self.forms = where, signature, forms
+        self.known: set[Hashable] = set()
+
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise where an argument is of a kind that no traced call had.
+
+        Raises:
+            AutoTPError: names the argument.
+        """
+        call = (tuple([_token(v) for v in args]), tuple([(n, _token(v)) for n, v in kwargs.items()]))
+        if call in self.known:
+            return
+        for name, kind in self.signature.kinds_of(args, kwargs).items():
+            traced = self.forms.get(name, frozenset())
+            if kind not in traced:
+                were = f"had {name} as {' or '.join(sorted(traced))}" if traced else f"did not have {name}"
+                raise AutoTPError(
+                    f"{self.where} is called with {name} as {kind}; the calls that were traced {were}. Its code computes on a rank's part, "
+                    "and may take a path that the plan was not made for. Pass example_inputs of such a call to parallelize as well (a list "
+                    "of several calls)"
+                )
+        if len(self.known) < _MOST_KNOWN:
+            self.known.add(call)
+
+
+def _token(value: Any) -> Hashable:
+    """Equal for values of one kind (`autotp.trace.forms.kind_of`), and cheap to make."""
+    kind = value.__class__
+    if value is None or kind is bool or kind is str:
+        return cast("Hashable", value)
+    if isinstance(value, (tuple, list)):
+        return kind, tuple([_token(v) for v in value])
+    if isinstance(value, dict):
+        return kind, tuple([(k, _token(v)) for k, v in value.items()])
+    return cast("Hashable", kind)
+
+
+def _around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not is_dynamo_compiling():
+        module.__dict__[CALLED].check(args, kwargs)
+    return forward(module, *args, **kwargs)
+
+
+def _make_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    inner = base.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not is_dynamo_compiling():
+            self.__dict__[CALLED].check(args, kwargs)
+        return inner(self, *args, **kwargs)
+
+    return forward
+
+
+def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
+    """Have the modules of `plan.inside` look at how they are called; journalled in `undo`."""
+    for path, forms in plan.inside.items():
+        module = model.get_submodule(path)
+        signature = Signature.of(module.forward)
+        if not forms or (not signature.kinds and all(kinds == {TENSOR} for kinds in forms.values())):
+            continue
+        where = f"{path or 'the model'} ({type(module).__qualname__})"
+        undo.set_item(module.__dict__, CALLED, Called(where, signature, forms))
+        if "forward" in module.__dict__ or module is model:
+            wrap_forward(module, _around, undo)
+        else:
+            undo.set_class(module, subclass(type(module), (), _make_forward))  # type: ignore[arg-type]
