@@ -13,7 +13,11 @@ from tests.models.entry import Entry
 from tests.support.equivalence import check, error_of
 from tests.support.ranks import Pool, mesh
 
-CASES = [pytest.param(entry, world, id=f"{entry}-{world}") for entry in CUSTOM for world in entry.worlds]
+CASES = [
+    pytest.param(entry, world, id=f"{entry}-{world}", marks=() if world == entry.worlds[number % len(entry.worlds)] else pytest.mark.slow)
+    for number, entry in enumerate(CUSTOM)
+    for world in entry.worlds
+]
 
 
 @pytest.mark.parametrize(("entry", "world"), CASES)

@@ -184,20 +184,22 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
     yield Example("forward", call())
     reads_text = "input_ids" in base
     mask: tuple[str, ...] = ("attention_mask",) if reads_text and facts.takes("attention_mask") else ()
-    if mask and mask[0] not in base:
-        yield Example("mask", call(*mask), optional=True)
-    mask = tuple(m for m in mask if m not in base)
-    if (
-        {"input_ids", "decoder_input_ids"} & set(base)
+    cached = (
+        bool({"input_ids", "decoder_input_ids"} & set(base))
         and facts.generates
         and (facts.any_keyword or facts.takes("use_cache"))
         and facts.find("use_cache") is not False
-    ):
+    )
+    without: dict[str, object] = {"use_cache": False} if cached else {}  # as people train
+    if mask and mask[0] not in base:
+        yield Example("mask", call(*mask, **without), optional=True)
+    mask = tuple(m for m in mask if m not in base)
+    if cached:
         yield Example("prefill", call(*mask, use_cache=True), partial(_decode, facts, base, mask), optional=True)
     given = labels(facts)
     if given is not None:
         heard = mask or (("attention_mask",) if facts.takes("attention_mask") and "input_features" in base else ())
-        yield Example("labels", lambda: call(*heard)() | given(), optional=True)
+        yield Example("labels", lambda: call(*heard, **without)() | given(), optional=True)
     for flag in facts.flags("loss"):
         yield Example(flag, call(**{flag: True}), optional=True)
     yield from _internals(facts, call)
