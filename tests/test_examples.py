@@ -106,6 +106,7 @@ def test_finetune_goes_on_at_another_tp_and_under_accelerate(finetuned, tmp_path
     assert tokens(rest) == tokens(finetuned) == by_transformers(tmp_path / "model", tokens(rest))
 
 
+@pytest.mark.slow
 def test_finetune_in_bfloat16_under_accelerate(finetuned, tmp_path):
     """Three steps at tp 2: near float32, and the checkpoint gives the tokens that were printed (in float32, without the casts)."""
     launch = (*ACCELERATE, "--num-processes", 2, "--main-process-port", 0)
@@ -116,6 +117,7 @@ def test_finetune_in_bfloat16_under_accelerate(finetuned, tmp_path):
     assert tokens(lines) == by_transformers(tmp_path / "model", tokens(lines))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the pretrained stories15m is not beside this checkout")
 def test_finetune_of_a_pretrained_model(tmp_path):
     lines = run(*TORCHRUN, 2, "examples/finetune.py", "--model", STORIES, "--out", tmp_path, "--steps", "3")

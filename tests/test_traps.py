@@ -9,7 +9,11 @@ from tests.models.traps import TRAPS
 from tests.support.equivalence import check
 from tests.support.ranks import Pool
 
-CASES = [pytest.param(entry, world, id=f"{entry}-{world}") for entry in TRAPS for world in entry.worlds]
+CASES = [
+    pytest.param(entry, world, id=f"{entry}-{world}", marks=() if world == entry.worlds[number % len(entry.worlds)] else pytest.mark.slow)
+    for number, entry in enumerate(TRAPS)
+    for world in entry.worlds
+]
 
 
 @pytest.mark.parametrize(("entry", "world"), CASES)

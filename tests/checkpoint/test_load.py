@@ -69,10 +69,10 @@ def bytes_read(folder: str, model_type: str, overrides: dict[str, Any]) -> list[
     ("model_type", "overrides"),
     [
         ("llama", {}),
-        ("gpt2", {}),
+        pytest.param("gpt2", {}, marks=pytest.mark.slow),
         ("phi3", {}),
-        ("bloom", {}),
-        ("mixtral", {}),
+        pytest.param("bloom", {}, marks=pytest.mark.slow),
+        pytest.param("mixtral", {}, marks=pytest.mark.slow),
         ("deepseek_v3", {}),
         ("t5", {}),
         ("llama", {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 31}),

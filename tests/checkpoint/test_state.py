@@ -64,7 +64,7 @@ def resumed(kind: str, optimizer: str, folder: str) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("SGD", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_at_other_tps(pool: Pool, tmp_path: Path, kind: str, optimizer: str) -> None:
     for rank in pool.run(resumed, kind, optimizer, str(tmp_path), world=4):

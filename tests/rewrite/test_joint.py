@@ -288,7 +288,7 @@ def compiled(name: str, train: bool) -> float:
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", ["plain", "three", "shared_exit", "root"])
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("plain", "shared_exit")), "three", "root"])
 def test_compile_makes_one_graph(pool: Pool, name: str, train: bool) -> None:
     assert max(pool.run(compiled, name, train, timeout=120.0)) <= 1e-9
 

@@ -215,9 +215,26 @@ def test_all_that_is_wrong_with_the_callers_inputs_is_said_at_once():
         assert part in message
 
 
-def test_the_callers_inputs_must_be_a_mapping():
-    with pytest.raises(InputError, match="got a tuple, wanted a mapping"):
-        user_examples(Plain(), (torch.ones(2),))
+def test_the_callers_inputs_must_be_mappings():
+    for given, kind in (((torch.ones(2),), "Tensor"), ([{"x": 1, "gate": 2}, 3], "int"), ((), "tuple"), (torch.ones(2), "Tensor")):
+        with pytest.raises(InputError, match=f"got a {kind}, wanted a mapping"):
+            user_examples(Plain(), given)
+
+
+class Flagged(nn.Module):
+    """A flag that is off, and an argument that may be absent."""
+
+    def forward(self, x, mask=None, hard=False, scale=1.0):
+        return x
+
+
+def test_other_calls_follow_from_the_callers():
+    made = user_examples(Flagged(), {"x": 1, "mask": 2})
+    assert [e.name for e in made] == ["user", "user with mask=None", "user with hard=True"]
+    assert [e.optional for e in made] == [False, True, True]
+    assert made[2].make() == {"x": 1, "mask": 2, "hard": True}
+    made = user_examples(Flagged(), [{"x": 1, "hard": True}, {"x": 3, "mask": 2, "hard": False}])
+    assert [e.name for e in made] == ["user", "user 2"]
 
 
 def test_transformers_is_not_imported():
