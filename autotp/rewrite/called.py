@@ -13,6 +13,7 @@ from autotp.plan.plan import Plan
 from autotp.rewrite.classes import subclass, wrap_forward
 from autotp.rewrite.undo import Undo
 from autotp.trace.forms import TENSOR, Forms, Signature
+from autotp.trace.inputs_facts import is_hugging_face
 
 CALLED = "_autotp_called"
 _MOST_KNOWN = 256
@@ -78,12 +79,19 @@ def _make_forward(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
+def _may_be_absent(kinds: frozenset[str]) -> frozenset[str]:
+    """transformers leaves masks out that change nothing, but not while it is traced; and caches, where none is asked for."""
+    return kinds if kinds <= {repr(True), repr(False)} else kinds | {repr(None)}
+
+
 def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
     """Have the modules of `plan.inside` look at how they are called; journalled in `undo`."""
-    for path, forms in plan.inside.items():
+    own_paths = is_hugging_face(model)
+    for path, traced in plan.inside.items():
         module = model.get_submodule(path)
+        forms = {name: _may_be_absent(kinds) for name, kinds in traced.items()} if own_paths else traced
         signature = Signature.of(module.forward)
-        if not forms or (not signature.kinds and all(kinds == {TENSOR} for kinds in forms.values())):
+        if not forms or (not signature.kinds and all(kinds == {TENSOR} for kinds in traced.values())):
             continue
         where = f"{path or 'the model'} ({type(module).__qualname__})"
         undo.set_item(module.__dict__, CALLED, Called(where, signature, forms))

@@ -184,17 +184,12 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
     yield Example("forward", call())
     reads_text = "input_ids" in base
     mask: tuple[str, ...] = ("attention_mask",) if reads_text and facts.takes("attention_mask") else ()
-    cached = (
-        bool({"input_ids", "decoder_input_ids"} & set(base))
-        and facts.generates
-        and (facts.any_keyword or facts.takes("use_cache"))
-        and facts.find("use_cache") is not False
-    )
+    cached = (facts.takes("use_cache") or (facts.generates and facts.any_keyword)) and facts.find("use_cache") is not False
     without: dict[str, object] = {"use_cache": False} if cached else {}  # as people train
     if mask and mask[0] not in base:
         yield Example("mask", call(*mask, **without), optional=True)
     mask = tuple(m for m in mask if m not in base)
-    if cached:
+    if cached and facts.generates and {"input_ids", "decoder_input_ids"} & set(base):
         yield Example("prefill", call(*mask, use_cache=True), partial(_decode, facts, base, mask), optional=True)
     given = labels(facts)
     if given is not None:

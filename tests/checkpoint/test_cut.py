@@ -48,7 +48,13 @@ def test_the_commands(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("model_type", "tp"),
-    [("llama", 1), ("phi3", 4), ("mixtral", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bloom", 3), ("t5", 2)))],
+    [
+        ("llama", 1),
+        ("phi3", 4),
+        ("mixtral", 3),
+        pytest.param("bloom", 3, marks=pytest.mark.slow),
+        pytest.param("t5", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_every_bit_comes_back(tmp_path, model_type, tp):
     was = checkpoint(tmp_path / "was", model_type, torch.bfloat16)

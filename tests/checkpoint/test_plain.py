@@ -89,9 +89,7 @@ def through_dcp(kind: str, how: str, folder: str, asynchronous: bool = False) ->
 
 
 @pytest.mark.parametrize("how", ["by hand", "by torch"])
-@pytest.mark.parametrize(
-    "kind", [pytest.param("even", marks=pytest.mark.slow), "fused", pytest.param("shared", marks=pytest.mark.slow), "padded"]
-)
+@pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in ("even", "shared")), "fused", "padded"])
 def test_saved_and_loaded_at_another_tp(pool: Pool, tmp_path: Path, kind: str, how: str) -> None:
     for errors in pool.run(through_dcp, kind, how, str(tmp_path / "state"), world=4):
         assert all(error <= 1e-9 for error in errors.values()), errors
