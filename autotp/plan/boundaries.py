@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
+from autotp.axes import rules
+from autotp.axes.rules_basic import pointwise
 from autotp.plan.joint import Joint
 from autotp.plan.labels import Labels, SlotKey, Space
 from autotp.plan.model import Boundary, Shown
 from autotp.plan.moves import Moves, slot_key
-from autotp.trace.forms import Forms
+from autotp.trace.forms import Forms, of_any_dims
 from autotp.trace.graph import Node, Pseudo, Value
 
+_LAST_DIM = frozenset(("linear", "dropout", "dropout_"))  # what works on the last dim of any number
 _ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # what says most first
 
 
@@ -51,13 +54,16 @@ def find_inside(space: Space, labels: Labels, moves: Moves, boundaries: Collecti
     It runs operators on them, or calls a module with such a boundary: what it does in between for another argument is not in the trace.
     """
     graph = space.graph
-    runs = {
-        node.module
-        for node in graph.nodes
-        if not isinstance(node.op, Pseudo) and any(labels.of(v) or v.id in moves.partial for v in (*node.inputs(), *node.outputs))
-    }
+    runs: dict[str, bool] = {}  # path → does all that it does work on any number of dims?
+    for node in graph.nodes:
+        if not isinstance(node.op, Pseudo) and any(labels.of(v) or v.id in moves.partial for v in (*node.inputs(), *node.outputs)):
+            runs[node.module] = runs.get(node.module, True) and (node.opname in _LAST_DIM or rules.RULES.get(node.opname) is pointwise)
     calls = {graph.calls[caller][0] for path, caller in graph.calls.values() if path in boundaries and caller in graph.calls}
-    return _repeated({path: graph.forms.get(path, {}) for path in (*runs, *calls)}, repeats)
+    found = {path: graph.forms.get(path, {}) for path in (*runs, *calls)}
+    for path in found:
+        if runs.get(path, True) and path not in graph.asks_dims:
+            found[path] = {name: of_any_dims(kinds) for name, kinds in found[path].items()}
+    return _repeated(found, repeats)
 
 
 def _shown(

@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.rewrite.classes import subclass, wrap_forward
 from autotp.rewrite.undo import Undo
-from autotp.trace.forms import TENSOR, Forms, Signature
+from autotp.trace.forms import TENSOR, Forms, Signature, kind_of, switches
 from autotp.trace.inputs_facts import is_hugging_face
 
 CALLED = "_autotp_called"
 _MOST_KNOWN = 256
+_BY_VALUE = frozenset((bool, int, str))
 
 
 class Called:
-    """The forms in which one module was traced. `known`: the calls that were looked at and are right."""
+    """The forms in which one module was traced. `known`: the calls that were looked at and are right.
 
-    __slots__ = ("forms", "known", "signature", "where")
+    `only_switches`: only what switches something on is looked at.
+    """
 
-    def __init__(self, where: str, signature: Signature, forms: Forms) -> None:
-        self.where, self.signature, self.forms = where, signature, forms
+    __slots__ = ("forms", "known", "only_switches", "signature", "token", "where")
+
+    def __init__(self, where: str, signature: Signature, forms: Forms, *, only_switches: bool) -> None:
+        self.where, self.signature, self.forms, self.only_switches = where, signature, forms, only_switches
+        self.token: Callable[[Any], Hashable] = _switch if only_switches else _token
         self.known: set[Hashable] = set()
 
     def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -34,12 +39,14 @@ class Called:
         Raises:
             AutoTPError: names the argument.
         """
-        call = (tuple([_token(v) for v in args]), tuple([(n, _token(v)) for n, v in kwargs.items()]))
+        token = self.token
+        call = (tuple([token(v) for v in args]), tuple([(n, token(v)) for n, v in kwargs.items()]))
         if call in self.known:
             return
         for name, kind in self.signature.kinds_of(args, kwargs).items():
             traced = self.forms.get(name, frozenset())
-            if kind not in traced:
+            known = kind in traced or (kind.startswith(TENSOR) and TENSOR in traced)
+            if not known and (switches(kind) or not self.only_switches):
                 were = f"had {name} as {' or '.join(sorted(traced))}" if traced else f"did not have {name}"
                 raise AutoTPError(
                     f"{self.where} is called with {name} as {kind}; the calls that were traced {were}. Its code computes on a rank's part, "
@@ -50,16 +57,24 @@ class Called:
             self.known.add(call)
 
 
+def _switch(value: Any) -> Hashable:
+    """As `_token`, where only switches count."""
+    kind = value.__class__
+    return cast("Hashable", value) if kind is bool or kind is str else kind_of(value) if callable(value) else cast("Hashable", kind)
+
+
 def _token(value: Any) -> Hashable:
     """Equal for values of one kind (`autotp.trace.forms.kind_of`), and cheap to make."""
     kind = value.__class__
-    if value is None or kind is bool or kind is str:
-        return cast("Hashable", value)
+    if value is None or kind in _BY_VALUE:
+        return kind, cast("Hashable", value)
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim()
     if isinstance(value, (tuple, list)):
         return kind, tuple([_token(v) for v in value])
     if isinstance(value, dict):
         return kind, tuple([(k, _token(v)) for k, v in value.items()])
-    return cast("Hashable", kind)
+    return kind_of(value) if callable(value) else cast("Hashable", kind)
 
 
 def _around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,22 +94,18 @@ def _make_forward(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _may_be_absent(kinds: frozenset[str]) -> frozenset[str]:
-    """transformers leaves masks out that change nothing, but not while it is traced; and caches, where none is asked for."""
-    return kinds if kinds <= {repr(True), repr(False)} else kinds | {repr(None)}
-
-
 def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
     """Have the modules of `plan.inside` look at how they are called; journalled in `undo`."""
-    own_paths = is_hugging_face(model)
-    for path, traced in plan.inside.items():
+    # transformers leaves out masks that change nothing, but not while it is traced; and its paths with and without are traced
+    own = is_hugging_face(model)
+    for path, forms in plan.inside.items():
         module = model.get_submodule(path)
-        forms = {name: _may_be_absent(kinds) for name, kinds in traced.items()} if own_paths else traced
         signature = Signature.of(module.forward)
-        if not forms or (not signature.kinds and all(kinds == {TENSOR} for kinds in traced.values())):
+        any_tensors = not signature.kinds and all(own or TENSOR in kinds for kinds in forms.values())
+        if not forms or any_tensors or type(module).__module__.startswith("torch.nn."):
             continue
         where = f"{path or 'the model'} ({type(module).__qualname__})"
-        undo.set_item(module.__dict__, CALLED, Called(where, signature, forms))
+        undo.set_item(module.__dict__, CALLED, Called(where, signature, forms, only_switches=own))
         if "forward" in module.__dict__ or module is model:
             wrap_forward(module, _around, undo)
         else:

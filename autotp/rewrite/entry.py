@@ -67,6 +67,7 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
         return forward(module, *args, **kwargs)
     finally:
         running.open = False
+        entry.values.again()
 
 
 def _make_forward(base: type[nn.Module]) -> Callable[..., Any]:

@@ -23,8 +23,8 @@ _MISSING: Any = object()
 
 
 def _plain(value: Any, floats: bool = False) -> bool:
-    if type(value) in (tuple, list):  # one that is empty is there to be filled
-        return 0 < len(value) < 64 and all(_plain(v, floats) for v in value)
+    if type(value) in (tuple, list):
+        return len(value) < 64 and all(_plain(v, floats) for v in value)
     return type(value) in _PLAIN or (floats and type(value) is float)
 
 
@@ -44,16 +44,33 @@ class _One:
         self.values = _kept(self.get(object))
 
     def all(self, values: Any) -> tuple[Any, ...]:
-        return tuple(values) if len(self.names) > 1 else (values,)
+        return tuple(values) if len(self.names) != 1 else (values,)
+
+    def holds_lists(self) -> bool:
+        return any(type(v) is list for v in self.all(self.values))
+
+    def again(self) -> None:
+        """A list that a forward fills is there to be filled, and to be cleared: no longer watched."""
+        now = self.all(self.get(self.object))
+        if now != (old := self.all(self.values)):
+            self.names = tuple(n for n, a, b in zip(self.names, old, now, strict=True) if not (type(a) is list and a != b))
+            self.get = attrgetter(*self.names) if self.names else lambda _: ()
+            self.values = _kept(self.get(self.object))
 
 
 class Values:
     """The plain values that the modules under one module rest on."""
 
-    __slots__ = ("found",)
+    __slots__ = ("found", "lists")
 
     def __init__(self, found: Sequence[_One]) -> None:
         self.found = tuple(found)
+        self.lists = tuple(one for one in self.found if one.holds_lists())
+
+    def again(self) -> None:
+        """After a call: what its forwards put into lists is no change of the user's."""
+        for one in self.lists:
+            one.again()
 
     def check(self) -> None:
         """Raise where one has changed.

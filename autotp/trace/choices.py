@@ -79,9 +79,11 @@ def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any
     try:
         return func(*args, **kwargs), real
     except DataDependentOutputException:
-        if known:
-            return real, None
-        return _unknown_number(recorder, args[0]), None
+        if not known:
+            return _unknown_number(recorder, args[0]), None
+        if recorder.data_vary and isinstance(real, bool):
+            return recorder.condition(real, recorder.nodes[-1] if recorder.nodes else None), None
+        return real, None
     except DynamicOutputShapeException:
         if known:
             fakes = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=_device(args)), real)

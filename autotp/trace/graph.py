@@ -186,6 +186,7 @@ class Graph:
     refilled: frozenset[str] = frozenset()  # modules that change a list or dict that they are called with
     left: Mapping[tuple[str, str], tuple[Value, ...]] = field(default_factory=dict)  # (module, attribute) → what forwards leave there
     forms: Mapping[str, Forms] = field(default_factory=dict)  # module → how it was called
+    asks_dims: frozenset[str] = frozenset()  # modules whose code reads sizes or numbers of dims
 
     def sealed(self, node: Node) -> str:
         """Why no conversion can act inside or at the result of a node; "" where one can."""

@@ -100,10 +100,12 @@ class Recorder:
         self._count = 0
         self.asked: set[Question] = set()
         self.inference = self.contrary = False
+        self.data_vary = False  # what holds of the inputs that are known may not hold of others
         self.turned: list[tuple[str, Place | None]] = []  # where a condition was answered contrary to what is usual
         self.settled: set[tuple[str, Place | None]] = set()  # where it never is
         self.applied: list[Applied] = []
         self._scopes: list[tuple[FrameType, int]] = []  # calls of autograd functions that run
+        self._asks_dims: set[str] = set()
         self._forms: list[tuple[int, str, dict[str, str]]] = []  # (number of nodes, module, kinds of its arguments) of each call
         self._same: dict[str, dict[Path, Path]] = {}  # module → argument path → a path that was the same tensor in some call
         self.dispatch = _Dispatch(self)
@@ -213,7 +215,24 @@ class Recorder:
         fills = dict(self.fills)
         left = {key: tuple(values.values()) for key, values in self.left.items()}
         alike, forms = dict(repeats), self._called()
-        return Graph(nodes, *tables, results, alike, fills, notes, constants, calls, held, python, members, scopes, refilled, left, forms)
+        return Graph(
+            nodes,
+            *tables,
+            results,
+            alike,
+            fills,
+            notes,
+            constants,
+            calls,
+            held,
+            python,
+            members,
+            scopes,
+            refilled,
+            left,
+            forms,
+            frozenset(self._asks_dims),
+        )
 
     def _called(self) -> dict[str, Forms]:
         found: dict[str, dict[str, set[str]]] = {}
@@ -400,7 +419,10 @@ class Recorder:
     def module_call(self, module: nn.Module, path: str, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the forward `inner` of a module; its tensors are aliased where a rewrite acts on them."""
         self.check_forward(sys._getframe(1))
-        self._forms.append((len(self.nodes), path, Signature.of(inner).kinds_of(args, kwargs)))
+        signature = Signature.of(inner)
+        self._forms.append((len(self.nodes), path, signature.kinds_of(args, kwargs)))
+        if signature.asks_dims:
+            self._asks_dims.add(path)
         try:
             given = args, kwargs
             args, kwargs = self.enter(module, path, args, kwargs)

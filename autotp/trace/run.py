@@ -22,6 +22,7 @@ from autotp.trace.choices import Untraceable, small
 from autotp.trace.fills import of_every_block
 from autotp.trace.graph import Graph, Node, Origin, Value
 from autotp.trace.inputs import Example
+from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.keep import undisturbed, undone
 from autotp.trace.prepare import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.recorder import Recorder
@@ -101,6 +102,7 @@ def _trace(
         return bool(skipped) and (path + ".").startswith(skipped)
 
     recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden)
+    recorder.data_vary = not is_hugging_face(model)  # for those there are examples of either kind
     evaluating = in_mode(model, training=False)
     try:
         with undisturbed(model), undone() as undo, evaluating, same_numbers(), moved_nowhere(recorder), uncached(model):

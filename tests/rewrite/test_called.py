@@ -103,12 +103,14 @@ def test_an_argument_that_was_given_is_left_out() -> None:
 @pytest.mark.parametrize("how", ["position", "keyword", "rest"])
 def test_a_mask_where_there_was_none_is_refused(how: str) -> None:
     found = outcome(partial(Net, how), {"x": X}, mask=MASK)
-    assert "layers.0 (Attend) is called with mask as a tensor; the calls that were traced had mask as None" in found.refused
+    assert (
+        "layers.0 (Attend) is called with mask as a tensor of 2 dims (bool); the calls that were traced had mask as None" in found.refused
+    )
     assert "a list of several calls" in found.refused
 
 
 def test_the_models_own_code_too() -> None:
-    assert "the model (Between) is called with bias as a tensor" in outcome(Between, {"x": X}, bias=torch.randn(64)).refused
+    assert "the model (Between) is called with bias as a tensor of 1 dims" in outcome(Between, {"x": X}, bias=torch.randn(64)).refused
     off = {"x": X, "options": {"centred": False}}
     assert "options as a dict (centred: True)" in outcome(Between, off, options={"centred": True}).refused
 

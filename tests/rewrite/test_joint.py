@@ -253,7 +253,7 @@ def test_an_error_between_the_members(pool: Pool) -> None:
 
 def skipped() -> str:
     _, parallel = pair()
-    parallel.get_submodule("blocks.0").skips.append(True)
+    parallel.get_submodule("blocks.0").skips.on = True
     with pytest.raises(AutoTPError) as caught:
         parallel(x64())
     assert open_calls(parallel) == 0

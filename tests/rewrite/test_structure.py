@@ -129,7 +129,7 @@ EQUAL: dict[str, tuple[Change, Use]] = {
     "a rate": (lambda m: setattr(m.core.blocks[1].mlp, "rate", 0.25), gradients),
     "settings of the root": (lambda m: setattr(m.config, "note", "other"), gradients),
     "a list of wrapped blocks": (_wrapped_list, gradients),
-    "a list that its code fills": (lambda m: m.core.blocks[0].mlp.seen.append(1), gradients),
+    "a list that its code fills": (lambda m: (m(inputs()), m.core.blocks[0].mlp.seen.clear()), gradients),
     "a copy": (_none, lambda m: gradients(copy.deepcopy(m))),
     "a shallow copy": (_none, lambda m: gradients(copy.copy(m))),
     "a block for its copy": (_none, lambda m: copy.deepcopy(m.core.blocks[0])(inputs())),
