@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -158,7 +159,19 @@ def _settled(examples: tuple[Example, ...]) -> Iterator[Example]:
             if not example.optional:
                 raise
             continue
-        yield replace(example, make=partial(dict, made))
+        yield replace(example, make=partial(_again, made))
+
+
+def _again(made: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a call, with lists, dicts and other objects of their own: the call may put something into them."""
+    found = dict(made)
+    for name, value in made.items():
+        if not isinstance(value, torch.Tensor):
+            try:
+                found[name] = copy.deepcopy(value)
+            except Exception:  # an object may refuse in any way; it is then the one that was given
+                continue
+    return found
 
 
 def _in_dtype(example: Example, dtype: torch.dtype) -> Example:

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from autotp.errors import AutoTPError
 from autotp.plan.model import Shown
 from autotp.plan.plan import Plan
+from autotp.rewrite.alone import install_alone, reason
 from autotp.rewrite.called import install_called
 from autotp.rewrite.classes import subclass, wrap_forward
 from autotp.rewrite.comm import Comm
@@ -34,18 +36,22 @@ _in_backward = torch._C._current_graph_task_id
 class Entry:
     """One module at which a call of the model may begin."""
 
-    __slots__ = ("comm", "dropouts", "hooks", "running", "structure", "values")
+    __slots__ = ("alone", "comm", "dropouts", "hooks", "running", "structure", "values")
 
-    def __init__(self, running: Running, comm: Comm, structure: Structure, values: Values, hooks: Watch, dropouts: Dropouts) -> None:
-        self.running, self.comm = running, comm
+    def __init__(
+        self, running: Running, comm: Comm, structure: Structure, values: Values, hooks: Watch, dropouts: Dropouts, alone: str
+    ) -> None:
+        self.running, self.comm, self.alone = running, comm, alone
         self.structure, self.values, self.hooks, self.dropouts = structure, values, hooks, dropouts
 
     def begin(self, module: nn.Module) -> None:
         """What comes before the outermost module runs.
 
         Raises:
-            AutoTPError: the model is not what it was.
+            AutoTPError: the model is not what it was, or the module does not run by itself.
         """
+        if self.alone and _in_backward() == -1:
+            raise AutoTPError(self.alone)
         self.structure.check()
         self.values.check()
         self.hooks.check()
@@ -94,6 +100,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     install_called(model, plan, undo)
     places, floats = _places(plan), _floats(plan)
     running = Running()
+    install_alone(model, plan, running, undo)
     hooks = install_hooks(model, plan.boundaries, running, undo)
     runs = [(p, m) for p, m in modules if p in places.runs or p in floats]
     values = list(watched(runs, originals, Reading(), [m for _, m in modules], floats))
@@ -106,8 +113,9 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     for path, module in entered:  # now that all classes and forwards are those that will run
         under = [(p, m) for p, m in modules if _within(p, path)]
         own = {(id(v.object), v.names): v for p, v in reversed(values) if _within(p, path)}
+        alone = reason(path, module, plan.boundaries.get(path, ())) if path else ""
         structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
-        undo.set_item(module.__dict__, ENTRY, Entry(running, comm, structure, Values(list(own.values())), hooks, dropouts))
+        undo.set_item(module.__dict__, ENTRY, Entry(running, comm, structure, Values(list(own.values())), hooks, dropouts, alone))
     install_generate(model, comm, undo)
 
 

@@ -32,7 +32,7 @@ _autocast = torch._C._is_any_autocast_enabled
 class LinearRun:
     """What one Linear does: copies its input in, sums or gathers its output, adds its bias once."""
 
-    __slots__ = ("bias", "comm", "copies", "gathers", "once", "own", "reads", "reduces", "weight")
+    __slots__ = ("alone", "bias", "comm", "copies", "gathers", "once", "own", "reads", "reduces", "weight")
 
     def __init__(self, weight: Read, bias: Read | None, comm: Comm, *, copies: bool, reduces: bool, gathers: Split | None) -> None:
         self.comm = comm
@@ -42,6 +42,7 @@ class LinearRun:
             bias.convert = None
         self.own = self.reads = (weight,) if bias is None else (weight, bias)
         self.copies, self.reduces, self.gathers = copies, reduces, gathers
+        self.alone: Any = None  # refuses calls outside of a call of the model, where a part would come or go
 
     def composed(self, x: Tensor) -> Tensor:
         """The same computation from separate differentiable steps: for compilation, autocast and plain parameters."""
@@ -125,6 +126,8 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         run: LinearRun = attributes[STATE]
         if is_dynamo_compiling():
             return run.composed(input)
+        if run.alone is not None:
+            run.alone.check()
         parameters = attributes["_parameters"]
         weight, bias = parameters["weight"], parameters["bias"]
         if type(weight) is not LayoutDTensor or (bias is not None and type(bias) is not LayoutDTensor):

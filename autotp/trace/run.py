@@ -26,7 +26,7 @@ from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.keep import undisturbed, undone
 from autotp.trace.prepare import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.recorder import Recorder
-from autotp.trace.stash import left_on_modules
+from autotp.trace.stash import left_in, left_on_modules
 from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
 
@@ -202,14 +202,14 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
     try:
         with _failures(model, recorder):
             recorder.round += 1
-            result = _call(model, recorder, fake, example, example.make(), mode)
-            recorder.finish(name, result, left_on_modules(recorder))
+            result, left = _call(model, recorder, fake, example, example.make(), mode)
+            recorder.finish(name, result, left)
             more = example.decode(result) if example.decode is not None else None
             if more is not None:
                 name, mark = name + "+decode", len(recorder.nodes)
                 recorder.round += 1
-                result = _call(model, recorder, fake, example, more, mode)
-                recorder.finish(name, result, left_on_modules(recorder))
+                result, left = _call(model, recorder, fake, example, more, mode)
+                recorder.finish(name, result, left)
     except Untraceable as error:
         if recorder.ends and isinstance(error.error, IndexError):
             recorder.rewind(start)
@@ -246,11 +246,15 @@ def _failures(model: nn.Module, recorder: BlockRecorder) -> Iterator[None]:
         raise Untraceable("", type(model).__name__, last, error) from error
 
 
-def _call(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode) -> Any:
+def _call(
+    model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode
+) -> tuple[Any, list[tuple[str, str, Value]]]:
+    """What the call returned, and what it left on modules and in its arguments."""
     known = recorder._values
     fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
     with recorder.recording(mode.grad, mode.inference, mode.contrary):
-        return example.call(model, fresh)
+        result = example.call(model, fresh)
+    return result, [*left_on_modules(recorder), *left_in(recorder, fresh)]
 
 
 def _is_known(item: Any, known: Mapping[int, Value]) -> bool:

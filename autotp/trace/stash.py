@@ -1,9 +1,9 @@
-"""What forwards leave on modules: tensors in attributes, where a later call or the model's user finds them."""
+"""What forwards leave on modules and in their arguments: tensors that a later call or the model's user finds."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -29,6 +29,19 @@ def left_on_modules(recorder: BlockRecorder) -> Iterator[tuple[str, str, Value]]
                     value = recorder._values.get(id(tensor))
                     if value is not None and value.origin is Origin.NODE:
                         yield path, name, value
+
+
+def left_in(recorder: BlockRecorder, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str, Value]]:
+    """("", argument, value) of every tensor made by an operator that a list, a dict or another object of the caller's holds now.
+
+    A cache of transformers is left out: its model alone reads it, and may keep parts there.
+    """
+    for name, held in arguments.items():
+        if not isinstance(held, Tensor) and not type(held).__module__.startswith("transformers."):
+            for tensor in _tensors(held, _DEPTH, set()):
+                value = recorder._values.get(id(tensor))
+                if value is not None and value.origin is Origin.NODE:
+                    yield "", f"argument {name}", value
 
 
 def _tensors(item: Any, depth: int, seen: set[int]) -> Iterator[Tensor]:

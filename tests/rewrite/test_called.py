@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import autotp
@@ -155,3 +157,149 @@ def test_without_the_guard_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(entry, "install_called", lambda *_: None)
     with pytest.raises(AssertionError, match=r"output changed|differ"):
         outcome(Between, {"x": X, "options": {"centred": False}}, options={"centred": True})
+
+
+class Chosen(nn.Module):
+    """What happens between two Linears is chosen by an argument."""
+
+    def forward(self, x: Tensor, act: Any = torch.relu, dim: int = 1, steps: tuple[int, ...] = (1,)) -> Tensor:
+        h = act(self.a(x))
+        return self.b(h.softmax(dim) * sum(steps))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
+
+
+class ById(nn.Module):
+    """Another path for some ids, which are known while tracing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.a, self.b = nn.Embedding(16, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.a(self.e(ids))
+        if (ids == 7).any():
+            h = h - h.mean(-1, keepdim=True)
+        return self.b(h)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"act": partial(torch.softmax, dim=-1)}, "act as the function"),
+        ({"act": lambda h: h - h.mean(-1, keepdim=True)}, "act as the function"),
+        ({"dim": -1}, "dim as -1; the calls that were traced had dim as 1"),
+        ({"steps": (1, 2)}, r"steps as a tuple (1, 2)"),
+        ({"x": X[0]}, "x as a tensor of 2 dims"),
+    ],
+)
+def test_functions_numbers_and_dims_count(changed: dict[str, Any], says: str) -> None:
+    assert says in outcome(Chosen, {"x": X}, **changed).refused
+
+
+def test_known_data_may_be_other_data() -> None:
+    assert outcome(ById, {"ids": torch.zeros(2, 5).long()}, ids=torch.full((2, 5), 7)).equal is not None
+
+
+class Elementwise(nn.Module):
+    """What works on any number of dims may be called with any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+def test_other_numbers_of_dims_where_they_do_not_matter() -> None:
+    assert outcome(Elementwise, {"x": X}, x=X[0]).sharded
+
+
+class Filling(nn.Module):
+    """Leaves a value between two Linears in what its caller gave it, or in a list of its own that a user may change."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(32, 64), nn.Linear(64, 32), how
+        self.more: list[Any] = []
+
+    def forward(self, x: Tensor, out: Any = None) -> Tensor:
+        h = torch.relu(self.a(x))
+        for function in self.more:
+            h = function(h)
+        if self.how == "list":
+            out.append(h)
+        elif self.how == "dict":
+            out["h"] = [h]
+        elif self.how == "object":
+            out.h = h
+        return self.b(h)
+
+
+GIVEN = {"list": list, "dict": dict, "object": SimpleNamespace}
+
+
+def filled(how: str) -> float:
+    def taken(out: Any) -> Tensor:
+        found: Tensor = out[0] if how == "list" else out["h"][0] if how == "dict" else out.h
+        return found
+
+    plain = build(partial(Filling, how)).double()
+    parallel, example = copy.deepcopy(plain), GIVEN[how]()
+    autotp.parallelize(parallel, mesh(), example_inputs={"x": X.double(), "out": example}, check="graph")
+    assert example == GIVEN[how]()  # it is as it was given
+    one, other = GIVEN[how](), GIVEN[how]()
+    error = (plain(X.double(), one) - parallel(X.double(), other)).abs().max()
+    return max(float(error), float((taken(one) - taken(other)).abs().max()))
+
+
+@pytest.mark.parametrize("how", GIVEN)
+def test_what_a_call_leaves_in_its_arguments_is_whole(pool: Pool, how: str) -> None:
+    assert max(pool.run(filled, how)) < 1e-9
+
+
+def listed() -> str:
+    model = build(partial(Filling, "")).double()
+    autotp.parallelize(model, mesh(), example_inputs={"x": X.double()})
+    assert autotp.plan_of(model).local_share < 0.6
+    model(X.double())
+    model.more.append(partial(torch.softmax, dim=-1))  # type: ignore[union-attr]
+    return failure(lambda: model(X.double()))
+
+
+def test_a_list_of_functions_that_was_empty(pool: Pool) -> None:
+    assert "more was [] when the model was made parallel" in pool.run(listed)[0]
+
+
+def alone() -> list[str]:
+    torch.manual_seed(0)
+    model = build(Elementwise).double()
+    model.c = nn.Sequential(nn.Linear(2, 2)).double()  # type: ignore[assignment]
+    plain = copy.deepcopy(model)
+    autotp.parallelize(model, mesh(), example_inputs={"x": X.double()})
+    for each in (model, copy.deepcopy(model)):
+        assert (plain(X.double()) - torch.utils.checkpoint.checkpoint(each, X.double(), use_reentrant=False)).abs().max() < 1e-9
+    model(X.double().requires_grad_()).sum().backward()
+    return [
+        failure(lambda: model.a(X.double())),
+        failure(lambda: model.b(torch.randn(2, 64).double())),
+        failure(lambda: model.c(X[..., :2].double())),
+    ]
+
+
+def test_a_module_that_gives_a_part_is_not_called_by_itself(pool: Pool) -> None:
+    for first, second, third in pool.run(alone):
+        assert "a (Linear) is called outside of a call of the model: its result is a rank's part" in first
+        assert "b (Linear) is called outside of a call of the model: its argument input is a rank's part" in second
+        assert third == ""
+
+
+def failure(call: Any) -> str:
+    try:
+        call()
+    except AutoTPError as error:
+        return str(error)
+    return ""
