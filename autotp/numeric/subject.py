@@ -40,7 +40,7 @@ def in_precision(tree: Any, precision: Precision) -> Any:
             dtype = precision.dtype
         return t.detach().to(device="cpu", dtype=dtype, copy=True)
 
-    return tree_map_only(Tensor, cast, tree)
+    return flatten_result(tree_map_only(Tensor, cast, tree), lambda _, t: cast(t))  # in dataclasses too
 
 
 _DROPOUTS = frozenset(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
+from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
 from autotp.plan.model import Shown
@@ -70,10 +71,17 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
     running.open = True
     try:
         entry.begin(module)
+        if any(isinstance(v, DTensor) for v in (*args, *kwargs.values())):  # rows of a weight, say: whole from here on
+            args = tuple(map(_whole, args))
+            kwargs = {name: _whole(v) for name, v in kwargs.items()}
         return forward(module, *args, **kwargs)
     finally:
         running.open = False
         entry.values.again()
+
+
+def _whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _make_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -112,7 +120,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
             undo.set_class(module, subclass(type(module), (), _make_forward))  # type: ignore[arg-type]
     for path, module in entered:  # now that all classes and forwards are those that will run
         under = [(p, m) for p, m in modules if _within(p, path)]
-        own = {(id(v.object), v.names): v for p, v in reversed(values) if _within(p, path)}
+        own = {(type(v), id(v.object), v.names): v for p, v in reversed(values) if _within(p, path)}
         alone = reason(path, module, plan.boundaries.get(path, ())) if path else ""
         structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
         undo.set_item(module.__dict__, ENTRY, Entry(running, comm, structure, Values(list(own.values())), hooks, dropouts, alone))

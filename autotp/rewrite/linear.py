@@ -129,7 +129,12 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if run.alone is not None:
             run.alone.check()
         parameters = attributes["_parameters"]
-        weight, bias = parameters["weight"], parameters["bias"]
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError as error:
+            raise AutoTPError(
+                f"a parallel {type(self).__qualname__} has lost its {error}: prune, reparametrize or quantize before parallelize"
+            ) from None
         if type(weight) is not LayoutDTensor or (bias is not None and type(bias) is not LayoutDTensor):
             return run.composed(input)
         if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):

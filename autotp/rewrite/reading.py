@@ -15,6 +15,7 @@ from torch import nn
 
 _MOST = 300  # functions that are looked into for one class
 _LOADS = frozenset(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
+_ASKING = frozenset(("getattr", "hasattr"))
 _STORES = frozenset(("STORE_ATTR", "DELETE_ATTR"))
 
 
@@ -22,17 +23,18 @@ class Reading:
     """The names that forwards of classes read and store; each class is looked at once."""
 
     def __init__(self) -> None:
-        self._known: dict[type, tuple[frozenset[str], frozenset[str]]] = {}
+        self._known: dict[type, tuple[frozenset[str], frozenset[str], frozenset[str]]] = {}
 
-    def of(self, cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
-        """(names of attributes that are read, that are stored or deleted)."""
+    def of(self, cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+        """(names of attributes that are read, that are stored or deleted, that may be asked for by `getattr` or `hasattr`)."""
         if cls not in self._known:
             self._known[cls] = _names(cls)
         return self._known[cls]
 
 
-def _names(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
+def _names(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     read: set[str] = set()
+    asked: set[str] = set()
     stored: set[str] = set()
     todo: list[Any] = [inspect.unwrap(cls.forward)]
     seen: set[CodeType] = set()
@@ -41,7 +43,10 @@ def _names(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
         if isinstance(function, FunctionType) and function.__code__ not in seen:
             seen.add(function.__code__)
             todo += _functions(function, cls, read, stored)
-    return frozenset(read), frozenset(stored)
+            for code in _codes(function.__code__):
+                if not _ASKING.isdisjoint(code.co_names):
+                    asked.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
+    return frozenset(read | asked), frozenset(stored), frozenset(asked)
 
 
 def _functions(function: FunctionType, cls: type[nn.Module], read: set[str], stored: set[str]) -> Iterator[Any]:

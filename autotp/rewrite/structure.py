@@ -108,6 +108,8 @@ class Structure:
         if new is None:
             raise AutoTPError(f"{path}, a {_name(type(old))} when the model was made parallel, is gone. {_ADVICE}")
         if old is None:
+            while parent and _is_container(self.modules[self.paths.index(parent)]):  # whose code goes over it
+                parent = parent.rpartition(".")[0]
             if parent in places.runs:
                 raise AutoTPError(
                     f"{path}, a {_name(type(new))}, was added after parallelize to a module that runs on a rank's part, and would compute "

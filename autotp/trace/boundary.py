@@ -1,14 +1,16 @@
 """What crosses a module boundary: the tensors among a call's arguments and in its result, each with a path.
 
 A path of an argument starts with the parameter's name in `forward`; further steps are keys or indices. Containers that are
-walked into: tuples, lists, dicts and the dict-like outputs of transformers. Anything else (a KV cache) is opaque.
+walked into: tuples, lists, dicts, dataclasses and the dict-like outputs of transformers. Anything else (a KV cache) is opaque.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -56,6 +58,7 @@ class Handed:
     def __init__(self, before: Any, after: Any) -> None:
         self._outer: dict[int, Tensor] = {}
         self._pairs: list[tuple[Any, Any, Any]] = []
+        self._objects: list[tuple[Any, Any, dict[str, Any]]] = []
         self._compare(before, after)
 
     def _compare(self, a: Any, b: Any) -> None:
@@ -70,12 +73,22 @@ class Handed:
         elif isinstance(a, (tuple, list)):
             for x, y in zip(a, b, strict=True):
                 self._compare(x, y)
+        elif is_dataclass(a):
+            before = fields_of(a)
+            for name, value in fields_of(b).items():
+                self._compare(before[name], value)
+            self._objects.append((a, b, fields_of(b)))
         if type(a) is type(b) and type(a) in (list, dict, OrderedDict):
             self._pairs.append((a, b, b.copy()))
 
     def back(self) -> bool:
         """Do to the caller's containers what was done to the callee's; True where there was anything."""
         changed = False
+        for theirs, own, before in self._objects:
+            for name, value in fields_of(own).items():
+                if before.get(name, self) is not value:
+                    changed = True
+                    object.__setattr__(theirs, name, self._outer.get(id(value), value))
         for outer, inner, items in self._pairs:
             mine = list(inner) if isinstance(inner, list) else list(inner.items())
             kept = list(items) if isinstance(items, list) else list(items.items())
@@ -107,13 +120,30 @@ def _walk(path: Path, item: Any, on_tensor: OnTensor, on_other: OnOther | None) 
     if type(item) is list:
         parts = [_walk((*path, i), x, on_tensor, on_other) for i, x in enumerate(item)]
         return item if all(a is b for a, b in zip(parts, item, strict=True)) else parts
-    if isinstance(item, OrderedDict) or type(item) is dict:
+    if isinstance(item, dict):
         changed = {k: _walk((*path, k), v, on_tensor, on_other) for k, v in item.items()}
         if all(changed[k] is v for k, v in item.items()):
             return item
         if type(item) in (dict, OrderedDict):
             return type(item)(changed)
-        return type(item)(**changed)
+        if is_dataclass(item):  # an output of transformers
+            return type(item)(**changed)
+        other = copy.copy(item)
+        other.update(changed)
+        return other
+    if is_dataclass(item) and not isinstance(item, type):
+        found = {name: _walk((*path, name), value, on_tensor, on_other) for name, value in fields_of(item).items()}
+        if all(found[name] is value for name, value in fields_of(item).items()):
+            return item
+        made = copy.copy(item)
+        for name, value in found.items():
+            object.__setattr__(made, name, value)  # a frozen one too
+        return made
     if on_other is not None:
         on_other(path, item)
     return item
+
+
+def fields_of(item: Any) -> dict[str, Any]:
+    """The fields of a dataclass instance that are there."""
+    return {f.name: getattr(item, f.name) for f in fields(item) if hasattr(item, f.name)}

@@ -271,6 +271,8 @@ class Recorder:
         if before.id in self.fills:
             self.fills[after.id] = self.fills[before.id]
         self.add(kind, (before,), {}, (after,), slot=(module, path))
+        for name, held in vars(tensor).items():  # what code has put on it
+            vars(alias).setdefault(name, held)
         return alias
 
     def dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

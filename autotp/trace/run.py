@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from autotp.errors import AutoTPError, TraceError
 from autotp.trace.alike import alike_blocks, counted
 from autotp.trace.blocks import BlockRecorder, NotAlike
+from autotp.trace.boundary import flatten_result
 from autotp.trace.caches import uncached
 from autotp.trace.choices import Untraceable, small
 from autotp.trace.fills import of_every_block
@@ -26,7 +27,7 @@ from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.keep import undisturbed, undone
 from autotp.trace.prepare import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.recorder import Recorder
-from autotp.trace.stash import left_in, left_on_modules
+from autotp.trace.stash import left_elsewhere, left_in, left_on_modules
 from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
 
@@ -41,7 +42,8 @@ def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "")
             recorder.know(value, tensor)
         return new
 
-    return tree_map_only(Tensor, convert, tree)
+    made = tree_map_only(Tensor, convert, tree)
+    return flatten_result(made, lambda _, t: t if isinstance(t, FakeTensor) else convert(t))  # in dataclasses too
 
 
 #: How often a trace starts again because blocks turn out to be used in different ways, before all of them run.
@@ -254,7 +256,14 @@ def _call(
     fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
     with recorder.recording(mode.grad, mode.inference, mode.contrary):
         result = example.call(model, fresh)
-    return result, [*left_on_modules(recorder), *left_in(recorder, fresh)]
+    opaque: dict[str, Any] = {}
+
+    def attributes(where: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        opaque[f"attributes of result {'.'.join(map(str, where))}".strip()] = vars(tensor)
+        return tensor
+
+    flatten_result(result, attributes, lambda where, item: opaque.setdefault(f"result {'.'.join(map(str, where))}".strip(), item))
+    return result, [*left_on_modules(recorder), *left_in(recorder, {**fresh, **opaque}), *left_elsewhere(recorder)]
 
 
 def _is_known(item: Any, known: Mapping[int, Value]) -> bool:
