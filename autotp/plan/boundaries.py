@@ -19,7 +19,7 @@ from autotp.plan.moves import Moves, slot_key
 from autotp.trace.forms import Forms, of_any_dims
 from autotp.trace.graph import Node, Pseudo, Value
 
-_LAST_DIM = frozenset(("linear", "dropout", "dropout_"))  # what works on the last dim of any number
+_LAST_DIM = frozenset(("linear", "embedding", "dropout", "dropout_"))  # what works on the last dim of any number
 _ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # what says most first
 
 
