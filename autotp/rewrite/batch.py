@@ -19,6 +19,7 @@ from autotp.plan.model import GradSum
 from autotp.rewrite.module import ModuleRun
 from autotp.rewrite.reads import GradFix
 from autotp.rewrite.tensor import LayoutDTensor, laid_out
+from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 
 SMALL = 1 << 16  # elements; larger gradients should not wait for the end of the backward
@@ -66,6 +67,7 @@ class BatchReads:
         """Forward pre-hook."""
         if is_dynamo_compiling() or self.active or not torch.is_grad_enabled():
             return
+        refuse_transforms()
         wanted: list[tuple[dict[str, Tensor], str]] = []
         params: list[LayoutDTensor] = []
         fixes: list[GradFix] = []

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from autotp.rewrite.memo import CopyMemo
+from autotp.rewrite.transforms import refuse_transforms
 
 _modes = torch._C._len_torch_dispatch_stack
 
@@ -63,6 +64,7 @@ class GroupComm:
             return tensor
         if is_dynamo_compiling() or _modes():
             return self._functional_sum(tensor)
+        refuse_transforms()
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
@@ -79,12 +81,14 @@ class GroupComm:
             op = torch.ops._c10d_functional
             out = op.wait_tensor(op.all_gather_into_tensor(tensor.reshape(1, -1), self.size, self.name))
             return [part.reshape(tensor.shape) for part in out.unbind(0)]
+        refuse_transforms()
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor, group=self.group)
         return parts
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         if self.size > 1:
+            refuse_transforms()
             dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 

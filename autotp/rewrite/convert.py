@@ -23,12 +23,17 @@ from autotp.errors import PlanError
 from autotp.plan.model import Conversion, Op
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.split import FreeSplit, Split, split_of
+from autotp.rewrite.transforms import refuse_transforms
 
 Convert = Callable[[Tensor], Tensor]
 
 
 def _records(x: Tensor) -> bool:
-    return x.requires_grad and torch.is_grad_enabled()
+    if x.requires_grad and torch.is_grad_enabled():
+        if not is_dynamo_compiling():
+            refuse_transforms()
+        return True
+    return False
 
 
 class _Copy(torch.autograd.Function):

@@ -18,6 +18,7 @@ from autotp.rewrite.convert import reduce
 from autotp.rewrite.kernels import local_ids
 from autotp.rewrite.reads import Read
 from autotp.rewrite.tensor import LayoutDTensor, laid_out
+from autotp.rewrite.transforms import refuse_transforms
 
 
 class EmbeddingRun:
@@ -91,6 +92,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if type(weight) is not LayoutDTensor or is_dynamo_compiling():
             return run.composed(input)
         if torch.is_grad_enabled() and weight.requires_grad:
+            refuse_transforms()
             return _Embedding.apply(input, weight, run)  # type: ignore[no-any-return, no-untyped-call]
         return run.local(*local_ids(input, run.runs, run.rows), weight._local_tensor)
 

@@ -25,6 +25,7 @@ from autotp.rewrite.hooks import Running, Watch, install_hooks
 from autotp.rewrite.reading import Reading
 from autotp.rewrite.rng import Dropouts, device_of, install_generate, sync_rng
 from autotp.rewrite.structure import Places, Structure
+from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 from autotp.rewrite.values import Values, watched
 
@@ -49,8 +50,9 @@ class Entry:
         """What comes before the outermost module runs.
 
         Raises:
-            AutoTPError: the model is not what it was, or the module does not run by itself.
+            AutoTPError: the model is not what it was, the module does not run by itself, or it is called inside a transform of torch.func.
         """
+        refuse_transforms()
         if self.alone and _in_backward() == -1:
             raise AutoTPError(self.alone)
         self.structure.check()

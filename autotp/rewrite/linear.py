@@ -24,6 +24,7 @@ from autotp.rewrite.convert import copy, gather, once, reduce
 from autotp.rewrite.reads import Read
 from autotp.rewrite.split import Split
 from autotp.rewrite.tensor import LayoutDTensor, laid_out
+from autotp.rewrite.transforms import refuse_transforms
 
 _grad_enabled = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
@@ -138,6 +139,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if type(weight) is not LayoutDTensor or (bias is not None and type(bias) is not LayoutDTensor):
             return run.composed(input)
         if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+            refuse_transforms()
             if _autocast():
                 return run.composed(input)
             if run.copies and input.requires_grad:

@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from autotp.errors import AutoTPError
 from autotp.plan import layout as layouts
+from autotp.plan.layout import replicated
 from autotp.plan.pieces import is_even
-from autotp.rewrite.tensor import LayoutDTensor, new_dtensor, plain
+from autotp.rewrite.tensor import LayoutDTensor, Numbers, laid_out, new_dtensor, plain
 
 _aten = torch.ops.aten
 _detach, _copy_ = _aten.detach.default, _aten.copy_.default
@@ -40,7 +41,10 @@ _ON_ELEMENTS = frozenset(
     getattr(_aten, name)
     for name in ("copy_", "fill_", "zero_", "masked_fill_", "_to_copy", "zeros_like", "ones_like", "empty_like", "full_like", "alias")
 )
+# Lists in which padding is not what is there: -1 is less than it.
+_EXTREMES = frozenset(getattr(_aten, name) for name in ("_foreach_max",) if hasattr(_aten, name))
 _RESHAPES = frozenset((_aten.view, _aten._unsafe_view, _aten.expand))
+_ON_PARTS = (_detach, _aten.stack.default)  # of sums and norms
 _COLLECTIVES = frozenset(("c10d", "_c10d_functional", "_c10d_functional_autograd"))
 _LISTS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_")
 
@@ -87,9 +91,15 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     elif packet in _RESHAPES and isinstance(x := args[0], LayoutDTensor) and type(x) is not PartView and tuple(args[1]) == tuple(x.shape):
         return x._like(x._local_tensor, x._spec)
     counts = packet in _COUNTING
-    if func._schema.name.startswith(_LISTS) and _in_step(args):
+    if (
+        func._schema.name.startswith(_LISTS)
+        and _in_step(args)
+        and packet not in _EXTREMES
+        and not (counts and _order(func, args, kwargs) < 0)
+    ):
         return _on_lists(func, args, kwargs, counts)
     if counts and _counts(func, args, kwargs):
+        args, kwargs = _with_dims(func, args, kwargs)
         return _summed(func(_owned(args[0]), *args[1:], **kwargs))
     return _on_whole(func, args, kwargs, random)
 
@@ -121,7 +131,10 @@ def _on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return args[0]
     if not isinstance(result, Tensor) or result.shape != like._local_tensor.shape:
         return like._everywhere(result) if like._layout.dim is None and isinstance(result, Tensor) else NotImplemented
-    return like._like(result, _in_dtype(like._spec, result.dtype))
+    made = like._like(result, _in_dtype(like._spec, result.dtype))
+    if like._layout.is_padded:  # it is not what it was made from: cos of it is 1, and a gradient would move the parameter's
+        made._clear_padding_()
+    return made
 
 
 def _in_dtype(spec: Any, dtype: torch.dtype) -> Any:
@@ -183,30 +196,48 @@ def _owned(x: LayoutDTensor) -> DTensor:
     return plain(x, x._owned())
 
 
-class Summed(DTensor):
-    """A sum or a norm, which every rank may hold its part of until someone needs the number: then it is reduced."""
+class Summed(Numbers):
+    """A sum or a norm, which every rank may hold its part of until someone needs the number: then it is reduced.
+
+    Several are stacked as parts (a norm of norms costs one collective); any other operator is given the reduced ones. DTensor's own
+    operators are not asked: on parts of a norm some are wrong, and others raise.
+    """
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = (args, dict(kwargs or {}))
-        if func._schema.name.endswith("_") and isinstance(args[0], Summed):
-            args[0]._reduce_()
-        alone = all(isinstance(t, DTensor) for t in tree_iter(given) if isinstance(t, Tensor))
-        if alone and func is not _aten._local_scalar_dense.default:
-            args, kwargs = tree_map_only(Summed, _ordinary, given)
-            return _summed(func(*args, **kwargs))
-        args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), given)
-        return func(*args, **kwargs)
+        if func in _ON_PARTS and _are_parts_alike(args[0]):
+            return _summed(func(*tree_map_only(Summed, _ordinary, args), **given[1]))
+        known: dict[int, tuple[Summed, LayoutDTensor]] = {}
 
-    def _reduce_(self) -> None:
-        whole = self.full_tensor()
-        meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
-        self._local_tensor, self._spec = whole, DTensorSpec(self._spec.mesh, (Replicate(),), tensor_meta=meta)
+        def reduced(x: Summed) -> LayoutDTensor:
+            if id(x) not in known:
+                known[id(x)] = x, x._reduced()
+            return known[id(x)][1]
 
-    def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]
+        if func is _aten._local_scalar_dense.default or not all(isinstance(t, DTensor) for t in tree_iter(given) if isinstance(t, Tensor)):
+            args, kwargs = tree_map_only(DTensor, lambda t: (reduced(t) if isinstance(t, Summed) else t).full_tensor(), given)
+            return func(*args, **kwargs)
+        result = dispatch(func, *tree_map_only(Summed, reduced, given))
+        own = {id(laid): x for x, laid in known.values()}
+        return tree_map_only(LayoutDTensor, lambda t: own.get(id(t), t), result)
+
+    def _reduced(self) -> LayoutDTensor:
+        """The number itself, on every rank; it is reduced once."""
+        mesh = self._spec.mesh
+        if not all(p.is_replicate() for p in self._spec.placements):
+            whole = _ordinary(self).full_tensor()
+            meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+            self._local_tensor, self._spec = whole, DTensorSpec(mesh, (Replicate(),), tensor_meta=meta)
+        return laid_out(self._spec, self._local_tensor, replicated(self._local_tensor.shape, mesh.size()))
+
+
+def _are_parts_alike(given: Any) -> bool:
+    xs = given if isinstance(given, list | tuple) else [given]
+    placements = [x._spec.placements if isinstance(x, Summed) else None for x in xs]
+    return placements[0] is not None and all(p.is_partial() for p in placements[0]) and all(p == placements[0] for p in placements)
 
 
 def _ordinary(x: DTensor) -> DTensor:
@@ -224,14 +255,40 @@ def _counts(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool
     if not isinstance(args[0], LayoutDTensor) or type(args[0]) is PartView or any(isinstance(v, Tensor) for v in kwargs.values()):
         return False
     layout = args[0]._layout
-    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
-    order, dims = given.get("ord", given.get("p")), given.get("dim")
-    if order is not None and (order < 0 or (isinf(order) and not layout.shape)):
+    given = _named(func, args, kwargs)
+    order, dims = _order(func, args, kwargs), given.get("dim")
+    if order < 0 or (isinf(order) and not layout.shape):
         return False
     if is_even(layout) or not dims:
         return True
     dims = [dims] if isinstance(dims, int) else dims
     return layout.dim in [d % args[0].ndim for d in dims] and not given.get("keepdim")
+
+
+def _named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
+
+
+def _order(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """The order of a norm; below 0, zeros count as the least entries do."""
+    given = _named(func, args, kwargs)
+    order = given.get("ord", given.get("p"))
+    return 2.0 if order is None else float(order)
+
+
+def _with_dims(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with all dims named where no dim is: torch reduces all then, DTensor none."""
+    kwargs = dict(kwargs)
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name == "dim":
+            given = args[i] if i < len(args) else kwargs.get("dim", ())
+            if isinstance(given, list | tuple) and not given and isinstance(args[0], Tensor):
+                dims = list(range(args[0].ndim))
+                if i < len(args):
+                    return (*args[:i], dims, *args[i + 1 :]), kwargs
+                if "dim" in kwargs:
+                    kwargs["dim"] = dims
+    return args, kwargs
 
 
 # lists ------------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
 from autotp.rewrite.split import split_of
 from autotp.rewrite.tensor import LayoutDTensor, laid_out
+from autotp.rewrite.transforms import refuse_transforms
 
 
 class GradFix:
@@ -79,6 +80,12 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         fix = ctx.fix
         return laid_out(ctx.spec, fix(grad), fix.layout), None
+
+
+def read(p: DTensor, fix: GradFix) -> Tensor:
+    """The local tensor of `p`, recording gradients; not in code that is compiled."""
+    refuse_transforms()
+    return _Read.apply(p, fix)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Cut(torch.autograd.Function):
@@ -148,6 +155,8 @@ class Read:
         if p is None:
             return None
         record = p.requires_grad and torch.is_grad_enabled()
+        if record and not is_dynamo_compiling():
+            refuse_transforms()
         if type(p) is LayoutDTensor:
             if not record:
                 x = p._local_tensor

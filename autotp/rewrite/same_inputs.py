@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from autotp.digest import digest, plain_text, tensor_digest
 from autotp.errors import AutoTPError, InputError
 from autotp.rewrite.comm import Comm
+from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 
 VARIABLE = "AUTOTP_CHECK_INPUTS"
@@ -102,6 +103,7 @@ class SameInputs:
         if calls < _FIRST or self._always or calls % _EVERY == 0:
             p = next(model.parameters(), None)
             if p is not None and not p.is_meta and self._comm.size > 1:
+                refuse_transforms()
                 compare_inputs(self._comm, self._name, args, kwargs, p.device)
 
 

@@ -28,6 +28,7 @@ from autotp.plan import layout as layouts
 from autotp.plan.layout import Layout, replicated, take
 from autotp.rewrite.comm import GroupComm
 from autotp.rewrite.sharded import Sharded
+from autotp.rewrite.transforms import refuse_transforms
 
 _detach = torch.ops.aten.detach.default
 # DTensor's own constructor spends 3 µs in Python before it comes to this one.
@@ -52,7 +53,29 @@ def plain(tensor: LayoutDTensor, local: Tensor | None = None) -> DTensor:
     return new_dtensor(DTensor, local, spec, requires_grad=False)  # type: ignore[no-any-return]
 
 
-class LayoutDTensor(DTensor):
+class Numbers(DTensor):
+    """A DTensor whose numbers, outside of torch, are those of the whole tensor. Reading them is collective."""
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The whole tensor as an array; one that was put together is read-only, since what is written there is in no part."""
+        whole = self.full_tensor()
+        array = whole.numpy(force=force)
+        if not all(p.is_replicate() for p in self._spec.placements):
+            array.flags.writeable = False
+        return array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise AutoTPError("a tensor that is laid out over ranks has no memory of its own to be shared: share that of full_tensor()")
+
+    def tolist(self) -> Any:
+        """The whole tensor as nested lists."""
+        return self.full_tensor().tolist()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]
+
+
+class LayoutDTensor(Numbers):
     """A DTensor in the order of its layout, which is in its `__dict__` (`__slots__` of a subclass would hide those of DTensor)."""
 
     _layout: Layout
@@ -94,9 +117,6 @@ class LayoutDTensor(DTensor):
                 )
             value = self._cut(value._local_tensor)
         self._become(value)
-
-    def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]
 
     def _become(self, other: LayoutDTensor) -> None:
         _DATA.__set__(self, other)
@@ -179,6 +199,7 @@ class LayoutDTensor(DTensor):
         """The whole tensor in the model's order and shape, differentiable. Collective."""
         if grad_placements is not None:
             raise AutoTPError("full_tensor(grad_placements=…) of a parameter that is not cut evenly takes gradients that are whole only")
+        refuse_transforms()
         return _Whole.apply(self)  # type: ignore[no-any-return, no-untyped-call]
 
     def redistribute(self, device_mesh: Any = None, placements: Sequence[Any] | None = None, **options: Any) -> DTensor:
@@ -252,6 +273,7 @@ class _Whole(torch.autograd.Function):
 
 def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
     """The DTensor placed as `spec` over `local` (shape `layout.local_shape`), in the order of `layout`."""
+    refuse_transforms()
     made: LayoutDTensor = new_dtensor(LayoutDTensor, local, spec, requires_grad=False)
     made._layout = layout
     return made

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,17 @@ READS: dict[str, Callable[[Any, Tensor], Any]] = {
         f"{w.sum():.6f} {w[0].sum():.6f}",
         w.isnan().any().item(),
         w.count_nonzero(),
+    ),
+    "outside of torch": lambda w, x: (
+        w.tolist(),
+        w[1].tolist(),
+        w.sum(0).tolist(),
+        w.norm().tolist(),
+        torch.tensor(w.detach().numpy().copy()),
+        torch.tensor(np.asarray(w.detach()) + 1),
+        torch.tensor(np.where(w.detach().flip(0) > 0, 1.0, 2.0)),
+        torch.tensor(w.sum(-1).detach().numpy(force=True).copy()),
+        torch.tensor(w.tolist()),
     ),
     "new": lambda w, x: (torch.zeros_like(w), w.clone(), w.float(), w.new_zeros(3), w.detach() * 2, w.double().neg().abs()),
     "into a plain one": lambda w, x: (x.clone().copy_(w), torch.zeros_like(x).add_(w), x.clone().lerp_(w, 0.5)),
@@ -343,6 +355,7 @@ def refused() -> list[str]:
             attempts["copied part"] = lambda w=w, part=part: w.detach().copy_(part)
         if w.ndim > 1:
             attempts["another placement"] = lambda w=w, even=even: setattr(w, "data", even)
+        attempts["shared memory"] = lambda w=w: torch.from_dlpack(w.detach())
         attempts["local view"] = lambda w=w: w.detach()[0].to_local()
         for name, attempt in attempts.items():
             if name == "part" and tuple(part.shape) == layout.shape:
@@ -353,6 +366,8 @@ def refused() -> list[str]:
             except AutoTPError as error:
                 if len(str(error)) <= 40:
                     wrong.append(f"{kind}, {name}: {error}")
+        with pytest.raises(ValueError, match="read-only"):  # it would be in no part
+            w.detach().numpy()[0] = 1.0
         replicated_one = distribute_tensor(other(full(layout)), line, [Replicate()])
         w.data = replicated_one
         assert type(w) is LayoutDTensor and same(w.full_tensor().detach(), other(full(layout)))
