@@ -16,8 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from autotp.plan.layout import Layout
 from autotp.plan.model import Written
 from autotp.rewrite.classes import STATE
-from autotp.rewrite.reads import Read
-from autotp.rewrite.reads import read as read_once
+from autotp.rewrite.reads import Read, read_param
 from autotp.rewrite.sites import RUNNING, SiteMode, SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
 from autotp.rewrite.tensor import LayoutDTensor
@@ -161,7 +160,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
                 p: LayoutDTensor = parameters[name]
                 if record and p.requires_grad:
                     shared = run.shared
-                    attributes[name] = shared[name] if shared and name in shared else read_once(p, fix)
+                    attributes[name] = shared[name] if shared and name in shared else read_param(p, fix)
                 else:
                     attributes[name] = p._local_tensor
             return inner(self, *args, **kwargs)

@@ -82,7 +82,7 @@ class _Read(torch.autograd.Function):
         return laid_out(ctx.spec, fix(grad), fix.layout), None
 
 
-def read(p: DTensor, fix: GradFix) -> Tensor:
+def read_param(p: DTensor, fix: GradFix) -> Tensor:
     """The local tensor of `p`, recording gradients; not in code that is compiled."""
     refuse_transforms()
     return _Read.apply(p, fix)  # type: ignore[no-any-return, no-untyped-call]

@@ -82,9 +82,7 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "vmap": lambda m: torch.vmap(m)(torch.stack([x(), x() + 1])),
     "vmap without gradients": _without_gradients,
     "vmap of frozen": _frozen(lambda m: torch.vmap(m)(torch.stack([x(), x() + 1]))),
-    "vmap of one layer": _frozen(
-        lambda m: torch.vmap(m.down)(torch.ones(3, 2, 10, dtype=torch.float64)[..., : m.down.weight.to_local().shape[1]])
-    ),
+    "vmap of one layer": _frozen(lambda m: torch.vmap(m.down)(m.up(torch.ones(3, 2, 4, dtype=torch.float64)))),
     "grad": lambda m: torch.func.grad(lambda given: m(given).sum())(x()),
     "grad, frozen": _frozen(lambda m: torch.func.grad(lambda given: m(given).sum())(x())),
     "grad of one layer": lambda m: torch.func.grad(lambda given: m.up(given).sum())(x()),
