@@ -125,7 +125,8 @@ def transformed() -> list[str]:
             function()
             wrong.append(f"{name}: not refused")
         except AutoTPError as error:
-            if "one vector at a time" not in str(error):
+            # one layer is not called by itself either
+            if not any(text in str(error) for text in ("one vector at a time", "outside of a call of the model")):
                 wrong.append(f"{name}: {error}")
         except Exception as error:
             wrong.append(f"{name}: {type(error).__name__}: {error}")
