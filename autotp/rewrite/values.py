@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from autotp.errors import AutoTPError
 from autotp.rewrite.reading import Reading
 
-_PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType)
+_PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType, type)
 _FILLED = (list, dict, set)
 _MISSING: Any = object()
 
