@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import AutoTPError
 from autotp.plan.model import Boundary, Shown
 from autotp.plan.plan import Plan
-from autotp.rewrite.classes import STATE, subclass, wrap_forward
+from autotp.rewrite.classes import STATE, check_calls
 from autotp.rewrite.hooks import Running
 from autotp.rewrite.linear import LinearRun
 from autotp.rewrite.undo import Undo
 
-ALONE = "_autotp_alone"
 _in_backward = torch._C._current_graph_task_id
 
 
@@ -29,7 +27,7 @@ class Alone:
     def __init__(self, running: Running, text: str) -> None:
         self.running, self.text = running, text
 
-    def check(self) -> None:
+    def check(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
         """Raise outside of a call of the model, and of the backward that runs a part of one again.
 
         Raises:
@@ -51,23 +49,6 @@ def reason(path: str, module: nn.Module, slots: tuple[Boundary, ...]) -> str:
     )
 
 
-def _around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not is_dynamo_compiling():
-        module.__dict__[ALONE].check()
-    return forward(module, *args, **kwargs)
-
-
-def _make_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    inner = base.forward
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not is_dynamo_compiling():
-            self.__dict__[ALONE].check()
-        return inner(self, *args, **kwargs)
-
-    return forward
-
-
 def install_alone(model: nn.Module, plan: Plan, running: Running, undo: Undo) -> None:
     """Guard the modules without children that hold parts at their boundaries; those with children are entries."""
     for path, slots in plan.boundaries.items():
@@ -79,8 +60,4 @@ def install_alone(model: nn.Module, plan: Plan, running: Running, undo: Undo) ->
         if isinstance(run, LinearRun):
             run.alone = Alone(running, text)  # goes with the run
             continue
-        undo.set_item(module.__dict__, ALONE, Alone(running, text))
-        if "forward" in module.__dict__:
-            wrap_forward(module, _around, undo)
-        else:
-            undo.set_class(module, subclass(type(module), (), _make_forward))  # type: ignore[arg-type]
+        check_calls(module, "_autotp_alone", Alone(running, text), undo, own=False)

@@ -6,16 +6,14 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
-from autotp.rewrite.classes import subclass, wrap_forward
+from autotp.rewrite.classes import check_calls
 from autotp.rewrite.undo import Undo
 from autotp.trace.forms import TENSOR, Forms, Signature, kind_of, switches
 from autotp.trace.inputs_facts import is_hugging_face
 
-CALLED = "_autotp_called"
 _MOST_KNOWN = 256
 _BY_VALUE = frozenset((bool, int, str))
 
@@ -77,23 +75,6 @@ def _token(value: Any) -> Hashable:
     return kind_of(value) if callable(value) else cast("Hashable", kind)
 
 
-def _around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not is_dynamo_compiling():
-        module.__dict__[CALLED].check(args, kwargs)
-    return forward(module, *args, **kwargs)
-
-
-def _make_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    inner = base.forward
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not is_dynamo_compiling():
-            self.__dict__[CALLED].check(args, kwargs)
-        return inner(self, *args, **kwargs)
-
-    return forward
-
-
 def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
     """Have the modules of `plan.inside` look at how they are called; journalled in `undo`."""
     # transformers leaves out masks that change nothing, but not while it is traced; and its paths with and without are traced
@@ -105,8 +86,5 @@ def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
         if not forms or any_tensors or type(module).__module__.startswith("torch.nn."):
             continue
         where = f"{path or 'the model'} ({type(module).__qualname__})"
-        undo.set_item(module.__dict__, CALLED, Called(where, signature, forms, only_switches=own))
-        if "forward" in module.__dict__ or module is model:
-            wrap_forward(module, _around, undo)
-        else:
-            undo.set_class(module, subclass(type(module), (), _make_forward))  # type: ignore[arg-type]
+        called = Called(where, signature, forms, only_switches=own)
+        check_calls(module, "_autotp_called", called, undo, own=module is model)

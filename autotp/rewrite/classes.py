@@ -87,3 +87,40 @@ def _of_class(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _of_instance(forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda _, *args, **kwargs: forward(*args, **kwargs)
+
+
+@cache
+def _checking(key: str) -> Callable[[type[nn.Module]], Callable[..., Any]]:
+    def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
+        inner = base.forward
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not is_dynamo_compiling():
+                self.__dict__[key].check(args, kwargs)
+            return inner(self, *args, **kwargs)
+
+        return forward
+
+    return make_forward
+
+
+@cache
+def _checking_around(key: str) -> Around:
+    def around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not is_dynamo_compiling():
+            module.__dict__[key].check(args, kwargs)
+        return forward(module, *args, **kwargs)
+
+    return around
+
+
+def check_calls(module: nn.Module, key: str, check: Any, undo: Undo, *, own: bool) -> None:
+    """Have `check.check(args, kwargs)` look at each call of a module.
+
+    It is kept in the module's `__dict__` as `key`, and goes with its copies. `own`: the module keeps its class (`wrap_forward`).
+    """
+    undo.set_item(module.__dict__, key, check)
+    if own or "forward" in module.__dict__:
+        wrap_forward(module, _checking_around(key), undo)
+    else:
+        undo.set_class(module, subclass(type(module), (), _checking(key)))  # type: ignore[arg-type]
