@@ -35,6 +35,7 @@ class _ReadMany(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_transforms()
         done = _sum_together(list(grads), ctx.fixes)
         placed = [None if g is None else laid_out(s, g, fix.layout) for g, s, fix in zip(done, ctx.specs, ctx.fixes, strict=True)]
         return None, *placed

@@ -76,6 +76,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         if torch.is_grad_enabled():
             raise AutoTPError("a sharded embedding has no second derivative; run without create_graph=True")
+        refuse_transforms()
         ids, outside = ctx.saved_tensors
         if outside is not None:
             grad = grad.masked_fill(outside.unsqueeze(-1), 0)

@@ -94,6 +94,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         if _grad_enabled():
             raise AutoTPError("a parallel Linear has no second derivative; run without create_graph=True")
+        refuse_transforms()
         x, w = ctx.saved_tensors
         run: LinearRun = ctx.run
         if run.gathers is not None:
@@ -139,7 +140,6 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if type(weight) is not LayoutDTensor or (bias is not None and type(bias) is not LayoutDTensor):
             return run.composed(input)
         if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-            refuse_transforms()
             if _autocast():
                 return run.composed(input)
             if run.copies and input.requires_grad:

@@ -78,6 +78,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        refuse_transforms()
         fix = ctx.fix
         return laid_out(ctx.spec, fix(grad), fix.layout), None
 

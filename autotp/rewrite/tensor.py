@@ -273,7 +273,6 @@ class _Whole(torch.autograd.Function):
 
 def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
     """The DTensor placed as `spec` over `local` (shape `layout.local_shape`), in the order of `layout`."""
-    refuse_transforms()
     made: LayoutDTensor = new_dtensor(LayoutDTensor, local, spec, requires_grad=False)
     made._layout = layout
     return made
