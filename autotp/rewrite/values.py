@@ -145,7 +145,9 @@ def watched(
         if type(module) not in defaults:
             plain = (n for n in names if _plain(inspect.getattr_static(type(module), n, None)) and hasattr(type(module), n))
             defaults[type(module)] = frozenset(n for n in plain if not callable(getattr(type(module), n)))
-        own = {n for n, v in module.__dict__.items() if n in names and not n.startswith("_autotp") and _plain(v, path in floats)}
+        read_here = (n for n in module.__dict__ if n in names and not n.startswith("_autotp"))
+        own = {n for n in read_here if _plain(module.__dict__[n], path in floats)}
+        own -= {n for n in own if hasattr(inspect.getattr_static(type(module), n, None), "__set__")}  # what guards it itself (`stash`)
         own |= defaults[type(module)] - module.__dict__.keys()
         if own:
             yield path, _One(where, module, sorted(own))
