@@ -221,8 +221,6 @@ def cut(dim: Sequence[Atom], sizes: Sequence[int]) -> list[Dim]:
     start = 0
     for stop in wanted:
         inside = [segment for end, segment in have if start < end <= stop]
-        if 1 < len(inside) < len(have) and all(dim_size(segment) == 1 for segment in inside):
-            raise Opaque("single entries of a concatenation carry nothing that a piece of several could keep")
         pieces.append([*concat(inside), *minor])
         start = stop
     return pieces

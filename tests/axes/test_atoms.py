@@ -245,7 +245,8 @@ def test_cut_of_any_dim(data: st.DataObject) -> None:
         sound(dim)
         return
     assert [atoms.dim_size(r) for r in runs] == sizes
-    assert [p for r in runs for p in places(r)] == places(dim)
+    for got, was in zip([p for r in runs for p in places(r)], places(dim), strict=True):
+        assert got == was or was == ()  # a single entry has no name, and several in one piece get one
 
 
 @QUICK
