@@ -212,7 +212,7 @@ NAMED = (
 def test_training_is_that_of_one_device(ranks: Callable[[int], ThreadRanks]) -> None:
     seen: Counter[Any] = Counter()
 
-    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @given(geometries(), st.integers(2, 8), st.sampled_from(sorted(OPTIMIZERS)))
     def check(g: Geometry, tp: int, optimizer: str) -> None:
         errors, plan = compared(ranks, g, tp, optimizer)
@@ -228,7 +228,7 @@ def test_training_is_that_of_one_device(ranks: Callable[[int], ThreadRanks]) -> 
     check()
     wanted = ["padded heads", "padded mlp", "padded vocabulary", "cut vocabulary", "pieces", "shared", "concatenated", "idle rank", "even"]
     wanted += ["a head for each key", *Projection, *QKNorm, *Product, *Mlp, *ACTIVATIONS, *OPTIMIZERS, "tied", "bias", *range(2, 9)]
-    assert not [kind for kind in wanted if not seen[kind]]
+    assert not {kind: seen[kind] for kind in wanted if seen[kind] < 3}
 
 
 def without_zeros(patch: pytest.MonkeyPatch) -> None:
