@@ -23,7 +23,7 @@ from autotp.errors import PlanError
 from autotp.plan.model import Conversion, Op
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.split import FreeSplit, Split, split_of
-from autotp.rewrite.transforms import refuse_transforms
+from autotp.rewrite.transforms import direct, refuse_transforms, unwrapped
 
 Convert = Callable[[Tensor], Tensor]
 
@@ -104,18 +104,25 @@ class _Once(torch.autograd.Function):
         return grad, None
 
 
+_copy, _reduce = direct(_Copy), direct(_Reduce)
+
+
 def copy(x: Tensor, comm: Comm) -> Tensor:
     """R → R with an all-reduced gradient; consumers of the same tensor share one copy."""
     if not _records(x):
         return x
     if is_dynamo_compiling():
         return _Copy.apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
-    return comm.memo.get(x, lambda t: _Copy.apply(t, comm))  # type: ignore[no-untyped-call]
+    return comm.memo.get(x, lambda t: _copy(unwrapped(t), comm))
 
 
 def reduce(x: Tensor, comm: Comm) -> Tensor:
     """P → R."""
-    return _Reduce.apply(x, comm) if _records(x) else comm.all_reduce(x)  # type: ignore[no-untyped-call]
+    if not _records(x):
+        return comm.all_reduce(x)
+    if is_dynamo_compiling():
+        return _Reduce.apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
+    return _reduce(unwrapped(x), comm)  # type: ignore[no-any-return]
 
 
 def gather(x: Tensor, split: Split | FreeSplit) -> Tensor:

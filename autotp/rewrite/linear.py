@@ -24,7 +24,7 @@ from autotp.rewrite.convert import copy, gather, once, reduce
 from autotp.rewrite.reads import Read
 from autotp.rewrite.split import Split
 from autotp.rewrite.tensor import LayoutDTensor, laid_out
-from autotp.rewrite.transforms import refuse_transforms
+from autotp.rewrite.transforms import direct, refuse_transforms, unwrapped
 
 _grad_enabled = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
@@ -122,6 +122,7 @@ class _Linear(torch.autograd.Function):
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a parallel Linear."""
+    linear = direct(_Linear)
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         attributes = self.__dict__
@@ -142,9 +143,10 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             if _autocast():
                 return run.composed(input)
+            refuse_transforms()
             if run.copies and input.requires_grad:
                 input = copy(input, run.comm)
-            return _Linear.apply(input, weight, bias, run)  # type: ignore[no-any-return, no-untyped-call]
+            return linear(unwrapped(input), weight, bias, run)  # type: ignore[no-any-return]
         return run.local(input, weight._local_tensor, None if bias is None else bias._local_tensor)
 
     return forward

@@ -21,7 +21,7 @@ from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
 from autotp.rewrite.split import split_of
 from autotp.rewrite.tensor import LayoutDTensor, laid_out
-from autotp.rewrite.transforms import refuse_transforms
+from autotp.rewrite.transforms import direct, refuse_transforms
 
 
 class GradFix:
@@ -83,10 +83,13 @@ class _Read(torch.autograd.Function):
         return laid_out(ctx.spec, fix(grad), fix.layout), None
 
 
+_read = direct(_Read)
+
+
 def read_param(p: DTensor, fix: GradFix) -> Tensor:
     """The local tensor of `p`, recording gradients; not in code that is compiled."""
     refuse_transforms()
-    return _Read.apply(p, fix)  # type: ignore[no-any-return, no-untyped-call]
+    return _read(p, fix)  # type: ignore[no-any-return]
 
 
 class _Cut(torch.autograd.Function):
@@ -165,7 +168,7 @@ class Read:
                 x = p.to_local()
                 x = _Fix.apply(x, self.fix) if self.fix.needed else x  # type: ignore[no-untyped-call]
             else:
-                x = _Read.apply(p, self.fix)  # type: ignore[no-untyped-call]
+                x = _read(p, self.fix)
         elif self.of_parts:
             x = _Fix.apply(p, self.fix) if record and self.fix.needed else p  # type: ignore[no-untyped-call]
         else:

@@ -8,8 +8,10 @@ code that uses vmap for itself (transformers' masks do) meets none of the three.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from autotp.errors import AutoTPError
@@ -17,6 +19,8 @@ from autotp.errors import AutoTPError
 _active = torch._C._are_functorch_transforms_active
 _included: Callable[[torch._C.DispatchKey], bool] = torch._C._dispatch_tls_is_dispatch_key_included
 _BATCHED = torch._C._dispatch_key_parse("VmapMode")  # the older vmap, which batched gradients use
+# What a transform that has ended left on a tensor is taken off by `Function.apply`, and here for `direct`.
+unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
 
 
 def refuse_transforms() -> None:
@@ -32,3 +36,11 @@ def refuse_transforms() -> None:
             "derivatives with backward() or torch.autograd.grad, one vector at a time (torch.autograd.functional.jacobian does without "
             "vectorize), or take full_tensor() of a parameter"
         )
+
+
+def direct(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its part in Python, which serves torch.func alone and costs as much as all the rest of an application.
+
+    For callers that refuse transforms, give `unwrapped` tensors, and are not being compiled.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return, misc]

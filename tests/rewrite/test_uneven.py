@@ -166,12 +166,12 @@ def life_of_a_gradient() -> None:
     k = model.attention.k.weight
     assert type(k) is LayoutDTensor and isinstance(k, nn.Parameter)
     calls = []
-    own = linear._Linear.apply
-    linear._Linear.apply = lambda *args: calls.append(args) or own(*args)
+    own = linear._Linear.forward
+    linear._Linear.forward = staticmethod(lambda *args: calls.append(args) or own(*args))
     try:
         loss_of(model).backward()
     finally:
-        linear._Linear.apply = own
+        linear._Linear.forward = staticmethod(own)
     assert len(calls) == 4 + 2 + 3 + 1  # every Linear took its fast path
     loss_of(reference).backward()
     first = k.grad.full_tensor()
