@@ -98,7 +98,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
 def test_plan_of_a_module_a_config_and_a_path(tmp_path: Path) -> None:
     config = llama()
     config.save_pretrained(tmp_path)
-    plans = [autotp.plan(t, tp=2) for t in (on_meta(config), config, tmp_path, tmp_path / "config.json", str(tmp_path))]
+    plans = [autotp.plan(t, tp=2, check="graph") for t in (on_meta(config), config, tmp_path, tmp_path / "config.json", str(tmp_path))]
     shapes = [{n: p.layout.local_shape for n, p in plan.params.items()} for plan in plans]
     assert shapes == shapes[:1] * 5
     assert plans[0].params["model.layers.0.self_attn.q_proj.weight"].layout.dim == 0
@@ -224,7 +224,7 @@ def test_depth_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "trace", counted)
     shares = []
     for depth in (2, 32, 126):
-        plan = autotp.plan(on_meta(llama(num_hidden_layers=depth)), tp=2)
+        plan = autotp.plan(on_meta(llama(num_hidden_layers=depth)), tp=2, check="graph")
         shares.append(plan.params[f"model.layers.{depth - 1}.mlp.up_proj.weight"].layout)
         reduced = [c for c in plan.collectives() if ".layers." in c.module and c.when == "forward"]
         assert len(reduced) == 2 * depth

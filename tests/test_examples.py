@@ -60,6 +60,7 @@ def test_train_on_two_ranks_is_train_on_one(on_one_rank):
     assert run(*TORCHRUN, 2, "examples/train.py", "--steps", "3") == on_one_rank
 
 
+@pytest.mark.slow  # fine-tuning does the same under accelerate
 def test_train_under_accelerate_is_the_same(on_one_rank):
     launch = (*ACCELERATE, "--num-processes", 2, "--main-process-port", 0)
     assert run(*launch, "examples/train.py", "--steps", "3", "--accelerate", ACCELERATE_USE_CPU="1") == on_one_rank

@@ -19,6 +19,7 @@ from autotp.testing import Equivalence, assert_equivalent
 from tests.support.equivalence import check
 from tests.support.families import transformer, transformer_inputs
 from tests.support.ranks import Pool
+from tests.support.slow import few
 
 CAUSAL = ("forward", "masked", "whole", "generate", "state_dict", "grad", "loss", "step")
 ENCODER = ("forward", "masked", "whole", "state_dict", "grad", "loss", "step")
@@ -138,15 +139,12 @@ ASPECTS = {
 }
 #: One family for each kind of layout has a quick case, in this process; some have a second one, on processes. All others are slow.
 DISTINCT = {
-    "llama", "qwen2", "gemma2", "olmo2", "gpt2", "phi3", "gpt_neox", "bloom", "mpt", "gptj", "gpt_bigcode_mqa", "falcon_multi_query",
-    "falcon_new", "deepseek_v3", "bert", "t5", "whisper", "vit", "mamba2", "qwen3_next", "llama_nine_heads", "llama_28_heads",
-    "gpt2_five_heads", "clip", "llava", "swin", "wav2vec2", "opt_projected", "stablelm_qk_norm", "deberta-v2", "jamba", "bart",
+    "gemma2", "phi3", "bloom", "mpt", "gpt_bigcode_mqa", "falcon_new", "deepseek_v3", "bert", "t5", "whisper", "vit", "mamba2",
+    "qwen3_next", "llama_28_heads", "gpt2_five_heads", "llava", "swin", "wav2vec2", "opt_projected", "deberta-v2", "jamba",
 }  # fmt: skip
-PROCESSES = {"llama", "gpt2", "phi3", "t5", "bert", "deepseek_v3", "mamba2", "whisper"}
+PROCESSES = {"phi3", "t5", "deepseek_v3", "mamba2"}
 #: Families whose kinds of layers are many: at two ranks they show as much as at four, in half the time.
 MANY_KINDS = {"zamba2", "jamba", "nemotron_h", "qwen2_5_vl", "recurrent_gemma", "falcon_h1"}
-#: Mixtures of experts with a form of their own: every implementation is run, for the others the default one.
-OWN_FORM = {"mixtral", "gpt_oss"}
 
 
 def cases() -> list[Any]:
@@ -206,11 +204,7 @@ def in_this_process(factory: Callable[[], nn.Module], tp: int) -> Equivalence:
 
 def mixtures() -> list[Any]:
     forms = [(kind, experts) for kind in MIXTURES for experts in ("eager", "batched_mm", "grouped_mm")]
-    slow = [pytest.mark.slow]
-    return [
-        pytest.param(k, e, marks=[] if (k in OWN_FORM and e != "eager") or (k, e) == ("deepseek_v3", "grouped_mm") else slow, id=f"{k}-{e}")
-        for k, e in forms
-    ]
+    return few(forms, ("gpt_oss", "grouped_mm"), ("mixtral", "batched_mm"))
 
 
 @pytest.mark.parametrize(("model_type", "experts"), mixtures())

@@ -24,7 +24,7 @@ TYPES = {
     "bert": "tied weight and bias of a head",
     "chinese_clip": "weights that are changed while they are loaded",
 }
-QUICK = {"llama", "phi3", "mixtral", "t5", "chinese_clip"}
+QUICK = {"phi3", "mixtral", "chinese_clip"}
 
 
 @pytest.mark.parametrize("model_type", [pytest.param(t, marks=() if t in QUICK else pytest.mark.slow) for t in TYPES])

@@ -70,11 +70,11 @@ def bytes_read(folder: str, model_type: str, overrides: dict[str, Any]) -> list[
     [
         ("llama", {}),
         pytest.param("gpt2", {}, marks=pytest.mark.slow),
-        ("phi3", {}),
+        pytest.param("phi3", {}, marks=pytest.mark.slow),
         pytest.param("bloom", {}, marks=pytest.mark.slow),
         pytest.param("mixtral", {}, marks=pytest.mark.slow),
         ("deepseek_v3", {}),
-        ("t5", {}),
+        pytest.param("t5", {}, marks=pytest.mark.slow),
         ("llama", {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 31}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "as it is",

@@ -29,6 +29,7 @@ from autotp.rewrite.tensor import plain
 from benchmarks.optimizers import build
 from tests.checkpoint.training import OPTIMIZERS, apart, barrier, grouped, mesh_of, moments, parallel, plain_moments, train
 from tests.support.ranks import Pool
+from tests.support.slow import few
 
 State = Callable[[nn.Module, torch.optim.Optimizer], dict[str, Any]]
 
@@ -116,7 +117,7 @@ def ours_by_dcp(kind: str, folder: str) -> float:
     return apart(dict(build(kind).state_dict()), autotp.full_state_dict(other))
 
 
-@pytest.mark.parametrize("kind", ["even", "fused", "shared", "padded"])
+@pytest.mark.parametrize("kind", few(["even", "fused", "shared", "padded"], "fused"))
 def test_dcp_reads_what_autotp_saved(pool: Pool, tmp_path: Path, kind: str) -> None:
     assert set(pool.run(ours_by_dcp, kind, str(tmp_path / "state"), world=4)) == {0.0}
 
@@ -144,7 +145,7 @@ def whole_states(kind: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("kind", ["even", "fused", "shared", "padded"])
+@pytest.mark.parametrize("kind", few(["even", "fused", "shared", "padded"], "shared", "padded"))
 def test_whole_states(pool: Pool, kind: str) -> None:
     for errors in pool.run(whole_states, kind):
         assert all(error <= 1e-9 for error in errors.values()), errors

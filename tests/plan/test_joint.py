@@ -17,6 +17,7 @@ from autotp.plan.model import Op
 from tests.models.custom import WIDTH
 from tests.models.parallel import APART, JOINT, OneTwice, ParallelBlock, Residual, Returned, SharedExit, Stack, ThreeBlock, Twins
 from tests.support.families import transformer
+from tests.support.slow import few
 
 
 def planned(model: nn.Module, tp: int = 2) -> Plan:
@@ -115,7 +116,7 @@ FAMILIES: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-@pytest.mark.parametrize(("model_type", "fields", "norms"), FAMILIES)
+@pytest.mark.parametrize(("model_type", "fields", "norms"), few(FAMILIES, *FAMILIES[:1], *FAMILIES[-3:]))
 def test_one_all_reduce_a_block(model_type: str, fields: dict[str, Any], norms: int) -> None:
     model = transformer(model_type, **fields)
     plan = autotp.plan(model, tp=2)

@@ -17,8 +17,8 @@ from tests.support.equivalence import check
 from tests.support.families import transformer, transformer_inputs
 from tests.support.ranks import Pool
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "deepseek_v3", "t5")]
-KINDS = ["gpt2", "falcon", "mamba2", *SLOW]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "deepseek_v3", "t5", "gpt2")]
+KINDS = ["falcon", "mamba2", *SLOW]
 
 
 @cache

@@ -26,6 +26,7 @@ from tests.rewrite.plans import error, rewrite, worst_grad
 from tests.support.equivalence import check
 from tests.support.families import transformer
 from tests.support.ranks import Pool, mesh
+from tests.support.slow import few
 
 ASPECTS = ("forward", "grad", "state_dict", "step")
 
@@ -137,13 +138,9 @@ def transformer_collectives(model_type: str, fields: dict[str, Any]) -> list[int
 @pytest.mark.parametrize(
     ("model_type", "fields"),
     [
-        ("gptj", {}),
+        *few([("gptj", {}), ("cohere", {}), ("phi", {}), ("stablelm", {"use_parallel_residual": True}), ("codegen", {})]),
         ("gpt_neox", {}),
         ("falcon", {"parallel_attn": True, "new_decoder_architecture": False, "alibi": False}),
-        ("cohere", {}),
-        ("phi", {}),
-        ("stablelm", {"use_parallel_residual": True}),
-        ("codegen", {}),
     ],
 )
 def test_collectives_of_transformers(pool: Pool, model_type: str, fields: dict[str, Any]) -> None:
@@ -288,7 +285,7 @@ def compiled(name: str, train: bool) -> float:
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("plain", "shared_exit")), "three", "root"])
+@pytest.mark.parametrize("name", few(("plain", "shared_exit", "three", "root"), "three"))
 def test_compile_makes_one_graph(pool: Pool, name: str, train: bool) -> None:
     assert max(pool.run(compiled, name, train, timeout=120.0)) <= 1e-9
 

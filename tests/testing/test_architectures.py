@@ -18,6 +18,7 @@ from autotp.testing.architecture import Architecture, Experts, Extra, Mlp, Norms
 from autotp.testing.proving import TrapSprung, features, variants
 from autotp.testing.proving import prove as proved
 from autotp.testing.strategies import architectures
+from tests.support.slow import few
 
 prove = partial(proved, certificate="graph")  # the rules, without what would catch their faults
 
@@ -60,7 +61,7 @@ def test_found(architecture: Architecture, tp: int) -> None:
 
 
 @pytest.mark.timeout(900)  # shrinking a failure takes a while
-@pytest.mark.parametrize(("tp", "number"), [(2, 16), (3, 12), (4, 10), (8, 8)])
+@pytest.mark.parametrize(("tp", "number"), few([(2, 16), (3, 12), (4, 10), (8, 8)], (3, 12), (8, 8)))
 def test_drawn(tp: int, number: int) -> None:
     seen: Counter[str] = Counter()
 
