@@ -25,7 +25,7 @@ from autotp.plan.plan import Plan
 from autotp.plan.solve import Accused, Bans, lift, solve
 from autotp.plan.wanted import by_value, differing
 from autotp.trace.alike import alike_blocks
-from autotp.trace.inputs import Example, Given, example_inputs, user_examples
+from autotp.trace.inputs import Example, Given, example_inputs, user_examples, user_internals
 from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.keep import undisturbed
 from autotp.trace.run import trace
@@ -145,8 +145,10 @@ def _examples(model: nn.Module, inputs: Given | None) -> tuple[Example, ...]:
     try:
         own = tuple(_in_dtype(e, dtype) for e in example_inputs(model))
     except InputError:
-        return given
-    return (*given, *(replace(e, optional=True) for e in own))
+        return (*given, *user_internals(model, inputs))
+    # The own call for attentions serves for a caller's that gives what it gives, and more.
+    more = () if own[0].inputs.keys() <= given[0].inputs.keys() else user_internals(model, inputs)
+    return (*given, *more, *(replace(e, optional=True) for e in own))
 
 
 def _settled(examples: tuple[Example, ...]) -> Iterator[Example]:

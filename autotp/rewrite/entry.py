@@ -14,10 +14,9 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 from torch.distributed.tensor import DTensor
 
-from autotp.errors import AutoTPError
 from autotp.plan.model import Shown
 from autotp.plan.plan import Plan
-from autotp.rewrite.alone import install_alone, reason
+from autotp.rewrite.alone import Parts, install_alone
 from autotp.rewrite.called import install_called
 from autotp.rewrite.classes import subclass, wrap_forward
 from autotp.rewrite.comm import Comm
@@ -41,7 +40,7 @@ class Entry:
     __slots__ = ("alone", "comm", "dropouts", "hooks", "running", "structure", "values")
 
     def __init__(
-        self, running: Running, comm: Comm, structure: Structure, values: Values, hooks: Watch, dropouts: Dropouts, alone: str
+        self, running: Running, comm: Comm, structure: Structure, values: Values, hooks: Watch, dropouts: Dropouts, alone: Parts
     ) -> None:
         self.running, self.comm, self.alone = running, comm, alone
         self.structure, self.values, self.hooks, self.dropouts = structure, values, hooks, dropouts
@@ -53,8 +52,7 @@ class Entry:
             AutoTPError: the model is not what it was, the module does not run by itself, or it is called inside a transform of torch.func.
         """
         refuse_transforms()
-        if self.alone and _in_backward() == -1:
-            raise AutoTPError(self.alone)
+        self.alone.check()
         self.structure.check()
         self.values.check()
         self.hooks.check()
@@ -76,7 +74,9 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
         if any(isinstance(v, DTensor) for v in (*args, *kwargs.values())):  # rows of a weight, say: whole from here on
             args = tuple(map(_whole, args))
             kwargs = {name: _whole(v) for name, v in kwargs.items()}
-        return forward(module, *args, **kwargs)
+        result = forward(module, *args, **kwargs)
+        entry.alone.check_result(result)
+        return result
     finally:
         running.open = False
         entry.values.again()
@@ -123,7 +123,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     for path, module in entered:  # now that all classes and forwards are those that will run
         under = [(p, m) for p, m in modules if _within(p, path)]
         own = {(type(v), id(v.object), v.names): v for p, v in reversed(values) if _within(p, path)}
-        alone = reason(path, module, plan.boundaries.get(path, ())) if path else ""
+        alone = Parts(path, module, plan.boundaries.get(path, ()) if path else ())
         structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
         undo.set_item(module.__dict__, ENTRY, Entry(running, comm, structure, Values(list(own.values())), hooks, dropouts, alone))
     install_generate(model, comm, undo)

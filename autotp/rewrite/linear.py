@@ -129,7 +129,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         run: LinearRun = attributes[STATE]
         if is_dynamo_compiling():
             return run.composed(input)
-        if run.alone is not None:
+        if run.alone is not None and not run.alone.running.open:
             run.alone.check()
         parameters = attributes["_parameters"]
         try:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,14 +40,15 @@ class Example:
     """One way to call a model.
 
     name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states`, `images`, a flag of the forward (`return_loss`) or a
-        method (`get_text_features`); `user` for the caller's own, and `user 2`, `user with flag=True`.
+        method (`get_text_features`); `user` for the caller's own, and `user 2`, `user with flag=True`; `text_decoder prefill` of an inner
+        model that a `generate` hands on to.
     make: builds the keywords of the call, new tensors each time.
     decode: from the outputs of that call, the keywords of the next one (the returned cache and one more token); it
         answers None where the outputs hold no cache.
     optional: the model may turn this call down without harm.
     training: the call is made in training mode.
     quiet: autotp made the call up: that the model turns it down says nothing.
-    method: the method that is called, past the hooks of the model; "" for the model itself.
+    method: the method or inner model that is called, past the hooks of the model; "" for the model itself.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Example:
 
     def call(self, model: nn.Module, inputs: Inputs) -> Any:
         """What `model` answers to this call with `inputs`."""
-        return getattr(model, self.method)(**inputs) if self.method else model(**inputs)
+        return attrgetter(self.method)(model)(**inputs) if self.method else model(**inputs)
 
 
 def example_inputs(model: nn.Module) -> tuple[Example, ...]:
@@ -87,7 +89,7 @@ def example_inputs(model: nn.Module) -> tuple[Example, ...]:
             f"{type(model).__name__}.forward requires {_listed(unknown)}, which autotp cannot make up from the config: "
             f"pass example_inputs={{name: value}} with {_listed(base)}"
         )
-    return (*_examples(facts, base), *_features(model))
+    return (*_examples(facts, base), *_features(model), *_generators(model))
 
 
 def user_examples(model: nn.Module, given: Given) -> tuple[Example, ...]:
@@ -105,6 +107,13 @@ def user_examples(model: nn.Module, given: Given) -> tuple[Example, ...]:
         _check_call(model, mapping)
     users = [Example(name, partial(dict, mapping)) for name, mapping in zip(names, calls, strict=True)]
     return tuple(users) if is_hugging_face(model) else (*users, *islice(_turned(model, calls), _MOST_TURNED))
+
+
+def user_internals(model: nn.Module, given: Given) -> tuple[Example, ...]:
+    """The caller's first call of a transformers `model`, asked for hidden states and attention weights."""
+    call: Any = given if isinstance(given, Mapping) else given[0]
+    more = _internals(Facts(model), lambda **options: lambda: {**call, **options})
+    return tuple(replace(e, name=f"user with {e.name}", quiet=True) for e in more)
 
 
 def _turned(model: nn.Module, calls: Sequence[Mapping[str, object]]) -> Iterator[Example]:
@@ -219,6 +228,21 @@ def _features(model: nn.Module) -> Iterator[Example]:
         base = _base(facts)
         if base and all(key in VALUES for key in base):
             yield Example(name, partial(_values, facts, base), optional=True, method=name)
+
+
+def _generators(model: nn.Module) -> Iterator[Example]:
+    """The inner models that a `generate` of the model's own may hand the generation to: their calls with a cache."""
+    from transformers import GenerationMixin
+
+    if getattr(type(model), "generate", GenerationMixin.generate) is GenerationMixin.generate:
+        return
+    for path, inner in model.named_modules():
+        if inner is not model and is_hugging_face(inner) and inner.can_generate():
+            facts = Facts(inner)
+            base = _base(facts)
+            if all(key in VALUES for key in base):
+                found = (e for e in _examples(facts, base) if e.name == "prefill")
+                yield from (replace(e, name=f"{path} prefill", quiet=True, method=path) for e in found)
 
 
 def _values(facts: Facts, names: list[str]) -> Inputs:

@@ -297,6 +297,53 @@ def test_a_module_that_gives_a_part_is_not_called_by_itself(pool: Pool) -> None:
         assert third == ""
 
 
+class Attending(nn.Module):
+    """Its result has the weights of its heads, where they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor, weights: bool = False, named: bool = True) -> Any:
+        y = torch.tanh(self.q(x))
+        if not named:
+            return (self.o(y), y) if weights else (self.o(y),)
+        return {"y": self.o(y), "weights": {"first": y}} if weights else {"y": self.o(y)}
+
+
+class Asks(nn.Module):
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.block, self.named = Attending(), named
+
+    def forward(self, x: Tensor, weights: bool = False) -> Tensor:
+        found = self.block(x, weights=weights, named=self.named)
+        (y, *more) = (found["y"], *found.get("weights", {}).values()) if self.named else found
+        return y + sum(w.square().sum(-1, keepdim=True) for w in more)
+
+
+def named_results(named: bool) -> tuple[float, list[str]]:
+    torch.manual_seed(0)
+    model = build(partial(Asks, named)).double()
+    plain = copy.deepcopy(model)
+    autotp.parallelize(model, mesh(), example_inputs={"x": X.double()})
+    assert autotp.plan_of(model).local_share < 0.6
+    error = max(float((plain(X.double(), w) - model(X.double(), w)).abs().max()) for w in (False, True))
+    without = failure(lambda: model.block(X.double(), named=named))
+    if not without:
+        found, wanted = model.block(X.double(), named=named), plain.block(X.double(), named=named)
+        error = max(error, float((found["y"] - wanted["y"]).abs().max()))
+    return error, [without, failure(lambda: model.block(X.double(), weights=True, named=named))]
+
+
+def test_a_part_that_has_a_name_is_missed_only_where_it_is_asked_for(pool: Pool) -> None:
+    text = "block (Attending) is called outside of a call of the model: its result {} is a rank's part"
+    for error, (without, asked) in pool.run(named_results, True):
+        assert error < 1e-9 and without == "" and text.format("weights.first") in asked
+    for error, (without, asked) in pool.run(named_results, False):
+        assert error < 1e-9 and text.format("1") in without and text.format("1") in asked
+
+
 def failure(call: Any) -> str:
     try:
         call()

@@ -158,6 +158,21 @@ def test_methods_that_answer_one_kind_of_input(model_type, methods):
         assert found[name].make().keys() == keywords
 
 
+def test_an_inner_model_that_generates():
+    """BLIP's own `generate` hands its decoder the generation, which forward never calls with a cache."""
+    examples = named(build("blip"))
+    assert examples["text_decoder prefill"].method == "text_decoder" and examples["text_decoder prefill"].decode is not None
+    assert not [name for kind in ("llama", "llava", "clip") for name in named(build(kind)) if "." in name or " prefill" in name]
+
+
+def test_a_call_that_gives_something_else_asks_for_attentions_too():
+    from autotp.trace.inputs import user_internals
+
+    (example,) = user_internals(build("layoutlmv3"), {"pixel_values": torch.zeros(2, 3, 32, 32)})
+    assert example.name == "user with attentions"
+    assert example.make().keys() == {"pixel_values", "output_attentions", "output_hidden_states"}
+
+
 @pytest.mark.parametrize("model_type", WITH_IMAGES)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_placeholders_match_the_features_of_the_images(model_type, device):
