@@ -63,7 +63,8 @@ class Plan:
     reader should know (paths that were not traced). checked: what the plan passed besides its replay on fake tensors: `numbers` (the
     model and its ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
     boundaries: path of a module → what code outside of it does not see whole there (`autotp.plan.boundaries`). inside: path
-    of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is known.
+    of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is known. swapped:
+    (path, class) of each module that a forward put in place of another while tracing.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Plan:
     checked: str = ""
     boundaries: Mapping[str, tuple[Boundary, ...]] = field(default_factory=dict)
     inside: Mapping[str, Forms] = field(default_factory=dict)
+    swapped: frozenset[tuple[str, str]] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
@@ -99,6 +101,7 @@ class Plan:
             self.checked,
             dict(self.boundaries),
             dict(self.inside),
+            self.swapped,
         )
         return Plan, fields
 

@@ -61,7 +61,10 @@ Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any
 
 
 def wrap_forward(module: nn.Module, around: Around, undo: Undo) -> None:
-    """Give one module `around(module, forward, args, kwargs)` as its forward; its class stays.
+    """Give one module `around(module, forward, args, kwargs)` as its forward.
+
+    Its class stays, as code may ask for it (`type(self.mlp) is Mlp`). Those that the rewrite gives to modules are there in the replay too,
+    which shows such code; what guards a model is not.
 
     It runs inside of the module's hooks, and `module.forward(x)` finds it too. What `around` needs of the module is to be in its
     `__dict__`, as the forward that it had is: both are copied with the module.
@@ -72,7 +75,7 @@ def wrap_forward(module: nn.Module, around: Around, undo: Undo) -> None:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         before = self.__dict__[key]
-        return around(self, _of_class if before is None else _of_instance(before), args, kwargs)
+        return around(self, type(self).forward if before is None else _of_instance(before), args, kwargs)
 
     functools.update_wrapper(forward, getattr(inner, "__func__", inner))
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
@@ -81,27 +84,8 @@ def wrap_forward(module: nn.Module, around: Around, undo: Undo) -> None:
     undo.set_item(module.__dict__, "forward", MethodType(forward, module))
 
 
-def _of_class(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(module).forward(module, *args, **kwargs)
-
-
 def _of_instance(forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda _, *args, **kwargs: forward(*args, **kwargs)
-
-
-@cache
-def _checking(key: str) -> Callable[[type[nn.Module]], Callable[..., Any]]:
-    def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
-        inner = base.forward
-
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not is_dynamo_compiling():
-                self.__dict__[key].check(args, kwargs)
-            return inner(self, *args, **kwargs)
-
-        return forward
-
-    return make_forward
 
 
 @cache
@@ -114,13 +98,10 @@ def _checking_around(key: str) -> Around:
     return around
 
 
-def check_calls(module: nn.Module, key: str, check: Any, undo: Undo, *, own: bool) -> None:
+def check_calls(module: nn.Module, key: str, check: Any, undo: Undo) -> None:
     """Have `check.check(args, kwargs)` look at each call of a module.
 
-    It is kept in the module's `__dict__` as `key`, and goes with its copies. `own`: the module keeps its class (`wrap_forward`).
+    It is kept in the module's `__dict__` as `key`, and goes with its copies.
     """
     undo.set_item(module.__dict__, key, check)
-    if own or "forward" in module.__dict__:
-        wrap_forward(module, _checking_around(key), undo)
-    else:
-        undo.set_class(module, subclass(type(module), (), _checking(key)))  # type: ignore[arg-type]
+    wrap_forward(module, _checking_around(key), undo)

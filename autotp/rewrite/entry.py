@@ -18,7 +18,7 @@ from autotp.plan.model import Shown
 from autotp.plan.plan import Plan
 from autotp.rewrite.alone import Parts, install_alone
 from autotp.rewrite.called import install_called
-from autotp.rewrite.classes import subclass, wrap_forward
+from autotp.rewrite.classes import wrap_forward
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.hooks import Running, Watch, install_hooks
 from autotp.rewrite.reading import Reading
@@ -49,7 +49,8 @@ class Entry:
         """What comes before the outermost module runs.
 
         Raises:
-            AutoTPError: the model is not what it was, the module does not run by itself, or it is called inside a transform of torch.func.
+            AutoTPError: the model is not what it was, the module does not run by itself, or it is called inside a transform of torch.func
+                or a trace of torch.jit.
         """
         refuse_transforms()
         self.alone.check()
@@ -86,17 +87,6 @@ def _whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _make_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    inner = base.forward
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling() or self.__dict__[ENTRY].running.open:
-            return inner(self, *args, **kwargs)
-        return _call(self, inner, args, kwargs)
-
-    return forward
-
-
 def originals_of(model: nn.Module, plan: Plan) -> Originals:
     """The objects (configs) of which `apply` makes local copies: to be asked before it does."""
     heads = {(m.path, a.path.partition(".")[0]) for m in plan.modules for a in m.attributes if "." in a.path}
@@ -116,10 +106,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     values = list(watched(runs, originals, Reading(), [m for _, m in modules], floats))
     entered = [(p, m) for p, m in modules if m is model or _may_begin(model, m)]
     for _, module in entered:
-        if module is model or "forward" in module.__dict__:
-            wrap_forward(module, _call, undo)
-        else:
-            undo.set_class(module, subclass(type(module), (), _make_forward))  # type: ignore[arg-type]
+        wrap_forward(module, _call, undo)
     for path, module in entered:  # now that all classes and forwards are those that will run
         under = [(p, m) for p, m in modules if _within(p, path)]
         own = {(type(v), id(v.object), v.names): v for p, v in reversed(values) if _within(p, path)}
@@ -144,7 +131,7 @@ def _places(plan: Plan) -> Places:
     touched: set[str] = set()
     for path in changed | inner | {u.owner for m in plan.modules for u in m.uses}:
         touched.update(_above(path))
-    return Places(inner, runs, frozenset(changed | runs), frozenset(touched))
+    return Places(inner, runs, frozenset(changed | runs), frozenset(touched), plan.swapped)
 
 
 def _floats(plan: Plan) -> frozenset[str]:

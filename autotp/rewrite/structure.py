@@ -4,6 +4,7 @@ Watched are the children of every module, its class and a forward of its own. A 
 of a region would compute on a rank's part as if it were whole. What stays right is taken as it comes, and watched from then on:
 
 - wrappers that only pass on (checkpointing, compilation, FSDP), and any wrapper around a module whose boundary is whole;
+- modules that a forward itself put there while it was traced, made of the parameters of those before;
 - modules that replace what the plan did not touch, or that are added where every value is whole; their tensors must be the same on
   all ranks, which is compared once.
 """
@@ -22,6 +23,7 @@ from torch import nn
 from autotp.digest import digest, tensor_digest
 from autotp.errors import AutoTPError
 from autotp.rewrite.comm import Comm
+from autotp.trace.forms import class_name
 
 _ADVICE = "Make the change before parallelize (build the model again), or take it back"
 
@@ -31,13 +33,14 @@ class Places:
     """What the plan makes of modules, by path.
 
     inner: not every value at its boundary is whole. runs: its own code runs on parts. changed: that, or something is done around it.
-    touched: it, or something in it, is cut or rewritten.
+    touched: it, or something in it, is cut or rewritten. swapped: (path, class) of what its own forwards put there while tracing.
     """
 
     inner: Collection[str]
     runs: Collection[str]
     changed: Collection[str]
     touched: Collection[str]
+    swapped: Collection[tuple[str, str]] = ()
 
 
 class Structure:
@@ -121,6 +124,8 @@ class Structure:
                 if one is not other:
                     self._judge_child(path, f"{path}.{name}", one, other)
             return
+        elif (path, class_name(type(new))) in places.swapped and {*map(id, new.parameters())} <= {*map(id, old.parameters())}:
+            return  # the plan is made for it
         elif not _passes_on(new, old):
             wraps = path not in places.inner and any(m is old for m in new.modules())
             if not wraps and (path in places.inner or path in places.touched):

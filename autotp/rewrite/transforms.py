@@ -1,4 +1,4 @@
-"""What a parallel model does not run under: transforms of torch.func, batched gradients, forward-mode derivatives.
+"""What a parallel model does not run under: transforms of torch.func, batched gradients, forward-mode derivatives, torch.jit.trace.
 
 Collectives do not know of them: torch has no rule for one over a batch of vmap, and a sum over ranks changes a value but not its tangent.
 So a model, a read of a parameter that records gradients, and a collective refuse, on every rank at the same place. Inside of a forward,
@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from autotp.errors import AutoTPError
 
 _active = torch._C._are_functorch_transforms_active
+_traced = torch._C._get_tracing_state
 _included: Callable[[torch._C.DispatchKey], bool] = torch._C._dispatch_tls_is_dispatch_key_included
 _BATCHED = torch._C._dispatch_key_parse("VmapMode")  # the older vmap, which batched gradients use
 # What a transform that has ended left on a tensor is taken off by `Function.apply`, and here for `direct`.
@@ -24,7 +25,7 @@ unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
 
 
 def refuse_transforms() -> None:
-    """Do nothing outside of a transform.
+    """Do nothing outside of a transform and of a trace of torch.jit.
 
     Raises:
         AutoTPError: inside one.
@@ -35,6 +36,11 @@ def refuse_transforms() -> None:
             "vectorize=True or forward-mode derivatives, which its collectives do not know: give the model the whole batch, take "
             "derivatives with backward() or torch.autograd.grad, one vector at a time (torch.autograd.functional.jacobian does without "
             "vectorize), or take full_tensor() of a parameter"
+        )
+    if _traced() is not None:
+        raise AutoTPError(
+            "a parallel model is not traced by torch.jit (trace, the older torch.onnx.export), which does not know of its collectives: "
+            "trace the model before parallelize, or compile the parallel one with torch.compile"
         )
 
 

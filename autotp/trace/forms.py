@@ -47,6 +47,11 @@ def name_of(function: Any) -> str:
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None and "<" in name else name
 
 
+def class_name(kind: type) -> str:
+    """A class by its module and name: the same on every rank."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def of_any_dims(kinds: frozenset[str]) -> frozenset[str]:
     """The kinds with tensors of any number of dims for those of one."""
     return kinds | {TENSOR} if any(kind.startswith(TENSOR) for kind in kinds) else kinds

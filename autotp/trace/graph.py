@@ -187,6 +187,7 @@ class Graph:
     left: Mapping[tuple[str, str], tuple[Value, ...]] = field(default_factory=dict)  # (module, attribute) → what forwards leave there
     forms: Mapping[str, Forms] = field(default_factory=dict)  # module → how it was called
     asks_dims: frozenset[str] = frozenset()  # modules whose code reads sizes or numbers of dims
+    swapped: frozenset[tuple[str, str]] = frozenset()  # (path, class) of each module that a forward put in place of another
 
     def sealed(self, node: Node) -> str:
         """Why no conversion can act inside or at the result of a node; "" where one can."""

@@ -37,7 +37,7 @@ from torch.utils.hooks import RemovableHandle
 from autotp.trace import choices
 from autotp.trace.boundary import Handed, Path, flatten_arguments, flatten_result
 from autotp.trace.fills import FILL_AT, FILLS, KEEPING
-from autotp.trace.forms import Forms, Signature
+from autotp.trace.forms import Forms, Signature, class_name
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
@@ -106,6 +106,8 @@ class Recorder:
         self.applied: list[Applied] = []
         self._scopes: list[tuple[FrameType, int]] = []  # calls of autograd functions that run
         self._asks_dims: set[str] = set()
+        self._children = {path: dict(m._modules) for path, m in modules.items()}
+        self.swapped: set[tuple[str, str]] = set()
         self._forms: list[tuple[int, str, dict[str, str]]] = []  # (number of nodes, module, kinds of its arguments) of each call
         self._same: dict[str, dict[Path, Path]] = {}  # module → argument path → a path that was the same tensor in some call
         self.dispatch = _Dispatch(self)
@@ -232,7 +234,15 @@ class Recorder:
             left,
             forms,
             frozenset(self._asks_dims),
+            frozenset(self.swapped),
         )
+
+    def note_swaps(self) -> None:
+        """Take down which modules the forwards have put in place of others, before the trace puts those back."""
+        for path, before in self._children.items():
+            for name, module in self.every[path]._modules.items():
+                if module is not None and before.get(name) not in (None, module):
+                    self.swapped.add((f"{path}.{name}" if path else name, class_name(type(module))))
 
     def _called(self) -> dict[str, Forms]:
         found: dict[str, dict[str, set[str]]] = {}

@@ -128,6 +128,7 @@ def _trace(
             for example in examples:
                 _run(model, recorder, fake, example)
             recorder.check()
+            recorder.note_swaps()
     except Refused as error:
         raise TraceError(f"{type(model).__name__}: {error}") from None
     finally:

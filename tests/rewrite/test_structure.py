@@ -17,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import autotp
 from autotp.api import parallelize_as
+from autotp.testing import assert_equivalent
 from tests.rewrite.guarded import INNER, WIDTH, Change, Use, build, first_gradient, forward, gradients, inputs, outcome, planned
 from tests.support.ranks import Pool, mesh
 
@@ -230,3 +231,86 @@ def test_on_processes(pool: Pool) -> None:
     replaced("core.blocks.0", Around)(whole)
     assert "mlp.down was a Linear" in first[0] and first[1] == f"{float(forward(whole).detach().sum()):.9f}"
     assert "extra, a Linear that came after parallelize, has other weights on rank 1" in first[2]
+
+
+class Tanh(nn.Module):
+    """Made of the layers of another module."""
+
+    def __init__(self, old: Any) -> None:
+        super().__init__()
+        self.up, self.down = old.up, old.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+class Relu(nn.Module):
+    """The module that is swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+class Swapping(nn.Module):
+    """Its forward puts another module in the place of one, as BigBird's does for short sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp: nn.Module = Relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(self.mlp) is Relu and x.shape[1] < 64:
+            self.mlp = Tanh(self.mlp)
+        return x + self.mlp(x)
+
+
+def test_a_forward_that_swaps_a_module_for_one_of_the_same_layers() -> None:
+    x = {"x": torch.randn(2, 3, WIDTH, dtype=torch.float64)}
+    assert assert_equivalent(Swapping, tp=2, inputs=x, certificate="graph").plan.local_share < 0.6
+
+
+def _swapped_by_hand() -> list[str]:
+    """What a model says whose module is swapped by its user, before a call and after one."""
+    found = []
+    for called in (False, True):
+        model = Swapping().double()
+        x = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+        autotp.parallelize(model, mesh(), example_inputs={"x": x}, check="graph")
+        if called:
+            model(x)
+        torch.manual_seed(0)
+        model.mlp = Tanh(Relu().double())  # of the class that the forward puts there, but of layers of its own
+        try:
+            model(x)
+            found.append("")
+        except autotp.AutoTPError as error:
+            found.append(str(error))
+    return found
+
+
+def test_the_same_swap_with_other_layers_is_refused(pool: Pool) -> None:
+    for texts in pool.run(_swapped_by_hand):
+        assert all("mlp" in text and "knows nothing of this rank's part" in text for text in texts)
+
+
+class AsksClass(nn.Module):
+    """Takes another path where a child is not of the very class that it was made of."""
+
+    def __init__(self, container: bool) -> None:
+        super().__init__()
+        self.mlp, self.container = Relu(), container
+
+    def forward(self, x: Tensor) -> Tensor:
+        usual = type(self.mlp) is Relu if self.container else type(self.mlp.up) is nn.Linear
+        return x + self.mlp(x) if usual else x - self.mlp(x).softmax(-1)
+
+
+@pytest.mark.parametrize("container", [True, False])
+def test_code_that_asks_for_a_class(container: bool) -> None:
+    x = {"x": torch.randn(2, 3, WIDTH, dtype=torch.float64)}
+    plan = assert_equivalent(functools.partial(AsksClass, container), tp=2, inputs=x, certificate="graph").plan
+    assert (plan.local_share < 0.6) is container  # a Linear that is cut is of another class, so it stays whole
