@@ -46,6 +46,9 @@ class Examined:
 Examine = Callable[[Plan, tuple[Example, ...]], Examined]
 
 
+_NOT_EVEN_WHOLE = "cannot be made parallel, even with everything whole on each rank"
+
+
 def _only_replayed(plan: Plan, examples: tuple[Example, ...]) -> Examined:
     return Examined("graph only")
 
@@ -122,10 +125,12 @@ def _certified(
         else:
             plan = with_uncalled(plan, draft, model)
             found = examine(plan, traced(examples, graph))
+            if difference is not None and not found.checked.startswith("numbers"):  # nothing is sharded, and no run says that all is well
+                raise PlanError(f"{name} {_NOT_EVEN_WHOLE}: {difference.reason}: {difference.node}")
             if not found.wrong:
                 return replace(plan, checked=found.checked)
             if not draft.choice.on:
-                raise PlanError(f"{name} cannot be made parallel, even with everything whole on each rank: {found.wrong[0].reason}")
+                raise PlanError(f"{name} {_NOT_EVEN_WHOLE}: {found.wrong[0].reason}")
             for accused in found.wrong:
                 bans.accuse(space, draft.choice, accused)
             reason = found.wrong[0].reason

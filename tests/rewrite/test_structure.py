@@ -309,8 +309,13 @@ class AsksClass(nn.Module):
         return x + self.mlp(x) if usual else x - self.mlp(x).softmax(-1)
 
 
-@pytest.mark.parametrize("container", [True, False])
-def test_code_that_asks_for_a_class(container: bool) -> None:
+def test_code_that_asks_for_a_class() -> None:
     x = {"x": torch.randn(2, 3, WIDTH, dtype=torch.float64)}
-    plan = assert_equivalent(functools.partial(AsksClass, container), tp=2, inputs=x, certificate="graph").plan
-    assert (plan.local_share < 0.6) is container  # a Linear that is cut is of another class, so it stays whole
+    assert assert_equivalent(functools.partial(AsksClass, True), tp=2, inputs=x, certificate="graph").plan.local_share < 0.6
+
+
+@pytest.mark.parametrize("check", ["graph", "numbers"])
+def test_code_that_asks_for_the_class_of_a_linear(check: str) -> None:
+    """A Linear of a parallel model is of another class, even where it is whole."""
+    with pytest.raises(autotp.PlanError, match="AsksClass cannot be made parallel"):
+        autotp.plan(AsksClass(False).double(), tp=2, example_inputs={"x": torch.randn(2, 3, WIDTH).double()}, check=check)
