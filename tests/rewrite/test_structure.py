@@ -17,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import autotp
 from autotp.api import parallelize_as
+from autotp.errors import PlanError
 from autotp.testing import assert_equivalent
 from tests.rewrite.guarded import INNER, WIDTH, Change, Use, build, first_gradient, forward, gradients, inputs, outcome, planned
 from tests.support.ranks import Pool, mesh
@@ -317,5 +318,5 @@ def test_code_that_asks_for_a_class() -> None:
 @pytest.mark.parametrize("check", ["graph", "numbers"])
 def test_code_that_asks_for_the_class_of_a_linear(check: str) -> None:
     """A Linear of a parallel model is of another class, even where it is whole."""
-    with pytest.raises(autotp.PlanError, match="AsksClass cannot be made parallel"):
+    with pytest.raises(PlanError, match="AsksClass cannot be made parallel"):
         autotp.plan(AsksClass(False).double(), tp=2, example_inputs={"x": torch.randn(2, 3, WIDTH).double()}, check=check)
