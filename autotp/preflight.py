@@ -82,9 +82,10 @@ def same_model(group: dist.ProcessGroup, model: nn.Module) -> None:
         first = names[0]
         rank = next(r for r, each in enumerate(everyone) if each.get(first) != everyone[0].get(first))
         values = "" if "tensor " in first else f" ({_brief(everyone[rank].get(first))} and {_brief(everyone[0].get(first))})"
+        others = f", and so {len(names) - 1} more things" if len(names) > 1 else ""
         raise PlanError(
-            f"the models differ between ranks: {first} on rank {rank} is not what it is on rank 0{values}, and so {len(names) - 1} more "
-            "things; load the same weights and set the same attributes on every rank, or seed alike before building the model"
+            f"the models differ between ranks: {first} on rank {rank} is not what it is on rank 0{values}{others}; "
+            "load the same weights and set the same attributes on every rank, or seed alike before building the model"
         )
 
 
@@ -103,7 +104,7 @@ def _description(model: nn.Module) -> dict[str, str]:
         at = path or "the model"
         own[f"the class of {at}"] = f"{type(module).__module__}.{type(module).__qualname__}"
         for name, value in vars(module).items():
-            text = None if name in _OWN else plain_text(value)
+            text = None if name in _OWN or name.startswith("_torchdynamo") else plain_text(value)
             if text is not None:
                 own[f"the attribute {name} of {at}"] = text
     for name, t in (*model.named_parameters(), *model.named_buffers()):

@@ -266,7 +266,8 @@ def _node(
         if contract.kernel is not None:
             out.kernels[index] = contract.kernel
             if not space.calls.stands_for(node, contract.kernel):
-                out.conflicts.append(Conflict(hit, node, "it is part of a function that has no distributed form"))
+                why = space.graph.sealed(node) or "it is part of a function that has no distributed form"
+                out.conflicts.append(Conflict(hit, node, why))
         if not contract.whole:
             summed |= hit
     generated = NONE

@@ -43,7 +43,7 @@ from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, Pytho
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
 from autotp.trace.places import call_of, call_place
 from autotp.trace.storage import storage_of
-from autotp.trace.watch import FUNCTION, GRAD_FN, REQUIRES_GRAD, Question, Refused, is_model, is_running, watching
+from autotp.trace.watch import FUNCTION, GRAD_FN, REQUIRES_GRAD, Question, Refused, compiler_code, is_model, is_running, watching
 from autotp.trace.weights import Weights
 
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
@@ -92,6 +92,8 @@ class Recorder:
         self._copies = choices.Copies()
         self._aliases: dict[int, list[Tensor]] = {}
         self._call: tuple[Any, Any, Any, Place] | None = None
+        self._compiled = False  # that call is made by a function that torch.compile compiles
+        self._compiler = compiler_code()
         self._calls = self._frames = 0
         self.python: dict[int, PythonCall] = {}
         self.weights = Weights()
@@ -266,7 +268,8 @@ class Recorder:
     def add(self, op: Any, args: Any, kwargs: Any, outputs: tuple[Value, ...], **more: Any) -> Node:
         """Append a node at the current module."""
         module, frame = self.modules[-1]
-        node = Node(len(self.nodes), op, args, kwargs, outputs, module, frame, scope=self._scope(), **more)
+        compiled = self._compiled and self._call is not None
+        node = Node(len(self.nodes), op, args, kwargs, outputs, module, frame, scope=self._scope(), compiled=compiled, **more)
         self.nodes.append(node)
         return node
 
@@ -459,13 +462,15 @@ class Recorder:
             self.modules.pop()
             self._call = held
 
-    def check_forward(self, frame: FrameType | None) -> None:
-        """Raise where `frame` belongs to a forward that was called through a class, past the module's instance.
+    def check_forward(self, frame: FrameType | None) -> bool:
+        """True where code between `frame` and the forward of the module that runs is compiled by torch.compile, when it is not traced.
+
+        Raises where `frame` belongs to a forward that was called through a class, past the module's instance.
 
         Raises:
             Refused: it does. The rewritten module may act there or not, which the trace cannot know.
         """
-        here, stop = self.modules[-1][0], Recorder._inside.__code__
+        here, stop, compiler, compiled = self.modules[-1][0], Recorder._inside.__code__, self._compiler, False
         while frame is not None and frame.f_code is not stop:
             code = frame.f_code
             if code.co_name == "forward" and code.co_argcount:
@@ -475,7 +480,9 @@ class Recorder:
                         f"the forward of module {path!r} ({type(self.every[path]).__name__}) is called through a class inside of module "
                         f"{here or '<root>'!r}: call the module itself, or its own forward (module.forward(x))"
                     )
+            compiled = compiled or code is compiler
             frame = frame.f_back
+        return compiled
 
     # gradients ------------------------------------------------------------------------------------------------------------
 
@@ -669,8 +676,9 @@ class _Function(TorchFunctionMode):
         frame = sys._getframe(1)
         while frame.f_code is not code and frame.f_back is not None:
             frame = frame.f_back
+        before_it = rec._compiled
         if not rec._quiet:
-            rec.check_forward(frame)
+            rec._compiled = rec.check_forward(frame)
         rec._calls += 1
         rec._call = (func, args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
         before, number = len(rec.nodes), rec._calls
@@ -679,7 +687,7 @@ class _Function(TorchFunctionMode):
         try:
             result = func(*args, **(kwargs or {}))
         finally:
-            rec._call = held
+            rec._call, rec._compiled = held, before_it
         if isinstance(result, Tensor) and len(rec.nodes) > before and id(result) not in rec._values:
             rec.adopt(result, rec.nodes[-1])
         if len(rec.nodes) > before:

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from types import FrameType
+from functools import cache
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -123,3 +124,9 @@ def watching(
         torch.is_grad_enabled, torch.is_inference_mode_enabled = grad, inferring
         functorch.unwrap_dead_wrappers = unwrap
         autograd._engine_run_backward = engine  # type: ignore[attr-defined]
+
+
+@cache
+def compiler_code() -> CodeType:
+    """The code of what `torch.compile` makes of a function: its frame is there when it runs, compiled or not."""
+    return torch.compile(is_model, backend="eager").__code__
