@@ -105,6 +105,8 @@ class Recorder:
         self.data_vary = False  # what holds of the inputs that are known may not hold of others
         self.turned: list[tuple[str, Place | None]] = []  # where a condition was answered contrary to what is usual
         self.settled: set[tuple[str, Place | None]] = set()  # where it never is
+        self.conditions: list[tuple[str, Place | None]] = []  # where a condition was asked in this call
+        self.reversed: set[tuple[str, Place | None]] = set()  # where the usual answer makes the code raise: the other one is usual there
         self.applied: list[Applied] = []
         self._scopes: list[tuple[FrameType, int]] = []  # calls of autograd functions that run
         self._asks_dims: set[str] = set()
@@ -398,7 +400,7 @@ class Recorder:
     def recording(self, grad: bool = False, inference: bool = False, contrary: bool = False) -> Iterator[None]:
         """Record everything that runs inside. `grad`: with gradients; `inference`: as if in inference mode; `contrary`: see `condition`."""
         self.inference, self.contrary = inference, contrary
-        self.turned = []
+        self.turned, self.conditions = [], []
         watched = watching(self.ask, self.apply, inference)
         with torch.set_grad_enabled(grad), self.fake, self.function, enable_python_dispatcher(), self.dispatch, self._boundaries(), watched:
             yield
@@ -495,6 +497,8 @@ class Recorder:
         """What holds of data that is not known: the `usual`, or the contrary the first time that a module asks at some place."""
         self.asked.add(Question.CONDITION)
         where = self.modules[-1][0], None if node is None else node.place
+        self.conditions.append(where)
+        usual = usual is not (where in self.reversed)
         if not self.contrary or where in self.turned or where in self.settled:
             return usual
         self.turned.append(where)

@@ -46,8 +46,11 @@ def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "")
     return flatten_result(made, lambda _, t: t if isinstance(t, FakeTensor) else convert(t))  # in dataclasses too
 
 
+#: How many answers to conditions are reversed because the code raises after the usual one.
+_MOST_REVERSED = 8
 #: How often a trace starts again because blocks turn out to be used in different ways, before all of them run.
 RESTARTS = 4
+_DISTRIBUTIONS = torch.distributions.__file__.rsplit("__init__", 1)[0]
 _HERE = __file__.rsplit("trace", 1)[0]
 
 
@@ -222,6 +225,14 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
                 return _path(model, recorder, fake, example, mode)
             finally:
                 recorder.ends = True
+        if not mode.contrary and recorder.conditions and len(recorder.reversed) < _MOST_REVERSED and _own(error.error):
+            last = recorder.conditions[-1]
+            if last not in recorder.reversed:  # `if not x.isfinite().all(): raise` of data that is not known
+                recorder.rewind(start)
+                del recorder.results[done:]
+                recorder.reversed.add(last)
+                recorder.settled.add(last)
+                return _path(model, recorder, fake, example, mode)
         if not example.optional:
             failure = TraceError(_explain(name, error))
             failure.partial, failure.module = recorder.graph(dict(recorder.repeats)), error.module
@@ -232,9 +243,10 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
 
 
 def _own(error: BaseException) -> bool:
-    """True for what the model's code raises itself: a check that fails for such data fails on every rank."""
+    """True for what the model's code raises itself, or torch.distributions for it: a check that fails for such data fails on every rank."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and is_model(frames[-1].filename) and not frames[-1].filename.startswith(_HERE)
+    file = frames[-1].filename if frames else ""
+    return bool(frames) and (is_model(file) or file.startswith(_DISTRIBUTIONS)) and not file.startswith(_HERE)
 
 
 @contextmanager
