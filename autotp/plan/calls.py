@@ -54,7 +54,7 @@ class Calls:
     def stands_for(self, node: Node, kernel: Kernel) -> bool:
         """True where the Python call is the node alone, by a function that `kernel` can take the place of."""
         call = self.graph.python.get(node.call)
-        return call is not None and not node.compiled and len(self.nodes(node)) == 1 and call.function in KNOWN[kernel]
+        return call is not None and not self.graph.sealed(node) and len(self.nodes(node)) == 1 and call.function in KNOWN[kernel]
 
 
 def writes(node: Node) -> tuple[Value, ...]:

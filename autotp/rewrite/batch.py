@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from autotp.plan.model import GradSum
 from autotp.rewrite.module import ModuleRun
 from autotp.rewrite.reads import GradFix
-from autotp.rewrite.tensor import LayoutDTensor, laid_out
+from autotp.rewrite.tensor import LayoutDTensor, in_layout, laid_out
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 
@@ -76,8 +76,8 @@ class BatchReads:
             shared: dict[str, Tensor] = {}
             run.shared = shared
             for name, fix in run.light or ():
-                p: Tensor | None = module._parameters[name]
-                if type(p) is LayoutDTensor and p.requires_grad and p.numel() <= SMALL:
+                p: Tensor | None = module._parameters.get(name)
+                if p is not None and p.requires_grad and p.numel() <= SMALL and in_layout(p, fix.layout):
                     wanted.append((shared, name))
                     params.append(p)
                     fixes.append(fix)

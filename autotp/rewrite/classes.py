@@ -9,21 +9,36 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from functools import cache
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any
 
+import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from autotp.rewrite.undo import Undo
 
 STATE = "_autotp"
+_in_backward = torch._C._current_graph_task_id
+_CHECKPOINT = torch.utils.checkpoint.__file__
+
+
+def _runs_again() -> bool:
+    """True in a function that a checkpoint runs again in the backward, where no forward of its module is open."""
+    if _in_backward() == -1:
+        return False
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename != _CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
 
 
 class ParameterView:
-    """Reads a parameter or buffer of a rewritten module: the DTensor, or its local value in code being compiled."""
+    """Reads a parameter or buffer of a rewritten module: the DTensor, or its local value in code that is compiled or runs again."""
 
     __slots__ = ("name",)
 
@@ -33,7 +48,7 @@ class ParameterView:
     def __get__(self, module: nn.Module | None, owner: type[nn.Module] | None = None) -> Any:
         if module is None:
             return self
-        if is_dynamo_compiling():
+        if is_dynamo_compiling() or _runs_again():
             for read in module.__dict__[STATE].own:
                 if read.name == self.name:
                     return read.value()

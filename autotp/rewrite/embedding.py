@@ -17,7 +17,7 @@ from autotp.rewrite.comm import Comm, keeps_results
 from autotp.rewrite.convert import reduce
 from autotp.rewrite.kernels import local_ids
 from autotp.rewrite.reads import Read
-from autotp.rewrite.tensor import LayoutDTensor, laid_out
+from autotp.rewrite.tensor import LayoutDTensor, in_layout, laid_out
 from autotp.rewrite.transforms import refuse_transforms
 
 
@@ -46,8 +46,8 @@ class EmbeddingRun:
 
     def composed(self, input: Tensor) -> Tensor:
         """The lookup from separate differentiable steps."""
+        weight = self.weight.value()  # first: a weight of other rows is told before ids that it alone would have
         ids, outside = local_ids(input, self.runs, self.rows)
-        weight = self.weight.value()
         padding = None if self.padding < 0 else self.padding
         y = F.embedding(ids, weight, padding)  # type: ignore[arg-type]
         if outside is not None:
@@ -90,7 +90,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         run: EmbeddingRun = self.__dict__[STATE]
         weight: Tensor | None = self._parameters["weight"]
-        if type(weight) is not LayoutDTensor or is_dynamo_compiling():
+        if is_dynamo_compiling() or not in_layout(weight, run.weight.layout):
             return run.composed(input)
         if torch.is_grad_enabled() and weight.requires_grad:
             refuse_transforms()

@@ -23,7 +23,7 @@ from autotp.rewrite.comm import Comm, keeps_results
 from autotp.rewrite.convert import copy, gather, once, reduce
 from autotp.rewrite.reads import Read
 from autotp.rewrite.split import Split
-from autotp.rewrite.tensor import LayoutDTensor, laid_out
+from autotp.rewrite.tensor import LayoutDTensor, in_layout, laid_out
 from autotp.rewrite.transforms import direct, refuse_transforms, unwrapped
 
 _grad_enabled = torch.is_grad_enabled
@@ -138,7 +138,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
             raise AutoTPError(
                 f"a parallel {type(self).__qualname__} has lost its {error}: prune, reparametrize or quantize before parallelize"
             ) from None
-        if type(weight) is not LayoutDTensor or (bias is not None and type(bias) is not LayoutDTensor):
+        if not in_layout(weight, run.weight.layout) or (bias is not None and not in_layout(bias, run.bias.layout)):  # type: ignore[union-attr]
             return run.composed(input)
         if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             if _autocast():

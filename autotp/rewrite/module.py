@@ -19,7 +19,7 @@ from autotp.rewrite.classes import STATE
 from autotp.rewrite.reads import Read, read_param
 from autotp.rewrite.sites import RUNNING, SiteMode, SiteTable
 from autotp.rewrite.slots import InputSlots, OutputSlots
-from autotp.rewrite.tensor import LayoutDTensor
+from autotp.rewrite.tensor import LayoutDTensor, in_layout
 
 _ABSENT: Any = object()
 _grad_enabled = torch.is_grad_enabled
@@ -150,10 +150,8 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
             return run(self, inner, args, kwargs)
         parameters = attributes["_parameters"]
         record = _grad_enabled()
-        for name, _ in light:
-            if (
-                name in attributes or type(parameters[name]) is not LayoutDTensor
-            ):  # called again inside its own forward; put there by someone
+        for name, fix in light:
+            if name in attributes or not in_layout(parameters.get(name), fix.layout):  # called inside its own forward; put there by someone
                 return run(self, inner, args, kwargs)
         try:
             for name, fix in light:

@@ -20,7 +20,7 @@ from autotp.plan.model import Conversion, GradSum, Op, Written
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
 from autotp.rewrite.split import split_of
-from autotp.rewrite.tensor import LayoutDTensor, laid_out
+from autotp.rewrite.tensor import LayoutDTensor, in_layout, laid_out
 from autotp.rewrite.transforms import direct, refuse_transforms
 
 
@@ -150,8 +150,18 @@ class Read:
 
     @property
     def tensor(self) -> Tensor | None:
-        """What the owner has under this name."""
-        return (self.owner._buffers if self.is_buffer else self.owner._parameters)[self.name]
+        """What the owner has under this name.
+
+        Raises:
+            AutoTPError: nothing any more.
+        """
+        try:
+            return (self.owner._buffers if self.is_buffer else self.owner._parameters)[self.name]
+        except KeyError:
+            kind = type(self.owner).__qualname__
+            raise AutoTPError(
+                f"a parallel {kind} has lost its {self.name!r}: prune, reparametrize, or take that back, before parallelize"
+            ) from None
 
     def value(self) -> Tensor | None:
         """The local tensor with gradient recording where it is needed; None for an absent parameter."""
@@ -161,7 +171,7 @@ class Read:
         record = p.requires_grad and torch.is_grad_enabled()
         if record and not is_dynamo_compiling():
             refuse_transforms()
-        if type(p) is LayoutDTensor:
+        if type(p) is LayoutDTensor and (is_dynamo_compiling() or in_layout(p, self.layout)):
             if not record:
                 x = p._local_tensor
             elif is_dynamo_compiling():
@@ -194,6 +204,8 @@ class Read:
         layout = self.layout
         if layout is None:
             return p
+        if isinstance(p, LayoutDTensor):
+            p = p.full_tensor() if record else p._whole()
         if isinstance(p, DTensor):
             placed = [q.dim if q.is_shard() else None for q in p._spec.placements if not q.is_partial()]  # type: ignore[attr-defined]
             if placed == [layout.dim] and tuple(p._local_tensor.shape) == layout.local_shape:
@@ -209,5 +221,6 @@ class Read:
         kind = f"a DTensor of shape {tuple(p.shape)} placed {p._spec.placements}" if isinstance(p, DTensor) else f"shape {tuple(p.shape)}"
         raise AutoTPError(
             f"{type(self.owner).__name__}.{self.name} was replaced after parallelize by a tensor that is neither whole, of shape "
-            f"{layout.shape}, nor placed as the parameter was: {kind}. Put a whole tensor there, or copy_ into the parameter"
+            f"{layout.shape}, nor placed as the parameter was: {kind}. Put a whole tensor of that shape there, or copy_ into the "
+            "parameter; change shapes before parallelize"
         )

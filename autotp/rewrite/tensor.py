@@ -16,7 +16,7 @@ Nothing here is called in a forward, which reads local tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -276,6 +276,21 @@ def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
     made: LayoutDTensor = new_dtensor(LayoutDTensor, local, spec, requires_grad=False)
     made._layout = layout
     return made
+
+
+def in_layout(p: Any, layout: Layout | None) -> TypeGuard[LayoutDTensor]:
+    """True for a parameter laid out as `layout`, or in any way where that is None.
+
+    One that a user made of others (`Parameter(weight.detach()[rows])`) is laid out too, but whole.
+    """
+    if type(p) is not LayoutDTensor:
+        return False
+    if p._layout is layout or layout is None:
+        return True
+    if not layouts.alike(p._layout, layout):
+        return False
+    p._layout = layout  # the next look takes no time
+    return True
 
 
 def _rebuilt(tensor: DTensor, layout: Layout, requires_grad: bool) -> LayoutDTensor:

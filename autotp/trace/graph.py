@@ -82,7 +82,7 @@ class Node:
     `ints` are the call's Python int arguments in order (as written in the code, before the dispatcher), with provenance.
     `slot` is (module path, path in its arguments or result) for ENTER and EXIT. Paths of arguments that were one tensor in some call
     are one slot, named by the first of them: see `Graph.members`. `scope` is the number of the `Scope` that the node runs in, -1 for none.
-    `compiled`: a function that its module calls, and that torch.compile compiles, makes it.
+    `apart`: why the module's forward is not around it when it runs ("" where it is).
     """
 
     index: int
@@ -98,7 +98,7 @@ class Node:
     tensors: tuple[int, ...] = ()  # ids of the call's tensor arguments in the order of the Python call
     call: int = -1  # nodes of one Python call share this number
     scope: int = -1
-    compiled: bool = False
+    apart: str = ""
 
     def inputs(self) -> Iterator[Value]:
         """Every value among the arguments, in order."""
@@ -195,8 +195,10 @@ class Graph:
         """Why no conversion can act inside or at the result of a node; "" where one can."""
         if node.scope >= 0:
             return f"{self.scopes[node.scope].name} has a backward of its own"
-        if node.compiled:
-            return "it runs in a function that torch.compile compiles"
+        if node.apart:
+            return node.apart
+        if node.place is not None and node.place.file.startswith("<eval_with_key>"):
+            return "it runs in code that torch.fx made, whose name is another on each rank"
         return "it runs outside of the model's forward, in a hook or a method" if outside(node) else ""
 
 

@@ -43,7 +43,18 @@ from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, Pytho
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
 from autotp.trace.places import call_of, call_place
 from autotp.trace.storage import storage_of
-from autotp.trace.watch import FUNCTION, GRAD_FN, REQUIRES_GRAD, Question, Refused, compiler_code, is_model, is_running, watching
+from autotp.trace.watch import (
+    CHECKPOINT,
+    FUNCTION,
+    GRAD_FN,
+    REQUIRES_GRAD,
+    Question,
+    Refused,
+    compiler_code,
+    is_model,
+    is_running,
+    watching,
+)
 from autotp.trace.weights import Weights
 
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
@@ -55,6 +66,9 @@ _GRADIENTS = frozenset((REQUIRES_GRAD, GRAD_FN, Tensor.is_inference, Tensor.regi
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _TRANSPOSED = tuple(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
 _SLOTS = ("__get__", "__set__")
+
+
+_AGAIN = "it runs in a checkpointed function, whose second run, in the backward, is outside of the module's forward"
 
 
 class Recorder:
@@ -92,7 +106,7 @@ class Recorder:
         self._copies = choices.Copies()
         self._aliases: dict[int, list[Tensor]] = {}
         self._call: tuple[Any, Any, Any, Place] | None = None
-        self._compiled = False  # that call is made by a function that torch.compile compiles
+        self._apart = ""  # why that call is made apart from the module's forward
         self._compiler = compiler_code()
         self._calls = self._frames = 0
         self.python: dict[int, PythonCall] = {}
@@ -148,6 +162,11 @@ class Recorder:
         return value
 
     def _note_access(self, tensor: Tensor, value: Value) -> None:
+        if self._apart is _AGAIN and not self.modules[-1][0] and "." not in value.name:  # the model keeps its class, which would see to it
+            raise Refused(
+                f"the forward reads {value.name} in a function of its own that is checkpointed, and runs again outside of it: put "
+                "the parameter and that code into a module inside of the model"
+            )
         shown = self.weights.attributes.get(id(tensor))
         access = Access(shown[1], False) if shown is not None else Access(self.weights.objects.get(id(tensor), value.name), True)
         self._accesses.setdefault((self.modules[-1][0], value.id), {})[access] = None
@@ -270,8 +289,8 @@ class Recorder:
     def add(self, op: Any, args: Any, kwargs: Any, outputs: tuple[Value, ...], **more: Any) -> Node:
         """Append a node at the current module."""
         module, frame = self.modules[-1]
-        compiled = self._compiled and self._call is not None
-        node = Node(len(self.nodes), op, args, kwargs, outputs, module, frame, scope=self._scope(), compiled=compiled, **more)
+        apart = self._apart if self._call is not None else ""
+        node = Node(len(self.nodes), op, args, kwargs, outputs, module, frame, scope=self._scope(), apart=apart, **more)
         self.nodes.append(node)
         return node
 
@@ -464,15 +483,15 @@ class Recorder:
             self.modules.pop()
             self._call = held
 
-    def check_forward(self, frame: FrameType | None) -> bool:
-        """True where code between `frame` and the forward of the module that runs is compiled by torch.compile, when it is not traced.
+    def check_forward(self, frame: FrameType | None) -> str:
+        """Why code between `frame` and the forward of the module that runs is apart from it when it is not traced; "" where it is not.
 
         Raises where `frame` belongs to a forward that was called through a class, past the module's instance.
 
         Raises:
             Refused: it does. The rewritten module may act there or not, which the trace cannot know.
         """
-        here, stop, compiler, compiled = self.modules[-1][0], Recorder._inside.__code__, self._compiler, False
+        here, stop, compiler, apart = self.modules[-1][0], Recorder._inside.__code__, self._compiler, ""
         while frame is not None and frame.f_code is not stop:
             code = frame.f_code
             if code.co_name == "forward" and code.co_argcount:
@@ -482,9 +501,12 @@ class Recorder:
                         f"the forward of module {path!r} ({type(self.every[path]).__name__}) is called through a class inside of module "
                         f"{here or '<root>'!r}: call the module itself, or its own forward (module.forward(x))"
                     )
-            compiled = compiled or code is compiler
+            if code is compiler:
+                apart = "it runs in a function that torch.compile compiles"
+            elif code.co_filename == CHECKPOINT:
+                apart = _AGAIN
             frame = frame.f_back
-        return compiled
+        return apart
 
     # gradients ------------------------------------------------------------------------------------------------------------
 
@@ -680,9 +702,9 @@ class _Function(TorchFunctionMode):
         frame = sys._getframe(1)
         while frame.f_code is not code and frame.f_back is not None:
             frame = frame.f_back
-        before_it = rec._compiled
+        apart = rec._apart
         if not rec._quiet:
-            rec._compiled = rec.check_forward(frame)
+            rec._apart = rec.check_forward(frame)
         rec._calls += 1
         rec._call = (func, args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
         before, number = len(rec.nodes), rec._calls
@@ -691,7 +713,7 @@ class _Function(TorchFunctionMode):
         try:
             result = func(*args, **(kwargs or {}))
         finally:
-            rec._call, rec._compiled = held, before_it
+            rec._call, rec._apart = held, apart
         if isinstance(result, Tensor) and len(rec.nodes) > before and id(result) not in rec._values:
             rec.adopt(result, rec.nodes[-1])
         if len(rec.nodes) > before:

@@ -29,6 +29,7 @@ _APPLY = torch.autograd.Function.__dict__[
 _BOOKS = tuple(_TORCH + "nn/" + name for name in ("parameter.py", "modules/module.py"))
 #: Where the backward runs the forward again.
 _RECOMPUTING = "torch.utils.checkpoint"
+CHECKPOINT = _TORCH + "utils/checkpoint.py"
 
 GRAD_FN, REQUIRES_GRAD = (getattr(Tensor, name).__get__ for name in ("grad_fn", "requires_grad"))
 
