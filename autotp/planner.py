@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from autotp.axes.rules import find_axes, keep
 from autotp.certificate import replay, traced
-from autotp.errors import InputError, PlanError
+from autotp.errors import InputError, PlanError, TraceError
 from autotp.plan.labels import Space
 from autotp.plan.layout import Layout, replicated
 from autotp.plan.localise import Hints
@@ -105,6 +105,11 @@ def _certified(
     examine: Examine,
     replayed: bool,
 ) -> Plan:
+    made = next((path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if made is not None:
+        raise TraceError(
+            f"{made or 'the model'} is made by torch.jit, whose code cannot be traced: build it without torch.jit.script or trace"
+        )
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
     name = type(model).__name__
     examples = tuple(_settled(_examples(model, inputs)))

@@ -430,11 +430,10 @@ class Recorder:
         placed: list[tuple[dict[str, Any], Any, Any]] = []
         try:
             for path, module in self.every.items():
-                if not isinstance(module, torch.jit.ScriptModule):
-                    attributes = module.__dict__
-                    wrapped = self._boundary(module, path, module.forward)
-                    placed.append((attributes, wrapped, attributes.get("forward")))
-                    attributes["forward"] = wrapped
+                attributes = module.__dict__
+                wrapped = self._boundary(module, path, module.forward)
+                placed.append((attributes, wrapped, attributes.get("forward")))
+                attributes["forward"] = wrapped
             yield
         finally:
             for attributes, wrapped, own in placed:
