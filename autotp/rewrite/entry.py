@@ -23,6 +23,7 @@ from autotp.rewrite.comm import Comm
 from autotp.rewrite.hooks import Running, Watch, install_hooks
 from autotp.rewrite.reading import Reading
 from autotp.rewrite.rng import Dropouts, device_of, install_generate, sync_rng
+from autotp.rewrite.saving import install_saving
 from autotp.rewrite.structure import Places, Structure
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
@@ -114,6 +115,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
         structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
         undo.set_item(module.__dict__, ENTRY, Entry(running, comm, structure, Values(list(own.values())), hooks, dropouts, alone))
     install_generate(model, comm, undo)
+    install_saving(model, undo)
 
 
 def _may_begin(model: nn.Module, module: nn.Module) -> bool:

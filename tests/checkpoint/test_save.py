@@ -223,3 +223,27 @@ def test_a_rank_that_is_killed_leaves_the_old_checkpoint(tmp_path, rank, after):
     assert said.startswith(("AutoTPError: another rank is gone", "CheckpointError: another rank is gone")), said
     model = type(transformer("llama")).from_pretrained(tmp_path / "model")
     assert not differing(model.state_dict(), transformer("llama").state_dict())
+
+
+def by_transformers(folder: str) -> list[str]:
+    """What goes wrong with transformers' own method."""
+    wrong = []
+    whole = transformer("gpt2")
+    model = autotp.parallelize(transformer("gpt2"), mesh(), check="graph")
+    ids = torch.arange(8)[None]
+    for arguments in ({}, {"state_dict": model.state_dict()}):
+        text = failure(lambda arguments=arguments: model.save_pretrained(Path(folder) / "parts", **arguments))
+        if "call autotp.save_pretrained(model, directory) on every rank" not in text:
+            wrong.append(f"not refused: {text}")
+    path = Path(folder) / "whole"
+    model.save_pretrained(path, state_dict=autotp.full_state_dict(model))  # transformers writes on rank 0
+    dist.barrier()
+    again = type(whole).from_pretrained(path)
+    wrong += differing(again.state_dict(), whole.state_dict())
+    if not torch.allclose(model(ids).logits, whole(ids).logits, atol=1e-5):  # and the model goes on
+        wrong.append("logits")
+    return [*wrong, *(["parts"] if (Path(folder) / "parts").exists() else [])]
+
+
+def test_transformers_own_method(pool, tmp_path):
+    assert pool.run(by_transformers, str(tmp_path)) == [[], []]
