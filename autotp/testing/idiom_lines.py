@@ -199,13 +199,16 @@ GRADIENTS = {
     "no_grad": "with torch.no_grad():\n    s = h.abs().amax(-1, keepdim=True)\nh = h / (1 + s)",
     "detached": "h = h + (h.softmax(-1) - h).detach()",
     "checkpointed": "h = checkpoint(lambda h: h.softmax(-1) * h, h, use_reentrant=False)",
+    "checkpointed_norm": "h = checkpoint(lambda h: h / (1 + h.norm(dim=-1, keepdim=True)), h, use_reentrant=False)",
     "checkpointed_reentrant": "h = checkpoint(lambda h: F.gelu(h) * h, h, use_reentrant=True)",
 }
 
-#: Another path where data say so: a further call has such data.
+#: Another path where data say so (a further call has such data), or a class; or an error that never comes.
 CONDITIONS = {
     "asks_any": "h = (h / 1e6).softmax(-1) * h if bool((h.detach().abs() > 1e4).any()) else h",
     "asks_all": "if not (h.detach().abs() < 1e4).all():\n    h = h - h.mean(-1, keepdim=True)",
+    "raises": "if not h.isfinite().all():\n    raise ValueError('h')",
+    "asks_class": "h = h.tanh() if type(self) is Part else h.softmax(-1)",
     "asks_item": "h = h.flip(-1) if x.abs().max().item() > 1e4 else h.tanh()",
 }
 
