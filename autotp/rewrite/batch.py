@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from autotp.plan.model import GradSum
 from autotp.rewrite.module import ModuleRun
 from autotp.rewrite.reads import GradFix
-from autotp.rewrite.tensor import LayoutDTensor, in_layout, laid_out
+from autotp.rewrite.tensor import LayoutDTensor, in_layout, own_gradient
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 
@@ -37,8 +37,8 @@ class _ReadMany(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_transforms()
         done = _sum_together(list(grads), ctx.fixes)
-        placed = [None if g is None else laid_out(s, g, fix.layout) for g, s, fix in zip(done, ctx.specs, ctx.fixes, strict=True)]
-        return None, *placed
+        parts = zip(done, grads, ctx.specs, ctx.fixes, strict=True)
+        return None, *(None if g is None or was is None else own_gradient(s, g, was, fix.layout) for g, was, s, fix in parts)
 
 
 def _sum_together(grads: list[Tensor | None], fixes: Sequence[GradFix]) -> list[Tensor | None]:

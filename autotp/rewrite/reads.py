@@ -20,7 +20,7 @@ from autotp.plan.model import Conversion, GradSum, Op, Written
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
 from autotp.rewrite.split import split_of
-from autotp.rewrite.tensor import LayoutDTensor, in_layout, laid_out
+from autotp.rewrite.tensor import LayoutDTensor, in_layout, own_gradient
 from autotp.rewrite.transforms import direct, refuse_transforms
 
 
@@ -80,7 +80,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         refuse_transforms()
         fix = ctx.fix
-        return laid_out(ctx.spec, fix(grad), fix.layout), None
+        return own_gradient(ctx.spec, fix(grad), grad, fix.layout), None
 
 
 _read = direct(_Read)

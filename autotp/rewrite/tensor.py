@@ -268,7 +268,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         # The gradient is whole on every rank, and so is that of each copy.
-        return laid_out(ctx.spec, ctx.layout.shard(grad, ctx.rank).contiguous(), ctx.layout)
+        return own_gradient(ctx.spec, ctx.layout.shard(grad, ctx.rank).contiguous(), grad, ctx.layout)
 
 
 def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
@@ -276,6 +276,17 @@ def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
     made: LayoutDTensor = new_dtensor(LayoutDTensor, local, spec, requires_grad=False)
     made._layout = layout
     return made
+
+
+def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> LayoutDTensor:
+    """The gradient `local` of a parameter, made of the gradient `given` that arrived, in memory of its own.
+
+    Autograd keeps a gradient that nothing else refers to, and adds the next one in place. It counts the references to the DTensor, not to
+    what is in it, which may be the gradient of another parameter too (`u + v`), or one number for many entries (`w.sum()`).
+    """
+    if local.untyped_storage()._cdata == given.untyped_storage()._cdata:
+        local = local.clone(memory_format=torch.contiguous_format)
+    return laid_out(spec, local, layout)
 
 
 def in_layout(p: Any, layout: Layout | None) -> TypeGuard[LayoutDTensor]:

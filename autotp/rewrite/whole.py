@@ -36,9 +36,9 @@ class _Ordered:
         if isinstance(grad, LayoutDTensor) and (grad._layout is self.layout or alike(grad._layout, self.layout)):
             return None
         if type(grad) is DTensor and grad._spec.placements == placements(self.layout):
-            return as_dtensor(grad._local_tensor, self.layout, self.mesh)  # compiled code made it
+            return as_dtensor(grad._local_tensor.clone(), self.layout, self.mesh)  # compiled code made it, for others too perhaps
         whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-        return as_dtensor(self.layout.shard(whole.detach(), self.mesh.get_local_rank()), self.layout, self.mesh)
+        return as_dtensor(self.layout.shard(whole.detach(), self.mesh.get_local_rank()).clone(), self.layout, self.mesh)
 
 
 class KeepHooks:
