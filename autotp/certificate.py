@@ -35,6 +35,7 @@ from autotp.rewrite.apply import apply
 from autotp.rewrite.comm import DryComm
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 from autotp.trace.inputs import Example
+from autotp.trace.memo import Known
 from autotp.trace.run import trace
 
 _REWRITE = str(Path(autotp.rewrite.__file__).absolute().parent) + os.sep
@@ -60,8 +61,10 @@ def traced(examples: Sequence[Example], graph: Graph) -> tuple[Example, ...]:
     return tuple(e if e.name + "+decode" in names else replace(e, decode=None) for e in ran)
 
 
-def replay(model: nn.Module, examples: Sequence[Example], draft: Draft, params: dict[str, ParamPlan], tp: int) -> Difference | None:
-    """Run the rewritten model on fake tensors; the first difference from the plan, None when it follows it."""
+def replay(
+    model: nn.Module, examples: Sequence[Example], draft: Draft, params: dict[str, ParamPlan], tp: int, known: Known | None = None
+) -> Difference | None:
+    """Run the rewritten model on fake tensors; the first difference from the plan, None when it follows it. `known`: see `trace`."""
     expected = draft.space.graph
     ran = traced(examples, expected)
 
@@ -78,7 +81,7 @@ def replay(model: nn.Module, examples: Sequence[Example], draft: Draft, params: 
 
     try:
         hidden = lambda f: f.startswith(_REWRITE)  # noqa: E731
-        actual = trace(model, ran, keep, tag=False, hidden=hidden, before=before, repeats=expected.repeats, fixed=True)
+        actual = trace(model, ran, keep, tag=False, hidden=hidden, before=before, repeats=expected.repeats, fixed=True, known=known)
     except TraceError as error:
         done = error.partial if isinstance(error.partial, Graph) else None
         found = _compare(draft, done, complete=False) if done is not None else None

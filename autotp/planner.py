@@ -28,6 +28,7 @@ from autotp.trace.alike import alike_blocks
 from autotp.trace.inputs import Example, Given, example_inputs, user_examples, user_internals
 from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.keep import undisturbed
+from autotp.trace.memo import Known
 from autotp.trace.run import trace
 from autotp.uncalled import with_uncalled
 
@@ -114,7 +115,8 @@ def _certified(
     name = type(model).__name__
     examples = tuple(_settled(_examples(model, inputs)))
     alike = {b: t for b, t in alike_blocks(model).items() if not differing(b, t, wanted, shapes)}
-    graph = trace(model, examples, keep, repeats=alike)
+    known: Known = {}
+    graph = trace(model, examples, keep, repeats=alike, known=known)
     space = Space(find_axes(graph))
     asked = by_value(graph.params, wanted)
     bans = Bans({})
@@ -123,7 +125,7 @@ def _certified(
         before = bans.size
         draft = solve(space, tp, bans, name, linears, asked, hints)
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
-        difference = replay(model, examples, draft, dict(plan.params), tp) if replayed else None
+        difference = replay(model, examples, draft, dict(plan.params), tp, known) if replayed else None
         if difference is not None and draft.choice.on:
             bans.blame(space, draft.choice, difference.node, difference.reason)
             reason = f"{difference.reason}: {difference.node}"

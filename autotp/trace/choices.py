@@ -8,6 +8,7 @@ selects it), the path is traced again with the first row alone. Choices are dete
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any
     if shape is not None:
         return shape(*args), None
     try:
-        return func(*args, **kwargs), real
+        return recorder.memo.run(func, args, kwargs), real
     except DataDependentOutputException:
         if not known:
             return _unknown_number(recorder, args[0]), None
@@ -108,9 +109,17 @@ def _device(args: Any) -> torch.device:
     return next((a.device for a in tree_flatten(args)[0] if isinstance(a, Tensor)), torch.device("cpu"))
 
 
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of an ATen call, which come alone or in lists."""
+    for item in tree:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from tensors_in(item)
+
+
 def _real(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
-    flat, spec = tree_flatten((args, kwargs))
-    tensors = [x for x in flat if isinstance(x, Tensor)]
+    tensors = [*tensors_in(args), *tensors_in(kwargs.values())]
     name = func._schema.name.rsplit("::", 1)[-1]
     if name in ("expand_as", "view_as", "reshape_as") and len(tensors) == 2:  # the second gives its shape alone
         first = recorder.concrete.get(recorder.value(tensors[0]).id)
@@ -126,6 +135,7 @@ def _real(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[bool, 
     if not usable:
         _forget_written(recorder, func, args)
         return False, None
+    flat, spec = tree_flatten((args, kwargs))
     pending = iter(reals)
     exact = [next(pending) if isinstance(x, Tensor) else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
     new_args, new_kwargs = tree_unflatten(exact, spec)

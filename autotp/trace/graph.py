@@ -99,11 +99,14 @@ class Node:
     call: int = -1  # nodes of one Python call share this number
     scope: int = -1
     apart: str = ""
+    _inputs: tuple[Value, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_inputs", (*values_in(self.args), *values_in(tuple(self.kwargs.values()))))
 
     def inputs(self) -> Iterator[Value]:
         """Every value among the arguments, in order."""
-        yield from values_in(self.args)
-        yield from values_in(tuple(self.kwargs.values()))
+        return iter(self._inputs)
 
     @property
     def opname(self) -> str:

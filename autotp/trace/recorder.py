@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
 from autotp.trace import choices
@@ -41,6 +41,7 @@ from autotp.trace.forms import Forms, Signature, class_name
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
+from autotp.trace.memo import Known, Memo
 from autotp.trace.places import call_of, call_place
 from autotp.trace.storage import storage_of
 from autotp.trace.watch import (
@@ -60,11 +61,11 @@ from autotp.trace.weights import Weights
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
 _LEN = torch.Tensor.__len__
 _VIEW, _ALIAS = torch.ops.aten.view.default, torch.ops.aten.alias.default
-_SIZES = (_SHAPE, _SIZE, _NUMEL, _LEN)  # compared by equality: each access of a getter makes a new wrapper
+_SIZES = frozenset((_SHAPE, _SIZE, _NUMEL, _LEN))  # each access of a getter makes a new wrapper, equal to the others
 _AFTER = Tensor.register_post_accumulate_grad_hook
 _GRADIENTS = frozenset((REQUIRES_GRAD, GRAD_FN, Tensor.is_inference, Tensor.register_hook, Tensor.retain_grad, _AFTER))
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_TRANSPOSED = tuple(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
+_MADE = frozenset((_DATA, *(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))))
 _SLOTS = ("__get__", "__set__")
 
 
@@ -80,10 +81,11 @@ class Recorder:
         keep: Callable[[Any], bool],
         modules: Mapping[str, nn.Module],
         hidden: Callable[[str], bool] = lambda file: False,
+        known: Known | None = None,
     ) -> None:
         """`keep`: operators recorded whole (others are decomposed if they can be). `modules`: path → module, one path each.
 
-        `hidden(file)`: calls made from such a file are run but not recorded.
+        `hidden(file)`: calls made from such a file are run but not recorded. `known`: what earlier recorders have seen, see `memo`.
         """
         self.fake, self.keep, self.hidden, self.every = fake, keep, hidden, modules
         self.paths = {id(m): path for path, m in modules.items()}
@@ -128,6 +130,7 @@ class Recorder:
         self.swapped: set[tuple[str, str]] = set()
         self._forms: list[tuple[int, str, dict[str, str]]] = []  # (number of nodes, module, kinds of its arguments) of each call
         self._same: dict[str, dict[Path, Path]] = {}  # module → argument path → a path that was the same tensor in some call
+        self.memo = Memo(fake, {} if known is None else known)
         self.dispatch = _Dispatch(self)
         self.function = _Function(self)
 
@@ -296,8 +299,10 @@ class Recorder:
 
     def cross(self, tensor: Tensor, kind: Pseudo, module: str, path: tuple[str | int, ...]) -> Tensor:
         """An alias of `tensor` on the other side of a module boundary."""
-        with self.paused(), torch.enable_grad():  # the alias of what requires a gradient does, whatever the mode
-            alias: Tensor = _ALIAS(tensor)
+        with torch._C.DisableTorchFunction():
+            differentiable = tensor.requires_grad
+        with self.paused(), torch.set_grad_enabled(differentiable):  # the alias of what requires a gradient does, whatever the mode
+            alias: Tensor = self.memo.run(_ALIAS, (tensor,), {})
         before = self.value(tensor)
         after = self.bind(alias, Origin.NODE)
         if before.id in self.concrete:
@@ -322,7 +327,7 @@ class Recorder:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        vargs, vkwargs = tree_map_only(Tensor, self.value, args), tree_map_only(Tensor, self.value, kwargs)
+        vargs, vkwargs = self._values_for(args), {name: self._values_for(x) for name, x in kwargs.items()}
         result, real = choices.run(self, func, args, kwargs)
         if not isinstance(result, (Tensor, tuple, list)):
             self.add(func, vargs, vkwargs, (), **self._provenance(args, kwargs))  # a number leaves the graph
@@ -345,6 +350,12 @@ class Recorder:
             if isinstance(target, Tensor):
                 self._written(target, outputs[0] if outputs else self.value(target))
         return result
+
+    def _values_for(self, tree: Any) -> Any:
+        """The arguments of an ATen call with values in the place of tensors, which come alone or in lists."""
+        if isinstance(tree, Tensor):
+            return self.value(tree)
+        return type(tree)(map(self._values_for, tree)) if type(tree) in (tuple, list) else tree
 
     def _escape(self, args: tuple[Any, ...]) -> None:
         """Note which values are used inside a functorch transform, whose tensors are wrappers that cannot be told apart."""
@@ -686,7 +697,7 @@ class _Function(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rec = self.recorder
-        if not rec._quiet and (func in _SIZES or getattr(func, "__name__", "") not in _SLOTS or func in (_DATA, *_TRANSPOSED)):
+        if not rec._quiet and (func in _SIZES or getattr(func, "__name__", "") not in _SLOTS or func in _MADE):
             args = rec.fakes(args)
             kwargs = {k: rec.fakes(v) for k, v in kwargs.items()} if kwargs else {}
         if func == _DATA:

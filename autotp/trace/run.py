@@ -25,6 +25,7 @@ from autotp.trace.graph import Graph, Node, Origin, Value
 from autotp.trace.inputs import Example
 from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.keep import undisturbed, undone
+from autotp.trace.memo import Known
 from autotp.trace.prepare import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.recorder import Recorder
 from autotp.trace.stash import left_elsewhere, left_in, left_on_modules
@@ -64,6 +65,7 @@ def trace(
     before: Callable[[FakeTensorMode], Callable[[], None]] | None = None,
     repeats: Mapping[str, str] | None = None,
     fixed: bool = False,
+    known: Known | None = None,
 ) -> Graph:
     """Record every example of `examples`.
 
@@ -72,14 +74,16 @@ def trace(
         before: called when the weights are fake; may change the model, and returns how to go back.
         repeats: blocks that are answered from their templates where they are used alike; `graph.repeats` says which were.
         fixed: exactly the blocks of `repeats` are.
+        known: results of operators that earlier traces have seen; this one adds to them.
 
     Raises:
         TraceError: a path cannot be run. The model is left as it was.
     """
     found = alike_blocks(model) if repeats is None else dict(repeats)
+    known = {} if known is None else known
     for _ in range(RESTARTS):
         try:
-            return _trace(model, examples, keep, found, tag, hidden, before)
+            return _trace(model, examples, keep, found, tag, hidden, before, known)
         except NotAlike as error:
             if fixed:
                 raise TraceError(f"blocks alike to one that is traced are used in another way: {error}") from error
@@ -88,7 +92,7 @@ def trace(
             if fixed or not found:
                 raise
             break  # it may be that a block which did not run is missing something
-    return _trace(model, examples, keep, {}, tag, hidden, before)
+    return _trace(model, examples, keep, {}, tag, hidden, before, known)
 
 
 def _trace(
@@ -99,6 +103,7 @@ def _trace(
     tag: bool,
     hidden: Callable[[str], bool],
     before: Callable[[FakeTensorMode], Callable[[], None]] | None,
+    known: Known,
 ) -> Graph:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     skipped = tuple(block + "." for block in repeats)
@@ -106,7 +111,7 @@ def _trace(
     def skip(path: str) -> bool:
         return bool(skipped) and (path + ".").startswith(skipped)
 
-    recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden)
+    recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden, known)
     recorder.data_vary = not is_hugging_face(model)  # for those there are examples of either kind
     evaluating = in_mode(model, training=False)
     try:
