@@ -66,16 +66,16 @@ class Memo:
         try:
             with torch._C.DisableTorchFunction():
                 key = func, self._form(args, tensors), self._form(kwargs, tensors), torch.get_default_dtype()
-                known = self._known[key] if key in self._known else key
+                seen = key in self._known
         except _Unfit:
             return func(*args, **kwargs)
-        if known is None:
-            return func(*args, **kwargs)
-        if known is not key:
+        known = self._known[key] if seen else None
+        if known is not None:
             return self._again(known, tensors)
         result = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            self._known[key] = self._seen(result, tensors)
+        if not seen:
+            with torch._C.DisableTorchFunction():
+                self._known[key] = self._seen(result, tensors)
         return result
 
     def _fits(self, func: OpOverload) -> bool:
@@ -148,5 +148,5 @@ class Memo:
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # past all modes: these are no operators of the model
             plain = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta")
             if made.of >= 0:
-                plain.set_(tensors[made.of].untyped_storage(), made.offset, made.shape, made.stride)  # type: ignore[call-overload]
+                plain.set_(tensors[made.of].untyped_storage(), made.offset, made.shape, made.stride)
             return FakeTensor(self._fake, plain, made.device)
