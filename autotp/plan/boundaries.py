@@ -59,10 +59,10 @@ def find_inside(space: Space, labels: Labels, moves: Moves, boundaries: Collecti
         if not isinstance(node.op, Pseudo) and any(labels.of(v) or v.id in moves.partial for v in (*node.inputs(), *node.outputs)):
             runs[node.module] = runs.get(node.module, True) and (node.opname in _LAST_DIM or rules.RULES.get(node.opname) is pointwise)
     calls = {graph.calls[caller][0] for path, caller in graph.calls.values() if path in boundaries and caller in graph.calls}
-    found = {path: graph.forms.get(path, {}) for path in (*runs, *calls)}
+    found = {path: graph.forms.get(path, frozenset()) for path in (*runs, *calls)}
     for path in found:
         if runs.get(path, True) and path not in graph.asks_dims:
-            found[path] = {name: of_any_dims(kinds) for name, kinds in found[path].items()}
+            found[path] = of_any_dims(found[path])
     return _repeated(found, repeats)
 
 

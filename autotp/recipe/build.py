@@ -65,7 +65,7 @@ def plan_of_bound(bound: Bound) -> Plan:
     return Plan(
         type(bound.model).__name__, bound.tp, params, tuple(modules.values()), tuple(_axes(bound)), tuple(_traffic(bound)),
         bound.aliases, frozenset(products), (), boundaries=_boundaries(bound),
-        inside={path: {} for path in _inside(bound)},
+        inside={path: frozenset() for path in _inside(bound)},
     )  # fmt: skip
 
 

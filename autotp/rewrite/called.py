@@ -3,56 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, cast
+from enum import Enum
+from typing import Any, NoReturn, cast
 
+import torch
 from torch import Tensor, nn
 
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.rewrite.classes import check_calls
 from autotp.rewrite.undo import Undo
-from autotp.trace.forms import TENSOR, Forms, Signature, kind_of, switches
+from autotp.trace.forms import TENSOR, Call, Forms, Signature, kind_of, switches
 from autotp.trace.inputs_facts import is_hugging_face
 
 _MOST_KNOWN = 256
 _BY_VALUE = frozenset((bool, int, str))
+_EXAMPLES = "Pass example_inputs of such a call to parallelize as well (a list of several calls)"
 
 
 class Called:
     """The forms in which one module was traced. `known`: the calls that were looked at and are right.
 
-    `only_switches`: only what switches something on is looked at.
+    `only_switches`: only what switches something on is looked at, each argument by itself.
     """
 
-    __slots__ = ("forms", "known", "only_switches", "signature", "token", "where")
+    __slots__ = ("forms", "kinds", "known", "only_switches", "signature", "token", "where")
 
     def __init__(self, where: str, signature: Signature, forms: Forms, *, only_switches: bool) -> None:
         self.where, self.signature, self.forms, self.only_switches = where, signature, forms, only_switches
         self.token: Callable[[Any], Hashable] = _switch if only_switches else _token
         self.known: set[Hashable] = set()
+        kinds: dict[str, set[str]] = {}
+        for name, kind in (pair for call in forms for pair in call):
+            kinds.setdefault(name, set()).add(kind)
+        self.kinds: Mapping[str, frozenset[str]] = {name: frozenset(found) for name, found in kinds.items()}
 
     def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Raise where an argument is of a kind that no traced call had.
+        """Raise where an argument is of a kind that no traced call had, or where none had those of this call together.
 
         Raises:
-            AutoTPError: names the argument.
+            AutoTPError: names the arguments.
         """
         token = self.token
         call = (tuple([token(v) for v in args]), tuple([(n, token(v)) for n, v in kwargs.items()]))
         if call in self.known:
             return
-        for name, kind in self.signature.kinds_of(args, kwargs).items():
-            traced = self.forms.get(name, frozenset())
-            known = kind in traced or (kind.startswith(TENSOR) and TENSOR in traced)
-            if not known and (switches(kind) or not self.only_switches):
-                were = f"had {name} as {' or '.join(sorted(traced))}" if traced else f"did not have {name}"
-                raise AutoTPError(
-                    f"{self.where} is called with {name} as {kind}; the calls that were traced {were}. Its code computes on a rank's part, "
-                    "and may take a path that the plan was not made for. Pass example_inputs of such a call to parallelize as well (a list "
-                    "of several calls)"
-                )
+        self._check(args, kwargs)
         if len(self.known) < _MOST_KNOWN:
             self.known.add(call)
+
+    def _check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        kinds, as_sizes = self.signature.kinds_of(args, kwargs), self.signature.kinds_of(args, kwargs, sizes=True)
+        found: set[tuple[str, str]] = set()
+        for name, kind in kinds.items():
+            traced = self.kinds.get(name, frozenset())
+            forms = (kind, as_sizes[name], *((TENSOR,) if kind.startswith(TENSOR) else ()))
+            known = next((k for k in forms if k in traced), None)
+            if known is None and (not self.only_switches or (switches(kind) and self.signature.names_it(name))):
+                were = f"had {name} as {' or '.join(sorted(traced))}" if traced else f"did not have {name}"
+                self._refuse(f"with {name} as {kind}; the calls that were traced {were}")
+            found.add((name, known or kind))
+        if not self.only_switches and found not in self.forms:
+            self._refuse_together(frozenset(found))
+
+    def _refuse_together(self, call: Call) -> NoReturn:
+        nearest = min(self.forms, key=lambda form: (len(form ^ call), sorted(form)))
+        given = " and ".join(f"{name} as {kind}" for name, kind in sorted(call - nearest))
+        missing = " and ".join(sorted({name for name, _ in nearest} - {name for name, _ in call}))
+        ways = [f"with {given}" if given else "", f"without {missing}" if missing else ""]
+        self._refuse(f"{' and '.join(filter(None, ways))}; each of its arguments was traced so, but not together with the others")
+
+    def _refuse(self, call: str) -> NoReturn:
+        raise AutoTPError(
+            f"{self.where} is called {call}. Its code computes on a rank's part, and may take a path that the plan was not made for. "
+            f"{_EXAMPLES}"
+        )
 
 
 def _switch(value: Any) -> Hashable:
@@ -62,17 +87,19 @@ def _switch(value: Any) -> Hashable:
 
 
 def _token(value: Any) -> Hashable:
-    """Equal for values of one kind (`autotp.trace.forms.kind_of`), and cheap to make."""
+    """Equal for values of one kind (`autotp.trace.forms.kind_of`), and cheap to make for the common ones."""
     kind = value.__class__
     if value is None or kind in _BY_VALUE:
         return kind, cast("Hashable", value)
     if isinstance(value, Tensor):
         return value.dtype, value.dim()
+    if kind is float or kind is torch.dtype or kind is torch.device or isinstance(value, Enum):
+        return kind, None if kind is float else cast("Hashable", value)
     if isinstance(value, (tuple, list)):
         return kind, tuple([_token(v) for v in value])
     if isinstance(value, dict):
         return kind, tuple([(k, _token(v)) for k, v in value.items()])
-    return kind_of(value) if callable(value) else cast("Hashable", kind)
+    return kind_of(value)
 
 
 def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
@@ -82,7 +109,8 @@ def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
     for path, forms in plan.inside.items():
         module = model.get_submodule(path)
         signature = Signature.of(module.forward)
-        any_tensors = not signature.kinds and all(own or TENSOR in kinds for kinds in forms.values())
+        open_ended = not own and (signature.more or bool(signature.rest))
+        any_tensors = not signature.kinds and not open_ended and all(own or kind == TENSOR for call in forms for _, kind in call)
         if not forms or any_tensors or type(module).__module__.startswith("torch.nn."):
             continue
         where = f"{path or 'the model'} ({type(module).__qualname__})"

@@ -21,13 +21,13 @@ from autotp.rewrite.called import install_called
 from autotp.rewrite.classes import wrap_forward
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.hooks import Running, Watch, install_hooks
-from autotp.rewrite.reading import Reading
 from autotp.rewrite.rng import Dropouts, device_of, install_generate, sync_rng
 from autotp.rewrite.saving import install_saving
 from autotp.rewrite.structure import Places, Structure
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 from autotp.rewrite.values import Values, watched
+from autotp.trace.reading import Reading
 
 ENTRY = "_autotp_entry"
 Originals = Mapping[tuple[str, str], Any]

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autotp.errors import AutoTPError
-from autotp.rewrite.reading import Reading
+from autotp.trace.reading import Reading
 
 _PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType, type)
 _FILLED = (list, dict, set)

@@ -37,12 +37,13 @@ from torch.utils.hooks import RemovableHandle
 from autotp.trace import choices
 from autotp.trace.boundary import Handed, Path, flatten_arguments, flatten_result
 from autotp.trace.fills import FILL_AT, FILLS, KEEPING
-from autotp.trace.forms import Forms, Signature, class_name
+from autotp.trace.forms import Call, Forms, Signature, asks_dims, class_name
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
 from autotp.trace.memo import Known, Memo
 from autotp.trace.places import call_of, call_place
+from autotp.trace.reading import Reading
 from autotp.trace.storage import storage_of
 from autotp.trace.watch import (
     CHECKPOINT,
@@ -125,6 +126,7 @@ class Recorder:
         self.reversed: set[tuple[str, Place | None]] = set()  # where the usual answer makes the code raise: the other one is usual there
         self.applied: list[Applied] = []
         self._scopes: list[tuple[FrameType, int]] = []  # calls of autograd functions that run
+        self._reading = Reading()
         self._asks_dims: set[str] = set()
         self._children = {path: dict(m._modules) for path, m in modules.items()}
         self.swapped: set[tuple[str, str]] = set()
@@ -271,11 +273,10 @@ class Recorder:
                     self.swapped.add((f"{path}.{name}" if path else name, class_name(type(module))))
 
     def _called(self) -> dict[str, Forms]:
-        found: dict[str, dict[str, set[str]]] = {}
+        found: dict[str, set[Call]] = {}
         for _, path, kinds in self._forms:
-            for name, kind in kinds.items():
-                found.setdefault(path, {}).setdefault(name, set()).add(kind)
-        return {path: {name: frozenset(kinds) for name, kinds in form.items()} for path, form in found.items()}
+            found.setdefault(path, set()).add(frozenset(kinds.items()))
+        return {path: frozenset(calls) for path, calls in found.items()}
 
     def _proven(self) -> tuple[Scope, ...]:
         known: dict[object, Scope] = {}
@@ -467,7 +468,7 @@ class Recorder:
         self.check_forward(sys._getframe(1))
         signature = Signature.of(inner)
         self._forms.append((len(self.nodes), path, signature.kinds_of(args, kwargs)))
-        if signature.asks_dims:
+        if asks_dims(self._reading.of(type(module))[0]):
             self._asks_dims.add(path)
         try:
             given = args, kwargs
