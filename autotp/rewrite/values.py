@@ -9,10 +9,12 @@ read is then an error, floats too.
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from autotp.trace.reading import Reading
 
 _PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType, type)
 _FILLED = (list, dict, set)
+_DEEPEST = 3  # settings in settings in settings
 _MISSING: Any = object()
 
 
@@ -45,10 +48,10 @@ def _kept(value: Any) -> Any:
 class _One:
     """Some plain values of one object."""
 
-    __slots__ = ("get", "names", "object", "values", "where")
+    __slots__ = ("get", "names", "object", "values", "where", "wholes")
 
-    def __init__(self, where: str, object: Any, names: Sequence[str]) -> None:
-        self.where, self.object, self.names = where, object, tuple(names)
+    def __init__(self, where: str, object: Any, names: Sequence[str], wholes: Mapping[str, int] = MappingProxyType({})) -> None:
+        self.where, self.object, self.names, self.wholes = where, object, tuple(names), wholes
         self.get: Callable[[Any], Any] = attrgetter(*self.names)
         self.values = _kept(self.get(object))
 
@@ -76,12 +79,22 @@ class _Absent:
         self.where, self.object, self.names = where, object, names
 
 
+class _Same:
+    """What `object` has under a name is another object, of which values are watched, and stays that one."""
+
+    __slots__ = ("held", "names", "object", "where")
+
+    def __init__(self, where: str, object: Any, name: str, held: Any) -> None:
+        self.where, self.object, self.names, self.held = where, object, (name,), held
+
+
 class Values:
     """The plain values that the modules under one module rest on."""
 
-    __slots__ = ("absent", "found", "lists")
+    __slots__ = ("absent", "found", "lists", "same")
 
-    def __init__(self, found: Sequence[_One | _Absent]) -> None:
+    def __init__(self, found: Sequence[_One | _Absent | _Same]) -> None:
+        self.same = tuple(one for one in found if isinstance(one, _Same))
         self.found = tuple(one for one in found if isinstance(one, _One))
         self.absent = tuple(one for one in found if isinstance(one, _Absent))
         self.lists = tuple(one for one in self.found if one.holds_lists())
@@ -100,21 +113,35 @@ class Values:
         for none in self.absent:
             if not none.names.isdisjoint(none.object.__dict__):
                 name = next(n for n in none.names if n in none.object.__dict__)
-                raise AutoTPError(_changed(none.where + name, "not there", repr(none.object.__dict__[name])))
+                raise AutoTPError(_changed(none.where + name, "not there", _brief(none.object.__dict__[name])))
         try:
             for one in self.found:
                 if one.get(one.object) != one.values:
                     break
             else:
-                return
+                return self._same()
         except AttributeError:
             pass
         for one in self.found:
             now = tuple(getattr(one.object, name, _MISSING) for name in one.names)
             for name, old, new in zip(one.names, one.all(one.values), now, strict=True):
-                if new is _MISSING or new != old:
-                    text = "gone" if new is _MISSING else repr(new)
-                    raise AutoTPError(_changed(one.where + name, repr(old), text))
+                if name in one.wholes and new == one.wholes[name]:  # the model's own value, of which this rank has a part
+                    setattr(one.object, name, old)
+                elif new is _MISSING or new != old:
+                    raise AutoTPError(_changed(one.where + name, _brief(old), "gone" if new is _MISSING else _brief(new)))
+        self._same()
+
+    def _same(self) -> None:
+        for same in self.same:
+            if same.object.__dict__.get(same.names[0]) is not same.held:
+                raise AutoTPError(
+                    f"{same.where}, which code on a rank's part reads, is another object than when the model was made parallel. Change it "
+                    "before parallelize (build the model again), or put the values into the one that was there"
+                )
+
+
+def _brief(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else reprlib.repr(value)
 
 
 def _changed(name: str, before: str, now: str) -> str:
@@ -124,61 +151,108 @@ def _changed(name: str, before: str, now: str) -> str:
     )
 
 
-def watched(
-    modules: Iterable[tuple[str, nn.Module]],
-    originals: Mapping[tuple[str, str], Any],
-    reading: Reading,
-    every: Iterable[nn.Module],
-    floats: Collection[str] = (),
-) -> Iterator[tuple[str, _One | _Absent]]:
-    """(path of a module, values of it or of what it holds) to watch.
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """Which values to watch.
 
-    `modules`: those that run on parts. `originals`: (path, attribute) → the object that was there before a local copy of it was made.
-    `every`: all modules of the model; what any of their forwards stores is theirs to change. `floats`: where floats count too.
+    originals: (path, attribute) → the object that was there before a local copy of it was made. wholes: (path, attribute) → the model's own
+    value of one that is local now. floats: the paths where floats count too.
     """
-    stored = frozenset(("training",)).union(*(reading.of(cls)[1] for cls in {type(m) for m in every}))
+
+    originals: Mapping[tuple[str, str], Any]
+    wholes: Mapping[tuple[str, str], int]
+    floats: Collection[str] = ()
+
+
+def stored_names(reading: Reading, modules: Iterable[nn.Module]) -> frozenset[str]:
+    """What any forward of the model stores is its own to change."""
+    return frozenset(("training",)).union(*(reading.of(cls).stored for cls in {type(m) for m in modules}))
+
+
+def watched(
+    modules: Iterable[tuple[str, nn.Module]], reading: Reading, stored: frozenset[str], what: Watched
+) -> Iterator[tuple[str, _One | _Absent | _Same]]:
+    """(path of a module, values of it or of what it holds) to watch. `modules`: those that run on parts."""
     defaults: dict[type, frozenset[str]] = {}
     for path, module in modules:
-        read, _, asked = reading.of(type(module))
-        names = read - stored
+        code = reading.of(type(module))
+        names = code.read - stored
+        tested = names if path in what.floats else code.tested - stored
         where = f"{path}." if path else ""
         if type(module) not in defaults:
             plain = (n for n in names if _plain(inspect.getattr_static(type(module), n, None)) and hasattr(type(module), n))
             defaults[type(module)] = frozenset(n for n in plain if not callable(getattr(type(module), n)))
-        read_here = (n for n in module.__dict__ if n in names and not n.startswith("_autotp"))
-        own = {n for n in read_here if _plain(module.__dict__[n], path in floats)}
+        own = {n for n in _own_names(module, names) if _plain(module.__dict__[n], n in tested)}
         own -= {n for n in own if hasattr(inspect.getattr_static(type(module), n, None), "__set__")}  # what guards it itself (`stash`)
         own |= defaults[type(module)] - module.__dict__.keys()
+        wholes = {n: what.wholes[path, n] for n in own if (path, n) in what.wholes}
         if own:
-            yield path, _One(where, module, sorted(own))
-        if absent := frozenset(n for n in asked - stored if not hasattr(module, n)):
+            yield path, _One(where, module, sorted(own), wholes)
+        if absent := frozenset(n for n in code.asked - stored if not hasattr(module, n)):
             yield path, _Absent(where, module, absent)
-        for name, value in module.__dict__.items():
-            if name in names and _holds_values(value):
-                yield from _of_object(path, f"{where}{name}.", value, names, path in floats)
-        for (owner, name), value in originals.items():
+        for name in _own_names(module, names):
+            value = module.__dict__[name]
+            if _holds_values(value):
+                yield path, _Same(where + name, module, name, value)
+                yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
+        for (owner, name), value in what.originals.items():
             if owner == path and value is not module.__dict__.get(name):
-                yield from _of_object(path, f"{where}{name}.", value, names, True)
+                yield from _of_object(path, f"{where}{name}.", value, names, names, reading)
+        for name, child in _children(module):
+            inside = {n for n in _own_names(child, names) if _plain(child.__dict__[n], n in tested)} - stored
+            if inside:
+                yield path, _One(f"{where}{name}.", child, sorted(inside))
+            if absent := frozenset(n for n in code.asked - stored if not hasattr(child, n)):
+                yield path, _Absent(f"{where}{name}.", child, absent)
+
+
+def _own_names(module: nn.Module, names: frozenset[str]) -> list[str]:
+    return [n for n in module.__dict__ if n in names and not n.startswith("_autotp")]
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that its code can reach by an attribute, and those in lists and dicts of modules there."""
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if type(child).forward is nn.Module.forward:
+            yield from ((f"{name}.{n}", m) for n, m in _children(child))
+        else:
+            yield name, child
 
 
 def _holds_values(value: object) -> bool:
-    """True for settings, and for a module that another one holds beside its children."""
+    """True for settings, for a function with arguments, and for a module that another one holds beside its children."""
     kind = type(value)
     slots = hasattr(kind, "__slots__") and kind.__module__ != "builtins" and not kind.__module__.startswith("torch")
-    return (
-        (hasattr(value, "__dict__") or slots)
-        and not isinstance(value, Tensor | type)
-        and (isinstance(value, nn.Module) or not callable(value))
-    )
+    return (hasattr(value, "__dict__") or slots) and not isinstance(value, (Tensor, type, FunctionType, MethodType))
 
 
-def _of_object(path: str, where: str, value: Any, names: Iterable[str], floats: bool) -> Iterator[tuple[str, _One]]:
+def _of_object(
+    path: str, where: str, value: Any, names: frozenset[str], tested: frozenset[str], reading: Reading, depth: int = 0
+) -> Iterator[tuple[str, _One | _Same]]:
+    """The values in an object: what the code reads of it itself, and what those of its methods do that the code names."""
+    if isinstance(value, partial):
+        names = names | {"keywords", "args"}
+    elif not isinstance(value, nn.Module):
+        own = reading.of_methods(type(value), (names | {"__call__"}) & _methods(type(value)))
+        names, tested = names | (own.read - own.stored), tested | own.tested
     found: list[str] = []
     for name in sorted(names):
         try:
-            if _plain(getattr(value, name), floats):
-                found.append(name)
+            held = getattr(value, name)
         except Exception:  # a property of the user's may raise anything
             continue
+        if _plain(held, name in tested):
+            found.append(name)
+        elif depth < _DEEPEST and name in getattr(value, "__dict__", {}) and _holds_values(held) and not isinstance(held, nn.Module):
+            yield path, _Same(where + name, value, name, held)
+            yield from _of_object(path, f"{where}{name}.", held, names, tested, reading, depth + 1)
     if found:
         yield path, _One(where, value, found)
+
+
+def _methods(cls: type) -> frozenset[str]:
+    """The names of the methods and properties that a class has from code in Python."""
+    kinds = (FunctionType, property, staticmethod, classmethod)
+    return frozenset(n for c in cls.__mro__ for n, f in vars(c).items() if isinstance(f, kinds))

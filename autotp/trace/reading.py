@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -15,28 +16,55 @@ from torch import nn
 
 _MOST = 300  # functions that are looked into for one class
 _LOADS = frozenset(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
-_ASKING = frozenset(("getattr", "hasattr"))
+_ASKING = frozenset(("getattr", "hasattr", "vars", "__dict__"))
 _STORES = frozenset(("STORE_ATTR", "DELETE_ATTR"))
+_TESTS = frozenset(("COMPARE_OP", "CONTAINS_OP", "IS_OP", "UNARY_NOT", "TO_BOOL"))
+_NEAR = 3  # instructions after an attribute is read in which a test is one of it: `self.alpha > 0`, `if self.alpha`
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names of attributes in some code.
+
+    stored: that are stored or deleted. asked: that need not be there, because it uses `getattr` and its like, or expects an AttributeError.
+    tested: that a condition is about, as far as can be told.
+    """
+
+    read: frozenset[str]
+    stored: frozenset[str]
+    asked: frozenset[str]
+    tested: frozenset[str]
 
 
 class Reading:
-    """The names that forwards of classes read and store; each class is looked at once."""
+    """The names in the code of classes; each class is looked at once."""
 
     def __init__(self) -> None:
-        self._known: dict[type, tuple[frozenset[str], frozenset[str], frozenset[str]]] = {}
+        self._known: dict[tuple[type, frozenset[str]], Names] = {}
 
-    def of(self, cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-        """(names of attributes that are read, that are stored or deleted, that may be asked for by `getattr` or `hasattr`)."""
-        if cls not in self._known:
-            self._known[cls] = _names(cls)
-        return self._known[cls]
+    def of(self, cls: type[nn.Module]) -> Names:
+        """The names in the code of a module's forward."""
+        return self.of_methods(cls, frozenset(("forward",)))
+
+    def of_methods(self, cls: type, methods: frozenset[str]) -> Names:
+        """The names in the code of some methods and properties of a class; of those that it has."""
+        if (cls, methods) not in self._known:
+            found = (inspect.getattr_static(cls, name, None) for name in sorted(methods))
+            self._known[cls, methods] = _names(cls, [_function_of(f) for f in found])
+        return self._known[cls, methods]
 
 
-def _names(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+def _function_of(found: Any) -> Any:
+    """The code behind what a class holds under a name."""
+    found = getattr(found, "fget", None) or getattr(found, "__func__", found)
+    return inspect.unwrap(found) if callable(found) else found
+
+
+def _names(cls: type, todo: list[Any]) -> Names:
     read: set[str] = set()
     asked: set[str] = set()
     stored: set[str] = set()
-    todo: list[Any] = [inspect.unwrap(cls.forward)]
+    tested: set[str] = set()
     seen: set[CodeType] = set()
     while todo and len(seen) < _MOST:
         function = todo.pop()
@@ -44,12 +72,22 @@ def _names(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str], frozen
             seen.add(function.__code__)
             todo += _functions(function, cls, read, stored)
             for code in _codes(function.__code__):
+                tested.update(_tested(list(dis.get_instructions(code))))
                 if not _ASKING.isdisjoint(code.co_names):
                     asked.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
-    return frozenset(read | asked), frozenset(stored), frozenset(asked)
+                if "AttributeError" in code.co_names:
+                    asked.update(i.argval for i in dis.get_instructions(code) if i.opname in _LOADS)
+    return Names(frozenset(read | asked), frozenset(stored), frozenset(asked), frozenset(tested))
 
 
-def _functions(function: FunctionType, cls: type[nn.Module], read: set[str], stored: set[str]) -> Iterator[Any]:
+def _tested(instructions: list[dis.Instruction]) -> Iterable[str]:
+    found = [i for i in instructions if i.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
+    for at, i in enumerate(found):
+        if i.opname in _LOADS and any(j.opname in _TESTS or "JUMP_IF" in j.opname for j in found[at + 1 : at + 1 + _NEAR]):
+            yield i.argval
+
+
+def _functions(function: FunctionType, cls: type, read: set[str], stored: set[str]) -> Iterator[Any]:
     """Notes what `function` reads and stores; the functions that it may call."""
     yield getattr(function, "__wrapped__", None)
     for cell in function.__closure__ or ():

@@ -468,7 +468,7 @@ class Recorder:
         self.check_forward(sys._getframe(1))
         signature = Signature.of(inner)
         self._forms.append((len(self.nodes), path, signature.kinds_of(args, kwargs)))
-        if asks_dims(self._reading.of(type(module))[0]):
+        if asks_dims(self._reading.of(type(module)).read):
             self._asks_dims.add(path)
         try:
             given = args, kwargs

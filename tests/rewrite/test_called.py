@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import enum
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -16,6 +19,7 @@ import autotp
 from autotp.errors import AutoTPError
 from autotp.rewrite import entry
 from autotp.testing.outcome import Outcome, equal_or_refused
+from autotp.testing.ranks.run import run
 from autotp.testing.tiny import randomise
 from tests.support.ranks import Pool, mesh
 
@@ -197,6 +201,179 @@ class ById(nn.Module):
 )
 def test_functions_numbers_and_dims_count(changed: dict[str, Any], says: str) -> None:
     assert says in outcome(Chosen, {"x": X}, **changed).refused
+
+
+class Norm(enum.Enum):
+    NO = "no"
+    YES = "yes"
+
+
+class Level(enum.IntEnum):
+    NO = 0
+    YES = 1
+
+
+@dataclass
+class Options:
+    norm: bool = False
+
+
+class Batch:
+    """An object that is no container: its flags count."""
+
+    def __init__(self, norm: bool) -> None:
+        self.norm, self.x = norm, torch.zeros(3)
+
+
+#: question → (what says no, what says yes)
+QUESTIONS: dict[str, tuple[Any, Any, Any]] = {
+    "a member": (lambda k: k is Norm.YES, Norm.NO, Norm.YES),
+    "a member that is an int": (lambda k: k == Level.YES, Level.NO, Level.YES),
+    "a field": (lambda k: k.norm, Options(), Options(norm=True)),
+    "a flag of an object": (lambda k: k.norm, Batch(False), Batch(True)),
+    "a flag of numpy's": (bool, numpy.bool_(False), numpy.bool_(True)),
+    "a set": (lambda k: "norm" in k, {"x"}, {"x", "norm"}),
+    "a dtype": (lambda k: k is torch.float32, torch.float64, torch.float32),
+    "a key": (lambda k: "norm" in k, {"x": 1.0}, {"x": 1.0, "norm": 1.0}),
+}
+
+
+class Asked(nn.Module):
+    """Mixes what is between two Linears if the argument says so."""
+
+    def __init__(self, question: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.question = nn.Linear(32, 64), nn.Linear(64, 32), question
+
+    def mixed(self, h: Tensor, yes: bool) -> Tensor:
+        return h.softmax(-1) if yes else torch.relu(h)
+
+    def forward(self, x: Tensor, k: Any) -> Tensor:
+        return self.b(self.mixed(self.a(x), self.question(k)))
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_what_objects_hold_counts(name: str) -> None:
+    question, no, yes = QUESTIONS[name]
+    found = outcome(partial(Asked, question), {"x": X, "k": no}, k=yes)
+    assert "is called with k as" in found.refused
+    assert outcome(partial(Asked, question), {"x": X, "k": no}, k=no).sharded  # the same again
+
+
+class Rest(Asked):
+    """Arguments that have no name of their own; a `Net` hands them on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(None)
+        self.how = how
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.how == "positions":
+            yes = bool(args)
+        elif self.how == "a helper":
+            return self.b(self.helper(self.a(x), **kwargs))
+        else:
+            yes = bool(kwargs)
+        return self.b(self.mixed(self.a(x), yes))
+
+    def helper(self, h: Tensor, norm: bool = False) -> Tensor:
+        return self.mixed(h, norm)
+
+
+def hidden(function: Any) -> Any:
+    """A decorator that says nothing of what it wraps."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    return call
+
+
+class Decorated(Rest):
+    @hidden
+    def forward(self, x: Tensor, norm: bool = False) -> Tensor:
+        return self.b(self.mixed(self.a(x), norm))
+
+
+class Around(nn.Module):
+    def __init__(self, inner: Any, how: str) -> None:
+        super().__init__()
+        self.inner, self.how = inner(how), how
+
+    def forward(self, x: Tensor, norm: Any = None) -> Tensor:
+        if norm is None or norm.dim():
+            return self.inner(x)
+        return self.inner(x, True) if self.how == "positions" else self.inner(x, norm=True)
+
+
+@pytest.mark.parametrize("inner", [Rest, Decorated])
+@pytest.mark.parametrize("how", ["positions", "a helper", "any keyword"])
+def test_arguments_without_a_name_count(how: str, inner: Any) -> None:
+    found = outcome(partial(Around, inner, how), {"x": X}, norm=torch.ones(()))
+    assert f"inner ({inner.__name__}) is called with" in found.refused
+    assert outcome(partial(Around, inner, how), {"x": X}, norm=torch.ones(1)).sharded
+
+
+class Pair(Asked):
+    def forward(self, x: Tensor, p: bool = False, q: bool = False, m: Tensor | None = None) -> Tensor:
+        return self.b(self.mixed(self.a(x) if m is None else self.a(x) * m, p and (q or m is not None)))
+
+
+@pytest.mark.parametrize("more", [{"q": True}, {"m": torch.ones(()).double()}])
+def test_what_is_given_together_counts(more: dict[str, Any]) -> None:
+    x = X.double()
+    plain = build(partial(Pair, None)).double()
+
+    def rank(_: object) -> str:
+        model = copy.deepcopy(plain)
+        autotp.parallelize(model, mesh(), example_inputs=[{"x": x}, {"x": x, "p": True}, {"x": x, **more}], check="graph")
+        for call in ({}, {"p": True}, more):
+            assert (model(x, **call) - plain(x, **call)).abs().max() < 1e-9
+        with pytest.raises(AutoTPError) as refused:
+            model(x, p=True, **more)
+        return str(refused.value)
+
+    assert "but not together with the others" in run("local", rank, None, 2, 60.0)[0]
+
+
+class AsksDims(Asked):
+    """Asks for the number of dims in a method of its own."""
+
+    def helper(self, h: Tensor) -> Tensor:
+        return self.mixed(h, h.dim() == 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.helper(self.a(x)))
+
+
+def test_dims_that_a_method_asks_for_count() -> None:
+    assert "x as a tensor of 2 dims" in outcome(partial(AsksDims, None), {"x": X}, x=X[0]).refused
+
+
+class HandsSizes(nn.Module):
+    """Hands on sizes, and more tensors for fewer tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Sizes(None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x.shape, (x.shape[0], x.shape[1] * 2), [x, x] if x.shape[1] > 4 else [x, x, x])
+
+
+class Sizes(Asked):
+    def forward(self, x: Tensor, size: Any, pair: Any, parts: Any) -> Tensor:
+        h = self.a(x).reshape(size[0], size[1], -1).repeat(1, pair[1] // size[1], 1)
+        return self.b(torch.relu(h)) + sum(p.sum() for p in parts)
+
+
+def test_sizes_may_be_others() -> None:
+    assert outcome(HandsSizes, {"x": X}, x=X[:, :3]).sharded
+
+
+def test_a_function_that_holds_a_tensor() -> None:
+    act = partial(torch.add, torch.ones(()).double())
+    assert outcome(partial(Chosen), {"x": X, "act": act}, act=act).sharded
 
 
 def test_known_data_may_be_other_data() -> None:

@@ -94,6 +94,99 @@ class Partly(Reads):
         return self.options()
 
 
+class Nested(Reads):
+    def asks(self) -> Any:
+        return self.options.inner.mixed
+
+
+class ByMethod(Reads):
+    def asks(self) -> Any:
+        return self.options.on()
+
+
+class Switch:
+    """Settings that are asked by a method, a property, or a call."""
+
+    def __init__(self) -> None:
+        self.mixed = False
+
+    def on(self) -> bool:
+        return self.also
+
+    @property
+    def also(self) -> bool:
+        return self.mixed
+
+    def __call__(self) -> bool:
+        return self.also
+
+
+class ByDict(Reads):
+    def asks(self) -> Any:
+        return self.__dict__.get("extra", False)
+
+
+class ByTry(Reads):
+    def asks(self) -> Any:
+        try:
+            return self.extra
+        except AttributeError:
+            return False
+
+
+class OfChild(Reads):
+    def __init__(self) -> None:
+        super().__init__()
+        self.children_ = nn.ModuleList([nn.Identity()])
+        self.first = nn.Identity()
+        self.first.mixed = False
+
+    def asks(self) -> Any:
+        return self.first.mixed or any(getattr(c, "mixed", False) for c in self.children_)
+
+
+class ByFloat(Reads):
+    alpha = 0.0
+
+    def asks(self) -> Any:
+        return self.share > 0
+
+
+class Scaled(Reads):
+    """A float that no condition is about may change."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)) * self.share)
+
+
+class MayBe(Reads):
+    """A parameter and a buffer that may be None, and a number that may be a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(gain=1.0)
+        self.register_parameter("scale", None)
+        self.register_buffer("shift", None)
+        self.register_buffer("bound", torch.ones(1))
+        self.row = nn.Conv1d(16, 16, 1, bias=False)
+        self.wide = nn.Conv1d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) * self.gain * self.bound
+        if self.scale is not None:
+            h = h.softmax(-1)
+        if self.shift is not None:
+            h = h - h.mean(-1, keepdim=True)
+        x = self.b(h).transpose(1, 2)
+        return self.row(torch.tanh(self.wide(x))).transpose(1, 2)
+
+
+class Heads(Reads):
+    """A number that is local on each rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).unflatten(-1, (self.heads, 4)).softmax(-1).flatten(-2))
+
+
 class Listed(Reads):
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +216,64 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
         lambda m: setattr(m, "options", functools.partial(bool, 1)),
         "options was",
     ),
+    "settings in settings": (
+        lambda: Nested(options=SimpleNamespace(inner=SimpleNamespace(mixed=False))),
+        lambda m: setattr(m.options.inner, "mixed", True),
+        "options.inner.mixed was False",
+    ),
+    "other settings": (
+        lambda: InSlots(options=SimpleNamespace(mixed=False)),
+        lambda m: setattr(m, "options", SimpleNamespace(mixed=True)),
+        "options, which code on a rank's part reads, is another object",
+    ),
+    "other settings in settings": (
+        lambda: Nested(options=SimpleNamespace(inner=SimpleNamespace(mixed=False))),
+        lambda m: setattr(m.options, "inner", SimpleNamespace(mixed=True)),
+        "options.inner, which code on a rank's part reads, is another object",
+    ),
+    "a method of settings": (lambda: ByMethod(options=Switch()), lambda m: setattr(m.options, "mixed", True), "options.also was False"),
+    "settings that are called": (lambda: Partly(options=Switch()), lambda m: setattr(m.options, "mixed", True), "options.also was False"),
+    "keywords of a partial function": (
+        lambda: Partly(options=functools.partial(dict, mixed=False)),
+        lambda m: m.options.keywords.clear(),
+        "options.keywords was {'mixed': False}",
+    ),
+    "__dict__": (ByDict, lambda m: setattr(m, "extra", True), "extra was not there"),
+    "an AttributeError": (ByTry, lambda m: setattr(m, "extra", True), "extra was not there"),
+    "of a child": (OfChild, lambda m: setattr(m.first, "mixed", True), "first.mixed was False"),
+    "of a child in a list": (OfChild, lambda m: setattr(m.children_[0], "mixed", True), "children_.0.mixed was not there"),
+    "a float that a condition is about": (lambda: ByFloat(share=0.0), lambda m: setattr(m, "share", 0.5), "share was 0.0"),
+    "a parameter that was None": (MayBe, lambda m: setattr(m, "scale", nn.Parameter(torch.ones(()))), "scale was None"),
+    "a buffer that was None": (MayBe, lambda m: setattr(m, "shift", torch.ones(())), "shift was None"),
+    "a tensor where a number was": (MayBe, lambda m: setattr(m, "gain", torch.ones(32).double()), "gain was a number"),
+    "a buffer that grows": (MayBe, lambda m: setattr(m, "bound", torch.ones(32).double()), "bound was a tensor of shape (1,)"),
+    "a bias of a Linear": (
+        lambda: _without_bias(Reads()),
+        lambda m: setattr(m.b, "bias", nn.Parameter(torch.ones(16).double())),
+        "b.bias was None",
+    ),
+    "a bias of a convolution": (
+        MayBe,
+        lambda m: setattr(m.row, "bias", nn.Parameter(torch.ones(16).double())),
+        "row.bias was None",
+    ),
     "a list of modules": (Listed, lambda m: m.acts.append(nn.Softmax(-1)), "acts.1, a Softmax, was added"),
+}
+
+
+def _without_bias(model: Any) -> Any:
+    model.b.bias = None
+    return model
+
+
+#: What may change: the result is that of one device.
+HARMLESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "a float that no condition is about": (lambda: Scaled(share=0.5), lambda m: setattr(m, "share", 0.25)),
+    "a number for a number": (MayBe, lambda m: setattr(m, "gain", 2.0)),
+    "a tensor of one entry for a number": (MayBe, lambda m: setattr(m, "gain", torch.tensor(2.0).double())),
+    "a buffer of its shape": (MayBe, lambda m: setattr(m, "bound", torch.full((1,), 3.0).double())),
+    "the model's own value of a local number": (lambda: Heads(heads=8), lambda m: setattr(m, "heads", 8)),
+    "what no code reads": (Reads, lambda m: setattr(m, "note", "x")),
 }
 
 
@@ -158,6 +308,13 @@ def test_a_change_is_an_error(name: str) -> None:
     apart, said, share = changed(factory, change)
     assert apart < 1e-9 and share < 0.6
     assert says in said
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_may_change(name: str) -> None:
+    apart, said, share = changed(*HARMLESS[name])
+    assert apart < 1e-9 and share < 0.6
+    assert said.startswith("differs by") and float(said.rpartition(" ")[2]) < 1e-9
 
 
 def test_without_the_guards_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
