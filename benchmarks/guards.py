@@ -29,6 +29,7 @@ from autotp.rewrite import comm, entry
 from autotp.rewrite.called import Called
 from autotp.rewrite.hooks import Watch
 from autotp.rewrite.structure import Structure
+from autotp.rewrite.tables import Tensors
 from autotp.rewrite.values import Values
 from benchmarks.subjects import autotp
 
@@ -36,6 +37,7 @@ Call = Callable[[], Any]
 GUARDS: tuple[tuple[Any, str, str], ...] = (
     (Structure, "check", "structure"),
     (Values, "check", "values"),
+    (Tensors, "check", "tensors that are there"),
     (Values, "again", "values, after the call"),
     (Called, "check", "forms of calls"),
     (Watch, "check", "hooks"),

@@ -6,7 +6,7 @@ what the plan rests on is still there, and agrees on random numbers if it will d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from autotp.rewrite.hooks import Running, Watch, install_hooks
 from autotp.rewrite.rng import Dropouts, device_of, install_generate, sync_rng
 from autotp.rewrite.saving import install_saving
 from autotp.rewrite.structure import Places, Structure
-from autotp.rewrite.tables import Tensors
+from autotp.rewrite.tables import Place, Tensors
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 from autotp.rewrite.values import Values, Watched, stored_names, watched
@@ -47,7 +47,7 @@ class Entry:
         comm: Comm,
         structure: Structure,
         values: Values,
-        tensors: Sequence[Tensors],
+        tensors: Tensors,
         hooks: Watch,
         dropouts: Dropouts,
         alone: Parts,
@@ -66,8 +66,7 @@ class Entry:
         self.alone.check()
         self.structure.check()
         self.values.check()
-        for held in self.tensors:
-            held.check()
+        self.tensors.check()
         self.hooks.check()
         # A block that runs again for a checkpoint, in the backward, has the random state of its first run.
         if module.training and _in_backward() == -1 and self.dropouts.active():
@@ -119,7 +118,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     stored = stored_names(reading, (m for _, m in modules))
     wholes = {(m.path, a.path): a.value for m in plan.modules for a in m.attributes if "." not in a.path}
     values = list(watched(runs, reading, stored, Watched(originals, wholes, floats)))
-    tensors = [(p, Tensors(p, m, reading.of(type(m)).read - stored)) for p, m in runs]
+    tensors = [(p, Place(p, m, reading.of(type(m)).read - stored)) for p, m in runs]
     entered = [(p, m) for p, m in modules if m is model or _may_begin(model, m)]
     for _, module in entered:
         wrap_forward(module, _call, undo)
@@ -128,7 +127,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
         own = {(type(v), id(v.object), v.names): v for p, v in reversed(values) if _within(p, path)}
         alone = Parts(path, module, plan.boundaries.get(path, ()) if path else ())
         structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
-        held = [t for p, t in tensors if _within(p, path)]
+        held = Tensors([t for p, t in tensors if _within(p, path)])
         undo.set_item(module.__dict__, ENTRY, Entry(running, comm, structure, Values(list(own.values())), held, hooks, dropouts, alone))
     install_generate(model, comm, undo)
     install_saving(model, undo)

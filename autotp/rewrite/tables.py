@@ -6,7 +6,8 @@ number was, or that grows, meets a rank's part. Modules that run on parts are wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -23,29 +24,25 @@ Held = torch.Size | str | None
 
 
 class Tensors:
-    """What is watched of one module: its tables of tensors and, among its other attributes, the `names` of tensors and numbers.
+    """The tensors of some modules. One look at all of them is cheap; which it is, is found out when one is another object."""
 
-    `read`: the names that its code reads and that no forward stores.
-    """
+    __slots__ = ("kept", "places", "tables")
 
-    __slots__ = ("held", "kept", "module", "names", "read", "where")
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = tuple(places)
+        self._keep()
 
-    def __init__(self, path: str, module: nn.Module, read: frozenset[str]) -> None:
-        self.where, self.module, self.read = f"{path}." if path else "", module, read
-        self.names = tuple(n for n, v in module.__dict__.items() if n in read and (type(v) is float or isinstance(v, Tensor)))
+    def _keep(self) -> None:
+        self.tables = [p.module.__dict__[table] for p in self.places for table in _TABLES]
         self.kept = self._now()
-        self.held = {name: _held(value) for name, value in self._named()}
 
-    def _now(self) -> list[tuple[Any, ...]]:
-        attributes = self.module.__dict__
-        tables = [(*attributes[table].values(),) for table in _TABLES]
-        return [*tables, tuple([attributes.get(n) for n in self.names])] if self.names else tables
-
-    def _named(self) -> Iterator[tuple[str, Any]]:
-        attributes = self.module.__dict__
-        for table in _TABLES:
-            yield from ((n, v) for n, v in attributes[table].items() if n in self.read)
-        yield from ((n, attributes.get(n)) for n in self.names if n in self.read)
+    def _now(self) -> list[Any]:
+        now = [*chain.from_iterable([table.values() for table in self.tables])]
+        for place in self.places:
+            if place.names:
+                attributes = place.module.__dict__
+                now += [attributes.get(name) for name in place.names]
+        return now
 
     def check(self) -> None:
         """Raise where a tensor came or went, or has another shape.
@@ -54,23 +51,45 @@ class Tensors:
             AutoTPError: names it.
         """
         now = self._now()
-        for a, b in zip(now, self.kept, strict=True):
-            if len(a) != len(b) or not all(map(is_, a, b)):
-                break
-        else:
-            return
-        found = {name: _held(value) for name, value in self._named()}
+        if len(now) != len(self.kept) or not all(map(is_, now, self.kept)):
+            for place in self.places:
+                place.check()
+            self._keep()
+
+
+class Place:
+    """What is watched of one module: its tables of tensors and, among its other attributes, the `names` of tensors and numbers.
+
+    `read`: the names that its code reads and that no forward stores.
+    """
+
+    __slots__ = ("held", "module", "names", "read", "where")
+
+    def __init__(self, path: str, module: nn.Module, read: frozenset[str]) -> None:
+        self.where, self.module, self.read = f"{path}." if path else "", module, read
+        self.names = tuple(n for n, v in module.__dict__.items() if n in read and (type(v) is float or isinstance(v, Tensor)))
+        self.held = self._look()
+
+    def _look(self) -> dict[str, Held]:
+        attributes = self.module.__dict__
+        found = {n: v for table in _TABLES for n, v in attributes[table].items() if n in self.read}
+        return {name: _held(value) for name, value in (found | {n: attributes.get(n) for n in self.names}).items()}
+
+    def check(self) -> None:
+        """As `Tensors.check`, for this module."""
+        found = self._look()
         for name in dict.fromkeys((*self.held, *found)):
             old, new = self.held.get(name), found.get(name)
-            if old == new or (old == _NUMBER and isinstance(new, torch.Size) and new.numel() == 1):
-                continue
-            if new == _NUMBER and isinstance(old, torch.Size) and old.numel() == 1:
+            if old == new or (_NUMBER in (old, new) and (_is_one(old) or _is_one(new))):
                 continue
             raise AutoTPError(
                 f"{self.where}{name} was {_told(old)} when the model was made parallel and is {_told(new)} now; the code that reads it "
                 f"runs on a rank's part, by a plan made for what was there. {_ADVICE}"
             )
-        self.kept = now
+
+
+def _is_one(held: Held) -> bool:
+    return isinstance(held, torch.Size) and held.numel() == 1
 
 
 def _held(value: Any) -> Held:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,8 +50,8 @@ class _One:
 
     __slots__ = ("get", "names", "object", "values", "where", "wholes")
 
-    def __init__(self, where: str, object: Any, names: Sequence[str], wholes: Mapping[str, int] = MappingProxyType({})) -> None:
-        self.where, self.object, self.names, self.wholes = where, object, tuple(names), wholes
+    def __init__(self, where: str, object: Any, names: Sequence[str], wholes: Mapping[str, int] | None = None) -> None:
+        self.where, self.object, self.names, self.wholes = where, object, tuple(names), wholes or {}
         self.get: Callable[[Any], Any] = attrgetter(*self.names)
         self.values = _kept(self.get(object))
 
@@ -114,14 +114,22 @@ class Values:
             if not none.names.isdisjoint(none.object.__dict__):
                 name = next(n for n in none.names if n in none.object.__dict__)
                 raise AutoTPError(_changed(none.where + name, "not there", _brief(none.object.__dict__[name])))
+        if not self._are_as_before():
+            self._compare()
+        for same in self.same:
+            if same.object.__dict__.get(same.names[0]) is not same.held:
+                raise AutoTPError(
+                    f"{same.where}, which code on a rank's part reads, is another object than when the model was made parallel. Change it "
+                    "before parallelize (build the model again), or put the values into the one that was there"
+                )
+
+    def _are_as_before(self) -> bool:
         try:
-            for one in self.found:
-                if one.get(one.object) != one.values:
-                    break
-            else:
-                return self._same()
+            return all(one.get(one.object) == one.values for one in self.found)
         except AttributeError:
-            pass
+            return False
+
+    def _compare(self) -> None:
         for one in self.found:
             now = tuple(getattr(one.object, name, _MISSING) for name in one.names)
             for name, old, new in zip(one.names, one.all(one.values), now, strict=True):
@@ -129,15 +137,6 @@ class Values:
                     setattr(one.object, name, old)
                 elif new is _MISSING or new != old:
                     raise AutoTPError(_changed(one.where + name, _brief(old), "gone" if new is _MISSING else _brief(new)))
-        self._same()
-
-    def _same(self) -> None:
-        for same in self.same:
-            if same.object.__dict__.get(same.names[0]) is not same.held:
-                raise AutoTPError(
-                    f"{same.where}, which code on a rank's part reads, is another object than when the model was made parallel. Change it "
-                    "before parallelize (build the model again), or put the values into the one that was there"
-                )
 
 
 def _brief(value: Any) -> str:
