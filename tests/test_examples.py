@@ -17,7 +17,7 @@ BIN = Path(sys.executable).parent
 TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc-per-node")
 ACCELERATE = (BIN / "accelerate", "launch", "--multi-gpu", "--num-machines", "1", "--mixed-precision", "no", "--dynamo-backend", "no")
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.programs]
 
 
 def run(*command, timeout=100, **variables):

@@ -44,6 +44,7 @@ def run(example: Example) -> None:
     assert CHECKER.check_output(wanted, done.stdout, doctest.ELLIPSIS), f"{command}\nwanted:\n{wanted}\ngot:\n{done.stdout}"
 
 
+@pytest.mark.programs
 @pytest.mark.timeout(400)
 def test_readme(tmp_path):
     document = Document.parse(str(README), CodeBlockParser("python", save), CodeBlockParser("console", run))

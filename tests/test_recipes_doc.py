@@ -32,6 +32,7 @@ def save(example: Example) -> None:
         example.namespace["saved"] += 1
 
 
+@pytest.mark.programs
 @pytest.mark.timeout(400)
 def test_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -53,6 +53,7 @@ def run(example: Example) -> None:
     example.namespace["ran"] += 1
 
 
+@pytest.mark.programs
 @pytest.mark.timeout(600)
 def test_page(tmp_path: Path) -> None:
     document = Document.parse(str(PAGE), CodeBlockParser("python", save), CodeBlockParser("console", run))
@@ -70,6 +71,7 @@ def test_every_strategy_is_on_the_page() -> None:
     assert all(f"`{name}`" in strategies.__doc__ for name in strategies.__all__ if name != "Geometry")
 
 
+@pytest.mark.programs
 @pytest.mark.timeout(400)
 def test_the_ci_example(tmp_path: Path) -> None:
     folder = ROOT / "examples" / "ci"
