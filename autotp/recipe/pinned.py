@@ -33,7 +33,7 @@ def encode(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, frozenset):
-        return sorted(value)
+        return sorted(encode(item) for item in value)
     return [encode(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -74,7 +74,7 @@ def _decode(data: Any, kind: Any) -> Any:
             return tuple(_decode(item, inside[0]) for item in data)
         return tuple(_decode(item, t) for item, t in zip(data, inside, strict=True))
     if origin is frozenset:
-        return frozenset(data)
+        return frozenset(_decode(item, inside[0]) for item in data)
     if origin is not None and issubclass(origin, Mapping):
         return {key: _decode(item, inside[1]) for key, item in data.items()}
     if isinstance(kind, type) and issubclass(kind, Enum):
