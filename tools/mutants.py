@@ -73,7 +73,7 @@ def run(subject: Subject, tp: int, every: bool) -> Survey:
 
 def row(name: str, cells: list[str]) -> str:
     """One line of the table."""
-    return f"{name:<24}" + "".join(f"{cell:>11}" for cell in cells)
+    return f"{name:<28}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def cell(caught: int, made: int) -> str:

@@ -26,7 +26,7 @@ from autotp.testing.compare import Aspect, compare
 from autotp.testing.locate import first_module, gradient_order, surroundings
 from autotp.testing.modules import Record, recorded
 from autotp.testing.mutation import Mutation
-from autotp.testing.observe import Access, MakeOptimizer, Observed, Training, Watch, adamw, observe_model
+from autotp.testing.observe import Access, MakeOptimizer, Observed, Training, Watch, adamw, by_itself, observe_model
 from autotp.testing.ranks.run import BACKENDS, run
 from autotp.testing.subject import Factory, Inputs, Subject, make_subject, twin
 
@@ -41,8 +41,8 @@ class NotEquivalent(AutoTPError, AssertionError):
 class Equivalence:
     """What was compared and how close it is.
 
-    aspects: by name (`autotp.testing.observe` lists them), the worst of all ranks. skipped: aspect → why there was nothing to
-    compare. plan: what the ranks ran. first: where a difference begins, with the layouts and collectives there.
+    aspects: by name (`autotp.testing.observe` lists them), the worst of all ranks. skipped: aspect, or module to be called by
+    itself → why it was not compared. plan: what the ranks ran. first: where a difference begins, with the layouts and collectives there.
     """
 
     model: str
@@ -90,6 +90,7 @@ class _Found:
 
     plan: Plan | None = None
     refused: tuple[str, str] | None = None
+    alone: dict[str, str] = field(default_factory=dict)  # modules that are not to be called by themselves, and why
     aspects: dict[str, Aspect] = field(default_factory=dict)
     record: Record = field(default_factory=dict)
 
@@ -181,10 +182,10 @@ def check(
     made = found[0].plan
     assert made is not None
     dtype = subject.precision.dtype
-    result = Equivalence(type(subject.model).__name__, tp, backend, dtype, made, aspects, wanted.skipped, time.monotonic() - started)
+    skipped = wanted.skipped | {f"{path} by itself": text for path, text in found[0].alone.items()}
+    result = Equivalence(type(subject.model).__name__, tp, backend, dtype, made, aspects, skipped, time.monotonic() - started)
     if result.failed:
-        first = "" if mutation is not None else _first(job, result, timeout)
-        raise NotEquivalent(str(Equivalence(result.model, tp, backend, dtype, made, aspects, wanted.skipped, result.seconds, first)))
+        raise NotEquivalent(str(result if mutation is not None else replace(result, first=_first(job, result, timeout))))
     return result
 
 
@@ -208,6 +209,8 @@ def _on_ranks(job: _Job, tp: int, backend: str, timeout: float, name: str) -> li
     if any(refused) and not all(refused):
         rank, (kind, text) = next((i, r) for i, r in enumerate(refused) if r is not None)
         raise NotEquivalent(f"{name} failed: rank {rank} refuses, rank {refused.index(None)} does not: {kind}: {text}")
+    if len({frozenset(f.alone) for f in found}) > 1:
+        raise NotEquivalent(f"{name} failed: not all ranks refuse the same calls of modules by themselves: {[f.alone for f in found]}")
     if refused[0] is not None:
         kind, text = refused[0]
         raise getattr(errors, kind, AutoTPError)(text)
@@ -243,7 +246,8 @@ def _rank(job: _Job) -> _Found:
                 raise
             found.refused = type(error).__name__, f"{error}\n(raised when {name} of the parallel model were computed)"
             return found
-        found.aspects[name] = compare(name, wanted, got, job.subject.precision)
+        found.aspects[name] = compare(name, watch.answered(wanted), got, job.subject.precision)
+    found.alone = watch.refused
     return found
 
 
@@ -265,6 +269,9 @@ def _worst(aspects: list[Aspect]) -> Aspect:
 def _first(job: _Job, result: Equivalence, timeout: float) -> str:
     """Where it begins, from one more run in which every module is watched."""
     outputs = result.aspects["outputs"].wrong
+    alone = [path for path in job.subject.alone for name in outputs if name.endswith(by_itself(path))]
+    if alone and len(alone) == len(outputs):
+        return f"first module that differs, called by itself: {alone[0]}\n{surroundings(result.plan, alone[0])}"
     call = next((n for n in job.subject.more if outputs and all(path.endswith(f" {n}") for path in outputs)), "")
     reference = _record(job.subject, job.subject.model, call)
     if "outputs" in result.failed or not {"gradients", "steps"} & set(result.failed):

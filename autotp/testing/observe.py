@@ -4,8 +4,10 @@
 |------------|----------------------------------------------------------------------------------------------------------|
 | state      | the state dict before anything runs                                                                      |
 | outputs    | every tensor of a call's output; caches are left out: they may hold this rank's part. Transformers       |
-|            | models are called again for all that they can return, and with padding                                   |
-| gradients  | of every parameter and of floating-point arguments, from a fixed random weighting of all outputs         |
+|            | models are called again for all that they can return, and with padding. Embeddings and Linears that no   |
+|            | call runs are called by themselves; where the parallel model refuses that, it is left out                |
+| gradients  | of every parameter and of floating-point arguments, from a fixed random weighting of all outputs; those  |
+|            | of each module called by itself are separate                                                             |
 | generation | greedy tokens, and the logits of each step                                                               |
 | training   | in training mode: outputs of a call and gradients of it, outputs of a second call, and the buffers       |
 |            | afterwards. Models that draw random numbers there (dropout) are not compared                             |
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autotp.errors import InputError
+from autotp.errors import AutoTPError, InputError
 from autotp.testing.compare import BUFFER, GRADIENT
 from autotp.testing.subject import Subject, twin
 from autotp.trace.boundary import flatten_result
@@ -72,6 +74,11 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, eps=1e-6)
 
 
+def by_itself(path: str) -> str:
+    """How the entries end that come from calling the module `path` by itself."""
+    return f" of {path} by itself"
+
+
 def tensors_of(output: Any) -> dict[str, Tensor]:
     """The tensors of a call's output by path, caches left out."""
     found: dict[str, Tensor] = {}
@@ -86,10 +93,14 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
 
 
 class Watch:
-    """Watches one model; an error in it is the caller's to see."""
+    """Watches one model; an error in it is the caller's to see.
+
+    `refused`: modules that the parallel model does not let anyone call by themselves, with what it says.
+    """
 
     def __init__(self, model: nn.Module, subject: Subject, access: Access, stepping: Training) -> None:
         self.model, self.subject, self.access, self.stepping = model, subject, access, stepping
+        self.refused: dict[str, str] = {}
         self._run: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     def state(self) -> dict[str, Tensor]:
@@ -97,14 +108,25 @@ class Watch:
         return {name: t.detach().clone() for name, t in self.access.state(self.model).items() if isinstance(t, Tensor)}
 
     def outputs(self) -> dict[str, Tensor]:
-        """Whole tensors of one call's output."""
-        return {path: t.detach().clone() for path, t in self._forward()[0].items()}
+        """Whole tensors of one call's output, and of the modules called by themselves."""
+        found = dict(self._forward()[0])
+        for path in self.subject.alone:
+            found |= {name + by_itself(path): t for name, t in self._alone(path)[0].items()}
+        return {name: t.detach().clone() for name, t in found.items()}
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients of a weighting of all outputs; {} where no output has one."""
+        """Gradients of a weighting of all outputs, and of what each module called by itself returns; {} where nothing has one."""
         outputs, leaves = self._forward()
         self._run = None
-        return self._gradients(outputs, leaves)
+        found = self._gradients(outputs, leaves)
+        for path in self.subject.alone:
+            found |= {name + by_itself(path): t for name, t in self._gradients(*self._alone(path)).items()}
+        return found
+
+    def answered(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`wanted` without what comes from calls that are refused here."""
+        ends = tuple(map(by_itself, self.refused))
+        return {path: t for path, t in wanted.items() if not path.endswith(ends)}
 
     def generation(self) -> dict[str, Tensor]:
         """Greedy tokens and logits."""
@@ -172,6 +194,15 @@ class Watch:
             found[f"gradient norm of step {step}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         names = {n for n, _ in self.model.named_parameters()}
         return found | {n: t for n, t in self.state().items() if n in names}
+
+    def _alone(self, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Outputs and leaves of a module called by itself; none where it is refused: it may hold or take a rank's part."""
+        leaves: dict[str, Tensor] = {}
+        try:
+            return tensors_of(self.subject.call_alone(self.model, path, leaves)), leaves
+        except AutoTPError as error:
+            self.refused[path] = f"refused: {error}"
+            return {}, {}
 
     def _gradients(self, outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         total = weighted(outputs)

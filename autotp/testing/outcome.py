@@ -7,7 +7,7 @@ differ, an error of torch's and a hang are none of these.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def equal_or_refused(
         NotEquivalent: neither. InputError: the model itself does not run on these inputs.
     """
     with torch.random.fork_rng(devices=()):
-        subject = replace(make_subject(factory, inputs, torch.float64, 0), more=more or {})
+        subject = make_subject(factory, inputs, torch.float64, 0, more or {})
         training = Training(steps, adamw)
         wanted = observe_model(subject, training)
     try:

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class Subject:
     """`model` (in eval mode, in `precision`) and the arguments of one call.
 
     `given`: the caller chose the arguments. `more`: changes to them that make further calls, by name. `leaves`: floating-point
-    arguments can record gradients (not where the model changes them in place).
+    arguments can record gradients (not where the model changes them in place). `alone`: embeddings and Linears that none of these
+    calls runs, each with an argument to call it with.
     """
 
     model: nn.Module
@@ -35,6 +37,7 @@ class Subject:
     given: bool
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     leaves: bool = True
+    alone: Mapping[str, Tensor] = field(default_factory=dict)
 
     def call(self, model: nn.Module, leaves: dict[str, Tensor] | None = None, name: str = "") -> Any:
         """The output of `model`, this one or a parallel copy, for the call `name` of `more` ("": the main one).
@@ -47,6 +50,12 @@ class Subject:
         kwargs = {n: _fresh(v, f"argument {n}", leaves) for n, v in chosen.items()}
         with self.precision.mode():
             return model(*args, **kwargs)
+
+    def call_alone(self, model: nn.Module, path: str, leaves: dict[str, Tensor]) -> Any:
+        """The output of one module of `alone`, called by itself; `leaves` receives a floating-point argument."""
+        argument = _fresh(self.alone[path], "argument", leaves)
+        with self.precision.mode():
+            return model.get_submodule(path)(argument)
 
     def example_inputs(self) -> dict[str, Any] | None:
         """The arguments by the names of `forward`, where the caller chose them."""
@@ -99,8 +108,10 @@ def precision_of(dtype: torch.dtype) -> Precision:
     return found
 
 
-def make_subject(factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: int) -> Subject:
-    """Build the model once, in `dtype`, and find a call of it that runs.
+def make_subject(
+    factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: int, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> Subject:
+    """Build the model once, in `dtype`, and find a call of it that runs. `more` are further calls; None finds those of a guessed one.
 
     Parameters that hold one value (zero biases, norms of ones) get small noise: they would hide what is done to them.
 
@@ -116,7 +127,10 @@ def make_subject(factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: 
     trial = replace(subject, model=twin(model))  # calls may leave something on the model
     _try(trial)
     trial = replace(trial, leaves=_records(trial))
-    return replace(trial, model=model, more=_further(trial) if inputs is None else {})
+    if more is None:
+        more = _further(trial) if inputs is None else {}
+    trial = replace(trial, more=more)
+    return replace(trial, model=model, alone=_uncalled(trial))
 
 
 def _build(factory: Any) -> nn.Module:
@@ -185,15 +199,47 @@ def _further(subject: Subject) -> dict[str, dict[str, Any]]:
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
         further["with padding"] = {"attention_mask": mask}
-    return {name: changes for name, changes in further.items() if _runs(subject, name, changes)}
+    trial = replace(subject, more=further)
+    return {name: changes for name, changes in further.items() if _runs(partial(trial.call, trial.model, name=name))}
 
 
-def _runs(subject: Subject, name: str, changes: Mapping[str, Any]) -> bool:
+def _uncalled(subject: Subject) -> dict[str, Tensor]:
+    """The embeddings and Linears that no call runs, with an argument for each that it takes.
+
+    A user may call one: the input embedding of an encoder-decoder model, whose halves have tables of their own that are tied to it.
+    """
+    modules = {path: (m, argument) for path, m in subject.model.named_modules() if path and (argument := _argument(subject, m)) is not None}
+    ran: set[nn.Module] = set()
+    handles = [m.register_forward_pre_hook(lambda module, _: ran.add(module)) for m, _ in modules.values()]
+    try:
+        for name in ("", *subject.more):
+            torch.manual_seed(0)
+            subject.call(subject.model, name=name)
+    except Exception:  # whoever watches the outputs makes the same calls, and says what is wrong
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    trial = replace(subject, alone={path: argument for path, (m, argument) in modules.items() if m not in ran})
+    return {path: a for path, a in trial.alone.items() if _runs(partial(trial.call_alone, trial.model, path, {}))}
+
+
+def _argument(subject: Subject, module: nn.Module) -> Tensor | None:
+    """What an embedding or a Linear may be called with: every id, or random rows; None for any other module."""
+    if module._modules or all(p is None for p in module._parameters.values()):
+        return None
+    if isinstance(module, nn.Embedding):
+        return torch.arange(module.num_embeddings).unsqueeze(0)
+    if isinstance(module, nn.Linear):
+        return torch.randn(2, 3, module.in_features, generator=torch.Generator().manual_seed(0), dtype=subject.precision.dtype)
+    return None
+
+
+def _runs(call: Callable[[], Any]) -> bool:
     from autotp.testing.observe import tensors_of
 
     try:
-        with torch.no_grad():
-            output = replace(subject, more={name: changes}).call(subject.model, name=name)
+        output = call()
     except Exception:  # the model itself does not know this
         return False
     return not any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_of(output).values())
