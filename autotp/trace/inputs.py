@@ -117,7 +117,8 @@ def user_internals(model: nn.Module, given: Given) -> tuple[Example, ...]:
 
 
 def _turned(model: nn.Module, calls: Sequence[Mapping[str, object]]) -> Iterator[Example]:
-    """The first call with a flag turned that no call turns, and without an argument that may be absent and never is."""
+    """The first call with a flag turned that no call turns, without an argument that may be absent and never is, and with all of that."""
+    turned: dict[str, object] = {}
     for p in inspect.signature(model.forward).parameters.values():
         values = [call.get(p.name, p.default) for call in calls]
         if isinstance(p.default, bool) and all(v is values[0] for v in values) and isinstance(values[0], bool):
@@ -126,7 +127,11 @@ def _turned(model: nn.Module, calls: Sequence[Mapping[str, object]]) -> Iterator
             other = None
         else:
             continue
-        yield Example(f"user with {p.name}={other}", partial(dict, calls[0], **{p.name: other}), optional=True, quiet=True)
+        turned[p.name] = other
+    changes = [{name: other} for name, other in turned.items()] + ([turned] if len(turned) > 1 else [])
+    for change in changes:
+        told = ", ".join(f"{name}={other}" for name, other in change.items())
+        yield Example(f"user with {told}", partial(dict, calls[0], **change), optional=True, quiet=True)
 
 
 def _check_call(model: nn.Module, mapping: Any) -> None:

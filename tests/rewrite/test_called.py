@@ -527,3 +527,12 @@ def failure(call: Any) -> str:
     except AutoTPError as error:
         return str(error)
     return ""
+
+
+class Flags(Asked):
+    def forward(self, x: Tensor, p: bool = False, q: bool = False) -> Tensor:
+        return self.b(self.mixed(self.a(x), p and q))
+
+
+def test_all_flags_are_turned_together_too() -> None:
+    assert outcome(partial(Flags, None), {"x": X}, p=True, q=True).equal is not None
