@@ -246,7 +246,7 @@ class Flagged(nn.Module):
 def test_other_calls_follow_from_the_callers():
     made = user_examples(Flagged(), {"x": 1, "mask": 2})
     assert [e.name for e in made] == ["user", "user with mask=None", "user with hard=True", "user with mask=None, hard=True"]
-    assert [e.optional for e in made] == [False, True, True]
+    assert [e.optional for e in made] == [False, True, True, True]
     assert made[2].make() == {"x": 1, "mask": 2, "hard": True}
     made = user_examples(Flagged(), [{"x": 1, "hard": True}, {"x": 3, "mask": 2, "hard": False}])
     assert [e.name for e in made] == ["user", "user 2"]
