@@ -1,4 +1,4 @@
-"""Every optimizer of torch, in each of its forms, gives the parameters of one device, or raises one error that says what to do."""
+"""Every optimizer of torch that works on each element, in each of its forms, and Adafactor, gives the parameters of one device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ Make = Callable[[Any], torch.optim.Optimizer]
 NAMES = sorted(
     name
     for name, cls in vars(torch.optim).items()
-    if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and cls not in (torch.optim.Optimizer, torch.optim.SparseAdam)
+    if inspect.isclass(cls)
+    and issubclass(cls, torch.optim.Optimizer)
+    and cls not in (torch.optim.Optimizer, torch.optim.SparseAdam, torch.optim.LBFGS, torch.optim.Muon)
 )
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "SGD": [{"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}, {"maximize": True}],
@@ -86,9 +88,6 @@ def stepped(name: str) -> dict[str, str]:
             return made
 
         plain, laid = parameters(line)
-        if name in ("LBFGS", "Muon"):  # torch's own work on these alone: Muon on matrices, and in bfloat16
-            kept = [i for i, p in enumerate(plain) if p.is_contiguous() and p.ndim == 2]
-            plain, laid = [plain[i] for i in kept], [laid[i] for i in kept]
         wanted = steps(plain, make)
         try:
             got = steps(laid, make)
