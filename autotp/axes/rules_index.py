@@ -14,8 +14,12 @@ from autotp.trace.graph import Node, Value
 
 @rule("embedding")
 def embedding(context: Context, node: Node) -> None:
-    """Rows of a table."""
+    """Rows of a table. Gradients that count the ids, or name rows, are made of the whole table and all ids."""
     table, ids, out = node.args[0], node.args[1], node.outputs[0]
+    for position, option in ((3, "scale_grad_by_freq"), (4, "sparse")):
+        if arg(node, position, option, False):
+            context.opaque(f"{option}=True of an embedding: its gradient is made of the whole table")
+            return
     context.contract(table, 0, Kernel.LOOKUP)
     context.set(out, [*context.of(ids), *context.of(table)[1:]])
     context.linear([table])

@@ -27,6 +27,7 @@ from autotp.errors import CheckpointError
 from autotp.plan.layout import Layout, replicated
 from autotp.plan.model import ParamPlan
 from autotp.rewrite.sharded import Sharded
+from autotp.rewrite.tensor import LayoutDTensor, layout_of
 
 #: Tensors are written in boxes of at most so many bytes: who reads a part holds no more than that of the rest.
 BOX = 64 << 20
@@ -41,11 +42,7 @@ class Param:
     tensor: Tensor
     layout: Layout
     rank: int
-
-    @property
-    def local(self) -> Tensor:
-        """This rank's part, of shape `layout.local_shape`."""
-        return local_of(self.tensor)
+    local: Tensor  # this rank's part, of shape `layout.local_shape`
 
     @property
     def is_cut(self) -> bool:
@@ -79,6 +76,8 @@ class Contents:
 
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's part of a parameter or of a moment."""
+    if isinstance(tensor, LayoutDTensor):
+        return tensor._held().detach()
     return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
 
 
@@ -89,8 +88,9 @@ def whole(tensor: Tensor, box: int | None = None) -> Sharded:
 
 def moment(param: Param, value: Tensor, box: int | None = None) -> Sharded:
     """A tensor of the optimizer's state of `param`: in the parameter's layout where it has its shape."""
-    like = value.shape == param.tensor.shape
-    return Sharded(local_of(value), param.layout, param.rank, box) if like else whole(value, box)
+    if value.shape != param.tensor.shape:
+        return whole(value, box)
+    return Sharded(local_of(value), value._layout if isinstance(value, LayoutDTensor) else param.layout, param.rank, box)
 
 
 def contents_of(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, optimizer: Any) -> Contents:
@@ -126,14 +126,15 @@ def _params(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, problem
             aliases[name] = first[id(p)]
             continue
         known = plans.get(name)
-        layout = known.layout if known is not None else replicated(tuple(p.shape), 1)
-        param = Param(name, p, layout, rank)
+        layout = layout_of(p, None if known is None else known.layout)
+        param = Param(name, p, layout, rank, local_of(p))
         if p.is_meta:
             problems.append(f"{name} is on the meta device and has no values: load weights into the model first")
-        elif tuple(param.local.shape) != layout.local_shape:
+        elif tuple(param.local.shape) != layout.local_shape or (not isinstance(p, DTensor) and tuple(p.shape) != layout.shape):
             problems.append(
-                f"{name}: this rank holds a part of shape {tuple(param.local.shape)}, autotp's plan says {layout.local_shape}; "
-                "models that another parallelism has sharded further are not supported"
+                f"{name}: this rank holds a part of shape {tuple(param.local.shape)}, autotp's plan says {layout.local_shape}: another "
+                "parallelism has sharded it further, or a tensor of another shape was put there; put a whole one there, of shape "
+                f"{layout.shape}"
             )
         params[name] = param
     return params, aliases

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from autotp.checkpoint.contents import Contents, Group, Param, is_scalar_state, moment
 from autotp.checkpoint.match import Stored
 from autotp.plan.pieces import piece_dim
+from autotp.rewrite.tensor import LayoutDTensor
 
 
 class Resume:
@@ -54,6 +55,9 @@ class Resume:
         """Padding is zero; state and hyperparameters are those of the checkpoint."""
         for param in self._contents.params.values():
             _clear_padding(param, param.local)
+            if isinstance(param.tensor, LayoutDTensor):
+                with torch.no_grad():
+                    param.tensor._take_back_(param.local)
         for param, _ in self._grouped():
             state = self._states[param.name]
             for value in state.values():

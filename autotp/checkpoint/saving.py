@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from autotp.agree import agree
 from autotp.api import state_of
 from autotp.checkpoint import pretrained
+from autotp.checkpoint.contents import local_of
 from autotp.checkpoint.deferred import Box, Node, sizes
 from autotp.checkpoint.directory import written_beside
 from autotp.checkpoint.exchange import Held, round_of
@@ -35,6 +35,7 @@ from autotp.errors import CheckpointError, InputError
 from autotp.plan.model import ParamPlan
 from autotp.plan.plan import Plan
 from autotp.rewrite.comm import Comm, GroupComm
+from autotp.rewrite.tensor import layout_of
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -86,12 +87,12 @@ def held_state(model: nn.Module, params: Mapping[str, ParamPlan]) -> tuple[dict[
             continue  # what a module adds to its state that is no tensor; transformers does not write it either
         plan = params.get(name)
         if id(tensor) not in made:
-            local = tensor.detach()
-            local = local._local_tensor if isinstance(local, DTensor) else local
+            local = local_of(tensor)
             if local.is_meta:
                 raise CheckpointError(f"{name} is on the meta device and has no values: load weights into the model first")
             if plan is not None:
-                made[id(tensor)] = Held(plan.layout.shape, local.dtype, local, plan.layout)
+                layout = layout_of(tensor, plan.layout)
+                made[id(tensor)] = Held(layout.shape, local.dtype, local, layout)
             else:
                 made[id(tensor)] = Held(tuple(local.shape), local.dtype, local)
         state[name], identity[name] = made[id(tensor)], id(tensor)

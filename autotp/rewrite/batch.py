@@ -45,7 +45,7 @@ def _sum_together(grads: list[Tensor | None], fixes: Sequence[GradFix]) -> list[
     """`grads` finished by their `fixes`; those to be summed whole share one all-reduce for each dtype."""
     together: dict[torch.dtype, list[int]] = {}
     for i, (grad, fix) in enumerate(zip(grads, fixes, strict=True)):
-        if grad is not None and fix.grad is GradSum.ALL:
+        if grad is not None and fix.grad is GradSum.ALL and grad.layout is torch.strided:
             together.setdefault(grad.dtype, []).append(i)
         elif grad is not None:
             grads[i] = fix(grad)

@@ -2,7 +2,8 @@
 
     on elements   add, mul, copy_, …: on the local parts; a whole tensor among the arguments is cut first
     counting      sums and norms: on what each rank owns, an index that several ranks hold once, padding never
-    lists         foreach and fused ones: DTensor's own, on elements too
+    lists         foreach ones that work on each element, fused optimizers: on the local parts, where the lists go together;
+                  norms: DTensor's own
     any other     on the whole tensors: parts are gathered, what is written goes back into the parts, views remember what they are of
 
 A plain tensor among the arguments is whole. Results of the last kind are whole on every rank, and random numbers are rank 0's. Nothing
@@ -11,8 +12,9 @@ here is called in a forward, which reads local tensors.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from math import isinf
 from typing import Any
 
@@ -41,12 +43,23 @@ _ON_ELEMENTS = frozenset(
     getattr(_aten, name)
     for name in ("copy_", "fill_", "zero_", "masked_fill_", "_to_copy", "zeros_like", "ones_like", "empty_like", "full_like", "alias")
 )
-# Lists in which padding is not what is there: -1 is less than it.
-_EXTREMES = frozenset(getattr(_aten, name) for name in ("_foreach_max",) if hasattr(_aten, name))
+# Lists that DTensor reduces rightly.
+_REDUCED = frozenset(
+    getattr(_aten, name)
+    for name in ("_foreach_norm", "_foreach_powsum", "_amp_foreach_non_finite_check_and_unscale_")
+    if hasattr(_aten, name)
+)
+# Steps of optimizers, which work on each element.
+_STEPS = frozenset(
+    getattr(_aten, name) for name in ("_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_") if hasattr(_aten, name)
+)
+# Of `_foreach_…`: on each element too, though torch does not tag them so.
+_MOVES = frozenset((_aten.copy, _aten.clone, _aten.zero))
 _RESHAPES = frozenset((_aten.view, _aten._unsafe_view, _aten.expand))
 _ON_PARTS = (_detach, _aten.stack.default)  # of sums and norms
 _COLLECTIVES = frozenset(("c10d", "_c10d_functional", "_c10d_functional_autograd"))
 _LISTS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_")
+_FOREACH = "_foreach_"
 
 
 class PartView(LayoutDTensor):
@@ -65,6 +78,36 @@ class PartView(LayoutDTensor):
 
     def _whole(self) -> Tensor:
         return self._of(self._source._whole())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if getattr(self, "_is_param", False) or not self.is_leaf:
+            return super().__deepcopy__(memo)
+        if id(self) not in memo:
+            copied: Any = copy.deepcopy(self._source.detach(), memo)
+            memo[id(self)] = _viewing(copied, self._of(copied._whole()), self._steps)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # What it holds is what it was.
+        return self._everywhere(self._held()).requires_grad_(self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def _held(self) -> Tensor:
+        return self._whole().clone()
+
+    def _take_back_(self, held: Tensor) -> None:
+        self.copy_(held)
+
+    def __create_write_items__(self, fqn: str, object: object) -> list[Any]:
+        return self._everywhere(self._whole()).__create_write_items__(fqn, object)
+
+    def __create_chunk_list__(self) -> list[Any]:
+        raise AutoTPError(
+            "torch.distributed.checkpoint does not read into a view of a tensor that is cut over ranks: use autotp.checkpoint.load, or "
+            "give the parameter memory of its own (nn.Parameter(weight.detach().t().clone()))"
+        )
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        return self._everywhere(self._whole()).__get_tensor_shard__(index)
 
     def to_local(self, **options: Any) -> Tensor:
         raise AutoTPError(
@@ -91,13 +134,11 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     elif packet in _RESHAPES and isinstance(x := args[0], LayoutDTensor) and type(x) is not PartView and tuple(args[1]) == tuple(x.shape):
         return x._like(x._local_tensor, x._spec)
     counts = packet in _COUNTING
-    if (
-        func._schema.name.startswith(_LISTS)
-        and _in_step(args)
-        and packet not in _EXTREMES
-        and not (counts and _order(func, args, kwargs) < 0)
-    ):
-        return _on_lists(func, args, kwargs, counts)
+    if func._schema.name.startswith(_LISTS) and _in_step(args):
+        if (packet in _STEPS or _is_on_each(packet)) and (result := _on_each(func, args, kwargs)) is not NotImplemented:
+            return result
+        if packet in _REDUCED and not (counts and _order(func, args, kwargs) < 0):
+            return _on_lists(func, args, kwargs, counts)
     if counts and _counts(func, args, kwargs):
         args, kwargs = _with_dims(func, args, kwargs)
         return _summed(func(_owned(args[0]), *args[1:], **kwargs))
@@ -294,42 +335,100 @@ def _with_dims(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> t
 # lists ------------------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=512)
+def _is_on_each(packet: Any) -> bool:
+    """True for `_foreach_…` of an operator that works on each element alone."""
+    name = packet.__name__
+    base = getattr(_aten, name.removeprefix(_FOREACH).rstrip("_"), None) if name.startswith(_FOREACH) else None
+    return base is not None and (base in _MOVES or any(torch.Tag.pointwise in getattr(base, o).tags for o in base.overloads()))
+
+
+def _lists(args: tuple[Any, ...]) -> list[Any]:
+    """The lists of tensors among `args`, without those that hold one number for each position, unless there are no others."""
+    lists = [a for a in args if isinstance(a, list | tuple) and any(isinstance(t, Tensor) for t in a)]
+    return [a for a in lists if any(t.ndim for t in a)] or lists
+
+
 def _in_step(args: tuple[Any, ...]) -> bool:
     """True for lists whose tensors at one position are placed alike, as an optimizer's are."""
-    lists = [a for a in args if isinstance(a, list | tuple) and any(isinstance(t, Tensor) and t.ndim for t in a)]
+    if any(type(t) is PartView for t in tree_iter(args)) or any(isinstance(a, LayoutDTensor) and a._layout.dim is not None for a in args):
+        return False
+    lists = _lists(args)
     if any(len(a) != len(lists[0]) for a in lists):
         return False
     for at in zip(*lists, strict=True):
         first = at[0]
         for t in at:
-            if isinstance(t, PartView) or not isinstance(t, DTensor):
+            if not isinstance(t, DTensor):
                 return False
             if isinstance(t, LayoutDTensor) and isinstance(first, LayoutDTensor) and not _same_layout(t, first):
                 return False
             if t._spec.placements != first._spec.placements or t.shape != first.shape:
                 return False
-    return True
+    return bool(lists)
 
 
 def _on_lists(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], counts: bool) -> Any:
+    """DTensor's own, of what each rank owns where an entry counts as often as it is there."""
     change = _owned if counts else plain
     result = func(*tree_map_only(LayoutDTensor, change, args), **tree_map_only(LayoutDTensor, change, dict(kwargs)))
-    if counts:
-        return _summed(result)
-    for a, argument in zip(args, func._schema.arguments, strict=False):
-        if isinstance(a, list | tuple) and argument.alias_info is not None and argument.alias_info.is_write:
-            for t in a:
-                if isinstance(t, LayoutDTensor) and t._layout.is_padded:
-                    t._clear_padding_()
-    if not isinstance(result, list | tuple) or len(result) != len(args[0]):
-        return result
-    return type(result)(_relaid(r, t) for r, t in zip(result, args[0], strict=True))
+    return _summed(result) if counts else result
 
 
-def _relaid(result: Any, like: Any) -> Any:
-    if not (isinstance(like, LayoutDTensor) and isinstance(result, DTensor)) or result._local_tensor.shape != like._local_tensor.shape:
+def _on_each(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """On the local tensors of lists that are in step; NotImplemented where the results are no parts (a maximum)."""
+    local, options = tree_map_only(DTensor, _held, args), tree_map_only(DTensor, _held, dict(kwargs))
+    result = _step_of(func, local, options) if func.overloadpacket in _STEPS else func(*local, **options)
+    for t in _written(func, args, kwargs):
+        if isinstance(t, LayoutDTensor) and t._layout.is_padded:
+            t._clear_padding_()
+    if not isinstance(result, list | tuple):
         return result
-    return like._like(result._local_tensor, _in_dtype(like._spec, result.dtype))
+    likes = _lists(args)[0]
+    if any(r.shape != like._local_tensor.shape for r, like in zip(result, likes, strict=True)):
+        return NotImplemented
+    return type(result)(map(_relaid, result, likes))
+
+
+def _held(x: DTensor) -> Tensor:
+    """What this rank holds of a tensor in a list, or of a number that goes with one."""
+    return x.full_tensor() if any(p.is_partial() for p in x._spec.placements) else x._local_tensor
+
+
+def _relaid(result: Tensor, like: DTensor) -> DTensor:
+    spec = _in_dtype(like._spec, result.dtype)
+    if not isinstance(like, LayoutDTensor):
+        return new_dtensor(DTensor, result, spec, requires_grad=False)  # type: ignore[no-any-return]
+    made = like._like(result, spec)
+    if like._layout.is_padded:
+        made._clear_padding_()
+    return made
+
+
+def _step_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A fused step on plain tensors.
+
+    Its kernels go through the memory of a parameter, its gradient and its moments together, whatever their strides. On one device
+    autograd and the optimizer make the latter in the strides of the parameter; here they may be made in others.
+    """
+    again: list[tuple[Tensor, Tensor]] = []
+
+    def like(t: Tensor, p: Tensor) -> Tensor:
+        if t.shape != p.shape or t.stride() == p.stride():
+            return t
+        form = torch.empty_like(p, dtype=t.dtype)
+        if t.stride() == form.stride():
+            return t
+        again.append((t, form.copy_(t)))
+        return form
+
+    params = args[0]
+    result = func(
+        params, *([like(t, p) for t, p in zip(a, params, strict=False)] if isinstance(a, list | tuple) else a for a in args[1:]), **kwargs
+    )
+    for t, form in again:
+        t.copy_(form)
+    return result
 
 
 # any other --------------------------------------------------------------------------------------------------------------------
@@ -339,7 +438,7 @@ class _Wholes:
     """The whole tensors of one call's arguments, each made once."""
 
     def __init__(self) -> None:
-        self._sources: dict[int, tuple[LayoutDTensor, Tensor]] = {}
+        self._sources: dict[Any, tuple[LayoutDTensor, Tensor]] = {}  # by what they hold: two may be one, as views are of one memory
         self.made: dict[int, tuple[Tensor, Tensor]] = {}  # id of a whole tensor → it and the argument that it stands for
         self._known: dict[int, Tensor] = {}
 
@@ -359,9 +458,10 @@ class _Wholes:
         return self._known[id(x)]
 
     def _source(self, x: LayoutDTensor) -> Tensor:
-        if id(x) not in self._sources:
-            self._sources[id(x)] = x, x._whole()
-        return self._sources[id(x)][1]
+        key = _memory(x)
+        if key not in self._sources:
+            self._sources[key] = x, x._whole()
+        return self._sources[key][1]
 
     def write_back(self, x: Tensor) -> None:
         """The values of `x`, which was changed in place, go into the parts."""
@@ -374,6 +474,12 @@ class _Wholes:
             )
 
 
+def _memory(x: LayoutDTensor) -> Any:
+    """Equal for tensors that are one: a detached one is another object over the same part."""
+    local = x._local_tensor
+    return local.untyped_storage()._cdata, local.storage_offset(), tuple(local.shape), local.stride(), local.dtype
+
+
 def _on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], random: bool) -> Any:
     """On whole tensors, on every rank alike."""
     written = list(_written(func, args, kwargs))
@@ -381,7 +487,7 @@ def _on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], rando
     wholes = _Wholes()
     new_args, new_kwargs = tree_map_only(Tensor, wholes, args), tree_map_only(Tensor, wholes, dict(kwargs))
     with torch.no_grad():
-        result = func(*new_args, **new_kwargs)
+        result = (_step_of if func.overloadpacket in _STEPS else _call)(func, new_args, new_kwargs)
         if random:
             for t in (*map(wholes, written), *(tree_iter(result) if not written else ())):
                 _same_everywhere(t, one)
@@ -389,7 +495,7 @@ def _on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], rando
         wholes.write_back(t)
 
     def placed(at: int, x: Any) -> Any:
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or x.layout is not torch.strided:  # a sparse one is whole, and plain as gradients are
             return x
         if id(x) in wholes.made:
             return wholes.made[id(x)][1]
@@ -404,6 +510,10 @@ def _on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], rando
     return placed(-1, result)
 
 
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -412,11 +522,16 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ite
 
 
 def _view(of: LayoutDTensor, now: Tensor, step: Callable[[Tensor], Tensor]) -> PartView:
-    whole = of._everywhere(now)
+    if isinstance(of, PartView):
+        return _viewing(of._source, now, (*of._steps, step))
+    return _viewing(of, now, (step,))
+
+
+def _viewing(source: LayoutDTensor, now: Tensor, steps: tuple[Callable[[Tensor], Tensor], ...]) -> PartView:
+    """The view of `source` that `steps` make; `now`: what it holds."""
+    whole = source._everywhere(now)
     made: PartView = new_dtensor(PartView, now, whole._spec, requires_grad=False)
-    made._layout = whole._layout
-    made._source = of._source if isinstance(of, PartView) else of
-    made._steps = (*of._steps, step) if isinstance(of, PartView) else (step,)
+    made._layout, made._source, made._steps = whole._layout, source, steps
     return made
 
 

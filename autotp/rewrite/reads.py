@@ -20,7 +20,7 @@ from autotp.plan.model import Conversion, GradSum, Op, Written
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.convert import bind_all
 from autotp.rewrite.split import split_of
-from autotp.rewrite.tensor import LayoutDTensor, in_layout, own_gradient
+from autotp.rewrite.tensor import LayoutDTensor, in_layout, own_gradient, refuse_sparse
 from autotp.rewrite.transforms import direct, refuse_transforms
 
 
@@ -48,6 +48,8 @@ class GradFix:
         """The finished gradient; `grad` itself is changed only if `owned`."""
         if not self.needed:
             return grad
+        if grad.layout is not torch.strided:
+            return self._sum_sparse(grad)
         if self.grad is GradSum.ALL:
             return self.comm.all_reduce_(grad) if owned and grad.is_contiguous() else self.comm.all_reduce(grad)
         if not owned:
@@ -57,6 +59,21 @@ class GradFix:
         if self.grad is GradSum.SHARED:
             self._sum_copies_(grad)
         return grad
+
+    def _sum_sparse(self, grad: Tensor) -> Tensor:
+        """The sum over the ranks of sparse gradients of a whole parameter, which name the same rows: the ids are whole on every rank.
+
+        Raises:
+            AutoTPError: on every rank, where they do not, or the parameter is cut.
+        """
+        if self.grad is not GradSum.ALL or grad.layout is not torch.sparse_coo:
+            refuse_sparse()
+        grad = grad.coalesce()
+        rows, values = grad.indices(), grad.values()
+        said = torch.stack([torch.tensor(rows.numel(), device=rows.device), (rows.flatten() * _odd(rows)).sum()])
+        if any(not torch.equal(said, other) for other in self.comm.all_gather(said)):
+            refuse_sparse()
+        return torch.sparse_coo_tensor(rows, self.comm.all_reduce(values), grad.shape, is_coalesced=True)
 
     def _sum_copies_(self, grad: Tensor) -> None:
         """Every copy of a shared index gets the sum of all of them; a rank without one takes part in the collective."""
@@ -68,6 +85,11 @@ class GradFix:
         total = self.comm.all_reduce_(total)
         for at, start, length in self.shared.pieces:
             grad.narrow(dim, at, length).copy_(total.narrow(dim, start, length))
+
+
+def _odd(rows: Tensor) -> Tensor:
+    """Factors that tell lists of numbers apart by one sum."""
+    return torch.arange(rows.numel(), device=rows.device) * 0x9E3779B97F4A7C + 1
 
 
 class _Read(torch.autograd.Function):
@@ -103,6 +125,8 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         fix = ctx.fix
+        if grad.layout is not torch.strided:
+            refuse_sparse()
         return fix.layout.unshard(fix.comm.all_gather(fix(grad))), None
 
 

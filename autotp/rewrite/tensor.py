@@ -16,10 +16,10 @@ Nothing here is called in a forward, which reads local tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -175,6 +175,13 @@ class LayoutDTensor(Numbers):
             return local.new_empty(layout.shape)
         return layout.unshard(self._comm.all_gather(local))
 
+    def _held(self) -> Tensor:
+        """What a checkpoint is written from and read into; see `_take_back_`."""
+        return self._local_tensor
+
+    def _take_back_(self, held: Tensor) -> None:
+        """Values were read into `held`, which `_held` gave."""
+
     def _part(self, whole: Tensor) -> Tensor:
         """This rank's part of a plain whole tensor."""
         return self._layout.shard(whole, self._rank)
@@ -238,6 +245,15 @@ class LayoutDTensor(Numbers):
         made: DTensor = DTensor.__tensor_unflatten__(inner_tensors, flatten_spec, outer_size, outer_stride)  # type: ignore[no-untyped-call]
         return _rebuilt(made, flatten_spec[1].layout, flatten_spec[-1])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A parameter is copied as on one device: its values in memory of its own, without its gradient, hooks and marks.
+        if not getattr(self, "_is_param", False):
+            return super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        if id(self) not in memo:
+            with torch.no_grad():
+                memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        return memo[id(self)]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         ordinary = new_dtensor(DTensor, self._local_tensor, self._spec, requires_grad=False)
         return _rebuilt, (ordinary, self._layout, self.requires_grad)
@@ -278,15 +294,43 @@ def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
     return made
 
 
-def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> LayoutDTensor:
+def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> Tensor:
     """The gradient `local` of a parameter, made of the gradient `given` that arrived, in memory of its own.
 
     Autograd keeps a gradient that nothing else refers to, and adds the next one in place. It counts the references to the DTensor, not to
     what is in it, which may be the gradient of another parameter too (`u + v`), or one number for many entries (`w.sum()`).
+
+    A sparse gradient stays a plain tensor, whole on every rank: optimizers ask whether it is sparse, which a DTensor never is.
     """
+    if local.layout is not torch.strided:
+        if layout.dim is not None:
+            refuse_sparse()
+        return local.clone() if local is given else local
     if local.untyped_storage()._cdata == given.untyped_storage()._cdata:
         local = local.clone(memory_format=torch.contiguous_format)
     return laid_out(spec, local, layout)
+
+
+def layout_of(tensor: Tensor, planned: Layout | None) -> Layout:
+    """How a parameter is laid out for which `planned` was planned (None: nothing). Someone may have put a whole tensor in its place."""
+    if isinstance(tensor, LayoutDTensor):
+        return tensor._layout
+    whole = not isinstance(tensor, DTensor) or all(p.is_replicate() for p in tensor._spec.placements)
+    if planned is None or (whole and tuple(tensor.shape) == planned.shape):
+        return replicated(tuple(tensor.shape), 1)
+    return planned
+
+
+def refuse_sparse() -> NoReturn:
+    """Refuse a sparse gradient of a parameter that is cut, or one of other rows on other ranks.
+
+    Raises:
+        AutoTPError: always.
+    """
+    raise AutoTPError(
+        "a sparse gradient reached a parameter that is cut over the ranks, or has other rows on other ranks: call the lookup with "
+        "sparse=False (gather with sparse_grad=False)"
+    )
 
 
 def in_layout(p: Any, layout: Layout | None) -> TypeGuard[LayoutDTensor]:

@@ -33,6 +33,8 @@ class _Ordered:
     def __call__(self, grad: Tensor | None) -> Tensor | None:
         if grad is None:  # the parameter was read together with others, and nothing came of it
             return None
+        if grad.layout is not torch.strided and self.layout.dim is None:  # a plain tensor, see `own_gradient`
+            return None
         if isinstance(grad, LayoutDTensor) and (grad._layout is self.layout or alike(grad._layout, self.layout)):
             return None
         if type(grad) is DTensor and grad._spec.placements == placements(self.layout):
