@@ -39,7 +39,7 @@ from autotp.trace.boundary import Handed, Path, flatten_arguments, flatten_resul
 from autotp.trace.fills import FILL_AT, FILLS, KEEPING
 from autotp.trace.forms import Forms, Signature, class_name
 from autotp.trace.functions import Applied, TensorLike, prove
-from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
+from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Random, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
 from autotp.trace.memo import Known, Memo
 from autotp.trace.places import call_of, call_place
@@ -352,9 +352,11 @@ class Recorder:
         return result
 
     def _values_for(self, tree: Any) -> Any:
-        """The arguments of an ATen call with values in the place of tensors, which come alone or in lists."""
+        """The arguments of an ATen call with values in the place of tensors, which come alone or in lists; generators as they are now."""
         if isinstance(tree, Tensor):
             return self.value(tree)
+        if isinstance(tree, torch.Generator):
+            return Random.of(tree)
         return type(tree)(map(self._values_for, tree)) if type(tree) in (tuple, list) else tree
 
     def _escape(self, args: tuple[Any, ...]) -> None:
