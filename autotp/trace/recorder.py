@@ -41,6 +41,7 @@ from autotp.trace.forms import Forms, Signature, class_name
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Random, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
+from autotp.trace.lengths import BY_LENGTH, with_tensors
 from autotp.trace.memo import Known, Memo
 from autotp.trace.places import call_of, call_place
 from autotp.trace.storage import storage_of
@@ -322,13 +323,16 @@ class Recorder:
         place = self._call[3] if self._call else None
         if self._quiet or (place is not None and self.hidden(place.file)):
             return func(*args, **kwargs)
-        if not self.keep(func) and func._can_decompose():
-            with self.dispatch:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        whole = self.keep(func) or func._schema.name in BY_LENGTH
+        if not whole and (parts := self._decomposed(func, args, kwargs)) is not NotImplemented:
+            return parts
         vargs, vkwargs = self._values_for(args), {name: self._values_for(x) for name, x in kwargs.items()}
-        result, real = choices.run(self, func, args, kwargs)
+        try:
+            result, real = choices.run(self, func, args, kwargs)
+        except choices.Unfolded:
+            if (parts := self._decomposed(func, args, kwargs)) is not NotImplemented:
+                return parts
+            raise RuntimeError(f"what {func._schema.name} gives depends on data that is not known without running the model") from None
         if not isinstance(result, (Tensor, tuple, list)):
             self.add(func, vargs, vkwargs, (), **self._provenance(args, kwargs))  # a number leaves the graph
             return result
@@ -350,6 +354,14 @@ class Recorder:
             if isinstance(target, Tensor):
                 self._written(target, outputs[0] if outputs else self.value(target))
         return result
+
+    def _decomposed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of the operators that `func` is made of, which are recorded; `NotImplemented` where it is not made of others."""
+        if not func._can_decompose():
+            return NotImplemented
+        func, args = with_tensors(func, args)
+        with self.dispatch:
+            return func.decompose(*args, **kwargs)
 
     def _values_for(self, tree: Any) -> Any:
         """The arguments of an ATen call with values in the place of tensors, which come alone or in lists; generators as they are now."""
@@ -720,10 +732,9 @@ class _Function(TorchFunctionMode):
         rec._calls += 1
         rec._call = (func, args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
         before, number = len(rec.nodes), rec._calls
-        if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (list, tuple)):
-            args = (choices.numbers(rec, args[0]), *args[1:])
+        args, kwargs = choices.with_numbers(rec, func, args, kwargs or {})
         try:
-            result = func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs)
         finally:
             rec._call, rec._apart = held, apart
         if isinstance(result, Tensor) and len(rec.nodes) > before and id(result) not in rec._values:
