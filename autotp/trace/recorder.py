@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
-from types import FrameType
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +127,7 @@ class Recorder:
         self.reversed: set[tuple[str, Place | None]] = set()  # where the usual answer makes the code raise: the other one is usual there
         self.applied: list[Applied] = []
         self._scopes: list[tuple[FrameType, int]] = []  # calls of autograd functions that run
+        self._later: WeakSet[Any] = WeakSet()  # results of forwards whose bodies run when someone goes over them
         self._asks_dims: set[str] = set()
         self._children = {path: dict(m._modules) for path, m in modules.items()}
         self.swapped: set[tuple[str, str]] = set()
@@ -490,6 +492,8 @@ class Recorder:
             result = self._inside(path, inner, args, kwargs)
             if handed.back():
                 self.refilled.add(path)
+            if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
+                self._later.add(result)
             return self.leave(path, result)
         except choices.Untraceable:
             raise
@@ -520,7 +524,7 @@ class Recorder:
             code = frame.f_code
             if code.co_name == "forward" and code.co_argcount:
                 path = self.paths.get(id(frame.f_locals.get(code.co_varnames[0])))
-                if path is not None and path != here:
+                if path is not None and path != here and not self._runs_later(frame):
                     raise Refused(
                         f"the forward of module {path!r} ({type(self.every[path]).__name__}) is called through a class inside of module "
                         f"{here or '<root>'!r}: call the module itself, or its own forward (module.forward(x))"
@@ -531,6 +535,13 @@ class Recorder:
                 apart = _AGAIN
             frame = frame.f_back
         return apart
+
+    def _runs_later(self, frame: FrameType) -> bool:
+        """True for the body of a forward that yields or awaits: the call has returned, and whoever goes over its result runs the body.
+
+        Then it runs as a part of that code, here as after the rewrite.
+        """
+        return any(_frame_of(result) is frame for result in self._later)
 
     # gradients ------------------------------------------------------------------------------------------------------------
 
@@ -611,6 +622,12 @@ class Recorder:
             else:
                 found.append((("the attribute", attribute), value))
         self.results.append(Result(name, tuple(found), len(self.nodes)))
+
+
+def _frame_of(result: GeneratorType[Any, Any, Any] | CoroutineType[Any, Any, Any] | AsyncGeneratorType[Any, Any]) -> FrameType | None:
+    if isinstance(result, GeneratorType):
+        return result.gi_frame
+    return result.cr_frame if isinstance(result, CoroutineType) else result.ag_frame
 
 
 def _root(same: Mapping[Path, Path], path: Path) -> Path:
