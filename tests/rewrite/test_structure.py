@@ -78,6 +78,22 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a wrapper inside": (replaced("core.blocks.0.mlp.up", Around), "core.blocks.0.mlp.up was a Linear .* is a Around now"),
     "other modules of a list": (lambda m: m.core.blocks.__setitem__(0, nn.Identity()), "core.blocks.0 was a Block"),
     "swapped": (lambda m: (a := m.core.blocks[0].attention, *map(a.__setattr__, "qk", (a.k, a.q))), "another Linear"),
+    "a block again": (
+        lambda m: m.core.blocks.append(m.core.blocks[0]),
+        "blocks.2, a Block .* is core.blocks.0 of the parallel model under",
+    ),
+    "a copy of a block": (
+        lambda m: m.core.blocks.append(copy.deepcopy(m.core.blocks[0])),
+        "blocks.2, a Block .* holds a rank's part of attention.q.weight of a parallel",
+    ),
+    "a block again inside": (
+        lambda m: m.core.blocks.append(Around(m.core.blocks[1].mlp)),
+        "blocks.2, a Around .* has core.blocks.1.mlp of the parallel model in it",
+    ),
+    "a block for another": (
+        lambda m: m.core.blocks.__setitem__(1, m.core.blocks[0]),
+        "blocks.1 was a Block .* is another Block now, which is core.blocks.0 of the parallel model under",
+    ),
     "gone": (lambda m: m.core.blocks.__delitem__(1), "core.blocks.1, a Block .* is gone"),
     "added inside": (lambda m: m.core.blocks[0].mlp.add_module("more", nn.Linear(2, 2)), "core.blocks.0.mlp.more, a Linear, was added"),
     "parametrized": (lambda m: nn.utils.parametrizations.orthogonal(m.core.blocks[0].mlp.up), "core.blocks.0.mlp.up"),
@@ -115,6 +131,12 @@ def _wrapped_list(model: Any) -> None:
     model.core.blocks = nn.ModuleList(map(checkpoint_wrapper, model.core.blocks))
 
 
+def _block_of_its_own(model: Any) -> None:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(7)
+        model.core.blocks.append(Around(nn.Linear(WIDTH, WIDTH).double()))
+
+
 EQUAL: dict[str, tuple[Change, Use]] = {
     "nothing": (_none, gradients),
     "an inner model": (_none, lambda m: m.core(inputs())),
@@ -125,6 +147,8 @@ EQUAL: dict[str, tuple[Change, Use]] = {
     "a wrapper of a block": (replaced("core.blocks.0", Around), gradients),
     "a LoRA layer on a whole result": (replaced("core.blocks.0.mlp", Around), gradients),
     "another norm": (replaced("core.blocks.1.norm", lambda old: nn.LayerNorm(WIDTH, eps=0.1).double()), forward),
+    "a norm again": (lambda m: m.core.blocks.append(m.core.blocks[1].norm), forward),
+    "a new block": (_block_of_its_own, gradients),
     "a new head": (lambda m: m.add_module("extra", nn.Linear(2, 2)), gradients),
     "a forward that says what it wraps": (_forward_of("core.blocks.0.mlp", lambda old: _scaled(old)), gradients),
     "a compiled forward": (_forward_of("core.blocks.0", lambda old: torch.compile(old, backend="eager")), forward),
