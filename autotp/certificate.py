@@ -33,7 +33,7 @@ from autotp.plan.model import ParamPlan
 from autotp.plan.solve import Draft
 from autotp.rewrite.apply import apply
 from autotp.rewrite.comm import DryComm
-from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
+from autotp.trace.graph import Graph, Node, Origin, Pseudo, Random, Value
 from autotp.trace.inputs import Example
 from autotp.trace.memo import Known
 from autotp.trace.run import trace
@@ -242,12 +242,24 @@ def _arguments(a: Any, b: Any, wanted: dict[tuple[int, int], int], at: int) -> s
         if a.keys() != b.keys():
             return f"the arguments {sorted(a)} became {sorted(b)} on a shard"
         return next((r for k in a if (r := _arguments(a[k], b[k], wanted, -1))), "")
-    if a == b or (isinstance(a, float) and isinstance(b, float) and a != a and b != b):
+    if _same(a, b):
         return ""
+    if isinstance(a, Random) and isinstance(b, Random):
+        return "a random generator draws other numbers when the code runs again or on a shard: seed it with one number (manual_seed(0))"
     numbers = isinstance(a, int) and isinstance(b, int) and not isinstance(a, bool)
     if numbers and (b in (wanted.get((a, at)), wanted.get((a, -1))) or (at >= 0 and b == -1 and (a, at) in wanted)):
         return ""
     return f"the number {a} becomes {b} on a shard"
+
+
+def _same(a: Any, b: Any) -> bool:
+    """True for equal things. NaN counts as equal to itself."""
+    return bool(a == b or (isinstance(a, (float, complex)) and isinstance(b, (float, complex)) and a != a and b != b))
+
+
+def _same_numbers(a: Tensor, b: Tensor) -> bool:
+    """True for tensors of equal numbers, NaN among them."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _wiring(a: Iterable[Value], b: Iterable[Value], twins: _Twins, expected: Graph, actual: Graph) -> str:
@@ -257,7 +269,7 @@ def _wiring(a: Iterable[Value], b: Iterable[Value], twins: _Twins, expected: Gra
             return "an argument comes from another operator on a shard"
         if x.id in expected.constants and y.id in actual.constants:
             p, q = expected.constants[x.id], actual.constants[y.id]
-            if p.shape != q.shape or not torch.equal(p, q):
+            if not _same_numbers(p, q):
                 return f"a constant is {_short(q)} on a shard where it is {_short(p)}"
     return ""
 
@@ -270,7 +282,7 @@ def _results(draft: Draft, actual: Graph, want: list[Node]) -> Difference | None
     for x, y in zip(draft.space.graph.results, actual.results, strict=False):
         before = [(path, leaf) for path, leaf in x.leaves if isinstance(leaf, (int, float, str, bool))]
         after = [(path, leaf) for path, leaf in y.leaves if isinstance(leaf, (int, float, str, bool))]
-        if before != after:
+        if len(before) != len(after) or not all(p == q and _same(x, y) for (p, x), (q, y) in zip(before, after, strict=True)):
             return Difference(want[-1], f"the model returns {after} on a shard where it returns {before}")
         shapes = [tuple(v.shape) for _, v in x.leaves if isinstance(v, Value)]
         if shapes != [tuple(v.shape) for _, v in y.leaves if isinstance(v, Value)]:

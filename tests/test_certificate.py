@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import autotp
 from autotp import Plan, planner
+from autotp.errors import PlanError
 from autotp.plan.model import Op
 
 OUTER, WIDTH, LAST = 5, 16, 5
@@ -132,6 +133,53 @@ def test_the_rules_protect_these_alone(name: str, monkeypatch: pytest.MonkeyPatc
 def test_harmless_code_is_cut(harmless: Callable[[Tensor], Tensor]) -> None:
     """The certificate does not refuse everything."""
     assert is_cut(planned(Between(harmless)))
+
+
+def _drawn(h: Tensor, seed: int) -> Tensor:
+    return torch.rand(3, 1, generator=torch.Generator().manual_seed(seed))
+
+
+def _seeded_again(h: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(h.shape[-1])
+    drawn = torch.rand(3, 1, generator=generator)
+    generator.manual_seed(0)  # the object ends as any other does
+    return h * drawn
+
+
+def _seeded_anew(h: Tensor) -> Tensor:
+    generator = torch.Generator()
+    generator.seed()
+    return h * torch.rand(3, 1, generator=generator)
+
+
+#: Arguments and constants that are not equal to themselves, or are made anew in each run.
+ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
+    "a generator": lambda h: h * _drawn(h, 3),
+    "one without a seed": lambda h: h * torch.rand(3, 1, generator=torch.Generator()),
+    "one that fills": lambda h: h * torch.empty(3, 1).normal_(generator=torch.Generator().manual_seed(1)),
+    "one that permutes": lambda h: h[:, torch.randperm(3, generator=torch.Generator().manual_seed(2))],
+    "not a number": lambda h: h.nan_to_num(0.0).masked_fill(torch.zeros(3, 1, dtype=torch.bool), math.nan),
+    "a constant with one": lambda h: h * torch.tensor([math.nan, 1.0]).nan_to_num(0.5).sum(),
+    "a device": lambda h: h.to(torch.device("cpu"), torch.float64).to(h.dtype),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_alike_though_another_object(name: str) -> None:
+    assert is_cut(planned(Between(ALIKE[name]), check="graph"))
+
+
+@pytest.mark.parametrize("seeded", [lambda h: h * _drawn(h, h.shape[-1]), _seeded_again])
+def test_a_seed_that_is_a_width(seeded: Callable[[Tensor], Tensor]) -> None:
+    plan = planned(Between(seeded), check="graph")
+    assert not is_cut(plan)
+    assert "draws other numbers" in plan.replicated["a.weight"]
+
+
+def test_a_seed_that_is_new_in_each_call() -> None:
+    """The ranks would draw different numbers."""
+    with pytest.raises(PlanError, match="draws other numbers when the code runs again"):
+        planned(Between(_seeded_anew), check="graph")
 
 
 class Counted(nn.Module):

@@ -16,10 +16,12 @@ from types import FrameType, MethodType
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize
 import torch.utils.checkpoint
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from autotp.errors import AutoTPError
 from autotp.rewrite.undo import Undo
 
 STATE = "_autotp"
@@ -59,17 +61,61 @@ class ParameterView:
         raise AttributeError(f"{type(module).__name__!r} object has no attribute {self.name!r}")
 
 
+_ADVICE = "Prune, reparametrize, or take that back, before parallelize"
+
+
+def _keeping_names(base: type[nn.Module]) -> Callable[..., None]:
+    """`register_parameter` of a rewritten `base`: it refuses to give a parameter that the plan knows another name.
+
+    Pruning and weight norms do that before they change anything else, so the module stays as it is.
+    """
+    inner = base.register_parameter
+
+    @functools.wraps(inner)
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        parameters, own = self._parameters, [read.name for read in self.__dict__[STATE].own] if STATE in self.__dict__ else []
+        moved = next((n for n in own if n != name and param is not None and parameters.get(n) is param), None)
+        lost = next((n for n in own if n not in parameters and n not in self._buffers), None)
+        if moved is not None or (lost is not None and (lost != name or name in self.__dict__)):
+            kind = type(self).__qualname__
+            raise AutoTPError(
+                f"{moved or lost!r} of a parallel {kind} would get the name {name!r}, which the plan does not know. {_ADVICE}"
+            )
+        inner(self, name, param)
+
+    return register_parameter
+
+
+class _Parametrized(type):
+    """The class of rewritten classes of parametrized modules.
+
+    torch takes a parametrization off by deleting an attribute of the module's class. After the rewrite the attribute is one of its base.
+    """
+
+    def __delattr__(cls, name: str) -> None:
+        if name not in vars(cls) and hasattr(cls, name):
+            raise AutoTPError(f"the parametrization of {name!r} is part of a parallel {cls.__qualname__}. {_ADVICE}")
+        super().__delattr__(name)
+
+
+def _is_parametrized(cls: type[nn.Module]) -> bool:
+    found = (value.fget for value in vars(cls).values() if isinstance(value, property))
+    return any(getattr(get, "__module__", "") == torch.nn.utils.parametrize.__name__ for get in found)
+
+
 @cache  # one subclass per class and set of names: every block of a model shares it
 def subclass(
     base: type[nn.Module], names: tuple[str, ...], make_forward: Callable[[type[nn.Module]], Callable[..., Any]]
 ) -> type[nn.Module]:
     """The subclass of `base` whose forward is `make_forward(base)` and whose parameters `names` are views."""
     body: dict[str, Any] = {name: ParameterView(name) for name in names}
+    body["register_parameter"] = _keeping_names(base)
     forward = make_forward(base)
     forward.__doc__ = base.forward.__doc__
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # inspect.signature shows the model's own arguments
     body.update(forward=forward, __module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
-    return type(base)(base.__name__, (base,), body)  # type: ignore[misc, no-any-return]
+    kind: Any = _Parametrized if type(base) is type and _is_parametrized(base) else type(base)
+    return kind(base.__name__, (base,), body)  # type: ignore[no-any-return]
 
 
 Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]

@@ -6,13 +6,14 @@ of a region would compute on a rank's part as if it were whole. What stays right
 - wrappers that only pass on (checkpointing, compilation, FSDP), and any wrapper around a module whose boundary is whole;
 - modules that a forward itself put there while it was traced, made of the parameters of those before;
 - modules that replace what the plan did not touch, or that are added where every value is whole; their tensors must be the same on
-  all ranks, which is compared once.
+  all ranks, which is compared once. A module of the plan under another name, or a copy of one, is no such module: what it does rests on
+  the place that the plan saw it in.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 from autotp.digest import digest, tensor_digest
 from autotp.errors import AutoTPError
 from autotp.rewrite.comm import Comm
+from autotp.rewrite.tensor import LayoutDTensor
 from autotp.trace.forms import class_name
 
 _ADVICE = "Make the change before parallelize (build the model again), or take it back"
@@ -114,9 +116,10 @@ class Structure:
             while parent and _is_container(self.modules[self.paths.index(parent)]):  # whose code goes over it
                 parent = parent.rpartition(".")[0]
             if parent in places.runs:
+                why = self._made_parallel(new) or "would compute as if it were whole"
                 raise AutoTPError(
-                    f"{path}, a {_name(type(new))}, was added after parallelize to a module that runs on a rank's part, and would compute "
-                    f"as if it were whole. {_ADVICE}"
+                    f"{path}, a {_name(type(new))}, was added after parallelize to a module that runs on a rank's part, and {why}. "
+                    f"{_ADVICE}"
                 )
         elif _is_container(old) and _is_container(new):
             for name in dict.fromkeys((*old._modules, *new._modules)):
@@ -129,13 +132,35 @@ class Structure:
         elif not _passes_on(new, old):
             wraps = path not in places.inner and any(m is old for m in new.modules())
             if not wraps and (path in places.inner or path in places.touched):
+                why = self._made_parallel(new, old.modules()) or "knows nothing of this rank's part"
                 raise AutoTPError(
-                    f"{path} was a {_name(type(old))} when the model was made parallel, is {_another(old, new)} now, which knows nothing "
-                    f"of this rank's part. {_ADVICE}"
+                    f"{path} was a {_name(type(old))} when the model was made parallel, is {_another(old, new)} now, which {why}. {_ADVICE}"
                 )
         else:
             return
+        if why := self._made_parallel(new, () if old is None else old.modules()):
+            raise AutoTPError(f"{path}, a {_name(type(new))} that came after parallelize, {why}. {_ADVICE}")
         self._same_everywhere(path, old, new)
+
+    def _made_parallel(self, new: nn.Module, known: Iterable[nn.Module] = ()) -> str:
+        """Why `new`, besides the modules `known`, is fit for one place of this plan alone; "" where it is not.
+
+        It is, or has in it, a module of the plan under another name, or the copy of one: what that does rests on where it was.
+        """
+        if self.comm.size == 1:
+            return ""
+        paths = {id(m): path for path, m in zip(self.paths, self.modules, strict=True)}
+        left_alone = {*map(id, known)}
+        for inside, module in new.named_modules():
+            if id(module) in left_alone:
+                continue
+            path = paths.get(id(module))
+            if path and path in self.places.touched:
+                return f"is {path} of the parallel model under another name" if not inside else f"has {path} of the parallel model in it"
+            cut = next((n for n, p in module._parameters.items() if isinstance(p, LayoutDTensor) and p._layout.dim is not None), None)
+            if cut is not None:
+                return f"holds a rank's part of {f'{inside}.{cut}' if inside else cut} of a parallel model"
+        return ""
 
     def _same_everywhere(self, path: str, old: nn.Module | None, new: nn.Module) -> None:
         known = {id(t) for m in (() if old is None else (old,)) for t in (*m.parameters(), *m.buffers())}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp.errors import AutoTPError
+from autotp.rewrite.tensor import LayoutDTensor
 
 _TABLES = ("_parameters", "_buffers")
 _ADVICE = "Make the change before parallelize (build the model again), or take it back"
@@ -60,14 +61,15 @@ class Tensors:
 class Place:
     """What is watched of one module: its tables of tensors and, among its other attributes, the `names` of tensors and numbers.
 
-    `read`: the names that its code reads and that no forward stores.
+    `read`: the names that its code reads and that no forward stores. `laid`: those of parameters with a layout, whose shapes their reads see to.
     """
 
-    __slots__ = ("held", "module", "names", "read", "where")
+    __slots__ = ("held", "laid", "module", "names", "read", "where")
 
     def __init__(self, path: str, module: nn.Module, read: frozenset[str]) -> None:
         self.where, self.module, self.read = f"{path}." if path else "", module, read
         self.names = tuple(n for n, v in module.__dict__.items() if n in read and (type(v) is float or isinstance(v, Tensor)))
+        self.laid = frozenset(n for n, p in module._parameters.items() if isinstance(p, LayoutDTensor))
         self.held = self._look()
 
     def _look(self) -> dict[str, Held]:
@@ -80,7 +82,7 @@ class Place:
         found = self._look()
         for name in dict.fromkeys((*self.held, *found)):
             old, new = self.held.get(name), found.get(name)
-            if old == new or (_NUMBER in (old, new) and (_is_one(old) or _is_one(new))):
+            if old == new or (name in self.laid and new is not None) or (_NUMBER in (old, new) and (_is_one(old) or _is_one(new))):
                 continue
             raise AutoTPError(
                 f"{self.where}{name} was {_told(old)} when the model was made parallel and is {_told(new)} now; the code that reads it "

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from autotp.trace.lengths import BY_LENGTH, like
 from autotp.trace.storage import storage_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 CHOSEN = 2
 SMALL = 65536
+#: Function → where among its arguments the data are.
+_OF_LISTS = {torch.tensor: 0, torch.as_tensor: 0, Tensor.new_tensor: 1}
 _CREATE = {"arange", "zeros", "ones", "full", "eye", "scalar_tensor", "linspace", "tril_indices", "triu_indices"}
 
 
@@ -39,6 +42,10 @@ class Untraceable(Exception):
     def __init__(self, module: str, cls: str, node: Node | None, error: BaseException) -> None:
         super().__init__(str(error))
         self.module, self.cls, self.node, self.error = module, cls, node, error
+
+
+class Unfolded(Exception):
+    """An operator reads a number out of a tensor argument (`narrow` from there): the operators that it is made of say which one."""
 
 
 def small(tensor: Tensor) -> bool:
@@ -77,9 +84,14 @@ def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any
     shape = _SHAPES.get(func._schema.name)
     if shape is not None:
         return shape(*args), None
+    sized = BY_LENGTH.get(func._schema.name)
+    if sized is not None:
+        return (_fakes(args, real), real) if known else sized(recorder, *args, **kwargs)
     try:
         return recorder.memo.run(func, args, kwargs), real
     except DataDependentOutputException:
+        if gives_tensors(func):
+            raise Unfolded from None
         if not known:
             return _unknown_number(recorder, args[0]), None
         if recorder.data_vary and isinstance(real, bool):
@@ -87,9 +99,18 @@ def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any
         return real, None
     except DynamicOutputShapeException:
         if known:
-            fakes = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=_device(args)), real)
-            return fakes, real
+            return _fakes(args, real), real
         return _chosen_shape(recorder, func, args), _chosen_rows(recorder, func, args[0])
+
+
+def gives_tensors(func: Any) -> bool:
+    """True for an operator among whose results are tensors; the others give numbers, which leave the graph."""
+    return any("Tensor" in str(r.type) for r in func._schema.returns)
+
+
+def _fakes(args: Any, real: Any) -> Any:
+    """Fake tensors of the form of the real results."""
+    return tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=_device(args)), real)
 
 
 def _fake(recorder: Recorder, tensor: Tensor) -> Tensor:
@@ -171,6 +192,18 @@ def _unknown_number(recorder: Recorder, tensor: Any) -> Any:
     return recorder.condition(well, node)
 
 
+def with_numbers(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call that makes a tensor of a nest of lists, with numbers in these: see `numbers`."""
+    at = _OF_LISTS.get(func)
+    if at is None:
+        return args, kwargs
+    if len(args) > at and isinstance(args[at], (list, tuple)):
+        args = (*args[:at], numbers(recorder, args[at]), *args[at + 1 :])
+    elif isinstance(kwargs.get("data"), (list, tuple)):
+        kwargs = {**kwargs, "data": numbers(recorder, kwargs["data"])}
+    return args, kwargs
+
+
 def numbers(recorder: Recorder, items: Any) -> Any:
     """A nest of lists for `torch.tensor`, with numbers in the place of scalar tensors: a fake one has no data to read."""
     if isinstance(items, (list, tuple)):
@@ -191,10 +224,13 @@ def _chosen_rows(recorder: Recorder, func: Any, mask: Any) -> Tensor | None:
         return torch.tensor([[0] * mask.dim(), [n - 1 if recorder.ends else 0 for n in mask.shape]])
 
 
-def _count(recorder: Recorder, mask: Tensor) -> int:
-    """How many elements a mask selects: the true number where it is known."""
+def _count(recorder: Recorder, mask: Tensor, shape: tuple[int, ...] | None = None) -> int:
+    """How many elements a mask selects, of a tensor of this shape where it is broadcast: the true number where it is known."""
     known = recorder.concrete.get(recorder.value(mask).id)
-    return CHOSEN if known is None else int(known.count_nonzero())
+    if known is None:
+        return CHOSEN
+    with unset_fake_temporarily():
+        return int((known if shape is None else known.logical_and(known.new_ones(shape))).count_nonzero())
 
 
 def _chosen_shape(recorder: Recorder, func: Any, args: Any) -> Any:
@@ -207,9 +243,7 @@ def _chosen_shape(recorder: Recorder, func: Any, args: Any) -> Any:
     if name == "nonzero_numpy":
         return [source.new_empty((CHOSEN,), dtype=torch.long) for _ in range(max(source.dim(), 1))]
     if name == "masked_select":
-        return source.new_empty((_count(recorder, args[1]),))
-    if name in ("unique", "_unique2", "unique_dim", "unique_consecutive"):
-        return tuple(source.new_empty((CHOSEN,), dtype=t) for t in (source.dtype, torch.long, torch.long))
+        return like(source, (_count(recorder, args[1], tuple(source.shape)),))
     if name == "repeat_interleave":
         return source.new_empty((CHOSEN,), dtype=torch.long)
     if name in ("index", "_unsafe_index"):

@@ -14,6 +14,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from autotp.trace.forms import Forms
 from autotp.trace.ints import IntExpr
@@ -74,9 +75,29 @@ class Place:
         return f"{self.file.rsplit('site-packages/', 1)[-1]}:{self.lineno} in {self.function}"
 
 
+@dataclass(frozen=True, slots=True)
+class Random:
+    """A `torch.Generator` among the arguments of a call, as it was when the call was made: equal ones draw the same numbers.
+
+    The object itself says nothing: code may make a new one in every forward, or seed one again and again.
+    """
+
+    device: str
+    state: bytes
+
+    @staticmethod
+    def of(generator: torch.Generator) -> Random:
+        """What `generator` is now."""
+        with unset_fake_temporarily():
+            return Random(str(generator.device), generator.get_state().numpy().tobytes())
+
+    def __repr__(self) -> str:
+        return f"a random generator ({self.device})"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
-    """One call. `args`/`kwargs` hold `Value`s where the call had tensors.
+    """One call. `args`/`kwargs` hold `Value`s where the call had tensors, a `Random` where it had a generator.
 
     `module` is the path of the innermost module whose forward was running, `frame` a number that tells calls of modules apart.
     `ints` are the call's Python int arguments in order (as written in the code, before the dispatcher), with provenance.

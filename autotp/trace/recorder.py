@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
-from types import FrameType
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,9 @@ from autotp.trace.boundary import Handed, Path, flatten_arguments, flatten_resul
 from autotp.trace.fills import FILL_AT, FILLS, KEEPING
 from autotp.trace.forms import Call, Forms, Signature, asks_dims, class_name
 from autotp.trace.functions import Applied, TensorLike, prove
-from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Result, Scope, Value
+from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Random, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
+from autotp.trace.lengths import BY_LENGTH, with_tensors
 from autotp.trace.memo import Known, Memo
 from autotp.trace.places import call_of, call_place
 from autotp.trace.reading import Reading
@@ -127,6 +129,7 @@ class Recorder:
         self.applied: list[Applied] = []
         self._scopes: list[tuple[FrameType, int]] = []  # calls of autograd functions that run
         self._reading = Reading()
+        self._later: WeakSet[Any] = WeakSet()  # results of forwards whose bodies run when someone goes over them
         self._asks_dims: set[str] = set()
         self._children = {path: dict(m._modules) for path, m in modules.items()}
         self.swapped: set[tuple[str, str]] = set()
@@ -323,13 +326,16 @@ class Recorder:
         place = self._call[3] if self._call else None
         if self._quiet or (place is not None and self.hidden(place.file)):
             return func(*args, **kwargs)
-        if not self.keep(func) and func._can_decompose():
-            with self.dispatch:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        whole = self.keep(func) or func._schema.name in BY_LENGTH
+        if not whole and (parts := self._decomposed(func, args, kwargs)) is not NotImplemented:
+            return parts
         vargs, vkwargs = self._values_for(args), {name: self._values_for(x) for name, x in kwargs.items()}
-        result, real = choices.run(self, func, args, kwargs)
+        try:
+            result, real = choices.run(self, func, args, kwargs)
+        except choices.Unfolded:
+            if (parts := self._decomposed(func, args, kwargs)) is not NotImplemented:
+                return parts
+            raise RuntimeError(f"what {func._schema.name} gives depends on data that is not known without running the model") from None
         if not isinstance(result, (Tensor, tuple, list)):
             self.add(func, vargs, vkwargs, (), **self._provenance(args, kwargs))  # a number leaves the graph
             return result
@@ -352,10 +358,20 @@ class Recorder:
                 self._written(target, outputs[0] if outputs else self.value(target))
         return result
 
+    def _decomposed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of the operators that `func` is made of, which are recorded; `NotImplemented` where it is not made of others."""
+        if not func._can_decompose():
+            return NotImplemented
+        func, args = with_tensors(func, args)
+        with self.dispatch:
+            return func.decompose(*args, **kwargs)
+
     def _values_for(self, tree: Any) -> Any:
-        """The arguments of an ATen call with values in the place of tensors, which come alone or in lists."""
+        """The arguments of an ATen call with values in the place of tensors, which come alone or in lists; generators as they are now."""
         if isinstance(tree, Tensor):
             return self.value(tree)
+        if isinstance(tree, torch.Generator):
+            return Random.of(tree)
         return type(tree)(map(self._values_for, tree)) if type(tree) in (tuple, list) else tree
 
     def _escape(self, args: tuple[Any, ...]) -> None:
@@ -477,6 +493,8 @@ class Recorder:
             result = self._inside(path, inner, args, kwargs)
             if handed.back():
                 self.refilled.add(path)
+            if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
+                self._later.add(result)
             return self.leave(path, result)
         except choices.Untraceable:
             raise
@@ -507,7 +525,7 @@ class Recorder:
             code = frame.f_code
             if code.co_name == "forward" and code.co_argcount:
                 path = self.paths.get(id(frame.f_locals.get(code.co_varnames[0])))
-                if path is not None and path != here:
+                if path is not None and path != here and not self._runs_later(frame):
                     raise Refused(
                         f"the forward of module {path!r} ({type(self.every[path]).__name__}) is called through a class inside of module "
                         f"{here or '<root>'!r}: call the module itself, or its own forward (module.forward(x))"
@@ -518,6 +536,13 @@ class Recorder:
                 apart = _AGAIN
             frame = frame.f_back
         return apart
+
+    def _runs_later(self, frame: FrameType) -> bool:
+        """True for the body of a forward that yields or awaits: the call has returned, and whoever goes over its result runs the body.
+
+        Then it runs as a part of that code, here as after the rewrite.
+        """
+        return any(_frame_of(result) is frame for result in self._later)
 
     # gradients ------------------------------------------------------------------------------------------------------------
 
@@ -598,6 +623,12 @@ class Recorder:
             else:
                 found.append((("the attribute", attribute), value))
         self.results.append(Result(name, tuple(found), len(self.nodes)))
+
+
+def _frame_of(result: GeneratorType[Any, Any, Any] | CoroutineType[Any, Any, Any] | AsyncGeneratorType[Any, Any]) -> FrameType | None:
+    if isinstance(result, GeneratorType):
+        return result.gi_frame
+    return result.cr_frame if isinstance(result, CoroutineType) else result.ag_frame
 
 
 def _root(same: Mapping[Path, Path], path: Path) -> Path:
@@ -719,10 +750,9 @@ class _Function(TorchFunctionMode):
         rec._calls += 1
         rec._call = (func, args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
         before, number = len(rec.nodes), rec._calls
-        if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (list, tuple)):
-            args = (choices.numbers(rec, args[0]), *args[1:])
+        args, kwargs = choices.with_numbers(rec, func, args, kwargs or {})
         try:
-            result = func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs)
         finally:
             rec._call, rec._apart = held, apart
         if isinstance(result, Tensor) and len(rec.nodes) > before and id(result) not in rec._values:

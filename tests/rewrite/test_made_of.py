@@ -108,4 +108,4 @@ def test_made_of_others(pool: Pool, world: int) -> None:
     for said in pool.run(compared, "equal", world=world):
         assert not any(said.values()), said
     for said in pool.run(compared, "refused", world=world):
-        assert all(" was " in text and "before parallelize" in text for text in said.values()), said
+        assert all("was replaced after parallelize" in text and "change shapes before parallelize" in text for text in said.values()), said

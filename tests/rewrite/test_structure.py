@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.parametrizations
-import torch.nn.utils.prune
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize, prune
 
 import autotp
 from autotp.api import parallelize_as
 from autotp.errors import PlanError
 from autotp.testing import assert_equivalent
+from autotp.testing.ranks.run import run
 from tests.rewrite.guarded import INNER, WIDTH, Change, Use, build, first_gradient, forward, gradients, inputs, outcome, planned
 from tests.support.ranks import Pool, mesh
 
@@ -78,6 +79,22 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a wrapper inside": (replaced("core.blocks.0.mlp.up", Around), "core.blocks.0.mlp.up was a Linear .* is a Around now"),
     "other modules of a list": (lambda m: m.core.blocks.__setitem__(0, nn.Identity()), "core.blocks.0 was a Block"),
     "swapped": (lambda m: (a := m.core.blocks[0].attention, *map(a.__setattr__, "qk", (a.k, a.q))), "another Linear"),
+    "a block again": (
+        lambda m: m.core.blocks.append(m.core.blocks[0]),
+        "blocks.2, a Block .* is core.blocks.0 of the parallel model under",
+    ),
+    "a copy of a block": (
+        lambda m: m.core.blocks.append(copy.deepcopy(m.core.blocks[0])),
+        "blocks.2, a Block .* holds a rank's part of attention.q.weight of a parallel",
+    ),
+    "a block again inside": (
+        lambda m: m.core.blocks.append(Around(m.core.blocks[1].mlp)),
+        "blocks.2, a Around .* has core.blocks.1.mlp of the parallel model in it",
+    ),
+    "a block for another": (
+        lambda m: m.core.blocks.__setitem__(1, m.core.blocks[0]),
+        "blocks.1 was a Block .* is another Block now, which is core.blocks.0 of the parallel model under",
+    ),
     "gone": (lambda m: m.core.blocks.__delitem__(1), "core.blocks.1, a Block .* is gone"),
     "added inside": (lambda m: m.core.blocks[0].mlp.add_module("more", nn.Linear(2, 2)), "core.blocks.0.mlp.more, a Linear, was added"),
     "parametrized": (lambda m: nn.utils.parametrizations.orthogonal(m.core.blocks[0].mlp.up), "core.blocks.0.mlp.up"),
@@ -115,6 +132,12 @@ def _wrapped_list(model: Any) -> None:
     model.core.blocks = nn.ModuleList(map(checkpoint_wrapper, model.core.blocks))
 
 
+def _block_of_its_own(model: Any) -> None:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(7)
+        model.core.blocks.append(Around(nn.Linear(WIDTH, WIDTH).double()))
+
+
 EQUAL: dict[str, tuple[Change, Use]] = {
     "nothing": (_none, gradients),
     "an inner model": (_none, lambda m: m.core(inputs())),
@@ -125,6 +148,8 @@ EQUAL: dict[str, tuple[Change, Use]] = {
     "a wrapper of a block": (replaced("core.blocks.0", Around), gradients),
     "a LoRA layer on a whole result": (replaced("core.blocks.0.mlp", Around), gradients),
     "another norm": (replaced("core.blocks.1.norm", lambda old: nn.LayerNorm(WIDTH, eps=0.1).double()), forward),
+    "a norm again": (lambda m: m.core.blocks.append(m.core.blocks[1].norm), forward),
+    "a new block": (_block_of_its_own, gradients),
     "a new head": (lambda m: m.add_module("extra", nn.Linear(2, 2)), gradients),
     "a forward that says what it wraps": (_forward_of("core.blocks.0.mlp", lambda old: _scaled(old)), gradients),
     "a compiled forward": (_forward_of("core.blocks.0", lambda old: torch.compile(old, backend="eager")), forward),
@@ -320,3 +345,99 @@ def test_code_that_asks_for_the_class_of_a_linear(check: str) -> None:
     """A Linear of a parallel model is of another class, even where it is whole."""
     with pytest.raises(PlanError, match="AsksClass cannot be made parallel"):
         autotp.plan(AsksClass(False).double(), tp=2, example_inputs={"x": torch.randn(2, 3, WIDTH).double()}, check=check)
+
+
+# pruning and parametrizations --------------------------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+class Pair(nn.Module):
+    """A region of two Linears, before a norm."""
+
+    def __init__(self, prepare: Callable[[Any], object] = lambda m: None) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH), nn.LayerNorm(WIDTH)
+        prepare(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.down(torch.tanh(self.up(x))))
+
+
+def _globally(model: Any) -> None:
+    prune.global_unstructured([(model.up, "weight"), (model.down, "weight")], prune.L1Unstructured, amount=0.2)
+
+
+def _parametrized(model: Any) -> None:
+    parametrize.register_parametrization(model.up, "weight", Doubled())
+
+
+def _pruned(model: Any) -> None:
+    prune.l1_unstructured(model.up, "weight", amount=0.2)
+
+
+def _taken_off(model: Any) -> None:
+    parametrize.remove_parametrizations(model.up, "weight", leave_parametrized=False)
+
+
+#: What is done before parallelize, and what afterwards.
+REFORMED: dict[str, tuple[Callable[[Any], object], Callable[[Any], object]]] = {
+    "pruned globally": (_none, _globally),
+    "pruned": (_none, _pruned),
+    "pruned at random": (_none, lambda m: prune.random_unstructured(m.down, "weight", amount=0.2)),
+    "pruned by a mask": (_none, lambda m: prune.custom_from_mask(m.up, "weight", torch.ones(INNER, WIDTH))),
+    "a pruned norm": (_none, lambda m: prune.l1_unstructured(m.norm, "weight", amount=0.2)),
+    "pruning taken off": (_pruned, lambda m: prune.remove(m.up, "weight")),
+    "weight norm": (_none, lambda m: nn.utils.weight_norm(m.up)),
+    "weight norm taken off": (lambda m: nn.utils.weight_norm(m.up), lambda m: nn.utils.remove_weight_norm(m.up)),
+    "spectral norm": (_none, lambda m: nn.utils.spectral_norm(m.down)),
+    "a parametrization taken off": (_parametrized, _taken_off),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", REFORMED)
+def test_parameters_keep_their_names(name: str) -> None:
+    prepare, change = REFORMED[name]
+
+    def on_rank(_: object) -> str:
+        torch.manual_seed(0)
+        model = autotp.parallelize(Pair(prepare).double(), mesh(), example_inputs={"x": inputs()}, check="graph")
+        before = model(inputs())
+        try:
+            change(model)
+        except autotp.AutoTPError as error:
+            changed = "norm" in name and "pruned" not in name  # it takes the weight away before it says what it does
+            return str(error) if changed or torch.equal(model(inputs()), before) else "changed"
+        return "accepted"
+
+    first, second = run("local", on_rank, None, 2, 60.0)
+    assert first == second
+    left = "pruning taken off"  # it reads the weight that a forward computed from the parts first
+    assert ("is what a forward left there" if name == left else "reparametrize, or take that back, before parallelize") in first
+
+
+@pytest.mark.parametrize("prepare", [_none, _pruned, _parametrized])
+def test_parameters_of_other_names_and_whole_ones(prepare: Callable[[Any], object]) -> None:
+    """A parameter that is new, or that takes the place of one, is registered as ever."""
+
+    def result(model: Any) -> Tensor:
+        model.up.extra = nn.Parameter(torch.zeros(3))
+        del model.norm.weight
+        model.norm.weight = nn.Parameter(torch.full((WIDTH,), 2.0).double())
+        return model(inputs()).detach()
+
+    def on_rank(_: object) -> Tensor:
+        torch.manual_seed(0)
+        return result(autotp.parallelize(Pair(prepare).double(), mesh(), example_inputs={"x": inputs()}, check="graph"))
+
+    torch.manual_seed(0)
+    wanted = result(Pair(prepare).double())
+    for got in run("local", on_rank, None, 2, 60.0):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)

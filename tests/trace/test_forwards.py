@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import MethodType
+from types import CoroutineType, MethodType
 from typing import Any
 
 import pytest
@@ -135,6 +135,67 @@ class OfModule(nn.Module):
 def test_forwards_of_classes_are_refused(model: Callable[[], nn.Module]) -> None:
     with pytest.raises(TraceError, match="through a class"):
         autotp.plan(model().double(), tp=2, example_inputs=X)
+
+
+# forwards whose bodies run after the call -------------------------------------------------------------------------------------------
+
+
+class Yields(Mid):
+    def forward(self, x: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
+        for i in range(3):
+            yield torch.tanh(self.a(x) * i)
+
+
+class YieldsFrom(Yields):
+    def rest(self, x: Tensor) -> Iterator[Tensor]:
+        yield self.a(x)
+        h = self.a(x) * 2
+        yield F.layer_norm(h, (h.shape[-1],))
+
+    def forward(self, x: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
+        yield from self.rest(x)
+
+
+class Awaited(Mid):
+    async def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return torch.tanh(self.a(x)), self.a(x)
+
+
+def _items(result: Any) -> Any:
+    try:
+        return result.send(None) if isinstance(result, CoroutineType) else result
+    except StopIteration as done:
+        return done.value
+
+
+class Over(nn.Module):
+    """Goes over what its blocks give, and runs another layer of theirs on it."""
+
+    def __init__(self, kind: Callable[[], Any]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([kind() for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            for h in _items(block(x)):
+                x = x + block.b(h)  # type: ignore[operator]
+        return x
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("kind", [Yields, YieldsFrom, Awaited])
+def test_forwards_that_yield_or_await(kind: Callable[[], nn.Module], tp: int) -> None:
+    assert same_in_every_mode(partial(Over, kind), X, tp) < 0.6
+
+
+class ClassThatYields(Over):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(self.blocks[0].b(h) for h in Yields.forward(self.blocks[0], x))  # type: ignore[operator, arg-type, return-value]
+
+
+def test_a_forward_that_yields_called_through_its_class() -> None:
+    with pytest.raises(TraceError, match="through a class"):
+        autotp.plan(ClassThatYields(Yields).double(), tp=2, example_inputs=X)
 
 
 # one tensor in several arguments --------------------------------------------------------------------------------------------------
