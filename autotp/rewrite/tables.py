@@ -61,7 +61,8 @@ class Tensors:
 class Place:
     """What is watched of one module: its tables of tensors and, among its other attributes, the `names` of tensors and numbers.
 
-    `read`: the names that its code reads and that no forward stores. `laid`: those of parameters with a layout, whose shapes their reads see to.
+    `read`: the names that its code reads and that no forward stores. `laid`: those of parameters with a layout; what reads them looks at
+    their shapes.
     """
 
     __slots__ = ("held", "laid", "module", "names", "read", "where")
