@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.distributed.tensor import DTensor
 
+from autotp.errors import AutoTPError
 from autotp.plan.model import Shown
 from autotp.plan.plan import Plan
 from autotp.rewrite.alone import Parts, install_alone
@@ -59,10 +60,12 @@ class Entry:
         """What comes before the outermost module runs.
 
         Raises:
-            AutoTPError: the model is not what it was, the module does not run by itself, or it is called inside a transform of torch.func
-                or a trace of torch.jit.
+            AutoTPError: the model is not what it was, the module does not run by itself, or it is called inside a transform of torch.func,
+                a trace of torch.jit or an export with gradients.
         """
         refuse_transforms()
+        if is_exporting() and torch.is_grad_enabled():
+            raise AutoTPError("a parallel model is exported without gradients: call torch.export.export inside of torch.no_grad()")
         self.alone.check()
         self.structure.check()
         self.values.check()

@@ -153,3 +153,22 @@ def transformed() -> list[str]:
 def test_transforms_are_refused_alike_or_equal(pool: Pool, world: int) -> None:
     for wrong in pool.run(transformed, world=world):
         assert not wrong, "\n".join(wrong)
+
+
+def exported() -> list[float]:
+    """How far exported programs are off, for inputs that they were not exported with; with gradients they are refused."""
+    errors = []
+    for kind, given, other in ((MLP, {"x": x()}, {"x": x() + 2}), (Lookup, {"ids": ids()}, {"ids": 11 - ids()})):
+        m, plain = _one(kind), _one(kind)
+        autotp.parallelize(m, mesh(), example_inputs=given)
+        with pytest.raises(AutoTPError, match=r"inside of torch\.no_grad\(\)"):
+            torch.export.export(m, (), given)
+        with torch.no_grad():
+            program = torch.export.export(m, (), given).module()
+            errors.append(float((program(**other) - plain(**other)).abs().max()))
+    return errors
+
+
+def test_exported_without_gradients(pool: Pool) -> None:
+    for errors in pool.run(exported):
+        assert max(errors) < 1e-9
