@@ -6,6 +6,7 @@ number was, or that grows, meets a rank's part. Modules that run on parts are wa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import chain
 from operator import is_
@@ -69,7 +70,8 @@ class Place:
 
     def __init__(self, path: str, module: nn.Module, read: frozenset[str]) -> None:
         self.where, self.module, self.read = f"{path}." if path else "", module, read
-        self.names = tuple(n for n, v in module.__dict__.items() if n in read and (type(v) is float or isinstance(v, Tensor)))
+        found = (n for n, v in module.__dict__.items() if n in read and (type(v) is float or isinstance(v, Tensor)))
+        self.names = tuple(n for n in found if not hasattr(inspect.getattr_static(type(module), n, None), "__set__"))  # see `stash`
         self.laid = frozenset(n for n, p in module._parameters.items() if isinstance(p, LayoutDTensor))
         self.held = self._look()
 

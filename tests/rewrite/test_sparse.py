@@ -55,7 +55,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "by frequency": lambda: Net(nn.Embedding(40, 16, scale_grad_by_freq=True)),
     "by frequency, tied": lambda: Net(nn.Embedding(40, 16, scale_grad_by_freq=True), tied=True),
     "by frequency, call": lambda: Net(Called(scale_grad_by_freq=True)),
-    "both": lambda: Net(nn.Embedding(40, 16, scale_grad_by_freq=True, sparse=True)),
     "bag": lambda: Net(nn.EmbeddingBag(40, 16, mode="sum", sparse=True)),
     "bag of means": lambda: Net(nn.EmbeddingBag(40, 16, mode="mean", sparse=True)),
 }
