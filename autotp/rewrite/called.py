@@ -13,7 +13,7 @@ from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.rewrite.classes import check_calls
 from autotp.rewrite.undo import Undo
-from autotp.trace.forms import TENSOR, Call, Forms, Signature, kind_of, switches
+from autotp.trace.forms import NUMBER, Call, Forms, Signature, any_dims, kind_of, switches
 from autotp.trace.inputs_facts import is_hugging_face
 
 _MOST_KNOWN = 256
@@ -53,11 +53,13 @@ class Called:
             self.known.add(call)
 
     def _check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        kinds, as_sizes = self.signature.kinds_of(args, kwargs), self.signature.kinds_of(args, kwargs, sizes=True)
+        own = self.only_switches
+        kinds = self.signature.kinds_of(args, kwargs, shallow=own)
+        as_sizes = self.signature.kinds_of(args, kwargs, sizes=True, shallow=own)
         found: set[tuple[str, str]] = set()
         for name, kind in kinds.items():
             traced = self.kinds.get(name, frozenset())
-            forms = (kind, as_sizes[name], *((TENSOR,) if kind.startswith(TENSOR) else ()))
+            forms = (kind, as_sizes[name], any_dims(kind), *((NUMBER,) if kind.lstrip("-").isdigit() else ()))
             known = next((k for k in forms if k in traced), None)
             if known is None and (not self.only_switches or (switches(kind) and self.signature.names_it(name))):
                 were = f"had {name} as {' or '.join(sorted(traced))}" if traced else f"did not have {name}"
@@ -109,9 +111,7 @@ def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
     for path, forms in plan.inside.items():
         module = model.get_submodule(path)
         signature = Signature.of(module.forward)
-        open_ended = not own and (signature.more or bool(signature.rest))
-        any_tensors = not signature.kinds and not open_ended and all(own or kind == TENSOR for call in forms for _, kind in call)
-        if not forms or any_tensors or type(module).__module__.startswith("torch.nn."):
+        if not forms or (own and not signature.kinds) or type(module).__module__.startswith("torch.nn."):
             continue
         where = f"{path or 'the model'} ({type(module).__qualname__})"
         called = Called(where, signature, forms, only_switches=own)

@@ -121,7 +121,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     stored = stored_names(reading, (m for _, m in modules))
     wholes = {(m.path, a.path): a.value for m in plan.modules for a in m.attributes if "." not in a.path}
     values = list(watched(runs, reading, stored, Watched(originals, wholes, floats)))
-    tensors = [(p, Place(p, m, reading.of(type(m)).read - stored)) for p, m in runs]
+    tensors = [(p, Place(p, m, reading.of(type(m)).read - reading.of(type(m)).own - stored)) for p, m in runs]
     entered = [(p, m) for p, m in modules if m is model or _may_begin(model, m)]
     for _, module in entered:
         wrap_forward(module, _call, undo)

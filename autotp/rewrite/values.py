@@ -12,17 +12,21 @@ import inspect
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy
+import torch
 from torch import Tensor, nn
 
 from autotp.errors import AutoTPError
 from autotp.trace.reading import Reading
 
-_PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType, type)
+_PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType, type, bytes, complex, range, torch.dtype)
+_MOST = 1024  # items of a list or dict
 _FILLED = (list, dict, set)
 _DEEPEST = 3  # settings in settings in settings
 _MISSING: Any = object()
@@ -30,17 +34,17 @@ _MISSING: Any = object()
 
 def _plain(value: Any, floats: bool = False) -> bool:
     if type(value) in (tuple, list, set, frozenset):
-        return len(value) < 64 and all(_plain(v, floats) for v in value)
-    if type(value) is dict:
-        return len(value) < 64 and all(_plain(k, True) and _plain(v, floats) for k, v in value.items())
+        return len(value) < _MOST and all(_plain(v, True) for v in value)
+    if isinstance(value, dict):
+        return len(value) < _MOST and all(_plain(k, True) and _plain(v, True) for k, v in value.items())
     if isinstance(value, partial):
         return _plain(value.func)
-    return type(value) in _PLAIN or (floats and type(value) is float)
+    return type(value) in _PLAIN or isinstance(value, (Enum, numpy.generic)) or (floats and type(value) is float)
 
 
 def _kept(value: Any) -> Any:
     """A copy of a list, a dict or a set, so that changes in it show."""
-    if type(value) is dict:
+    if isinstance(value, dict):
         return {k: _kept(v) for k, v in value.items()}
     return type(value)(map(_kept, value)) if type(value) in (list, tuple, set) else value
 
@@ -164,7 +168,7 @@ class Watched:
 
 
 def stored_names(reading: Reading, modules: Iterable[nn.Module]) -> frozenset[str]:
-    """What any forward of the model stores is its own to change."""
+    """What any forward of the model stores in another object is its own to change, wherever it is; `Names.own` is in the module alone."""
     return frozenset(("training",)).union(*(reading.of(cls).stored for cls in {type(m) for m in modules}))
 
 
@@ -175,11 +179,11 @@ def watched(
     defaults: dict[type, frozenset[str]] = {}
     for path, module in modules:
         code = reading.of(type(module))
-        names = code.read - stored
-        tested = names if path in what.floats else code.tested - stored
+        names = code.read - stored - code.own
+        tested = names if path in what.floats else code.tested - stored - code.own
         where = f"{path}." if path else ""
         if type(module) not in defaults:
-            plain = (n for n in names if _plain(inspect.getattr_static(type(module), n, None)) and hasattr(type(module), n))
+            plain = (n for n in names if _plain(inspect.getattr_static(type(module), n, None), n in tested) and hasattr(type(module), n))
             defaults[type(module)] = frozenset(n for n in plain if not callable(getattr(type(module), n)))
         own = {n for n in _own_names(module, names) if _plain(module.__dict__[n], n in tested)}
         own -= {n for n in own if hasattr(inspect.getattr_static(type(module), n, None), "__set__")}  # what guards it itself (`stash`)
@@ -187,7 +191,7 @@ def watched(
         wholes = {n: what.wholes[path, n] for n in own if (path, n) in what.wholes}
         if own:
             yield path, _One(where, module, sorted(own), wholes)
-        if absent := frozenset(n for n in code.asked - stored if not hasattr(module, n)):
+        if absent := frozenset(n for n in code.asked - stored - code.own if not hasattr(module, n)):
             yield path, _Absent(where, module, absent)
         for name in _own_names(module, names):
             value = module.__dict__[name]
@@ -198,10 +202,11 @@ def watched(
             if owner == path and value is not module.__dict__.get(name):
                 yield from _of_object(path, f"{where}{name}.", value, names, names, reading)
         for name, child in _children(module):
-            inside = {n for n in _own_names(child, names) if _plain(child.__dict__[n], n in tested)} - stored
+            changes = reading.of(type(child)).own
+            inside = {n for n in _own_names(child, names) if _plain(child.__dict__[n], n in tested)} - changes
             if inside:
                 yield path, _One(f"{where}{name}.", child, sorted(inside))
-            if absent := frozenset(n for n in code.asked - stored if not hasattr(child, n)):
+            if absent := frozenset(n for n in code.asked - stored - changes if not hasattr(child, n)):
                 yield path, _Absent(f"{where}{name}.", child, absent)
 
 
@@ -235,7 +240,7 @@ def _of_object(
         names = names | {"keywords", "args"}
     elif not isinstance(value, nn.Module):
         own = reading.of_methods(type(value), (names | {"__call__"}) & _methods(type(value)))
-        names, tested = names | (own.read - own.stored), tested | own.tested
+        names, tested = names | (own.read - own.stored - own.own), tested | own.tested
     found: list[str] = []
     for name in sorted(names):
         try:

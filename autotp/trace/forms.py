@@ -8,11 +8,12 @@ one kind, and so do tensors of any size, any number of tensors that are alike, a
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import partial
-from types import CodeType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy
@@ -23,15 +24,16 @@ from autotp.trace.ints import SizeRef, TaggedInt, expr_of, leaves
 
 TENSOR, NUMBER, SIZE = "a tensor", "a float", "a size"
 _DIMS = frozenset(("dim", "ndim", "ndimension", "shape", "size"))
-_BY_VALUE = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_BY_VALUE = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, bytes, range, slice)
+_DEEPEST = 3  # objects in objects in objects
 #: one call: (argument, its kind) of each
 Call = frozenset[tuple[str, str]]
 #: the calls of one module, without those that are alike
 Forms = frozenset[Call]
 
 
-def kind_of(value: object, sizes: bool = False) -> str:
-    """What counts of an argument. `sizes`: whole numbers may be sizes, and count as such."""
+def kind_of(value: object, sizes: bool = False, depth: int = 0) -> str:
+    """What counts of an argument. `sizes`: whole numbers may be sizes, and count as such. `depth`: in how many objects it is."""
     if isinstance(value, Enum):
         return f"{type(value).__qualname__}.{value.name}"
     if isinstance(value, numpy.generic):
@@ -43,37 +45,73 @@ def kind_of(value: object, sizes: bool = False) -> str:
     if isinstance(value, Tensor):
         sort = "bool" if value.dtype is torch.bool else "float" if value.is_floating_point() else "complex" if value.is_complex() else "int"
         return f"{TENSOR} of {value.dim()} dims ({sort})"
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, deque)):
         kind = "tuple" if isinstance(value, tuple) else "list"  # a size of a tensor is one of another class while it is traced
-        kinds = [kind_of(v, sizes) for v in value]
+        kinds = [kind_of(v, sizes, depth) for v in value]
         alike = bool(kinds) and len(set(kinds)) == 1 and kinds[0].startswith(TENSOR)
         return f"a {kind} of {kinds[0]}" if alike else f"a {kind} ({', '.join(kinds)})"
     if isinstance(value, (set, frozenset)):
-        return f"a set ({', '.join(sorted(kind_of(v, sizes) for v in value))})"
-    if isinstance(value, dict):
-        return f"a dict ({', '.join(f'{k}: {kind_of(v, sizes)}' for k, v in sorted(value.items(), key=str))})"
+        return f"a set ({', '.join(sorted(kind_of(v, sizes, depth) for v in value))})"
+    if isinstance(value, Mapping):
+        return f"a dict ({', '.join(f'{k}: {kind_of(v, sizes, depth)}' for k, v in sorted(value.items(), key=str))})"
     if isinstance(value, float):
         return NUMBER
-    if is_dataclass(value) and not isinstance(value, type):
-        held = ", ".join(f"{f.name}: {kind_of(getattr(value, f.name, None), sizes)}" for f in fields(value))
-        return f"a {type(value).__name__} ({held})"
+    if isinstance(value, type):
+        return f"the class {class_name(value)}"
     if callable(value) and not isinstance(value, nn.Module):
-        return f"the function {name_of(value)}"
-    flags = ", ".join(f"{n}: {kind_of(v)}" for n, v in sorted(getattr(value, "__dict__", {}).items()) if isinstance(v, (bool, str, Enum)))
-    return f"a {type(value).__name__}" + (f" ({flags})" if flags and not isinstance(value, nn.Module) else "")
+        return f"the function {name_of(value, depth)}"
+    return _object(value, sizes, depth)
+
+
+def _object(value: Any, sizes: bool, depth: int) -> str:
+    """An object by what it holds. Whole numbers in one that is no dataclass count as one kind: they are mostly counters."""
+    name = f"a {type(value).__name__}"
+    if depth >= _DEEPEST or type(value).__module__.partition(".")[0] in ("torch", "numpy"):
+        return name
+    items = {**{n: getattr(value, n) for n in _slots(value)}, **getattr(value, "__dict__", {})}
+    if isinstance(value, nn.Module):
+        items = {n: v for n, v in items.items() if isinstance(v, (bool, str)) and n != "training"}
+    counts = sizes if is_dataclass(value) else True
+    found = ", ".join(f"{n}: {kind_of(v, counts, depth + 1)}" for n, v in sorted(items.items()) if not n.startswith("_autotp"))
+    return f"{name} ({found})" if found else name
+
+
+def _slots(value: Any) -> Iterator[str]:
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        yield from (n for n in ((slots,) if isinstance(slots, str) else slots) if n != "__dict__" and hasattr(value, n))
 
 
 def _is_size(value: int) -> bool:
     return isinstance(value, TaggedInt) and any(isinstance(leaf, SizeRef) for leaf in leaves(expr_of(value)))
 
 
-def name_of(function: Any) -> str:
-    """A function by its name, and by its place where others have that name."""
+def name_of(function: Any, depth: int = 0) -> str:
+    """A function by its name, by its place where others have that name, and by what it carries."""
     if isinstance(function, partial):
-        return f"{name_of(function.func)} with {kind_of(function.args)} and {kind_of(function.keywords)}"
+        return f"{name_of(function.func, depth)} with {kind_of(function.args, depth=depth)} and {kind_of(function.keywords, depth=depth)}"
     name = getattr(function, "__qualname__", type(function).__qualname__)
     code = getattr(function, "__code__", None)
-    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None and "<" in name else name
+    if code is not None and "<" in name:
+        name = f"{name} ({code.co_filename}:{code.co_firstlineno})"
+    if depth >= _DEEPEST:
+        return name
+    held = [kind_of(part, depth=depth + 1) for part in _parts_of(function)]
+    return f"{name} with {' and '.join(held)}" if held else name
+
+
+def _parts_of(function: Any) -> Iterator[Any]:
+    """What a function carries: its defaults, what it encloses, and the object that it is a method of, or that is called itself."""
+    owner = getattr(function, "__self__", None)
+    if owner is not None and not isinstance(owner, (ModuleType, nn.Module)):
+        yield owner
+    inner = getattr(function, "__func__", function)
+    if isinstance(inner, FunctionType):
+        cells = [c for c in inner.__closure__ or () if c != CellType()]  # an empty one is equal to any other
+        held = [inner.__defaults__, inner.__kwdefaults__, *(c.cell_contents for c in cells)]
+        yield from (part for part in held if part is not None and part is not function and not isinstance(part, nn.Module))
+    elif owner is None and getattr(function, "__dict__", None):
+        yield dict(function.__dict__)
 
 
 def class_name(kind: type) -> str:
@@ -83,7 +121,12 @@ def class_name(kind: type) -> str:
 
 def of_any_dims(forms: Forms) -> Forms:
     """The forms with tensors of any number of dims for those of one."""
-    return frozenset(frozenset((name, TENSOR if kind.startswith(TENSOR) else kind) for name, kind in call) for call in forms)
+    return frozenset(frozenset((name, any_dims(kind)) for name, kind in call) for call in forms)
+
+
+def any_dims(kind: str) -> str:
+    """The kind of a tensor without its number of dims; another as it is."""
+    return f"{TENSOR} {kind[kind.index('(') :]}" if kind.startswith(f"{TENSOR} of ") else kind
 
 
 def switches(kind: str) -> bool:
@@ -118,12 +161,13 @@ class Signature:
         more = any(p.kind is p.VAR_KEYWORD for p in parameters)
         return Signature(tuple(p.name for p in parameters if p.kind in places), kinds, rest, more, frozenset(_texts(code)))
 
-    def kinds_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: bool = False) -> dict[str, str]:
-        """The kind of each argument of a call, those that are left out included."""
-        found = {**self.kinds, **{n: kind_of(v, sizes) for n, v in zip(self.names, args, strict=False)}}
+    def kinds_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: bool = False, *, shallow: bool = False) -> dict[str, str]:
+        """The kind of each argument of a call, those that are left out included. `shallow`: objects by their classes alone."""
+        depth = _DEEPEST if shallow else 0
+        found = {**self.kinds, **{n: kind_of(v, sizes, depth) for n, v in zip(self.names, args, strict=False)}}
         if self.rest:
-            found[self.rest] = kind_of(args[len(self.names) :], sizes)
-        found.update({n: kind_of(v, sizes) for n, v in kwargs.items()})
+            found[self.rest] = kind_of(args[len(self.names) :], sizes, depth)
+        found.update({n: kind_of(v, sizes, depth) for n, v in kwargs.items()})
         return found
 
     def names_it(self, argument: str) -> bool:

@@ -26,12 +26,14 @@ _NEAR = 3  # instructions after an attribute is read in which a test is one of i
 class Names:
     """Names of attributes in some code.
 
-    stored: that are stored or deleted. asked: that need not be there, because it uses `getattr` and its like, or expects an AttributeError.
+    stored: that are stored or deleted, in other objects than the module itself. own: in the module itself. asked: that need not be there,
+    because it uses `getattr` and its like, or expects an AttributeError.
     tested: that a condition is about, as far as can be told.
     """
 
     read: frozenset[str]
     stored: frozenset[str]
+    own: frozenset[str]
     asked: frozenset[str]
     tested: frozenset[str]
 
@@ -64,20 +66,21 @@ def _names(cls: type, todo: list[Any]) -> Names:
     read: set[str] = set()
     asked: set[str] = set()
     stored: set[str] = set()
+    own: set[str] = set()
     tested: set[str] = set()
     seen: set[CodeType] = set()
     while todo and len(seen) < _MOST:
         function = todo.pop()
         if isinstance(function, FunctionType) and function.__code__ not in seen:
             seen.add(function.__code__)
-            todo += _functions(function, cls, read, stored)
+            todo += _functions(function, cls, read, stored, own)
             for code in _codes(function.__code__):
                 tested.update(_tested(list(dis.get_instructions(code))))
                 if not _ASKING.isdisjoint(code.co_names):
                     asked.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
                 if "AttributeError" in code.co_names:
                     asked.update(i.argval for i in dis.get_instructions(code) if i.opname in _LOADS)
-    return Names(frozenset(read | asked), frozenset(stored), frozenset(asked), frozenset(tested))
+    return Names(frozenset(read | asked), frozenset(stored), frozenset(own), frozenset(asked), frozenset(tested))
 
 
 def _tested(instructions: list[dis.Instruction]) -> Iterable[str]:
@@ -87,7 +90,7 @@ def _tested(instructions: list[dis.Instruction]) -> Iterable[str]:
             yield i.argval
 
 
-def _functions(function: FunctionType, cls: type, read: set[str], stored: set[str]) -> Iterator[Any]:
+def _functions(function: FunctionType, cls: type, read: set[str], stored: set[str], own: set[str]) -> Iterator[Any]:
     """Notes what `function` reads and stores; the functions that it may call."""
     yield getattr(function, "__wrapped__", None)
     for cell in function.__closure__ or ():
@@ -95,18 +98,37 @@ def _functions(function: FunctionType, cls: type, read: set[str], stored: set[st
             yield cell.cell_contents
         except ValueError:  # it is empty yet
             continue
+    is_method = any(function is _function_of(f) for c in cls.__mro__ for f in (vars(c).get(function.__name__),) if f is not None)
     for code in _codes(function.__code__):
+        before: dis.Instruction | None = None
         for i in dis.get_instructions(code):
+            of = before
+            before = i if i.opname not in ("CACHE", "EXTENDED_ARG") else before
             if i.opname in _LOADS:
                 read.add(i.argval)
-                found = inspect.getattr_static(cls, i.argval, None)
-                yield getattr(found, "fget", None) or getattr(found, "__func__", found)
+                for found in _definitions(cls, i.argval):
+                    yield getattr(found, "fget", None) or getattr(found, "__func__", found)
             elif i.opname in _STORES:
-                stored.add(i.argval)
+                in_self = is_method and code is function.__code__ and of is not None and (of.opname, of.argval) == _self_of(code)
+                (own if in_self else stored).add(i.argval)
             elif i.opname == "LOAD_GLOBAL":
                 other = function.__globals__.get(i.argval)
                 if isinstance(other, FunctionType) and other.__module__.partition(".")[0] == cls.__module__.partition(".")[0]:
                     yield other
+
+
+def _definitions(cls: type, name: str) -> Iterator[Any]:
+    """What a class and its bases hold under a name: a method may call that of a base."""
+    for base in cls.__mro__:
+        if name in vars(base):
+            yield vars(base)[name]
+            if base is nn.Module:
+                return
+
+
+def _self_of(code: CodeType) -> tuple[str, str]:
+    """How a method loads its first argument."""
+    return "LOAD_FAST", code.co_varnames[0] if code.co_argcount else ""
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

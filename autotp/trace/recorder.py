@@ -483,7 +483,7 @@ class Recorder:
         """Run the forward `inner` of a module; its tensors are aliased where a rewrite acts on them."""
         self.check_forward(sys._getframe(1))
         signature = Signature.of(inner)
-        self._forms.append((len(self.nodes), path, signature.kinds_of(args, kwargs)))
+        self._forms.append((len(self.nodes), path, signature.kinds_of(args, kwargs, shallow=not self.data_vary)))
         if asks_dims(self._reading.of(type(module)).read):
             self._asks_dims.add(path)
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
+from collections import UserDict, deque
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -225,12 +227,39 @@ class Batch:
         self.norm, self.x = norm, torch.zeros(3)
 
 
+class Slots:
+    """An object without a `__dict__`."""
+
+    __slots__ = ("norm",)
+
+    def __init__(self, norm: bool) -> None:
+        self.norm = norm
+
+    def says(self) -> bool:
+        return self.norm
+
+
 #: question → (what says no, what says yes)
 QUESTIONS: dict[str, tuple[Any, Any, Any]] = {
     "a member": (lambda k: k is Norm.YES, Norm.NO, Norm.YES),
     "a member that is an int": (lambda k: k == Level.YES, Level.NO, Level.YES),
     "a field": (lambda k: k.norm, Options(), Options(norm=True)),
     "a flag of an object": (lambda k: k.norm, Batch(False), Batch(True)),
+    "a tensor of an object": (lambda k: k.mask is not None, SimpleNamespace(mask=None), SimpleNamespace(mask=torch.ones(()))),
+    "an object of an object": (
+        lambda k: k.inner.norm,
+        SimpleNamespace(inner=SimpleNamespace(norm=False)),
+        SimpleNamespace(inner=SimpleNamespace(norm=True)),
+    ),
+    "a slot": (lambda k: k.norm, Slots(False), Slots(True)),
+    "a key of a mapping": (lambda k: "norm" in k, UserDict(x=1.0), UserDict(x=1.0, norm=1.0)),
+    "an item of a deque": (lambda k: "norm" in k, deque(["x"]), deque(["norm"])),
+    "a range": (lambda k: len(k) > 2, range(2), range(3)),
+    "what a function encloses": (lambda k: k(), *(functools.partial(lambda yes: lambda: yes, y)() for y in (False, True))),
+    "a default": (lambda k: k(), *((lambda y: lambda yes=y: yes)(y) for y in (False, True))),
+    "a method": (lambda k: k(), Slots(False).says, Slots(True).says),
+    "the class of numbers of a mask": (lambda k: k.dtype is torch.bool, torch.ones(()), torch.ones(()).bool()),
+    "None for a tensor": (lambda k: k is None, torch.ones(()), None),
     "a flag of numpy's": (bool, numpy.bool_(False), numpy.bool_(True)),
     "a set": (lambda k: "norm" in k, {"x"}, {"x", "norm"}),
     "a dtype": (lambda k: k is torch.float32, torch.float64, torch.float32),

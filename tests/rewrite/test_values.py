@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import enum
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +154,40 @@ class ByFloat(Reads):
         return self.share > 0
 
 
+class ByClassFloat(Reads):
+    share = 0.0
+
+    def asks(self) -> Any:
+        return self.share > 0
+
+
+class Kind(enum.Enum):
+    PLAIN = 0
+    MIXED = 1
+
+
+class ByMember(Reads):
+    def asks(self) -> Any:
+        return self.options is Kind.MIXED
+
+
+class Notes(nn.Module):
+    """Stores in itself what is a flag elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mixed = True
+        return x
+
+
+class StoredElsewhere(OfClass):
+    def __init__(self) -> None:
+        super().__init__(mixed=False)
+        self.notes = Notes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.notes(x))
+
+
 class Scaled(Reads):
     """A float that no condition is about may change."""
 
@@ -206,6 +242,19 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
         lambda m: m.options.inner.update(mixed=1),
         "options.inner was",
     ),
+    "a flag beside a float": (
+        lambda: InDict(options={"mixed": False, "eps": 1e-5}),
+        lambda m: m.options.update(mixed=True),
+        "options was",
+    ),
+    "an ordered dict": (lambda: InDict(options=OrderedDict(mixed=False)), lambda m: m.options.update(mixed=True), "options was"),
+    "a member of an enumeration": (
+        lambda: ByMember(options=Kind.PLAIN),
+        lambda m: setattr(m, "options", Kind.MIXED),
+        "options was <Kind.PLAIN",
+    ),
+    "a flag that another class stores in itself": (StoredElsewhere, lambda m: setattr(m, "mixed", True), "mixed was False"),
+    "a float of the class that a condition is about": (ByClassFloat, lambda m: setattr(m, "share", 0.5), "share was 0.0"),
     "a set": (lambda: InSet(options=set()), lambda m: m.options.add("mixed"), "options was"),
     "slots": (lambda: InSlots(options=Slots()), lambda m: setattr(m.options, "mixed", True), "options.mixed was False"),
     "a default of the class": (OfClass, lambda m: setattr(m, "mixed", True), "mixed was False"),
