@@ -13,7 +13,7 @@ from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.rewrite.classes import check_calls
 from autotp.rewrite.undo import Undo
-from autotp.trace.forms import NUMBER, Call, Forms, Signature, any_dims, kind_of, switches
+from autotp.trace.forms import NUMBER, TENSOR, Call, Forms, Signature, any_dims, kind_of, switches
 from autotp.trace.inputs_facts import is_hugging_face
 
 _MOST_KNOWN = 256
@@ -60,6 +60,8 @@ class Called:
         for name, kind in kinds.items():
             traced = self.kinds.get(name, frozenset())
             forms = (kind, as_sizes[name], any_dims(kind), *((NUMBER,) if kind.lstrip("-").isdigit() else ()))
+            if name not in self.signature.kinds and kind.startswith(TENSOR):  # no ids where ids belong: torch says so, as on one device
+                forms = (*forms, f"{TENSOR} (int)")
             known = next((k for k in forms if k in traced), None)
             if known is None and (not self.only_switches or (switches(kind) and self.signature.names_it(name))):
                 were = f"had {name} as {' or '.join(sorted(traced))}" if traced else f"did not have {name}"

@@ -26,6 +26,7 @@ from autotp.errors import AutoTPError
 from autotp.trace.reading import Reading
 
 _PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType, type, bytes, complex, range, torch.dtype)
+_TABLES = frozenset(nn.Module().__dict__)  # hooks and the like, which others look at
 _MOST = 1024  # items of a list or dict
 _FILLED = (list, dict, set)
 _DEEPEST = 3  # settings in settings in settings
@@ -211,7 +212,7 @@ def watched(
 
 
 def _own_names(module: nn.Module, names: frozenset[str]) -> list[str]:
-    return [n for n in module.__dict__ if n in names and not n.startswith("_autotp")]
+    return [n for n in module.__dict__ if n in names and n not in _TABLES and not n.startswith("_autotp")]
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
