@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
 from autotp.numeric.exact import DOUBLE
-from autotp.testing.observe import tensors_of, weighted
+from autotp.testing.observe import weighted
+from autotp.testing.outputs import tensors_of
 from autotp.testing.ranks.run import run
 from autotp.testing.tiny import tiny_config, tiny_model
 from autotp.trace.inputs import example_inputs

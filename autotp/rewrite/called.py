@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,12 @@ class Called:
             kinds.setdefault(name, set()).add(kind)
         self.kinds: Mapping[str, frozenset[str]] = {name: frozenset(found) for name, found in kinds.items()}
 
-    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AutoTPError | None:
         """Raise where an argument is of a kind that no traced call had, or where none had those of this call together.
+
+        Returns:
+            What to raise when the call is through. A tensor of another class of numbers where one is required may be wrong for one device
+            too (flags for ids): then the code raises what it raises there.
 
         Raises:
             AutoTPError: names the arguments.
@@ -47,12 +51,13 @@ class Called:
         token = self.token
         call = (tuple([token(v) for v in args]), tuple([(n, token(v)) for n, v in kwargs.items()]))
         if call in self.known:
-            return
-        self._check(args, kwargs)
-        if len(self.known) < _MOST_KNOWN:
+            return None
+        late = self._check(args, kwargs)
+        if late is None and len(self.known) < _MOST_KNOWN:
             self.known.add(call)
+        return late
 
-    def _check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AutoTPError | None:
         own = self.only_switches
         kinds = self.signature.kinds_of(args, kwargs, shallow=own)
         as_sizes = self.signature.kinds_of(args, kwargs, sizes=True, shallow=own)
@@ -60,28 +65,35 @@ class Called:
         for name, kind in kinds.items():
             traced = self.kinds.get(name, frozenset())
             forms = (kind, as_sizes[name], any_dims(kind), *((NUMBER,) if kind.lstrip("-").isdigit() else ()))
-            if name not in self.signature.kinds and kind.startswith(TENSOR):  # no ids where ids belong: torch says so, as on one device
-                forms = (*forms, f"{TENSOR} (int)")
             known = next((k for k in forms if k in traced), None)
-            if known is None and (not self.only_switches or (switches(kind) and self.signature.names_it(name))):
+            if known is None and (not own or (switches(kind) and self.signature.names_it(name))):
                 were = f"had {name} as {' or '.join(sorted(traced))}" if traced else f"did not have {name}"
-                self._refuse(f"with {name} as {kind}; the calls that were traced {were}")
+                refusal = self._refusal(f"with {name} as {kind}; the calls that were traced {were}")
+                if name not in self.signature.kinds and kind.startswith(TENSOR) and _of_its_dims(kind, traced):
+                    return refusal
+                raise refusal
             found.add((name, known or kind))
-        if not self.only_switches and found not in self.forms:
-            self._refuse_together(frozenset(found))
+        if not own and found not in self.forms:
+            raise self._not_together(frozenset(found))
+        return None
 
-    def _refuse_together(self, call: Call) -> NoReturn:
+    def _not_together(self, call: Call) -> AutoTPError:
         nearest = min(self.forms, key=lambda form: (len(form ^ call), sorted(form)))
         given = " and ".join(f"{name} as {kind}" for name, kind in sorted(call - nearest))
         missing = " and ".join(sorted({name for name, _ in nearest} - {name for name, _ in call}))
         ways = [f"with {given}" if given else "", f"without {missing}" if missing else ""]
-        self._refuse(f"{' and '.join(filter(None, ways))}; each of its arguments was traced so, but not together with the others")
+        return self._refusal(f"{' and '.join(filter(None, ways))}; each of its arguments was traced so, but not together with the others")
 
-    def _refuse(self, call: str) -> NoReturn:
-        raise AutoTPError(
+    def _refusal(self, call: str) -> AutoTPError:
+        return AutoTPError(
             f"{self.where} is called {call}. Its code computes on a rank's part, and may take a path that the plan was not made for. "
             f"{_EXAMPLES}"
         )
+
+
+def _of_its_dims(kind: str, traced: frozenset[str]) -> bool:
+    """True where tensors of as many dims were traced, of another class of numbers."""
+    return any(k.partition(" (")[0] in (kind.partition(" (")[0], TENSOR) for k in traced)
 
 
 def _switch(value: Any) -> Hashable:

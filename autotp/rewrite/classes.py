@@ -152,15 +152,17 @@ def _of_instance(forward: Callable[..., Any]) -> Callable[..., Any]:
 @cache
 def _checking_around(key: str) -> Around:
     def around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not is_dynamo_compiling():
-            module.__dict__[key].check(args, kwargs)
-        return forward(module, *args, **kwargs)
+        late = None if is_dynamo_compiling() else module.__dict__[key].check(args, kwargs)
+        result = forward(module, *args, **kwargs)
+        if late is not None:
+            raise late
+        return result
 
     return around
 
 
 def check_calls(module: nn.Module, key: str, check: Any, undo: Undo) -> None:
-    """Have `check.check(args, kwargs)` look at each call of a module.
+    """Have `check.check(args, kwargs)` look at each call of a module; what it returns is raised when the forward is through.
 
     It is kept in the module's `__dict__` as `key`, and goes with its copies.
     """

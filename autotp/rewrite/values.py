@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import inspect
 import reprlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from itertools import chain
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp.errors import AutoTPError
+from autotp.trace.forms import kind_of
 from autotp.trace.reading import Reading
 
 _PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType, type, bytes, complex, range, torch.dtype)
@@ -66,13 +69,60 @@ class _One:
     def holds_lists(self) -> bool:
         return any(type(v) in _FILLED for v in self.all(self.values))
 
-    def again(self) -> None:
-        """A list, dict or set that a forward fills is there to be filled, and to be cleared: no longer watched."""
+    def again(self) -> Iterator[_One]:
+        """A list or set that a forward fills is there to be filled, and to be cleared: no longer watched. Of a dict, other items are."""
         now = self.all(self.get(self.object))
         if now != (old := self.all(self.values)):
+            for name, a, b in zip(self.names, old, now, strict=True):
+                if isinstance(a, dict) and isinstance(b, dict) and (rest := [k for k in b if k not in a or a[k] == b[k]]):
+                    yield _Items(f"{self.where}{name}", self.object, name, rest)
             self.names = tuple(n for n, a, b in zip(self.names, old, now, strict=True) if not (type(a) in _FILLED and a != b))
             self.get = attrgetter(*self.names) if self.names else lambda _: ()
             self.values = _kept(self.get(self.object))
+
+
+class _Items(_One):
+    """Some items of a dict; a forward changes others."""
+
+    __slots__ = ()
+
+    def __init__(self, where: str, object: Any, name: str, keys: Sequence[Any]) -> None:
+        self.where, self.object, self.names, self.wholes = where, object, (name,), {}
+        self.get = partial(_items, name, tuple(keys))
+        self.values = _kept(self.get(object))
+
+    def again(self) -> Iterator[_One]:
+        """Those that a forward changes are no longer watched."""
+        now = self.get(self.object)
+        if now != self.values:
+            keys = tuple(k for k, v in self.values.items() if now[k] == v)
+            self.get = partial(_items, self.names[0], keys)
+            self.values = _kept(self.get(self.object))
+        yield from ()
+
+
+def _items(name: str, keys: tuple[Any, ...], object: Any) -> dict[Any, Any]:
+    found = getattr(object, name)
+    return {key: found.get(key, _MISSING) for key in keys}
+
+
+class _Kinds:
+    """Attributes that hold more than plain values (objects in a list, a method of an object): watched by what they hold."""
+
+    __slots__ = ("kinds", "names", "object", "where")
+
+    def __init__(self, where: str, object: Any, names: Sequence[str]) -> None:
+        self.where, self.object, self.names = where, object, tuple(names)
+        self.kinds = self.now()
+
+    def now(self) -> tuple[str, ...]:
+        """What they hold."""
+        return tuple(kind_of(getattr(self.object, name, None)) for name in self.names)
+
+    def again(self) -> None:
+        """What a forward has changed is its own to change."""
+        kept = [(n, a) for n, a, b in zip(self.names, self.kinds, self.now(), strict=True) if a == b]
+        self.names, self.kinds = tuple(n for n, _ in kept), tuple(a for _, a in kept)
 
 
 class _Absent:
@@ -93,12 +143,16 @@ class _Same:
         self.where, self.object, self.names, self.held = where, object, (name,), held
 
 
+Watcher = _One | _Absent | _Same | _Kinds
+
+
 class Values:
     """The plain values that the modules under one module rest on."""
 
-    __slots__ = ("absent", "found", "lists", "same")
+    __slots__ = ("absent", "found", "kinds", "lists", "same")
 
-    def __init__(self, found: Sequence[_One | _Absent | _Same]) -> None:
+    def __init__(self, found: Sequence[Watcher]) -> None:
+        self.kinds = tuple(one for one in found if isinstance(one, _Kinds))
         self.same = tuple(one for one in found if isinstance(one, _Same))
         self.found = tuple(one for one in found if isinstance(one, _One))
         self.absent = tuple(one for one in found if isinstance(one, _Absent))
@@ -106,8 +160,10 @@ class Values:
 
     def again(self) -> None:
         """After a call: what its forwards put into lists is no change of the user's."""
-        for one in self.lists:
-            one.again()
+        if more := tuple(chain.from_iterable([one.again() for one in self.lists])):
+            self.found, self.lists = (*self.found, *more), (*self.lists, *more)
+        for kinds in self.kinds:
+            kinds.again()
 
     def check(self) -> None:
         """Raise where one has changed.
@@ -121,6 +177,10 @@ class Values:
                 raise AutoTPError(_changed(none.where + name, "not there", _brief(none.object.__dict__[name])))
         if not self._are_as_before():
             self._compare()
+        for kinds in self.kinds:
+            for name, old, new in zip(kinds.names, kinds.kinds, kinds.now(), strict=True):
+                if old != new:
+                    raise AutoTPError(_changed(kinds.where + name, old, new))
         for same in self.same:
             if same.object.__dict__.get(same.names[0]) is not same.held:
                 raise AutoTPError(
@@ -136,7 +196,7 @@ class Values:
 
     def _compare(self) -> None:
         for one in self.found:
-            now = tuple(getattr(one.object, name, _MISSING) for name in one.names)
+            now = one.all(one.get(one.object)) if isinstance(one, _Items) else [getattr(one.object, n, _MISSING) for n in one.names]
             for name, old, new in zip(one.names, one.all(one.values), now, strict=True):
                 if name in one.wholes and new == one.wholes[name]:  # the model's own value, of which this rank has a part
                     setattr(one.object, name, old)
@@ -175,28 +235,34 @@ def stored_names(reading: Reading, modules: Iterable[nn.Module]) -> frozenset[st
 
 def watched(
     modules: Iterable[tuple[str, nn.Module]], reading: Reading, stored: frozenset[str], what: Watched
-) -> Iterator[tuple[str, _One | _Absent | _Same]]:
+) -> Iterator[tuple[str, Watcher]]:
     """(path of a module, values of it or of what it holds) to watch. `modules`: those that run on parts."""
-    defaults: dict[type, frozenset[str]] = {}
+    defaults: dict[tuple[type, bool], frozenset[str]] = {}
     for path, module in modules:
         code = reading.of(type(module))
         names = code.read - stored - code.own
         tested = names if path in what.floats else code.tested - stored - code.own
         where = f"{path}." if path else ""
-        if type(module) not in defaults:
+        kind = type(module), path in what.floats
+        if kind not in defaults:
             plain = (n for n in names if _plain(inspect.getattr_static(type(module), n, None), n in tested) and hasattr(type(module), n))
-            defaults[type(module)] = frozenset(n for n in plain if not callable(getattr(type(module), n)))
+            defaults[kind] = frozenset(n for n in plain if not callable(getattr(type(module), n)))
         own = {n for n in _own_names(module, names) if _plain(module.__dict__[n], n in tested)}
         own -= {n for n in own if hasattr(inspect.getattr_static(type(module), n, None), "__set__")}  # what guards it itself (`stash`)
-        own |= defaults[type(module)] - module.__dict__.keys()
+        own |= defaults[kind] - module.__dict__.keys()
         wholes = {n: what.wholes[path, n] for n in own if (path, n) in what.wholes}
         if own:
             yield path, _One(where, module, sorted(own), wholes)
-        if absent := frozenset(n for n in code.asked - stored - code.own if not hasattr(module, n)):
+        methods = (names & _methods(type(module))) - module.__dict__.keys() - {"forward"}  # one of the instance would hide it
+        if absent := frozenset(n for n in code.asked - stored - code.own if not hasattr(module, n)) | methods:
             yield path, _Absent(where, module, absent)
+        if mixed := [n for n in _own_names(module, names) if n not in own and _is_mixed(module.__dict__[n], module)]:
+            yield path, _Kinds(where, module, mixed)
         for name in _own_names(module, names):
             value = module.__dict__[name]
-            if _holds_values(value):
+            if isinstance(value, type):
+                yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
+            elif _holds_values(value) and name not in mixed:
                 yield path, _Same(where + name, module, name, value)
                 yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
         for (owner, name), value in what.originals.items():
@@ -226,6 +292,23 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
+def _is_mixed(value: object, module: nn.Module) -> bool:
+    """True for a container of other things than plain values, and for a method of an object that is no module."""
+    if isinstance(value, MethodType):
+        return not isinstance(value.__self__, nn.Module)
+    if isinstance(value, (list, tuple, dict, deque)):
+        return bool(value) and len(value) < _MOST and not any(isinstance(v, nn.Module) for v in _leaves(value))
+    return isinstance(value, numpy.ndarray)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (list, tuple, dict, deque)):
+            yield from _leaves(item)
+        else:
+            yield item
+
+
 def _holds_values(value: object) -> bool:
     """True for settings, for a function with arguments, and for a module that another one holds beside its children."""
     kind = type(value)
@@ -235,7 +318,7 @@ def _holds_values(value: object) -> bool:
 
 def _of_object(
     path: str, where: str, value: Any, names: frozenset[str], tested: frozenset[str], reading: Reading, depth: int = 0
-) -> Iterator[tuple[str, _One | _Same]]:
+) -> Iterator[tuple[str, Watcher]]:
     """The values in an object: what the code reads of it itself, and what those of its methods do that the code names."""
     if isinstance(value, partial):
         names = names | {"keywords", "args"}

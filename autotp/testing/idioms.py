@@ -159,7 +159,8 @@ class Idioms:
 
     def runs(self) -> bool:
         """Does it run on one device, forward and backward, with finite values?"""
-        from autotp.testing.observe import tensors_of, weighted
+        from autotp.testing.observe import weighted
+        from autotp.testing.outputs import tensors_of
 
         model = self.build()
         with warnings.catch_warnings():

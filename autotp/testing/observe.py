@@ -30,15 +30,11 @@ from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError, InputError
 from autotp.testing.compare import BUFFER, GRADIENT
+from autotp.testing.outputs import tensors_of
 from autotp.testing.subject import Subject, twin
-from autotp.trace.boundary import flatten_result
 
 ASPECTS = ("state", "outputs", "gradients", "generation", "training", "steps")
 NEW_TOKENS = 4
-#: Entries of an output that may be shards.
-LOCAL_OUTPUTS = frozenset(
-    {"past_key_values", "cache_params", "mems", "state", "cache", "rnn_state", "past_buckets_states", "encoder_past_key_values"}
-)
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -77,19 +73,6 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 def by_itself(path: str) -> str:
     """How the entries end that come from calling the module `path` by itself."""
     return f" of {path} by itself"
-
-
-def tensors_of(output: Any) -> dict[str, Tensor]:
-    """The tensors of a call's output by path, caches left out."""
-    found: dict[str, Tensor] = {}
-
-    def keep(where: tuple[str | int, ...], tensor: Tensor) -> Tensor:
-        if not where or where[0] not in LOCAL_OUTPUTS:
-            found[".".join(map(str, where)) or "output"] = tensor
-        return tensor
-
-    flatten_result(output, keep)
-    return found
 
 
 class Watch:

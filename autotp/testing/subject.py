@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autotp.errors import InputError
 from autotp.numeric.exact import DOUBLE, SINGLE, Precision
+from autotp.testing.outputs import tensors_of
 
 #: Builds the model; a transformers config stands for the model of random weights that it describes.
 Factory = Callable[[], nn.Module]
@@ -236,8 +237,6 @@ def _argument(subject: Subject, module: nn.Module) -> Tensor | None:
 
 
 def _runs(call: Callable[[], Any]) -> bool:
-    from autotp.testing.observe import tensors_of
-
     try:
         output = call()
     except Exception:  # the model itself does not know this
@@ -274,8 +273,6 @@ def _try(subject: Subject) -> None:
         raise InputError(
             f"{kind} itself does not run on these inputs in {subject.precision.dtype}: {type(error).__name__}: {error}{hint}"
         ) from error
-    from autotp.testing.observe import tensors_of
-
     nan = [path for path, t in tensors_of(output).items() if t.is_floating_point() and bool(t.isnan().any())]
     if nan:
         raise InputError(f"{kind} itself gives NaN in {', '.join(nan)}: nothing could be shown with these weights and inputs")

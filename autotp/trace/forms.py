@@ -1,8 +1,8 @@
 """In which forms a forward was called: code may take another path for a flag that is on, or for a tensor where there was none.
 
 A form says of each argument what kind it is: a flag, a text, an enumeration's member or a whole number by its value, a function by its
-name, a tensor by its number of dims, a dataclass by its fields, another object by its class and the flags that it holds. Floats count as
-one kind, and so do tensors of any size, any number of tensors that are alike, and whole numbers that the traced code had from sizes.
+name and what it carries, a tensor by its number of dims and class of numbers, an object by its class and what it holds. Floats count as one
+kind, and so do tensors of any size, any number of tensors that are alike, and whole numbers that the traced code had from sizes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def kind_of(value: object, sizes: bool = False, depth: int = 0) -> str:
     if isinstance(value, (set, frozenset)):
         return f"a set ({', '.join(sorted(kind_of(v, sizes, depth) for v in value))})"
     if isinstance(value, Mapping):
-        return f"a dict ({', '.join(f'{k}: {kind_of(v, sizes, depth)}' for k, v in sorted(value.items(), key=str))})"
+        return f"a dict ({', '.join(f'{k}: {kind_of(v, sizes, depth)}' for k, v in sorted(value.items(), key=_key))})"
     if isinstance(value, float):
         return NUMBER
     if isinstance(value, type):
@@ -61,6 +61,10 @@ def kind_of(value: object, sizes: bool = False, depth: int = 0) -> str:
     if callable(value) and not isinstance(value, nn.Module):
         return f"the function {name_of(value, depth)}"
     return _object(value, sizes, depth)
+
+
+def _key(item: tuple[Any, Any]) -> str:
+    return str(item[0])
 
 
 def _object(value: Any, sizes: bool, depth: int) -> str:

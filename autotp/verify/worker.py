@@ -20,7 +20,8 @@ from autotp.numeric.exact import DOUBLE, SINGLE, Precision, largest, relative_er
 from autotp.plan.layout import Layout
 from autotp.recipe.recipe import Recipe
 from autotp.testing.modules import recorded
-from autotp.testing.observe import tensors_of, weighted
+from autotp.testing.observe import weighted
+from autotp.testing.outputs import tensors_of
 
 #: Parallelizes the model in place; returns the layout of each of its parameters.
 Parallelizer = Callable[[nn.Module, DeviceMesh, "Mapping[str, Any] | None"], Mapping[str, Layout]]

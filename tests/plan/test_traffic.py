@@ -14,7 +14,8 @@ import autotp
 from autotp.plan.plan import Plan
 from autotp.rewrite.comm import GroupComm
 from autotp.testing.architecture import Architecture, Position, Projection, QKNorm
-from autotp.testing.observe import tensors_of, weighted
+from autotp.testing.observe import weighted
+from autotp.testing.outputs import tensors_of
 from autotp.testing.ranks.threads import ThreadRanks
 
 SMALL = Architecture(kv=4, group=1, vocab=64, loss=False)

@@ -375,6 +375,13 @@ class AsksDims(Asked):
         return self.b(self.helper(self.a(x)))
 
 
+def test_another_class_of_numbers_is_refused_after_the_code_has_had_its_say() -> None:
+    """Where one device refuses it, its own error comes first: `tests/test_held.py` looks at that."""
+    asks = partial(Asked, lambda k: k.dtype is torch.bool)
+    found = outcome(asks, {"x": X, "k": torch.ones(()).int()}, k=torch.ones(()).bool())
+    assert "k as a tensor of 0 dims (bool); the calls that were traced had k as a tensor (int)" in found.refused
+
+
 def test_dims_that_a_method_asks_for_count() -> None:
     assert "x as a tensor of 2 dims" in outcome(partial(AsksDims, None), {"x": X}, x=X[0]).refused
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import functools
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -188,6 +188,25 @@ class StoredElsewhere(OfClass):
         return super().forward(self.notes(x))
 
 
+class InCounted(InDict):
+    def asks(self) -> Any:
+        self.options["calls"] += 1
+        return super().asks()
+
+
+class InList(Reads):
+    def asks(self) -> Any:
+        return any(o.mixed for o in self.options)
+
+
+class OfSettings:
+    mixed = False
+
+
+class Mixed(OfSettings):
+    mixed = True
+
+
 class Scaled(Reads):
     """A float that no condition is about may change."""
 
@@ -255,6 +274,30 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     ),
     "a flag that another class stores in itself": (StoredElsewhere, lambda m: setattr(m, "mixed", True), "mixed was False"),
     "a float of the class that a condition is about": (ByClassFloat, lambda m: setattr(m, "share", 0.5), "share was 0.0"),
+    "a flag beside a counter": (
+        lambda: InCounted(options={"mixed": False, "calls": 0}),
+        lambda m: m.options.update(mixed=True),
+        "options was {'mixed': False}",
+    ),
+    "a default of a dict": (
+        lambda: InDict(options=defaultdict(bool)),
+        lambda m: m.options.update(mixed=True),
+        "options was {'mixed': False}",
+    ),
+    "a flag beside a tensor": (
+        lambda: InDict(options={"mixed": False, "scale": torch.ones(3)}),
+        lambda m: m.options.update(mixed=True),
+        "options was a dict (mixed: False",
+    ),
+    "objects in a list": (
+        lambda: InList(options=[SimpleNamespace(mixed=False)]),
+        lambda m: setattr(m.options[0], "mixed", True),
+        "options was a list (a SimpleNamespace (mixed: False))",
+    ),
+    "a deque": (lambda: InSet(options=deque(["plain"])), lambda m: m.options.append("mixed"), "options was a list ('plain')"),
+    "a method of an object": (lambda: Partly(options=Switch().on), lambda m: setattr(m.options.__self__, "mixed", True), "options was"),
+    "a class": (lambda: InSlots(options=OfSettings), lambda m: setattr(m, "options", Mixed), "options was"),
+    "a method of its own": (Reads, lambda m: setattr(m, "asks", lambda: True), "asks was not there"),
     "a set": (lambda: InSet(options=set()), lambda m: m.options.add("mixed"), "options was"),
     "slots": (lambda: InSlots(options=Slots()), lambda m: setattr(m.options, "mixed", True), "options.mixed was False"),
     "a default of the class": (OfClass, lambda m: setattr(m, "mixed", True), "mixed was False"),

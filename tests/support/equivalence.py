@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autotp.numeric.exact import Float64
-from autotp.testing.observe import tensors_of
+from autotp.testing.outputs import tensors_of
 from tests.support.ranks import Pool, RankError, mesh
 
 ASPECTS = ("forward", "masked", "whole", "generate", "state_dict", "grad", "loss", "step")
