@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from autotp.trace.lengths import BY_LENGTH, like
+from autotp.trace.lengths import BY_LENGTH, like, repeated
 from autotp.trace.storage import storage_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def run(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any
     except DynamicOutputShapeException:
         if known:
             return _fakes(args, real), real
-        return _chosen_shape(recorder, func, args), _chosen_rows(recorder, func, args[0])
+        return _chosen_shape(recorder, func, args, kwargs), _chosen_rows(recorder, func, args[0])
 
 
 def gives_tensors(func: Any) -> bool:
@@ -233,7 +233,7 @@ def _count(recorder: Recorder, mask: Tensor, shape: tuple[int, ...] | None = Non
         return int((known if shape is None else known.logical_and(known.new_ones(shape))).count_nonzero())
 
 
-def _chosen_shape(recorder: Recorder, func: Any, args: Any) -> Any:
+def _chosen_shape(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     name = func._schema.name.rsplit("::", 1)[-1]
     source = args[0]
     if name == "nonzero":
@@ -245,7 +245,7 @@ def _chosen_shape(recorder: Recorder, func: Any, args: Any) -> Any:
     if name == "masked_select":
         return like(source, (_count(recorder, args[1], tuple(source.shape)),))
     if name == "repeat_interleave":
-        return source.new_empty((CHOSEN,), dtype=torch.long)
+        return repeated(recorder, *args, **kwargs)
     if name in ("index", "_unsafe_index"):
         indices: list[Any] = []
         for index in args[1]:

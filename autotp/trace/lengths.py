@@ -114,6 +114,25 @@ def _distinct(items: Tensor, found: Sequence[int], inverse: Sequence[int]) -> Ma
     return made, (None, None, None)
 
 
+def repeated(
+    recorder: Recorder, items: Tensor, repeats: Tensor | None = None, dim: int | None = None, *, output_size: int | None = None
+) -> Tensor:
+    """What `repeat_interleave` makes of `items`: each one as often as `repeats` say, once where they are not known.
+
+    Without `repeats` these are the `items`, and what is repeated are their indices.
+    """
+    if repeats is None:
+        return items.new_empty((items.shape[0] if output_size is None else output_size,), dtype=torch.long)
+    shape = [items.numel()] if dim is None else list(items.shape)
+    at = 0 if dim is None else dim
+    known = _numbers(recorder, repeats)
+    if known is not None:
+        shape[at] = sum(known) * (shape[at] if len(known) == 1 else 1)
+    elif output_size is not None:
+        shape[at] = output_size
+    return like(items, shape)
+
+
 #: Name of an operator → what it gives, fake and, where that is known, real.
 BY_LENGTH: dict[str, Callable[..., Made]] = {
     "aten::_pack_padded_sequence": _pack,
