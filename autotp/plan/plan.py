@@ -64,7 +64,8 @@ class Plan:
     model and its ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
     boundaries: path of a module → what code outside of it does not see whole there (`autotp.plan.boundaries`). inside: path
     of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is known. swapped:
-    (path, class) of each module that a forward put in place of another while tracing.
+    (path, class) of each module that a forward put in place of another while tracing. untrained: why calls in training mode are refused,
+    "" where they were traced.
     """
 
     model: str
@@ -80,6 +81,7 @@ class Plan:
     boundaries: Mapping[str, tuple[Boundary, ...]] = field(default_factory=dict)
     inside: Mapping[str, Forms] = field(default_factory=dict)
     swapped: frozenset[tuple[str, str]] = frozenset()
+    untrained: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
@@ -102,6 +104,7 @@ class Plan:
             dict(self.boundaries),
             dict(self.inside),
             self.swapped,
+            self.untrained,
         )
         return Plan, fields
 

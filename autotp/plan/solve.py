@@ -148,7 +148,9 @@ def solve(
             copied = {slot for slot, conversions in builder.slots.items() if any(c.op is Op.COPY for c in conversions)}
             boundaries = find_boundaries(space, choice.labels, moves, joints, copied, space.graph.repeats)
             inside = find_inside(space, choice.labels, moves, boundaries, space.graph.repeats)
-            plan = replace(plan, notes=(*plan.notes, *notes), boundaries=boundaries, inside=inside, swapped=space.graph.swapped)
+            graph = space.graph
+            plan = replace(plan, notes=(*plan.notes, *notes), boundaries=boundaries, inside=inside, swapped=graph.swapped)
+            plan = replace(plan, untrained=graph.untrained if plan.local_share < 1 else "")
             return Draft(plan, space, choice, moves, local)
         if bans.size == before or attempt == MAX_ATTEMPTS - 1:
             bans.all = reason

@@ -40,7 +40,7 @@ _in_backward = torch._C._current_graph_task_id
 class Entry:
     """One module at which a call of the model may begin."""
 
-    __slots__ = ("alone", "comm", "dropouts", "hooks", "running", "structure", "tensors", "values")
+    __slots__ = ("alone", "comm", "dropouts", "hooks", "running", "structure", "tensors", "untrained", "values")
 
     def __init__(
         self,
@@ -52,7 +52,9 @@ class Entry:
         hooks: Watch,
         dropouts: Dropouts,
         alone: Parts,
+        untrained: str,
     ) -> None:
+        self.untrained = untrained
         self.running, self.comm, self.alone = running, comm, alone
         self.structure, self.values, self.tensors, self.hooks, self.dropouts = structure, values, tensors, hooks, dropouts
 
@@ -60,10 +62,12 @@ class Entry:
         """What comes before the outermost module runs.
 
         Raises:
-            AutoTPError: the model is not what it was, the module does not run by itself, or it is called inside a transform of torch.func,
-                a trace of torch.jit or an export with gradients.
+            AutoTPError: the model is not what it was, it is in training mode and was not traced so, the module does not run by itself, or it
+                is called inside a transform of torch.func, a trace of torch.jit or an export with gradients.
         """
         refuse_transforms()
+        if module.training and self.untrained:
+            raise AutoTPError(f"{type(module).__name__} is called in training mode, and the plan knows nothing of that: {self.untrained}")
         if is_exporting() and torch.is_grad_enabled():
             raise AutoTPError("a parallel model is exported without gradients: call torch.export.export inside of torch.no_grad()")
         self.alone.check()
@@ -131,7 +135,8 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
         alone = Parts(path, module, plan.boundaries.get(path, ()) if path else ())
         structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
         held = Tensors([t for p, t in tensors if _within(p, path)])
-        undo.set_item(module.__dict__, ENTRY, Entry(running, comm, structure, Values(list(own.values())), held, hooks, dropouts, alone))
+        entry = Entry(running, comm, structure, Values(list(own.values())), held, hooks, dropouts, alone, plan.untrained)
+        undo.set_item(module.__dict__, ENTRY, entry)
     install_generate(model, comm, undo)
     install_saving(model, undo)
 

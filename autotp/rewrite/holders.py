@@ -64,33 +64,38 @@ def give_new(pairs: Iterable[Pair], tables: Mapping[int, Any], ignored: Iterable
         PlanError: a module outside of the model has one of the parameters too.
     """
     by_old = {id(pair.old): pair for pair in pairs}
-    skip = {*tables, *map(id, ignored)}
+    held = []
     for pair in by_old.values():
         # one reference from the pair, one from the call itself
         if sys.getrefcount(pair.old) > 2 + 2 * len(pair.names):
-            _give_everywhere(pair.old, by_old, skip, undo)
+            held.append(pair.old)
+    _give_everywhere(held, by_old, {*tables, *map(id, ignored)}, undo)
 
 
-def _give_everywhere(held: Any, by_old: Mapping[int, Pair], skip: set[int], undo: Undo) -> None:
-    # No closure here: its cell would be found as a holder.
-    referrers = gc.get_referrers(held)
-    skip = {*skip, id(referrers)}
-    for holder in referrers:
-        if id(holder) in skip or isinstance(holder, Pair):
-            continue
-        if isinstance(holder, dict) and _is_foreign(holder):
-            gc.collect()  # what nobody refers to any more does not count
-            if _is_foreign(holder):
-                raise PlanError(
-                    f"{_first_name(holder, by_old)} is also a parameter of a module outside of the model: parallelize a module that holds "
-                    "both, or give them parameters of their own"
-                )
-        elif isinstance(holder, tuple):
-            items = [by_old[id(v)].new if id(v) in by_old else v for v in holder]
-            changed = tuple.__new__(type(holder), items)
-            _give_everywhere(holder, {id(holder): Pair((), holder, changed)}, {*skip, id(items)}, undo)
-        elif _give(holder, by_old):
+def _give_everywhere(held: list[Any], by_old: Mapping[int, Pair], skip: set[int], undo: Undo) -> None:
+    # Each search walks over every object of the process, so it is one for all. No closure here: its cell would be found as a holder.
+    if not held:
+        return
+    holders = [x for x in gc.get_referrers(*held) if id(x) not in skip and x is not held and not isinstance(x, Pair)]
+    skip = {*skip, id(held), id(holders)}
+    tables: list[Any] = [x for x in holders if isinstance(x, dict)]
+    if _foreign(tables) is not None:
+        gc.collect()  # what nobody refers to any more does not count
+        if (table := _foreign(tables)) is not None:
+            raise PlanError(
+                f"{_first_name(table, by_old)} is also a parameter of a module outside of the model: parallelize a module that holds "
+                "both, or give them parameters of their own"
+            )
+    tuples: list[Any] = [x for x in holders if isinstance(x, tuple)]
+    changed = {id(x): Pair((), x, tuple.__new__(type(x), (_new(v, by_old) for v in x))) for x in tuples}
+    _give_everywhere(tuples, {**by_old, **changed}, {*skip, id(tables)}, undo)
+    for holder in holders:
+        if not isinstance(holder, tuple) and _give(holder, by_old):
             undo.push(functools.partial(_give_back, holder, _backwards(by_old)))
+
+
+def _new(x: Any, by_old: Mapping[int, Pair]) -> Any:
+    return by_old[id(x)].new if id(x) in by_old else x
 
 
 def _first_name(table: Mapping[str, Any], by_old: Mapping[int, Pair]) -> str:
@@ -105,13 +110,17 @@ def _backwards(by_old: Mapping[int, Pair]) -> dict[int, Pair]:
     return {id(p.new): Pair(p.names, p.new, p.old) for p in by_old.values()}
 
 
-def _is_foreign(table: dict[Any, Any]) -> bool:
-    """True for a module's table of parameters."""
-    for owner in gc.get_referrers(table):
+def _foreign(tables: list[Any]) -> Any:
+    """The first of `tables` that is a module's table of parameters."""
+    if not tables:
+        return None
+    ids = {id(table) for table in tables}
+    for owner in gc.get_referrers(*tables):
         attributes = owner if isinstance(owner, dict) else vars(owner) if isinstance(owner, nn.Module) else {}
-        if attributes.get("_parameters") is table and "_modules" in attributes:
-            return True
-    return False
+        table = attributes.get("_parameters")
+        if id(table) in ids and "_modules" in attributes:
+            return table
+    return None
 
 
 def _give(holder: Any, by_old: Mapping[int, Pair]) -> bool:

@@ -3,7 +3,8 @@
 If all tensor arguments are known small tensors the operator is computed for real as well, and data-dependent results are the
 true ones. Where they are unknown, a choice is made: a mask selects `CHOSEN` rows (`nonzero` the first and the last), an unknown
 number is 0, an unknown condition is False (`all` is True). Where the last row is out of bounds for what it indexes (data never
-selects it), the path is traced again with the first row alone. Choices are deterministic, so a second run makes the same ones.
+selects it), the path is traced again with the first row alone; where code divides by an unknown number or takes its logarithm, with 1.
+Choices are deterministic, so a second run makes the same ones.
 """
 
 from __future__ import annotations
@@ -187,7 +188,8 @@ def _unknown_number(recorder: Recorder, tensor: Any) -> Any:
     node = next((n for n in reversed(recorder.nodes[-32:]) if made in n.outputs), None)
     dtype = tensor.dtype if isinstance(tensor, Tensor) else torch.bool
     if dtype is not torch.bool:
-        return 0.0 if dtype.is_floating_point else 0
+        recorder.guessed = True
+        return float(recorder.unknown) if dtype.is_floating_point else recorder.unknown
     well = node is not None and node.opname == "all"  # checks ask whether all is well
     return recorder.condition(well, node)
 

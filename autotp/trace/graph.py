@@ -214,6 +214,7 @@ class Graph:
     forms: Mapping[str, Forms] = field(default_factory=dict)  # module → how it was called
     asks_dims: frozenset[str] = frozenset()  # modules whose code reads sizes or numbers of dims
     swapped: frozenset[tuple[str, str]] = frozenset()  # (path, class) of each module that a forward put in place of another
+    untrained: str = ""  # why no path in training mode could be traced, where one was tried
 
     def sealed(self, node: Node) -> str:
         """Why no conversion can act inside or at the result of a node; "" where one can."""

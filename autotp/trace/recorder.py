@@ -100,6 +100,9 @@ class Recorder:
         self.notes: list[str] = []
         self.concrete: dict[int, Tensor] = {}  # value id → real tensor
         self.ends = True  # an unknown mask selects its last row too
+        self.unknown = 0  # what stands for an unknown number
+        self.guessed = False  # code has read an unknown number in this call
+        self.untrained = ""  # why the path in training mode could not be traced
         self.refilled: set[str] = set()
         self.left: dict[tuple[str, str], dict[int, Value]] = {}
         self.life = Life()  # of the tags of this trace
@@ -266,6 +269,7 @@ class Recorder:
             forms,
             frozenset(self._asks_dims),
             frozenset(self.swapped),
+            "" if any("-training" in result.name for result in results) else self.untrained,
         )
 
     def note_swaps(self) -> None:

@@ -187,6 +187,7 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, exampl
         if failed is not None and not example.quiet:
             recorder.notes.append(f"the {failed[0]} path was not traced: {failed[1]}")
         if failed is not None and "+decode" not in failed[0]:
+            recorder.untrained = failed[1] if example.training else recorder.untrained
             return
         if failed is not None:
             example = replace(example, decode=None)
@@ -210,6 +211,7 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
     """
     name, start, done = example.name, len(recorder.nodes), len(recorder.results)
     mark = start
+    recorder.guessed = False
     try:
         with _failures(model, recorder):
             recorder.round += 1
@@ -230,6 +232,14 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
                 return _path(model, recorder, fake, example, mode)
             finally:
                 recorder.ends = True
+        if recorder.guessed and not recorder.unknown and isinstance(error.error, (ArithmeticError, ValueError)):
+            recorder.rewind(start)
+            del recorder.results[done:]
+            recorder.unknown = 1
+            try:
+                return _path(model, recorder, fake, example, mode)
+            finally:
+                recorder.unknown = 0
         if not mode.contrary and recorder.conditions and len(recorder.reversed) < _MOST_REVERSED and _own(error.error):
             last = recorder.conditions[-1]
             if last not in recorder.reversed:  # `if not x.isfinite().all(): raise` of data that is not known
