@@ -20,6 +20,7 @@ from autotp.trace.forms import Forms, of_any_dims
 from autotp.trace.graph import Node, Pseudo, Value
 
 _LAST_DIM = frozenset(("linear", "embedding", "dropout", "dropout_"))  # what works on the last dim of any number
+_CROSSINGS = (Pseudo.ENTER, Pseudo.EXIT)
 _ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # what says most first
 
 
@@ -30,13 +31,13 @@ def find_boundaries(
 
     `copied`: the slots with a COPY. `repeats`: block → the block that was traced in its place.
     """
-    held = _held(space, joints)
+    held, later = _held(space, joints), _taken_over(space, moves, copied)
     found: dict[str, dict[tuple[bool, tuple[str | int, ...]], Shown]] = {}
     for node in space.graph.nodes:
         key = slot_key(node)
         if key is None or not key[1]:
             continue
-        shown = _shown(space, labels, moves, node, key, held, copied)
+        shown = _shown(space, labels, moves, node, key, held, copied, later)
         if shown is None:
             continue
         _, path, where = key
@@ -46,6 +47,49 @@ def find_boundaries(
             found[path][result, each] = min(before, shown, key=_ORDER.index)
     every = {path: tuple(Boundary(*place, shown) for place, shown in slots.items()) for path, slots in found.items()}
     return _repeated(every, repeats)
+
+
+def find_copies(space: Space, converted: Collection[SlotKey], repeats: Mapping[str, str]) -> dict[str, tuple[tuple[str | int, ...], ...]]:
+    """Path of a module → its results that are gathered or summed for its caller while code inside goes on with the part.
+
+    The gradient of such a result lacks that of the uses inside. `converted`: the slots where something is gathered or summed.
+    """
+    found: dict[str, dict[tuple[str | int, ...], None]] = {}
+    copies: set[int] = set()
+    for node in space.graph.nodes:
+        key, value = slot_key(node), node.args[0] if node.args else None
+        if key is None or not isinstance(value, Value):
+            continue
+        if value.id not in copies and not (any(_is_of(key, slot) for slot in converted) and _goes_on(space, node)):
+            continue
+        copies.update(o.id for o in node.outputs)
+        if node.op is Pseudo.EXIT:
+            found.setdefault(key[1], {})[key[2]] = None
+    return _repeated({path: tuple(places) for path, places in found.items()}, repeats)
+
+
+def _is_of(key: SlotKey, slot: SlotKey) -> bool:
+    """True where a crossing is that of `slot`, whose path may have `*` for every item of a list."""
+    same = key[:2] == slot[:2] and len(key[2]) == len(slot[2])
+    return same and all(a == b or (b == "*" and isinstance(a, int)) for a, b in zip(key[2], slot[2], strict=True))
+
+
+def _goes_on(space: Space, leaving: Node) -> bool:
+    """True where what a result is made of has another use through which gradients come: the tensor itself, in whatever module."""
+    value = leaving.args[0]
+    if leaving.op is not Pseudo.EXIT or value.id not in space.flows:
+        return False
+    while (made := space.made.get(value.id)) is not None and made.op in _CROSSINGS and isinstance(made.args[0], Value):
+        value = made.args[0]
+    todo = [value]
+    while todo:
+        for index in space.users.get(todo.pop().id, ()):
+            user = space.graph.nodes[index]
+            if user.op in _CROSSINGS and user is not leaving:
+                todo += user.outputs
+            elif user is not leaving and any(o.id in space.flows for o in user.outputs):
+                return True
+    return False
 
 
 def find_inside(space: Space, labels: Labels, moves: Moves, boundaries: Collection[str], repeats: Mapping[str, str]) -> dict[str, Forms]:
@@ -67,7 +111,7 @@ def find_inside(space: Space, labels: Labels, moves: Moves, boundaries: Collecti
 
 
 def _shown(
-    space: Space, labels: Labels, moves: Moves, node: Node, key: SlotKey, held: set[int], copied: Collection[SlotKey]
+    space: Space, labels: Labels, moves: Moves, node: Node, key: SlotKey, held: set[int], copied: Collection[SlotKey], later: set[int]
 ) -> Shown | None:
     enters = node.op is Pseudo.ENTER
     value = node.args[0] if enters else node.outputs[0]
@@ -79,9 +123,21 @@ def _shown(
         return Shown.PART
     if value.id in moves.partial:
         return Shown.SUM
-    whole = key in copied if enters else False
+    whole = value.id in later or (enters and key in copied)
     hanging = ("above" if enters else "below", key) in moves.hanging
     return Shown.GRADIENT if hanging and not whole and value.id in space.flows else None
+
+
+def _taken_over(space: Space, moves: Moves, copied: Collection[SlotKey]) -> set[int]:
+    """Values whose gradients are reduced by the linears that take them, and not at the result that they are: they are whole there."""
+    found: set[int] = set()
+    for node in space.graph.nodes:
+        key = slot_key(node)
+        if key is not None and node.op is Pseudo.EXIT and ("slot", key) in moves.copies and key not in copied:
+            found.add(node.outputs[0].id)
+        elif key is not None and isinstance(node.args[0], Value) and node.args[0].id in found and key not in copied:
+            found.update(o.id for o in node.outputs)
+    return found
 
 
 def _held(space: Space, joints: Iterable[Joint]) -> set[int]:

@@ -65,7 +65,8 @@ class Plan:
     boundaries: path of a module → what code outside of it does not see whole there (`autotp.plan.boundaries`). inside: path
     of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is known. swapped:
     (path, class) of each module that a forward put in place of another while tracing. untrained: why calls in training mode are refused,
-    "" where they were traced.
+    "" where they were traced. copies: path of a module → its results that are gathered or summed for whoever calls it, while code inside
+    goes on with the part.
     """
 
     model: str
@@ -82,12 +83,14 @@ class Plan:
     inside: Mapping[str, Forms] = field(default_factory=dict)
     swapped: frozenset[tuple[str, str]] = frozenset()
     untrained: str = ""
+    copies: Mapping[str, tuple[tuple[str | int, ...], ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
         object.__setattr__(self, "aliases", MappingProxyType(dict(self.aliases)))
         object.__setattr__(self, "boundaries", MappingProxyType(dict(self.boundaries)))
         object.__setattr__(self, "inside", MappingProxyType(dict(self.inside)))
+        object.__setattr__(self, "copies", MappingProxyType(dict(self.copies)))
 
     def __reduce__(self) -> Any:
         fields = (
@@ -105,6 +108,7 @@ class Plan:
             dict(self.inside),
             self.swapped,
             self.untrained,
+            dict(self.copies),
         )
         return Plan, fields
 

@@ -9,7 +9,7 @@ from math import prod
 from autotp.axes.atoms import Atom
 from autotp.axes.kernel import Kernel
 from autotp.errors import PlanError
-from autotp.plan.boundaries import find_boundaries, find_inside
+from autotp.plan.boundaries import find_boundaries, find_copies, find_inside
 from autotp.plan.build import Builder, Unrealisable
 from autotp.plan.choose import Choice, choose
 from autotp.plan.cuts import Cut
@@ -150,7 +150,9 @@ def solve(
             inside = find_inside(space, choice.labels, moves, boundaries, space.graph.repeats)
             graph = space.graph
             plan = replace(plan, notes=(*plan.notes, *notes), boundaries=boundaries, inside=inside, swapped=graph.swapped)
-            plan = replace(plan, untrained=graph.untrained if plan.local_share < 1 else "")
+            whole = {slot for slot, conversions in builder.slots.items() if any(c.op in (Op.GATHER, Op.REDUCE) for c in conversions)}
+            copies = find_copies(space, whole, graph.repeats)
+            plan = replace(plan, untrained=graph.untrained if plan.local_share < 1 else "", copies=copies)
             return Draft(plan, space, choice, moves, local)
         if bans.size == before or attempt == MAX_ATTEMPTS - 1:
             bans.all = reason

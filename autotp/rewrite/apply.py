@@ -204,7 +204,7 @@ class _Rewriter:
             return
         names = tuple(r.name for r in run.own)
         self.undo.set_item(sub.__dict__, STATE, run)
-        self.undo.set_class(sub, subclass(type(sub), names, make_forward))  # type: ignore[arg-type]
+        self.undo.set_class(sub, subclass(type(sub), names, make_forward))
 
     def _run(
         self, sub: nn.Module, plan: ModulePlan | None, reads: tuple[Read, ...], where: str

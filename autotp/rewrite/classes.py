@@ -25,6 +25,8 @@ from autotp.errors import AutoTPError
 from autotp.rewrite.undo import Undo
 
 STATE = "_autotp"
+#: In a class made here: the model's own.
+BASE = "_autotp_base"
 _in_backward = torch._C._current_graph_task_id
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
@@ -103,12 +105,18 @@ def _is_parametrized(cls: type[nn.Module]) -> bool:
     return any(getattr(get, "__module__", "") == torch.nn.utils.parametrize.__name__ for get in found)
 
 
-@cache  # one subclass per class and set of names: every block of a model shares it
-def subclass(
-    base: type[nn.Module], names: tuple[str, ...], make_forward: Callable[[type[nn.Module]], Callable[..., Any]]
-) -> type[nn.Module]:
+MakeForward = Callable[[type[nn.Module]], Callable[..., Any]]
+
+
+def subclass(base: type[nn.Module], names: tuple[str, ...], make_forward: MakeForward) -> type[nn.Module]:
     """The subclass of `base` whose forward is `make_forward(base)` and whose parameters `names` are views."""
+    return _subclass(base, names, make_forward, base.forward)  # type: ignore[arg-type]
+
+
+@cache  # one subclass per class, its forward and set of names: every block of a model shares it
+def _subclass(base: type[nn.Module], names: tuple[str, ...], make_forward: MakeForward, _: Callable[..., Any]) -> type[nn.Module]:
     body: dict[str, Any] = {name: ParameterView(name) for name in names}
+    body[BASE] = getattr(base, BASE, base)
     body["register_parameter"] = _keeping_names(base)
     forward = make_forward(base)
     forward.__doc__ = base.forward.__doc__

@@ -6,7 +6,7 @@ what the plan rests on is still there, and agrees on random numbers if it will d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from autotp.plan.model import Shown
 from autotp.plan.plan import Plan
 from autotp.rewrite.alone import Parts, install_alone
 from autotp.rewrite.called import install_called
-from autotp.rewrite.classes import wrap_forward
+from autotp.rewrite.classes import BASE, wrap_forward
 from autotp.rewrite.comm import Comm
 from autotp.rewrite.hooks import Running, Watch, install_hooks
+from autotp.rewrite.own_grad import mark_copied
 from autotp.rewrite.rng import Dropouts, device_of, install_generate, sync_rng
 from autotp.rewrite.saving import install_saving
+from autotp.rewrite.slots import Path
 from autotp.rewrite.structure import Places, Structure
 from autotp.rewrite.tables import Place, Tensors
 from autotp.rewrite.transforms import refuse_transforms
@@ -40,7 +42,7 @@ _in_backward = torch._C._current_graph_task_id
 class Entry:
     """One module at which a call of the model may begin."""
 
-    __slots__ = ("alone", "comm", "dropouts", "hooks", "running", "structure", "tensors", "untrained", "values")
+    __slots__ = ("alone", "comm", "copies", "dropouts", "forwards", "hooks", "running", "structure", "tensors", "untrained", "values")
 
     def __init__(
         self,
@@ -53,8 +55,10 @@ class Entry:
         dropouts: Dropouts,
         alone: Parts,
         untrained: str,
+        copies: Sequence[Path],
+        forwards: Sequence[tuple[type[nn.Module], Any]],
     ) -> None:
-        self.untrained = untrained
+        self.untrained, self.copies, self.forwards = untrained, copies, forwards
         self.running, self.comm, self.alone = running, comm, alone
         self.structure, self.values, self.tensors, self.hooks, self.dropouts = structure, values, tensors, hooks, dropouts
 
@@ -62,14 +66,20 @@ class Entry:
         """What comes before the outermost module runs.
 
         Raises:
-            AutoTPError: the model is not what it was, it is in training mode and was not traced so, the module does not run by itself, or it
-                is called inside a transform of torch.func, a trace of torch.jit or an export with gradients.
+            AutoTPError: the model is not what it was, it is in training mode and was not traced so, the module does not run by itself, or
+                it is called inside a transform of torch.func, a trace of torch.jit or an export with gradients.
         """
         refuse_transforms()
         if module.training and self.untrained:
             raise AutoTPError(f"{type(module).__name__} is called in training mode, and the plan knows nothing of that: {self.untrained}")
         if is_exporting() and torch.is_grad_enabled():
             raise AutoTPError("a parallel model is exported without gradients: call torch.export.export inside of torch.no_grad()")
+        for cls, forward in self.forwards:
+            if cls.forward is not forward:
+                raise AutoTPError(
+                    f"{cls.__qualname__}.forward is another function than when the model was parallelized, and that one runs on a rank's "
+                    "part: patch the class before parallelize"
+                )
         self.alone.check()
         self.structure.check()
         self.values.check()
@@ -95,7 +105,7 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
             kwargs = {name: _whole(v) for name, v in kwargs.items()}
         result = forward(module, *args, **kwargs)
         entry.alone.check_result(result)
-        return result
+        return mark_copied(result, entry.copies) if entry.copies and torch.is_grad_enabled() else result
     finally:
         running.open = False
         entry.values.again()
@@ -119,11 +129,13 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     places, floats = _places(plan), _floats(plan)
     running = Running()
     install_alone(model, plan, running, undo)
-    hooks = install_hooks(model, plan.boundaries, running, undo)
+    hooks = install_hooks(model, plan, running, undo)
     runs = [(p, m) for p, m in modules if p in places.runs or p in floats]
     reading = Reading()
     stored = stored_names(reading, (m for _, m in modules))
     wholes = {(m.path, a.path): a.value for m in plan.modules for a in m.attributes if "." not in a.path}
+    classes = {getattr(type(m), BASE, type(m)) for _, m in runs}
+    forwards = tuple((cls, cls.forward) for cls in sorted(classes, key=lambda cls: cls.__qualname__))
     values = list(watched(runs, reading, stored, Watched(originals, wholes, floats)))
     tensors = [(p, Place(p, m, reading.of(type(m)).read - reading.of(type(m)).own - stored)) for p, m in runs]
     entered = [(p, m) for p, m in modules if m is model or _may_begin(model, m)]
@@ -135,7 +147,8 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
         alone = Parts(path, module, plan.boundaries.get(path, ()) if path else ())
         structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
         held = Tensors([t for p, t in tensors if _within(p, path)])
-        entry = Entry(running, comm, structure, Values(list(own.values())), held, hooks, dropouts, alone, plan.untrained)
+        more = plan.untrained, plan.copies.get(path, ()), forwards
+        entry = Entry(running, comm, structure, Values(list(own.values())), held, hooks, dropouts, alone, *more)
         undo.set_item(module.__dict__, ENTRY, entry)
     install_generate(model, comm, undo)
     install_saving(model, undo)

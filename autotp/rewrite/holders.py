@@ -64,11 +64,8 @@ def give_new(pairs: Iterable[Pair], tables: Mapping[int, Any], ignored: Iterable
         PlanError: a module outside of the model has one of the parameters too.
     """
     by_old = {id(pair.old): pair for pair in pairs}
-    held = []
-    for pair in by_old.values():
-        # one reference from the pair, one from the call itself
-        if sys.getrefcount(pair.old) > 2 + 2 * len(pair.names):
-            held.append(pair.old)
+    # one reference from the pair, one from the call itself
+    held = [pair.old for pair in by_old.values() if sys.getrefcount(pair.old) > 2 + 2 * len(pair.names)]
     _give_everywhere(held, by_old, {*tables, *map(id, ignored)}, undo)
 
 

@@ -19,6 +19,8 @@ from torch import nn
 
 from autotp.errors import AutoTPError
 from autotp.plan.model import Boundary, Shown
+from autotp.plan.plan import Plan
+from autotp.rewrite.own_grad import Copied, Hook, Summed, is_torchs
 from autotp.rewrite.undo import Undo
 
 _FORWARD, _FORWARD_PRE, _BACKWARD, _BACKWARD_PRE = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -81,11 +83,31 @@ class InnerHooks(OrderedDict[int, Any]):
         return OrderedDict, (), None, None, iter(self.items())
 
 
+class GuardedHooks(OrderedDict[int, Any]):
+    """One table of hooks of a module whose values are whole, but not their gradients: see `own_grad`."""
+
+    def __init__(self, argument: type[Copied] | None, result: type[Copied] | None, before: bool, running: Running) -> None:
+        super().__init__()
+        self.given, self.running = (argument, result, before), running
+
+    def __setitem__(self, key: int, hook: Any) -> None:
+        plain = self.running.open or _harmless(hook) or isinstance(hook, Hook)
+        super().__setitem__(key, hook if plain else Hook(hook, *self.given))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuardedHooks:
+        made = GuardedHooks(*self.given, copy.deepcopy(self.running, memo))
+        memo[id(self)] = made
+        made.update((key, copy.deepcopy(hook, memo)) for key, hook in self.items())
+        return made
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), None, None, iter((k, h.hook if isinstance(h, Hook) else h) for k, h in self.items())
+
+
 def _harmless(hook: Any) -> bool:
     while isinstance(hook, functools.partial):
         hook = hook.func
-    home = getattr(hook, "__module__", None) or type(hook).__module__
-    return isinstance(hook, Observer) or (home.startswith("torch.") and not home.startswith("torch.nn.utils."))
+    return isinstance(hook, Observer) or is_torchs(hook)
 
 
 def refused(table: str, boundaries: Iterable[Boundary]) -> list[Boundary]:
@@ -132,16 +154,26 @@ class Watch:
                 raise AutoTPError(refusal)
 
 
-def install_hooks(model: nn.Module, boundaries: Mapping[str, tuple[Boundary, ...]], running: Running, undo: Undo) -> Watch:
+def _guarded(path: str, table: str, plan: Plan, running: Running) -> GuardedHooks | None:
+    """The table of hooks of a module whose values are whole; None where their gradients are whole too."""
+    if table not in (_FORWARD, _FORWARD_PRE):
+        return None
+    summed = {b.result for b in plan.boundaries.get(path, ()) if b.shown is Shown.GRADIENT}
+    argument = Summed if False in summed else None
+    result = None if table == _FORWARD_PRE else Summed if True in summed else Copied if plan.copies.get(path) else None
+    return GuardedHooks(argument, result, table == _FORWARD_PRE, running) if argument or result else None
+
+
+def install_hooks(model: nn.Module, plan: Plan, running: Running, undo: Undo) -> Watch:
     """Make modules inside of regions refuse hooks; journalled in `undo`. What is returned is to be asked at every call."""
     watch = Watch()
-    if not boundaries:
-        return watch
-    for path, slots in boundaries.items():
+    for path in dict.fromkeys((*plan.boundaries, *plan.copies)):
         module = model.get_submodule(path)
         for table, word in _WORDS.items():
-            inner = refused(table, slots)
+            inner = refused(table, plan.boundaries.get(path, ()))
             if not inner:
+                if not module.__dict__[table] and (guarded := _guarded(path, table, plan, running)) is not None:
+                    undo.set_item(module.__dict__, table, guarded)
                 continue
             refusal = (
                 f"{path}: no {word} can be put here after parallelize: {inner[0]} is {_SAYS[inner[0].shown]}. Hook a module whose "

@@ -232,7 +232,7 @@ def _wrap_part(model: nn.Module, module: nn.Module, part: _Part, undo: Undo) -> 
     if _keeps_class(model, module):
         wrap_forward(module, _member, undo)
     else:
-        undo.set_class(module, subclass(type(module), (), _part_forward))  # type: ignore[arg-type]
+        undo.set_class(module, subclass(type(module), (), _part_forward))
 
 
 def _wrap_calls(model: nn.Module, module: nn.Module, calls: _Calls, undo: Undo) -> None:
@@ -240,4 +240,4 @@ def _wrap_calls(model: nn.Module, module: nn.Module, calls: _Calls, undo: Undo) 
     if _keeps_class(model, module):
         wrap_forward(module, _call, undo)
     else:
-        undo.set_class(module, subclass(type(module), (), _calls_forward))  # type: ignore[arg-type]
+        undo.set_class(module, subclass(type(module), (), _calls_forward))

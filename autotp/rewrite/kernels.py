@@ -210,6 +210,15 @@ def _normalised(x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(range(x.ndim - len(own), x.ndim))
 
 
+def _dtype(norm: Any, x: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The dtype that torch's norm gives, which under autocast, and with weights in another dtype, is not that of its products."""
+    if (weight is None or weight.dtype == x.dtype) and not torch._C._is_any_autocast_enabled():
+        return x.dtype
+    with torch.no_grad():
+        given: torch.dtype = norm(x.new_ones(1), (1,), None if weight is None else weight.new_ones(1)).dtype
+    return given
+
+
 def _rms_norm(
     across: Across, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -217,7 +226,7 @@ def _rms_norm(
     axes = _normalised(x, normalized_shape)
     mean_square = _statistic(across.owned(x).square().sum(axes, keepdim=True), across.comm) / across.count(x, axes)
     y = (x * torch.rsqrt(mean_square + (torch.finfo(input.dtype).eps if eps is None else eps))).to(input.dtype)
-    return y if weight is None else y * weight
+    return (y if weight is None else y * weight).to(_dtype(F.rms_norm, input, weight))
 
 
 def _layer_norm(
@@ -235,6 +244,6 @@ def _layer_norm(
     count = across.count(x, axes)
     centred = x - _statistic(across.owned(x).sum(axes, keepdim=True), comm) / count
     variance = _statistic(across.owned(centred).square().sum(axes, keepdim=True), comm) / count
-    y = (centred * torch.rsqrt(variance + eps)).to(input.dtype)
+    y = centred * torch.rsqrt(variance + eps)
     y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).to(_dtype(F.layer_norm, input, weight))

@@ -53,7 +53,8 @@ class LinearRun:
             x = copy(x, self.comm)
         if bias is not None and self.once:
             if self.reduces:
-                return reduce(F.linear(x, weight), self.comm) + bias  # type: ignore[arg-type]
+                y = reduce(F.linear(x, weight), self.comm)  # type: ignore[arg-type]
+                return y + bias.to(y.dtype)  # autocast gives another dtype than the bias has
             bias = once(bias, self.comm)
         y = F.linear(x, weight, bias)  # type: ignore[arg-type]
         return self.leave(y)
@@ -72,7 +73,7 @@ class LinearRun:
             y = self.comm.all_reduce_(F.linear(x, w))
             if b is None:
                 return y
-            return y + b if keeps_results() else y.add_(b)
+            return y + b.to(y.dtype) if keeps_results() else y.add_(b)
         if self.once and self.comm.rank:
             b = None
         y = F.linear(x, w, b)

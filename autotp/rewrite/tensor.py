@@ -67,6 +67,19 @@ class Numbers(DTensor):
     def __dlpack__(self, **options: Any) -> Any:
         raise AutoTPError("a tensor that is laid out over ranks has no memory of its own to be shared: share that of full_tensor()")
 
+    def data_ptr(self) -> int:
+        """Where this rank's part lies: that of the whole is nowhere, and code tells tied parameters by it."""
+        return self._local_tensor.data_ptr()
+
+    def share_memory_(self) -> Numbers:
+        """Moves this rank's part to shared memory."""
+        self._local_tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def is_shared(self) -> bool:
+        """True where this rank's part is in shared memory."""
+        return bool(self._local_tensor.is_shared())  # type: ignore[no-untyped-call]
+
     def tolist(self) -> Any:
         """The whole tensor as nested lists."""
         return self.full_tensor().tolist()
