@@ -29,6 +29,7 @@ from autotp.trace.inputs import Example, Given, example_inputs, user_examples, u
 from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.keep import undisturbed
 from autotp.trace.memo import Known
+from autotp.trace.reading import has_forward_of
 from autotp.trace.run import trace
 from autotp.uncalled import with_uncalled
 
@@ -120,7 +121,7 @@ def _certified(
     space = Space(find_axes(graph))
     asked = by_value(graph.params, wanted)
     bans = Bans({})
-    linears = frozenset(path for path, m in model.named_modules() if type(m).forward is nn.Linear.forward)
+    linears = frozenset(path for path, m in model.named_modules() if has_forward_of(type(m), nn.Linear))
     for attempt in range(MAX_REPLAYS + 1):
         before = bans.size
         draft = solve(space, tp, bans, name, linears, asked, hints)

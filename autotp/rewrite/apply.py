@@ -32,6 +32,7 @@ from autotp.rewrite.tensor import GradHook, LayoutDTensor
 from autotp.rewrite.uncalled import Uncalled
 from autotp.rewrite.undo import Undo
 from autotp.rewrite.whole import keep_with
+from autotp.trace.reading import has_forward_of
 
 __all__ = ["Undo", "apply"]
 
@@ -213,9 +214,9 @@ class _Rewriter:
             return Uncalled(sub, reads, where), module.make_forward
         own = all(r.owner is sub and not r.held for r in reads)
         if own and not self._keeps_class(sub):
-            if type(sub).forward is nn.Linear.forward and (fast := linear_run(plan, reads, self.comm)) is not None:
+            if has_forward_of(type(sub), nn.Linear) and (fast := linear_run(plan, reads, self.comm)) is not None:
                 return fast, linear.make_forward
-            if isinstance(sub, nn.Embedding) and type(sub).forward is nn.Embedding.forward and plan is not None:
+            if isinstance(sub, nn.Embedding) and has_forward_of(type(sub), nn.Embedding) and plan is not None:
                 found = embedding_run(sub, plan, reads, self.comm)
                 if found is not None:
                     return found, embedding.make_forward

@@ -31,9 +31,12 @@ from autotp.rewrite.tables import Place, Tensors
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 from autotp.rewrite.values import Values, Watched, stored_names, watched
+from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.reading import Reading
 
 ENTRY = "_autotp_entry"
+#: What transformers sets to have blocks run again in the backward, which changes no number.
+_CHECKPOINTING = frozenset(("gradient_checkpointing", "_gradient_checkpointing_func"))
 Originals = Mapping[tuple[str, str], Any]
 
 _in_backward = torch._C._current_graph_task_id
@@ -133,8 +136,11 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     runs = [(p, m) for p, m in modules if p in places.runs or p in floats]
     reading = Reading()
     stored = stored_names(reading, (m for _, m in modules))
+    if is_hugging_face(model):
+        stored |= _CHECKPOINTING
     wholes = {(m.path, a.path): a.value for m in plan.modules for a in m.attributes if "." not in a.path}
-    classes = {getattr(type(m), BASE, type(m)) for _, m in runs}
+    made = {type(m) for _, m in modules if hasattr(type(m), BASE)}
+    classes = {getattr(cls, BASE, cls) for cls in made | {type(m) for _, m in runs}}
     forwards = tuple((cls, cls.forward) for cls in sorted(classes, key=lambda cls: cls.__qualname__))
     values = list(watched(runs, reading, stored, Watched(originals, wholes, floats)))
     tensors = [(p, Place(p, m, reading.of(type(m)).read - reading.of(type(m)).own - stored)) for p, m in runs]

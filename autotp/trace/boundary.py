@@ -22,10 +22,10 @@ OnOther = Callable[[Path, Any], None]
 
 
 @lru_cache(maxsize=4096)
-def positional_names(cls: type) -> tuple[tuple[str, ...], str | None]:
-    """Names of the positional parameters of `cls.forward` without self, and of its *args parameter if it has one."""
+def positional_names(forward: Callable[..., Any]) -> tuple[tuple[str, ...], str | None]:
+    """Names of the positional parameters of a class's `forward` without self, and of its *args parameter if it has one."""
     try:
-        parameters = list(inspect.signature(cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
     except (TypeError, ValueError):
         return (), "args"
     names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
@@ -34,7 +34,7 @@ def positional_names(cls: type) -> tuple[tuple[str, ...], str | None]:
 
 def argument_path(module: nn.Module, position: int) -> Path:
     """Path of the `position`-th positional argument of a call of `module`."""
-    names, rest = positional_names(type(module))  # type: ignore[arg-type]  # classes are hashable
+    names, rest = positional_names(type(module).forward)
     return (names[position],) if position < len(names) else (rest or "args", position - len(names))
 
 

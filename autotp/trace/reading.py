@@ -38,6 +38,12 @@ class Names:
     tested: frozenset[str]
 
 
+def has_forward_of(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """True where a class has the forward that torch wrote for `base`, and not what a library has put there."""
+    forward: Any = cls.forward
+    return forward is base.forward and (forward.__module__, forward.__qualname__) == (base.__module__, f"{base.__qualname__}.forward")
+
+
 class Reading:
     """The names in the code of classes; each class is looked at once."""
 

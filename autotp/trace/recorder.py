@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -68,6 +68,7 @@ _SIZES = frozenset((_SHAPE, _SIZE, _NUMEL, _LEN))  # each access of a getter mak
 _AFTER = Tensor.register_post_accumulate_grad_hook
 _GRADIENTS = frozenset((REQUIRES_GRAD, GRAD_FN, Tensor.is_inference, Tensor.register_hook, Tensor.retain_grad, _AFTER))
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _MADE = frozenset((_DATA, *(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))))
 _SLOTS = ("__get__", "__set__")
 
@@ -213,6 +214,13 @@ class Recorder:
         if isinstance(tensor, FakeTensor):
             self._aliases.setdefault(storage_of(tensor), []).append(tensor)
 
+    def replaces_data(self, how: str) -> NoReturn:
+        """Code gives a tensor other data: where the tensor is a rank's part, or what stands for a parameter, they are lost."""
+        raise Refused(
+            f"the forward of module {self.modules[-1][0] or '<root>'!r} puts other data into a tensor ({how}), which would be lost where "
+            "that tensor is a rank's part: write into it in place (`with torch.no_grad(): w.copy_(…)`)"
+        )
+
     def met(self, func: Any, args: tuple[Any, ...]) -> None:
         """Code calls `func`, a function of tensors or the getter of a property; for recorders that care."""
 
@@ -330,6 +338,8 @@ class Recorder:
         place = self._call[3] if self._call else None
         if self._quiet or (place is not None and self.hidden(place.file)):
             return func(*args, **kwargs)
+        if func._schema.name == "aten::set_" and self.value(args[0]).origin in (Origin.PARAM, Origin.BUFFER):
+            self.replaces_data("`set_`")
         whole = self.keep(func) or func._schema.name in BY_LENGTH
         if not whole and (parts := self._decomposed(func, args, kwargs)) is not NotImplemented:
             return parts
@@ -742,6 +752,8 @@ class _Function(TorchFunctionMode):
         if func in _SIZES:
             return self._size(func, args[0], args[1:], kwargs or {})
         code, offset = call_place(2)
+        if func == _SET_DATA and not rec._quiet and is_model(code.co_filename):
+            rec.replaces_data("`.data = …`")
         if func in _GRADIENTS:
             return self._gradient(func, code.co_filename, args, kwargs or {})
         held = rec._call

@@ -249,11 +249,11 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
                 recorder.settled.add(last)
                 return _path(model, recorder, fake, example, mode)
         if not example.optional:
-            failure = TraceError(_explain(name, error))
+            failure = TraceError(_explain(name, error, recorder.guessed))
             failure.partial, failure.module = recorder.graph(dict(recorder.repeats)), error.module
             raise failure from error.error
         recorder.rewind(mark)
-        return name, "" if mode.contrary and _own(error.error) else _explain(name, error)
+        return name, "" if mode.contrary and _own(error.error) else _explain(name, error, recorder.guessed)
     return None
 
 
@@ -298,11 +298,17 @@ def _is_known(item: Any, known: Mapping[int, Value]) -> bool:
     return isinstance(item, Tensor) and id(item) in known
 
 
-def _explain(path: str, error: Untraceable) -> str:
+def _explain(path: str, error: Untraceable, guessed: bool) -> str:
     last: Node | None = error.node
+    if isinstance(error.error, AssertionError) and "Current active mode" in str(error.error):
+        return (
+            f"cannot trace the model's {path} path: module {error.module or '<root>'!r} ({error.cls}) calls a higher-order operator of "
+            "torch (flex_attention, cond, scan), of which no trace is made: use another implementation (attn_implementation='sdpa')."
+        )
     where = f"module {error.module or '<root>'!r} ({error.cls})"
     near = f", after {last.opname} at {last.place}" if last is not None and last.place is not None else ""
+    numbers = " Numbers that the code reads from data (`tolist`, `item`) are not known while tracing; 0 stood for them." if guessed else ""
     return (
-        f"cannot trace the model's {path} path: {where} failed{near}: {type(error.error).__name__}: {error.error}. "
+        f"cannot trace the model's {path} path: {where} failed{near}: {type(error.error).__name__}: {error.error}.{numbers} "
         "Pass example_inputs= that fit the model, or write a recipe for it."
     )

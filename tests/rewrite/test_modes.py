@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+import autotp
 from autotp.rewrite.comm import keeps_results
-from tests.support.ranks import Pool
+from autotp.testing.ranks.run import run
+from tests.support.ranks import Pool, mesh
 from tests.support.side_by_side import equal
 
 ATEN = torch.ops.aten
@@ -88,3 +91,43 @@ def test_results_are_kept_under_a_mode_only() -> None:
     assert not keeps_results()
     with FlopCounterMode(display=False):
         assert keeps_results()
+
+
+class Mixed(nn.Module):
+    """Code that shows dtypes: a row-parallel Linear with a bias, a norm over a sharded dim, a write into another tensor."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.n = {"layer": nn.LayerNorm(24), "rms": nn.RMSNorm(24), "": nn.Identity()}[norm]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.n(self.a(x))
+        y = self.b(F.gelu(h))
+        z = torch.zeros(12, 16, dtype=y.dtype).index_add(0, torch.arange(12), y.flatten(0, 1))
+        return z, y
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's own, of one device too
+@pytest.mark.parametrize("norm", ["layer", "rms", ""])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_autocast_gives_the_dtypes_of_one_device(norm: str, grad: bool, mixed: bool) -> None:
+    torch.manual_seed(0)
+    whole, x = Mixed(norm), torch.randn(2, 6, 16)
+
+    def dtypes(model: nn.Module) -> list[Any]:
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            z, y = model(x)
+        if grad:
+            (z.float() + y.float().flatten(0, 1)).pow(2).sum().backward()
+        return [z.dtype, y.dtype, *(p.grad.dtype for p in model.parameters() if grad and p.grad is not None)]
+
+    wanted = dtypes(copy.deepcopy(whole))
+
+    def rank(_: object) -> list[Any]:
+        model = autotp.parallelize(copy.deepcopy(whole), mesh(), example_inputs={"x": x}, check="graph")
+        return dtypes(model)
+
+    assert all(found == wanted for found in run("local", rank, None, 2, 60.0))
+    assert (torch.bfloat16 in wanted) is mixed  # the control

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import autotp
+from autotp.testing.ranks.run import run
 from tests.rewrite.test_made_of import IDS, Net
 from tests.support.ranks import Pool, mesh
 
@@ -156,3 +157,30 @@ def copied(name: str) -> dict[str, float]:
 def test_copied_and_pickled(pool: Pool, name: str) -> None:
     for errors in pool.run(copied, name):
         assert all(error < 1e-9 for error in errors.values()), errors
+
+
+def test_where_parameters_lie() -> None:
+    """Code tells tied parameters by `data_ptr`, and shares memory with other processes."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 24)
+            self.c.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)) + self.c(x))
+
+    torch.manual_seed(0)
+    whole, x = Tied().double(), torch.randn(2, 16, dtype=torch.float64)
+    wanted = whole(x)
+
+    def rank(_: object) -> float:
+        model = autotp.parallelize(copy.deepcopy(whole), mesh(), example_inputs={"x": x}, check="graph")
+        assert model.a.weight.data_ptr() == model.c.weight.data_ptr() != model.b.weight.data_ptr()
+        assert len({p.data_ptr() for p in model.parameters()}) == len(list(model.parameters())) == 5
+        model.share_memory()
+        assert all(p.is_shared() for p in model.parameters())
+        return float((model(x) - wanted).detach().abs().max())
+
+    assert max(run("local", rank, None, 2, 60.0)) < 1e-9

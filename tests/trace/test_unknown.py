@@ -1,0 +1,148 @@
+"""Numbers that no trace knows, paths that no trace made, and data that code puts into tensors past all operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autotp
+from autotp.errors import TraceError
+from autotp.testing.outcome import equal_or_refused
+
+X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+class Two(nn.Module):
+    """Two Linears with `between` them; `n` counts calls in training mode."""
+
+    def __init__(self, between: Callable[[Any, Tensor], Tensor], first: type[nn.Linear] = nn.Linear) -> None:
+        super().__init__()
+        self.a, self.b, self.between = first(16, 24), nn.Linear(24, 16), between
+        self.norm = nn.BatchNorm1d(24, momentum=None)
+        self.register_buffer("n", torch.tensor(0))
+        self.register_buffer("seen", torch.zeros(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self, self.a(x)))  # type: ignore[no-any-return]
+
+
+def cumulative_norm(m: Any, h: Tensor) -> Tensor:
+    return m.norm(h.flatten(0, 1)).view(*h.shape[:2], -1)
+
+
+def mean_so_far(m: Any, h: Tensor) -> Tensor:
+    if m.training:
+        m.n.add_(1)
+        m.seen.lerp_(h.detach().mean((0, 1)), 1 / float(m.n))
+    return h - m.seen
+
+
+def by_logarithm(m: Any, h: Tensor) -> Tensor:
+    if m.training:
+        m.n.add_(1)
+        return h / (1 + math.log(int(m.n)))
+    return h
+
+
+def built(between: Any, first: type[nn.Linear] = nn.Linear) -> nn.Module:
+    torch.manual_seed(0)
+    return Two(between, first).double()
+
+
+@pytest.mark.parametrize("between", [cumulative_norm, by_logarithm])
+@pytest.mark.parametrize("tp", [2, 3])
+def test_unknown_numbers_that_are_divided_by(between: Any, tp: int) -> None:
+    assert autotp.plan(built(between), tp=tp, example_inputs={"x": X}, check="graph").local_share < 0.6
+    assert str(equal_or_refused(lambda: built(between), inputs={"x": X}, tp=tp, certificate="graph")).startswith("equal")
+
+
+def test_a_mean_so_far_is_equal_or_refused() -> None:
+    assert str(equal_or_refused(lambda: built(mean_so_far), inputs={"x": X}, tp=2, certificate="graph")).startswith("equal")
+
+
+def only_in_training(m: Any, h: Tensor) -> Tensor:
+    if m.training:
+        h = h.softmax(-1) * float(h.detach().numpy().sum() > 0)
+    return h
+
+
+def test_a_path_in_training_that_no_trace_made_is_refused() -> None:
+    found = str(equal_or_refused(lambda: built(only_in_training), inputs={"x": X}, tp=2, certificate="graph"))
+    assert found.startswith("refused") and "is called in training mode" in found and "numpy" in found
+
+
+class Renorm(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.5)
+        return super().forward(x)
+
+
+class Set(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.set_(self.weight * 0.5)  # type: ignore[no-untyped-call]
+        return super().forward(x)
+
+
+class InPlace(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.copy_(torch.renorm(self.weight, 2, 0, 0.5))
+        return super().forward(x)
+
+
+def clamped_outside(m: Any, h: Tensor) -> Tensor:
+    m.b.weight.data = m.b.weight.data.clamp(-0.1, 0.1)
+    return h.tanh()
+
+
+def clamped_in_place(m: Any, h: Tensor) -> Tensor:
+    m.b.weight.data.clamp_(-0.1, 0.1)
+    return h.tanh()
+
+
+def buffer_replaced(m: Any, h: Tensor) -> Tensor:
+    m.seen.data = m.seen.data * 0.9 + 0.1 * h.detach().mean((0, 1))
+    return h - m.seen
+
+
+@pytest.mark.parametrize(
+    ("between", "first"),
+    [(Tensor.tanh, Renorm), (Tensor.tanh, Set), (clamped_outside, nn.Linear), (buffer_replaced, nn.Linear)],
+)
+def test_other_data_in_a_tensor_is_refused(between: Any, first: Any) -> None:
+    plain = (lambda m, h: between(h)) if between is Tensor.tanh else between
+    with pytest.raises(TraceError, match=r"puts other data into a tensor .* write into it in place"):
+        autotp.plan(built(plain, first), tp=2, example_inputs={"x": X})
+
+
+@pytest.mark.parametrize(("between", "first"), [(Tensor.tanh, InPlace), (clamped_in_place, nn.Linear)])
+def test_what_is_written_in_place_is_equal(between: Any, first: Any) -> None:
+    plain = (lambda m, h: between(h)) if between is Tensor.tanh else between
+    assert str(equal_or_refused(lambda: built(plain, first), inputs={"x": X}, tp=2, certificate="graph")).startswith("equal")
+
+
+def test_counts_that_are_read_from_data_are_said() -> None:
+    def dispatched(m: Any, h: Tensor) -> Tensor:
+        rows = h.flatten(0, 1)
+        counts = torch.bincount(rows.argmax(-1) % 3, minlength=3).tolist()
+        return torch.cat([part.tanh() for part in rows.split(counts)]).view_as(h)
+
+    with pytest.raises(TraceError, match="0 stood for them"):
+        autotp.plan(built(dispatched), tp=2, example_inputs={"x": X})
+
+
+def test_higher_order_operators_are_named() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attended(m: Any, h: Tensor) -> Tensor:
+        q = h.view(2, 6, 3, 8).transpose(1, 2)
+        return flex_attention(q, q, q).transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+
+    with pytest.raises(TraceError, match=r"higher-order operator of torch .*attn_implementation='sdpa'"):
+        autotp.plan(built(attended).float(), tp=2, example_inputs={"x": X.float()})
