@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,19 +83,33 @@ def _plain(item: Any) -> bool:
 
 
 def _held(model: nn.Module) -> list[tuple[Any, str, Any]]:
-    """(holder, name, value) of cached functions among globals, attributes of classes and of the model's modules."""
+    """(holder, name, value) of cached functions: globals, attributes of classes and modules, and what wrappers of functions hold."""
     found: list[tuple[Any, str, Any]] = []
     for name, file in list(sys.modules.items()):
         if not isinstance(file, ModuleType) or (name != "__main__" and name.partition(".")[0] in _OTHERS):
             continue
         space = file.__dict__
         found += [(file, k, v) for k, v in space.items() if type(v) is _CACHED]
+        found += [each for v in space.values() if type(v) is FunctionType for each in _wrapped(v)]
         if not _DECORATORS.isdisjoint(space):  # thousands of classes are not worth a look where no method can be cached
             classes = [v for v in space.values() if isinstance(v, type) and v.__module__ == name]
             found += [(c, k, v) for c in classes for k, v in c.__dict__.items() if type(_function(v)) is _CACHED]
     for module in model.modules():
         found += [(module, k, v) for k, v in module.__dict__.items() if type(v) is _CACHED]
+    for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
+        found += [each for v in cls.__dict__.values() if type(v) is FunctionType for each in _wrapped(v)]
     return found
+
+
+def _wrapped(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
+    """The cached function that a wrapper around one holds (`compile_compatible_method_lru_cache` of transformers)."""
+    for cell in (function.__closure__ or ()) if hasattr(function, "__wrapped__") else ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # it is empty yet
+            continue
+        if type(value) is _CACHED:
+            yield cell, "cell_contents", value
 
 
 def _function(value: Any) -> Any:
@@ -103,7 +117,7 @@ def _function(value: Any) -> Any:
 
 
 def _set(holder: Any, name: str, value: Any) -> None:
-    if isinstance(holder, type):
+    if isinstance(holder, (type, CellType)):
         setattr(holder, name, value)
     else:
         holder.__dict__[name] = value
