@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 export PIP_PROGRESS_BAR := off
 
-.PHONY: install model demo test programs fuzz mutants lint types clean
+.PHONY: install model demo test sweeps programs fuzz mutants lint types clean
 
 install: .venv/installed
 
@@ -32,6 +32,10 @@ demo: model
 
 test: model
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# The same claims over more models, sizes, ranks and processes.
+sweeps: model
+	$(BIN)/python -m pytest -n 2 --dist worksteal --sweeps $(PYTEST_ARGS)
 
 # What the examples, the README and the documents tell a user to run, in processes of their own.
 programs: model

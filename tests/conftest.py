@@ -14,25 +14,29 @@ from tests.support.ranks import Pool
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--slow` runs everything, `--programs` what is marked so."""
+    """`--slow` runs everything, `--sweeps` and `--programs` what is marked so."""
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--sweeps", action="store_true", help="run the tests marked sweep, and nothing else")
     parser.addoption("--programs", action="store_true", help="run the examples and the commands of the documents, and nothing else")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers."""
     config.addinivalue_line("markers", "slow: a combination that the faster tests nearly cover; runs with --slow")
+    config.addinivalue_line(
+        "markers", "sweep: the same claim over more models, sizes, ranks or processes than `make test` has time for; see --sweeps"
+    )
     config.addinivalue_line("markers", "programs: runs programs and commands in processes of their own, as a user does; see --programs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests out unless asked for, and programs too."""
-    slow, programs = config.getoption("--slow"), config.getoption("--programs")
+    """Leave out what is not asked for: a test is slow or not, and belongs to a sweep, to the programs or to neither."""
+    slow = config.getoption("--slow")
+    only = {marker for marker, option in (("sweep", "--sweeps"), ("programs", "--programs")) if config.getoption(option)}
 
     def runs(item: pytest.Item) -> bool:
-        is_program = item.get_closest_marker("programs") is not None
-        wanted = is_program if programs else slow or not is_program
-        return wanted and (slow or item.get_closest_marker("slow") is None)
+        of = {marker for marker in ("sweep", "programs") if item.get_closest_marker(marker) is not None}
+        return (slow or item.get_closest_marker("slow") is None) and (bool(of & only) if only else slow or not of)
 
     left_out = [item for item in items if not runs(item)]
     if left_out:

@@ -173,6 +173,7 @@ def test_what_a_plan_says() -> None:
         plan.explain("model.layers.0.self_attn.q_prj.weight")
 
 
+@pytest.mark.sweep
 def test_bytes_of_the_collectives() -> None:
     config = llama(
         hidden_size=16384, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8, head_dim=2048, intermediate_size=64
@@ -210,6 +211,7 @@ def test_a_failed_plan_leaves_the_model_alone() -> None:
         assert same(before, fingerprint(model))
 
 
+@pytest.mark.sweep
 def test_depth_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from autotp import planner
 

@@ -168,6 +168,7 @@ def test_a_branch_of_the_model_that_no_call_took_meets_whole_values(model, wrapp
         assert plan.local_share < (1 if wrapped and model is Picked else 0.76)
 
 
+@pytest.mark.sweep
 def test_a_branch_of_the_model_that_no_call_took_over_processes():
     torch.manual_seed(1)
     inputs = {name: torch.randn(3, 16, dtype=torch.float64) for name in "xy"}

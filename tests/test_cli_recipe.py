@@ -38,6 +38,7 @@ def target(tmp_path):
     return tmp_path
 
 
+@pytest.mark.sweep
 def test_init_check_and_a_mistake(run, target):
     file = target / "mine.yaml"
     code, out, err = run("recipe", "init", target, "-o", file)
@@ -70,6 +71,7 @@ def test_init_keeps_what_is_there(run, target):
     assert (code, out) == (0, file.read_text())
 
 
+@pytest.mark.sweep
 def test_check_follows_numbers(run, target, tmp_path):
     """What passes every check but computes other numbers fails by the numbers."""
     recipe = bundled.folder() / "gpt2.yaml"

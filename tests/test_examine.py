@@ -46,6 +46,7 @@ def test_a_wrong_rule_is_caught_and_the_rest_stays_sharded(wrong_softmax, tp: in
     assert "checked: numbers" in str(plan) and plan.to_dict()["checked"] == "numbers"
 
 
+@pytest.mark.sweep
 def test_a_large_model_without_weights_is_judged_by_its_twin() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model("llama", num_hidden_layers=4, vocab_size=1000, hidden_size=1024, intermediate_size=2048)

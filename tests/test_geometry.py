@@ -208,6 +208,14 @@ NAMED = (
 )
 
 
+@pytest.mark.parametrize(("g", "tp", "optimizer"), NAMED[::2], ids=str)
+def test_named_geometries(ranks: Callable[[int], ThreadRanks], g: Geometry, tp: int, optimizer: str) -> None:
+    errors, plan = compared(ranks, g, tp, optimizer)
+    assert not wrong(errors)
+    assert set(plan.replicated_products) <= keepable(g, tp) and plan.local_share < 1
+
+
+@pytest.mark.sweep
 @pytest.mark.timeout(900)  # shrinking a failure takes a while
 def test_training_is_that_of_one_device(ranks: Callable[[int], ThreadRanks]) -> None:
     seen: Counter[Any] = Counter()

@@ -17,6 +17,7 @@ from autotp.errors import AutoTPError, PlanError
 from autotp.rewrite.tensor import LayoutDTensor
 from tests.support.equivalence import check
 from tests.support.ranks import Pool, mesh
+from tests.support.slow import in_turns
 
 X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
 
@@ -163,8 +164,7 @@ MODELS: list[type[nn.Module]] = [InList, InTuple, InClosure, InObject, ByName, I
 WHOLE = (Blocks, InClosure, InObject)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "world"), in_turns(MODELS, (2, 3)))
 def test_equal(pool: Pool, model: type[nn.Module], world: int) -> None:
     inputs = {"ids": torch.arange(8).view(2, 4)} if model is Tied else {"x": X}
     report = check(pool, model, inputs, world=world, aspects=("forward", "state_dict", "grad", "step"))

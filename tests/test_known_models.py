@@ -32,6 +32,7 @@ def test_facts(name: str, heads: str, layers: str) -> None:
     assert (found["heads"], found["layers"], found["parameters"]) == (heads, layers, "1.0 B")
 
 
+@pytest.mark.sweep
 def test_a_plan_over_each_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     survey("GPT-2", (2, 4))
     first, *cells = map(json.loads, capsys.readouterr().out.splitlines())

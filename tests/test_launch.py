@@ -52,6 +52,7 @@ def test_a_failing_rank_ends_all_and_is_named():
     assert not left_running()
 
 
+@pytest.mark.sweep
 def test_a_rank_that_never_answers_is_ended_at_the_timeout():
     outcomes = run_ranks(sleep, 1, timeout=15)
     assert outcomes[0].error is not None and outcomes[0].error.startswith(

@@ -19,7 +19,7 @@ from autotp.testing import Equivalence, assert_equivalent
 from tests.support.equivalence import check
 from tests.support.families import transformer, transformer_inputs
 from tests.support.ranks import Pool
-from tests.support.slow import few
+from tests.support.slow import few, swept
 
 CAUSAL = ("forward", "masked", "whole", "generate", "state_dict", "grad", "loss", "step")
 ENCODER = ("forward", "masked", "whole", "state_dict", "grad", "loss", "step")
@@ -137,12 +137,15 @@ ASPECTS = {
     "loss": "gradients",
     "step": "steps",
 }
-#: One family for each kind of layout has a quick case, in this process; some have a second one, on processes. All others are slow.
+#: One family for each kind of layout has a case in this process; some have a second one, on processes. All others are slow.
 DISTINCT = {
     "gemma2", "phi3", "bloom", "mpt", "gpt_bigcode_mqa", "falcon_new", "deepseek_v3", "bert", "t5", "whisper", "vit", "mamba2",
     "qwen3_next", "llama_28_heads", "gpt2_five_heads", "llava", "swin", "wav2vec2", "opt_projected", "deberta-v2", "jamba",
 }  # fmt: skip
 PROCESSES = {"phi3", "t5", "deepseek_v3", "mamba2"}
+#: The cases that `make test` has; the others run in `make sweeps`.
+FIRST = {"phi3": "local", "bloom": "local", "gpt_bigcode_mqa": "local", "falcon_new": "local", "bert": "local", "gpt2_five_heads": "local"}
+FIRST |= {"gemma2": "local", "swin": "local", "t5": "gloo", "mamba2": "gloo"}
 #: Families whose kinds of layers are many: at two ranks they show as much as at four, in half the time.
 MANY_KINDS = {"zamba2", "jamba", "nemotron_h", "qwen2_5_vl", "recurrent_gemma", "falcon_h1"}
 
@@ -158,8 +161,9 @@ def cases() -> list[Any]:
             quick[2, "sdpa"] = "gloo"
         for world in (2, 3, 4):
             for attention in ("eager", "sdpa"):
-                marks = [] if (world, attention) in quick else [pytest.mark.slow]
                 backend = quick.get((world, attention), "gloo")
+                later = [] if FIRST.get(name) == backend else [pytest.mark.sweep]
+                marks = later if (world, attention) in quick else [pytest.mark.slow]
                 case = f"{name}-{world}-{attention}-{backend}"
                 found.append(pytest.param(model_type, fields, required, world, attention, backend, id=case, marks=marks))
     return found
@@ -204,7 +208,8 @@ def in_this_process(factory: Callable[[], nn.Module], tp: int) -> Equivalence:
 
 def mixtures() -> list[Any]:
     forms = [(kind, experts) for kind in MIXTURES for experts in ("eager", "batched_mm", "grouped_mm")]
-    return few(forms, ("gpt_oss", "grouped_mm"), ("mixtral", "batched_mm"))
+    quick = ("gpt_oss", "grouped_mm"), ("mixtral", "batched_mm")
+    return [*swept(quick, quick[1]), *few([f for f in forms if f not in quick])]
 
 
 @pytest.mark.parametrize(("model_type", "experts"), mixtures())

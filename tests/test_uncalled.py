@@ -96,6 +96,7 @@ def test_a_module_alike_takes_the_plan_of_its_twin(kind, tp):
     compare(model, lambda m: m(IDS) + m.head(m.shared(IDS)), tp, inputs={"ids": IDS})
 
 
+@pytest.mark.sweep
 def test_over_processes():
     compare(tied("alike"), lambda m: m.shared(IDS), backend="gloo", inputs={"ids": IDS})
 

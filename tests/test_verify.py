@@ -125,12 +125,14 @@ def test_a_wrong_forward_fails_and_is_placed(mistake, place):
     assert place in found.first_difference
 
 
+@pytest.mark.sweep
 def test_a_missing_reduction_in_the_backward_pass_fails_the_gradients_alone():
     found = report("backward")
     assert checks(found) == {"outputs": True, "gradients": False}
     assert "blocks.0" in str(found)
 
 
+@pytest.mark.sweep
 def test_a_rank_that_raises_is_reported_with_its_traceback():
     found = report("raise")
     assert not found.passed
@@ -142,6 +144,7 @@ def nan_inputs():
     return {"x": torch.full((3, WIDTH), float("nan"))}
 
 
+@pytest.mark.sweep
 def test_a_model_that_gives_nan_shows_nothing():
     found = verify(Model(), 1, inputs="tests.test_verify:nan_inputs", parallelizer=by_hand, timeout=120)
     assert not found.passed
@@ -214,6 +217,7 @@ def slightly_wrong(model, mesh, example_inputs):
     return layouts
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("parallelizer", [with_autotp, slightly_wrong])
 def test_a_real_model_and_one_wrong_weight_in_it(parallelizer):
     config = LlamaConfig(

@@ -75,6 +75,7 @@ def test_what_the_model_has_no_use_for_comes_back_too(tmp_path):
     assert files_differing(was, tmp_path / "back") == []
 
 
+@pytest.mark.sweep
 def test_names_that_are_changed_on_the_way_come_back(tmp_path):
     """A checkpoint of the base model, whose keys get a prefix; and tied weights that are there twice."""
     model = transformer("t5")
@@ -176,6 +177,7 @@ def other_size(folder: str) -> str:
     return failure(lambda: autotp.from_pretrained(Path(folder) / "cut", mesh()))
 
 
+@pytest.mark.sweep
 def test_loading_needs_no_plan_and_reads_its_own_file(pool, tmp_path):
     shard(checkpoint(tmp_path / "was"), tmp_path / "cut", tp=2)
     for rank, got in enumerate(pool.run(loading_cut, str(tmp_path))):

@@ -24,10 +24,11 @@ TYPES = {
     "bert": "tied weight and bias of a head",
     "chinese_clip": "weights that are changed while they are loaded",
 }
-QUICK = {"phi3", "mixtral", "chinese_clip"}
+#: The others are slow.
+MARKS = {"mixtral": (), "phi3": pytest.mark.sweep, "chinese_clip": pytest.mark.sweep}
 
 
-@pytest.mark.parametrize("model_type", [pytest.param(t, marks=() if t in QUICK else pytest.mark.slow) for t in TYPES])
+@pytest.mark.parametrize("model_type", [pytest.param(t, marks=MARKS.get(t, pytest.mark.slow)) for t in TYPES])
 def test_the_same_bits_all_the_way(pool, tmp_path, model_type):
     assert pool.run(life, model_type, str(tmp_path)) == [[], []]
 
@@ -38,6 +39,7 @@ def test_others(pool, tmp_path, model_type):
     assert pool.run(life, model_type, str(tmp_path)) == [[], []]
 
 
+@pytest.mark.sweep
 def test_over_three_ranks_with_padding_and_copies(pool, tmp_path):
     overrides = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 100, "vocab_size": 97}
     assert pool.run(life, "llama", str(tmp_path), world=3, dtype=torch.bfloat16, **overrides) == [[]] * 3

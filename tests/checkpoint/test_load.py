@@ -109,6 +109,7 @@ def arguments(folder: str) -> list[Any]:
     return out
 
 
+@pytest.mark.sweep
 def test_arguments_are_taken_as_transformers_takes_them(pool, tmp_path):
     assert pool.run(arguments, str(tmp_path)) == [[], []]
 

@@ -30,6 +30,7 @@ from tests.checkpoint.training import (
     train,
 )
 from tests.support.ranks import Pool
+from tests.support.slow import swept
 
 KINDS = ("even", "fused", "shared", "padded")
 CHAIN = (2, 4, 3, 1)
@@ -65,7 +66,7 @@ def resumed(kind: str, optimizer: str, folder: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("SGD", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", swept(KINDS, "fused"))
 def test_resumed_at_other_tps(pool: Pool, tmp_path: Path, kind: str, optimizer: str) -> None:
     for rank in pool.run(resumed, kind, optimizer, str(tmp_path), world=4):
         assert all(error <= 1e-9 for errors in rank for error in errors.values()), rank
@@ -222,6 +223,7 @@ def beside_data_parallel(folder: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.sweep
 def test_one_copy_is_saved_of_a_mesh_with_more_dims(pool: Pool, tmp_path: Path) -> None:
     for errors in pool.run(beside_data_parallel, str(tmp_path / "state"), world=4):
         assert all(error <= 1e-9 for error in errors.values()), errors

@@ -94,6 +94,7 @@ def test_an_edited_recipe_does_not_go_with_its_plan():
     assert autotp.plan(model, tp=3, recipe=data).params["transformer.h.0.mlp.c_fc.bias"].layout.dim is None
 
 
+@pytest.mark.sweep
 def test_sizes_are_fields_of_the_config():
     model = transformer("llama", num_key_value_heads=4)
     recipe = Recipe.from_plan(autotp.plan(model, tp=2), model=model, pin=False)

@@ -84,6 +84,7 @@ def test_one_block_only():
     assert dims == {"0.mlp.up_proj.weight": 0, "1.mlp.up_proj.weight": None}
 
 
+@pytest.mark.sweep
 def test_pieces_other_than_the_planners():
     """6 heads on 3 key-value heads over 4 ranks: the planner cuts groups in two; a recipe may pad the key-value heads instead."""
     model = transformer("llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=8)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import autotp
 from tests.support.ranks import Pool, mesh
+from tests.support.slow import swept
 
 ROWS = torch.arange(39, -1, -1)
 IDS = (torch.arange(12).view(2, 6) * 7) % 40
@@ -103,7 +104,7 @@ def compared(table: str) -> dict[str, str]:
     return said
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", swept([2, 3], 2))
 def test_made_of_others(pool: Pool, world: int) -> None:
     for said in pool.run(compared, "equal", world=world):
         assert not any(said.values()), said

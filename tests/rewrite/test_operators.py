@@ -20,6 +20,7 @@ from autotp.rewrite.full import unshard
 from autotp.rewrite.shards import as_dtensor
 from autotp.rewrite.tensor import LayoutDTensor
 from tests.support.ranks import Pool, mesh
+from tests.support.slow import swept
 
 
 def layouts(tp: int) -> dict[str, Layout]:
@@ -291,7 +292,7 @@ def gradients() -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", swept([2, 3], 2))
 def test_gradients_of_what_users_compute(pool: Pool, world: int) -> None:
     for wrong in pool.run(gradients, world=world):
         assert not wrong, "\n".join(wrong)

@@ -17,6 +17,7 @@ from autotp.plan.layout import replicated
 from autotp.rewrite.shards import as_dtensor
 from tests.rewrite.test_operators import full, layouts, other
 from tests.support.ranks import Pool, mesh
+from tests.support.slow import in_turns
 
 Make = Callable[[Any], torch.optim.Optimizer]
 NAMES = sorted(
@@ -100,8 +101,7 @@ def stepped(name: str) -> dict[str, str]:
     return wrong
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "world"), in_turns(NAMES, (2, 3)))
 def test_the_steps_of_one_device(pool: Pool, name: str, world: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -23,6 +23,7 @@ from autotp.rewrite.tensor import LayoutDTensor
 from autotp.rewrite.whole import _Ordered
 from tests.rewrite.test_operators import full, layouts, same, whole
 from tests.support.ranks import Pool, mesh
+from tests.support.slow import swept
 
 _norm = torch.linalg.vector_norm
 _inf = math.inf
@@ -100,7 +101,7 @@ def reductions(every: bool = False) -> list[str]:
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", swept([2, 3], 2))
 def test_reductions_and_their_gradients(pool: Pool, world: int, every: bool) -> None:
     for wrong in pool.run(reductions, every, world=world):
         assert not wrong, "\n".join(wrong)

@@ -19,6 +19,7 @@ from autotp.rewrite.comm import GroupComm
 from autotp.rewrite.reads import GradFix, read_param
 from autotp.rewrite.shards import as_dtensor
 from tests.support.ranks import Pool, mesh
+from tests.support.slow import in_turns
 
 IDS = (torch.arange(12).view(2, 6) * 7) % 40
 OFTEN = IDS % 5
@@ -120,8 +121,7 @@ def compared(name: str) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "world"), in_turns(MODELS, (2, 3)))
 def test_trained_as_on_one_device(pool: Pool, name: str, world: int) -> None:
     for errors in pool.run(compared, name, world=world):
         assert all(error < 1e-9 for error in errors.values()), {n: e for n, e in errors.items() if e >= 1e-9}

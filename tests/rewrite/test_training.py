@@ -8,6 +8,7 @@ import torch
 from autotp.rewrite.full import full_state_dict
 from tests.rewrite.plans import error, llama_plan, rewrite, tiny_llama, worst_grad
 from tests.support.ranks import Pool
+from tests.support.slow import swept
 
 IDS = torch.tensor([[1, 5, 9, 63, 31, 32], [2, 3, 4, 40, 3, 8]])
 
@@ -83,7 +84,7 @@ def compiled(train: bool) -> float:
     return worst_grad(reference, model, params, comm)
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", swept([False, True], False))
 def test_compile_makes_one_graph(pool: Pool, train: bool) -> None:
     for e in pool.run(compiled, train, timeout=120.0):
         assert e <= 1e-7

@@ -271,6 +271,7 @@ def compiled() -> dict[str, float]:
     return {"grad": worst_grad(reference, model, params, comm), "norm": error(a, whole(b))}
 
 
+@pytest.mark.sweep
 def test_compiled(pool: Pool) -> None:
     for errors in pool.run(compiled, timeout=120.0):
         assert all(e <= 1e-9 for e in errors.values()), errors

@@ -16,6 +16,7 @@ import autotp
 from autotp.testing.ranks.run import run
 from tests.rewrite.test_made_of import IDS, Net
 from tests.support.ranks import Pool, mesh
+from tests.support.slow import in_turns
 
 
 def _put(path: str, value: Callable[[Any], Tensor]) -> Callable[[Any], None]:
@@ -98,8 +99,7 @@ def trained(name: str) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize(("name", "world"), in_turns(VIEWS, (2, 3)))
 def test_trained_with_what_they_are_views_of(pool: Pool, name: str, world: int) -> None:
     for errors in pool.run(trained, name, world=world):
         assert all(error < 1e-9 for error in errors.values()), errors

@@ -13,6 +13,7 @@ import autotp
 from autotp.errors import AutoTPError
 from autotp.testing import NotEquivalent, assert_equivalent, sabotage, subject
 from autotp.testing.outcome import equal_or_refused
+from tests.support.slow import swept
 from tests.test_uncalled import IDS, tied
 from tests.testing.test_equivalence import Doubled, off_by_a_millionth, raises, rank, refuses, refuses_on_one
 
@@ -43,7 +44,7 @@ class Beside(nn.Module):
         return self.spare(y) if spare else y
 
 
-@pytest.mark.parametrize("backend", ["local", "gloo"])
+@pytest.mark.parametrize("backend", swept(["local", "gloo"], "local"))
 def test_what_no_call_runs_is_compared(backend: str) -> None:
     found = assert_equivalent(Beside, tp=2, inputs=X, backend=backend)
     assert found.aspects["outputs"].compared == 1 + 2
@@ -56,7 +57,7 @@ def test_what_a_further_call_runs_is_not_called_by_itself() -> None:
     assert found is not None and found.aspects["outputs"].compared == 2 + 1
 
 
-@pytest.mark.parametrize("backend", ["local", "gloo"])
+@pytest.mark.parametrize("backend", swept(["local", "gloo"], "local"))
 def test_a_wrong_number_is_named(backend: str) -> None:
     with pytest.raises(NotEquivalent) as caught:
         assert_equivalent(partial(Beside, off_by_a_millionth), tp=2, inputs=X, backend=backend)

@@ -60,6 +60,7 @@ def test_found(architecture: Architecture, tp: int) -> None:
     prove(architecture, tp)
 
 
+@pytest.mark.sweep
 @pytest.mark.timeout(900)  # shrinking a failure takes a while
 @pytest.mark.parametrize(("tp", "number"), few([(2, 16), (3, 12), (4, 10), (8, 8)], (3, 12), (8, 8)))
 def test_drawn(tp: int, number: int) -> None:

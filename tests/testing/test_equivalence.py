@@ -20,7 +20,7 @@ from autotp.testing import NotEquivalent, assert_equivalent, sabotage
 from autotp.testing.mutation import Kind
 from autotp.testing.observe import ASPECTS
 from autotp.testing.tiny import tiny_config
-from tests.support.slow import few
+from tests.support.slow import few, swept
 
 
 class Two(nn.Module):
@@ -67,6 +67,7 @@ def test_one_rank_is_a_rank() -> None:
     assert assert_equivalent(Two, tp=1, inputs=X, steps=1).plan.local_share == 1
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("model_type", "attention"), few([("llama", "eager"), ("t5", "eager"), ("gpt2", "sdpa")], ("t5", "eager")))
 def test_transformers_need_no_inputs(model_type: str, attention: str) -> None:
     config = tiny_config(model_type)
@@ -98,7 +99,7 @@ def off_by_a_millionth(y: Tensor) -> Tensor:
     return y * (1 + 1e-6) if rank() == 1 else y
 
 
-@pytest.mark.parametrize("backend", ["local", "threads", "gloo"])
+@pytest.mark.parametrize("backend", swept(["local", "threads", "gloo"], "local", "threads"))
 def test_a_difference_is_named(backend: str) -> None:
     with pytest.raises(NotEquivalent) as caught:
         assert_equivalent(partial(Nested, off_by_a_millionth), tp=2, inputs=X, backend=backend)
@@ -333,7 +334,7 @@ def one_more_sum(y: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("backend", ["local", "threads", "gloo"])
+@pytest.mark.parametrize("backend", swept(["local", "threads", "gloo"], "local", "threads"))
 def test_a_rank_that_raises(backend: str, nothing_left: None) -> None:
     started = time.monotonic()
     with pytest.raises(NotEquivalent, match=r"(?s)rank 1.*in raises\n.*this rank says no"):
@@ -341,7 +342,10 @@ def test_a_rank_that_raises(backend: str, nothing_left: None) -> None:
     assert time.monotonic() - started < 40
 
 
-@pytest.mark.parametrize(("backend", "timeout"), [("local", 1.0), ("threads", 1.0), ("gloo", 20.0)])
+HANGING = [("local", 1.0), ("threads", 1.0), ("gloo", 20.0)]
+
+
+@pytest.mark.parametrize(("backend", "timeout"), swept(HANGING, *HANGING[:2]))
 def test_a_rank_that_hangs(backend: str, timeout: float, nothing_left: None) -> None:
     started = time.monotonic()
     with pytest.raises(

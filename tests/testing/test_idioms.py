@@ -52,6 +52,7 @@ def test_every_choice_runs() -> None:
         assert all(bool(y.isfinite().all()) for y in outputs(i)), i
 
 
+@pytest.mark.sweep
 def test_all_idioms_are_drawn() -> None:
     seen: Counter[str] = Counter()
 
@@ -93,6 +94,7 @@ def always(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(fuzz, "_SETTINGS", settings(fuzz._SETTINGS, max_examples=number))
 
 
+@pytest.mark.sweep
 def test_a_broken_rule_is_found_and_its_script_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: what may not be sharded is, and a few draws of lines with an index show it."""
     from hypothesis import strategies as st

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from math import prod
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,6 +28,7 @@ def on_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> tuple[int, float]
     return autotp.plan_of(parallel).tp, relative_error(got, wanted)
 
 
+@pytest.mark.sweep
 def test_every_mesh_of_four_ranks(pool: Pool) -> None:
     seen: set[tuple[int, ...]] = set()
 

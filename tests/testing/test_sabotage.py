@@ -48,6 +48,7 @@ def test_every_mistake_in_a_hand_written_model_is_caught(name: str) -> None:
     assert len(found.caught) > 10 and not found.survived
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("name", "tp"),
     [
@@ -63,6 +64,7 @@ def test_every_mistake_in_an_architecture_is_caught(name: str, tp: int) -> None:
     assert damaged and all("outputs" in by or "gradients" in by for by in damaged)  # not only the state dict tells
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "model_type", ["phi3", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("bloom", marks=pytest.mark.slow)]
 )

@@ -76,5 +76,6 @@ def test_the_first_block_is_given_something_else(start, block):
         assert "gradients" in result.aspects
 
 
+@pytest.mark.sweep
 def test_over_processes():
     assert_equivalent(lambda: Stack("zeros", Queried, False), tp=2, inputs={"h": torch.randn(2, 6, 16)}, backend="gloo")

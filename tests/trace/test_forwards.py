@@ -299,6 +299,7 @@ def test_in_blocks_and_layers(model: Callable[[], nn.Module]) -> None:
     assert same_in_every_mode(model, X, 2) < 0.9
 
 
+@pytest.mark.sweep
 def test_in_processes_of_their_own() -> None:
     assert same_in_every_mode(partial(Twice, "once the same, once not"), X, 2, backend="gloo") < 0.8
 

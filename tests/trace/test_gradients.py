@@ -116,6 +116,7 @@ def test_kept(name: str, tp: int) -> None:
     assert same_in_every_mode(KEPT[name], X, tp) == WHOLE
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "name", few(["clip of a whole value", "hook on a whole value", "asks whether gradients are recorded"], "hook on a whole value")
 )
