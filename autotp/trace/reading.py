@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -68,6 +69,50 @@ def _function_of(found: Any) -> Any:
     return inspect.unwrap(found) if callable(found) else found
 
 
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the bytecode of one function names, that of the functions inside of it included.
+
+    own: what it stores in its first argument. called: names of globals. asked: as in `Names`.
+    """
+
+    read: tuple[str, ...]
+    stored: tuple[str, ...]
+    own: tuple[str, ...]
+    called: tuple[str, ...]
+    asked: tuple[str, ...]
+    tested: tuple[str, ...]
+
+
+@lru_cache(maxsize=4096)  # code does not change, and that of a library's classes is read for every model of theirs
+def _facts(code: CodeType) -> _Facts:
+    read: list[str] = []
+    stored: list[str] = []
+    own: list[str] = []
+    called: list[str] = []
+    asked: list[str] = []
+    tested: list[str] = []
+    for inner in _codes(code):
+        found = [i for i in dis.get_instructions(inner) if i.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
+        loads: list[str] = []
+        for at, i in enumerate(found):
+            if i.opname in _LOADS:
+                loads.append(i.argval)
+                if any(j.opname in _TESTS or "JUMP_IF" in j.opname for j in found[at + 1 : at + 1 + _NEAR]):
+                    tested.append(i.argval)
+            elif i.opname in _STORES:
+                in_self = inner is code and at and (found[at - 1].opname, found[at - 1].argval) == _self_of(code)
+                (own if in_self else stored).append(i.argval)
+            elif i.opname == "LOAD_GLOBAL":
+                called.append(i.argval)
+        read += loads
+        if not _ASKING.isdisjoint(inner.co_names):
+            asked += [c for c in inner.co_consts if isinstance(c, str) and c.isidentifier()]
+        if "AttributeError" in inner.co_names:
+            asked += loads
+    return _Facts(*(tuple(dict.fromkeys(names)) for names in (read, stored, own, called, asked, tested)))
+
+
 def _names(cls: type, todo: list[Any]) -> Names:
     read: set[str] = set()
     asked: set[str] = set()
@@ -79,48 +124,32 @@ def _names(cls: type, todo: list[Any]) -> Names:
         function = todo.pop()
         if isinstance(function, FunctionType) and function.__code__ not in seen:
             seen.add(function.__code__)
-            todo += _functions(function, cls, read, stored, own)
-            for code in _codes(function.__code__):
-                tested.update(_tested(list(dis.get_instructions(code))))
-                if not _ASKING.isdisjoint(code.co_names):
-                    asked.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
-                if "AttributeError" in code.co_names:
-                    asked.update(i.argval for i in dis.get_instructions(code) if i.opname in _LOADS)
+            facts = _facts(function.__code__)
+            todo += _functions(function, cls, facts)
+            read.update(facts.read)
+            asked.update(facts.asked)
+            tested.update(facts.tested)
+            stored.update(facts.stored)
+            is_method = any(function is _function_of(f) for c in cls.__mro__ for f in (vars(c).get(function.__name__),) if f is not None)
+            (own if is_method else stored).update(facts.own)
     return Names(frozenset(read | asked), frozenset(stored), frozenset(own), frozenset(asked), frozenset(tested))
 
 
-def _tested(instructions: list[dis.Instruction]) -> Iterable[str]:
-    found = [i for i in instructions if i.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
-    for at, i in enumerate(found):
-        if i.opname in _LOADS and any(j.opname in _TESTS or "JUMP_IF" in j.opname for j in found[at + 1 : at + 1 + _NEAR]):
-            yield i.argval
-
-
-def _functions(function: FunctionType, cls: type, read: set[str], stored: set[str], own: set[str]) -> Iterator[Any]:
-    """Notes what `function` reads and stores; the functions that it may call."""
+def _functions(function: FunctionType, cls: type, facts: _Facts) -> Iterator[Any]:
+    """The functions that `function` may call."""
     yield getattr(function, "__wrapped__", None)
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
         except ValueError:  # it is empty yet
             continue
-    is_method = any(function is _function_of(f) for c in cls.__mro__ for f in (vars(c).get(function.__name__),) if f is not None)
-    for code in _codes(function.__code__):
-        before: dis.Instruction | None = None
-        for i in dis.get_instructions(code):
-            of = before
-            before = i if i.opname not in ("CACHE", "EXTENDED_ARG") else before
-            if i.opname in _LOADS:
-                read.add(i.argval)
-                for found in _definitions(cls, i.argval):
-                    yield getattr(found, "fget", None) or getattr(found, "__func__", found)
-            elif i.opname in _STORES:
-                in_self = is_method and code is function.__code__ and of is not None and (of.opname, of.argval) == _self_of(code)
-                (own if in_self else stored).add(i.argval)
-            elif i.opname == "LOAD_GLOBAL":
-                other = function.__globals__.get(i.argval)
-                if isinstance(other, FunctionType) and other.__module__.partition(".")[0] == cls.__module__.partition(".")[0]:
-                    yield other
+    for name in facts.read:
+        for found in _definitions(cls, name):
+            yield getattr(found, "fget", None) or getattr(found, "__func__", found)
+    for name in facts.called:
+        other = function.__globals__.get(name)
+        if isinstance(other, FunctionType) and other.__module__.partition(".")[0] == cls.__module__.partition(".")[0]:
+            yield other
 
 
 def _definitions(cls: type, name: str) -> Iterator[Any]:
