@@ -64,7 +64,10 @@ class Builder:
         self.calls: dict[int, _CallSpec] = {}  # node index → spec
         self.uses: dict[tuple[str, str, str], Use] = {}
         self.users: dict[int, list[Node]] = {}
+        self.crossings: dict[Hashable, list[Node]] = {}  # slot → the nodes that cross it
         for node in self.graph.nodes:
+            if (slot := slot_key(node)) is not None:
+                self.crossings.setdefault(slot, []).append(node)
             for v in dict.fromkeys(node.inputs()):
                 self.users.setdefault(v.id, []).append(node)
         self.made = space.made
@@ -196,7 +199,7 @@ class Builder:
             conversion = self._part(value, atoms, atoms, Op.GATHER)
             key = slot_key(node)
             assert key is not None
-            if any(slot_key(n) == key and n.index not in self.labels.gathered for n in self.graph.nodes):
+            if any(n.index not in self.labels.gathered for n in self.crossings[key]):
                 raise Unrealisable(node, "only some calls of the module return a sharded value to gather")
             have = self.slots.setdefault(key, [])
             if conversion not in have:
@@ -220,9 +223,7 @@ class Builder:
     def _only_linears(self, slot: Hashable) -> list[tuple[Pseudo, str, tuple[str | int, ...]]]:
         """The input slots of the linears that take over a COPY: all uses of the slot's tensor are arguments of linears."""
         found: dict[tuple[Pseudo, str, tuple[str | int, ...]], None] = {}
-        for node in self.graph.nodes:
-            if slot_key(node) != slot:
-                continue
+        for node in self.crossings.get(slot, ()):
             if node.slot is not None and node.slot[0] in self.linears:
                 return []
             for user in self.users.get(node.outputs[0].id, ()):
@@ -232,11 +233,9 @@ class Builder:
                 found[key] = None
         if any(any(c.op is Op.COPY for c in self.slots.get(k, ())) for k in found):
             return []
-        others = [n for n in self.graph.nodes if slot_key(n) in found and n.args[0].id not in self._values_of(slot)]
+        values = {n.outputs[0].id for n in self.crossings.get(slot, ())}
+        others = any(n.args[0].id not in values for key in found for n in self.crossings[key])
         return [] if others else list(found)
-
-    def _values_of(self, slot: Hashable) -> set[int]:
-        return {n.outputs[0].id for n in self.graph.nodes if slot_key(n) == slot}
 
     def _slices(self) -> None:
         edges: dict[int, dict[int, Atoms]] = {}
@@ -256,7 +255,7 @@ class Builder:
                 slots[slot] = conversion if all_uses and _same(before, conversion) else None
         for slot in slots:
             wanted = {v.id for v, _, _ in pending}
-            if any(n.outputs[0].id not in wanted and self.users.get(n.outputs[0].id) for n in self.graph.nodes if slot_key(n) == slot):
+            if any(n.outputs[0].id not in wanted and self.users.get(n.outputs[0].id) for n in self.crossings.get(slot, ())):
                 slots[slot] = None
         done: set[Hashable] = set()
         for value, nodes, conversion in pending:
