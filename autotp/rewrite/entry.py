@@ -141,7 +141,8 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     wholes = {(m.path, a.path): a.value for m in plan.modules for a in m.attributes if "." not in a.path}
     made = {type(m) for _, m in modules if hasattr(type(m), BASE)}
     classes = {getattr(cls, BASE, cls) for cls in made | {type(m) for _, m in runs}}
-    forwards = tuple((cls, cls.forward) for cls in sorted(classes, key=lambda cls: cls.__qualname__))
+    # what a descriptor makes anew at each access (a partialmethod) cannot be compared
+    forwards = tuple((c, c.forward) for c in sorted(classes, key=lambda c: c.__qualname__) if c.forward is c.forward)
     values = list(watched(runs, reading, stored, Watched(originals, wholes, floats)))
     tensors = [(p, Place(p, m, reading.of(type(m)).read - reading.of(type(m)).own - stored)) for p, m in runs]
     entered = [(p, m) for p, m in modules if m is model or _may_begin(model, m)]
