@@ -15,6 +15,7 @@ from autotp.plan.layout import Factor, Layout, replicated
 from autotp.testing.modules import Stands, first_difference, stands_for
 from autotp.verify import relative_error, verify
 from autotp.verify.worker import with_autotp
+from tests.support.slow import swept
 
 WIDTH, INNER = 6, 8
 
@@ -117,7 +118,10 @@ def test_equal_models_pass():
     assert f"{found.local_share:.3f} of the parameter elements on each rank" in str(found)
 
 
-@pytest.mark.parametrize(("mistake", "place"), [("forward", "partial sums before it: blocks.1.down"), ("swapped", "blocks.1.down: ")])
+PLACES = [("forward", "partial sums before it: blocks.1.down"), ("swapped", "blocks.1.down: ")]
+
+
+@pytest.mark.parametrize(("mistake", "place"), swept(PLACES, PLACES[0]))
 def test_a_wrong_forward_fails_and_is_placed(mistake, place):
     found = report(mistake)
     assert not found.passed

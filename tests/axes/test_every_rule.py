@@ -369,6 +369,7 @@ def recorded_by(name: str) -> set[str]:
     return seen
 
 
+@pytest.mark.sweep
 def test_every_rule_has_a_case() -> None:
     seen = set(MORE).union(*map(recorded_by, CASES))
     assert set(RULES) - seen - set(UNREACHABLE) == set()

@@ -73,7 +73,7 @@ def bytes_read(folder: str, model_type: str, overrides: dict[str, Any]) -> list[
         pytest.param("phi3", {}, marks=pytest.mark.slow),
         pytest.param("bloom", {}, marks=pytest.mark.slow),
         pytest.param("mixtral", {}, marks=pytest.mark.slow),
-        ("deepseek_v3", {}),
+        pytest.param("deepseek_v3", {}, marks=pytest.mark.sweep),
         pytest.param("t5", {}, marks=pytest.mark.slow),
         ("llama", {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 31}),
     ],

@@ -29,7 +29,7 @@ from autotp.rewrite.tensor import plain
 from benchmarks.optimizers import build
 from tests.checkpoint.training import OPTIMIZERS, apart, barrier, grouped, mesh_of, moments, parallel, plain_moments, train
 from tests.support.ranks import Pool
-from tests.support.slow import few
+from tests.support.slow import few, in_turns
 
 State = Callable[[nn.Module, torch.optim.Optimizer], dict[str, Any]]
 
@@ -89,8 +89,13 @@ def through_dcp(kind: str, how: str, folder: str, asynchronous: bool = False) ->
     return {"weights": apart(weights, autotp.full_state_dict(other)), "moments": apart(states, moments(other, theirs))}
 
 
-@pytest.mark.parametrize("how", ["by hand", "by torch"])
-@pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in ("even", "shared")), "fused", "padded"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        *in_turns(("fused", "padded"), ("by hand", "by torch")),
+        *few((kind, how) for kind in ("even", "shared") for how in ("by hand", "by torch")),
+    ],
+)
 def test_saved_and_loaded_at_another_tp(pool: Pool, tmp_path: Path, kind: str, how: str) -> None:
     for errors in pool.run(through_dcp, kind, how, str(tmp_path / "state"), world=4):
         assert all(error <= 1e-9 for error in errors.values()), errors

@@ -131,7 +131,7 @@ def plain_dcp(kind: str, folder: str) -> dict[str, float]:
     return found | {"back": apart(wanted[0], full), "moments back": apart(wanted[1], moments(model, mine))}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", swept(KINDS, "fused", "padded"))
 def test_plain_dcp_reads_and_writes_the_same(pool: Pool, tmp_path: Path, kind: str) -> None:
     for errors in pool.run(plain_dcp, kind, str(tmp_path), world=4):
         assert all(error <= 1e-9 for error in errors.values()), errors

@@ -66,11 +66,12 @@ FIRST = [models[0] for models in MODELS.values()]
 SHARE = 0.76
 
 
-def _slow(case: tuple[str, str, dict[str, Any]], first: Sequence[Any]) -> Any:
-    return case if (case[1], case[2]) in first else pytest.param(*case, marks=pytest.mark.slow)
+def _marked(case: tuple[str, str, dict[str, Any]], quick: Sequence[Any], swept: Sequence[Any] = ()) -> Any:
+    pair = case[1], case[2]
+    return case if pair in quick else pytest.param(*case, marks=pytest.mark.sweep if pair in swept else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("recipe", "kind", "fields"), [_slow(case, FIRST[1::2]) for case in CASES], ids=NAMES)
+@pytest.mark.parametrize(("recipe", "kind", "fields"), [_marked(case, FIRST[1::4], FIRST[3::4]) for case in CASES], ids=NAMES)
 def test_is_proven(recipe, kind, fields):
     plan = autotp.plan(transformer(kind, **fields), tp=2, recipe=recipe)
     assert plan.local_share < SHARE
@@ -79,7 +80,7 @@ def test_is_proven(recipe, kind, fields):
 
 @pytest.mark.parametrize(
     ("recipe", "kind", "fields"),
-    [_slow(case, FIRST[::2]) for case in CASES if case[0] != "olmo2"],
+    [_marked(case, FIRST[::2]) for case in CASES if case[0] != "olmo2"],
     ids=[n for n in NAMES if "olmo2" not in n],
 )
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])

@@ -15,6 +15,7 @@ import autotp
 from autotp.errors import RecipeError
 from autotp.recipe import bundled
 from tests.support.families import transformer
+from tests.support.slow import swept
 
 
 @cache
@@ -226,7 +227,7 @@ def test_is_found(tmp_path, what):
     assert all(before[n] is p for n, p in model(name).named_parameters())
 
 
-@pytest.mark.parametrize("name", sorted({m[0] for m in MISTAKES.values()}))
+@pytest.mark.parametrize("name", swept(sorted({m[0] for m in MISTAKES.values()}), "gpt2", "llama"))
 def test_control(name):
     assert autotp.plan(model(name), tp=2, recipe=name).local_share < 0.76
 

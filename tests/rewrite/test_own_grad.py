@@ -147,6 +147,7 @@ def test_what_is_computed_from_it_is_right(kind: Any, how: str, tp: int) -> None
     assert outcome(lambda: kind(how), computed, tp) == "equal"
 
 
+@pytest.mark.sweep
 def test_over_processes() -> None:
     assert outcome(lambda: Features("tuple"), computed, backend="gloo") == "equal"
     assert "a copy of what" in outcome(lambda: Features("tuple"), retained, backend="gloo")

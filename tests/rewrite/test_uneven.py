@@ -24,6 +24,7 @@ from autotp.rewrite.tensor import LayoutDTensor, plain
 from tests.rewrite.plans import error, rewrite, worst_grad
 from tests.rewrite.uneven import Uneven, uneven_plan
 from tests.support.ranks import Pool
+from tests.support.slow import in_turns
 
 IDS = torch.tensor([[1, 5, 9, 10, 8], [2, 3, 4, 7, 0]])
 CASES = [(2, 3, 2, 4), (3, 3, 2, 2)]  # kv heads, query heads of each, pieces, ranks
@@ -112,9 +113,9 @@ def three_steps(kind: str, models: tuple[nn.Module, nn.Module, dict[str, ParamPl
     return errors
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize(("kv", "group", "pieces", "world"), CASES)
-def test_three_steps_are_those_of_one_device(pool: Pool, kind: str, kv: int, group: int, pieces: int, world: int) -> None:
+@pytest.mark.parametrize(("kind", "case"), in_turns(OPTIMIZERS, CASES))
+def test_three_steps_are_those_of_one_device(pool: Pool, kind: str, case: tuple[int, int, int, int]) -> None:
+    kv, group, pieces, world = case
     for errors in pool.run(training, kind, kv, group, pieces, world=world):
         assert errors["padding"] == 0.0
         assert all(e <= 1e-9 for e in errors.values()), errors

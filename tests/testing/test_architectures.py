@@ -18,7 +18,7 @@ from autotp.testing.architecture import Architecture, Experts, Extra, Mlp, Norms
 from autotp.testing.proving import TrapSprung, features, variants
 from autotp.testing.proving import prove as proved
 from autotp.testing.strategies import architectures
-from tests.support.slow import few
+from tests.support.slow import few, swept
 
 prove = partial(proved, certificate="graph")  # the rules, without what would catch their faults
 
@@ -76,7 +76,10 @@ def test_drawn(tp: int, number: int) -> None:
     assert seen["sharded"] > number / 2 and seen["padded"] > 3 and len(seen) > 50
 
 
-@pytest.mark.parametrize("trap", [t for t in Trap if t is not Trap.NONE])
+TRAPS = [t for t in Trap if t is not Trap.NONE]
+
+
+@pytest.mark.parametrize("trap", swept(TRAPS, *TRAPS[::2]))
 @pytest.mark.parametrize("inline", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_traps(trap: Trap, inline: bool) -> None:
     a = Architecture(kv=4, group=1, width=16, trap=trap, inline=inline, hidden=7, mlp=Mlp.PLAIN)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autotp.testing import assert_equivalent
+from tests.support.slow import in_turns
 
 STARTS = {
     "zeros": torch.zeros_like,
@@ -67,8 +68,7 @@ class Stack(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("block", [Summed, Queried])
+@pytest.mark.parametrize(("start", "block"), in_turns(STARTS, (Summed, Queried)))
 def test_the_first_block_is_given_something_else(start, block):
     for nested, tp in ((False, 2), (True, 3)):
         result = assert_equivalent(lambda n=nested: Stack(start, block, n), tp=tp, inputs={"h": torch.randn(2, 6, 16)}, steps=1)
