@@ -9,6 +9,7 @@ each rank (`Summed`).
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,6 +24,8 @@ _GRAD, _BACKWARD, _HOOK = torch.autograd.grad, torch.autograd.backward, Tensor.r
 _ASKING = frozenset((Tensor.retain_grad, _HOOK, Tensor.backward, _GRAD, _BACKWARD))
 #: Where `torch.autograd.grad`, `torch.autograd.backward` and `Tensor.backward` take tensors whose gradients they give.
 _INPUTS = {_GRAD: 1, _BACKWARD: 5, Tensor.backward: 4}
+_NODE: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+_GRAPH, _PARAMETER = torch.autograd.graph.__file__, torch.nn.parameter.__file__
 _ADVICE = "Ask for the gradient of a tensor before or after it (a module's result that is whole, a parameter), or before parallelize"
 
 
@@ -32,13 +35,19 @@ class Copied(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _ASKING and _asks(func, args, kwargs):
+        if (func in _ASKING and _asks(func, args, kwargs)) or (func == _NODE and _asked_by(_GRAPH)):
             raise AutoTPError(
                 "this tensor is a copy of what the parallel model goes on computing with, and its gradient here lacks that of the uses "
                 f"inside of the model. {_ADVICE}"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            # nn.Parameter wants to detach without a change of class
+            return result.as_subclass(Copied) if func is Tensor.detach and _asked_by(_PARAMETER) else result
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            return repr(self.as_subclass(Tensor))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
@@ -77,16 +86,21 @@ class Summed(Copied):
         return result
 
 
+def _asked_by(file: str) -> bool:
+    """True where the code of `file` makes the call that `__torch_function__` answers."""
+    return sys._getframe(2).f_code.co_filename == file
+
+
 def _asks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True where `func` gives or shows the gradient of a `Copied`. torch's own hooks (FSDP's) change none."""
     if func is _HOOK:
         hook = args[1] if len(args) > 1 else kwargs.get("hook")
-        return not is_torchs(hook)
+        return args[0].grad_fn is not None and not is_torchs(hook)
     at = _INPUTS.get(func)
     if at is None:
-        return True
+        return args[0].grad_fn is not None
     inputs = args[at] if len(args) > at else kwargs.get("inputs")
-    return any(isinstance(t, Copied) for t in tree_iter(inputs))
+    return any(isinstance(t, Copied) and t.grad_fn is not None for t in tree_iter(inputs))
 
 
 def is_torchs(hook: Any) -> bool:

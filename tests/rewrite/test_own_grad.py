@@ -82,7 +82,20 @@ def with_inputs(model: Any) -> Tensor | None:
     return h.grad
 
 
-ASKING = [retained, hooked, asked, of_one_use, with_inputs]
+def by_edge(model: Any) -> Tensor:
+    y, h = results(model)
+    return torch.autograd.grad(loss(y, h), torch.autograd.graph.get_gradient_edge(h))[0]
+
+
+def by_many(model: Any) -> Tensor:
+    found: list[Any] = []
+    y, h = results(model)
+    torch.autograd.graph.register_multi_grad_hook([h], found.append)
+    loss(y, h).backward()
+    return found[0][0]
+
+
+ASKING = [retained, hooked, asked, of_one_use, with_inputs, by_edge, by_many]
 WEIGHT = {Features: "a.weight", Around: "inner.a.weight"}
 
 
@@ -92,6 +105,10 @@ def computed(model: Any) -> Tensor:
     file = io.BytesIO()
     torch.save(h.detach(), file)
     assert type(copy.deepcopy(h.detach())) is Tensor and type(h * 1) is Tensor and h.detach().numpy().shape == h.shape
+    assert repr(h).startswith("tensor(") and h.grad_fn is not None
+    learned = nn.Parameter(h)
+    learned.pow(2).sum().backward()
+    assert isinstance(learned, nn.Parameter) and torch.equal(learned.grad, 2 * h.detach())
     first = h[0].exp()
     first.retain_grad()
     return first_gradient(model, loss(y, h) + first.sum() + F.normalize(h, dim=-1).mul_(2).sum())
