@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import autotp
 from autotp.errors import AutoTPError, PlanError
 from autotp.rewrite.tensor import LayoutDTensor
+from autotp.testing.ranks.run import run
 from tests.support.equivalence import check
 from tests.support.ranks import Pool, mesh
 from tests.support.slow import in_turns
@@ -462,3 +463,23 @@ def strange_ids() -> dict[str, str]:
 def test_ids_outside_of_the_table(pool: Pool, world: int) -> None:
     for wrong in pool.run(strange_ids, world=world, timeout=120.0):
         assert not wrong, wrong
+
+
+def test_what_holds_parameters_and_cannot_be_changed() -> None:
+    """Tuples and frozensets, in one another, are made again; whoever held them holds the new ones."""
+    x = torch.randn(2, 16, dtype=torch.float64)
+
+    def rank(_: object) -> None:
+        model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16)).double()
+        up, down = model[0].weight, model[2].weight
+        decay = [frozenset((up, down))]
+        nested = {"all": (up, (down, frozenset((up,))), decay[0])}
+        del up, down
+        autotp.parallelize(model, mesh(), example_inputs={"input": x}, check="graph")
+        up, down = model[0].weight, model[2].weight
+        assert isinstance(up, LayoutDTensor)
+        assert up in decay[0] and down in decay[0] and len(decay[0]) == 2
+        assert nested["all"][0] is up and nested["all"][1][0] is down
+        assert up in nested["all"][1][1] and nested["all"][2] == decay[0]
+
+    run("local", rank, None, 2, 60.0)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from autotp.errors import AutoTPError, PlanError
 from autotp.rewrite.undo import Undo
 
+_FIXED = (tuple, frozenset)
+
 
 class Pair:
     """A parameter and what takes its place. `names`: those that it has in the model."""
@@ -83,12 +85,18 @@ def _give_everywhere(held: list[Any], by_old: Mapping[int, Pair], skip: set[int]
                 f"{_first_name(table, by_old)} is also a parameter of a module outside of the model: parallelize a module that holds "
                 "both, or give them parameters of their own"
             )
-    tuples: list[Any] = [x for x in holders if isinstance(x, tuple)]
-    changed = {id(x): Pair((), x, tuple.__new__(type(x), (_new(v, by_old) for v in x))) for x in tuples}
-    _give_everywhere(tuples, {**by_old, **changed}, {*skip, id(tables)}, undo)
+    fixed: list[Any] = [x for x in holders if isinstance(x, _FIXED)]  # what holds one of these is given another one
+    changed = {id(x): Pair((), x, _remade(x, by_old)) for x in fixed}
+    _give_everywhere(fixed, {**by_old, **changed}, {*skip, id(tables)}, undo)
     for holder in holders:
-        if not isinstance(holder, tuple) and _give(holder, by_old):
+        if not isinstance(holder, _FIXED) and _give(holder, by_old):
             undo.push(functools.partial(_give_back, holder, _backwards(by_old)))
+
+
+def _remade(x: Any, by_old: Mapping[int, Pair]) -> Any:
+    """A tuple or frozenset as it is with the new parameters."""
+    kind = tuple if isinstance(x, tuple) else frozenset
+    return kind.__new__(type(x), (_new(v, by_old) for v in x))
 
 
 def _new(x: Any, by_old: Mapping[int, Pair]) -> Any:

@@ -225,7 +225,7 @@ def _rms_norm(
     x = _working(input)
     axes = _normalised(x, normalized_shape)
     mean_square = _statistic(across.owned(x).square().sum(axes, keepdim=True), across.comm) / across.count(x, axes)
-    y = (x * torch.rsqrt(mean_square + (torch.finfo(input.dtype).eps if eps is None else eps))).to(input.dtype)
+    y = (x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if eps is None else eps))).to(input.dtype)
     return (y if weight is None else y * weight).to(_dtype(F.rms_norm, input, weight))
 
 

@@ -131,3 +131,28 @@ def test_autocast_gives_the_dtypes_of_one_device(norm: str, grad: bool, mixed: b
 
     assert all(found == wanted for found in run("local", rank, None, 2, 60.0))
     assert (torch.bfloat16 in wanted) is mixed  # the control
+
+
+class Normed(nn.Module):
+    """A norm over a sharded dim whose inputs are so small that its ε shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.n = nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False), nn.RMSNorm(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.n(self.a(x * 1e-3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_default_epsilon_is_that_of_one_device(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    whole, x = Normed().to(dtype), torch.randn(2, 6, 16, dtype=dtype)
+    wanted = whole(x).detach()
+
+    def rank(_: object) -> float:
+        model = autotp.parallelize(copy.deepcopy(whole), mesh(), example_inputs={"x": x}, check="graph")
+        assert autotp.plan_of(model).local_share < 0.6
+        return float((model(x).detach() - wanted).abs().max() / wanted.abs().max())
+
+    assert max(run("local", rank, None, 2, 60.0)) < 16 * torch.finfo(dtype).eps
