@@ -9,8 +9,14 @@ from tests.models.traps import TRAPS
 from tests.support.equivalence import check
 from tests.support.ranks import Pool
 
+#: Each has one number of ranks in turn, every second of them in `make sweeps`; the other numbers are slow.
 CASES = [
-    pytest.param(entry, world, id=f"{entry}-{world}", marks=() if world == entry.worlds[number % len(entry.worlds)] else pytest.mark.slow)
+    pytest.param(
+        entry,
+        world,
+        id=f"{entry}-{world}",
+        marks=pytest.mark.slow if world != entry.worlds[number % len(entry.worlds)] else pytest.mark.sweep if number // 2 % 2 else (),
+    )
     for number, entry in enumerate(TRAPS)
     for world in entry.worlds
 ]

@@ -17,7 +17,7 @@ from autotp.plan.model import Op
 from tests.models.custom import WIDTH
 from tests.models.parallel import APART, JOINT, OneTwice, ParallelBlock, Residual, Returned, SharedExit, Stack, ThreeBlock, Twins
 from tests.support.families import transformer
-from tests.support.slow import few
+from tests.support.slow import few, halved
 
 
 def planned(model: nn.Module, tp: int = 2) -> Plan:
@@ -126,7 +126,7 @@ def test_one_all_reduce_a_block(model_type: str, fields: dict[str, Any], norms: 
     assert {b: reductions(plan, "backward")[b] for b in blocks} == dict.fromkeys(blocks, norms)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", halved(["qwen2_moe", "deepseek_v3"]))
 def test_shared_and_routed_experts_leave_as_one_sum(model_type: str) -> None:
     plan = autotp.plan(transformer(model_type, experts="eager"), tp=2)
     layer = "model.layers.1.mlp"

@@ -15,7 +15,7 @@ import autotp
 from autotp.errors import RecipeError
 from autotp.recipe import bundled
 from tests.support.families import transformer
-from tests.support.slow import swept
+from tests.support.slow import halved, swept
 
 
 @cache
@@ -212,7 +212,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
 }
 
 
-@pytest.mark.parametrize("what", MISTAKES)
+@pytest.mark.parametrize("what", halved(MISTAKES))
 def test_is_found(tmp_path, what):
     name, changes, (part, at), texts = MISTAKES[what]
     file, text = changed(tmp_path, name, *changes)

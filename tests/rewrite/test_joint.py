@@ -26,7 +26,7 @@ from tests.rewrite.plans import error, rewrite, worst_grad
 from tests.support.equivalence import check
 from tests.support.families import transformer
 from tests.support.ranks import Pool, mesh
-from tests.support.slow import few
+from tests.support.slow import few, halved
 
 ASPECTS = ("forward", "grad", "state_dict", "step")
 
@@ -53,7 +53,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", halved(BLOCKS))
 def test_equal(pool: Pool, name: str) -> None:
     check(pool, BLOCKS[name], inputs(), aspects=ASPECTS).require(*ASPECTS)
 

@@ -20,7 +20,7 @@ from autotp.rewrite.full import unshard
 from autotp.rewrite.shards import as_dtensor
 from autotp.rewrite.tensor import LayoutDTensor
 from tests.support.ranks import Pool, mesh
-from tests.support.slow import swept
+from tests.support.slow import halved, swept
 
 
 def layouts(tp: int) -> dict[str, Layout]:
@@ -231,7 +231,7 @@ def on_all_layouts(write: bool) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", halved([2, 3]))
 @pytest.mark.parametrize("write", [False, True])
 def test_operators_give_what_they_give_on_one_device(pool: Pool, write: bool, world: int) -> None:
     for wrong in pool.run(on_all_layouts, write, world=world):

@@ -17,7 +17,6 @@ from autotp.plan.layout import replicated
 from autotp.rewrite.shards import as_dtensor
 from tests.rewrite.test_operators import full, layouts, other
 from tests.support.ranks import Pool, mesh
-from tests.support.slow import in_turns
 
 Make = Callable[[Any], torch.optim.Optimizer]
 NAMES = sorted(
@@ -101,7 +100,10 @@ def stepped(name: str) -> dict[str, str]:
     return wrong
 
 
-@pytest.mark.parametrize(("name", "world"), in_turns(NAMES, (2, 3)))
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [pytest.param(*c, marks=pytest.mark.sweep) if at % 3 else c for at, c in enumerate((n, w) for n in NAMES for w in (2, 3))],
+)
 def test_the_steps_of_one_device(pool: Pool, name: str, world: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

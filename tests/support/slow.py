@@ -18,10 +18,18 @@ def swept(cases: Iterable[Any], *quick: Any) -> list[Any]:
     return _marked(cases, quick, pytest.mark.sweep)
 
 
+def halved(cases: Iterable[Any]) -> list[Any]:
+    """The values of one argument, of which every second runs in `make sweeps`."""
+    return [pytest.param(case, marks=pytest.mark.sweep) if at % 2 else case for at, case in enumerate(cases)]
+
+
 def in_turns(cases: Iterable[Any], numbers: Sequence[Any]) -> list[Any]:
     """(case, number) for every number, of which each case has one in turn; the others run in `make sweeps`."""
-    every = [(case, number) for case in cases for number in numbers]
-    return swept(every, *(pair for at, pair in enumerate(every) if at % len(numbers) == at // len(numbers) % len(numbers)))
+    return [
+        (case, number) if turn == at % len(numbers) else pytest.param(case, number, marks=pytest.mark.sweep)
+        for at, case in enumerate(cases)
+        for turn, number in enumerate(numbers)
+    ]
 
 
 def _marked(cases: Iterable[Any], quick: tuple[Any, ...], mark: pytest.MarkDecorator) -> list[Any]:

@@ -48,7 +48,11 @@ FOUND = (
 
 @pytest.mark.parametrize(
     ("number", "tp"),
-    [pytest.param(n, tp, marks=() if tp == TPS[n % len(TPS)] else pytest.mark.slow) for n in range(len(NAMED)) for tp in TPS],
+    [
+        pytest.param(n, tp, marks=pytest.mark.slow if tp != TPS[n % len(TPS)] else pytest.mark.sweep if (n // 4 + n) % 2 else ())
+        for n in range(len(NAMED))
+        for tp in TPS
+    ],
 )
 def test_named(number: int, tp: int) -> None:
     result = prove(NAMED[number], tp)

@@ -108,6 +108,7 @@ def test_hooks_made_before(tp: int) -> None:
     same_in_every_mode(_hooked, X, tp, also=forward_by_position)
 
 
+@pytest.mark.sweep
 def test_in_processes() -> None:
     assert same_in_every_mode(Direct, X, 2, backend="gloo", also=forward_of_the_root) < 0.6
 

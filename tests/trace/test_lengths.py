@@ -14,6 +14,7 @@ from torch.nn.utils import rnn
 
 import autotp
 from autotp.testing import assert_equivalent
+from tests.support.slow import halved
 
 X = torch.linspace(-1, 1, 2 * 6 * 16, dtype=torch.float64).sin().view(2, 6, 16)
 LENGTHS = torch.tensor([5, 3])
@@ -81,7 +82,7 @@ EXPRESSIONS: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", EXPRESSIONS)
+@pytest.mark.parametrize("name", halved(EXPRESSIONS))
 def test_lengths(name: str) -> None:
     inputs = {"x": X, "lengths": LENGTHS, "labels": LABELS}
     assert assert_equivalent(partial(Model, name), tp=2, inputs=inputs, certificate="graph").plan.local_share < 0.95

@@ -13,6 +13,7 @@ from autotp.trace.inputs import Example
 from autotp.trace.run import trace
 from tests.models.entry import built
 from tests.models.repeated import OUTER, Acts, Counting, Hooked, Idle, Leaves, Nested, Used, Writes
+from tests.support.slow import halved
 
 USES = ("method", "forward", "past", "weight", "sizes", "softmax", "in place", "other arguments", "tied", "hook", "plainly")
 ACTS = ("functions", "lambdas", "closures", "defaults", "partials", "objects", "methods")
@@ -47,7 +48,7 @@ def inputs() -> dict[str, Any]:
     return {"x": torch.randn(2, 4, OUTER, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, (c[0].__name__, *c[1:]))))
+@pytest.mark.parametrize("case", halved(CASES), ids=lambda c: "-".join(map(str, (c[0].__name__, *c[1:]))))
 def test_equal(case: tuple[Any, ...]) -> None:
     cls, *args = case
     for tp in (2, 3):
