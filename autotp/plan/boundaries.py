@@ -60,10 +60,11 @@ def find_copies(space: Space, converted: Collection[SlotKey], repeats: Mapping[s
         key, value = slot_key(node), node.args[0] if node.args else None
         if key is None or not isinstance(value, Value):
             continue
-        if value.id not in copies and not (any(_is_of(key, slot) for slot in converted) and _goes_on(space, node)):
+        leaves = node.op is Pseudo.EXIT
+        if value.id not in copies and not (leaves and any(_is_of(key, slot) for slot in converted) and _goes_on(space, node)):
             continue
         copies.update(o.id for o in node.outputs)
-        if node.op is Pseudo.EXIT:
+        if leaves:
             found.setdefault(key[1], {})[key[2]] = None
     return _repeated({path: tuple(places) for path, places in found.items()}, repeats)
 
@@ -77,7 +78,7 @@ def _is_of(key: SlotKey, slot: SlotKey) -> bool:
 def _goes_on(space: Space, leaving: Node) -> bool:
     """True where what a result is made of has another use through which gradients come: the tensor itself, in whatever module."""
     value = leaving.args[0]
-    if leaving.op is not Pseudo.EXIT or value.id not in space.flows:
+    if value.id not in space.flows:
         return False
     while (made := space.made.get(value.id)) is not None and made.op in _CROSSINGS and isinstance(made.args[0], Value):
         value = made.args[0]

@@ -172,7 +172,14 @@ def install_hooks(model: nn.Module, plan: Plan, running: Running, undo: Undo) ->
         for table, word in _WORDS.items():
             inner = refused(table, plan.boundaries.get(path, ()))
             if not inner:
-                if not module.__dict__[table] and (guarded := _guarded(path, table, plan, running)) is not None:
+                guarded, before = _guarded(path, table, plan, running), module.__dict__[table]
+                if guarded is not None and before:  # handles of these hooks know their table, which guards nothing
+                    refusal = (
+                        f"{path or 'the model'}: no {word} can be put here after parallelize beside those that were there before: the "
+                        "gradient of what it sees is not that of one device. Register it before parallelize as well"
+                    )
+                    watch.tables.append((before, frozenset(before), refusal))
+                elif guarded is not None:
                     undo.set_item(module.__dict__, table, guarded)
                 continue
             refusal = (

@@ -28,6 +28,11 @@ _NODE: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 _GRAPH, _PARAMETER = torch.autograd.graph.__file__, torch.nn.parameter.__file__
 _ADVICE = "Ask for the gradient of a tensor before or after it (a module's result that is whole, a parameter), or before parallelize"
 
+_COUNTED = (
+    "the gradient of what this hook is given becomes whole only further back in the parallel model: what is computed from it would be "
+    f"counted once for each rank. Take it without gradients, x.detach(). {_ADVICE}"
+)
+
 
 class Copied(Tensor):
     """A result that is a copy of what the code inside goes on with. Its operators give plain tensors."""
@@ -70,18 +75,19 @@ class Summed(Copied):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ASKING or (func == _NODE and _asked_by(_GRAPH)):
+            raise AutoTPError(_COUNTED)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
             given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
             made = [t for t in tree_iter(result) if isinstance(t, Tensor) and t.requires_grad]
-        call = next(t._call for t in given if isinstance(t, Summed)) if made else None
-        if func in _ASKING or (call is not None and not (call.open and all(isinstance(t, Summed) for t in given))):
-            raise AutoTPError(
-                "the gradient of what this hook is given becomes whole only further back in the parallel model: what is computed from it "
-                f"would be counted once for each rank. Take it without gradients, x.detach(). {_ADVICE}"
-            )
+        call = next((t._call for t in given if isinstance(t, Summed)), None)
+        if not made or call is None:
+            return result
+        if not (call.open and all(isinstance(t, Summed) for t in given)):
+            raise AutoTPError(_COUNTED)
         for t in made:
-            if type(t) is Tensor and call is not None:
+            if type(t) is Tensor:
                 t.__class__, t._call = Summed, call  # type: ignore[attr-defined]
         return result
 

@@ -345,3 +345,20 @@ def test_hooks_are_copied_with_the_model() -> None:
         return trained(lambda kept, value: None)(copy.deepcopy(model))
 
     assert outcome(Parallel, use) == "equal"
+
+
+def test_hooks_beside_those_that_were_there_before() -> None:
+    """The table of the earlier hook guards nothing, so a later one is refused where the call begins."""
+
+    def rank(_: object) -> str:
+        model = Parallel().double()
+        model.norm.register_forward_hook(lambda *_: None)
+        autotp.parallelize(model, mesh(), example_inputs={"x": X}, check="graph")
+        model(X)
+        model.norm.register_forward_hook(lambda *_: None)
+        with pytest.raises(autotp.AutoTPError, match="beside those that were there before"):
+            model(X)
+        return "refused"
+
+    torch.manual_seed(0)
+    assert run("local", rank, None, 2, 60.0) == ["refused", "refused"]
