@@ -342,14 +342,15 @@ def test_a_rank_that_raises(backend: str, nothing_left: None) -> None:
     assert time.monotonic() - started < 40
 
 
-HANGING = [("local", 1.0), ("threads", 1.0), ("gloo", 20.0)]
+# Processes need seconds to start, import torch and plan before one of them can hang: on a busy machine more than 20.
+HANGING = [("local", 1.0), ("threads", 1.0), ("gloo", 75.0)]
 
 
 @pytest.mark.parametrize(("backend", "timeout"), swept(HANGING, *HANGING[:2]))
 def test_a_rank_that_hangs(backend: str, timeout: float, nothing_left: None) -> None:
     started = time.monotonic()
     with pytest.raises(
-        NotEquivalent, match=r"(?s)rank 1.*in time.*in loops" if backend != "gloo" else r"(?s)no result within 20 s; it is at.*in loops"
+        NotEquivalent, match=r"(?s)rank 1.*in time.*in loops" if backend != "gloo" else r"(?s)no result within 75 s; it is at.*in loops"
     ):
         assert_equivalent(partial(Two, loops), tp=2, inputs=X, backend=backend, timeout=timeout)
     assert time.monotonic() - started < timeout + 10
