@@ -2,8 +2,8 @@
 
 from autotp import checkpoint as checkpoint
 from autotp.api import full_grads, full_state_dict, parallelize, plan, plan_of
-from autotp.checkpoint.cut import shard, unshard
 from autotp.checkpoint.loading import from_pretrained
+from autotp.checkpoint.presharded import shard, unshard
 from autotp.checkpoint.saving import save_pretrained
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan

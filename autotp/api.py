@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -14,37 +11,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from autotp import targets
 from autotp.agree import agree
 from autotp.errors import InputError, PlanError
-from autotp.examine import Check, checked_plan
+from autotp.examine import Check
+from autotp.parallel_state import ParallelState, state_of
 from autotp.plan.layout import replicated
 from autotp.plan.plan import Plan
-from autotp.planner import whole_plan
+from autotp.planner.make_plan import whole_plan
+from autotp.planning import RecipeLike, planned, prepared, recipe_plan
 from autotp.preflight import STATE as _STATE
 from autotp.preflight import refuse_parallel, refuse_synchronised, same_model, tp_mesh
-from autotp.recipe.prove import recipe_plan
 from autotp.recipe.recipe import Recipe
-from autotp.rewrite import full
 from autotp.rewrite.apply import apply
-from autotp.rewrite.comm import Comm, DryComm, GroupComm
+from autotp.rewrite.collectives.comm import DryComm, GroupComm
 from autotp.rewrite.entry import install_entries, originals_of
-from autotp.rewrite.same_inputs import install_same_inputs
-from autotp.rewrite.shards import MakeParam, shard_onto
+from autotp.rewrite.guards.same_inputs import install_same_inputs
+from autotp.rewrite.parameters import full
+from autotp.rewrite.parameters.make import MakeParam, shard_onto
 from autotp.rewrite.undo import Undo
-from autotp.trace.inputs import Given
-
-
-@dataclass(frozen=True, slots=True)
-class ParallelState:
-    """What a parallel model carries: its plan and its group."""
-
-    plan: Plan
-    comm: Comm
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelState:
-        return self
-
-
-#: What `recipe=` takes: a path, the name of a bundled recipe or of a model type, a mapping, or a Recipe.
-RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, Any]
+from autotp.trace.example import Given
 
 
 def plan(
@@ -78,7 +61,7 @@ def plan(
     model = targets.resolve(target)
     if _STATE in model.__dict__:
         raise PlanError("the model is already parallel: autotp.plan_of(model) gives its plan")
-    return _make(model, tp, recipe, example_inputs, Check.of(check))
+    return planned(model, tp, recipe, example_inputs, Check.of(check))
 
 
 def parallelize(
@@ -177,7 +160,7 @@ def _planned(
     strict: bool,
     check: Check,
 ) -> Plan:
-    work = lambda: _prepare(model, comm.size, recipe, example_inputs, strict, check) if comm.rank == 0 else None  # noqa: E731
+    work = lambda: prepared(model, comm.size, recipe, example_inputs, strict, check) if comm.rank == 0 else None  # noqa: E731
     parcel: list[Any] = [agree(comm.group, work)]
     dist.broadcast_object_list(parcel, group=comm.group, group_src=0)  # one rank plans: all ranks then have the same plan
     return parcel[0]  # type: ignore[no-any-return]
@@ -232,31 +215,3 @@ def full_grads(model: nn.Module) -> dict[str, Tensor]:
     """
     state = state_of(model)
     return full.full_grads(model, state.plan.params, state.comm)
-
-
-def state_of(model: object) -> ParallelState:
-    """The plan and the group of a parallel model.
-
-    Raises:
-        InputError: `model` is no module. PlanError: it is not parallel.
-    """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"expected an nn.Module, got {type(model).__name__}")
-    state = model.__dict__.get(_STATE)
-    if not isinstance(state, ParallelState):
-        raise PlanError(f"{type(model).__name__} is not parallel: call autotp.parallelize(model, mesh) first")
-    return state
-
-
-def _make(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Given | None, check: Check) -> Plan:
-    if recipe is None:
-        return checked_plan(model, tp, inputs, check=check)
-    return recipe_plan(Recipe.load(recipe), model, tp, inputs, check)
-
-
-def _prepare(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Given | None, strict: bool, check: Check) -> Plan:
-    made = _make(model, tp, recipe, inputs, check)
-    if strict and made.replicated_products:
-        listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)
-        raise PlanError(f"strict=True, and these Linear or expert parameters stay replicated:\n  {listed}")
-    return made

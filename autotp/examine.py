@@ -16,15 +16,15 @@ from enum import Enum
 from torch import nn
 
 from autotp.errors import AutoTPError, InputError
+from autotp.hugging_face import is_hugging_face
 from autotp.numeric.check import judge, too_large
-from autotp.plan.folding import folded
 from autotp.plan.layout import Layout
-from autotp.plan.localise import Hints
+from autotp.plan.names import folded
 from autotp.plan.plan import Plan
-from autotp.plan.solve import Accused
-from autotp.planner import Examine, Examined, make_plan
-from autotp.trace.inputs import Example, Given
-from autotp.trace.inputs_facts import is_hugging_face
+from autotp.planner.bans import Accused
+from autotp.planner.local_ints import Hints
+from autotp.planner.make_plan import Examine, Examined, make_plan
+from autotp.trace.example import Example, Given
 from autotp.twin.build import NoTwin, twin_of
 
 #: Parameter elements from which a transformers model is judged by a twin.

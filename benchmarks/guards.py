@@ -25,12 +25,13 @@ from rich.table import Table
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from autotp.rewrite import comm, entry
-from autotp.rewrite.called import Called
-from autotp.rewrite.hooks import Watch
-from autotp.rewrite.structure import Structure
-from autotp.rewrite.tables import Tensors
-from autotp.rewrite.values import Values
+from autotp.rewrite import entry
+from autotp.rewrite.collectives import comm
+from autotp.rewrite.guards.called import Called
+from autotp.rewrite.guards.hooks import Watch
+from autotp.rewrite.guards.structure import Structure
+from autotp.rewrite.guards.tables import Tensors
+from autotp.rewrite.guards.values import Values
 from benchmarks.subjects import autotp
 
 Call = Callable[[], Any]

@@ -45,8 +45,8 @@ def autotp(size: str, mesh: DeviceMesh) -> nn.Module:
     if hasattr(library, "parallelize"):
         return library.parallelize(llama(size), mesh)  # type: ignore[no-any-return]
     from autotp.rewrite.apply import apply
-    from autotp.rewrite.comm import GroupComm
-    from autotp.rewrite.shards import shard_onto
+    from autotp.rewrite.collectives.comm import GroupComm
+    from autotp.rewrite.parameters.make import shard_onto
     from tests.rewrite.plans import llama_plan
 
     model = llama(size)

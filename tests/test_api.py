@@ -62,7 +62,7 @@ def given(**more: Any) -> dict[str, Any]:
 
 
 def llama(**fields: Any) -> Any:
-    from autotp.testing.tiny import tiny_config
+    from autotp.testing.tiny.models import tiny_config
 
     return tiny_config("llama", **fields)
 
@@ -213,17 +213,17 @@ def test_a_failed_plan_leaves_the_model_alone() -> None:
 
 @pytest.mark.sweep
 def test_depth_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autotp import planner
+    from autotp.planner import make_plan
 
     sizes: list[int] = []
-    original = planner.trace
+    original = make_plan.trace
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         graph = original(*args, **kwargs)
         sizes.append(len(graph.nodes))
         return graph
 
-    monkeypatch.setattr(planner, "trace", counted)
+    monkeypatch.setattr(make_plan, "trace", counted)
     shares = []
     for depth in (2, 32, 126):
         plan = autotp.plan(on_meta(llama(num_hidden_layers=depth)), tp=2, check="graph")
@@ -467,7 +467,7 @@ def test_in_place_without_copies(pool: Pool) -> None:
 
 def sampled(options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     """Tokens of one process and of the ranks, from one seed."""
-    from autotp.testing.tiny import tiny_model
+    from autotp.testing.tiny.models import tiny_model
 
     plain: Any = tiny_model(llama()).double()
     parallel: Any = tiny_model(llama()).double()

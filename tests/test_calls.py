@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
+from autotp.inputs.paths import example_inputs
 from autotp.numeric.exact import DOUBLE
-from autotp.testing.observe import weighted
+from autotp.testing.equivalence.observe import weighted
 from autotp.testing.outputs import tensors_of
 from autotp.testing.ranks.run import run
-from autotp.testing.tiny import tiny_config, tiny_model
-from autotp.trace.inputs import example_inputs
+from autotp.testing.tiny.models import tiny_config, tiny_model
 
 Call = Callable[[nn.Module], Any]
 

@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 import autotp
 from autotp.plan.layout import Concat, Expr, Factor
 from autotp.plan.plan import Plan
-from autotp.rewrite.reads import GradFix
-from autotp.rewrite.tensor import LayoutDTensor
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+from autotp.rewrite.parameters.reads import GradFix
 from autotp.testing.ranks.threads import ThreadRanks
 from tests.models.geometry import ACTIVATIONS, Geometry, Mlp, Product, Projection, QKNorm, batch, decoder
 from tests.support.equivalence import error_of

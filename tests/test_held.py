@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import autotp
 from autotp.errors import AutoTPError, PlanError
-from autotp.rewrite.tensor import LayoutDTensor
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.testing.ranks.run import run
 from tests.support.equivalence import check
 from tests.support.ranks import Pool, mesh

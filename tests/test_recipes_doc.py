@@ -18,7 +18,7 @@ from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser
 
 import autotp
-from autotp import cli
+from autotp.cli import commands
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
 CHECKER = doctest.OutputChecker()
@@ -44,7 +44,7 @@ def test_page(tmp_path, monkeypatch, capsys):
             line, _, wanted = command.partition("\n")
             program, *words = shlex.split(line)
             assert program == "autotp"
-            code = cli.run(words)
+            code = commands.run(words)
             captured = capsys.readouterr()
             got = captured.out + captured.err
             assert code == ("error: " in wanted), f"{line}\n{got}"

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from autotp.errors import InputError
 from autotp.plan.layout import Factor, Layout, replicated
-from autotp.testing.modules import Stands, first_difference, stands_for
+from autotp.testing.equivalence.module_calls import Stands, first_difference, stands_for
 from autotp.verify import relative_error, verify
 from autotp.verify.worker import with_autotp
 from tests.support.slow import swept

@@ -38,7 +38,7 @@ def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool) -> Record:
     """One model type on one rank: build, plan, compare."""
     import torch
 
-    from autotp.testing.tiny import model_class, tiny_config
+    from autotp.testing.tiny.models import model_class, tiny_config
     from tests.support import standin
     from tests.support.equivalence import ASPECTS, compare_on_rank
     from tests.support.families import transformer, transformer_inputs

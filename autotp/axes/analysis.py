@@ -14,7 +14,7 @@ import torch
 
 from autotp.axes import atoms
 from autotp.axes.atoms import Atom, Dim, Opaque
-from autotp.axes.kernel import Kernel
+from autotp.plan.spec import Kernel
 from autotp.trace.graph import Graph, Node, Pseudo, Value, outside
 
 

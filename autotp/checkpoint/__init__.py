@@ -4,8 +4,8 @@
 of ranks, `save` and `load` keep the state of a training run.
 """
 
-from autotp.checkpoint.cut import shard, unshard
 from autotp.checkpoint.loading import from_pretrained
+from autotp.checkpoint.presharded import shard, unshard
 from autotp.checkpoint.saving import save_pretrained
 from autotp.checkpoint.state import load, save
 

@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor
 
 from autotp.errors import CheckpointError
 from autotp.plan.layout import Layout, replicated
-from autotp.plan.model import ParamPlan
-from autotp.rewrite.sharded import Sharded
-from autotp.rewrite.tensor import LayoutDTensor, layout_of
+from autotp.plan.spec import ParamPlan
+from autotp.rewrite.parameters.dcp import Sharded
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, layout_of
 
 #: Tensors are written in boxes of at most so many bytes: who reads a part holds no more than that of the rest.
 BOX = 64 << 20

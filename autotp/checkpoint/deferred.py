@@ -7,8 +7,7 @@ operator. `autotp.checkpoint.pullback` works out a part of the result from parts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,57 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from autotp.checkpoint.nodes import Memory, Node, Op, Read, View, aten, overlay, whole_box
 from autotp.errors import CheckpointError
-
-Box = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Node:
-    """A tensor of this shape and dtype that is not there. What is no `Op` is a source, whose boxes are read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-#: (source, box) → a tensor of the box's shape in the source's dtype; it may be a view that is copied from at once.
-Read = Callable[[Node, Box], Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Op(Node):
-    """Result `index` (of several) of an operator; tensors among the arguments are nodes."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    index: int | None = None
-
-    def operands(self) -> list[Node]:
-        """The nodes among the arguments."""
-        return [x for x in tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Node)]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Memory(Node):
-    """A tensor that is there after all."""
-
-    tensor: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class View:
-    """A call of an operator whose result is (at `index`, of several) a view of its first argument."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    index: int | None
-
-    def of(self, tensor: Any) -> Any:
-        """The view of `tensor`."""
-        made = self.func(tensor, *self.args, **self.kwargs)
-        return made if self.index is None else made[self.index]
 
 
 class Deferred(Tensor):
@@ -126,13 +76,12 @@ class Deferred(Tensor):
         return type(outcome)(made(o, i) for i, o in enumerate(outcome))
 
 
-_aten = torch.ops.aten
-_UNCHANGED = frozenset((_aten.alias.default, _aten.detach.default, _aten._to_copy.default))
+_UNCHANGED = frozenset((aten.alias.default, aten.detach.default, aten._to_copy.default))
 
 
 def _unchanged(func: Any, x: Deferred, kwargs: Mapping[str, Any]) -> Deferred:
     """Operators that keep shape and order: aliases of `x`, and copies, perhaps in another dtype."""
-    if func is not _aten._to_copy.default:
+    if func is not aten._to_copy.default:
         base = x if x._viewed is None else x._viewed
         return Deferred(x._own, x._read, base, (*x._views, View(func, (), kwargs, None)))
     node, dtype = node_of(x), kwargs.get("dtype") or x.dtype
@@ -152,16 +101,6 @@ def node_of(tensor: Tensor) -> Node:
     for view in tensor._views:  # the tensor that this is a view of was changed
         node = view.of(Deferred(node))._own
     return node
-
-
-def overlay(base: Tensor, entries: Tensor, views: Sequence[View]) -> Tensor:
-    """`base` with a view of it replaced by `entries`."""
-    base = base.clone()
-    view = base
-    for v in views:
-        view = v.of(view)
-    view.copy_(entries)
-    return base
 
 
 def _changed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Read | None) -> Deferred:
@@ -189,7 +128,7 @@ def _values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: R
     """What is no tensor: the operator on values; `equal` row by row, so that no whole tensor is held."""
     from autotp.checkpoint.pullback import value
 
-    if read is not None and func is _aten.equal.default and isinstance(args[0], Deferred) and isinstance(args[1], Deferred):
+    if read is not None and func is aten.equal.default and isinstance(args[0], Deferred) and isinstance(args[1], Deferred):
         a, b = node_of(args[0]), node_of(args[1])
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
@@ -204,33 +143,3 @@ def _values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: R
 def hollow(tensor: Tensor | Node) -> Tensor:
     """A meta tensor of the same shape and dtype."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
-def whole_box(shape: Sequence[int]) -> Box:
-    """The box of all entries."""
-    return tuple((0, n) for n in shape)
-
-
-def sizes(box: Box) -> tuple[int, ...]:
-    """The shape of a box."""
-    return tuple(b - a for a, b in box)
-
-
-def sources(node: Node) -> Iterator[Node]:
-    """The sources that `node` is made of, each as often as it is used."""
-    if not isinstance(node, Op):
-        yield node
-        return
-    for operand in node.operands():
-        yield from sources(operand)
-
-
-def uncast(node: Node) -> Node:
-    """`node` without the changes of dtype in it: in the dtype of its sources."""
-    if not isinstance(node, Op):
-        return node
-    if node.func is _aten._to_copy.default:
-        return uncast(node.args[0])
-    args = tree_map_only(Node, uncast, node.args)
-    changed = replace(node, args=args)
-    return replace(changed, dtype=next((x.dtype for x in changed.operands()), node.dtype))

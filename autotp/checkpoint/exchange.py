@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autotp.checkpoint.deferred import Box, Node, sizes
+from autotp.checkpoint.nodes import Box, Node, sizes
 from autotp.errors import CheckpointError
 from autotp.plan.layout import Layout
-from autotp.rewrite.comm import Comm, GroupComm
+from autotp.rewrite.collectives.comm import Comm, GroupComm
 
 
 @dataclass(frozen=True, slots=True, eq=False)

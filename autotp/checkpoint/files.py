@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autotp.checkpoint.deferred import Box, Node
+from autotp.checkpoint.nodes import Box, Node
 from autotp.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

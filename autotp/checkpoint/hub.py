@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from autotp.agree import agree
 from autotp.errors import CheckpointError
-from autotp.rewrite.comm import GroupComm
+from autotp.rewrite.collectives.comm import GroupComm
 
 
 def local_directory(path: str | os.PathLike[str], comm: GroupComm) -> Path:

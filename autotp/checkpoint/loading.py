@@ -14,24 +14,25 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.agree import agree
-from autotp.api import RecipeLike, assemble
-from autotp.checkpoint.cut import hollow_skeleton
-from autotp.checkpoint.deferred import Node, whole_box
+from autotp.api import assemble
 from autotp.checkpoint.files import Reader, checkpoint_tensors
 from autotp.checkpoint.hub import local_directory
 from autotp.checkpoint.manifest import read_manifest
+from autotp.checkpoint.nodes import Node, whole_box
+from autotp.checkpoint.presharded import hollow_skeleton
 from autotp.checkpoint.progress import bar
 from autotp.checkpoint.pullback import value
-from autotp.checkpoint.ranks import RankFile
-from autotp.checkpoint.reading import read_shard
+from autotp.checkpoint.rank_files import RankFile
+from autotp.checkpoint.read_shard import read_shard
 from autotp.checkpoint.skeleton import Skeleton, build, find_class, load_config
 from autotp.errors import CheckpointError, InputError, TraceError
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
+from autotp.planning import RecipeLike
 from autotp.preflight import tp_mesh
-from autotp.rewrite.comm import GroupComm
+from autotp.rewrite.collectives.comm import GroupComm
+from autotp.rewrite.parameters.make import MakeParam, as_dtensor, keep_attributes
 from autotp.rewrite.rng import sync_rng
-from autotp.rewrite.shards import MakeParam, as_dtensor, keep_attributes
 
 
 def from_pretrained(

@@ -13,8 +13,8 @@ from typing import Any
 
 from autotp.checkpoint.files import DTYPES, inside
 from autotp.errors import AutoTPError, CheckpointError
+from autotp.plan.codec import decode, encode
 from autotp.plan.plan import Plan
-from autotp.recipe.pinned import decode, encode
 
 NAME = "autotp.json"
 REST = "rest.safetensors"

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotp.checkpoint.deferred import Deferred, Node, hollow, node_of
+from autotp.checkpoint.deferred import Deferred, hollow, node_of
 from autotp.checkpoint.files import INDEX
+from autotp.checkpoint.nodes import Node
 from autotp.checkpoint.progress import without_theirs
 from autotp.errors import CheckpointError, InputError
-from autotp.plan.model import LocalAttribute
+from autotp.plan.spec import LocalAttribute
 from autotp.rewrite.attributes import before
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from autotp.checkpoint.deferred import Box, Memory, Node, Op, Read, overlay, sizes, whole_box
+from autotp.checkpoint.nodes import Box, Memory, Node, Op, Read, overlay, sizes, whole_box
 
 aten = torch.ops.aten
 

@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate
 
 from autotp.checkpoint.contents import Contents, Group, Param, is_scalar_state, moment
-from autotp.checkpoint.match import Stored
-from autotp.plan.pieces import piece_dim
-from autotp.rewrite.tensor import LayoutDTensor
+from autotp.checkpoint.fit_state import Stored
+from autotp.plan.boxes import piece_dim
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
 
 class Resume:

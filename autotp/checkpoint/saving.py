@@ -20,22 +20,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autotp.agree import agree
-from autotp.api import state_of
 from autotp.checkpoint import pretrained
 from autotp.checkpoint.contents import local_of
-from autotp.checkpoint.deferred import Box, Node, sizes
 from autotp.checkpoint.directory import written_beside
 from autotp.checkpoint.exchange import Held, round_of
 from autotp.checkpoint.files import INDEX
+from autotp.checkpoint.nodes import Box, Node, sizes
 from autotp.checkpoint.progress import bar
 from autotp.checkpoint.pullback import fill
-from autotp.checkpoint.reading import Counting
-from autotp.checkpoint.writing import PIECE, FilePlan, OutputFile, Piece, lay_out, pieces
+from autotp.checkpoint.read_shard import Counting
+from autotp.checkpoint.safetensors_writer import PIECE, FilePlan, OutputFile, Piece, lay_out, pieces
 from autotp.errors import CheckpointError, InputError
-from autotp.plan.model import ParamPlan
+from autotp.parallel_state import state_of
 from autotp.plan.plan import Plan
-from autotp.rewrite.comm import Comm, GroupComm
-from autotp.rewrite.tensor import layout_of
+from autotp.plan.spec import ParamPlan
+from autotp.rewrite.collectives.comm import Comm, GroupComm
+from autotp.rewrite.parameters.layout_dtensor import layout_of
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 

@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from autotp import targets
-from autotp.checkpoint.deferred import Deferred, Node, Read, hollow, node_of
+from autotp.checkpoint.deferred import Deferred, hollow, node_of
+from autotp.checkpoint.nodes import Node, Read
 from autotp.checkpoint.progress import without_theirs
 from autotp.errors import CheckpointError, InputError
 

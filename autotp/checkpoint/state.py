@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autotp.agree import agree
-from autotp.api import state_of
 from autotp.checkpoint.contents import BOX, Contents, contents_of, moment, whole
 from autotp.checkpoint.directory import written_beside
-from autotp.checkpoint.match import Stored, fit_model, fit_optimizer
+from autotp.checkpoint.fit_state import Stored, fit_model, fit_optimizer
 from autotp.checkpoint.resume import Resume
 from autotp.checkpoint.storage import failures, read, read_index, write
 from autotp.errors import CheckpointError
-from autotp.rewrite.comm import GroupComm
+from autotp.parallel_state import state_of
+from autotp.rewrite.collectives.comm import GroupComm
 
 
 def save(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None) -> None:

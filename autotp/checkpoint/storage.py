@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from autotp.errors import CheckpointError
-from autotp.rewrite.sharded import Sharded
+from autotp.rewrite.parameters.dcp import Sharded
 
 
 def write(state: dict[str, Any], aliases: Mapping[str, str], folder: Path, path: Path, group: dist.ProcessGroup | None) -> None:

@@ -30,8 +30,8 @@ from autotp.numeric.where import Order, first_wrong_module, watched
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
 from autotp.rewrite.apply import apply
-from autotp.trace.inputs import Example
-from autotp.trace.prepare import same_numbers
+from autotp.trace.example import Example
+from autotp.trace.model_state import same_numbers
 
 #: Parameter elements that are held at once, by the model and by all ranks of a plan: 16 bytes each, with their gradients.
 MOST_ELEMENTS = 60_000_000

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autotp.numeric.ranks import LocalComm
 from autotp.numeric.subject import CannotRun
 from autotp.plan.layout import Layout
-from autotp.rewrite.shards import MakeParam, as_dtensor, keep_attributes
+from autotp.rewrite.parameters.make import MakeParam, as_dtensor, keep_attributes
 
 
 class LocalMesh(DeviceMesh):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autotp.rewrite.memo import CopyMemo
+from autotp.rewrite.collectives.copy_cache import CopyMemo
 
 T = TypeVar("T")
 _Numbers = tuple[Tensor, Any, Any]
@@ -110,7 +110,7 @@ class Turns:
 
 
 class LocalComm:
-    """One rank's collectives (`autotp.rewrite.comm.Comm`) over a `Turns`."""
+    """One rank's collectives (`autotp.rewrite.collectives.comm.Comm`) over a `Turns`."""
 
     def __init__(self, turns: Turns, rank: int) -> None:
         self.size, self.rank = turns.size, rank

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from autotp.numeric.exact import Precision
 from autotp.trace.boundary import flatten_result
-from autotp.trace.inputs import Example
+from autotp.trace.example import Example
 
 
 class CannotRun(Exception):

@@ -19,23 +19,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
 from autotp.plan.layout import Layout, factors, size
+from autotp.plan.spec import GradSum, PaddedAxis, ParamPlan
 
 if TYPE_CHECKING:
     from autotp.plan.plan import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedAxis:
-    """An axis of `size` indices that the ranks hold as `padded` slots in all; `pattern` as in `AxisInfo`."""
-
-    pattern: str
-    size: int
-    padded: int
 
 
 def padding_elements(layout: Layout) -> int:
@@ -121,3 +112,13 @@ def _pattern(plan: Plan, param: str, factor: str) -> str:
         if axis.name.rpartition(".")[2] == factor and param in axis.params:
             return axis.pattern
     return plan.params[param].axis
+
+
+def summed(grad: GradSum, param: ParamPlan | None) -> int:
+    """Elements of a gradient that are summed over the ranks: all of a whole parameter's, the shared ones of a sharded one's."""
+    if grad is GradSum.NONE or param is None:
+        return 0
+    layout = param.layout
+    if grad is GradSum.ALL or layout.dim is None:
+        return prod(layout.shape)
+    return layout.shared(0).size * prod(layout.shape) // layout.shape[layout.dim]

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from autotp.errors import PlanError
-from autotp.plan.folding import folded
 from autotp.plan.layout import Concat, Factor, Layout
-from autotp.plan.model import GradSum, Kernel, ModulePlan, Op
+from autotp.plan.names import folded
+from autotp.plan.spec import GradSum, Kernel, ModulePlan, Op
 
 if TYPE_CHECKING:
     from autotp.plan.plan import Plan

@@ -11,46 +11,8 @@ from typing import Any
 import torch
 
 from autotp.errors import InputError
-from autotp.plan import cost, export, table
-from autotp.plan.cost import PaddedAxis
-from autotp.plan.model import Boundary, ModulePlan, ParamPlan
-from autotp.trace.forms import Forms
-
-
-@dataclass(frozen=True, slots=True)
-class AxisInfo:
-    """One sharded axis: `pattern` (attention, mlp, moe, embedding, lm head, …), its size and the parameters that carry it.
-
-    `module` is the innermost module that holds all of them; `sites` are the operators that the axis meets.
-    """
-
-    name: str
-    pattern: str
-    size: int
-    module: str
-    params: tuple[str, ...]
-    sites: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """A collective of the plan: `width` elements a token, or `elements` whatever the tokens (a parameter's gradient)."""
-
-    module: str
-    kind: str
-    when: str
-    width: int = 0
-    elements: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Collective:
-    """A collective with its size: `kind` all_reduce or all_gather, `when` forward or backward, `bytes` of its result."""
-
-    module: str
-    kind: str
-    when: str
-    bytes: int
+from autotp.plan import cost, export, report
+from autotp.plan.spec import AxisInfo, Boundary, Collective, Forms, ModulePlan, PaddedAxis, ParamPlan, Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +24,7 @@ class Plan:
     products: names of the parameters that are operands of products (Linear and expert weights). notes: what the
     reader should know (paths that were not traced). checked: what the plan passed besides its replay on fake tensors: `numbers` (the
     model and its ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
-    boundaries: path of a module → what code outside of it does not see whole there (`autotp.plan.boundaries`). inside: path
+    boundaries: path of a module → what code outside of it does not see whole there (`autotp.planner.boundaries`). inside: path
     of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is known. swapped:
     (path, class) of each module that a forward put in place of another while tracing. untrained: why calls in training mode are refused,
     "" where they were traced. copies: path of a module → its results that are gathered or summed for whoever calls it, while code inside
@@ -180,7 +142,7 @@ class Plan:
         Raises:
             InputError: the plan knows no such parameter or module; names the nearest ones.
         """
-        return table.explain(self, name)
+        return report.explain(self, name)
 
     def to_tp_plan(self) -> dict[str, str]:
         """The plan as a transformers `tp_plan`: module name → style.
@@ -200,7 +162,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in JSON-able form."""
-        return table.to_dict(self)
+        return report.to_dict(self)
 
     def __str__(self) -> str:
-        return table.render(self)
+        return report.render(self)

@@ -14,16 +14,16 @@ from math import gcd, prod
 from torch import nn
 
 from autotp.errors import InputError, RecipeError
-from autotp.plan.folding import folded
 from autotp.plan.layout import Expr, Factor, Layout, Product, factors, is_sharded, size
+from autotp.plan.names import folded
 from autotp.plan.notation import mapped, parse, sized
-from autotp.recipe.bound import Bound, BoundBoundary, BoundParam, Problems
+from autotp.recipe.attributes import bind_attributes
+from autotp.recipe.binding import Bound, BoundBoundary, BoundParam, Problems
 from autotp.recipe.check import check
-from autotp.recipe.local import bind_attributes
-from autotp.recipe.match import Pattern, best, nearest
-from autotp.recipe.model import Boundary, Entry, Role
+from autotp.recipe.patterns import Pattern, best, nearest
 from autotp.recipe.recipe import Recipe
 from autotp.recipe.sizes import size_of
+from autotp.recipe.spec import Boundary, Entry, Role
 
 
 def bind(recipe: Recipe, model: nn.Module, tp: int) -> Bound:

@@ -1,7 +1,7 @@
 """What can be wrong in a recipe that fits its model, found without tracing it.
 
 Each rule is a function of the bound recipe that reports problems. They see names, layouts, roles and module types; whether the code
-of the model agrees is for the proof (`autotp.recipe.prove`), where the model can be traced.
+of the model agrees is for the proof (`autotp.recipe.compare`), where the model can be traced.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import nn
 
 from autotp.plan.layout import Concat, Expr, Factor, Product, alike, factors, is_sharded, size
 from autotp.plan.notation import parse
-from autotp.recipe.bound import Bound, BoundParam, Problems
-from autotp.recipe.model import Role
+from autotp.recipe.binding import Bound, BoundParam, Problems
+from autotp.recipe.spec import Role
 
 Rule = Callable[[Bound, Problems], None]
 

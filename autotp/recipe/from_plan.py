@@ -15,18 +15,18 @@ from typing import Any
 from torch import nn
 
 from autotp.errors import RecipeError
-from autotp.plan.folding import folded
 from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, factors, is_sharded, notation, size
-from autotp.plan.model import Conversion, GradSum, Kernel, ModulePlan, Op, Slot
+from autotp.plan.names import folded
 from autotp.plan.notation import mapped, marks
 from autotp.plan.plan import Plan
+from autotp.plan.spec import Conversion, GradSum, Kernel, ModulePlan, Op, Slot
+from autotp.recipe.attributes import LOCAL, WHOLE
 from autotp.recipe.bind import bind
-from autotp.recipe.fields import candidates, expressions, fields
-from autotp.recipe.local import LOCAL, WHOLE
-from autotp.recipe.model import Attribute, Boundary, Entry, Role, Shard, Size
-from autotp.recipe.names import unnamed
+from autotp.recipe.config_fields import candidates, expressions, fields
 from autotp.recipe.recipe import Recipe
-from autotp.recipe.renamed import renamed
+from autotp.recipe.spec import Attribute, Boundary, Entry, Role, Shard, Size
+from autotp.recipe.unify_names import renamed
+from autotp.recipe.unnamed import unnamed
 
 _SUMS = frozenset((Op.REDUCE, Op.HOLD, Op.JOIN))
 

@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from autotp.errors import RecipeError
-from autotp.recipe.match import Pattern, nearest
-from autotp.recipe.model import Entry, Role, Shard
+from autotp.recipe.patterns import Pattern, nearest
 from autotp.recipe.recipe import Recipe
+from autotp.recipe.spec import Entry, Role, Shard
 
 #: Styles of transformers that say nothing about layouts; the planner finds what they are for.
 _LEFT_OUT = frozenset(("replicate", "moe_tp_experts", "mla_kv_a_proj", "all_reduce", "local_params"))

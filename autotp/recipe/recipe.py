@@ -12,9 +12,9 @@ from torch import nn
 
 from autotp.errors import InputError, RecipeError
 from autotp.recipe import bundled
-from autotp.recipe.model import Attribute, Boundary, Entry, Role, Shard, Size
-from autotp.recipe.reading import Layer, layer_of
-from autotp.recipe.source import MOST, Pos, Source, from_data, read
+from autotp.recipe.parse import Layer, layer_of
+from autotp.recipe.spec import Attribute, Boundary, Entry, Role, Shard, Size
+from autotp.recipe.yaml_source import MOST, Pos, Source, from_data, read
 from autotp.targets import check_ranks
 from autotp.textfile import read_text, reason
 
@@ -148,7 +148,7 @@ class Recipe:
         Raises:
             InputError: `path` cannot be written.
         """
-        from autotp.recipe.writing import text_of
+        from autotp.recipe.dump import text_of
 
         text = text_of(self)
         if path is not None:
@@ -160,7 +160,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The data of the YAML text: `Recipe.load(recipe.to_dict()) == recipe`."""
-        from autotp.recipe.writing import data_of
+        from autotp.recipe.dump import data_of
 
         return data_of(self)
 
@@ -232,7 +232,7 @@ class Recipe:
         if not isinstance(tp, int) or isinstance(tp, bool) or tp < 1:
             raise InputError(f"to_plan(model) needs tp=, the number of ranks; got {tp!r}")
         check_ranks(tp)
-        from autotp.recipe.build import static_plan
+        from autotp.recipe.untraced import static_plan
 
         return static_plan(self, model, tp)
 

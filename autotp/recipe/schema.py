@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from autotp.recipe.source import Source
+from autotp.recipe.yaml_source import Source
 
 Text = Annotated[StrictStr, Field(min_length=1)]
 

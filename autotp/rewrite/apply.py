@@ -13,25 +13,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout, alike
-from autotp.plan.model import ModulePlan, ParamPlan, Use
-from autotp.rewrite import embedding, linear, module, stash
+from autotp.plan.spec import ModulePlan, ParamPlan, Use
 from autotp.rewrite.attributes import localise
-from autotp.rewrite.batch import install_batch
-from autotp.rewrite.classes import STATE, subclass, wrap_forward
-from autotp.rewrite.comm import Comm
-from autotp.rewrite.embedding import EmbeddingRun, embedding_run
-from autotp.rewrite.holders import Pair, give_new, retire
-from autotp.rewrite.joint import install_joints, without_parts
-from autotp.rewrite.linear import LinearRun, linear_run
-from autotp.rewrite.module import RUN, ModuleRun, run_instance
-from autotp.rewrite.reads import Read
-from autotp.rewrite.shards import MakeParam
-from autotp.rewrite.sites import SiteTable
-from autotp.rewrite.slots import InputSlots, OutputSlots
-from autotp.rewrite.tensor import GradHook, LayoutDTensor
-from autotp.rewrite.uncalled import Uncalled
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.guards import stash
+from autotp.rewrite.guards.uncalled import Uncalled
+from autotp.rewrite.modules import embedding, linear, module
+from autotp.rewrite.modules.batched_reads import install_batch
+from autotp.rewrite.modules.boundaries import InputSlots, OutputSlots
+from autotp.rewrite.modules.classes import STATE, subclass, wrap_forward
+from autotp.rewrite.modules.embedding import EmbeddingRun, embedding_run
+from autotp.rewrite.modules.joint import install_joints, without_parts
+from autotp.rewrite.modules.linear import LinearRun, linear_run
+from autotp.rewrite.modules.module import RUN, ModuleRun, run_instance
+from autotp.rewrite.operators.call_sites import SiteTable
+from autotp.rewrite.parameters.compiled_grads import keep_with
+from autotp.rewrite.parameters.holders import Pair, give_new, retire
+from autotp.rewrite.parameters.layout_dtensor import GradHook, LayoutDTensor
+from autotp.rewrite.parameters.make import MakeParam
+from autotp.rewrite.parameters.reads import Read
 from autotp.rewrite.undo import Undo
-from autotp.rewrite.whole import keep_with
 from autotp.trace.reading import has_forward_of
 
 __all__ = ["Undo", "apply"]

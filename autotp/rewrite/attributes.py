@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from autotp.errors import PlanError
-from autotp.plan.model import LocalAttribute
+from autotp.plan.spec import LocalAttribute
 from autotp.rewrite.undo import Undo
 
 

@@ -15,23 +15,23 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
-from autotp.plan.model import Shown
+from autotp.hugging_face import is_hugging_face
 from autotp.plan.plan import Plan
-from autotp.rewrite.alone import Parts, install_alone
-from autotp.rewrite.called import install_called
-from autotp.rewrite.classes import BASE, wrap_forward
-from autotp.rewrite.comm import Comm
-from autotp.rewrite.hooks import Running, Watch, install_hooks
-from autotp.rewrite.own_grad import mark_copied
+from autotp.plan.spec import Shown
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.guards.alone import Parts, install_alone
+from autotp.rewrite.guards.called import install_called
+from autotp.rewrite.guards.hooks import Running, Watch, install_hooks
+from autotp.rewrite.guards.own_grad import mark_copied
+from autotp.rewrite.guards.saving import install_saving
+from autotp.rewrite.guards.structure import Places, Structure
+from autotp.rewrite.guards.tables import Place, Tensors
+from autotp.rewrite.guards.values import Values, Watched, stored_names, watched
+from autotp.rewrite.modules.boundaries import Path
+from autotp.rewrite.modules.classes import BASE, wrap_forward
 from autotp.rewrite.rng import Dropouts, device_of, install_generate, sync_rng
-from autotp.rewrite.saving import install_saving
-from autotp.rewrite.slots import Path
-from autotp.rewrite.structure import Places, Structure
-from autotp.rewrite.tables import Place, Tensors
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
-from autotp.rewrite.values import Values, Watched, stored_names, watched
-from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.reading import Reading
 
 ENTRY = "_autotp_entry"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotp.rewrite.comm import Comm
-from autotp.rewrite.same_inputs import compare_inputs, mode_of_environment
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.guards.same_inputs import compare_inputs, mode_of_environment
 from autotp.rewrite.undo import Undo
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import autotp.testing.sabotage as sabotage
     import autotp.testing.strategies as strategies
-    from autotp.testing.equivalence import Equivalence as Equivalence
-    from autotp.testing.equivalence import NotEquivalent as NotEquivalent
-    from autotp.testing.equivalence import assert_equivalent as assert_equivalent
+    from autotp.testing.equivalence.check import Equivalence as Equivalence
+    from autotp.testing.equivalence.check import NotEquivalent as NotEquivalent
+    from autotp.testing.equivalence.check import assert_equivalent as assert_equivalent
 
 __all__ = ["Equivalence", "NotEquivalent", "assert_equivalent", "sabotage", "strategies"]
 
@@ -30,5 +30,5 @@ def __getattr__(name: str) -> Any:
     if name in ("sabotage", "strategies"):
         return import_module(f"autotp.testing.{name}")
     if name in __all__:
-        return getattr(import_module("autotp.testing.equivalence"), name)
+        return getattr(import_module("autotp.testing.equivalence.check"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

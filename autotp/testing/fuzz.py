@@ -23,9 +23,9 @@ from hypothesis import seed as seeded
 from torch import Tensor
 
 from autotp.errors import AutoTPError
-from autotp.testing.architecture import Architecture
-from autotp.testing.equivalence import assert_equivalent
-from autotp.testing.idioms import Idioms
+from autotp.testing.architectures.spec import Architecture
+from autotp.testing.equivalence.check import assert_equivalent
+from autotp.testing.idioms.spec import Idioms
 from autotp.testing.outcome import equal_or_refused
 from autotp.testing.proving import features, prove, traits, variants
 from autotp.testing.strategies import architectures, configs, degrees, idioms
@@ -197,7 +197,7 @@ def script_of_architecture(architecture: Architecture, tp: int, certificate: str
     rows = {name: tensor.tolist() for name, tensor in architecture.inputs().items()}
     return (
         f"# {architecture!r}\n\n{architecture.source()}\n\n"
-        "from autotp.testing import assert_equivalent\nfrom autotp.testing.tiny import randomise\n\n\n"
+        "from autotp.testing import assert_equivalent\nfrom autotp.testing.tiny.models import randomise\n\n\n"
         "def model():\n    made = Model()\n    randomise(made, seed=3)\n    return made.double()\n\n\n"
         f"rows = {rows!r}\ninputs = {{name: torch.tensor(row) for name, row in rows.items()}}\n"
         f"result = assert_equivalent(model, tp={tp}, inputs=inputs, steps=3, certificate={certificate!r})\n{trap}"
@@ -210,7 +210,7 @@ def script_of_idioms(drawn: Idioms, tp: int, certificate: str = "numbers") -> st
     calls = ", ".join(f"{name!r}: {{{', '.join(f'{key!r}: {v}' for key, v in call.items())}}}" for name, call in more.items())
     return (
         f"# {drawn!r}\n\n{drawn.source()}\n\n"
-        "from autotp.testing.outcome import equal_or_refused\nfrom autotp.testing.tiny import randomise\n\n\n"
+        "from autotp.testing.outcome import equal_or_refused\nfrom autotp.testing.tiny.models import randomise\n\n\n"
         "def model():\n    torch.manual_seed(0)\n    made = Model()\n    randomise(made, seed=3)\n    return made.double()\n\n\n"
         f"x = torch.randn(2, 6, {drawn.outer}, generator=torch.Generator().manual_seed(1), dtype=torch.float64)\n"
         f"print(equal_or_refused(model, inputs={{'x': x}}, tp={tp}, more={{{calls}}}, certificate={certificate!r}))\n"

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from autotp.errors import AutoTPError
-from autotp.testing.equivalence import Equivalence, NotEquivalent, check
-from autotp.testing.observe import Training, adamw, observe_model
-from autotp.testing.subject import Inputs, make_subject
+from autotp.testing.equivalence.check import Equivalence, NotEquivalent, check
+from autotp.testing.equivalence.observe import Training, adamw, observe_model
+from autotp.testing.equivalence.subject import Inputs, make_subject
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import pytest
 
 if TYPE_CHECKING:
     from autotp.plan.plan import Plan
-    from autotp.testing.equivalence import Equivalence
+    from autotp.testing.equivalence.check import Equivalence
     from autotp.testing.sabotage import Survey
 
 _BACKENDS = ("local", "threads", "gloo")  # `autotp.testing.ranks.run.BACKENDS`, which would import torch in every pytest run
@@ -36,7 +36,7 @@ class TP:
         Raises:
             NotEquivalent, InputError, TraceError, PlanError, RecipeError: as there.
         """
-        from autotp.testing.equivalence import assert_equivalent
+        from autotp.testing.equivalence.check import assert_equivalent
 
         return assert_equivalent(factory, **{"tp": self.size, "backend": self.backend, **options})
 

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from autotp.errors import InputError
-from autotp.plan.folding import folded
 from autotp.plan.layout import Expr, Factor, Product, factors, runs, size, take
-from autotp.plan.model import Conversion, GradSum, ModulePlan, Op, Site, Slot, Use
+from autotp.plan.names import folded
 from autotp.plan.plan import Plan
-from autotp.testing.equivalence import NotEquivalent, check
-from autotp.testing.mutation import Damage, Kind, Mutation
-from autotp.testing.observe import Observed, Training, adamw, observe_model
-from autotp.testing.subject import Factory, Inputs, Subject, make_subject
+from autotp.plan.spec import Conversion, GradSum, ModulePlan, Op, Site, Slot, Use
+from autotp.testing.equivalence.check import NotEquivalent, check
+from autotp.testing.equivalence.mutation import Damage, Kind, Mutation
+from autotp.testing.equivalence.observe import Observed, Training, adamw, observe_model
+from autotp.testing.equivalence.subject import Factory, Inputs, Subject, make_subject
 
 __all__ = ["Kind", "Mutation", "Survey", "mutations", "survey"]
 

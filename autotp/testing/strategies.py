@@ -40,7 +40,7 @@ from torch import Tensor
 from autotp.errors import InputError
 from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, size
 from autotp.plan.notation import spelled
-from autotp.testing.architecture import (
+from autotp.testing.architectures.spec import (
     ACTIVATIONS,
     ROTARY,
     Architecture,
@@ -55,10 +55,10 @@ from autotp.testing.architecture import (
     Trap,
     Turning,
 )
-from autotp.testing.architecture import Product as AttentionProduct
+from autotp.testing.architectures.spec import Product as AttentionProduct
 from autotp.testing.geometry import Geometry
-from autotp.testing.idiom_lines import KINDS, STATISTICS
-from autotp.testing.idioms import Around, Call, Differ, Idioms, Repeat, Up, Weights
+from autotp.testing.idioms.lines import KINDS, STATISTICS
+from autotp.testing.idioms.spec import Around, Call, Differ, Idioms, Repeat, Up, Weights
 
 __all__ = [
     "Geometry",
@@ -188,7 +188,7 @@ def configs(draw: st.DrawFn, /, model_type: str, **fixed: Any) -> Any:
     """
     from hypothesis import assume
 
-    from autotp.testing.corners import corners, usable
+    from autotp.testing.tiny.corners import corners, usable
 
     base, options = corners(model_type)
     chosen = {name: draw(st.sampled_from(values)) for name, values in options.items() if name not in fixed}

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from autotp.trace.alike import Holders
 from autotp.trace.boundary import flatten_result
 from autotp.trace.graph import Pseudo, Value
 from autotp.trace.recorder import Recorder
+from autotp.trace.repeats import Holders
 
 _TABLES = frozenset(nn.Module().__dict__) | {"forward"}
 _BY_VALUE = (int, float, str, bool, type(None), complex, bytes, torch.dtype, torch.device, Enum)

@@ -20,16 +20,13 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from autotp.plan.spec import Forms
 from autotp.trace.ints import SizeRef, TaggedInt, expr_of, leaves
 
 TENSOR, NUMBER, SIZE = "a tensor", "a float", "a size"
 _DIMS = frozenset(("dim", "ndim", "ndimension", "shape", "size"))
 _BY_VALUE = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, bytes, range, slice)
 _DEEPEST = 3  # objects in objects in objects
-#: one call: (argument, its kind) of each
-Call = frozenset[tuple[str, str]]
-#: the calls of one module, without those that are alike
-Forms = frozenset[Call]
 
 
 def kind_of(value: object, sizes: bool = False, depth: int = 0) -> str:

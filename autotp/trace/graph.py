@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from autotp.trace.forms import Forms
+from autotp.plan.spec import Forms
 from autotp.trace.ints import IntExpr
 
 

@@ -35,16 +35,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
-from autotp.trace import choices
+from autotp.plan.spec import Call, Forms
+from autotp.trace import unknown_data
 from autotp.trace.boundary import Handed, Path, flatten_arguments, flatten_result
+from autotp.trace.call_sites import call_of, call_place
 from autotp.trace.fills import FILL_AT, FILLS, KEEPING
-from autotp.trace.forms import Call, Forms, Signature, asks_dims, class_name
+from autotp.trace.forms import Signature, asks_dims, class_name
 from autotp.trace.functions import Applied, TensorLike, prove
 from autotp.trace.graph import Access, Graph, Node, Origin, Place, Pseudo, PythonCall, Random, Result, Scope, Value
 from autotp.trace.ints import IntExpr, Life, SizeRef, TaggedInt, expr_of
 from autotp.trace.lengths import BY_LENGTH, with_tensors
 from autotp.trace.memo import Known, Memo
-from autotp.trace.places import call_of, call_place
 from autotp.trace.reading import Reading
 from autotp.trace.storage import storage_of
 from autotp.trace.watch import (
@@ -112,7 +113,7 @@ class Recorder:
         self._values: dict[int, Value] = {}  # id(tensor) → value
         self._before: list[tuple[int, int, Value | None]] = []  # (number of nodes, id(tensor), its value) before each change of `_values`
         self._alive: list[Tensor] = []
-        self._copies = choices.Copies()
+        self._copies = unknown_data.Copies()
         self._aliases: dict[int, list[Tensor]] = {}
         self._call: tuple[Any, Any, Any, Place] | None = None
         self._apart = ""  # why that call is made apart from the module's forward
@@ -169,7 +170,7 @@ class Recorder:
             return known
         value = self.bind(tensor, Origin.CONST)
         real = tensor.constant if isinstance(tensor, FakeTensor) else tensor
-        if real is not None and real.device.type != "meta" and choices.small(real):
+        if real is not None and real.device.type != "meta" and unknown_data.small(real):
             self.know(value, real)
         return value
 
@@ -345,8 +346,8 @@ class Recorder:
             return parts
         vargs, vkwargs = self._values_for(args), {name: self._values_for(x) for name, x in kwargs.items()}
         try:
-            result, real = choices.run(self, func, args, kwargs)
-        except choices.Unfolded:
+            result, real = unknown_data.run(self, func, args, kwargs)
+        except unknown_data.Unfolded:
             if (parts := self._decomposed(func, args, kwargs)) is not NotImplemented:
                 return parts
             raise RuntimeError(f"what {func._schema.name} gives depends on data that is not known without running the model") from None
@@ -361,7 +362,7 @@ class Recorder:
         for tensor, exact in zip(flat, reals, strict=False):
             value = self.bind(tensor, Origin.NODE)
             outputs.append(value)
-            if exact is not None and choices.small(exact):
+            if exact is not None and unknown_data.small(exact):
                 self.concrete[value.id] = exact
         if func is _VIEW and place is not None and place.file == FUNCTION:  # what a function returns as it is, in a view of its size
             func, vargs = _ALIAS, vargs[:1]
@@ -510,10 +511,10 @@ class Recorder:
             if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
                 self._later.add(result)
             return self.leave(path, result)
-        except choices.Untraceable:
+        except unknown_data.Untraceable:
             raise
         except Exception as error:
-            raise choices.Untraceable(path, type(module).__name__, self.nodes[-1] if self.nodes else None, error) from error
+            raise unknown_data.Untraceable(path, type(module).__name__, self.nodes[-1] if self.nodes else None, error) from error
 
     def _inside(self, path: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._frames += 1
@@ -766,7 +767,7 @@ class _Function(TorchFunctionMode):
         rec._calls += 1
         rec._call = (func, args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
         before, number = len(rec.nodes), rec._calls
-        args, kwargs = choices.with_numbers(rec, func, args, kwargs or {})
+        args, kwargs = unknown_data.with_numbers(rec, func, args, kwargs or {})
         try:
             result = func(*args, **kwargs)
         finally:

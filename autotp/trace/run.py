@@ -15,20 +15,20 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from autotp.errors import AutoTPError, TraceError
-from autotp.trace.alike import alike_blocks, counted
+from autotp.hugging_face import is_hugging_face
 from autotp.trace.blocks import BlockRecorder, NotAlike
 from autotp.trace.boundary import flatten_result
 from autotp.trace.caches import uncached
-from autotp.trace.choices import Untraceable, small
+from autotp.trace.example import Example
 from autotp.trace.fills import of_every_block
 from autotp.trace.graph import Graph, Node, Origin, Value
-from autotp.trace.inputs import Example
-from autotp.trace.inputs_facts import is_hugging_face
 from autotp.trace.keep import undisturbed, undone
 from autotp.trace.memo import Known
-from autotp.trace.prepare import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
+from autotp.trace.model_state import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.recorder import Recorder
+from autotp.trace.repeats import alike_blocks, counted
 from autotp.trace.stash import left_elsewhere, left_in, left_on_modules
+from autotp.trace.unknown_data import Untraceable, small
 from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
 

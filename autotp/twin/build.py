@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotp.plan.folding import folded
-from autotp.trace.inputs_facts import is_hugging_face
+from autotp.hugging_face import is_hugging_face
+from autotp.plan.names import folded
 
 
 class NoTwin(Exception):

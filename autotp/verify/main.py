@@ -18,7 +18,7 @@ from autotp.errors import InputError
 from autotp.launch import Outcome, RankError, run_ranks, values
 from autotp.numeric.exact import DOUBLE, SINGLE
 from autotp.recipe.recipe import Recipe
-from autotp.testing.modules import first_difference
+from autotp.testing.equivalence.module_calls import first_difference
 from autotp.verify.report import Check, Report
 from autotp.verify.worker import NEW_TOKENS, Parallelizer, check_rank, with_autotp
 

@@ -19,8 +19,8 @@ from autotp.errors import InputError
 from autotp.numeric.exact import DOUBLE, SINGLE, Precision, largest, relative_error
 from autotp.plan.layout import Layout
 from autotp.recipe.recipe import Recipe
-from autotp.testing.modules import recorded
-from autotp.testing.observe import weighted
+from autotp.testing.equivalence.module_calls import recorded
+from autotp.testing.equivalence.observe import weighted
 from autotp.testing.outputs import tensors_of
 
 #: Parallelizes the model in place; returns the layout of each of its parameters.
@@ -90,7 +90,7 @@ def _subject(job: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any], Precisi
 
 
 def _subject_in(job: Mapping[str, Any], precision: Precision) -> tuple[nn.Module, dict[str, Any], Precision]:
-    from autotp.testing.tiny import randomise
+    from autotp.testing.tiny.models import randomise
 
     torch.set_default_dtype(precision.dtype)
     torch.manual_seed(job["seed"])

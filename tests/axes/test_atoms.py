@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from autotp.axes import atoms
 from autotp.axes.atoms import Atom, Dim, Opaque
-from autotp.plan.labels import leaf_atoms
+from autotp.planner.placements import leaf_atoms
 
 Path = tuple[tuple[int, int], ...]
 QUICK = settings(max_examples=60, deadline=None)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autotp.axes.rules import RULES
+from autotp.axes.find import RULES
 from autotp.trace.graph import Pseudo
 from tests.axes.test_rules import CASES, LOUD, Draw, Operator, Subject
 

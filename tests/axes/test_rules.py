@@ -25,18 +25,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from autotp.axes import rules
+from autotp.axes import find
 from autotp.axes.analysis import Context, Meaning, Rule
-from autotp.axes.kernel import Kernel
-from autotp.axes.rules import find_axes, keep
-from autotp.axes.rules_basic import pointwise
-from autotp.plan.cuts import Atoms, Cut, Cuts, in_order, local_size, neighbours
-from autotp.plan.labels import NONE, Labels, Space, label
+from autotp.axes.find import find_axes, keep
+from autotp.axes.operators.elementwise import pointwise
 from autotp.plan.layout import Layout, size
-from autotp.plan.naming import Namer
-from autotp.plan.padding import padding_conflict
+from autotp.plan.spec import Kernel
+from autotp.planner.naming import Namer
+from autotp.planner.padding import padding_conflict
+from autotp.planner.partition import Atoms, Cut, Cuts, in_order, local_size, neighbours
+from autotp.planner.placements import NONE, Labels, Space, label
+from autotp.trace.example import Example
 from autotp.trace.graph import Node, Pseudo, Value
-from autotp.trace.inputs import Example
 from autotp.trace.run import trace
 from tests.support.slow import halved
 
@@ -841,8 +841,8 @@ LIES: list[tuple[str, str, Callable[[Rule], Rule]]] = [
 
 @pytest.mark.parametrize(("name", "operator", "lie"), LIES, ids=[f"{n}-{lie.__name__.strip('<>')}" for n, _, lie in LIES])
 def test_a_wrong_rule_is_caught(name: str, operator: str, lie: Callable[[Rule], Rule], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = rules.RULES.get(operator, rules.fallback)
-    monkeypatch.setitem(rules.RULES, operator, lie(original))
+    original = find.RULES.get(operator, find.fallback)
+    monkeypatch.setitem(find.RULES, operator, lie(original))
 
     @settings(
         max_examples=30,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autotp.checkpoint.deferred import Box, Deferred, Node, node_of, sizes, uncast, whole_box
+from autotp.checkpoint.deferred import Deferred, node_of
+from autotp.checkpoint.nodes import Box, Node, sizes, uncast, whole_box
 from autotp.checkpoint.pullback import fill, moves_only, value
 from autotp.errors import CheckpointError
 

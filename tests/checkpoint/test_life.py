@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autotp import demo
+from autotp.cli import demo
 from tests.support.lifecycle import life, life_of
 
 # One of each way in which a checkpoint or a layout is more than names and even rows.

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 
 import autotp
 from autotp.checkpoint.state import save
-from autotp.rewrite import operators
-from autotp.rewrite.tensor import plain
+from autotp.rewrite.parameters import dtensor_operators
+from autotp.rewrite.parameters.layout_dtensor import plain
 from benchmarks.optimizers import build
 from tests.checkpoint.training import OPTIMIZERS, apart, barrier, grouped, mesh_of, moments, parallel, plain_moments, train
 from tests.support.ranks import Pool
@@ -159,13 +159,16 @@ def test_whole_states(pool: Pool, kind: str) -> None:
 def foreign(check: bool = True) -> str:
     """Whole weights into a parallel model through torch's helper, which cuts them as if they were even."""
     model, before = parallel("fused", 2), {n: p.detach().clone() for n, p in build("fused").state_dict().items()}
-    own, operators._known_order = operators._known_order, operators._known_order if check else lambda into, source: None
+    own, dtensor_operators._known_order = (
+        dtensor_operators._known_order,
+        dtensor_operators._known_order if check else lambda into, source: None,
+    )
     try:
         set_model_state_dict(model, {n: t * 2 for n, t in before.items()}, options=StateDictOptions(full_state_dict=True))
     except RuntimeError as error:
         return str(error)
     finally:
-        operators._known_order = own
+        dtensor_operators._known_order = own
     return f"{apart({n: t * 2 for n, t in before.items()}, autotp.full_state_dict(model))}"
 
 

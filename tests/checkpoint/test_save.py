@@ -15,7 +15,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 import autotp
-from autotp.checkpoint import exchange, saving, writing
+from autotp.checkpoint import exchange, safetensors_writer, saving
 from tests.checkpoint.test_load import failure
 from tests.support.families import transformer
 from tests.support.lifecycle import differing, files_differing
@@ -93,19 +93,19 @@ def test_stale_files_go_and_others_stay(pool, tmp_path):
 def most_in_flight(folder: str) -> list[float]:
     """Bytes of the largest message and of the largest tensor; pieces are made small, so that the model is large."""
     sizes: list[int] = []
-    kept, piece = exchange.round_of, writing.PIECE
+    kept, piece = exchange.round_of, safetensors_writer.PIECE
 
     def watched(comm: Any, needs: Any) -> Any:
         out = kept(comm, needs)
         sizes.append(sum(t.nbytes for t in out))
         return out
 
-    saving.round_of, writing.PIECE, saving.PIECE = watched, 4096, 4096  # type: ignore[attr-defined]
+    saving.round_of, safetensors_writer.PIECE, saving.PIECE = watched, 4096, 4096  # type: ignore[attr-defined]
     try:
         model = parallel("mixtral")
         autotp.save_pretrained(model, Path(folder) / "pieces")
     finally:
-        saving.round_of, writing.PIECE, saving.PIECE = kept, piece, piece  # type: ignore[attr-defined]
+        saving.round_of, safetensors_writer.PIECE, saving.PIECE = kept, piece, piece  # type: ignore[attr-defined]
     dist.barrier()
     autotp.save_pretrained(model, Path(folder) / "whole")
     dist.barrier()
@@ -160,16 +160,16 @@ def disk_full(folder: str) -> list[Any]:
             p.mul_(2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     found: list[Any] = []
-    piece = writing.PIECE
+    piece = safetensors_writer.PIECE
     for rank in (0, 1):
         if dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        saving.PIECE = writing.PIECE = 4096  # type: ignore[attr-defined]
+        saving.PIECE = safetensors_writer.PIECE = 4096  # type: ignore[attr-defined]
         try:
             found.append(failure(lambda: autotp.save_pretrained(model, path)))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            saving.PIECE = writing.PIECE = piece  # type: ignore[attr-defined]
+            saving.PIECE = safetensors_writer.PIECE = piece  # type: ignore[attr-defined]
         found.append({p.name: p.read_bytes() for p in path.iterdir()} == was)
     dist.barrier()
     return [*found, names(Path(folder))]
@@ -193,7 +193,7 @@ def killed_while_saving(folder: str, rank: int, after: int) -> str:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)
-    count, put = 0, writing.OutputFile.put
+    count, put = 0, safetensors_writer.OutputFile.put
 
     def deadly(self: Any, data: Any, start: int) -> None:
         nonlocal count
@@ -202,8 +202,8 @@ def killed_while_saving(folder: str, rank: int, after: int) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
         put(self, data, start)
 
-    writing.OutputFile.put = deadly  # type: ignore[method-assign]
-    saving.PIECE = writing.PIECE = 4096  # type: ignore[attr-defined]
+    safetensors_writer.OutputFile.put = deadly  # type: ignore[method-assign]
+    saving.PIECE = safetensors_writer.PIECE = 4096  # type: ignore[attr-defined]
     try:
         autotp.save_pretrained(model, path, max_shard_size="60KB")
     except autotp.AutoTPError as error:

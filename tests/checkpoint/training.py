@@ -73,8 +73,8 @@ def apart(wanted: Any, got: Any) -> float:
 
 def moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     """The state of each parameter, whole and in the model's order; numbers too. Collective over the model's ranks."""
-    from autotp.api import state_of
-    from autotp.rewrite.full import unshard
+    from autotp.parallel_state import state_of
+    from autotp.rewrite.parameters.full import unshard
 
     state = state_of(model)
     found: dict[str, Tensor] = {}

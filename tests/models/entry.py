@@ -63,7 +63,7 @@ def built(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Callable[[], nn.Mo
 
 
 def build(cls: type[nn.Module], args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> nn.Module:
-    from autotp.testing.tiny import randomise
+    from autotp.testing.tiny.models import randomise
 
     model = cls(*args, **dict(kwargs))
     randomise(model, seed=3)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autotp.testing.tiny import randomise
+from autotp.testing.tiny.models import randomise
 
 
 class Projection(Enum):

@@ -38,7 +38,7 @@ class Hole:
 
     def build(self) -> nn.Module:
         """The model with weights drawn afresh, so that biases and norms show."""
-        from autotp.testing.tiny import randomise
+        from autotp.testing.tiny.models import randomise
 
         torch.manual_seed(0)
         model = self.factory()

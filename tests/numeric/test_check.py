@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 import autotp
 from autotp.errors import InputError
+from autotp.inputs.paths import user_examples
 from autotp.numeric.check import MOST_ELEMENTS, judge
-from autotp.plan.model import Conversion, Op
-from autotp.planner import whole_plan
-from autotp.trace.inputs import user_examples
+from autotp.plan.spec import Conversion, Op
+from autotp.planner.make_plan import whole_plan
 
 
 class Block(nn.Module):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import autotp
+from autotp.inputs.paths import user_examples
 from autotp.numeric.check import judge
 from autotp.testing.sabotage import mutations
-from autotp.trace.inputs import user_examples
 from tests.models.custom import CUSTOM
 
 MODELS = {entry.name: entry for entry in CUSTOM}

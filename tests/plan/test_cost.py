@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotp.plan.cost import PaddedAxis, padding_elements, repeated_elements
+from autotp.plan.cost import padding_elements, repeated_elements
 from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, replicated, size
-from autotp.plan.model import ParamPlan
-from autotp.plan.plan import AxisInfo, Plan
+from autotp.plan.plan import Plan
+from autotp.plan.spec import AxisInfo, PaddedAxis, ParamPlan
 
 
 def layout(tp: int, *dims: Expr) -> Layout:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from autotp.recipe import bundled
-from autotp.recipe.model import Role
 from autotp.recipe.schema import RecipeFile, json_schema
+from autotp.recipe.spec import Role
 
 
 def test_file_is_what_the_models_make():

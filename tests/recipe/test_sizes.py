@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from autotp.errors import InputError
-from autotp.recipe.fields import expressions
-from autotp.recipe.match import Pattern, best, nearest
+from autotp.recipe.config_fields import expressions
+from autotp.recipe.patterns import Pattern, best, nearest
 from autotp.recipe.sizes import parse_size, size_of
 
 

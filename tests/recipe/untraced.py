@@ -17,7 +17,7 @@ def _refuse(*_: Any, **__: Any) -> Any:
 
 def parallelize(model: nn.Module, mesh: Any, **options: Any) -> nn.Module:
     """`autotp.parallelize` where every trace fails."""
-    with patch("autotp.recipe.prove.checked_plan", _refuse):
+    with patch("autotp.planning.checked_plan", _refuse):
         return autotp_subject().parallelize(model, mesh, **options)
 
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autotp.plan.layout import Expr, Factor, Layout, replicated
-from autotp.plan.model import Conversion, Kernel, ModulePlan, Op, ParamPlan, Site, Slot, Use
+from autotp.plan.spec import Conversion, Kernel, ModulePlan, Op, ParamPlan, Site, Slot, Use
 from autotp.rewrite.apply import apply
-from autotp.rewrite.comm import GroupComm
-from autotp.rewrite.full import full_grads
-from autotp.rewrite.shards import shard_onto
+from autotp.rewrite.collectives.comm import GroupComm
+from autotp.rewrite.parameters.full import full_grads
+from autotp.rewrite.parameters.make import shard_onto
 from autotp.rewrite.undo import Undo
 
 COPY, REDUCE = Conversion(Op.COPY), Conversion(Op.REDUCE)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from autotp.errors import PlanError
-from autotp.plan.model import GradSum
+from autotp.plan.spec import GradSum
 from autotp.rewrite.apply import apply
-from autotp.rewrite.comm import DryComm
-from autotp.rewrite.full import full_state_dict
+from autotp.rewrite.collectives.comm import DryComm
+from autotp.rewrite.parameters.full import full_state_dict
 from tests.rewrite.plans import error, rewrite, worst_grad
 from tests.rewrite.toys import Toy, toy_plan
 from tests.support.ranks import Pool

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from autotp.rewrite.full import full_state_dict
-from autotp.rewrite.tensor import LayoutDTensor
+from autotp.rewrite.parameters.full import full_state_dict
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from tests.rewrite.plans import error, llama_plan, rewrite, tiny_llama, worst_grad
 from tests.support.ranks import Pool
 
@@ -73,7 +73,7 @@ def undo_and_error() -> None:
     assert torch.equal(reference(IDS).logits, model(IDS).logits)
 
     from autotp.rewrite.apply import apply
-    from autotp.rewrite.comm import DryComm
+    from autotp.rewrite.collectives.comm import DryComm
 
     calls = []
 
@@ -124,7 +124,7 @@ def dry_run() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from autotp.rewrite.apply import apply
-    from autotp.rewrite.comm import DryComm
+    from autotp.rewrite.collectives.comm import DryComm
 
     model = tiny_llama()
     params, modules = llama_plan(model, 2)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import autotp
-from autotp.rewrite.comm import keeps_results
+from autotp.rewrite.collectives.comm import keeps_results
 from autotp.testing.ranks.run import run
 from tests.support.ranks import Pool, mesh
 from tests.support.side_by_side import equal

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 import autotp
 from autotp.plan.layout import Factor, Layout
-from autotp.plan.model import GradSum
-from autotp.rewrite.comm import GroupComm
-from autotp.rewrite.reads import GradFix, read_param
-from autotp.rewrite.shards import as_dtensor
+from autotp.plan.spec import GradSum
+from autotp.rewrite.collectives.comm import GroupComm
+from autotp.rewrite.parameters.make import as_dtensor
+from autotp.rewrite.parameters.reads import GradFix, read_param
 from tests.support.ranks import Pool, mesh
 from tests.support.slow import in_turns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autotp.rewrite.full import full_state_dict
+from autotp.rewrite.parameters.full import full_state_dict
 from tests.rewrite.plans import error, llama_plan, rewrite, tiny_llama, worst_grad
 from tests.support.ranks import Pool
 from tests.support.slow import swept

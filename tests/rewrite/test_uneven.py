@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autotp.plan.model import GradSum, ModulePlan, ParamPlan
-from autotp.rewrite import linear, reads
-from autotp.rewrite.comm import GroupComm
-from autotp.rewrite.full import full_grads, full_state_dict
-from autotp.rewrite.tensor import LayoutDTensor, plain
+from autotp.plan.spec import GradSum, ModulePlan, ParamPlan
+from autotp.rewrite.collectives.comm import GroupComm
+from autotp.rewrite.modules import linear
+from autotp.rewrite.parameters import reads
+from autotp.rewrite.parameters.full import full_grads, full_state_dict
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, plain
 from tests.rewrite.plans import error, rewrite, worst_grad
 from tests.rewrite.uneven import Uneven, uneven_plan
 from tests.support.ranks import Pool

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotp.plan.layout import Concat, Factor, Layout, Product, replicated
-from autotp.plan.model import Conversion, GradSum, Kernel, LocalAttribute, ModulePlan, Op, ParamPlan, Site, Slot, Use
+from autotp.plan.spec import Conversion, GradSum, Kernel, LocalAttribute, ModulePlan, Op, ParamPlan, Site, Slot, Use
 from tests.rewrite.plans import COPY, REDUCE, embedding_site, even
 
 HEADS, DIM = 4, 6

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, replicated, size
-from autotp.plan.model import Conversion, GradSum, Kernel, LocalAttribute, ModulePlan, Op, ParamPlan, Slot, Use
+from autotp.plan.spec import Conversion, GradSum, Kernel, LocalAttribute, ModulePlan, Op, ParamPlan, Slot, Use
 from tests.rewrite.plans import COPY, REDUCE, embedding_site
 from tests.rewrite.toys import site
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from autotp.testing.inputs import tiny_inputs
-from autotp.testing.tiny import tiny_config, tiny_model
+from autotp.testing.tiny.models import tiny_config, tiny_model
 
 
 def transformer(model_type: str, *, attn_implementation: str | None = None, experts: str | None = None, **overrides: Any) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import autotp
-from autotp.testing.observe import weighted
+from autotp.testing.equivalence.observe import weighted
 from autotp.testing.ranks.run import run
 from tests.support.equivalence import error_of
 from tests.support.ranks import Pool, mesh

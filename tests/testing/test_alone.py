@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import autotp
 from autotp.errors import AutoTPError
-from autotp.testing import NotEquivalent, assert_equivalent, sabotage, subject
+from autotp.testing import NotEquivalent, assert_equivalent, sabotage
+from autotp.testing.equivalence import subject
 from autotp.testing.outcome import equal_or_refused
+from tests.planner.test_uncalled import IDS, tied
 from tests.support.slow import swept
-from tests.test_uncalled import IDS, tied
-from tests.testing.test_equivalence import Doubled, off_by_a_millionth, raises, rank, refuses, refuses_on_one
+from tests.testing.equivalence.test_check import Doubled, off_by_a_millionth, raises, rank, refuses, refuses_on_one
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 

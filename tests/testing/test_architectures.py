@@ -11,10 +11,10 @@ from functools import partial
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from autotp.axes import rules
-from autotp.axes.rules_basic import pointwise
+from autotp.axes import find
+from autotp.axes.operators.elementwise import pointwise
 from autotp.testing import NotEquivalent
-from autotp.testing.architecture import Architecture, Experts, Extra, Mlp, Norms, Position, Product, Projection, QKNorm, Sizes, Trap
+from autotp.testing.architectures.spec import Architecture, Experts, Extra, Mlp, Norms, Position, Product, Projection, QKNorm, Sizes, Trap
 from autotp.testing.proving import TrapSprung, features, variants
 from autotp.testing.proving import prove as proved
 from autotp.testing.strategies import architectures
@@ -99,6 +99,6 @@ def test_traps(trap: Trap, inline: bool) -> None:
 def test_a_wrong_rule_springs_the_trap(trap: Trap, operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     a = Architecture(kv=4, group=1, width=16, trap=trap, hidden=7, position=Position.NONE)
     prove(a, 2)
-    monkeypatch.setitem(rules.RULES, operator, pointwise)
+    monkeypatch.setitem(find.RULES, operator, pointwise)
     with pytest.raises((NotEquivalent, TrapSprung)):
         prove(a, 2)

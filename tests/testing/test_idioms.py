@@ -10,13 +10,13 @@ import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 from torch import Tensor, nn
 
-from autotp.axes import rules
-from autotp.axes.rules_basic import pointwise
+from autotp.axes.find import RULES
+from autotp.axes.operators.elementwise import pointwise
 from autotp.errors import InputError
 from autotp.testing import NotEquivalent, fuzz
 from autotp.testing import strategies as tps
-from autotp.testing.idiom_lines import KINDS, LINES
-from autotp.testing.idioms import Around, Call, Differ, Idioms, Repeat, Up, Weights
+from autotp.testing.idioms.lines import KINDS, LINES
+from autotp.testing.idioms.spec import Around, Call, Differ, Idioms, Repeat, Up, Weights
 from autotp.testing.outcome import Outcome, equal_or_refused
 from autotp.testing.proving import traits
 
@@ -103,7 +103,7 @@ def test_a_broken_rule_is_found_and_its_script_fails(tmp_path: Path, monkeypatch
     monkeypatch.setattr(fuzz, "idioms", lambda: st.builds(lambda n: Idioms(lines=(n,)), st.sampled_from(flips)))
     always(monkeypatch, 30)
     with monkeypatch.context() as fault:
-        fault.setitem(rules.RULES, "flip", pointwise)
+        fault.setitem(RULES, "flip", pointwise)
         done = fuzz.fuzz(0.5, tmp_path, family="idioms", write=lambda text: None, certificate="graph")
         script = (tmp_path / next(iter(done.failures))).read_text(encoding="utf-8")
         with pytest.raises(NotEquivalent):

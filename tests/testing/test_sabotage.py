@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import autotp
 from autotp.errors import InputError
 from autotp.numeric.exact import Precision
-from autotp.testing import equivalence, sabotage
-from autotp.testing.architecture import Architecture, Extra, Mlp, Position, Product, Projection, QKNorm
-from autotp.testing.compare import Aspect
-from autotp.testing.mutation import Damage
+from autotp.testing import sabotage
+from autotp.testing.architectures.spec import Architecture, Extra, Mlp, Position, Product, Projection, QKNorm
+from autotp.testing.equivalence import check
+from autotp.testing.equivalence.compare import Aspect
+from autotp.testing.equivalence.mutation import Damage
 from autotp.testing.sabotage import Kind, mutations, survey
 from tests.models.custom import CUSTOM
 from tests.support.families import transformer
@@ -117,11 +118,11 @@ def blind(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], pr
     return equivalence_compare(name, wanted, got if name == "outputs" else wanted, precision)
 
 
-equivalence_compare = equivalence.compare
+equivalence_compare = check.compare
 
 
 def test_a_check_that_sees_outputs_only_lets_mistakes_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equivalence, "compare", blind)
+    monkeypatch.setattr(check, "compare", blind)
     found = survey(Two, tp=2, inputs=X)
     assert [str(m) for m in found.survived] == [
         "drop copy of argument input of a",
@@ -148,6 +149,6 @@ def test_a_model_that_is_wrong_already_has_no_survey(monkeypatch: pytest.MonkeyP
     def worse(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision) -> Aspect:
         return replace(equivalence_compare(name, wanted, got, precision), wrong=("x",))
 
-    monkeypatch.setattr(equivalence, "compare", worse)
-    with pytest.raises(equivalence.NotEquivalent):
+    monkeypatch.setattr(check, "compare", worse)
+    with pytest.raises(check.NotEquivalent):
         survey(Two, tp=2, inputs=X)

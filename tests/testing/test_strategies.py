@@ -15,7 +15,7 @@ from autotp.errors import InputError
 from autotp.plan.layout import Layout
 from autotp.plan.notation import parse, spelled
 from autotp.testing import strategies as tps
-from autotp.testing.architecture import Architecture, Experts, Extra, Mlp, Norms, Position, Product, Projection, QKNorm, Sizes, Trap
+from autotp.testing.architectures.spec import Architecture, Experts, Extra, Mlp, Norms, Position, Product, Projection, QKNorm, Sizes, Trap
 from autotp.testing.proving import variants
 from autotp.testing.strategies import Geometry
 
@@ -82,7 +82,7 @@ def test_degrees() -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon", "t5"])
 def test_configs_are_valid_and_odd(model_type: str) -> None:
     from autotp.testing.inputs import tiny_inputs
-    from autotp.testing.tiny import tiny_model
+    from autotp.testing.tiny.models import tiny_model
 
     heads: set[int] = set()
     switched: set[Any] = set()

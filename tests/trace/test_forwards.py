@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import autotp
 from autotp.errors import TraceError
-from autotp.rewrite.slots import InputSlots
+from autotp.rewrite.modules.boundaries import InputSlots
 from tests.models.backward import OUTER, WIDTH, Mid
 from tests.support.modes import same_in_every_mode
 
@@ -316,7 +316,7 @@ def test_one_collective_for_one_tensor() -> None:
 def test_what_was_one_tensor_stays_one() -> None:
     plan = autotp.plan(Twice("by position").double(), tp=2, example_inputs=X)
     (module,) = (m for m in plan.modules if m.path == "g")
-    from autotp.rewrite.comm import DryComm
+    from autotp.rewrite.collectives.comm import DryComm
 
     slots = InputSlots(module.inputs, Score().forward, DryComm(2), "g")
     h, p = torch.randn(2, OUTER, requires_grad=True), torch.randn(2, OUTER, requires_grad=True)

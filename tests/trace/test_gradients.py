@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autotp
-from autotp.axes.rules import keep
+from autotp.axes.find import keep
 from autotp.errors import TraceError
+from autotp.trace.example import Example
 from autotp.trace.graph import Pseudo
-from autotp.trace.inputs import Example
 from autotp.trace.run import trace
 from tests.models.backward import (
     OUTER,

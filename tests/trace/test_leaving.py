@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
 from autotp.testing.ranks.run import run
-from autotp.testing.tiny import randomise
+from autotp.testing.tiny.models import randomise
 
 X = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from autotp.axes.rules import keep
+from autotp.axes.find import keep
 from autotp.testing import assert_equivalent
-from autotp.trace.inputs import Example
+from autotp.trace.example import Example
 from autotp.trace.run import trace
 from tests.models.entry import built
 from tests.models.repeated import OUTER, Acts, Counting, Hooked, Idle, Leaves, Nested, Used, Writes

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from autotp.axes.rules import keep
+from autotp.axes.find import keep
+from autotp.trace.example import Example
 from autotp.trace.graph import Origin
-from autotp.trace.inputs import Example
 from autotp.trace.run import trace
 
 

@@ -1,0 +1,7 @@
+"""`python -m autotp` is the command `autotp`."""
+
+from __future__ import annotations
+
+from autotp.cli.commands import main
+
+main()

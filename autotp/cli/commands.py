@@ -1,0 +1,163 @@
+"""The command line: `autotp plan | explain | verify | shard | unshard | recipe | demo`.
+
+Exit codes: 0 done, 1 a verification or the demo failed, 2 bad input. Errors are lines on stderr, `error: ...`; what was
+asked for goes to stdout, progress to stderr. torch is imported by the commands that need it, not by `--help`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from autotp.cli.checkpoint import shard, unshard
+from autotp.cli.options import CheckOption, InputsOption, RecipeOption, TargetArgument, TpOption, examples, status
+from autotp.cli.recipe import app as recipe_app
+from autotp.errors import AutoTPError, RecipeError
+
+app = typer.Typer(name="autotp", help="Tensor parallelism for any PyTorch model.", add_completion=False, rich_markup_mode=None)
+app.add_typer(recipe_app, name="recipe")
+app.command()(shard)
+app.command()(unshard)
+
+# The base of typer's usage errors lives in click or in typer's own copy of it, depending on the version.
+_USAGE_ERROR: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+
+
+@app.command()
+def plan(
+    target: TargetArgument,
+    tp: TpOption,
+    as_json: JsonOption = False,
+    inputs: InputsOption = None,
+    recipe: RecipeOption = None,
+    check: CheckOption = "numbers",
+    tokens: Annotated[int | None, typer.Option(min=1, help="also print the bytes moved for so many tokens, in bfloat16")] = None,
+) -> None:
+    """Print how TARGET would be sharded, what stays whole and why, and what each token costs in bytes moved."""
+    made = _plan(target, tp, inputs, recipe, check)
+    if as_json:
+        print_json(made.to_dict())
+        return
+    typer.echo(str(made))
+    if tokens is not None:
+        from autotp.cli.tables import collectives_table
+
+        Console(soft_wrap=True).print("\n", collectives_table(made.collectives(tokens=tokens), tokens))
+
+
+@app.command()
+def explain(
+    target: TargetArgument,
+    name: Annotated[str, typer.Argument(metavar="PARAM_OR_MODULE")],
+    tp: TpOption,
+    inputs: InputsOption = None,
+    recipe: RecipeOption = None,
+    check: CheckOption = "numbers",
+) -> None:
+    """Say why one parameter or module of TARGET is sharded as it is, or why it is not."""
+    typer.echo(_plan(target, tp, inputs, recipe, check).explain(name))
+
+
+@app.command()
+def verify(
+    target: TargetArgument,
+    tp: TpOption,
+    as_json: JsonOption = False,
+    inputs: InputsOption = None,
+    recipe: RecipeOption = None,
+    timeout: Annotated[float, typer.Option(help="seconds for all ranks together")] = 300.0,
+) -> None:
+    """Run TARGET whole and over TP processes of this machine with random weights; compare outputs, gradients, tokens."""
+    from autotp.recipe.recipe import Recipe
+    from autotp.verify import verify as run
+
+    with status("starting the ranks") as update:
+        followed = None if recipe is None else Recipe.load(recipe)
+        report = run(target, tp, inputs=inputs, recipe=followed, timeout=timeout, on_event=update)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def demo(
+    question: Annotated[str, typer.Option(help="what to ask the model")] = "What is the capital of France?",
+    tokens: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 40,
+) -> None:
+    """Run SmolLM2-135M-Instruct on 3 processes and compare it with one."""
+    from autotp.cli.demo import run_demo
+
+    raise typer.Exit(run_demo(question, tokens))
+
+
+def _plan(target: str, tp: int, inputs: str | None, recipe: str | None, check: str) -> Any:
+    import autotp
+    from autotp import targets
+
+    given: dict[str, Any] = {"recipe": recipe, "example_inputs": examples(inputs), "check": check}
+    return autotp.plan(targets.resolve(target), tp=tp, **{name: value for name, value in given.items() if value is not None})
+
+
+def print_json(value: Any) -> None:
+    """`value` on stdout; infinite numbers become null, which JSON has no word for."""
+    typer.echo(json.dumps(_finite(value), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"autotp {version('autotp')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except RecipeError as error:
+        return [_fail(problem) for problem in error.problems][-1]
+    except AutoTPError as error:
+        return _fail(str(error))
+    except typer.Abort:
+        return _fail("interrupted", 130)
+    except _USAGE_ERROR as error:
+        return _fail(error.format_message())
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int = 2) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return code

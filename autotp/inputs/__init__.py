@@ -1,0 +1,1 @@
+"""Small example inputs for every path that a user of a model runs."""

@@ -1,0 +1,245 @@
+"""The Plan: what parallelize will do to a model, as an immutable value.
+
+A plan is made of per-parameter layouts and, for every module whose forward has something to do, a `ModulePlan`: which
+conversions happen to its arguments and results, which attributes become local, which call sites inside its forward are
+intervened on. Placements of a value over the tp mesh dim: R (whole on every rank), S (each rank its part), P (partial sum).
+
+Conversions (forward / backward):
+
+    COPY    R → R   identity / all-reduce                     (enters a region)
+    REDUCE  P → R   all-reduce / identity                     (leaves a region)
+    GATHER  S → R   all-gather, model order / own part, zero where another copy of a shared index is the owner
+    SLICE   R → S   own part / zero-padded part (a P gradient: COPY stands before it where a gradient is needed)
+    ONCE    R → P   value on rank 0, zeros elsewhere / identity   (a bias added to a partial sum)
+    HOLD    P → R   zeros, the partial sum itself is kept for a JOIN / none
+    JOIN    P → P   adds what was held / identity to each summand   (REDUCE follows)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from autotp.plan.layout import Expr, Layout
+
+if TYPE_CHECKING:
+    pass
+
+
+class Op(Enum):
+    """Kinds of conversion between placements; see the module docstring."""
+
+    COPY = "copy"
+    REDUCE = "reduce"
+    GATHER = "gather"
+    SLICE = "slice"
+    ONCE = "once"
+    HOLD = "hold"
+    JOIN = "join"
+
+
+class GradSum(Enum):
+    """What happens to a parameter's gradient after the local backward."""
+
+    NONE = "none"
+    ALL = "all"  # replicated parameter used inside a region: its gradient is a partial sum
+    SHARED = "shared"  # sharded parameter with indices that are held more than once: their gradients are partial sums
+
+
+class Written(Enum):
+    """When a forward changes the part of a buffer that it reads."""
+
+    NEVER = "never"
+    TRAINING = "training"
+    ALWAYS = "always"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """One conversion of one tensor. `dim` and `expr` say what is sliced or gathered (GATHER, SLICE only)."""
+
+    op: Op
+    dim: int | None = None
+    expr: Expr | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Conversions, in order, of one tensor at a module boundary.
+
+    `path` for an argument starts with the parameter name of `forward` (then keys or indices into it); for a result it is the
+    keys or indices into the returned structure, () for a bare tensor; "*" stands for every item of a list. A path that is
+    absent in a call is passed over.
+    """
+
+    path: tuple[str | int, ...]
+    conversions: tuple[Conversion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A parameter or buffer that a module's forward reads: `owner` module path + `name`, and how it reads it.
+
+    `grad`: what the gradient of this use still needs. `conversions`: applied to the local tensor on each read (SLICE of a
+    replicated buffer, ONCE of a row-parallel bias); parameters with a sharded layout are read as their local shard. `written`: when
+    the module changes its part of a sliced buffer in place (running statistics); the buffer is then made whole after the forward.
+    `held`: the code does not (only) read the owner's attribute, but takes the parameter from a list, a closure, `parameters()`.
+    """
+
+    owner: str
+    name: str
+    grad: GradSum = GradSum.NONE
+    conversions: tuple[Conversion, ...] = ()
+    written: Written = Written.NEVER
+    held: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAttribute:
+    """`path` of a plain attribute of the module (`num_heads`, `config.n_embd`, `split_sizes.0`) and its two values."""
+
+    path: str
+    value: int
+    local: int
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """An intervention on one operator call inside a module's forward, by the place that makes the call.
+
+    The place: `file` as in the code object, `function` (co_qualname), `line` (co_firstlineno of the function), `offset`
+    (f_lasti of the call). `ints`: (position among the call's int arguments in order, global value, local value); an int that is
+    not `global value` at run time is an error. `inputs`/`outputs`: (position among the call's tensor arguments/results,
+    conversions). `kernel`: run the operator's distributed form instead; its result is whatever the kernel says. `over`: the
+    layout of the sharded dim that a kernel's statistic crosses, `over_dim` which dim of its input that is, counted from the right
+    (negative); needed where it has padding or shared indices, None says that every local entry counts.
+    """
+
+    file: str
+    function: str
+    line: int
+    offset: int
+    ints: tuple[tuple[int, int, int], ...] = ()
+    inputs: tuple[tuple[int, tuple[Conversion, ...]], ...] = ()
+    outputs: tuple[tuple[int, tuple[Conversion, ...]], ...] = ()
+    kernel: Kernel | None = None
+    over: Expr | None = None
+    over_dim: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """Everything that changes at one module; `path` is "" for the root.
+
+    `joint`: paths, relative to this module, of modules inside it whose results meet in one sum during a call of this module:
+    all but the last HOLD theirs, the last one JOINs them (`autotp.planner.joint_reductions`). `uncalled`: no traced call runs
+    the module, and its parameters are sharded for others; a call of it is an error. `stashed`: attributes in which its forward
+    leaves a part or a summand of a value, for the model's own code to read.
+    """
+
+    path: str
+    inputs: tuple[Slot, ...] = ()
+    outputs: tuple[Slot, ...] = ()
+    uses: tuple[Use, ...] = ()
+    attributes: tuple[LocalAttribute, ...] = ()
+    sites: tuple[Site, ...] = ()
+    joint: tuple[tuple[str, ...], ...] = ()
+    uncalled: bool = False
+    stashed: tuple[str, ...] = ()
+
+
+class Shown(Enum):
+    """What a value at a module's boundary is to code outside of the module, where it is not simply whole."""
+
+    PART = "part"
+    SUM = "summand"
+    HELD = "held"  # its sum is taken at another module
+    GRADIENT = "gradient"  # whole itself, but its gradient is a summand
+    UNKNOWN = "unknown"  # no trace told
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """One tensor at a module's boundary that is not whole: an argument or, if `result`, a result; `path` as in `Slot`."""
+
+    result: bool
+    path: tuple[str | int, ...]
+    shown: Shown
+
+    def __str__(self) -> str:
+        return f"{'result' if self.result else 'argument'} {'.'.join(map(str, self.path))}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class ParamPlan:
+    """Layout of one parameter; `axis` names its axis ("layers.0.attention: heads"), `reason` says why it is replicated."""
+
+    name: str
+    layout: Layout
+    axis: str = ""
+    reason: str = ""
+
+
+class Kernel(Enum):
+    """An operator that needs a distributed form of its own when it runs on shards."""
+
+    LOOKUP = "lookup"  # embedding rows sharded: ids outside the rank's rows give zeros; the result is P
+    MEAN = "mean"  # mean over a sharded dim: the local mean / tp is P
+    RMS_NORM = "rms_norm"  # normalised dim sharded: mean square all-reduced
+    LAYER_NORM = "layer_norm"  # normalised dim sharded: mean and variance all-reduced
+    VAR = "var"  # var/std over a sharded dim
+    VECTOR_NORM = "vector_norm"  # 2-norm over a sharded dim
+
+
+#: one call: (argument, its kind) of each
+Call = frozenset[tuple[str, str]]
+
+
+#: the calls of one module, without those that are alike
+Forms = frozenset[Call]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisInfo:
+    """One sharded axis: `pattern` (attention, mlp, moe, embedding, lm head, …), its size and the parameters that carry it.
+
+    `module` is the innermost module that holds all of them; `sites` are the operators that the axis meets.
+    """
+
+    name: str
+    pattern: str
+    size: int
+    module: str
+    params: tuple[str, ...]
+    sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """A collective of the plan: `width` elements a token, or `elements` whatever the tokens (a parameter's gradient)."""
+
+    module: str
+    kind: str
+    when: str
+    width: int = 0
+    elements: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """A collective with its size: `kind` all_reduce or all_gather, `when` forward or backward, `bytes` of its result."""
+
+    module: str
+    kind: str
+    when: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedAxis:
+    """An axis of `size` indices that the ranks hold as `padded` slots in all; `pattern` as in `AxisInfo`."""
+
+    pattern: str
+    size: int
+    padded: int

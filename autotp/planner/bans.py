@@ -1,0 +1,85 @@
+"""What later attempts at a plan must not do, and which cuts are to blame for a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autotp.axes.atoms import Atom
+from autotp.planner.choice import Choice
+from autotp.planner.partition import Cut
+from autotp.planner.placements import NONE, Space
+from autotp.planner.repeats import block_of
+from autotp.trace.graph import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Accused:
+    """A module that computes something else on the ranks; None: it cannot be told which. `backward`: gradients show it, not results."""
+
+    module: str | None
+    reason: str
+    backward: bool = False
+
+
+@dataclass
+class Bans:
+    """What later attempts must not do: cuts with the reason, and nodes whose result stays whole."""
+
+    cuts: dict[Cut, str]
+    whole: frozenset[int] = NONE  # type: ignore[assignment]
+    all: str = ""  # why no axis at all may be sharded
+
+    @property
+    def size(self) -> int:
+        """How much is banned."""
+        return len(self.cuts) + len(self.whole)
+
+    def blame(self, space: Space, choice: Choice, node: Node, reason: str) -> None:
+        """Forbid what made `node` fail: first that its result is made sharded, then the axes that meet it."""
+        values = (*space.inputs[node.index], *node.outputs) if node.index >= 0 else ()
+        generated = {n.index for n in space.graph.nodes if n.index in choice.labels.generated and (n is node or _feeds(n, node))}
+        if generated - self.whole:
+            self.whole |= generated
+            return
+        guilty = frozenset().union(*(space.carried.get(v.id, NONE) for v in values), NONE) & choice.on
+        if not guilty:
+            near = [v for n in space.graph.nodes if n.module == node.module for v in (*space.inputs[n.index], *n.outputs)]
+            guilty = frozenset().union(*(choice.labels.of(v) for v in near), NONE) & choice.on
+        if not guilty:
+            guilty = choice.on
+        self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{reason}: {node}"))
+
+    def accuse(self, space: Space, choice: Choice, accused: Accused) -> None:
+        """Forbid the cuts that meet in a module, or nearest to it on the way that its numbers come; all where that is unknown."""
+        guilty: frozenset[Atom] = choice.on
+        if accused.module is not None:
+            path = _traced_path(accused.module, space.graph.repeats)
+            nodes = space.graph.nodes
+            inside = [n for n in nodes if n.module == path] or [n for n in nodes if n.module.startswith(path + ".")]
+            if inside:
+                way = nodes[inside[-1].index + 1 :] if accused.backward else tuple(reversed(nodes[: inside[0].index]))
+                met = (_met(space, choice, n) for n in way)
+                guilty = frozenset().union(*(_met(space, choice, n) for n in inside)) or next(filter(None, met), choice.on)
+        where = accused.module or "the model"
+        self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{accused.reason}, first in {where}"))
+
+
+def _met(space: Space, choice: Choice, node: Node) -> frozenset[Atom]:
+    """The axes on which values of a node are sharded."""
+    values = (*space.inputs[node.index], *node.outputs)
+    return frozenset().union(*(choice.labels.of(v) for v in values), NONE) & choice.on
+
+
+def _traced_path(path: str, repeats: Mapping[str, str]) -> str:
+    """The path of the module that was traced in the place of `path`."""
+    blocks = {b + ".": t + "." for b, t in repeats.items()}
+    path += "."
+    while (block := block_of(path, blocks)) is not None:
+        path = blocks[block] + path[len(block) :]
+    return path[:-1]
+
+
+def _feeds(source: Node, node: Node) -> bool:
+    made = {o.id for o in source.outputs}
+    return any(v.id in made for v in node.inputs())

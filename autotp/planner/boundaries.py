@@ -1,0 +1,176 @@
+"""Which values at the boundaries of modules are not whole, as code outside of the module sees them, and which code computes on such values.
+
+Between regions every value is whole on every rank, and so is its gradient. Inside of one, what crosses a module's boundary may be a rank's
+part, a summand, or whole with a gradient that is a summand: a hook of a user or another module put there would compute something else.
+Conversions at a boundary are done inside of the module: outside of it the argument is the value before them, the result the one after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
+
+from autotp.axes.operators.elementwise import pointwise
+from autotp.axes.operators.table import RULES
+from autotp.plan.spec import Boundary, Forms, Shown
+from autotp.planner.joint_reductions import Joint
+from autotp.planner.placements import Labels, SlotKey, Space
+from autotp.planner.reductions import Moves, slot_key
+from autotp.trace.forms import of_any_dims
+from autotp.trace.graph import Node, Pseudo, Value
+
+_LAST_DIM = frozenset(("linear", "embedding", "dropout", "dropout_"))  # what works on the last dim of any number
+_CROSSINGS = (Pseudo.ENTER, Pseudo.EXIT)
+_ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # what says most first
+
+
+def find_boundaries(
+    space: Space, labels: Labels, moves: Moves, joints: Iterable[Joint], copied: Collection[SlotKey], repeats: Mapping[str, str]
+) -> dict[str, tuple[Boundary, ...]]:
+    """Path of a module → its boundary values that are not whole; modules with none are left out.
+
+    `copied`: the slots with a COPY. `repeats`: block → the block that was traced in its place.
+    """
+    held, later = _held(space, joints), _taken_over(space, moves, copied)
+    found: dict[str, dict[tuple[bool, tuple[str | int, ...]], Shown]] = {}
+    for node in space.graph.nodes:
+        key = slot_key(node)
+        if key is None or not key[1]:
+            continue
+        shown = _shown(space, labels, moves, node, key, held, copied, later)
+        if shown is None:
+            continue
+        _, path, where = key
+        result = node.op is Pseudo.EXIT
+        for each in (where,) if result else space.graph.members.get((path, where), (where,)):
+            before = found.setdefault(path, {}).setdefault((result, each), shown)
+            found[path][result, each] = min(before, shown, key=_ORDER.index)
+    every = {path: tuple(Boundary(*place, shown) for place, shown in slots.items()) for path, slots in found.items()}
+    return _repeated(every, repeats)
+
+
+def find_copies(space: Space, converted: Collection[SlotKey], repeats: Mapping[str, str]) -> dict[str, tuple[tuple[str | int, ...], ...]]:
+    """Path of a module → its results that are gathered or summed for its caller while code inside goes on with the part.
+
+    The gradient of such a result lacks that of the uses inside. `converted`: the slots where something is gathered or summed.
+    """
+    found: dict[str, dict[tuple[str | int, ...], None]] = {}
+    copies: set[int] = set()
+    for node in space.graph.nodes:
+        key, value = slot_key(node), node.args[0] if node.args else None
+        if key is None or not isinstance(value, Value):
+            continue
+        leaves = node.op is Pseudo.EXIT
+        if value.id not in copies and not (leaves and any(_is_of(key, slot) for slot in converted) and _goes_on(space, node)):
+            continue
+        copies.update(o.id for o in node.outputs)
+        if leaves:
+            found.setdefault(key[1], {})[key[2]] = None
+    return _repeated({path: tuple(places) for path, places in found.items()}, repeats)
+
+
+def _is_of(key: SlotKey, slot: SlotKey) -> bool:
+    """True where a crossing is that of `slot`, whose path may have `*` for every item of a list."""
+    same = key[:2] == slot[:2] and len(key[2]) == len(slot[2])
+    return same and all(a == b or (b == "*" and isinstance(a, int)) for a, b in zip(key[2], slot[2], strict=True))
+
+
+def _goes_on(space: Space, leaving: Node) -> bool:
+    """True where what a result is made of has another use through which gradients come: the tensor itself, in whatever module."""
+    value = leaving.args[0]
+    if value.id not in space.flows:
+        return False
+    while (made := space.made.get(value.id)) is not None and made.op in _CROSSINGS and isinstance(made.args[0], Value):
+        value = made.args[0]
+    todo = [value]
+    while todo:
+        for index in space.users.get(todo.pop().id, ()):
+            user = space.graph.nodes[index]
+            if user.op in _CROSSINGS and user is not leaving:
+                todo += user.outputs
+            elif user is not leaving and any(o.id in space.flows for o in user.outputs):
+                return True
+    return False
+
+
+def find_inside(space: Space, labels: Labels, moves: Moves, boundaries: Collection[str], repeats: Mapping[str, str]) -> dict[str, Forms]:
+    """Paths of the modules whose own code holds parts or summands, and how they were called.
+
+    It runs operators on them, or calls a module with such a boundary: what it does in between for another argument is not in the trace.
+    """
+    graph = space.graph
+    runs: dict[str, bool] = {}  # path → does all that it does work on any number of dims?
+    for node in graph.nodes:
+        if not isinstance(node.op, Pseudo) and any(labels.of(v) or v.id in moves.partial for v in (*node.inputs(), *node.outputs)):
+            runs[node.module] = runs.get(node.module, True) and (node.opname in _LAST_DIM or RULES.get(node.opname) is pointwise)
+    calls = {graph.calls[caller][0] for path, caller in graph.calls.values() if path in boundaries and caller in graph.calls}
+    found = {path: graph.forms.get(path, frozenset()) for path in (*runs, *calls)}
+    for path in found:
+        if runs.get(path, True) and path not in graph.asks_dims:
+            found[path] = of_any_dims(found[path])
+    return _repeated(found, repeats)
+
+
+def _shown(
+    space: Space, labels: Labels, moves: Moves, node: Node, key: SlotKey, held: set[int], copied: Collection[SlotKey], later: set[int]
+) -> Shown | None:
+    enters = node.op is Pseudo.ENTER
+    value = node.args[0] if enters else node.outputs[0]
+    if not isinstance(value, Value):
+        return None
+    if node.index in held:
+        return Shown.HELD
+    if labels.of(value):
+        return Shown.PART
+    if value.id in moves.partial:
+        return Shown.SUM
+    whole = value.id in later or (enters and key in copied)
+    hanging = ("above" if enters else "below", key) in moves.hanging
+    return Shown.GRADIENT if hanging and not whole and value.id in space.flows else None
+
+
+def _taken_over(space: Space, moves: Moves, copied: Collection[SlotKey]) -> set[int]:
+    """Values whose gradients are reduced by the linears that take them, and not at the result that they are: they are whole there."""
+    found: set[int] = set()
+    for node in space.graph.nodes:
+        key = slot_key(node)
+        if key is not None and node.op is Pseudo.EXIT and ("slot", key) in moves.copies and key not in copied:
+            found.add(node.outputs[0].id)
+        elif key is not None and isinstance(node.args[0], Value) and node.args[0].id in found and key not in copied:
+            found.update(o.id for o in node.outputs)
+    return found
+
+
+def _held(space: Space, joints: Iterable[Joint]) -> set[int]:
+    """Crossings of summands that are reduced together, from the modules that hold and join them to the sum where all of them meet."""
+    found: set[int] = set()
+    for joint in joints:
+        trails = [(n, _trail(space, n)) for n in space.graph.nodes if slot_key(n) in joint.slots]
+        for node, trail in trails:
+            others = {value for other, values in trails if slot_key(other) != slot_key(node) for value, _ in values}
+            for value, at in trail:
+                if value in others:
+                    break
+                if isinstance(space.graph.nodes[at].op, Pseudo):
+                    found.add(at)
+    return found
+
+
+def _trail(space: Space, node: Node) -> list[tuple[int, int]]:
+    """(value, node that gave it) of a result and of what is made of it, as long as that has one use."""
+    trail = [(node.outputs[0].id, node.index)]
+    while len(users := space.users.get(trail[-1][0], [])) == 1 and len(outputs := space.graph.nodes[users[0]].outputs) == 1:
+        trail.append((outputs[0].id, users[0]))
+    return trail
+
+
+_T = TypeVar("_T")
+
+
+def _repeated(found: Mapping[str, _T], repeats: Mapping[str, str]) -> dict[str, _T]:
+    """Also for the blocks that were not traced, inner blocks first."""
+    every = dict(found)
+    for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):
+        inside = [path for path in every if path == template or path.startswith(template + ".")]
+        every.update({block + path[len(template) :]: every[path] for path in inside})
+    return every

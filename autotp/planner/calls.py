@@ -1,0 +1,76 @@
+"""What a conversion at a call site reaches.
+
+A site sees one call as the code wrote it: its arguments before, its result after. One such call may be several operators
+(`cosine_embedding_loss` is a dozen), and what passes between them is out of reach. So is the result of an operator that changes its
+argument in place: the code goes on with the argument.
+"""
+
+from __future__ import annotations
+
+from autotp.plan.spec import Kernel
+from autotp.trace.graph import Graph, Node, Pseudo, Value
+
+#: The functions that a kernel stands for, by `__name__`.
+KNOWN: dict[Kernel, frozenset[str]] = {
+    Kernel.LOOKUP: frozenset(("embedding",)),
+    Kernel.MEAN: frozenset(("mean",)),
+    Kernel.RMS_NORM: frozenset(("rms_norm",)),
+    Kernel.LAYER_NORM: frozenset(("layer_norm",)),
+    Kernel.VAR: frozenset(("var", "std")),
+    Kernel.VECTOR_NORM: frozenset(("norm", "linalg_vector_norm", "linalg_norm", "vector_norm", "frobenius_norm")),
+}
+
+
+class Calls:
+    """The nodes of a graph by the Python call that they belong to."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._nodes: dict[int, list[Node]] = {}
+        for node in graph.nodes:
+            if node.call >= 0:
+                self._nodes.setdefault(node.call, []).append(node)
+
+    def nodes(self, node: Node) -> list[Node]:
+        """All nodes of the node's Python call, itself included."""
+        return self._nodes.get(node.call, [node])
+
+    def results(self, node: Node, value: Value) -> tuple[int, ...]:
+        """Where among the tensors of the call's result the output `value` stands; () where a conversion of it is out of reach."""
+        call = self.graph.python.get(node.call)
+        if call is None or node.place is None or isinstance(node.op, Pseudo) or in_place(node):
+            return ()
+        if any(v.id == value.id for other in self.nodes(node) for v in other.inputs()):
+            return ()  # it is used inside of the call as well
+        return tuple(i for i, key in enumerate(call.results) if key == value.id)
+
+    def arguments(self, node: Node, value: Value) -> tuple[int, ...]:
+        """Where among the tensors of the call's arguments `value` stands; () where it is none of them, or is changed in place."""
+        nodes = self.nodes(node)
+        if node.place is None or isinstance(node.op, Pseudo) or any(v.id == value.id for other in nodes for v in writes(other)):
+            return ()
+        return tuple(i for i, key in enumerate(nodes[0].tensors) if key == value.id)
+
+    def stands_for(self, node: Node, kernel: Kernel) -> bool:
+        """True where the Python call is the node alone, by a function that `kernel` can take the place of."""
+        call = self.graph.python.get(node.call)
+        return call is not None and not self.graph.sealed(node) and len(self.nodes(node)) == 1 and call.function in KNOWN[kernel]
+
+
+def writes(node: Node) -> tuple[Value, ...]:
+    """The arguments that an operator changes in place."""
+    if isinstance(node.op, Pseudo):
+        return ()
+    found: list[Value] = []
+    for i, argument in enumerate(node.op._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            found += [given] if isinstance(given, Value) else []
+    if node.opname == "batch_norm":  # in training it updates its running statistics, which its schema does not say
+        found += [v for v in node.args[3:5] if isinstance(v, Value)]
+    return tuple(found)
+
+
+def in_place(node: Node) -> bool:
+    """True for an operator that returns what it changed."""
+    return bool(writes(node)) and not isinstance(node.op, Pseudo) and any(r.alias_info is not None for r in node.op._schema.returns)

@@ -1,0 +1,198 @@
+"""Which plain attributes become local, so that the code computes local sizes by itself.
+
+Every int that the code passed to an operator carries an expression over attributes and tensor sizes. On a shard, sizes of
+sharded tensors change by themselves; each int must then equal the local size that the axes demand, or its old value where
+nothing is demanded. Unknown are the attributes: a small constraint problem, solved by search.
+
+What no attribute solves is overridden at its call site, unless the number is a literal in the code or has no demand; then the
+axis it belongs to cannot be sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autotp.plan.spec import LocalAttribute
+from autotp.planner.partition import Cuts, local_size
+from autotp.planner.placements import NONE, Labels, Space
+from autotp.planner.refusals import Stuck
+from autotp.trace.graph import Node, Value
+from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
+
+LIMIT = 4000
+#: (module, attribute path) → the local value that is tried first.
+Hints = Mapping[tuple[str, str], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """Int number `position` of a node must be `local` on a shard. `demanded`: an operator rule says so."""
+
+    node: Node
+    position: int
+    expr: IntExpr
+    local: int
+    demanded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Localised:
+    """Attributes by module, and (node index → (position, global, local)) overrides at call sites."""
+
+    attributes: Mapping[str, tuple[LocalAttribute, ...]]
+    overrides: Mapping[int, tuple[tuple[int, int, int], ...]]
+
+
+def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
+    """The positions among a call's ints that may be int `number` of the ATen call (the `at`-th of a list of `listed`)."""
+    values = [e.value for e in node.ints]
+    if listed:
+        sizes = next(
+            (a for a in node.args if isinstance(a, (list, tuple)) and len(a) == listed and all(isinstance(x, int) for x in a)), None
+        )
+        if sizes is not None:
+            runs = [i for i in range(len(values) - listed + 1) if values[i : i + listed] == list(sizes)]
+            if runs:
+                return [runs[-1] + at]
+    return [i for i, v in enumerate(values) if v == number]
+
+
+def constraints(space: Space, labels: Labels) -> list[Constraint]:
+    """Every constraint of the graph. Raises Stuck where a demanded int has no known origin."""
+    out: list[Constraint] = []
+    shapes: dict[int, Value] = {}
+    for node in space.graph.nodes:
+        for v in (*node.inputs(), *node.outputs):
+            shapes[v.id] = v
+        meaning = space.axes.meanings[node.index]
+        if not node.ints and not meaning.demands:
+            continue
+        wanted: dict[int, int] = {}
+        for demand in meaning.demands:
+            on = labels.shard.get(demand.value, NONE) | labels.slices.get((node.index, demand.value), NONE)
+            local = sum(local_size(d, on, labels.cuts) for d in demand.dims)
+            if demand.number < 0:
+                local = -local
+            found = positions(node, demand.number, demand.at, demand.listed)
+            if not found and local != demand.number:
+                raise Stuck(node, f"{demand.number} would have to become {local}, and where it comes from is not known")
+            for p in found:
+                if wanted.setdefault(p, local) != local:
+                    raise Stuck(node, f"{demand.number} would have to become both {wanted[p]} and {local}")
+        for p, expr in enumerate(node.ints):
+            if p in wanted or any(True for _ in leaves(expr)):
+                out.append(Constraint(node, p, expr, wanted.get(p, expr.value), p in wanted))
+    return out
+
+
+def localise(space: Space, labels: Labels, hints: Hints | None = None) -> Localised:
+    """Solve for the attributes, with the values of `hints` where they do. Raises Stuck where no attribute and no override helps."""
+    every = constraints(space, labels)
+    shapes = {v.id: v for n in space.graph.nodes for v in (*n.inputs(), *n.outputs)}
+
+    def size(leaf: SizeRef) -> int:
+        value = shapes.get(leaf.value_id)
+        if value is None:
+            return leaf.value
+        on = labels.shard.get(value.id, NONE)
+        dims = space.axes.dims[value.id]
+        if leaf.dim < 0:
+            total = 1
+            for d in dims:
+                total *= local_size(d, on, labels.cuts)
+            return total
+        return local_size(dims[leaf.dim], on, labels.cuts)
+
+    search = _Search(every, size, labels.cuts, hints or {})
+    solution = search.run()
+    attributes: dict[str, list[LocalAttribute]] = {}
+    for ref, value in solution.items():
+        if value != ref.value:
+            attributes.setdefault(ref.module, []).append(LocalAttribute(ref.path, ref.value, value))
+    overrides: dict[int, list[tuple[int, int, int]]] = {}
+    for c in every:
+        got = search.value(c.expr, solution)
+        if got == c.local:
+            continue
+        if not any(True for _ in leaves(c.expr)):
+            raise Stuck(c.node, f"{c.expr.value} is written as a number in the code and would have to be {c.local}")
+        if not c.demanded:
+            raise Stuck(c.node, f"{show(c.expr)} is used as a number there: {c.expr.value} would become {got}")
+        if c.local == c.expr.value:
+            raise Stuck(c.node, f"{show(c.expr)} must stay {c.local} there, and would become {got}")
+        if c.node.place is None:
+            raise Stuck(c.node, f"{show(c.expr)} would have to be {c.local}, and no call site can be told")
+        overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
+    return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()})
+
+
+def _scales(cuts: Cuts) -> frozenset[tuple[int, int]]:
+    """(size, local size) of everything that is cut: a number made of the one becomes a number made of the other."""
+    found: set[tuple[int, int]] = set()
+    for cut in cuts.values():
+        found |= {(cut.size, cut.local_size), *((atom.size, cut.local(atom)) for atom in cut.atoms)}
+        if not cut.padded:
+            found.add((cut.tp, 1))
+    return frozenset(found)
+
+
+class _Search:
+    """Depth-first search over attributes, one module's at a time, given up for a module when it fails."""
+
+    def __init__(self, every: list[Constraint], size: object, cuts: Cuts, hints: Hints) -> None:
+        self.size, self.hints = size, hints
+        self.scales = _scales(cuts)
+        self.groups: list[list[Constraint]] = []
+        self._steps = 0
+        parent: dict[str, str] = {}
+
+        def find(m: str) -> str:
+            while parent.setdefault(m, m) != m:
+                m = parent[m]
+            return m
+
+        for c in every:
+            modules = [leaf.module for leaf in leaves(c.expr) if isinstance(leaf, AttrRef)]
+            for m in modules[1:]:
+                parent[find(m)] = find(modules[0])
+        by_module: dict[str, list[Constraint]] = {}
+        for c in every:
+            for leaf in leaves(c.expr):
+                if isinstance(leaf, AttrRef):
+                    by_module.setdefault(find(leaf.module), []).append(c)
+                    break
+        self.groups = list(by_module.values())
+
+    def value(self, expr: IntExpr, solution: Mapping[AttrRef, int]) -> int | None:
+        """The local value of an expression under a solution."""
+        return evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))  # type: ignore[operator]
+
+    def run(self) -> dict[AttrRef, int]:
+        """Attributes to change; modules without a solution change nothing."""
+        solution: dict[AttrRef, int] = {}
+        for group in self.groups:
+            self._steps = 0
+            found = self._solve(group, {})
+            if found is not None:
+                solution.update(found)
+        return solution
+
+    def _solve(self, group: list[Constraint], fixed: dict[AttrRef, int]) -> dict[AttrRef, int] | None:
+        self._steps += 1
+        if self._steps > LIMIT:
+            return None
+        broken = next((c for c in group if self.value(c.expr, fixed) != c.local), None)
+        if broken is None:
+            return fixed
+        free = [leaf for leaf in dict.fromkeys(leaves(broken.expr)) if isinstance(leaf, AttrRef) and leaf not in fixed]
+        for leaf in free:
+            candidates = {broken.local} if broken.expr == leaf else set()
+            candidates |= {leaf.value // whole * local for whole, local in self.scales if leaf.value % whole == 0}
+            candidates |= {c.local for c in group if c.expr == leaf}
+            hint = self.hints.get((leaf.module, leaf.path), leaf.value)
+            for candidate in sorted((candidates | {hint}) - {leaf.value}, key=lambda c: (c != hint, c)):
+                found = self._solve(group, {**fixed, leaf: candidate})
+                if found is not None:
+                    return found
+        return None

@@ -1,0 +1,157 @@
+"""Model → Plan: trace, find the axes, choose and realise, replay; a region that fails its replay is un-sharded and planned again."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from autotp.axes.find import find_axes, keep
+from autotp.errors import PlanError, TraceError
+from autotp.inputs.paths import calls_to_trace, settled
+from autotp.plan.layout import Layout, replicated
+from autotp.plan.plan import Plan
+from autotp.plan.spec import ParamPlan
+from autotp.planner.bans import Accused, Bans
+from autotp.planner.certificate import replay, traced
+from autotp.planner.local_ints import Hints
+from autotp.planner.placements import Space
+from autotp.planner.repeats import differing, lift
+from autotp.planner.requested import by_value
+from autotp.planner.solve import solve
+from autotp.planner.uncalled import with_uncalled
+from autotp.trace.example import Example, Given
+from autotp.trace.keep import undisturbed
+from autotp.trace.memo import Known
+from autotp.trace.reading import has_forward_of
+from autotp.trace.repeats import alike_blocks
+from autotp.trace.run import trace
+
+MAX_REPLAYS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What an examination of a plan showed: `checked` as in `Plan.checked`, and what is `wrong`."""
+
+    checked: str
+    wrong: tuple[Accused, ...] = ()
+
+
+#: Looks at a plan that passed its replay, with the calls that were traced.
+Examine = Callable[[Plan, tuple[Example, ...]], Examined]
+
+
+_NOT_EVEN_WHOLE = "cannot be made parallel, even with everything whole on each rank"
+
+
+def _only_replayed(plan: Plan, examples: tuple[Example, ...]) -> Examined:
+    return Examined("graph only")
+
+
+@contextmanager
+def _lean() -> Iterator[None]:
+    """Without garbage collection and compilation.
+
+    Planning makes many small objects and no cycles worth a pass over the whole model's objects, and runs compiled code a few times only.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_lean()
+def make_plan(
+    model: nn.Module,
+    tp: int,
+    inputs: Given | None = None,
+    wanted: Mapping[str, Layout] | None = None,
+    hints: Hints | None = None,
+    examine: Examine = _only_replayed,
+    *,
+    replayed: bool = True,
+) -> Plan:
+    """The certified plan of `model` over `tp` ranks. The model is left as it was.
+
+    `wanted`: layouts by name that it is to have where that can be proven; compare the plan's own with them. The rest is planned
+    around them. `hints`: local values of attributes that are taken where they do (module, path). `examine`: says what is wrong with a
+    plan that passed its replay; it is then planned again without that. `replayed`: False leaves the replay out, where the examination
+    is all that is wanted.
+
+    Raises:
+        InputError: example inputs are needed or do not fit. TraceError: the model cannot be run on fake tensors.
+    """
+    if tp == 1:
+        return whole_plan(model, "tp is 1")
+    with undisturbed(model):
+        return _certified(model, tp, inputs, wanted or {}, hints, examine, replayed)
+
+
+def _certified(
+    model: nn.Module,
+    tp: int,
+    inputs: Given | None,
+    wanted: Mapping[str, Layout],
+    hints: Hints | None,
+    examine: Examine,
+    replayed: bool,
+) -> Plan:
+    made = next((path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if made is not None:
+        raise TraceError(
+            f"{made or 'the model'} is made by torch.jit, whose code cannot be traced: build it without torch.jit.script or trace"
+        )
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+    name = type(model).__name__
+    examples = tuple(settled(calls_to_trace(model, inputs)))
+    alike = {b: t for b, t in alike_blocks(model).items() if not differing(b, t, wanted, shapes)}
+    known: Known = {}
+    graph = trace(model, examples, keep, repeats=alike, known=known)
+    space = Space(find_axes(graph))
+    asked = by_value(graph.params, wanted)
+    bans = Bans({})
+    linears = frozenset(path for path, m in model.named_modules() if has_forward_of(type(m), nn.Linear))
+    for attempt in range(MAX_REPLAYS + 1):
+        before = bans.size
+        draft = solve(space, tp, bans, name, linears, asked, hints)
+        plan = lift(draft.plan, shapes, graph.repeats, shapes)
+        difference = replay(model, examples, draft, dict(plan.params), tp, known) if replayed else None
+        if difference is not None and draft.choice.on:
+            bans.blame(space, draft.choice, difference.node, difference.reason)
+            reason = f"{difference.reason}: {difference.node}"
+        else:
+            plan = with_uncalled(plan, draft, model)
+            found = examine(plan, traced(examples, graph))
+            if difference is not None and not found.checked.startswith("numbers"):  # nothing is sharded, and no run says that all is well
+                raise PlanError(f"{name} {_NOT_EVEN_WHOLE}: {difference.reason}: {difference.node}")
+            if not found.wrong:
+                return replace(plan, checked=found.checked)
+            if not draft.choice.on:
+                raise PlanError(f"{name} {_NOT_EVEN_WHOLE}: {found.wrong[0].reason}")
+            for accused in found.wrong:
+                bans.accuse(space, draft.choice, accused)
+            reason = found.wrong[0].reason
+        if bans.size == before or attempt == MAX_REPLAYS - 1:
+            bans.all = reason
+    raise PlanError(f"{name}: {bans.all}, and nothing is sharded")
+
+
+def whole_plan(model: nn.Module, reason: str) -> Plan:
+    """The plan that leaves everything whole on one rank."""
+    params: dict[str, ParamPlan] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        params[name] = ParamPlan(name, replicated(tuple(p.shape), 1), "", reason)
+        if first.setdefault(id(p), name) != name:
+            aliases[name] = first[id(p)]
+    return Plan(type(model).__name__, 1, params, (), (), (), aliases)

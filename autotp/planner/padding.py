@@ -1,0 +1,267 @@
+"""What the padding of a cut holds in each value: padding must not reach a result, a gradient or a statistic.
+
+Padded parameter entries are zero, and stay zero because their gradients are set to zero. What an operator makes of them is
+followed through the graph: a known constant, some finite numbers, or anything (an infinity, a NaN, or an operator whose
+derivative is not finite there). Where an axis is summed over, the padding adds zero if one factor of the product is zero and the
+others are finite; then the gradients that come back are zero times something finite as well. Statistics leave the
+padding out by themselves, and a gathered value drops it; all they need is that it is finite.
+
+`ANY` relies on one thing: the model's own entries are finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autotp.axes.analysis import is_pointwise
+from autotp.planner.partition import Cut
+from autotp.planner.placements import NONE, Labels, Space
+from autotp.planner.refusals import Conflict
+from autotp.trace.graph import Node, Pseudo, Value, values_in
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Every padded entry holds this number."""
+
+    number: float
+
+
+class _State:
+    """Padded entries hold finite numbers (ANY) or there is no telling (WILD)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+ANY, WILD = _State("any"), _State("wild")
+Padding = Known | _State
+ZERO = Known(0.0)
+
+# fmt: off
+_PRODUCTS = frozenset((
+    "linear", "matmul", "mm", "bmm", "mv", "dot", "vdot", "einsum", "grouped_mm", "_grouped_mm", "conv1d", "conv2d", "conv3d",
+    "convolution", "_convolution",
+))
+_BIASED = frozenset(("addmm", "baddbmm", "addbmm_"))
+#: Operators that choose, move or copy elements: the result's padding is made of the arguments'.
+_MOVES = frozenset((
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_copy", "transpose", "transpose_", "swapaxes",
+    "t", "numpy_T", "mT", "matrix_H", "adjoint", "mH", "permute", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "expand",
+    "expand_as", "broadcast_to", "repeat", "repeat_interleave", "split", "split_with_sizes", "chunk", "unsafe_split",
+    "unsafe_chunk", "tensor_split", "slice", "narrow", "slice_copy", "cat", "concat", "concatenate", "stack", "unbind", "select",
+    "select_copy", "index", "_unsafe_index", "index_select", "gather", "take_along_dim", "flip", "roll", "enter", "exit", "write",
+    "copy_", "alias", "detach", "detach_", "clone", "contiguous", "to", "_to_copy", "float", "double", "half", "type_as",
+    "embedding", "tril", "triu", "tril_", "triu_", "index_copy", "index_copy_", "scatter", "scatter_", "view_as_complex",
+    "view_as_real", "amax", "amin", "max", "min", "mean", "dropout", "constant_pad_nd", "pad", "lift_fresh", "lift_fresh_copy",
+    "real", "positive", "resolve_conj", "resolve_neg", "slice_scatter", "select_scatter",
+))
+#: Those that put zeros beside elements, or elements of several arguments.
+_FILLS = frozenset(("constant_pad_nd", "pad", "tril", "triu", "tril_", "triu_", "scatter", "scatter_", "dropout"))
+_MIXES = frozenset((
+    "copy_", "write", "scatter", "scatter_", "index_copy", "index_copy_", "slice_scatter", "select_scatter", "stack", "max",
+    "min",
+))
+#: Operators that give zero for zeros and something finite for finite numbers.
+_ZERO_TO_ZERO = frozenset((
+    "sum", "nansum", "cumsum", "cumsum_", "var", "linalg_vector_norm", "norm", "rms_norm", "topk", "sort", "diff", "index_add",
+    "index_add_", "scatter_add", "scatter_add_",
+))
+#: Operators that are finite for finite numbers.
+_FINITE = frozenset((
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "argmax", "argmin", "argsort", "any", "all", "count_nonzero",
+    "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty", "empty_like", "glu",
+))
+#: Elementwise operators that are finite, derivative too, wherever their arguments are. An exponential that overflows in the
+#: padding shows: it makes a NaN of the sum.
+_TOTAL = frozenset((
+    "add", "sub", "rsub", "mul", "multiply", "neg", "silu", "gelu", "relu", "softplus", "leaky_relu", "hardtanh", "hardswish",
+    "hardsigmoid", "elu", "celu", "selu", "mish", "logsigmoid", "log_sigmoid", "tanh", "sigmoid", "clamp", "clip", "erf", "where",
+    "masked_fill", "minimum", "maximum", "sin", "cos", "abs", "square", "sign", "relu6", "bitwise_not", "logical_not", "logical_and",
+    "logical_or", "bitwise_and", "bitwise_or", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "bool", "fill",
+    "addcmul", "lerp", "complex", "clamp_min", "clamp_max", "threshold", "isin", "floor", "ceil", "round", "erfc", "atan",
+    "nan_to_num", "exp", "exp2", "expm1",
+))
+# fmt: on
+
+
+def padding_conflict(space: Space, labels: Labels, cut: Cut) -> Conflict | None:
+    """Where the padding of `cut` would change a result, None where it cannot."""
+    held: dict[int, Padding] = {v.id: ZERO for v in space.graph.params.values() if labels.of(v) & cut.atoms}
+    lost: Node | None = None  # where it was first not known to be finite
+    for node in space.graph.nodes:
+        if node.op is Pseudo.REPEAT:
+            continue
+        sliced = {v.id for v in space.inputs[node.index] if labels.slices.get((node.index, v.id), NONE) & cut.atoms}
+        states: dict[int, Padding] = {}
+        for v in space.inputs[node.index]:
+            if v.id in sliced:
+                states[v.id] = _filled(space, v)
+            elif labels.of(v) & cut.atoms:
+                states[v.id] = held.get(v.id, ANY)
+        reason = _met(space, labels, node, cut, states)
+        if reason:
+            return Conflict(cut.atoms, node, reason)
+        if WILD in states.values() and _ends(labels, node, cut):
+            return Conflict(cut.atoms, lost, "the padding would not be finite")
+        if any(labels.of(o) & cut.atoms for o in node.outputs):
+            state = _result(space, node, states)
+            lost = node if state is WILD and WILD not in states.values() and lost is None else lost
+            for o in node.outputs:  # beside its result an operator may return where it came from
+                held[o.id] = ANY if isinstance(state, Known) and len(node.outputs) > 1 and not o.dtype.is_floating_point else state
+    return None
+
+
+def _filled(space: Space, value: Value) -> Padding:
+    """Constants of one value have it in their padding too; a slice of anything else repeats an entry of its own."""
+    number = space.graph.fills.get(value.id)
+    return ANY if number is None else Known(float(number)) if isfinite(number) else WILD
+
+
+def _ends(labels: Labels, node: Node, cut: Cut) -> bool:
+    """True where padding leaves the sharded region: summed away, or dropped by a gather; its gradient comes from there."""
+    return not any(labels.of(o) & cut.atoms for o in node.outputs)
+
+
+def _met(space: Space, labels: Labels, node: Node, cut: Cut, states: dict[int, Padding]) -> str:
+    """Why the node must not sum this padding; empty where it may."""
+    summed = [states[c.value] for c, atoms in space.contracts[node.index] if atoms & cut.atoms and c.value in states]
+    if not summed or node.index in labels.kernels or ZERO in summed or WILD in summed:
+        return ""  # distributed statistics count what is no padding
+    return "the padding would be summed"
+
+
+def _result(space: Space, node: Node, states: dict[int, Padding]) -> Padding:
+    name = node.opname
+    base = name.rstrip("_") if not name.startswith("_") else name
+    have = list(states.values())
+    if WILD in have:
+        return WILD
+    if not have:
+        return _made(space, node)
+    if name in _PRODUCTS or name in _BIASED:
+        bias = node.args[0] if name in _BIASED else node.args[2] if len(node.args) > 2 and name != "einsum" else None
+        factors = [s for key, s in states.items() if not (isinstance(bias, Value) and key == bias.id)]
+        clean = not isinstance(bias, Value) or states.get(bias.id) == ZERO
+        return ZERO if ZERO in factors and clean else ANY
+    if name == "linalg_solve_triangular" and node.kwargs.get("unitriangular"):  # else it divides by the diagonal
+        return ZERO if states.get(node.args[1].id) == ZERO else ANY
+    if name == "scaled_dot_product_attention":
+        return ZERO if states.get(node.args[2].id) == ZERO else ANY
+    if name == "layer_norm" or name == "group_norm":
+        bias = node.args[3] if len(node.args) > 3 else node.kwargs.get("bias")
+        clean = not isinstance(bias, Value) or states.get(bias.id) == ZERO
+        return ZERO if states.get(node.args[0].id) == ZERO and clean else ANY
+    if name in _MOVES:
+        return _joined(node, states)
+    if name in _ZERO_TO_ZERO:
+        return ZERO if all(s == ZERO for s in have) else ANY
+    if name in _FINITE:
+        return ANY
+    if is_pointwise(node.op) or base in _TOTAL:
+        return _elementwise(space, node, base, states)
+    return WILD
+
+
+def _made(space: Space, node: Node) -> Padding:
+    """A value made sharded from whole ones (an expansion, a filled constant) repeats their entries."""
+    number = space.graph.fills.get(node.outputs[0].id)
+    return ANY if number is None else Known(float(number)) if isfinite(number) else WILD
+
+
+def _joined(node: Node, states: dict[int, Padding]) -> Padding:
+    """Constants that elements are filled up with or that are scattered among them keep a known number only if it is the same."""
+    have = set(states.values())
+    if len(have) > 1:
+        return ANY
+    (state,) = have
+    if node.opname in _FILLS and (state != ZERO or _fills_with(node) != 0):
+        return ANY
+    whole = [v for v in values_in(node.args) if v.id not in states and v.dtype.is_floating_point]
+    return ANY if node.opname in _MIXES and whole else state
+
+
+def _fills_with(node: Node) -> float:
+    """The number that a node puts beside elements."""
+    if node.opname in ("pad", "constant_pad_nd"):
+        at = 3 if node.opname == "pad" else 2
+        given = node.args[at] if len(node.args) > at else node.kwargs.get("value")
+    elif node.opname.startswith("scatter"):
+        given = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    else:
+        given = None
+    return float(given) if isinstance(given, (int, float)) else 0.0
+
+
+def _elementwise(space: Space, node: Node, base: str, states: dict[int, Padding]) -> Padding:
+    known: dict[int, float] = {key: s.number for key, s in states.items() if isinstance(s, Known)}
+    known |= {v.id: space.graph.fills[v.id] for v in space.inputs[node.index] if v.id not in states and v.id in space.graph.fills}
+    tensors = space.inputs[node.index]
+    if all(v.id in known for v in tensors):
+        return _computed(node, known)
+    if base in ("mul", "multiply") and ZERO in states.values():
+        return ZERO
+    if base == "where" and len(node.args) == 3:
+        branches = {_branch(a, states, known) for a in node.args[1:3]}
+        return branches.pop() if len(branches) == 1 else ANY
+    if base == "masked_fill":
+        branches = {_branch(a, states, known) for a in (node.args[0], node.args[2])}
+        return branches.pop() if len(branches) == 1 else ANY
+    if base in ("div", "true_divide"):
+        below = node.args[1]
+        if isinstance(below, Value) and below.id in states and not known.get(below.id):
+            return WILD
+        above = node.args[0]
+        return ZERO if isinstance(above, Value) and states.get(above.id) == ZERO else ANY
+    if base == "pow" and isinstance(node.args[1], int) and node.args[1] >= 1:
+        return ANY
+    return ANY if base in _TOTAL else WILD
+
+
+def _branch(item: Any, states: dict[int, Padding], known: dict[int, float]) -> Padding:
+    if not isinstance(item, Value):
+        return Known(float(item)) if isinstance(item, (int, float)) else ANY
+    return Known(known[item.id]) if item.id in known else states.get(item.id, ANY)
+
+
+def _computed(node: Node, known: dict[int, float]) -> Padding:
+    """What the operator itself makes of the numbers; WILD where it or its derivative is not finite."""
+    leaves: list[Tensor] = []
+
+    def tensor(value: Value) -> Tensor:
+        if not value.dtype.is_floating_point:
+            return torch.tensor(known[value.id]).to(value.dtype)
+        leaf = torch.tensor(known[value.id], dtype=torch.float64, requires_grad=True)
+        leaves.append(leaf)
+        return leaf.clone()
+
+    try:
+        with torch.enable_grad():
+            out = node.op(*_map(node.args, tensor), **{k: _map(v, tensor) for k, v in node.kwargs.items() if k != "dtype"})  # type: ignore[operator]
+            if isinstance(out, Tensor) and out.requires_grad:
+                slopes = torch.autograd.grad(out, leaves, allow_unused=True)
+                if not all(s is None or bool(torch.isfinite(s)) for s in slopes):
+                    return WILD
+    except (RuntimeError, TypeError, ValueError):
+        return WILD
+    if not isinstance(out, Tensor) or out.is_complex():
+        return ANY if isinstance(out, Tensor) else WILD
+    number = float(out.detach())
+    return Known(number) if isfinite(number) else WILD
+
+
+def _map(tree: Any, tensor: Callable[[Value], Tensor]) -> Any:
+    if isinstance(tree, Value):
+        return tensor(tree)
+    if isinstance(tree, (list, tuple)):
+        return [_map(item, tensor) for item in tree]
+    return tree

@@ -1,0 +1,422 @@
+"""Labels and moves → the changes at each module.
+
+Every conversion is realised at the cheapest place that reaches it: a slot of a module boundary, the read of a parameter or
+buffer, or a call site. Plans of blocks that were not traced are copies of their templates'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+
+from autotp.plan.layout import Expr, Factor, freed, is_padded, is_sharded, shared
+from autotp.plan.spec import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use, Written
+from autotp.planner.choice import Choice
+from autotp.planner.in_place import statistics, wrongly_changed
+from autotp.planner.joint_reductions import Joint, conversions_of, members
+from autotp.planner.local_ints import Localised
+from autotp.planner.naming import Namer
+from autotp.planner.partition import Atoms
+from autotp.planner.placements import NONE, Space
+from autotp.planner.reductions import Moves, conversion_key, slot_key
+from autotp.planner.refusals import Unrealisable
+from autotp.planner.repeats import repeated
+from autotp.trace.graph import Access, Node, Origin, Place, Pseudo, Value, outside
+
+
+@dataclass
+class _CallSpec:
+    ints: list[tuple[int, int, int]] = field(default_factory=list)
+    inputs: dict[int, list[Conversion]] = field(default_factory=dict)
+    outputs: dict[int, list[Conversion]] = field(default_factory=dict)
+    kernel: Kernel | None = None
+    over: Expr | None = None
+    over_dim: int = -1
+
+    def freeze(self) -> tuple[object, ...]:
+        return (
+            tuple(sorted(set(self.ints))),
+            tuple((k, tuple(v)) for k, v in sorted(self.inputs.items())),
+            tuple((k, tuple(v)) for k, v in sorted(self.outputs.items())),
+            self.kernel,
+            self.over,
+            self.over_dim,
+        )
+
+
+class Builder:
+    """Collects the changes of one plan. `linears`: paths of modules that run exactly one linear."""
+
+    def __init__(
+        self, space: Space, choice: Choice, moves: Moves, local: Localised, namer: Namer, linears: frozenset[str], tp: int,
+        joints: tuple[Joint, ...] = (),
+    ) -> None:  # fmt: skip
+        self.space, self.choice, self.moves, self.local, self.namer, self.tp = space, choice, moves, local, namer, tp
+        self.linears, self.joints = linears, joints
+        self.graph, self.labels = space.graph, choice.labels
+        self.slots: dict[tuple[Pseudo, str, tuple[str | int, ...]], list[Conversion]] = {}
+        self.calls: dict[int, _CallSpec] = {}  # node index → spec
+        self.uses: dict[tuple[str, str, str], Use] = {}
+        self.users: dict[int, list[Node]] = {}
+        self.crossings: dict[Hashable, list[Node]] = {}  # slot → the nodes that cross it
+        for node in self.graph.nodes:
+            if (slot := slot_key(node)) is not None:
+                self.crossings.setdefault(slot, []).append(node)
+            for v in dict.fromkeys(node.inputs()):
+                self.users.setdefault(v.id, []).append(node)
+        self.made = space.made
+
+    def run(self) -> tuple[ModulePlan, ...]:
+        """The module plans of the traced modules, then of their repeats."""
+        self._reduces()
+        self._kernels()
+        self._gathers()
+        self._copies()
+        self._slices()
+        self._params()
+        for index, ints in self.local.overrides.items():
+            self._call(self.graph.nodes[index]).ints += list(ints)
+        self._check_changes()
+        return self._modules()
+
+    def _converted(self, value: Value) -> tuple[Conversion, ...]:
+        """Conversions between a value and what it is made of."""
+        node = self.made.get(value.id)
+        if node is None:
+            return ()
+        slot = slot_key(node)
+        if slot is not None:
+            return tuple(self.slots.get(slot, ()))
+        spec = self.calls.get(node.index, _CallSpec())
+        return tuple(c for table in (spec.inputs, spec.outputs) for conversions in table.values() for c in conversions)
+
+    def _check_changes(self) -> None:
+        """Nothing is changed in place behind a conversion, and statistics that modules read in slices are marked as written."""
+        error = wrongly_changed(self.space, self.labels, self.moves.partial, self._converted)
+        if error is not None:
+            raise Unrealisable(*error)
+        for node, buffer in statistics(self.space, self.labels):
+            key = (node.module, *self._owner(buffer, node.module))
+            use = self.uses.get(key)
+            if use is None or not any(c.op is Op.SLICE for c in use.conversions):
+                raise Unrealisable(node, "running statistics that are no buffers of the module would be updated in parts")
+            path = next(result for result in self.graph.results if node.index < result.stop)
+            always = node.args[5] and not path.name.endswith("-training")
+            if use.written is not Written.ALWAYS:
+                self.uses[key] = replace(use, written=Written.ALWAYS if always else Written.TRAINING)
+
+    # where ------------------------------------------------------------------------------------------------------------------
+
+    def _call(self, node: Node) -> _CallSpec:
+        if node.place is None or isinstance(node.op, Pseudo):
+            raise Unrealisable(node, "no call site can be told")
+        if reason := self.graph.sealed(node):
+            raise Unrealisable(node, reason)
+        return self.calls.setdefault(node.index, _CallSpec())
+
+    def _input(self, node: Node, value: Value, conversion: Conversion) -> None:
+        spec = self._call(node)
+        found = self.space.calls.arguments(node, value)
+        if not found:
+            raise Unrealisable(node, "the tensor to convert is no argument of the call in the code, or is changed in place by it")
+        for i in found:
+            spec.inputs.setdefault(i, []).append(conversion)
+
+    def _output(self, node: Node, value: Value, conversion: Conversion) -> None:
+        spec = self._call(node)
+        found = self.space.calls.results(node, value)
+        if not found:
+            raise Unrealisable(node, "the tensor to convert is no result of the call in the code, or is changed in place by it")
+        for i in found:
+            spec.outputs.setdefault(i, []).append(conversion)
+
+    def _at(self, key: Hashable, conversion: Conversion) -> None:
+        assert isinstance(key, tuple)
+        if key[0] == "slot":
+            self.slots.setdefault(key[1], []).append(conversion)
+            return
+        if key[0] == "place":
+            for node in self.graph.nodes:
+                for i, o in enumerate(node.outputs):
+                    if conversion_key(self.space, node, i) == key:
+                        self._output(node, o, conversion)
+            return
+        maker = self.made.get(key[1])
+        if maker is None:
+            raise Unrealisable(self.users[key[1]][0], "an argument of the model would need a conversion")
+        value = next(o for o in maker.outputs if o.id == key[1])
+        self._output(maker, value, conversion)
+
+    # conversions --------------------------------------------------------------------------------------------------------------
+
+    def _reduces(self) -> None:
+        for key in sorted(self.moves.reduces, key=str):
+            for op in conversions_of(self.joints, key):
+                self._at(key, Conversion(op))
+
+    def _kernels(self) -> None:
+        for index, kernel in self.labels.kernels.items():
+            spec = self._call(self.graph.nodes[index])
+            spec.kernel = kernel
+            if kernel is not Kernel.LOOKUP:
+                spec.over, spec.over_dim = self._over(self.graph.nodes[index])
+
+    def _over(self, node: Node) -> tuple[Expr | None, int]:
+        """The expression of the dim that a statistic crosses, None where all ranks hold even parts of it."""
+        found: list[tuple[Expr, int]] = []
+        for contract, atoms in self.space.contracts[node.index]:
+            on = self.labels.shard.get(contract.value, NONE) & atoms
+            if not on:
+                continue
+            dims = self.space.axes.dims[contract.value]
+            at = next(i for i, leaves in enumerate(self.space.leaves[contract.value]) if leaves & on)
+            found.append((self.namer.expr(dims[at], on), at - len(dims)))
+        if all(not is_padded(e, self.tp) and not shared(e, 0, self.tp).size for e, _ in found):
+            return None, -1
+        if len(found) > 1:
+            raise Unrealisable(node, "a statistic would cross two sharded dims")
+        return found[0]
+
+    def _part(self, value: Value, atoms: frozenset[object], on: frozenset[object], op: Op) -> Conversion:
+        if sum(bool(leaves & atoms) for leaves in self.space.leaves[value.id]) > 1:
+            raise Unrealisable(self.users[value.id][0], "a tensor would be cut along two dims")
+        for i, leaves in enumerate(self.space.leaves[value.id]):
+            if leaves & atoms:
+                expr: Expr = self.namer.expr(self.space.axes.dims[value.id][i], on)  # type: ignore[arg-type]
+                return Conversion(op, i - len(value.shape), freed(expr))
+        raise AssertionError("the value does not carry the axis")
+
+    def _gathers(self) -> None:
+        for index, atoms in self.labels.gathered.items():
+            node = self.graph.nodes[index]
+            (value,) = node.args
+            conversion = self._part(value, atoms, atoms, Op.GATHER)
+            key = slot_key(node)
+            assert key is not None
+            if any(n.index not in self.labels.gathered for n in self.crossings[key]):
+                raise Unrealisable(node, "only some calls of the module return a sharded value to gather")
+            have = self.slots.setdefault(key, [])
+            if conversion not in have:
+                if any(c.op is Op.GATHER for c in have):
+                    raise Unrealisable(node, "calls of one module would be gathered in different ways")
+                have.append(conversion)
+
+    def _copies(self) -> None:
+        for key in sorted(self.moves.copies, key=str):
+            assert isinstance(key, tuple)
+            if key[0] == "slot" and (inner := self._only_linears(key[1])):
+                for slot in inner:
+                    self.slots.setdefault(slot, []).append(Conversion(Op.COPY))
+            else:
+                self._at(key, Conversion(Op.COPY))
+        for index, key in self.moves.group_edges:
+            node = self.graph.nodes[index]
+            value = next(v for v in node.inputs() if v.id == key)
+            self._input(node, value, Conversion(Op.COPY))
+
+    def _only_linears(self, slot: Hashable) -> list[tuple[Pseudo, str, tuple[str | int, ...]]]:
+        """The input slots of the linears that take over a COPY: all uses of the slot's tensor are arguments of linears."""
+        found: dict[tuple[Pseudo, str, tuple[str | int, ...]], None] = {}
+        for node in self.crossings.get(slot, ()):
+            if node.slot is not None and node.slot[0] in self.linears:
+                return []
+            for user in self.users.get(node.outputs[0].id, ()):
+                key = slot_key(user)
+                if user.op is not Pseudo.ENTER or key is None or key[1] not in self.linears:
+                    return []
+                found[key] = None
+        if any(any(c.op is Op.COPY for c in self.slots.get(k, ())) for k in found):
+            return []
+        values = {n.outputs[0].id for n in self.crossings.get(slot, ())}
+        others = any(n.args[0].id not in values for key in found for n in self.crossings[key])
+        return [] if others else list(found)
+
+    def _slices(self) -> None:
+        edges: dict[int, dict[int, Atoms]] = {}
+        for (index, key), atoms in self.labels.slices.items():
+            edges.setdefault(key, {})[index] = atoms
+        slots: dict[Hashable, Conversion | None] = {}
+        pending: list[tuple[Value, dict[int, Atoms], Conversion]] = []
+        for key, nodes in edges.items():
+            value = next(v for v in self.graph.nodes[next(iter(nodes))].inputs() if v.id == key)
+            atoms = NONE.union(*nodes.values())
+            pending.append((value, nodes, self._part(value, atoms, atoms, Op.SLICE)))
+        for value, nodes, conversion in pending:
+            slot = self._slot_of(value)
+            if slot is not None:
+                all_uses = set(nodes) == {n.index for n in self.users[value.id]}
+                before = slots.get(slot, conversion)
+                slots[slot] = conversion if all_uses and _same(before, conversion) else None
+        for slot in slots:
+            wanted = {v.id for v, _, _ in pending}
+            if any(n.outputs[0].id not in wanted and self.users.get(n.outputs[0].id) for n in self.crossings.get(slot, ())):
+                slots[slot] = None
+        done: set[Hashable] = set()
+        for value, nodes, conversion in pending:
+            slot = self._slot_of(value)
+            if slot is not None and slots[slot] is not None:
+                if slot not in done:
+                    self.slots.setdefault(slot, []).append(conversion)  # type: ignore[arg-type]
+                    done.add(slot)
+            elif value.origin is Origin.BUFFER and self._read_sliced(value, nodes, conversion):
+                continue
+            else:
+                for index in nodes:
+                    self._input(self.graph.nodes[index], value, conversion)
+
+    def _slot_of(self, value: Value) -> Hashable | None:
+        node = self.made.get(value.id)
+        return slot_key(node) if node is not None else None
+
+    def _read_sliced(self, value: Value, nodes: Mapping[int, object], conversion: Conversion) -> bool:
+        by_module: dict[str, list[Node]] = {}
+        for node in self.users[value.id]:
+            by_module.setdefault(node.module, []).append(node)
+        modules = {self.graph.nodes[i].module for i in nodes}
+        if any(n.index not in nodes for m in modules for n in by_module[m]):
+            return False
+        for module in modules:
+            owner, name = self._owner(value, module)
+            self.uses[module, owner, name] = Use(owner, name, conversions=(conversion,))
+        return True
+
+    def _owner(self, value: Value, module: str) -> tuple[str, str]:
+        table = self.graph.params if value.origin is Origin.PARAM else self.graph.buffers
+        names = [n.rpartition(".") for n, v in table.items() if v is value]
+        own = [n for n in names if n[0] == module]
+        path, _, leaf = (own or names)[0]
+        return path, leaf
+
+    def _params(self) -> None:
+        for value in dict.fromkeys(self.graph.params.values()):
+            on = self.labels.of(value)
+            repeated = bool(on) and any(_has_repeats(self.namer.expr(d, on), self.tp) for d in self.space.axes.dims[value.id])
+            grad = GradSum.ALL if value.id in self.moves.grad_sums else GradSum.SHARED if repeated else GradSum.NONE
+            conversions = (Conversion(Op.ONCE),) if value.id in self.labels.once else ()
+            reading = [n.module for n in self.users.get(value.id, ())]
+            for module in dict.fromkeys((*reading, *(m for m, key in self.graph.accesses if key == value.id))):
+                accesses = self.graph.accesses.get((module, value.id), ())
+                for full in dict.fromkeys(a.name for a in accesses):
+                    owner, _, name = full.rpartition(".")
+                    held = Access(full, True) in accesses
+                    if grad is not GradSum.NONE or conversions or owner != module or held:
+                        self.uses[module, owner, name] = Use(owner, name, grad, conversions, held=held)
+
+    # assembly -----------------------------------------------------------------------------------------------------------------
+
+    def _sites(self) -> dict[str, list[Site]]:
+        """One site for each place in a module; every call from there must want the same."""
+        specs: dict[tuple[str, int], tuple[Node, _CallSpec]] = {}
+        for index, spec in self.calls.items():
+            node = self.graph.nodes[index]
+            _, old = specs.setdefault((node.module, node.call), (node, _CallSpec()))
+            self._merge(node, old, spec)
+        places: dict[tuple[str, Place], tuple[object, Site]] = {}
+        for (module, _), (node, spec) in specs.items():
+            assert node.place is not None
+            frozen = spec.freeze()
+            p = node.place
+            site = Site(p.file, p.function, p.line, p.offset, *frozen)  # type: ignore[arg-type]
+            before = places.setdefault((module, p), (frozen, site))
+            if before[0] != frozen:
+                raise Unrealisable(node, "calls from one place in the code need different conversions")
+        for node in self.graph.nodes:
+            if outside(node):
+                continue  # sites are watched in calls of the model only
+            if node.place is not None and (node.module, node.place) in places and (node.module, node.call) not in specs:
+                raise Unrealisable(node, "only some of the calls from one place in the code need a conversion")
+        out: dict[str, list[Site]] = {}
+        for (module, _), (_, site) in places.items():
+            out.setdefault(module, []).append(site)
+        return out
+
+    def _merge(self, node: Node, into: _CallSpec, spec: _CallSpec) -> None:
+        """Add what one node needs to what its Python call does; all nodes of the call see the same arguments."""
+        nodes = self.space.calls.nodes(node)
+        into.ints += spec.ints
+        if len({position for position, _, _ in into.ints}) < len(set(into.ints)):
+            raise Unrealisable(node, "one number of the call would have to become two")
+        for i, conversions in spec.inputs.items():
+            key = nodes[0].tensors[i]
+            others = [self.calls.get(n.index, _CallSpec()).inputs.get(i) for n in nodes if any(v.id == key for v in n.inputs())]
+            if any(other != conversions for other in others):
+                raise Unrealisable(node, "operators inside of one call need its argument in different forms")
+            into.inputs[i] = conversions
+        into.outputs.update(spec.outputs)
+        if spec.kernel is not None:
+            into.kernel, into.over, into.over_dim = spec.kernel, spec.over, spec.over_dim
+
+    def _merge_result_slots(self) -> None:
+        """Items of one list in a module's result that are all converted alike become one slot for every item.
+
+        Blocks that were not traced add items to such lists (attentions) that the trace has not seen.
+        """
+        groups: dict[tuple[str, tuple[str | int, ...]], dict[tuple[str | int, ...], None]] = {}
+        for node in self.graph.nodes:
+            if node.op is Pseudo.EXIT and node.slot is not None and len(node.slot[1]) > 1 and isinstance(node.slot[1][-1], int):
+                groups.setdefault((node.slot[0], node.slot[1][:-1]), {})[node.slot[1]] = None
+        for (module, parent), paths in groups.items():
+            found = [self.slots.get((Pseudo.EXIT, module, p)) for p in paths]
+            if found[0] and all(f is not None and _alike(f, found[0]) for f in found):
+                for p in paths:
+                    del self.slots[Pseudo.EXIT, module, p]
+                self.slots[Pseudo.EXIT, module, (*parent, "*")] = found[0]
+
+    def _modules(self) -> tuple[ModulePlan, ...]:
+        plans: dict[str, ModulePlan] = {}
+        self._merge_result_slots()
+
+        def at(path: str) -> ModulePlan:
+            return plans.get(path) or ModulePlan(path)
+
+        for (kind, path, where), conversions in self.slots.items():
+            plan, ordered = at(path), _ordered(conversions)
+            if kind is Pseudo.ENTER and len(where) > 1 and path in self.graph.refilled:
+                node = next(n for n in self.graph.nodes if n.slot == (path, where))
+                raise Unrealisable(node, "the call changes the list or dict in which it is given a tensor to convert")
+            if kind is Pseudo.ENTER:  # arguments that were one tensor in some call are converted alike, each by itself
+                slots = tuple(Slot(p, ordered) for p in self.graph.members.get((path, where), (where,)))
+                plans[path] = replace(plan, inputs=(*plan.inputs, *slots))
+            else:
+                plans[path] = replace(plan, outputs=(*plan.outputs, Slot(where, ordered)))
+        for (module, _, _), use in self.uses.items():
+            plans[module] = replace(at(module), uses=(*at(module).uses, use))
+        for module, attributes in self.local.attributes.items():
+            plans[module] = replace(at(module), attributes=attributes)
+        for module, sites in self._sites().items():
+            plans[module] = replace(at(module), sites=tuple(sites))
+        for module, groups in members(self.joints).items():
+            plans[module] = replace(at(module), joint=groups)
+        for (module, name), values in self.graph.left.items():
+            if any(self.labels.of(v) or v.id in self.moves.partial for v in values):
+                plans[module] = replace(at(module), stashed=(*at(module).stashed, name))
+        return (*plans.values(), *repeated(plans, self.graph.repeats))
+
+
+_ORDER = {Op.JOIN: 0, Op.HOLD: 1, Op.REDUCE: 1, Op.GATHER: 2, Op.COPY: 3, Op.SLICE: 4, Op.ONCE: 5}
+
+
+def _ordered(conversions: list[Conversion]) -> tuple[Conversion, ...]:
+    return tuple(sorted(dict.fromkeys(conversions), key=lambda c: _ORDER[c.op]))
+
+
+def _same(a: Conversion | None, b: Conversion) -> bool:
+    return a is not None and a == b
+
+
+def _alike(a: list[Conversion], b: list[Conversion]) -> bool:
+    """Equal but for the names of factors."""
+    return [(c.op, c.dim, _sizes(c.expr)) for c in a] == [(c.op, c.dim, _sizes(c.expr)) for c in b]
+
+
+def _sizes(expr: Expr | None) -> object:
+    if expr is None or isinstance(expr, Factor):
+        return expr and (expr.size, expr.sharded, expr.pieces, bool(expr.of), expr.granule)
+    return (type(expr).__name__, tuple(_sizes(p) for p in expr.parts))
+
+
+def _has_repeats(expr: Expr, tp: int) -> bool:
+    return is_sharded(expr) and shared(expr, 0, tp).size > 0
+
+
+__all__ = ["NONE", "Builder", "Unrealisable"]

@@ -1,0 +1,325 @@
+"""Where partial sums are reduced, forward and backward.
+
+Forward: a value that is a partial sum must be whole where it meets an operator that does not commute with the sum.
+Backward: a whole value that is used inside a sharded region gets a partial gradient from there; it must be reduced before it
+meets gradients that are whole already, or reaches a parameter, exactly once on every path. Both are minimum cuts over the
+values of the graph. Conversions are cheap where a tensor crosses a module boundary, because hooks reach it there, and on
+parameters; anywhere else they need an intervention at a call site, which costs `SITE`.
+
+Value and gradient types (forward → backward): P → its gradient is whole; S → sharded; R → whole (R) or partial (P).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from math import prod
+
+from autotp.planner.mincut import Cut
+from autotp.planner.placements import SELECTIONS, Labels, SlotKey, Space
+from autotp.planner.refusals import Undecidable
+from autotp.trace.graph import Node, Origin, Pseudo, Value, outside
+
+SITE = 1e12
+_TORCH = frozenset(("aten", "prim", "prims", "_c10d_functional"))  # operators whose backward is known to be linear in the gradient
+TOKENS_SCALE = 100.0  # examples are tiny: an activation stands for this many times its elements against a parameter's
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Conversions by where they happen.
+
+    reduces, copies: the `conversion_key`s of module boundaries, call sites or single values.
+    group_edges: (node index, value id) uses inside regions that are converted alone. grad_sums: parameters whose gradient is summed.
+    partial: values that are still partial sums where they are used. hanging: ("above" or "below" a conversion, slot) whose gradient is
+    still a partial sum there.
+    """
+
+    reduces: frozenset[Hashable]
+    partial: frozenset[int]
+    copies: frozenset[Hashable]
+    group_edges: frozenset[tuple[int, int]]
+    grad_sums: frozenset[int]
+    hanging: frozenset[tuple[str, SlotKey]] = frozenset()
+
+
+def slot_key(node: Node) -> SlotKey | None:
+    """The boundary slot that an ENTER or EXIT node crosses."""
+    if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
+        return (node.op, *node.slot)
+    return None
+
+
+def conversion_key(space: Space, node: Node, index: int) -> Hashable:
+    """What converts result `index` of a node: a boundary slot, or the place in the code that calls the operator.
+
+    A hook treats every call of its module alike, and an intervention every call from its place. Results that no conversion reaches
+    stand for themselves.
+    """
+    slot = slot_key(node)
+    if slot is not None:
+        return ("slot", slot)
+    if not space.calls.results(node, node.outputs[index]):
+        return ("value", node.outputs[index].id)
+    return ("place", node.module, node.place, node.opname, index)
+
+
+class _Vertices:
+    """Vertices of values; values that one conversion would act on share theirs."""
+
+    def __init__(self, space: Space, places: bool) -> None:
+        """`places`: calls from one place in the code share their vertices; otherwise each value outside slots is alone."""
+        self.key: dict[int, Hashable] = {}
+        self.order: dict[int, int] = {}
+        self.fixed: set[Hashable] = set()  # of what no conversion reaches
+        for node in space.graph.nodes:
+            for i, o in enumerate(node.outputs):
+                key = conversion_key(space, node, i)
+                if key == ("value", o.id):
+                    self.fixed.add(key)
+                self.key[o.id] = key if places or slot_key(node) is not None else ("value", o.id)
+                self.order[o.id] = node.index
+
+    def of(self, value: Value) -> Hashable:
+        return self.key.get(value.id, ("value", value.id))
+
+
+def _elements(value: Value) -> float:
+    return float(prod(value.shape)) * TOKENS_SCALE
+
+
+def _cost(key: Hashable, elements: float, order: int, late: bool = False) -> float:
+    """Boundaries before places in the code, places where a value is made before `late` ones, and the model's own results last.
+
+    Code may have branches that no traced call took, and take a sum for whole: the less of it stands before the conversion the better.
+    """
+    base = elements * (1 + 1e-7 * order)
+    if not (isinstance(key, tuple) and key[0] == "slot"):
+        return (1.5 if late else 1) * SITE + base
+    return 2 * SITE + base if key[1][:2] == (Pseudo.EXIT, "") else base
+
+
+def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozenset[Hashable], frozenset[int]]:
+    """(where partial sums are reduced, values still partial after that)."""
+    cut, vertices = Cut(), _Vertices(space, places)
+    mixed = _mixed(space, vertices, lambda v: v.id in labels.partial, lambda v: True) | _sealed(space, vertices)
+    stops, first = [result.stop for result in space.graph.results], dict[Hashable, int]()
+    summed = labels.partial - {key for key, number in space.graph.fills.items() if number == 0.0}  # zeros are whole and partial
+    weights: dict[int, float] = {}
+    for node in space.graph.nodes:
+        partial_in = [v for v in dict.fromkeys(node.inputs()) if v.id in summed]
+        for o in node.outputs:
+            if o.id not in summed:
+                continue
+            key, born = vertices.of(o), o.id in labels.born
+            weights[o.id] = _elements(o)
+            if not born and node.opname in SELECTIONS:  # what is left out is no gain: it was a sum too
+                weights[o.id] = max([weights[o.id], *(weights.get(v.id, 0.0) for v in partial_in)])
+            if born:
+                cut.born(("pre", key))
+            else:
+                for v in partial_in:
+                    cut.same(("post", vertices.of(v)), ("pre", key))
+            path = bisect_right(stops, node.index)
+            if first.setdefault(key, path) == path:  # a module that one path calls twice is no cheaper than two modules
+                cut.convertible(key, ("pre", key), ("post", key), None if key in mixed else _cost(key, weights[o.id], node.index, not born))
+    for value in space.graph.params.values():
+        if value.id in labels.once:
+            key = vertices.of(value)
+            cut.born(("pre", key))
+            cut.same(("pre", key), ("post", key))
+    made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+    for _, key in labels.reduces:
+        reduced = next((o for n in (made.get(key),) if n is not None for o in n.outputs if o.id == key), None)
+        cut.needed(("post", vertices.of(reduced) if reduced is not None else ("value", key)))
+    for node in space.graph.nodes:
+        if node.op is Pseudo.REPEAT:
+            for a, b in zip(node.args[0], node.args[1], strict=True):
+                if a.id in labels.partial and b.id in labels.partial:
+                    cut.same(("post", vertices.of(a)), ("post", vertices.of(b)))
+    for result in space.graph.results:
+        for _, leaf in result.leaves:
+            if isinstance(leaf, Value) and leaf.id in labels.partial:
+                cut.needed(("post", vertices.of(leaf)))
+    solved = cut.solve()
+    if solved is None:
+        raise Undecidable("a partial sum cannot be reduced on every path exactly once")
+    chosen, unconverted = solved
+    partial = frozenset(k for k in labels.partial if ("post", vertices.key.get(k, ("value", k))) in unconverted)
+    return frozenset(chosen), partial
+
+
+def _mixed(space: Space, vertices: _Vertices, holds: Callable[[Value], bool], matters: Callable[[Value], bool]) -> set[Hashable]:
+    """What no conversion reaches, and slots and places in the code that see both kinds of values in different calls.
+
+    `matters`: what a conversion at a place would do something to.
+    """
+    seen: dict[Hashable, bool] = {}
+    mixed = set(vertices.fixed)
+    for node in space.graph.nodes:
+        slot = slot_key(node) is not None
+        for o in node.outputs:
+            key = vertices.of(o)
+            if not slot and not (isinstance(key, tuple) and key[0] == "place" and matters(o)):
+                continue
+            if space.graph.fills.get(o.id) == 0.0:
+                continue  # zeros are whole and a partial sum (experts that no token chose)
+            flag = holds(o)
+            if seen.setdefault(key, flag) != flag:
+                mixed.add(key)
+    return mixed
+
+
+def _sealed(space: Space, vertices: _Vertices) -> set[Hashable]:
+    """What no conversion can stand at: results of operators inside of autograd functions, and outside of the model's forward."""
+    return {vertices.of(o) for node in space.graph.nodes if space.graph.sealed(node) for o in node.outputs}
+
+
+def _seen_whole(space: Space, node: Node) -> tuple[Value, ...]:
+    """The values of a node whose gradient has to be whole as soon as it arrives: code sees it that need not be linear in it."""
+    if node.op is Pseudo.HOOK:
+        return tuple(node.inputs())
+    if node.op is Pseudo.APPLY:
+        return ()
+    own = node.scope >= 0 and not space.graph.scopes[node.scope].shown
+    foreign = not isinstance(node.op, Pseudo) and node.op.namespace not in _TORCH
+    return node.outputs if own or foreign or outside(node) else ()
+
+
+def place_copies(
+    space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable], places: bool
+) -> tuple[frozenset[Hashable], frozenset[tuple[int, int]], frozenset[int], frozenset[tuple[str, SlotKey]]]:
+    """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed, hanging slots)."""
+    cut, vertices = Cut(), _Vertices(space, places)
+    flows = space.flows
+    sharded = labels.shard
+
+    def whole(v: Value) -> bool:
+        return v.id in flows and v.id not in partial and not sharded.get(v.id)
+
+    mixed = _mixed(space, vertices, whole, lambda v: v.id in flows) | _sealed(space, vertices)
+    mixed |= {vertices.of(o) for n in space.graph.nodes for o in n.outputs if o.id in space.storage.changed}  # a copy would be changed
+    groups: dict[int, Value] = {}
+    edges: set[tuple[int, int]] = set()
+    seen: dict[int, Value] = {}
+    for node in space.graph.nodes:
+        out_sharded = any(sharded.get(o.id) for o in node.outputs)
+        at_once = any(o.id in labels.partial and vertices.of(o) in reduces for o in node.outputs) and slot_key(node) is None
+        out_partial = at_once or any(o.id in partial for o in node.outputs)
+        live = [o for o in node.outputs if o.id in flows]
+        inputs = list(dict.fromkeys(node.inputs()))
+        for o in live:
+            if whole(o):
+                seen[o.id] = o
+                if at_once or (any(v.id in partial for v in inputs) and node.index not in labels.kernels):
+                    cut.needed(("above", vertices.of(o)))  # reduced here: its gradient goes on to every rank's part
+                if node.index in labels.gathered or (labels.kernels.get(node.index) is not None and not out_partial and not out_sharded):
+                    cut.needed(("above", vertices.of(o)))
+        if node.op is Pseudo.REPEAT:
+            _repeat(cut, vertices, node, whole)
+            continue
+        for v in _seen_whole(space, node):
+            if whole(v):
+                seen[v.id] = v
+                cut.needed(("below", vertices.of(v)))
+        if not live:
+            continue
+        for v in inputs:
+            if not whole(v):
+                if (
+                    v.id in flows
+                    and sharded.get(v.id)
+                    and not out_partial
+                    and node.index not in labels.gathered
+                    and node.index not in labels.kernels
+                ):
+                    for o in live:  # a repeated segment is taken out: its gradient stays a partial sum
+                        if whole(o):
+                            cut.born(("above", vertices.of(o)))
+                continue
+            seen[v.id] = v
+            below = ("below", vertices.of(v))
+            partners = [u for u in inputs if u is not v and (u.id in partial or sharded.get(u.id))]
+            region = out_sharded or (node.index, v.id) in labels.slices or (out_partial and bool(partners) and not _added(space, node, v))
+            if region:
+                groups[v.id] = v
+                edges.add((node.index, v.id))
+                cut.same(("group post", v.id), below)
+            elif out_partial:
+                cut.needed(below)  # added to a partial sum: its gradient is whole
+            else:
+                for o in live:
+                    cut.same(("above", vertices.of(o)), below)
+    for key, v in groups.items():
+        cut.born(("group", key))
+        sealed = any(space.graph.sealed(space.graph.nodes[index]) for index, number in edges if number == key)
+        cut.convertible(("group", key), ("group", key), ("group post", key), None if sealed else SITE + _elements(v))
+    _ends(space, cut, vertices, seen, flows, mixed)
+    solved = cut.solve()
+    if solved is None:
+        raise Undecidable("the gradients of a region cannot be reduced on every path exactly once")
+    chosen = solved[0]
+    copies = frozenset(k for k in chosen if isinstance(k, tuple) and k[0] in ("slot", "place", "value"))
+    return (
+        copies,
+        frozenset(e for e in edges if ("group", e[1]) in chosen),
+        frozenset(k[1] for k in chosen if isinstance(k, tuple) and k[0] == "param"),
+        frozenset((v[0], v[1][1]) for v in solved[1] if isinstance(v, tuple) and v[0] in ("above", "below") and v[1][0] == "slot"),
+    )
+
+
+def _ends(space: Space, cut: Cut, vertices: _Vertices, seen: dict[int, Value], flows: set[int], mixed: set[Hashable]) -> None:
+    done: set[Hashable] = set()
+    for v in seen.values():
+        key = vertices.of(v)
+        if key in done:
+            continue
+        done.add(key)
+        before, after = ("below", key), ("above", key)
+        if v.origin is Origin.PARAM:
+            cut.convertible(("param", v.id), before, after, float(prod(v.shape)))
+            cut.needed(after)
+        elif v.origin is Origin.NODE:
+            cut.convertible(key, before, after, None if key in mixed else _cost(key, _elements(v), -vertices.order[v.id]))
+        else:
+            cut.convertible(key, before, after, SITE + _elements(v))
+            cut.needed(after)
+    for result in space.graph.results:
+        for _, leaf in result.leaves:
+            if isinstance(leaf, Value) and leaf.id in seen:
+                cut.needed(("below", vertices.of(leaf)))
+    for values in space.graph.left.values():  # a loss may be made of what is whole
+        for v in values:
+            if v.id in seen:
+                cut.needed(("below", vertices.of(v)))
+
+
+def _repeat(cut: Cut, vertices: _Vertices, node: Node, whole: Callable[[Value], bool]) -> None:
+    here, there = node.args
+    for a, b in zip(here, there, strict=True):
+        if whole(a):
+            cut.same(("below", vertices.of(a)), ("below", vertices.of(b)))
+
+
+def _added(space: Space, node: Node, value: Value) -> bool:
+    """True where the node adds `value` to its other operands instead of multiplying."""
+    meaning = space.axes.meanings[node.index]
+    return value.id in meaning.once or any(len(group) > 1 and value.id in group for group in meaning.linear)
+
+
+def place(space: Space, labels: Labels) -> Moves:
+    """All reductions of a labelled graph.
+
+    Raises:
+        Undecidable: no placement reduces every partial sum exactly once.
+    """
+    try:
+        return _place(space, labels, places=True)
+    except Undecidable:  # calls from one place may need different things: then each on its own, if the code allows it
+        return _place(space, labels, places=False)
+
+
+def _place(space: Space, labels: Labels, places: bool) -> Moves:
+    reduces, partial = place_reductions(space, labels, places)
+    return Moves(reduces, partial, *place_copies(space, labels, partial, reduces, places))

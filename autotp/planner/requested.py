@@ -1,0 +1,91 @@
+"""Layouts that are asked for: which cuts they want, and which they rule out.
+
+A cut deals every parameter that carries its axis. It is asked for where each of these parameters that has a wanted layout would be dealt
+as that layout says, ruled out where one would not, and free where none has one. Layouts are compared by the elements that each
+rank holds, in order, not by the names of their factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from autotp.axes.atoms import Atom
+from autotp.plan.layout import Concat, Expr, Layout, factors, is_sharded, runs, size
+from autotp.planner.naming import Namer
+from autotp.planner.partition import Cut
+from autotp.planner.placements import Space
+from autotp.trace.graph import Value
+
+#: Value id of a parameter → the layout that it is to have.
+Wanted = Mapping[int, Layout]
+
+
+#: How the reason begins why an axis is not cut that a wanted layout rules out.
+RULED_OUT = "as asked for, "
+
+
+def claimed(cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> list[Value]:
+    """The parameters on the axis of `cut` that have a wanted layout."""
+    values = {v.id: v for atom in cut.atoms for v in carriers[atom]}
+    return [v for v in values.values() if v.id in wanted]
+
+
+def ruled_out(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> str:
+    """Which wanted layout rules `cut` out, "" where none does."""
+    for value in claimed(cut, carriers, wanted):
+        if not _fits(space, cut, value, wanted[value.id]):
+            return f"{RULED_OUT}{value.name} is laid out as {wanted[value.id]}"
+    return ""
+
+
+def granules(wanted: Wanted, length: int) -> set[int]:
+    """Granules that wanted layouts have for factors of a size."""
+    return {f.granule for layout in wanted.values() for d in layout.dims for f in factors(d) if f.sharded and f.size == length}
+
+
+def _fits(space: Space, cut: Cut, value: Value, layout: Layout) -> bool:
+    """True where `cut` deals its part of a parameter as `layout` does; what other axes deal is not looked at."""
+    namer = Namer({}, dict.fromkeys(cut.atoms, cut))
+    for dim, theirs in zip(space.axes.dims[value.id], layout.dims, strict=True):
+        on = space.atoms(dim) & cut.atoms
+        if on and not all(_alike(a, b, cut.tp) for a, b in _beside(namer.expr(dim, on), theirs)):
+            return False
+    return True
+
+
+def _alike(mine: Expr, theirs: Expr | None, tp: int) -> bool:
+    return theirs is not None and all(runs(mine, rank, tp) == runs(theirs, rank, tp) for rank in range(tp))
+
+
+def _beside(mine: Expr, theirs: Expr) -> Iterator[tuple[Expr, Expr | None]]:
+    """The segments of a dim that are cut, each with what the other expression has at its place."""
+    if not isinstance(mine, Concat):
+        yield mine, theirs
+        return
+    at = 0
+    for part in mine.parts:
+        if is_sharded(part):
+            yield part, _between(theirs, at, at + size(part))
+        at += size(part)
+
+
+def _between(expr: Expr, start: int, stop: int) -> Expr | None:
+    """The segments of `expr` from index `start` to `stop`, None where they do not begin and end there."""
+    if (start, stop) == (0, size(expr)):
+        return expr
+    if not isinstance(expr, Concat):
+        return None
+    found: list[Expr] = []
+    at = 0
+    for part in expr.parts:
+        if start <= at and at + size(part) <= stop:
+            found.append(part)
+        elif at < stop and start < at + size(part):
+            return _between(part, start - at, stop - at) if at <= start and stop <= at + size(part) else None
+        at += size(part)
+    return found[0] if len(found) == 1 else Concat(tuple(found))
+
+
+def by_value(params: Mapping[str, Value], layouts: Mapping[str, Layout]) -> dict[int, Layout]:
+    """Wanted layouts by value, from those by name."""
+    return {v.id: layouts[n] for n, v in params.items() if n in layouts}

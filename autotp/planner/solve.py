@@ -1,0 +1,90 @@
+"""Axes → Plan: choose, localise, place the reductions, realise; whatever cannot be realised is un-sharded with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autotp.errors import PlanError
+from autotp.plan.cost import summed
+from autotp.plan.spec import Op
+from autotp.planner.assemble import Draft, assemble, param_dims
+from autotp.planner.bans import Bans
+from autotp.planner.boundaries import find_boundaries, find_copies, find_inside
+from autotp.planner.choice import Choice, choose
+from autotp.planner.joint_reductions import find_joints
+from autotp.planner.local_ints import Hints, localise
+from autotp.planner.naming import Namer, pattern_of
+from autotp.planner.placements import Labels, Space, label
+from autotp.planner.realise import Builder
+from autotp.planner.reductions import place
+from autotp.planner.refusals import Stuck, Undecidable, Unrealisable
+from autotp.planner.repeats import lift
+from autotp.planner.requested import Wanted
+
+#: How many drafts are tried before everything stays whole.
+MAX_ATTEMPTS = 128
+
+
+def solve(
+    space: Space, tp: int, bans: Bans, model: str, linears: frozenset[str], wanted: Wanted | None = None, hints: Hints | None = None
+) -> Draft:
+    """The best plan that avoids `bans`, with the `wanted` layouts as far as they can be had; adds to `bans` what turns out impossible.
+
+    Each attempt that fails bans something more. After `MAX_ATTEMPTS`, and where nothing more was found to ban, everything is.
+    `hints`: see `localise`.
+
+    Raises:
+        PlanError: a fault that stays where nothing is sharded.
+    """
+    for attempt in range(MAX_ATTEMPTS + 1):
+        before = bans.size
+        choice = choose(space, tp, bans.cuts, bans.whole, wanted, bans.all)
+        try:
+            local = localise(space, choice.labels, hints)
+            moves = place(space, choice.labels)
+            namer = Namer({a: pattern_of(space, choice, a) for a in choice.on}, choice.cuts, param_dims(space))
+            joints, notes = find_joints(space, moves)
+            builder = Builder(space, choice, moves, local, namer, linears, tp, joints)
+            modules = builder.run()
+        except (Stuck, Unrealisable) as error:
+            reason = f"{error.reason}: {error.node}"
+            if not choice.on:
+                raise PlanError(f"{model}: {reason}, and nothing is sharded") from error
+            bans.blame(space, choice, error.node, error.reason)
+        except Undecidable as error:
+            reason = str(error)
+            if not choice.on:
+                raise PlanError(f"{model}: {reason}, and nothing is sharded") from error
+            _blame_alone(space, choice, bans, reason)
+        else:
+            plan = assemble(space, choice, moves, modules, namer, tp, model, bans)
+            copied = {slot for slot, conversions in builder.slots.items() if any(c.op is Op.COPY for c in conversions)}
+            boundaries = find_boundaries(space, choice.labels, moves, joints, copied, space.graph.repeats)
+            inside = find_inside(space, choice.labels, moves, boundaries, space.graph.repeats)
+            graph = space.graph
+            plan = replace(plan, notes=(*plan.notes, *notes), boundaries=boundaries, inside=inside, swapped=graph.swapped)
+            whole = {slot for slot, conversions in builder.slots.items() if any(c.op in (Op.GATHER, Op.REDUCE) for c in conversions)}
+            copies = find_copies(space, whole, graph.repeats)
+            plan = replace(plan, untrained=graph.untrained if plan.local_share < 1 else "", copies=copies)
+            return Draft(plan, space, choice, moves, local)
+        if bans.size == before or attempt == MAX_ATTEMPTS - 1:
+            bans.all = reason
+    raise AssertionError("an axis was taken where none may be")
+
+
+def _blame_alone(space: Space, choice: Choice, bans: Bans, reason: str) -> None:
+    """Find the axis whose reductions cannot be placed by trying each without the others."""
+    found = False
+    every = dict.fromkeys(choice.cuts.values())
+    for cut in every:
+        gathers = {slot: atoms & cut.atoms for slot, atoms in choice.gathers.items()}
+        try:
+            place(space, label(space, dict.fromkeys(cut.atoms, cut), gathers, choice.whole))
+        except Undecidable:
+            bans.cuts[cut] = reason
+            found = True
+    if not found:
+        bans.cuts.update(dict.fromkeys(every, reason))
+
+
+__all__ = ["Bans", "Draft", "Labels", "lift", "solve", "summed"]

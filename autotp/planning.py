@@ -1,0 +1,81 @@
+"""The one place where recipes and the planner meet: a plan with or without a recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from autotp.errors import InputError, PlanError, RecipeError, TraceError
+from autotp.examine import Check, checked_plan
+from autotp.plan.notation import UNKNOWN
+from autotp.plan.plan import Plan
+from autotp.planner.make_plan import whole_plan
+from autotp.recipe.bind import bind
+from autotp.recipe.binding import Bound
+from autotp.recipe.compare import differences, followed, wanted_layouts
+from autotp.recipe.recipe import Recipe
+from autotp.recipe.untraced import plan_of_bound
+from autotp.trace.example import Given
+
+
+def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Given | None = None, check: Check = Check.NUMBERS) -> Plan:
+    """The plan of `model` that follows `recipe`, proven where the model can be traced. The model is left as it was.
+
+    Raises:
+        RecipeError: the recipe does not fit, or is not proven: every difference, with its place. TraceError: the model cannot be
+            traced, and the recipe does not cover it. InputError: bad example inputs.
+    """
+    bound = bind(recipe, model, tp)
+    if tp == 1:
+        return whole_plan(model, "tp is 1")
+    if recipe.unsafe:
+        return replace(plan_of_bound(bound), notes=(f"UNSAFE: the recipe {recipe.name or recipe.file} is not proven: {recipe.reason}",))
+    wanted = wanted_layouts(bound)
+    try:
+        planned = checked_plan(model, tp, inputs, wanted, _hints(bound), check=check)
+    except (TraceError, InputError) as error:
+        if isinstance(error, InputError) and inputs is not None:
+            raise
+        return _untraced(bound, error)
+    problems = differences(bound, planned, wanted, lambda: checked_plan(model, tp, inputs, check=check))
+    if problems:
+        raise RecipeError(problems)
+    return replace(planned, params={n: followed(p, bound.params.get(n), wanted.get(n), recipe.pinned) for n, p in planned.params.items()})
+
+
+def _hints(bound: Bound) -> dict[tuple[str, str], int]:
+    return {(a.module, a.local.path): a.local.local for a in bound.attributes if a.local.local != UNKNOWN}
+
+
+def _untraced(bound: Bound, error: Exception) -> Plan:
+    recipe = bound.recipe
+    if bound.uncovered:
+        some = ", ".join(bound.uncovered[:5]) + (", …" if len(bound.uncovered) > 5 else "")
+        text = (
+            f"the recipe {recipe.name or recipe.file} does not cover {len(bound.uncovered)} parameters ({some}), and no trace can plan them"
+        )
+        raise TraceError(f"{error}\n{text}") from error
+    note = f"not proven: the model could not be traced ({' '.join(str(error).split())})"
+    return replace(plan_of_bound(bound), notes=(note,))
+
+
+#: What `recipe=` takes: a path, the name of a bundled recipe or of a model type, a mapping, or a Recipe.
+RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, Any]
+
+
+def planned(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Given | None, check: Check) -> Plan:
+    if recipe is None:
+        return checked_plan(model, tp, inputs, check=check)
+    return recipe_plan(Recipe.load(recipe), model, tp, inputs, check)
+
+
+def prepared(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Given | None, strict: bool, check: Check) -> Plan:
+    made = planned(model, tp, recipe, inputs, check)
+    if strict and made.replicated_products:
+        listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)
+        raise PlanError(f"strict=True, and these Linear or expert parameters stay replicated:\n  {listed}")
+    return made

@@ -1,0 +1,98 @@
+"""A recipe fitted to a model, as values; and what does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from autotp.plan.layout import Expr, Layout, factors
+from autotp.plan.spec import LocalAttribute
+from autotp.recipe.recipe import Recipe
+from autotp.recipe.spec import Attribute, Boundary, Entry, Role
+
+
+@dataclass(frozen=True, slots=True)
+class BoundAttribute:
+    """One attribute of one module."""
+
+    module: str
+    local: LocalAttribute
+    attribute: Attribute
+
+
+@dataclass(frozen=True, slots=True)
+class BoundParam:
+    """One covered parameter."""
+
+    name: str
+    entry: Entry
+    layout: Layout
+
+    @property
+    def role(self) -> Role:
+        """What it is to the ranks."""
+        return self.entry.role
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns it."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the factors that are cut."""
+        return frozenset(f.name for d in self.layout.dims for f in factors(d) if f.sharded)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundBoundary:
+    """One argument or result of one module; `dims` are None for enter and leave."""
+
+    module: str
+    path: tuple[str | int, ...]
+    boundary: Boundary
+    dims: tuple[Expr, ...] | None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A recipe fitted to a model. `uncovered`: parameters that it says nothing of. `aliases`: tied name → first name."""
+
+    recipe: Recipe
+    model: nn.Module
+    tp: int
+    params: Mapping[str, BoundParam]
+    uncovered: tuple[str, ...]
+    aliases: Mapping[str, str]
+    attributes: tuple[BoundAttribute, ...]
+    arguments: tuple[BoundBoundary, ...]
+    results: tuple[BoundBoundary, ...]
+
+    @property
+    def full(self) -> bool:
+        """True when every parameter is covered."""
+        return not self.uncovered
+
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """Layouts of the covered parameters."""
+        return {n: p.layout for n, p in self.params.items()}
+
+
+class Problems(list[str]):
+    """What is wrong, each problem once although many layers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[tuple[str, str], int] = {}
+
+    def add(self, pos: object, name: str, text: str) -> None:
+        """`name` stands in front of the text; names that differ in their numbers only are reported once."""
+        key = (str(pos), re.sub(r"\.\d+\b", ".*", f"{name}: {text}"))
+        self.seen[key] = self.seen.get(key, 0) + 1
+        if self.seen[key] == 1:
+            self.append(f"{pos}: {name + ': ' if name else ''}{text}")

@@ -1,0 +1,173 @@
+"""Conversions between placements, each a function of one tensor (forward / backward):
+
+    copy    identity / all-reduce            reduce  all-reduce / identity
+    gather  all-gather / own part            slice   own part / zero-padded part
+    once    value on rank 0, zeros elsewhere / identity
+
+Each backward is written with the dual conversion, so gradients of gradients are right too: that of `gather` is `own`, whose
+own backward gathers again; that of `slice` is made of local operators. See `split` for padding and shared indices. Without a
+gradient to record no `autograd.Function` is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from autotp.errors import PlanError
+from autotp.plan.spec import Conversion, Op
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.collectives.split import FreeSplit, Split, split_of
+from autotp.rewrite.transforms import direct, refuse_transforms, unwrapped
+
+Convert = Callable[[Tensor], Tensor]
+
+
+def _records(x: Tensor) -> bool:
+    if x.requires_grad and torch.is_grad_enabled():
+        if not is_dynamo_compiling():
+            refuse_transforms()
+        return True
+    return False
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return x.detach()  # no view of x: a view would keep x alive through the memo
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce(grad, ctx.comm), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return comm.all_reduce(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return copy(grad, ctx.comm) if _records(grad) else grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, split: Split | FreeSplit) -> Tensor:
+        ctx.split = split
+        return split.join(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        split = ctx.split
+        return _Own.apply(grad, split) if _records(grad) else split.own(grad), None  # type: ignore[no-untyped-call]
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, split: Split | FreeSplit) -> Tensor:
+        ctx.split = split
+        return split.own(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gather(grad, ctx.split), None
+
+
+class _Slice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, split: Split | FreeSplit) -> Tensor:
+        ctx.split = split
+        part = split.take(x)
+        ctx.whole = part is x  # it broadcasts: nothing was cut
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad if ctx.whole else ctx.split.pad(grad), None
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
+        return x.detach() if comm.rank == 0 else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+_copy, _reduce = direct(_Copy), direct(_Reduce)
+
+
+def copy(x: Tensor, comm: Comm) -> Tensor:
+    """R → R with an all-reduced gradient; consumers of the same tensor share one copy."""
+    if not _records(x):
+        return x
+    if is_dynamo_compiling():
+        return _Copy.apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
+    return comm.memo.get(x, lambda t: _copy(unwrapped(t), comm))
+
+
+def reduce(x: Tensor, comm: Comm) -> Tensor:
+    """P → R."""
+    if not _records(x):
+        return comm.all_reduce(x)
+    if is_dynamo_compiling():
+        return _Reduce.apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
+    return _reduce(unwrapped(x), comm)  # type: ignore[no-any-return]
+
+
+def gather(x: Tensor, split: Split | FreeSplit) -> Tensor:
+    """S → R: the full dim in the model's order."""
+    return _Gather.apply(x, split) if _records(x) else split.join(x)  # type: ignore[no-untyped-call]
+
+
+def slice_part(x: Tensor, split: Split | FreeSplit) -> Tensor:
+    """R → S: this rank's part of the full dim."""
+    return _Slice.apply(x, split) if _records(x) else split.take(x)  # type: ignore[no-untyped-call]
+
+
+def once(x: Tensor, comm: Comm) -> Tensor:
+    """R → P: the value on rank 0, zeros elsewhere."""
+    if _records(x):
+        return _Once.apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
+    return x if comm.rank == 0 else torch.zeros_like(x)
+
+
+def bind(conversion: Conversion, comm: Comm) -> Convert:
+    """The function of one conversion of the plan.
+
+    Raises:
+        PlanError: for a GATHER or SLICE without dim or expression.
+    """
+    op = conversion.op
+    if op in _WHOLE:
+        return partial(_WHOLE[op], comm=comm)  # type: ignore[call-arg]
+    if conversion.dim is None or conversion.expr is None:
+        raise PlanError(f"conversion {op.value} needs a dim and a layout expression, got {conversion}")
+    return partial(gather if op is Op.GATHER else slice_part, split=split_of(conversion.dim, conversion.expr, comm))
+
+
+def bind_all(conversions: Sequence[Conversion], comm: Comm) -> Convert:
+    """The function that does each of `conversions` in order."""
+    steps = tuple(bind(c, comm) for c in conversions)
+    if len(steps) == 1:
+        return steps[0]
+
+    def run(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    return run
+
+
+_WHOLE: dict[Op, Callable[[Tensor, Comm], Tensor]] = {Op.COPY: copy, Op.REDUCE: reduce, Op.ONCE: once}

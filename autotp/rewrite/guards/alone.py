@@ -1,0 +1,107 @@
+"""A module between whose boundaries and the others a value is a rank's part gives a part, or wants one: it is not called by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotp.errors import AutoTPError
+from autotp.plan.plan import Plan
+from autotp.plan.spec import Boundary, Shown
+from autotp.rewrite.guards.hooks import Running
+from autotp.rewrite.modules.classes import STATE, check_calls
+from autotp.rewrite.modules.linear import LinearRun
+from autotp.rewrite.undo import Undo
+from autotp.trace.boundary import flatten_result
+
+_in_backward = torch._C._current_graph_task_id
+
+
+class Alone:
+    """What one module says when it is called by itself. `running`: whether a call of the model is open."""
+
+    __slots__ = ("running", "text")
+
+    def __init__(self, running: Running, text: str) -> None:
+        self.running, self.text = running, text
+
+    def check(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        """Raise outside of a call of the model, and of the backward that runs a part of one again.
+
+        Raises:
+            AutoTPError: names the module.
+        """
+        if not self.running.open and _in_backward() == -1:
+            raise AutoTPError(self.text)
+
+
+class Parts:
+    """What a module with children gives or wants of a rank's part, for when it is called by itself.
+
+    A result that has a name (in a dict, an output of transformers) may be absent: attention weights that nobody asked for.
+    """
+
+    __slots__ = ("named", "text", "where")
+
+    def __init__(self, path: str, module: nn.Module, slots: tuple[Boundary, ...]) -> None:
+        self.where = f"{path} ({type(module).__qualname__})"
+        found = _parts(slots)
+        self.named = {b.path: b for b in found if b.result and b.path and isinstance(b.path[0], str)}
+        always = next((b for b in found if b.path not in self.named or not b.result), None)
+        self.text = "" if always is None else _text(self.where, always)
+
+    def check(self) -> None:
+        """Before a call.
+
+        Raises:
+            AutoTPError: it would give or be given a part, whatever it is asked for.
+        """
+        if self.text and _in_backward() == -1:
+            raise AutoTPError(self.text)
+
+    def check_result(self, result: Any) -> None:
+        """After a call.
+
+        Raises:
+            AutoTPError: a part is in the result, or the result has no names to tell.
+        """
+        if self.named and _in_backward() == -1:
+            flatten_result(result, self._whole)
+
+    def _whole(self, path: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        found = self.named.get(path)
+        if found is None and not (path and isinstance(path[0], str)):
+            found = next(iter(self.named.values()))
+        if found is not None:
+            raise AutoTPError(_text(self.where, found))
+        return tensor
+
+
+def _parts(slots: tuple[Boundary, ...]) -> list[Boundary]:
+    return [b for b in slots if b.shown in (Shown.PART, Shown.SUM)]
+
+
+def _text(where: str, found: Boundary) -> str:
+    what = "a rank's part" if found.shown is Shown.PART else "a summand of each rank"
+    return (
+        f"{where} is called outside of a call of the model: its {found} is {what} there. Call a module "
+        "around it whose arguments and results are whole, or compute with autotp.full_state_dict(model)"
+    )
+
+
+def install_alone(model: nn.Module, plan: Plan, running: Running, undo: Undo) -> None:
+    """Guard the modules without children that hold parts at their boundaries; those with children are entries."""
+    for path, slots in plan.boundaries.items():
+        module = model.get_submodule(path)
+        found = _parts(slots)
+        if not found or module._modules:
+            continue
+        text = _text(f"{path} ({type(module).__qualname__})", found[0])
+        run = module.__dict__.get(STATE)
+        if isinstance(run, LinearRun):
+            run.alone = Alone(running, text)  # goes with the run
+            continue
+        check_calls(module, "_autotp_alone", Alone(running, text), undo)

@@ -1,0 +1,1 @@
+"""Forwards of modules under a plan."""

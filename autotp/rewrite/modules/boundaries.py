@@ -1,0 +1,141 @@
+"""Conversions of single tensors inside the arguments and results of a module call."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from autotp.errors import PlanError
+from autotp.plan.spec import Slot
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.collectives.conversions import Convert, bind_all
+
+Path = tuple[str | int, ...]
+
+
+def map_path(value: Any, path: Path, fn: Convert) -> Any:
+    """`value` with `fn` applied to the tensor at `path`; containers on the way are copied, absent paths passed over."""
+    if not path:
+        return fn(value) if isinstance(value, Tensor) else value
+    key, rest = path[0], path[1:]
+    if key == "*" and isinstance(value, tuple | list):
+        for i in range(len(value)):
+            value = map_path(value, (i, *rest), fn)
+        return value
+    if isinstance(value, tuple | list):
+        if not isinstance(key, int) or not -len(value) <= key < len(value):
+            if isinstance(key, str) and key in getattr(value, "_fields", ()):
+                return value._replace(**{key: map_path(getattr(value, key), rest, fn)})  # type: ignore[union-attr]
+            return value
+        items = list(value)
+        items[key] = map_path(items[key], rest, fn)
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, Mapping):
+        if key not in value and isinstance(key, int) and 0 <= key < len(value):
+            key = list(value)[key]  # a transformers ModelOutput is also indexed by position
+        if key not in value:
+            return value
+        changed: Any = copy.copy(value)
+        changed[key] = map_path(value[key], rest, fn)
+        return changed
+    if dataclasses.is_dataclass(value) and isinstance(key, str) and hasattr(value, key):
+        changed = copy.copy(value)
+        object.__setattr__(changed, key, map_path(getattr(value, key), rest, fn))
+        return changed
+    return value
+
+
+class Binding:
+    """Where an argument named in a slot stands in a call of `forward`."""
+
+    __slots__ = ("convert", "index", "name", "rest")
+
+    def __init__(self, slot: Slot, forward: Callable[..., Any], comm: Comm, where: str) -> None:
+        if not slot.path or not isinstance(slot.path[0], str):
+            raise PlanError(f"{where}: an input slot starts with an argument's name, got path {slot.path}")
+        name, rest = slot.path[0], slot.path[1:]
+        parameters = list(inspect.signature(forward).parameters.values())
+        if parameters and parameters[0].name == "self":
+            parameters = parameters[1:]
+        index: int | None = None
+        takes_any = False
+        for i, p in enumerate(parameters):
+            if p.kind is p.VAR_POSITIONAL and p.name == name:
+                if not rest or not isinstance(rest[0], int):
+                    raise PlanError(f"{where}: a slot in *{name} needs a position, got path {slot.path}")
+                index, rest = i + rest[0], rest[1:]
+                break
+            if p.kind is p.VAR_KEYWORD:
+                takes_any = True
+                if p.name == name and rest and isinstance(rest[0], str):
+                    name, rest = rest[0], rest[1:]
+            elif p.name == name and p.kind is not p.KEYWORD_ONLY:
+                index = i
+                break
+            elif p.name == name:
+                takes_any = True
+        if index is None and not takes_any:
+            raise PlanError(f"{where}: forward has no argument {name!r}; it takes {[p.name for p in parameters]}")
+        self.index, self.name, self.rest = index, name, rest
+        self.convert = bind_all(slot.conversions, comm)
+
+
+class InputSlots:
+    """All input slots of one module."""
+
+    __slots__ = ("alike", "bindings")
+
+    def __init__(self, slots: Sequence[Slot], forward: Callable[..., Any], comm: Comm, where: str) -> None:
+        self.bindings = tuple(Binding(slot, forward, comm, where) for slot in slots)
+        kinds = [slot.conversions for slot in slots]
+        #: Bindings that convert as another one does: one tensor in two arguments stays one.
+        self.alike = tuple(kinds.index(kind) if kinds.count(kind) > 1 else None for kind in kinds)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments after conversion; the caller's containers stay as they are."""
+        positional, keywords = list(args), dict(kwargs)
+        made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # the argument is kept, so that its id stays its own
+        for b, kind in zip(self.bindings, self.alike, strict=True):
+            convert = b.convert if kind is None else _Once(b.convert, kind, made)
+            if b.index is not None and b.index < len(positional):
+                positional[b.index] = map_path(positional[b.index], b.rest, convert)
+            elif b.name in keywords:
+                keywords[b.name] = map_path(keywords[b.name], b.rest, convert)
+        return tuple(positional), keywords
+
+
+class _Once:
+    """Converts each tensor of a call once: what was one tensor in several arguments is one after."""
+
+    __slots__ = ("convert", "kind", "made")
+
+    def __init__(self, convert: Convert, kind: int, made: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> None:
+        self.convert, self.kind, self.made = convert, kind, made
+
+    def __call__(self, x: Tensor) -> Tensor:
+        key = id(x), self.kind
+        if key not in self.made:
+            self.made[key] = x, self.convert(x)
+        return self.made[key][1]
+
+
+class OutputSlots:
+    """All output slots of one module."""
+
+    __slots__ = ("slots",)
+
+    def __init__(self, slots: Sequence[Slot], comm: Comm) -> None:
+        self.slots = tuple((slot.path, bind_all(slot.conversions, comm)) for slot in slots)
+
+    def __call__(self, result: Any) -> Any:
+        """The module's result after conversion."""
+        for path, convert in self.slots:
+            result = map_path(result, path, convert)
+        return result

@@ -1,0 +1,243 @@
+"""Partial sums that are held back and all-reduced with a later one: HOLD and JOIN (`autotp.planner.joint_reductions`).
+
+    held module   y_r → zeros, y_r is kept            last module   z_r → Σ_r (z_r + y_r)
+    backward      the gradient of the sum goes, as it is, to z_r and to each y_r
+
+What is kept belongs to one call of the parent. The parent's forward opens a call before and closes it after, also after an error, so
+that nothing stays for the next one; a member that runs outside of its parent (by itself, or again for a checkpoint of its own) finds no
+open call and reduces alone. Each wrapper is one more subclass around the module's rewritten forward, or a forward of the instance where
+the class must stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from autotp.errors import AutoTPError, PlanError
+from autotp.plan.spec import ModulePlan, Op, Slot
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.collectives.conversions import Convert, copy, reduce
+from autotp.rewrite.modules.boundaries import Path, map_path
+from autotp.rewrite.modules.classes import subclass, wrap_forward
+from autotp.rewrite.undo import Undo
+
+CALLS, PART = "_autotp_calls", "_autotp_part"
+
+
+class _SumOf(torch.autograd.Function):
+    """One all-reduce of several partial sums."""
+
+    @staticmethod
+    def forward(ctx: Any, comm: Comm, own: Tensor, *held: Tensor) -> Tensor:
+        ctx.comm, ctx.count = comm, 1 + len(held)
+        return comm.all_reduce_(_added(own, held))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if grad.requires_grad and torch.is_grad_enabled():
+            grad = copy(grad, ctx.comm)
+        return None, *(grad for _ in range(ctx.count))
+
+
+def _added(own: Tensor, held: Iterable[Tensor]) -> Tensor:
+    for part in held:
+        own = own + part
+    return own
+
+
+class _Call:
+    """One call of a parent: whether it records gradients, and the partial sums that are held in it."""
+
+    __slots__ = ("held", "records")
+
+    def __init__(self) -> None:
+        self.records = torch.is_grad_enabled()
+        self.held: tuple[Tensor, ...] = ()
+
+
+class HeldSum:
+    """One joint sum of a parent. `calls`: the calls of the parent that are running, one inside the other."""
+
+    __slots__ = ("calls", "comm", "name")
+
+    def __init__(self, name: str, comm: Comm) -> None:
+        self.name, self.comm = name, comm
+        self.calls: list[_Call] = []
+
+    def open(self) -> None:
+        """A call of the parent begins."""
+        self.calls.append(_Call())
+
+    def close(self) -> None:
+        """A call of the parent ends."""
+        self.calls.pop()
+
+    def check(self) -> None:
+        """Raise where something would be lost at the end of a call.
+
+        Raises:
+            AutoTPError: a module held its partial sum, and the one that reduces it did not run.
+        """
+        if self.calls[-1].held:
+            raise AutoTPError(
+                f"{self.name}: a partial sum was held back for the last of these modules, which did not run in this call. "
+                "The plan was made from calls that run all of them; plan with example_inputs= that take this path."
+            )
+
+    def hold(self, own: Tensor) -> Tensor:
+        """P → R: zeros, `own` is kept. The sum over ranks where no call of the parent would reduce it."""
+        call = self.calls[-1] if self.calls else None
+        if call is None or call.records is not torch.is_grad_enabled():
+            return reduce(own, self.comm)
+        call.held = (*call.held, own)
+        return torch.zeros_like(own)
+
+    def join(self, own: Tensor) -> Tensor:
+        """P → R: the sum over ranks of `own` and of all that is held.
+
+        Raises:
+            AutoTPError: gradients are recorded for what is held and not for the sum.
+        """
+        call = self.calls[-1] if self.calls else None
+        if call is None or not call.held:
+            return reduce(own, self.comm)
+        held = tuple(part if part.shape == own.shape else part.reshape(own.shape) for part in call.held)
+        call.held = ()
+        records = torch.is_grad_enabled()
+        if call.records is not records and any(part.requires_grad for part in held):
+            raise AutoTPError(
+                f"{self.name}: gradients are recorded in the block and not in the last of these modules, so those of the others would be "
+                "lost. Checkpoint the whole block, or with use_reentrant=False; freeze parameters with requires_grad_(False)."
+            )
+        if is_dynamo_compiling():
+            return reduce(_added(own, held), self.comm)
+        if records and (own.requires_grad or any(part.requires_grad for part in held)):
+            return _SumOf.apply(self.comm, own, *held)  # type: ignore[no-any-return, no-untyped-call]
+        return self.comm.all_reduce_(_added(own, held))
+
+
+class _Part:
+    """What a member does to its results: (path, convert) each."""
+
+    __slots__ = ("slots",)
+
+    def __init__(self, slots: Iterable[Slot], held: HeldSum) -> None:
+        self.slots: tuple[tuple[Path, Convert], ...] = tuple((s.path, held.hold if _holds(s) else held.join) for s in slots)
+
+    def __call__(self, result: Any) -> Any:
+        for path, convert in self.slots:
+            result = map_path(result, path, convert)
+        return result
+
+
+class _Calls:
+    """What a parent does around its forward."""
+
+    __slots__ = ("sums",)
+
+    def __init__(self, sums: tuple[HeldSum, ...]) -> None:
+        self.sums = sums
+
+    def check(self) -> None:
+        for held in self.sums:
+            held.check()
+
+    def close(self) -> None:
+        for held in self.sums:
+            if held.calls:
+                held.close()
+
+
+def _holds(slot: Slot) -> bool:
+    return slot.conversions[0].op is Op.HOLD
+
+
+def _is_part(slot: Slot) -> bool:
+    return any(c.op in (Op.HOLD, Op.JOIN) for c in slot.conversions)
+
+
+def without_parts(plan: ModulePlan | None) -> ModulePlan | None:
+    """The plan of one module without what `install_joints` does."""
+    if plan is None or not any(_is_part(s) for s in plan.outputs):
+        return plan
+    return replace(plan, outputs=tuple(s for s in plan.outputs if not _is_part(s)))
+
+
+def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a parent."""
+    calls: _Calls = module.__dict__[CALLS]
+    for held in calls.sums:
+        held.open()
+    try:
+        result = forward(module, *args, **kwargs)
+        calls.check()
+        return result
+    finally:
+        calls.close()
+
+
+def _member(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a member."""
+    part: _Part = module.__dict__[PART]
+    return part(forward(module, *args, **kwargs))
+
+
+def _calls_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    inner = base.forward
+    return lambda self, *args, **kwargs: _call(self, inner, args, kwargs)
+
+
+def _part_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    inner = base.forward
+    return lambda self, *args, **kwargs: _member(self, inner, args, kwargs)
+
+
+def install_joints(model: nn.Module, plans: Iterable[ModulePlan], comm: Comm, undo: Undo) -> None:
+    """Wrap the members of each joint sum and their parents; everything else of their plans is in place.
+
+    Raises:
+        PlanError: a HOLD or JOIN without a parent, or a parent whose members have neither.
+    """
+    slots = {p.path: [s for s in p.outputs if _is_part(s)] for p in plans}
+    left = {path for path, found in slots.items() if found}
+    for plan in plans:
+        sums: list[HeldSum] = []
+        for group in plan.joint:
+            paths = [f"{plan.path}.{path}" if plan.path else path for path in group]
+            if not left.issuperset(paths):
+                raise PlanError(f"{plan.path or '<root>'}: not all of {', '.join(paths)} hold or join a partial sum")
+            left.difference_update(paths)
+            held = HeldSum(", ".join(paths), comm)
+            sums.append(held)
+            for path in paths:
+                _wrap_part(model, model.get_submodule(path), _Part(slots[path], held), undo)
+        if sums:
+            _wrap_calls(model, model.get_submodule(plan.path), _Calls(tuple(sums)), undo)
+    if left:
+        raise PlanError(f"no module of the plan says with what these are summed: {sorted(left)}")
+
+
+def _keeps_class(model: nn.Module, module: nn.Module) -> bool:
+    return module is model or "forward" in module.__dict__
+
+
+def _wrap_part(model: nn.Module, module: nn.Module, part: _Part, undo: Undo) -> None:
+    undo.set_item(module.__dict__, PART, part)
+    if _keeps_class(model, module):
+        wrap_forward(module, _member, undo)
+    else:
+        undo.set_class(module, subclass(type(module), (), _part_forward))
+
+
+def _wrap_calls(model: nn.Module, module: nn.Module, calls: _Calls, undo: Undo) -> None:
+    undo.set_item(module.__dict__, CALLS, calls)
+    if _keeps_class(model, module):
+        wrap_forward(module, _call, undo)
+    else:
+        undo.set_class(module, subclass(type(module), (), _calls_forward))

@@ -1,0 +1,167 @@
+"""Interventions on single operator calls inside a module's forward.
+
+While a module with sites runs, a `TorchFunctionMode` sees each operator call, finds the line of model code that makes it,
+and acts if the plan lists that place. Modules without sites never pay for a mode. Each thread has a stack of the modules
+that run; only the innermost one's sites act, so that a listed module called inside another handles its own calls.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import CodeType
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from autotp.errors import PlanError
+from autotp.plan.layout import Layout
+from autotp.plan.spec import Conversion, Site
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.collectives.conversions import Convert, bind_all
+from autotp.rewrite.operators.distributed import run_kernel
+from autotp.rewrite.operators.statistics import Across
+from autotp.rewrite.parameters.holders import now
+from autotp.rewrite.tree import is_int, map_call, map_leaves
+from autotp.trace.call_sites import call_of, call_place
+
+# What code asks of a parameter itself, not of its values.
+_OF_THE_PARAMETER = (
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad", "is_leaf", "grad_fn", "_backward_hooks")),
+    *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad", "data", "_backward_hooks")),
+    Tensor.register_hook,
+    Tensor.requires_grad_,
+)
+
+
+class _Running(threading.local):
+    """The modes of the modules that run in this thread, innermost last (None: a module without sites)."""
+
+    def __init__(self) -> None:
+        self.modes: list[object] = []
+
+
+RUNNING = _Running()
+
+
+class SiteTable:
+    """The sites of one module, looked up by code object and offset."""
+
+    def __init__(self, sites: Sequence[Site], comm: Comm, where: str) -> None:
+        self.comm = comm
+        self.where = where
+        self.sites = tuple(sites)
+        self.across = {id(s): Across(comm, s.over, s.over_dim) for s in self.sites if s.kernel is not None}
+        self._codes: dict[int, tuple[CodeType, dict[int, Site], dict[int, Site | None]]] = {}
+
+    def find(self, code: CodeType, offset: int) -> Site | None:
+        """The site at `offset` of `code`, if listed."""
+        known = self._codes.get(id(code))
+        if known is None:
+            key = (code.co_filename, code.co_qualname, code.co_firstlineno)
+            listed = [s for s in self.sites if (s.file, s.function, s.line) == key]
+            by_call = {call_of(code, s.offset): s for s in listed}
+            known = self._codes[id(code)] = (code, by_call, {})
+        _, by_call, seen = known
+        if not by_call:
+            return None
+        if offset not in seen:
+            seen[offset] = by_call.get(call_of(code, offset))
+        return seen[offset]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SiteTable:
+        return self
+
+
+class SiteMode(TorchFunctionMode):
+    """Acts on the calls that `table` lists; `layouts` gives the layout of the local tensors the module reads, by id.
+
+    held: parameters that the code takes from elsewhere than its module's attributes, by id → what it computes with instead.
+    """
+
+    def __init__(self, table: SiteTable, layouts: Mapping[int, Layout], held: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.table = table
+        self.layouts = layouts
+        self.held = held
+
+    def __enter__(self) -> SiteMode:
+        RUNNING.modes.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        RUNNING.modes.pop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if RUNNING.modes[-1] is self:
+            if self.held and func not in _OF_THE_PARAMETER:
+                args, kwargs = map_call(args, kwargs, self._read)
+            site = self.table.find(*call_place(2))
+            if site is not None:
+                return self._intervene(site, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _read(self, leaf: Any) -> Any:
+        return self.held.get(id(now(leaf)), leaf) if isinstance(leaf, Tensor) else leaf
+
+    def _intervene(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if site.ints:
+            args, kwargs = self._localise(site, args, kwargs)
+        if site.inputs:
+            converter = _Nth(site.inputs, self.table.comm)
+            args, kwargs = map_call(args, kwargs, converter)
+        if site.kernel is None:
+            result = func(*args, **kwargs)
+        else:
+            result = run_kernel(site.kernel, func, args, dict(kwargs), self.table.comm, self.layouts, self.table.across[id(site)])
+        if site.outputs:
+            result = map_leaves(result, _Nth(site.outputs, self.table.comm))
+        return result
+
+    def _localise(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        wanted = {position: (value, local) for position, value, local in site.ints}
+        count = -1
+
+        def replace(leaf: Any) -> Any:
+            nonlocal count
+            if not is_int(leaf):
+                return leaf
+            count += 1
+            if count not in wanted:
+                return leaf
+            value, local = wanted.pop(count)
+            if leaf != value:
+                raise PlanError(
+                    f"{self.table.where}: int argument {count} of the call in {site.function} ({site.file}, function at line "
+                    f"{site.line}) is {leaf}; the plan was made for {value}"
+                )
+            return local
+
+        changed = map_call(args, kwargs, replace)
+        if wanted:
+            raise PlanError(
+                f"{self.table.where}: the call in {site.function} ({site.file}, function at line {site.line}) has "
+                f"{count + 1} int arguments; the plan wants to change number {sorted(wanted)}"
+            )
+        return changed
+
+
+class _Nth:
+    """Applies conversions to the tensors at given positions, counting as it is mapped over leaves."""
+
+    def __init__(self, wanted: Sequence[tuple[int, tuple[Conversion, ...]]], comm: Comm) -> None:
+        self.wanted: dict[int, Convert] = {i: bind_all(conversions, comm) for i, conversions in wanted}
+        self.count = -1
+
+    def __call__(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        self.count += 1
+        convert = self.wanted.get(self.count)
+        return leaf if convert is None else convert(leaf)

@@ -1,0 +1,1 @@
+"""Parameters as DTensors over the tp mesh."""

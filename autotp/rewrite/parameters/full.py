@@ -1,0 +1,50 @@
+"""Full tensors of a rewritten model, in the model's own order, on every rank. Collective: call on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from autotp.plan.layout import Layout
+from autotp.plan.spec import ParamPlan
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+
+
+@torch.no_grad()
+def unshard(tensor: Tensor, layout: Layout, comm: Comm) -> Tensor:
+    """The full tensor of shape `layout.shape`: of one in that layout, of every rank's part of it, or of one that is whole already."""
+    tensor = tensor.detach()
+    if isinstance(tensor, LayoutDTensor):
+        return tensor._whole()
+    if isinstance(tensor, DTensor):
+        if layout.dim is not None and all(p.is_replicate() for p in tensor._spec.placements):
+            return tensor._local_tensor
+        tensor = tensor._local_tensor
+    elif tuple(tensor.shape) == layout.shape:  # put where the parameter was
+        return tensor
+    return tensor if layout.dim is None else layout.unshard(comm.all_gather(tensor))
+
+
+def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
+    """`model.state_dict()` (same keys and order, buffers too) with every parameter whole; tied names share one tensor."""
+    whole: dict[int, Tensor] = {}
+    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in params:
+            key = tied[name]
+            if key not in whole:
+                whole[key] = unshard(value, params[name].layout, comm)
+            state[name] = whole[key]
+        else:
+            state[name] = value.detach() if isinstance(value, Tensor) else value
+    return state
+
+
+def full_grads(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
+    """Whole gradients by the names of `model.named_parameters()`; parameters without a gradient are left out."""
+    return {name: unshard(p.grad, params[name].layout, comm) for name, p in model.named_parameters() if p.grad is not None}

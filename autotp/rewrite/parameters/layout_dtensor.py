@@ -1,0 +1,386 @@
+"""A DTensor that knows its layout: what every parameter of a parallel model is.
+
+The parts of a fused parameter are in the layout's order, those with padding or shared indices are together larger than the model's tensor.
+Taken for an even `Shard` they would be read, saved and counted wrongly, and nothing would say so; and writes to views of an even one would
+go into a copy. So parameters, their gradients, and what is made from them element by element (a detached parameter, a clone, an
+optimizer's moments) are `LayoutDTensor`s:
+
+- `full_tensor` and `redistribute` to `Replicate` give the model's tensor, in its order and shape;
+- torch.distributed.checkpoint saves and loads them in the model's order (`Sharded`);
+- operators on them give what they give on one device (`autotp.rewrite.parameters.dtensor_operators`);
+- `data = …` takes a whole tensor, or one in the same layout.
+
+Nothing here is called in a forward, which reads local tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from autotp.errors import AutoTPError
+from autotp.plan import layout as layouts
+from autotp.plan.layout import Layout, replicated, take
+from autotp.rewrite.collectives.comm import GroupComm
+from autotp.rewrite.parameters.dcp import Sharded
+from autotp.rewrite.transforms import refuse_transforms
+
+_detach = torch.ops.aten.detach.default
+# DTensor's own constructor spends 3 µs in Python before it comes to this one.
+new_dtensor: Callable[..., Any] = torch.Tensor._dtensor__new__
+_DATA: Any = torch.Tensor.data
+
+
+def placements(layout: Layout) -> tuple[Any]:
+    """How a tensor of `layout` is placed on its mesh."""
+    return (Replicate() if layout.dim is None else Shard(layout.dim),)
+
+
+def plain(tensor: LayoutDTensor, local: Tensor | None = None) -> DTensor:
+    """The ordinary DTensor over the same local tensors (or others of their shape), end to end."""
+    local = tensor._local_tensor if local is None else local
+    spec, layout = tensor._spec, tensor._layout
+    if layout.dim is not None and (layout.is_padded or layout.is_shared):
+        shape = list(local.shape)
+        shape[layout.dim] *= layout.tp
+        meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
+        spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    return new_dtensor(DTensor, local, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+class Numbers(DTensor):
+    """A DTensor whose numbers, outside of torch, are those of the whole tensor. Reading them is collective."""
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The whole tensor as an array; one that was put together is read-only, since what is written there is in no part."""
+        whole = self.full_tensor()
+        array = whole.numpy(force=force)
+        if not all(p.is_replicate() for p in self._spec.placements):
+            array.flags.writeable = False
+        return array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise AutoTPError("a tensor that is laid out over ranks has no memory of its own to be shared: share that of full_tensor()")
+
+    def share_memory_(self) -> Numbers:
+        """Moves this rank's part to shared memory."""
+        self._local_tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def is_shared(self) -> bool:
+        """True where this rank's part is in shared memory."""
+        return bool(self._local_tensor.is_shared())  # type: ignore[no-untyped-call]
+
+    def tolist(self) -> Any:
+        """The whole tensor as nested lists."""
+        return self.full_tensor().tolist()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]
+
+
+class LayoutDTensor(Numbers):
+    """A DTensor in the order of its layout, which is in its `__dict__` (`__slots__` of a subclass would hide those of DTensor)."""
+
+    _layout: Layout
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is _detach and type(args[0]) is LayoutDTensor:
+            return args[0]._like(args[0]._local_tensor, args[0]._spec)
+        from autotp.rewrite.parameters.dtensor_operators import dispatch  # it makes tensors of this class
+
+        return dispatch(func, args, kwargs or {})
+
+    @property
+    def data(self) -> Any:
+        """The tensor without its history; assigned: a whole tensor, or one in the same layout.
+
+        Raises:
+            AutoTPError: for a tensor of another shape or layout.
+        """
+        return _DATA.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        layout = self._layout
+        if not isinstance(value, DTensor):
+            if tuple(value.shape) != layout.shape:
+                raise AutoTPError(
+                    f"data of a parameter of shape {layout.shape} takes a whole tensor, got {tuple(value.shape)}"
+                    + (": write a rank's part into to_local()" if tuple(value.shape) == layout.local_shape else ", and it keeps its shape")
+                )
+            value = self._cut(value.detach())
+        elif not isinstance(value, LayoutDTensor) or not layouts.alike(value._layout, layout):
+            if tuple(value.shape) != layout.shape or not all(p.is_replicate() for p in value._spec.placements):
+                raise AutoTPError(
+                    f"data of a parameter with the layout {layout} takes a whole tensor or one in this layout, got a DTensor of shape "
+                    f"{tuple(value.shape)} placed {value._spec.placements}"
+                )
+            value = self._cut(value._local_tensor)
+        self._become(value)
+
+    def _become(self, other: LayoutDTensor) -> None:
+        _DATA.__set__(self, other)
+        self._local_tensor, self._spec, self._layout = other._local_tensor, other._spec, other._layout
+
+    def _cut(self, whole: Tensor) -> LayoutDTensor:
+        """A plain whole tensor in this layout; a copy."""
+        local = self._part(whole)
+        spec, meta = self._spec, self._spec.tensor_meta
+        assert meta is not None
+        if local.dtype != meta.dtype:
+            spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, local.dtype))
+        return self._like(local.clone() if local is whole else local, spec)
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        """As on one device; what the hook returns, whole or not, becomes a gradient in this layout."""
+        return super().register_hook(GradHook(hook, self._layout))  # type: ignore[no-untyped-call]
+
+    @property
+    def _rank(self) -> int:
+        return self._spec.mesh.get_local_rank()
+
+    @property
+    def _comm(self) -> GroupComm:
+        return GroupComm(self._spec.mesh.get_group())
+
+    def _like(self, local: Tensor, spec: Any) -> LayoutDTensor:
+        """`local` placed and laid out as this tensor."""
+        return laid_out(spec, local, self._layout)
+
+    def _everywhere(self, whole: Tensor) -> LayoutDTensor:
+        """`whole` as a tensor of this mesh that every rank holds."""
+        meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+        spec = DTensorSpec(self._spec.mesh, (Replicate(),), tensor_meta=meta)
+        return laid_out(spec, whole, replicated(whole.shape, self._layout.tp))
+
+    def _owned(self) -> Tensor:
+        """The local tensor with zeros in padding and where another copy of the index is the owner."""
+        layout, local = self._layout, self._local_tensor
+        if not (layout.is_shared or layout.is_padded):
+            return local
+        dim, at = layout.dim or 0, 0
+        parts: list[tuple[int, int]] = []
+        for a, b in layout.owned(self._rank):
+            parts += [(at - a, 0), (a, b)] if a > at else [(a, b)]
+            at = b
+        end = local.shape[dim]
+        return take(local, dim, [*parts, (at - end, 0)] if at < end or not parts else parts)
+
+    def _whole(self) -> Tensor:
+        """The plain whole tensor in the model's order and shape; the local tensor itself where every rank holds all. Collective."""
+        layout, local = self._layout, self._local_tensor
+        if layout.dim is None:
+            return local
+        if local.is_meta:
+            return local.new_empty(layout.shape)
+        return layout.unshard(self._comm.all_gather(local))
+
+    def _held(self) -> Tensor:
+        """What a checkpoint is written from and read into; see `_take_back_`."""
+        return self._local_tensor
+
+    def _take_back_(self, held: Tensor) -> None:
+        """Values were read into `held`, which `_held` gave."""
+
+    def _part(self, whole: Tensor) -> Tensor:
+        """This rank's part of a plain whole tensor."""
+        return self._layout.shard(whole, self._rank)
+
+    def _fill_(self, whole: Tensor) -> None:
+        """Take the values of a plain whole tensor."""
+        if whole is self._local_tensor and self._layout.dim is None:
+            if whole.shape != self.shape or whole.stride() != self.stride():
+                self._become(self._everywhere(whole))
+            return
+        if tuple(whole.shape) != self._layout.shape:
+            raise AutoTPError(
+                f"a tensor of shape {self._layout.shape} that is laid out over ranks cannot become one of {tuple(whole.shape)}"
+            )
+        self._local_tensor.copy_(self._part(whole))
+
+    def _clear_padding_(self) -> None:
+        for a, b in self._layout.padding(self._rank):
+            self._local_tensor.narrow(self._layout.dim or 0, a, b - a).zero_()
+
+    def full_tensor(self, *, grad_placements: Sequence[Any] | None = None) -> Tensor:
+        """The whole tensor in the model's order and shape, differentiable. Collective."""
+        if grad_placements is not None:
+            raise AutoTPError("full_tensor(grad_placements=…) of a parameter that is not cut evenly takes gradients that are whole only")
+        refuse_transforms()
+        return _Whole.apply(self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def redistribute(self, device_mesh: Any = None, placements: Sequence[Any] | None = None, **options: Any) -> DTensor:
+        """To `Replicate`: the whole tensor in the model's order and shape. Collective.
+
+        Raises:
+            AutoTPError: for other placements than its own and `Replicate`.
+        """
+        wanted = tuple(placements or ())
+        if wanted == tuple(self._spec.placements):
+            return self
+        if device_mesh not in (None, self._spec.mesh) or not all(p.is_replicate() for p in wanted) or not wanted:
+            raise AutoTPError(f"a tensor with the layout {self._layout} is not cut evenly: it can be made whole, not placed as {wanted}")
+        return DTensor.from_local(self.full_tensor(), self._spec.mesh, wanted, run_check=False)
+
+    def __create_write_items__(self, fqn: str, object: object) -> list[Any]:
+        return self._sharded().__create_write_items__(fqn, object)
+
+    def __create_chunk_list__(self) -> list[Any]:
+        return self._sharded().__create_chunk_list__()
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        return self._sharded().__get_tensor_shard__(index)
+
+    def _sharded(self) -> Sharded:
+        """What torch.distributed.checkpoint is told."""
+        return Sharded(self._local_tensor, self._layout, self._rank)
+
+    def __tensor_flatten__(self) -> Any:
+        # torch.compile wants DTensor's own four values here, so the layout comes with one of them.
+        inner, (placements, meta, *rest) = super().__tensor_flatten__()  # type: ignore[no-untyped-call]
+        return inner, (placements, _Meta.of(meta, self._layout), *rest)
+
+    @staticmethod
+    def __tensor_unflatten__(inner_tensors: Any, flatten_spec: Any, outer_size: Any, outer_stride: Any) -> DTensor:
+        made: DTensor = DTensor.__tensor_unflatten__(inner_tensors, flatten_spec, outer_size, outer_stride)  # type: ignore[no-untyped-call]
+        return _rebuilt(made, flatten_spec[1].layout, flatten_spec[-1])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A parameter is copied as on one device: its values in memory of its own, without its gradient, hooks and marks.
+        if not getattr(self, "_is_param", False):
+            return super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        if id(self) not in memo:
+            with torch.no_grad():
+                memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        ordinary = new_dtensor(DTensor, self._local_tensor, self._spec, requires_grad=False)
+        return _rebuilt, (ordinary, self._layout, self.requires_grad)
+
+
+class _Meta(TensorMeta):
+    """DTensor's size, stride and dtype, equal to those without a layout."""
+
+    layout: Layout
+
+    @staticmethod
+    def of(meta: TensorMeta, layout: Layout) -> _Meta:
+        made = _Meta(*meta)
+        made.layout = layout
+        return made
+
+    def __reduce__(self) -> Any:
+        return _Meta.of, (TensorMeta(*self), self.layout)
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: LayoutDTensor) -> Tensor:
+        ctx.layout, ctx.spec, ctx.rank = p._layout, p._spec, p._rank
+        whole = p._whole()
+        return whole.detach() if whole is p._local_tensor else whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # The gradient is whole on every rank, and so is that of each copy.
+        return own_gradient(ctx.spec, ctx.layout.shard(grad, ctx.rank).contiguous(), grad, ctx.layout)
+
+
+def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
+    """The DTensor placed as `spec` over `local` (shape `layout.local_shape`), in the order of `layout`."""
+    made: LayoutDTensor = new_dtensor(LayoutDTensor, local, spec, requires_grad=False)
+    made._layout = layout
+    return made
+
+
+def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> Tensor:
+    """The gradient `local` of a parameter, made of the gradient `given` that arrived, in memory of its own.
+
+    Autograd keeps a gradient that nothing else refers to, and adds the next one in place. It counts the references to the DTensor, not to
+    what is in it, which may be the gradient of another parameter too (`u + v`), or one number for many entries (`w.sum()`).
+
+    A sparse gradient stays a plain tensor, whole on every rank: optimizers ask whether it is sparse, which a DTensor never is.
+    """
+    if local.layout is not torch.strided:
+        if layout.dim is not None:
+            refuse_sparse()
+        return local.clone() if local is given else local
+    if local.untyped_storage()._cdata == given.untyped_storage()._cdata:
+        local = local.clone(memory_format=torch.contiguous_format)
+    return laid_out(spec, local, layout)
+
+
+def layout_of(tensor: Tensor, planned: Layout | None) -> Layout:
+    """How a parameter is laid out for which `planned` was planned (None: nothing). Someone may have put a whole tensor in its place."""
+    if isinstance(tensor, LayoutDTensor):
+        return tensor._layout
+    whole = not isinstance(tensor, DTensor) or all(p.is_replicate() for p in tensor._spec.placements)
+    if planned is None or (whole and tuple(tensor.shape) == planned.shape):
+        return replicated(tuple(tensor.shape), 1)
+    return planned
+
+
+def refuse_sparse() -> NoReturn:
+    """Refuse a sparse gradient of a parameter that is cut, or one of other rows on other ranks.
+
+    Raises:
+        AutoTPError: always.
+    """
+    raise AutoTPError(
+        "a sparse gradient reached a parameter that is cut over the ranks, or has other rows on other ranks: call the lookup with "
+        "sparse=False (gather with sparse_grad=False)"
+    )
+
+
+def in_layout(p: Any, layout: Layout | None) -> TypeGuard[LayoutDTensor]:
+    """True for a parameter laid out as `layout`, or in any way where that is None.
+
+    One that a user made of others (`Parameter(weight.detach()[rows])`) is laid out too, but whole.
+    """
+    if type(p) is not LayoutDTensor:
+        return False
+    if p._layout is layout or layout is None:
+        return True
+    if not layouts.alike(p._layout, layout):
+        return False
+    p._layout = layout  # the next look takes no time
+    return True
+
+
+def _rebuilt(tensor: DTensor, layout: Layout, requires_grad: bool) -> LayoutDTensor:
+    made = laid_out(tensor._spec, tensor._local_tensor, layout)
+    return made.requires_grad_(requires_grad)  # type: ignore[return-value]
+
+
+# What `torch.load` must know to read one.
+torch.serialization.add_safe_globals([_rebuilt, Layout, layouts.Factor, layouts.Product, layouts.Concat])
+
+
+class GradHook:
+    """A tensor hook on a parameter laid out as `layout`: what `hook` makes of its gradient is laid out so too."""
+
+    __slots__ = ("hook", "layout")
+
+    def __init__(self, hook: Callable[[Tensor], Tensor | None], layout: Layout) -> None:
+        self.hook, self.layout = hook, layout
+
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        if grad is None:  # on one device a parameter without a gradient calls no hook
+            return None
+        made = self.hook(grad)
+        if made is None or made is grad or not isinstance(grad, LayoutDTensor):
+            return made
+        if isinstance(made, LayoutDTensor) and layouts.alike(made._layout, grad._layout):
+            return made
+        with torch.no_grad():
+            return torch.empty_like(grad).copy_(made)

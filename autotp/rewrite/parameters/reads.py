@@ -1,0 +1,250 @@
+"""How a module's forward reads parameters and buffers: as plain local tensors.
+
+A parameter is a DTensor leaf; its local tensor enters the computation through one `autograd.Function` whose backward sums
+what is still partial and returns a DTensor gradient in the parameter's layout, so that no DTensor is dispatched on. A whole tensor that
+someone put where the parameter was (`functional_call`, an assignment) is cut at each read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.distributed.tensor import DTensor
+
+from autotp.errors import AutoTPError
+from autotp.plan.layout import Layout, Shared
+from autotp.plan.spec import Conversion, GradSum, Op, Written
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.collectives.conversions import bind_all
+from autotp.rewrite.collectives.split import split_of
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout, own_gradient, refuse_sparse
+from autotp.rewrite.transforms import direct, refuse_transforms
+
+
+class GradFix:
+    """What the gradient of one use of a parameter still needs before it is the parameter's.
+
+    A sum over the ranks (`GradSum.ALL`), a sum over the copies of shared indices (`GradSum.SHARED`: copies of this rank and of
+    others alike, so that they stay equal), and zeros in the padding of the layout, always: what padding gets from the
+    computation is of no use, and a padded entry that starts at zero and has no gradient stays zero under any optimizer.
+    """
+
+    __slots__ = ("comm", "dim", "grad", "layout", "needed", "padding", "shared")
+
+    def __init__(self, grad: GradSum, layout: Layout | None, comm: Comm) -> None:
+        self.comm = comm
+        self.layout = layout
+        self.dim = 0 if layout is None or layout.dim is None else layout.dim
+        self.padding = () if layout is None else layout.padding(comm.rank)
+        self.shared = Shared(0, ()) if layout is None or grad is not GradSum.SHARED else layout.shared(comm.rank)
+        crosses = comm.size > 1 and (grad is GradSum.ALL or self.shared.size > 0)
+        self.grad = grad if crosses else GradSum.NONE
+        self.needed = crosses or bool(self.padding)
+
+    def __call__(self, grad: Tensor, *, owned: bool = False) -> Tensor:
+        """The finished gradient; `grad` itself is changed only if `owned`."""
+        if not self.needed:
+            return grad
+        if grad.layout is not torch.strided:
+            return self._sum_sparse(grad)
+        if self.grad is GradSum.ALL:
+            return self.comm.all_reduce_(grad) if owned and grad.is_contiguous() else self.comm.all_reduce(grad)
+        if not owned:
+            grad = grad.clone()
+        for a, b in self.padding:
+            grad.narrow(self.dim, a, b - a).zero_()
+        if self.grad is GradSum.SHARED:
+            self._sum_copies_(grad)
+        return grad
+
+    def _sum_sparse(self, grad: Tensor) -> Tensor:
+        """The sum over the ranks of sparse gradients of a whole parameter, which name the same rows: the ids are whole on every rank.
+
+        Raises:
+            AutoTPError: on every rank, where they do not, or the parameter is cut.
+        """
+        if self.grad is not GradSum.ALL or grad.layout is not torch.sparse_coo:
+            refuse_sparse()
+        grad = grad.coalesce()
+        rows, values = grad.indices(), grad.values()
+        said = torch.stack([torch.tensor(rows.numel(), device=rows.device), (rows.flatten() * _odd(rows)).sum()])
+        if any(not torch.equal(said, other) for other in self.comm.all_gather(said)):
+            refuse_sparse()
+        return torch.sparse_coo_tensor(rows, self.comm.all_reduce(values), grad.shape, is_coalesced=True)
+
+    def _sum_copies_(self, grad: Tensor) -> None:
+        """Every copy of a shared index gets the sum of all of them; a rank without one takes part in the collective."""
+        dim, shape = self.dim, list(grad.shape)
+        shape[dim] = self.shared.size
+        total = grad.new_zeros(shape)
+        for at, start, length in self.shared.pieces:
+            total.narrow(dim, start, length).add_(grad.narrow(dim, at, length))
+        total = self.comm.all_reduce_(total)
+        for at, start, length in self.shared.pieces:
+            grad.narrow(dim, at, length).copy_(total.narrow(dim, start, length))
+
+
+def _odd(rows: Tensor) -> Tensor:
+    """Factors that tell lists of numbers apart by one sum."""
+    return torch.arange(rows.numel(), device=rows.device) * 0x9E3779B97F4A7C + 1
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: DTensor, fix: GradFix) -> Tensor:
+        ctx.fix, ctx.spec = fix, p._spec
+        return p._local_tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        refuse_transforms()
+        fix = ctx.fix
+        return own_gradient(ctx.spec, fix(grad), grad, fix.layout), None
+
+
+_read = direct(_Read)
+
+
+def read_param(p: DTensor, fix: GradFix) -> Tensor:
+    """The local tensor of `p`, recording gradients; not in code that is compiled."""
+    refuse_transforms()
+    return _read(p, fix)  # type: ignore[no-any-return]
+
+
+class _Cut(torch.autograd.Function):
+    """This rank's part of a whole tensor that stands where a parameter was; its gradient is whole again."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, fix: GradFix) -> Tensor:
+        ctx.fix = fix
+        return fix.layout.shard(whole.detach(), fix.comm.rank)  # type: ignore[union-attr]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        fix = ctx.fix
+        if grad.layout is not torch.strided:
+            refuse_sparse()
+        return fix.layout.unshard(fix.comm.all_gather(fix(grad))), None
+
+
+class _Fix(torch.autograd.Function):
+    """What `_Read` does to the gradient alone: for local tensors, and for compiled code, where `to_local` makes the DTensor gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fix: GradFix) -> Tensor:
+        ctx.fix = fix
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.fix(grad), None
+
+
+class Read:
+    """One use: how `name` of module `owner` is read. `value()` gives the tensor for one forward.
+
+    `held`: the code takes the parameter itself from somewhere, and is given the value instead. `of_parts`: the model's parameters are
+    plain tensors that hold a rank's part, no DTensors (a rehearsal without ranks).
+    """
+
+    __slots__ = ("comm", "conversions", "convert", "fix", "held", "is_buffer", "layout", "name", "of_parts", "owner", "written")
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        name: str,
+        comm: Comm,
+        layout: Layout | None = None,
+        grad: GradSum = GradSum.NONE,
+        conversions: tuple[Conversion, ...] = (),
+        written: Written = Written.NEVER,
+        held: bool = False,
+    ) -> None:
+        self.owner, self.held = owner, held
+        self.name, self.comm = name, comm
+        self.layout = layout
+        self.fix = GradFix(grad, layout, comm)
+        self.conversions, self.written = conversions, written
+        self.is_buffer = name in owner._buffers
+        self.of_parts = self.is_buffer
+        self.convert = bind_all(conversions, comm) if conversions else None
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What the owner has under this name.
+
+        Raises:
+            AutoTPError: nothing any more.
+        """
+        try:
+            return (self.owner._buffers if self.is_buffer else self.owner._parameters)[self.name]
+        except KeyError:
+            kind = type(self.owner).__qualname__
+            raise AutoTPError(
+                f"a parallel {kind} has lost its {self.name!r}: prune, reparametrize, or take that back, before parallelize"
+            ) from None
+
+    def value(self) -> Tensor | None:
+        """The local tensor with gradient recording where it is needed; None for an absent parameter."""
+        p = self.tensor
+        if p is None:
+            return None
+        record = p.requires_grad and torch.is_grad_enabled()
+        if record and not is_dynamo_compiling():
+            refuse_transforms()
+        if type(p) is LayoutDTensor and (is_dynamo_compiling() or in_layout(p, self.layout)):
+            if not record:
+                x = p._local_tensor
+            elif is_dynamo_compiling():
+                x = p.to_local()
+                x = _Fix.apply(x, self.fix) if self.fix.needed else x  # type: ignore[no-untyped-call]
+            else:
+                x = _read(p, self.fix)
+        elif self.of_parts:
+            x = _Fix.apply(p, self.fix) if record and self.fix.needed else p  # type: ignore[no-untyped-call]
+        else:
+            x = self._put_there(p, record)
+        return x if self.convert is None else self.convert(x)
+
+    def put_back(self, part: Tensor) -> None:
+        """Write `part`, this rank's part of a buffer that is read in slices, and the other ranks' into the whole buffer. Collective."""
+        whole = self.owner._buffers[self.name]
+        assert whole is not None
+        with torch.no_grad():
+            for c in reversed(self.conversions):
+                if c.op is Op.SLICE and c.dim is not None and c.expr is not None:
+                    part = split_of(c.dim, c.expr, self.comm).join(part.detach())
+            whole.data.copy_(part)  # like the operator's own write, no new version: what was saved for a backward is not used in it
+
+    def _put_there(self, p: Tensor, record: bool) -> Tensor:
+        """The part of a tensor that someone put where the parameter was: a whole one, or a DTensor placed as the parameter.
+
+        Raises:
+            AutoTPError: for any other.
+        """
+        layout = self.layout
+        if layout is None:
+            return p
+        if isinstance(p, LayoutDTensor):
+            p = p.full_tensor() if record else p._whole()
+        if isinstance(p, DTensor):
+            placed = [q.dim if q.is_shard() else None for q in p._spec.placements if not q.is_partial()]  # type: ignore[attr-defined]
+            if placed == [layout.dim] and tuple(p._local_tensor.shape) == layout.local_shape:
+                if not record:
+                    return p._local_tensor
+                if is_dynamo_compiling():
+                    return _Fix.apply(p.to_local(), self.fix)  # type: ignore[no-any-return, no-untyped-call]
+                return _Read.apply(p, self.fix)  # type: ignore[no-any-return, no-untyped-call]
+        elif tuple(p.shape) == layout.shape:
+            if layout.dim is None:
+                return _Fix.apply(p, self.fix) if record and self.fix.needed else p  # type: ignore[no-untyped-call]
+            return _Cut.apply(p, self.fix) if record else layout.shard(p, self.fix.comm.rank)  # type: ignore[no-untyped-call]
+        kind = f"a DTensor of shape {tuple(p.shape)} placed {p._spec.placements}" if isinstance(p, DTensor) else f"shape {tuple(p.shape)}"
+        raise AutoTPError(
+            f"{type(self.owner).__name__}.{self.name} was replaced after parallelize by a tensor that is neither whole, of shape "
+            f"{layout.shape}, nor placed as the parameter was: {kind}. Put a whole tensor of that shape there, or copy_ into the "
+            "parameter; change shapes before parallelize"
+        )

@@ -1,0 +1,1 @@
+"""Transformer-like models as values, and the text of each."""

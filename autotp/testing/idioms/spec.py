@@ -1,0 +1,186 @@
+"""Small models in the idioms of other people's code, as values: `Idioms` says which, `writing_idioms` writes the text.
+
+A part makes values between its weights (`up`), does something to them (`lines`), and makes its result of them. Around that are ways to
+hold the weights, to call the part, to repeat it, and what is done to it from outside. Every combination is a model that runs on one
+device; a plan must be right for it, or autotp must refuse it (`autotp.testing.outcome`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotp.errors import InputError
+from autotp.testing.architectures.spec import compiled
+from autotp.testing.idioms.lines import CONDITIONS, LINES
+
+
+class Up(Enum):
+    """How the values between the weights are made."""
+
+    LINEAR = "linear"
+    GATED = "gated"
+    CONV = "conv"  # over time, one step
+    CONV_WIDE = "conv_wide"  # three steps
+    ATTENTION = "attention"  # the fused operator; groups are heads
+    WRITTEN = "written"  # products and a softmax
+    CAUSAL = "causal"  # fused and causal, queries are learned
+    LOOKUP = "lookup"  # a Linear and a table
+    RECURRENT = "recurrent"  # a loop over time
+
+
+class Weights(Enum):
+    """How the weights are read. With another `Up` than linear it says how the last one is."""
+
+    MODULES = "modules"
+    FUNCTIONAL = "functional"  # F.linear(x, self.a.weight)
+    FORWARD = "forward"  # self.a.forward
+    UNBOUND = "unbound"  # nn.Linear.forward(self.a, x)
+    LIST = "list"
+    DICT = "dict"
+    PARTIAL = "partial"  # functools.partial made in __init__
+    NAMED = "named"  # dict(self.named_parameters())
+    PARAMETERS = "parameters"  # self.a._parameters
+    TRANSPOSED = "transposed"  # x @ self.a.weight.t()
+    TIED = "tied"  # the last weight is the first one, transposed
+
+
+class Call(Enum):
+    """How the model calls a part."""
+
+    PLAIN = "plain"
+    FORWARD = "forward"
+    TYPE = "type"  # type(m).forward(m, x)
+    METHOD = "method"
+    MAPPED = "mapped"
+    CHECKPOINT = "checkpoint"
+    REENTRANT = "reentrant"
+    TWICE = "twice"  # one tensor as two arguments
+    KEYWORDS = "keywords"
+    LISTED = "listed"
+    NESTED = "nested"
+    TUPLE = "tuple"  # a NamedTuple goes in
+    DATACLASS = "dataclass"
+
+
+class Repeat(Enum):
+    """How many parts there are, and what holds them."""
+
+    ONE = "one"
+    LIST = "list"
+    NESTED = "nested"  # lists in a list
+    DICT = "dict"
+    SEQUENTIAL = "sequential"  # indexed
+    SHARED = "shared"  # one part, called twice
+
+
+class Differ(Enum):
+    """In what the second part of several differs."""
+
+    NOT = "not"
+    ARGUMENT = "argument"
+    FUNCTION = "function"  # an attribute
+    METHOD = "method"  # another one is called
+    USE = "use"  # its result goes through a softmax
+
+
+class Around(Enum):
+    """What else there is."""
+
+    WEIGHT_HOOK = "weight_hook"
+    MIXING_WEIGHT_HOOK = "mixing_weight_hook"
+    POST_ACCUMULATE = "post_accumulate"
+    FORWARD_HOOK = "forward_hook"
+    PRE_HOOK = "pre_hook"
+    BACKWARD_HOOK = "backward_hook"
+    GATE = "gate"  # a flag that is off while tracing; then a further call has it on
+    BATCH_NORM = "batch_norm"
+    CUMULATIVE_NORM = "cumulative_norm"
+    AVERAGE = "average"  # a moving average of one number
+    AVERAGES = "averages"  # of each entry
+    COUNTER = "counter"
+    STASH = "stash"  # the part leaves its values on itself, the model reads them
+    FROZEN = "frozen"
+    IN_PLACE = "in_place"  # the residual is added into the result
+    INNER = "inner"  # the values between the weights are among the results
+    PLAIN_INPUT = "plain_input"  # no norm before the part
+
+
+@dataclass(frozen=True, slots=True)
+class Idioms:
+    """One model. `groups` × `size` is the width between the weights, `outer` that around; `lines` are names of `LINES`.
+
+    Raises:
+        InputError: no such line, sizes below 1.
+    """
+
+    groups: int = 2
+    size: int = 4
+    outer: int = 8
+    up: Up = Up.LINEAR
+    weights: Weights = Weights.MODULES
+    lines: tuple[str, ...] = ("tanh",)
+    call: Call = Call.PLAIN
+    repeat: Repeat = Repeat.ONE
+    differ: Differ = Differ.NOT
+    around: frozenset[Around] = frozenset()
+
+    def __post_init__(self) -> None:
+        problems = [f"{n} is {getattr(self, n)!r}, wanted at least 1" for n in ("groups", "size", "outer") if getattr(self, n) < 1]
+        problems += [f"no line is called {name!r}" for name in self.lines if name not in LINES]
+        if problems:
+            raise InputError("Idioms: " + "; ".join(problems))
+
+    @property
+    def width(self) -> int:
+        """Entries between the weights."""
+        return self.groups * self.size
+
+    def source(self) -> str:
+        """The model as Python text; its class is `Model`."""
+        from autotp.testing.idioms.source import write
+
+        return write(self)
+
+    def build(self) -> nn.Module:
+        """The model with random weights of a fixed seed, in float64."""
+        from autotp.testing.tiny.models import randomise
+
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            model: nn.Module = compiled(self.source())["Model"]()
+        randomise(model, seed=3)
+        return model.double()
+
+    def runs(self) -> bool:
+        """Does it run on one device, forward and backward, with finite values?"""
+        from autotp.testing.equivalence.observe import weighted
+        from autotp.testing.outputs import tensors_of
+
+        model = self.build()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a checkpoint of what has no gradient is odd, and drawn
+            try:
+                outputs = tensors_of(model(**self.inputs()))
+                total = weighted(outputs)
+                if total is not None:
+                    total.backward()  # type: ignore[no-untyped-call]
+            except RuntimeError:
+                return False
+        found = [*outputs.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        return all(bool(t.isfinite().all()) for t in found)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the call that is traced: 2 rows of 6 steps."""
+        return {"x": torch.randn(2, 6, self.outer, generator=torch.Generator().manual_seed(1), dtype=torch.float64)}
+
+    def more(self) -> dict[str, dict[str, Any]]:
+        """Further calls: changes to the keyword arguments, by name."""
+        gate = {"with the gate": {"gate": True}} if Around.GATE in self.around else {}
+        large = {"of large data": {"x": 1e6 * self.inputs()["x"]}} if set(self.lines) & set(CONDITIONS) else {}
+        return {**gate, **large}

@@ -1,0 +1,416 @@
+"""Settings that code on parts reads, wherever they are: a change is an error that names it, and so is a change back to nothing."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import autotp
+from autotp.errors import AutoTPError
+from autotp.rewrite import entry
+from autotp.testing.ranks.run import run
+from autotp.testing.tiny.models import randomise
+
+X = torch.randn(2, 3, 16, dtype=torch.float64)
+
+
+class Slots:
+    """Settings without a `__dict__`."""
+
+    __slots__ = ("mixed",)
+
+    def __init__(self) -> None:
+        self.mixed = False
+
+
+class Reads(nn.Module):
+    """Centres what is between two Linears if `asks(self)` says so."""
+
+    mixed = False
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.calls: list[int] = []
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def asks(self) -> Any:
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.calls.append(len(self.calls))
+        if self.asks():
+            h = h - h.mean(-1, keepdim=True)
+        return self.b(h)
+
+
+class InDict(Reads):
+    def asks(self) -> Any:
+        return self.options["mixed"]
+
+
+class InObject(Reads):
+    def asks(self) -> Any:
+        return self.options.inner["mixed"]
+
+
+class InSet(Reads):
+    def asks(self) -> Any:
+        return "mixed" in self.options
+
+
+class InSlots(Reads):
+    def asks(self) -> Any:
+        return self.options.mixed
+
+
+class OfClass(Reads):
+    def asks(self) -> Any:
+        return self.mixed
+
+
+class ByGetattr(Reads):
+    def asks(self) -> Any:
+        return getattr(self, "extra", False)
+
+
+class ByHasattr(Reads):
+    def asks(self) -> Any:
+        return hasattr(self, "extra")
+
+
+class Partly(Reads):
+    def asks(self) -> Any:
+        return self.options()
+
+
+class Nested(Reads):
+    def asks(self) -> Any:
+        return self.options.inner.mixed
+
+
+class ByMethod(Reads):
+    def asks(self) -> Any:
+        return self.options.on()
+
+
+class Switch:
+    """Settings that are asked by a method, a property, or a call."""
+
+    def __init__(self) -> None:
+        self.mixed = False
+
+    def on(self) -> bool:
+        return self.also
+
+    @property
+    def also(self) -> bool:
+        return self.mixed
+
+    def __call__(self) -> bool:
+        return self.also
+
+
+class ByDict(Reads):
+    def asks(self) -> Any:
+        return self.__dict__.get("extra", False)
+
+
+class ByTry(Reads):
+    def asks(self) -> Any:
+        try:
+            return self.extra
+        except AttributeError:
+            return False
+
+
+class OfChild(Reads):
+    def __init__(self) -> None:
+        super().__init__()
+        self.children_ = nn.ModuleList([nn.Identity()])
+        self.first = nn.Identity()
+        self.first.mixed = False
+
+    def asks(self) -> Any:
+        return self.first.mixed or any(getattr(c, "mixed", False) for c in self.children_)
+
+
+class ByFloat(Reads):
+    alpha = 0.0
+
+    def asks(self) -> Any:
+        return self.share > 0
+
+
+class ByClassFloat(Reads):
+    share = 0.0
+
+    def asks(self) -> Any:
+        return self.share > 0
+
+
+class Kind(enum.Enum):
+    PLAIN = 0
+    MIXED = 1
+
+
+class ByMember(Reads):
+    def asks(self) -> Any:
+        return self.options is Kind.MIXED
+
+
+class Notes(nn.Module):
+    """Stores in itself what is a flag elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mixed = True
+        return x
+
+
+class StoredElsewhere(OfClass):
+    def __init__(self) -> None:
+        super().__init__(mixed=False)
+        self.notes = Notes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.notes(x))
+
+
+class InCounted(InDict):
+    def asks(self) -> Any:
+        self.options["calls"] += 1
+        return super().asks()
+
+
+class InList(Reads):
+    def asks(self) -> Any:
+        return any(o.mixed for o in self.options)
+
+
+class OfSettings:
+    mixed = False
+
+
+class Mixed(OfSettings):
+    mixed = True
+
+
+class Scaled(Reads):
+    """A float that no condition is about may change."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)) * self.share)
+
+
+class MayBe(Reads):
+    """A parameter and a buffer that may be None, and a number that may be a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(gain=1.0)
+        self.register_parameter("scale", None)
+        self.register_buffer("shift", None)
+        self.register_buffer("bound", torch.ones(1))
+        self.row = nn.Conv1d(16, 16, 1, bias=False)
+        self.wide = nn.Conv1d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) * self.gain * self.bound
+        if self.scale is not None:
+            h = h.softmax(-1)
+        if self.shift is not None:
+            h = h - h.mean(-1, keepdim=True)
+        x = self.b(h).transpose(1, 2)
+        return self.row(torch.tanh(self.wide(x))).transpose(1, 2)
+
+
+class Heads(Reads):
+    """A number that is local on each rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).unflatten(-1, (self.heads, 4)).softmax(-1).flatten(-2))
+
+
+class Listed(Reads):
+    def __init__(self) -> None:
+        super().__init__()
+        self.acts = nn.ModuleList([nn.Tanh()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        for act in self.acts:
+            h = act(h)
+        return self.b(h)
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
+    "a dict": (lambda: InDict(options={"mixed": False}), lambda m: m.options.update(mixed=True), "options was"),
+    "a dict of an object": (
+        lambda: InObject(options=SimpleNamespace(inner={"mixed": 0})),
+        lambda m: m.options.inner.update(mixed=1),
+        "options.inner was",
+    ),
+    "a flag beside a float": (
+        lambda: InDict(options={"mixed": False, "eps": 1e-5}),
+        lambda m: m.options.update(mixed=True),
+        "options was",
+    ),
+    "an ordered dict": (lambda: InDict(options=OrderedDict(mixed=False)), lambda m: m.options.update(mixed=True), "options was"),
+    "a member of an enumeration": (
+        lambda: ByMember(options=Kind.PLAIN),
+        lambda m: setattr(m, "options", Kind.MIXED),
+        "options was <Kind.PLAIN",
+    ),
+    "a flag that another class stores in itself": (StoredElsewhere, lambda m: setattr(m, "mixed", True), "mixed was False"),
+    "a float of the class that a condition is about": (ByClassFloat, lambda m: setattr(m, "share", 0.5), "share was 0.0"),
+    "a flag beside a counter": (
+        lambda: InCounted(options={"mixed": False, "calls": 0}),
+        lambda m: m.options.update(mixed=True),
+        "options was {'mixed': False}",
+    ),
+    "a default of a dict": (
+        lambda: InDict(options=defaultdict(bool)),
+        lambda m: m.options.update(mixed=True),
+        "options was {'mixed': False}",
+    ),
+    "a flag beside a tensor": (
+        lambda: InDict(options={"mixed": False, "scale": torch.ones(3)}),
+        lambda m: m.options.update(mixed=True),
+        "options was a dict (mixed: False",
+    ),
+    "objects in a list": (
+        lambda: InList(options=[SimpleNamespace(mixed=False)]),
+        lambda m: setattr(m.options[0], "mixed", True),
+        "options was a list (a SimpleNamespace (mixed: False))",
+    ),
+    "a deque": (lambda: InSet(options=deque(["plain"])), lambda m: m.options.append("mixed"), "options was a list ('plain')"),
+    "a method of an object": (lambda: Partly(options=Switch().on), lambda m: setattr(m.options.__self__, "mixed", True), "options was"),
+    "a class": (lambda: InSlots(options=OfSettings), lambda m: setattr(m, "options", Mixed), "options was"),
+    "a method of its own": (Reads, lambda m: setattr(m, "asks", lambda: True), "asks was not there"),
+    "a set": (lambda: InSet(options=set()), lambda m: m.options.add("mixed"), "options was"),
+    "slots": (lambda: InSlots(options=Slots()), lambda m: setattr(m.options, "mixed", True), "options.mixed was False"),
+    "a default of the class": (OfClass, lambda m: setattr(m, "mixed", True), "mixed was False"),
+    "getattr": (ByGetattr, lambda m: setattr(m, "extra", True), "extra was not there"),
+    "hasattr": (ByHasattr, lambda m: setattr(m, "extra", 1), "extra was not there"),
+    "a partial function": (
+        lambda: Partly(options=functools.partial(bool, 0)),
+        lambda m: setattr(m, "options", functools.partial(bool, 1)),
+        "options was",
+    ),
+    "settings in settings": (
+        lambda: Nested(options=SimpleNamespace(inner=SimpleNamespace(mixed=False))),
+        lambda m: setattr(m.options.inner, "mixed", True),
+        "options.inner.mixed was False",
+    ),
+    "other settings": (
+        lambda: InSlots(options=SimpleNamespace(mixed=False)),
+        lambda m: setattr(m, "options", SimpleNamespace(mixed=True)),
+        "options, which code on a rank's part reads, is another object",
+    ),
+    "other settings in settings": (
+        lambda: Nested(options=SimpleNamespace(inner=SimpleNamespace(mixed=False))),
+        lambda m: setattr(m.options, "inner", SimpleNamespace(mixed=True)),
+        "options.inner, which code on a rank's part reads, is another object",
+    ),
+    "a method of settings": (lambda: ByMethod(options=Switch()), lambda m: setattr(m.options, "mixed", True), "options.also was False"),
+    "settings that are called": (lambda: Partly(options=Switch()), lambda m: setattr(m.options, "mixed", True), "options.also was False"),
+    "keywords of a partial function": (
+        lambda: Partly(options=functools.partial(dict, mixed=False)),
+        lambda m: m.options.keywords.clear(),
+        "options.keywords was {'mixed': False}",
+    ),
+    "__dict__": (ByDict, lambda m: setattr(m, "extra", True), "extra was not there"),
+    "an AttributeError": (ByTry, lambda m: setattr(m, "extra", True), "extra was not there"),
+    "of a child": (OfChild, lambda m: setattr(m.first, "mixed", True), "first.mixed was False"),
+    "of a child in a list": (OfChild, lambda m: setattr(m.children_[0], "mixed", True), "children_.0.mixed was not there"),
+    "a float that a condition is about": (lambda: ByFloat(share=0.0), lambda m: setattr(m, "share", 0.5), "share was 0.0"),
+    "a parameter that was None": (MayBe, lambda m: setattr(m, "scale", nn.Parameter(torch.ones(()))), "scale was None"),
+    "a buffer that was None": (MayBe, lambda m: setattr(m, "shift", torch.ones(())), "shift was None"),
+    "a tensor where a number was": (MayBe, lambda m: setattr(m, "gain", torch.ones(32).double()), "gain was a number"),
+    "a buffer that grows": (MayBe, lambda m: setattr(m, "bound", torch.ones(32).double()), "bound was a tensor of shape (1,)"),
+    "a bias of a Linear": (
+        lambda: _without_bias(Reads()),
+        lambda m: setattr(m.b, "bias", nn.Parameter(torch.ones(16).double())),
+        "b.bias was None",
+    ),
+    "a bias of a convolution": (
+        MayBe,
+        lambda m: setattr(m.row, "bias", nn.Parameter(torch.ones(16).double())),
+        "row.bias was None",
+    ),
+    "a list of modules": (Listed, lambda m: m.acts.append(nn.Softmax(-1)), "acts.1, a Softmax, was added"),
+}
+
+
+def _without_bias(model: Any) -> Any:
+    model.b.bias = None
+    return model
+
+
+#: What may change: the result is that of one device.
+HARMLESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "a float that no condition is about": (lambda: Scaled(share=0.5), lambda m: setattr(m, "share", 0.25)),
+    "a number for a number": (MayBe, lambda m: setattr(m, "gain", 2.0)),
+    "a tensor of one entry for a number": (MayBe, lambda m: setattr(m, "gain", torch.tensor(2.0).double())),
+    "a buffer of its shape": (MayBe, lambda m: setattr(m, "bound", torch.full((1,), 3.0).double())),
+    "the model's own value of a local number": (lambda: Heads(heads=8), lambda m: setattr(m, "heads", 8)),
+    "what no code reads": (Reads, lambda m: setattr(m, "note", "x")),
+}
+
+
+def changed(factory: Callable[[], Any], change: Callable[[Any], Any]) -> tuple[float, str, float]:
+    """The difference before the change, what the next call says, and the share that a rank holds."""
+    torch.manual_seed(0)
+    plain = factory().double()
+    randomise(plain, seed=3)
+    wanted = plain(X)
+
+    def rank(_: object) -> tuple[float, str, float]:
+        model = copy.deepcopy(plain)
+        autotp.parallelize(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), example_inputs={"x": X}, check="graph")
+        apart = max(float((model(X) - wanted).detach().abs().max()) for _ in range(3))  # what its forward fills is no change
+        model.calls.clear()
+        model(X)
+        change(model)
+        try:
+            got = model(X)
+        except AutoTPError as error:
+            return apart, str(error), autotp.plan_of(model).local_share
+        after = copy.deepcopy(plain)
+        change(after)
+        return apart, f"differs by {float((after(X) - got).detach().abs().max())}", autotp.plan_of(model).local_share
+
+    return run("local", rank, None, 2, 60.0)[0]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_an_error(name: str) -> None:
+    factory, change, says = CHANGES[name]
+    apart, said, share = changed(factory, change)
+    assert apart < 1e-9 and share < 0.6
+    assert says in said
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_may_change(name: str) -> None:
+    apart, said, share = changed(*HARMLESS[name])
+    assert apart < 1e-9 and share < 0.6
+    assert said.startswith("differs by") and float(said.rpartition(" ")[2]) < 1e-9
+
+
+def test_without_the_guards_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control."""
+    monkeypatch.setattr(entry, "watched", lambda *_: iter(()))
+    _, said, _ = changed(*CHANGES["a dict"][:2])
+    assert said.startswith("differs by") and float(said.rpartition(" ")[2]) > 1e-3
