@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autotp.axes.atoms import Atom
 from autotp.planner.choice import Choice
 from autotp.planner.partition import Cut
 from autotp.planner.placements import NONE, Space
-from autotp.planner.repeats import block_of
+from autotp.planner.repeats import traced
 from autotp.trace.graph import Node
 
 
@@ -54,7 +53,7 @@ class Bans:
         """Forbid the cuts that meet in a module, or nearest to it on the way that its numbers come; all where that is unknown."""
         guilty: frozenset[Atom] = choice.on
         if accused.module is not None:
-            path = _traced_path(accused.module, space.graph.repeats)
+            path = traced(accused.module, space.graph.repeats)
             nodes = space.graph.nodes
             inside = [n for n in nodes if n.module == path] or [n for n in nodes if n.module.startswith(path + ".")]
             if inside:
@@ -69,15 +68,6 @@ def _met(space: Space, choice: Choice, node: Node) -> frozenset[Atom]:
     """The axes on which values of a node are sharded."""
     values = (*space.inputs[node.index], *node.outputs)
     return frozenset().union(*(choice.labels.of(v) for v in values), NONE) & choice.on
-
-
-def _traced_path(path: str, repeats: Mapping[str, str]) -> str:
-    """The path of the module that was traced in the place of `path`."""
-    blocks = {b + ".": t + "." for b, t in repeats.items()}
-    path += "."
-    while (block := block_of(path, blocks)) is not None:
-        path = blocks[block] + path[len(block) :]
-    return path[:-1]
 
 
 def _feeds(source: Node, node: Node) -> bool:

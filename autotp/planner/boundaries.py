@@ -8,14 +8,15 @@ Conversions at a boundary are done inside of the module: outside of it the argum
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TypeVar
 
 from autotp.axes.operators.elementwise import pointwise
 from autotp.axes.operators.table import Is, entry, is_a
 from autotp.plan.spec import Boundary, Forms, Shown
 from autotp.planner.joint_reductions import Joint
+from autotp.planner.keys import AtSlot, slot_key
 from autotp.planner.placements import Labels, SlotKey, Space
-from autotp.planner.reductions import Moves, slot_key
+from autotp.planner.reductions import Moves, Side
+from autotp.planner.repeats import with_copies
 from autotp.trace.forms import of_any_dims
 from autotp.trace.graph import Node, Pseudo, Value
 
@@ -45,7 +46,7 @@ def find_boundaries(
             before = found.setdefault(path, {}).setdefault((result, each), shown)
             found[path][result, each] = min(before, shown, key=_ORDER.index)
     every = {path: tuple(Boundary(*place, shown) for place, shown in slots.items()) for path, slots in found.items()}
-    return _repeated(every, repeats)
+    return dict(with_copies(every.items(), repeats))
 
 
 def find_copies(space: Space, converted: Collection[SlotKey], repeats: Mapping[str, str]) -> dict[str, tuple[tuple[str | int, ...], ...]]:
@@ -65,7 +66,7 @@ def find_copies(space: Space, converted: Collection[SlotKey], repeats: Mapping[s
         copies.update(o.id for o in node.outputs)
         if leaves:
             found.setdefault(key[1], {})[key[2]] = None
-    return _repeated({path: tuple(places) for path, places in found.items()}, repeats)
+    return dict(with_copies([(path, tuple(places)) for path, places in found.items()], repeats))
 
 
 def _is_of(key: SlotKey, slot: SlotKey) -> bool:
@@ -107,7 +108,7 @@ def find_inside(space: Space, labels: Labels, moves: Moves, boundaries: Collecti
     for path in found:
         if runs.get(path, True) and path not in graph.asks_dims:
             found[path] = of_any_dims(found[path])
-    return _repeated(found, repeats)
+    return dict(with_copies(found.items(), repeats))
 
 
 def _takes_any_dims(node: Node) -> bool:
@@ -130,7 +131,7 @@ def _shown(
     if value.id in moves.partial:
         return Shown.SUM
     whole = value.id in later or (enters and key in copied)
-    hanging = ("above" if enters else "below", key) in moves.hanging
+    hanging = (Side.ABOVE if enters else Side.BELOW, key) in moves.hanging
     return Shown.GRADIENT if hanging and not whole and value.id in space.flows else None
 
 
@@ -139,7 +140,7 @@ def _taken_over(space: Space, moves: Moves, copied: Collection[SlotKey]) -> set[
     found: set[int] = set()
     for node in space.graph.nodes:
         key = slot_key(node)
-        if key is not None and node.op is Pseudo.EXIT and ("slot", key) in moves.copies and key not in copied:
+        if key is not None and node.op is Pseudo.EXIT and AtSlot(key) in moves.copies and key not in copied:
             found.add(node.outputs[0].id)
         elif key is not None and isinstance(node.args[0], Value) and node.args[0].id in found and key not in copied:
             found.update(o.id for o in node.outputs)
@@ -167,15 +168,3 @@ def _trail(space: Space, node: Node) -> list[tuple[int, int]]:
     while len(users := space.users.get(trail[-1][0], [])) == 1 and len(outputs := space.graph.nodes[users[0]].outputs) == 1:
         trail.append((outputs[0].id, users[0]))
     return trail
-
-
-_T = TypeVar("_T")
-
-
-def _repeated(found: Mapping[str, _T], repeats: Mapping[str, str]) -> dict[str, _T]:
-    """Also for the blocks that were not traced, inner blocks first."""
-    every = dict(found)
-    for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):
-        inside = [path for path in every if path == template or path.startswith(template + ".")]
-        every.update({block + path[len(template) :]: every[path] for path in inside})
-    return every

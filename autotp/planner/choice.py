@@ -15,15 +15,15 @@ from math import gcd, prod
 
 from autotp.axes.atoms import Atom
 from autotp.axes.operators.table import Is, is_a
+from autotp.planner.gathers import GATHER_TRIES, gather_slots, head_gather, whole_results
+from autotp.planner.heads import head_widths
 from autotp.planner.padding import padding_conflict
 from autotp.planner.partition import Atoms, Cut, Cuts, last_atoms, local_size, neighbours
 from autotp.planner.placements import NONE, Labels, SlotKey, Space, label, leaf_atoms
 from autotp.planner.refusals import Conflict
 from autotp.planner.requested import Wanted, claimed, granules, ruled_out
-from autotp.trace.graph import Node, Origin, Pseudo, Value
+from autotp.trace.graph import Origin, Value
 
-#: A head's result leaves its module at once; later boundaries are not worth a pass each.
-GATHER_TRIES = 4
 UNREAD = "no traced call reads it"
 
 
@@ -167,37 +167,6 @@ def _held(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]]) -> float
     return sum(prod(local_size(d, space.carried[v.id] & cut.atoms, cuts) for d in space.axes.dims[v.id]) for v in values.values())
 
 
-def head_widths(space: Space) -> set[Atom]:
-    """Atoms inside of one attention head: what queries and keys are multiplied over, and the last dim of the values."""
-    found: set[Atom] = set()
-    for node in space.graph.nodes:
-        if is_a(node, Is.ATTENTION):
-            found |= space.leaves[node.args[2].id][-1] | space.leaves[node.args[0].id][-1]
-        elif is_a(node, Is.SOFTMAX):
-            scores = _source(space, node.args[0])
-            if scores is not None and len(scores.outputs[0].shape) >= 3:
-                found |= frozenset().union(*(atoms for _, atoms in space.contracts[scores.index]), NONE)
-        elif is_a(node, Is.MATRIX_PRODUCT) and len(node.args[0].shape) >= 3:
-            source = _source(space, node.args[0], Is.SOFTMAX)
-            if source is not None:
-                found |= space.leaves[node.args[1].id][-1]
-    return found
-
-
-def _source(space: Space, value: Value, traits: Is = Is.MAKES_SCORES) -> Node | None:
-    """The operator with one of `traits` that a value comes from through what scores pass; None for a product with a parameter."""
-    for _ in range(24):
-        node = space.made.get(value.id)
-        if node is None:
-            return None
-        if is_a(node, traits):
-            return None if any(space.parameter_of(v.id) is not None for v in node.inputs()) else node
-        if not is_a(node, Is.PASSES_SCORES):
-            return None
-        value = next(node.inputs())
-    return None
-
-
 def _elements(value: Value) -> int:
     return prod(value.shape)
 
@@ -233,7 +202,7 @@ def _try(space: Space, cuts: tuple[Cut, ...], state: Taken, carriers: Mapping[At
     if labels.conflicts:
         first = labels.conflicts[0]
         for cut in cuts:
-            for slot in _gather_slots(space, cut.major, labels, carriers[cut.major])[:GATHER_TRIES]:
+            for slot in gather_slots(space, cut.major, labels, carriers[cut.major])[:GATHER_TRIES]:
                 trial = {**gathers, slot: gathers.get(slot, NONE) | cut.atoms}
                 again = label(space, wanted, trial, whole)
                 if not again.conflicts:
@@ -242,14 +211,14 @@ def _try(space: Space, cuts: tuple[Cut, ...], state: Taken, carriers: Mapping[At
         if labels.conflicts:
             return first
     for cut in cuts:
-        head = _head_gather(space, cut, wanted, gathers, whole, labels, carriers[cut.major])
+        head = head_gather(space, cut, wanted, gathers, whole, labels, carriers[cut.major])
         if isinstance(head, Conflict):
             return head
         gathers, labels = head
-        whole_results = _whole_results(space, wanted, gathers, whole, labels, cut)
-        if isinstance(whole_results, Conflict):
-            return whole_results
-        gathers, labels = whole_results
+        found = whole_results(space, wanted, gathers, whole, labels, cut)
+        if isinstance(found, Conflict):
+            return found
+        gathers, labels = found
         if _small_table(space, cut):
             return Conflict(cut.atoms, None, "a lookup table this short costs more to reduce than it saves")
         if labels.gathered and not _pays(space, cut, labels, carriers[cut.major]):
@@ -283,122 +252,6 @@ def _is_argument(space: Space, value: Value) -> bool:
             seen.add(item.id)
             queue += list(node.inputs())
     return False
-
-
-def _gather_slots(space: Space, atom: Atom, labels: Labels, carriers: list[Value]) -> list[SlotKey]:
-    """EXITs that a value sharded on `atom` leaves through on its way to a result of the model, in order."""
-    reaching: set[int] = set()
-    for result in space.graph.results:
-        reaching |= {v.id for _, v in result.leaves if isinstance(v, Value) and atom in space.carried.get(v.id, NONE)}
-    for node in reversed(space.graph.nodes):
-        if any(o.id in reaching for o in node.outputs):
-            reaching |= {v.id for v in node.inputs() if atom in labels.of(v)}
-    weights = {v.id for v in carriers}
-    slots: dict[SlotKey, None] = {}
-    for node in space.graph.nodes:
-        if node.op is Pseudo.EXIT and node.slot is not None and node.outputs[0].id in reaching:
-            (value,) = node.args
-            if atom in labels.of(value) and value.id not in weights:
-                slots[(Pseudo.EXIT, *node.slot)] = None
-    return list(slots)
-
-
-def _head_gather(
-    space: Space, cut: Cut, wanted: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], labels: Labels, carriers: list[Value]
-) -> tuple[Mapping[SlotKey, Atoms], Labels] | Conflict:
-    """Results on an axis that nothing but a lookup sums over (a vocabulary) are gathered where their head returns.
-
-    At the end of the model would do for what was traced. But losses are often computed behind a condition that no traced call
-    met, and take logits for whole. So the head has to be a module that calls no other: nothing follows the product there.
-    """
-    if not all(is_a(space.graph.nodes[i], Is.LOOKUP) for i in space.summing.get(cut.major, ())) or not _returned(space, labels, cut):
-        return gathers, labels
-    callers = {space.graph.calls.get(caller, ("", 0))[0] for _, caller in space.graph.calls.values()}
-    for slot in _gather_slots(space, cut.major, labels, carriers):
-        if slot[1] and slot[1] not in callers:
-            trial = {**gathers, slot: gathers.get(slot, NONE) | cut.atoms}
-            again = label(space, wanted, trial, whole)
-            if not again.conflicts and not _returned(space, again, cut):
-                return trial, again
-    return Conflict(cut.atoms, None, "no module of its own makes this result, and code that was not traced could take a part of it for all")
-
-
-def _returned(space: Space, labels: Labels, cut: Cut) -> bool:
-    """True where a result of the model is sharded on `cut`."""
-    return any(isinstance(v, Value) and cut.atoms & labels.of(v) for result in space.graph.results for _, v in result.leaves)
-
-
-def _whole_results(
-    space: Space, wanted: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], labels: Labels, cut: Cut
-) -> tuple[Mapping[SlotKey, Atoms], Labels] | Conflict:
-    """`gathers` extended so that no result of the model is sharded on `cut`, and the labels then.
-
-    Results are gathered as near as can be to where they are made: the code between there and the model's end may have branches that
-    no traced call took (a loss behind a flag), and methods of the model may be called without it.
-    """
-    if not _returned(space, labels, cut):
-        return gathers, labels
-    conflict = Conflict(cut.atoms, None, "the sharded value is returned in a form that cannot be gathered")
-    for nodes in _exits_to_results(space, labels, cut):
-        trial = dict(gathers)
-        for node in nodes:
-            assert node.slot is not None
-            key: SlotKey = (Pseudo.EXIT, *node.slot)
-            trial[key] = trial.get(key, NONE) | cut.atoms
-        again = label(space, wanted, trial, whole)
-        if not again.conflicts and not _returned(space, again, cut):
-            return trial, again
-        conflict = again.conflicts[0] if again.conflicts else conflict
-    return conflict
-
-
-def _exits_to_results(space: Space, labels: Labels, cut: Cut) -> list[list[Node]]:
-    """Sets of EXITs that everything sharded on `cut` passes on its way to a result of the model, the innermost set first.
-
-    A set with an EXIT whose value nothing uses in some call (attention weights, most of the time) is left out: that call would
-    gather in vain.
-    """
-    leaves = {v.id: v for result in space.graph.results for _, v in result.leaves if isinstance(v, Value) and cut.atoms & labels.of(v)}
-    results = {v.id for result in space.graph.results for _, v in result.leaves if isinstance(v, Value)}
-    unused = {
-        node.slot
-        for node in space.graph.nodes
-        if node.op is Pseudo.EXIT
-        and labels.of(node.outputs[0])
-        and node.outputs[0].id not in results
-        and not space.users.get(node.outputs[0].id)
-    }
-    level = [space.made[key] for key in leaves if key in space.made]
-    if len(level) < len(leaves):
-        return []
-    sets: list[list[Node]] = []
-    while True:
-        if all(node.op is Pseudo.EXIT for node in level) and not any(node.slot in unused for node in level):
-            sets.append(level)
-        inner = {n.index: n for node in level for n in (_exits_before(space, labels, cut, node) or [node])}
-        if set(inner) == {node.index for node in level}:
-            return sets[::-1][:GATHER_TRIES]
-        level = list(inner.values())
-
-
-def _exits_before(space: Space, labels: Labels, cut: Cut, node: Node) -> list[Node]:
-    """The EXITs that what is sharded on `cut` passed last on its way to `node`; none where some of it passed none."""
-    found: dict[int, Node] = {}
-    seen: set[int] = set()
-    queue = [node]
-    while queue:
-        item = queue.pop()
-        sharded = [v for v in item.inputs() if cut.atoms & labels.of(v) and space.parameter_of(v.id) is None]
-        if not sharded:
-            return []
-        for value in sharded:
-            made = space.made[value.id]
-            if made.op is Pseudo.EXIT:
-                found[made.index] = made
-            elif made.index not in seen:
-                seen.add(made.index)
-                queue.append(made)
-    return list(found.values())
 
 
 def _pays(space: Space, cut: Cut, labels: Labels, carriers: list[Value]) -> bool:

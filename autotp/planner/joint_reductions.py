@@ -16,7 +16,7 @@ Where results meet in a sum and one of these fails, a note says which (`_notes`)
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -25,8 +25,10 @@ from math import prod
 from autotp.axes.operators.table import Is, is_a
 from autotp.plan.names import folded
 from autotp.plan.spec import Op
+from autotp.planner.keys import AtSlot, Key, slot_key
 from autotp.planner.placements import SlotKey, Space
-from autotp.planner.reductions import Moves, slot_key
+from autotp.planner.reductions import Moves
+from autotp.planner.repeats import within
 from autotp.trace.graph import Graph, Node, Pseudo, Value
 
 
@@ -47,11 +49,11 @@ class _Trail:
     why: str
 
 
-def conversions_of(joints: Iterable[Joint], key: Hashable) -> tuple[Op, ...]:
-    """What realises the reduction at a `conversion_key`."""
+def conversions_of(joints: Iterable[Joint], key: Key) -> tuple[Op, ...]:
+    """What realises the reduction at a key."""
     for joint in joints:
         for slot in joint.slots:
-            if key == ("slot", slot):
+            if key == AtSlot(slot):
                 return (Op.JOIN, Op.REDUCE) if slot == joint.slots[-1] else (Op.HOLD,)
     return (Op.REDUCE,)
 
@@ -67,7 +69,7 @@ def members(joints: Iterable[Joint]) -> Mapping[str, tuple[tuple[str, ...], ...]
 
 def find_joints(space: Space, moves: Moves) -> tuple[tuple[Joint, ...], tuple[str, ...]]:
     """The reductions that become one, and notes about those that meet in a sum and stay apart."""
-    reduced = {key[1] for key in moves.reduces - moves.copies if isinstance(key, tuple) and key[0] == "slot"}
+    reduced = {key.slot for key in moves.reduces - moves.copies if isinstance(key, AtSlot)}
     exits = [n for n in space.graph.nodes if n.op is Pseudo.EXIT and slot_key(n) in reduced]
     returned = {v.id for result in space.graph.results for _, v in result.leaves if isinstance(v, Value)}
     returned |= {v.id for values in space.graph.left.values() for v in values}
@@ -147,16 +149,12 @@ def _joint(graph: Graph, groups: Sequence[Sequence[Node]], calls: Mapping[SlotKe
     if len(parents) > 1 or parent is None or any(parent and not path.startswith(parent + ".") for _, path, _ in slots):
         return "no module contains the summands in each call"
     for template in set(graph.repeats.values()):
-        inside = [_within(path, template) for _, path, _ in slots]
-        if any(inside) and not _within(parent, template):
+        inside = [within(path, template) for _, path, _ in slots]
+        if any(inside) and not within(parent, template):
             return "the summands are in repeated blocks of their own"
     if not any(result.name.endswith("-training") for result in graph.results):
         return "the path in training mode was not traced"
     return Joint(parent, slots)
-
-
-def _within(path: str, block: str) -> bool:
-    return path == block or path.startswith(block + ".")
 
 
 def _common_call(graph: Graph, frames: Iterable[int]) -> str | None:

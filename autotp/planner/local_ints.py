@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from autotp.plan.spec import LocalAttribute
 from autotp.planner.partition import Cuts, local_size
 from autotp.planner.placements import NONE, Labels, Space
-from autotp.planner.refusals import Stuck
+from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node, Value
 from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
 
@@ -59,7 +59,7 @@ def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
 
 
 def constraints(space: Space, labels: Labels) -> list[Constraint]:
-    """Every constraint of the graph. Raises Stuck where a demanded int has no known origin."""
+    """Every constraint of the graph. Raises Refusal where a demanded int has no known origin."""
     out: list[Constraint] = []
     shapes: dict[int, Value] = {}
     for node in space.graph.nodes:
@@ -76,10 +76,10 @@ def constraints(space: Space, labels: Labels) -> list[Constraint]:
                 local = -local
             found = positions(node, demand.number, demand.at, demand.listed)
             if not found and local != demand.number:
-                raise Stuck(node, f"{demand.number} would have to become {local}, and where it comes from is not known")
+                raise Refusal(node, f"{demand.number} would have to become {local}, and where it comes from is not known")
             for p in found:
                 if wanted.setdefault(p, local) != local:
-                    raise Stuck(node, f"{demand.number} would have to become both {wanted[p]} and {local}")
+                    raise Refusal(node, f"{demand.number} would have to become both {wanted[p]} and {local}")
         for p, expr in enumerate(node.ints):
             if p in wanted or any(True for _ in leaves(expr)):
                 out.append(Constraint(node, p, expr, wanted.get(p, expr.value), p in wanted))
@@ -87,7 +87,7 @@ def constraints(space: Space, labels: Labels) -> list[Constraint]:
 
 
 def localise(space: Space, labels: Labels, hints: Hints | None = None) -> Localised:
-    """Solve for the attributes, with the values of `hints` where they do. Raises Stuck where no attribute and no override helps."""
+    """Solve for the attributes, with the values of `hints` where they do. Raises Refusal where no attribute and no override helps."""
     every = constraints(space, labels)
     shapes = {v.id: v for n in space.graph.nodes for v in (*n.inputs(), *n.outputs)}
 
@@ -116,13 +116,13 @@ def localise(space: Space, labels: Labels, hints: Hints | None = None) -> Locali
         if got == c.local:
             continue
         if not any(True for _ in leaves(c.expr)):
-            raise Stuck(c.node, f"{c.expr.value} is written as a number in the code and would have to be {c.local}")
+            raise Refusal(c.node, f"{c.expr.value} is written as a number in the code and would have to be {c.local}")
         if not c.demanded:
-            raise Stuck(c.node, f"{show(c.expr)} is used as a number there: {c.expr.value} would become {got}")
+            raise Refusal(c.node, f"{show(c.expr)} is used as a number there: {c.expr.value} would become {got}")
         if c.local == c.expr.value:
-            raise Stuck(c.node, f"{show(c.expr)} must stay {c.local} there, and would become {got}")
+            raise Refusal(c.node, f"{show(c.expr)} must stay {c.local} there, and would become {got}")
         if c.node.place is None:
-            raise Stuck(c.node, f"{show(c.expr)} would have to be {c.local}, and no call site can be told")
+            raise Refusal(c.node, f"{show(c.expr)} would have to be {c.local}, and no call site can be told")
         overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
     return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()})
 

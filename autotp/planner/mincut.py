@@ -16,7 +16,7 @@ Vertex = Hashable
 SOURCE, SINK = "source", "sink"
 
 
-class Cut:
+class MinCut:
     """Collects demands and costs, then solves."""
 
     def __init__(self) -> None:

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count, pairwise
-from typing import TYPE_CHECKING
 
 from autotp.axes.atoms import Atom, flat
 from autotp.axes.operators.table import Is, is_a
 from autotp.plan.layout import Concat, Expr, Factor, Product
-from autotp.planner.partition import Cuts
-from autotp.planner.placements import Space, leaf_atoms
-
-if TYPE_CHECKING:
-    from autotp.planner.choice import Choice
+from autotp.planner.partition import Atoms, Cuts
+from autotp.planner.placements import SlotKey, Space, leaf_atoms
 
 #: Factors up to this size are called by it, as the 3 of a fused q, k, v.
 SMALL = 4
 _FACTOR = {"attention": "h", "mlp": "i", "moe": "i", "embedding": "v", "lm head": "v", "conv": "c"}
 
 
-def pattern_of(space: Space, choice: Choice, atom: Atom) -> str:
+def pattern_of(space: Space, gathers: Mapping[SlotKey, Atoms], atom: Atom) -> str:
     """The pattern name of one sharded atom."""
     kinds: set[str] = set()
     softmaxed = False
@@ -42,7 +38,7 @@ def pattern_of(space: Space, choice: Choice, atom: Atom) -> str:
         return "attention"
     if "embedding" in kinds:
         return "embedding"
-    if any(atom in atoms for atoms in choice.gathers.values()) and not _contracted(space, atom):
+    if any(atom in atoms for atoms in gathers.values()) and not _contracted(space, atom):
         return "lm head"
     if "conv" in kinds:
         return "conv"

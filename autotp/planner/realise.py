@@ -7,41 +7,23 @@ buffer, or a call site. Plans of blocks that were not traced are copies of their
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from autotp.plan.layout import Expr, Factor, freed, is_padded, is_sharded, shared
-from autotp.plan.spec import Conversion, GradSum, Kernel, ModulePlan, Op, Site, Slot, Use, Written
+from autotp.plan.spec import Conversion, GradSum, Kernel, ModulePlan, Op, Slot, Use, Written
+from autotp.planner.call_specs import CallSpec, sites_of
 from autotp.planner.choice import Choice
 from autotp.planner.in_place import statistics, wrongly_changed
 from autotp.planner.joint_reductions import Joint, conversions_of, members
+from autotp.planner.keys import AtPlace, AtSlot, Key, key_of, slot_key
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
 from autotp.planner.partition import Atoms
 from autotp.planner.placements import NONE, Space
-from autotp.planner.reductions import Moves, conversion_key, slot_key
-from autotp.planner.refusals import Unrealisable
-from autotp.planner.repeats import repeated
-from autotp.trace.graph import Access, Node, Origin, Place, Pseudo, Value, outside
-
-
-@dataclass
-class _CallSpec:
-    ints: list[tuple[int, int, int]] = field(default_factory=list)
-    inputs: dict[int, list[Conversion]] = field(default_factory=dict)
-    outputs: dict[int, list[Conversion]] = field(default_factory=dict)
-    kernel: Kernel | None = None
-    over: Expr | None = None
-    over_dim: int = -1
-
-    def freeze(self) -> tuple[object, ...]:
-        return (
-            tuple(sorted(set(self.ints))),
-            tuple((k, tuple(v)) for k, v in sorted(self.inputs.items())),
-            tuple((k, tuple(v)) for k, v in sorted(self.outputs.items())),
-            self.kernel,
-            self.over,
-            self.over_dim,
-        )
+from autotp.planner.reductions import Moves
+from autotp.planner.refusals import Refusal
+from autotp.planner.repeats import lift_modules
+from autotp.trace.graph import Access, Node, Origin, Pseudo, Value
 
 
 class Builder:
@@ -55,7 +37,7 @@ class Builder:
         self.linears, self.joints = linears, joints
         self.graph, self.labels = space.graph, choice.labels
         self.slots: dict[tuple[Pseudo, str, tuple[str | int, ...]], list[Conversion]] = {}
-        self.calls: dict[int, _CallSpec] = {}  # node index → spec
+        self.calls: dict[int, CallSpec] = {}  # node index → spec
         self.uses: dict[tuple[str, str, str], Use] = {}
         self.users: dict[int, list[Node]] = {}
         self.crossings: dict[Hashable, list[Node]] = {}  # slot → the nodes that cross it
@@ -87,19 +69,19 @@ class Builder:
         slot = slot_key(node)
         if slot is not None:
             return tuple(self.slots.get(slot, ()))
-        spec = self.calls.get(node.index, _CallSpec())
+        spec = self.calls.get(node.index, CallSpec())
         return tuple(c for table in (spec.inputs, spec.outputs) for conversions in table.values() for c in conversions)
 
     def _check_changes(self) -> None:
         """Nothing is changed in place behind a conversion, and statistics that modules read in slices are marked as written."""
         error = wrongly_changed(self.space, self.labels, self.moves.partial, self._converted)
         if error is not None:
-            raise Unrealisable(*error)
+            raise Refusal(*error)
         for node, buffer in statistics(self.space, self.labels):
             key = (node.module, *self._owner(buffer, node.module))
             use = self.uses.get(key)
             if use is None or not any(c.op is Op.SLICE for c in use.conversions):
-                raise Unrealisable(node, "running statistics that are no buffers of the module would be updated in parts")
+                raise Refusal(node, "running statistics that are no buffers of the module would be updated in parts")
             path = next(result for result in self.graph.results if node.index < result.stop)
             always = node.args[5] and not path.name.endswith("-training")
             if use.written is not Written.ALWAYS:
@@ -107,18 +89,18 @@ class Builder:
 
     # where ------------------------------------------------------------------------------------------------------------------
 
-    def _call(self, node: Node) -> _CallSpec:
+    def _call(self, node: Node) -> CallSpec:
         if node.place is None or isinstance(node.op, Pseudo):
-            raise Unrealisable(node, "no call site can be told")
+            raise Refusal(node, "no call site can be told")
         if reason := self.graph.sealed(node):
-            raise Unrealisable(node, reason)
-        return self.calls.setdefault(node.index, _CallSpec())
+            raise Refusal(node, reason)
+        return self.calls.setdefault(node.index, CallSpec())
 
     def _input(self, node: Node, value: Value, conversion: Conversion) -> None:
         spec = self._call(node)
         found = self.space.calls.arguments(node, value)
         if not found:
-            raise Unrealisable(node, "the tensor to convert is no argument of the call in the code, or is changed in place by it")
+            raise Refusal(node, "the tensor to convert is no argument of the call in the code, or is changed in place by it")
         for i in found:
             spec.inputs.setdefault(i, []).append(conversion)
 
@@ -126,25 +108,24 @@ class Builder:
         spec = self._call(node)
         found = self.space.calls.results(node, value)
         if not found:
-            raise Unrealisable(node, "the tensor to convert is no result of the call in the code, or is changed in place by it")
+            raise Refusal(node, "the tensor to convert is no result of the call in the code, or is changed in place by it")
         for i in found:
             spec.outputs.setdefault(i, []).append(conversion)
 
-    def _at(self, key: Hashable, conversion: Conversion) -> None:
-        assert isinstance(key, tuple)
-        if key[0] == "slot":
-            self.slots.setdefault(key[1], []).append(conversion)
+    def _at(self, key: Key, conversion: Conversion) -> None:
+        if isinstance(key, AtSlot):
+            self.slots.setdefault(key.slot, []).append(conversion)
             return
-        if key[0] == "place":
+        if isinstance(key, AtPlace):
             for node in self.graph.nodes:
                 for i, o in enumerate(node.outputs):
-                    if conversion_key(self.space, node, i) == key:
+                    if key_of(self.space, node, i) == key:
                         self._output(node, o, conversion)
             return
-        maker = self.made.get(key[1])
+        maker = self.made.get(key.value)
         if maker is None:
-            raise Unrealisable(self.users[key[1]][0], "an argument of the model would need a conversion")
-        value = next(o for o in maker.outputs if o.id == key[1])
+            raise Refusal(self.users[key.value][0], "an argument of the model would need a conversion")
+        value = next(o for o in maker.outputs if o.id == key.value)
         self._output(maker, value, conversion)
 
     # conversions --------------------------------------------------------------------------------------------------------------
@@ -174,12 +155,12 @@ class Builder:
         if all(not is_padded(e, self.tp) and not shared(e, 0, self.tp).size for e, _ in found):
             return None, -1
         if len(found) > 1:
-            raise Unrealisable(node, "a statistic would cross two sharded dims")
+            raise Refusal(node, "a statistic would cross two sharded dims")
         return found[0]
 
     def _part(self, value: Value, atoms: frozenset[object], on: frozenset[object], op: Op) -> Conversion:
         if sum(bool(leaves & atoms) for leaves in self.space.leaves[value.id]) > 1:
-            raise Unrealisable(self.users[value.id][0], "a tensor would be cut along two dims")
+            raise Refusal(self.users[value.id][0], "a tensor would be cut along two dims")
         for i, leaves in enumerate(self.space.leaves[value.id]):
             if leaves & atoms:
                 expr: Expr = self.namer.expr(self.space.axes.dims[value.id][i], on)  # type: ignore[arg-type]
@@ -194,24 +175,23 @@ class Builder:
             key = slot_key(node)
             assert key is not None
             if any(n.index not in self.labels.gathered for n in self.crossings[key]):
-                raise Unrealisable(node, "only some calls of the module return a sharded value to gather")
+                raise Refusal(node, "only some calls of the module return a sharded value to gather")
             have = self.slots.setdefault(key, [])
             if conversion not in have:
                 if any(c.op is Op.GATHER for c in have):
-                    raise Unrealisable(node, "calls of one module would be gathered in different ways")
+                    raise Refusal(node, "calls of one module would be gathered in different ways")
                 have.append(conversion)
 
     def _copies(self) -> None:
         for key in sorted(self.moves.copies, key=str):
-            assert isinstance(key, tuple)
-            if key[0] == "slot" and (inner := self._only_linears(key[1])):
+            if isinstance(key, AtSlot) and (inner := self._only_linears(key.slot)):
                 for slot in inner:
                     self.slots.setdefault(slot, []).append(Conversion(Op.COPY))
             else:
                 self._at(key, Conversion(Op.COPY))
-        for index, key in self.moves.group_edges:
+        for index, number in self.moves.group_edges:
             node = self.graph.nodes[index]
-            value = next(v for v in node.inputs() if v.id == key)
+            value = next(v for v in node.inputs() if v.id == number)
             self._input(node, value, Conversion(Op.COPY))
 
     def _only_linears(self, slot: Hashable) -> list[tuple[Pseudo, str, tuple[str | int, ...]]]:
@@ -304,48 +284,6 @@ class Builder:
 
     # assembly -----------------------------------------------------------------------------------------------------------------
 
-    def _sites(self) -> dict[str, list[Site]]:
-        """One site for each place in a module; every call from there must want the same."""
-        specs: dict[tuple[str, int], tuple[Node, _CallSpec]] = {}
-        for index, spec in self.calls.items():
-            node = self.graph.nodes[index]
-            _, old = specs.setdefault((node.module, node.call), (node, _CallSpec()))
-            self._merge(node, old, spec)
-        places: dict[tuple[str, Place], tuple[object, Site]] = {}
-        for (module, _), (node, spec) in specs.items():
-            assert node.place is not None
-            frozen = spec.freeze()
-            p = node.place
-            site = Site(p.file, p.function, p.line, p.offset, *frozen)  # type: ignore[arg-type]
-            before = places.setdefault((module, p), (frozen, site))
-            if before[0] != frozen:
-                raise Unrealisable(node, "calls from one place in the code need different conversions")
-        for node in self.graph.nodes:
-            if outside(node):
-                continue  # sites are watched in calls of the model only
-            if node.place is not None and (node.module, node.place) in places and (node.module, node.call) not in specs:
-                raise Unrealisable(node, "only some of the calls from one place in the code need a conversion")
-        out: dict[str, list[Site]] = {}
-        for (module, _), (_, site) in places.items():
-            out.setdefault(module, []).append(site)
-        return out
-
-    def _merge(self, node: Node, into: _CallSpec, spec: _CallSpec) -> None:
-        """Add what one node needs to what its Python call does; all nodes of the call see the same arguments."""
-        nodes = self.space.calls.nodes(node)
-        into.ints += spec.ints
-        if len({position for position, _, _ in into.ints}) < len(set(into.ints)):
-            raise Unrealisable(node, "one number of the call would have to become two")
-        for i, conversions in spec.inputs.items():
-            key = nodes[0].tensors[i]
-            others = [self.calls.get(n.index, _CallSpec()).inputs.get(i) for n in nodes if any(v.id == key for v in n.inputs())]
-            if any(other != conversions for other in others):
-                raise Unrealisable(node, "operators inside of one call need its argument in different forms")
-            into.inputs[i] = conversions
-        into.outputs.update(spec.outputs)
-        if spec.kernel is not None:
-            into.kernel, into.over, into.over_dim = spec.kernel, spec.over, spec.over_dim
-
     def _merge_result_slots(self) -> None:
         """Items of one list in a module's result that are all converted alike become one slot for every item.
 
@@ -373,7 +311,7 @@ class Builder:
             plan, ordered = at(path), _ordered(conversions)
             if kind is Pseudo.ENTER and len(where) > 1 and path in self.graph.refilled:
                 node = next(n for n in self.graph.nodes if n.slot == (path, where))
-                raise Unrealisable(node, "the call changes the list or dict in which it is given a tensor to convert")
+                raise Refusal(node, "the call changes the list or dict in which it is given a tensor to convert")
             if kind is Pseudo.ENTER:  # arguments that were one tensor in some call are converted alike, each by itself
                 slots = tuple(Slot(p, ordered) for p in self.graph.members.get((path, where), (where,)))
                 plans[path] = replace(plan, inputs=(*plan.inputs, *slots))
@@ -383,14 +321,14 @@ class Builder:
             plans[module] = replace(at(module), uses=(*at(module).uses, use))
         for module, attributes in self.local.attributes.items():
             plans[module] = replace(at(module), attributes=attributes)
-        for module, sites in self._sites().items():
+        for module, sites in sites_of(self.space, self.calls).items():
             plans[module] = replace(at(module), sites=tuple(sites))
         for module, groups in members(self.joints).items():
             plans[module] = replace(at(module), joint=groups)
         for (module, name), values in self.graph.left.items():
             if any(self.labels.of(v) or v.id in self.moves.partial for v in values):
                 plans[module] = replace(at(module), stashed=(*at(module).stashed, name))
-        return (*plans.values(), *repeated(plans, self.graph.repeats))
+        return lift_modules(plans, self.graph.repeats)
 
 
 _ORDER = {Op.JOIN: 0, Op.HOLD: 1, Op.REDUCE: 1, Op.GATHER: 2, Op.COPY: 3, Op.SLICE: 4, Op.ONCE: 5}
@@ -417,6 +355,3 @@ def _sizes(expr: Expr | None) -> object:
 
 def _has_repeats(expr: Expr, tp: int) -> bool:
     return is_sharded(expr) and shared(expr, 0, tp).size > 0
-
-
-__all__ = ["NONE", "Builder", "Unrealisable"]

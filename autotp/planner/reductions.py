@@ -12,14 +12,16 @@ Value and gradient types (forward → backward): P → its gradient is whole; S 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from math import prod
 
 from autotp.axes.operators.table import Is, is_a
-from autotp.planner.mincut import Cut
+from autotp.planner.keys import AtPlace, AtSlot, AtValue, Key, key_of, slot_key
+from autotp.planner.mincut import MinCut
 from autotp.planner.placements import Labels, SlotKey, Space
-from autotp.planner.refusals import Undecidable
+from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node, Origin, Pseudo, Value, outside
 
 SITE = 1e12
@@ -31,39 +33,50 @@ TOKENS_SCALE = 100.0  # examples are tiny: an activation stands for this many ti
 class Moves:
     """Conversions by where they happen.
 
-    reduces, copies: the `conversion_key`s of module boundaries, call sites or single values.
+    reduces, copies: where (`keys`).
     group_edges: (node index, value id) uses inside regions that are converted alone. grad_sums: parameters whose gradient is summed.
-    partial: values that are still partial sums where they are used. hanging: ("above" or "below" a conversion, slot) whose gradient is
+    partial: values that are still partial sums where they are used. hanging: (side of a conversion, slot) whose gradient is
     still a partial sum there.
     """
 
-    reduces: frozenset[Hashable]
+    reduces: frozenset[Key]
     partial: frozenset[int]
-    copies: frozenset[Hashable]
+    copies: frozenset[Key]
     group_edges: frozenset[tuple[int, int]]
     grad_sums: frozenset[int]
-    hanging: frozenset[tuple[str, SlotKey]] = frozenset()
+    hanging: frozenset[tuple[Side, SlotKey]] = frozenset()
 
 
-def slot_key(node: Node) -> SlotKey | None:
-    """The boundary slot that an ENTER or EXIT node crosses."""
-    if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
-        return (node.op, *node.slot)
-    return None
+class Side(Enum):
+    """Which side of a possible conversion a vertex is: of a sum on its way, or of a gradient on its way back."""
+
+    BEFORE = "before"  # the value as it is made
+    AFTER = "after"  # the value as it is used
+    BELOW = "below"  # the gradient as the uses give it
+    ABOVE = "above"  # the gradient as what made the value gets it
 
 
-def conversion_key(space: Space, node: Node, index: int) -> Hashable:
-    """What converts result `index` of a node: a boundary slot, or the place in the code that calls the operator.
+@dataclass(frozen=True, slots=True)
+class _At:
+    """The vertex of what one conversion acts on, on one side of it."""
 
-    A hook treats every call of its module alike, and an intervention every call from its place. Results that no conversion reaches
-    stand for themselves.
-    """
-    slot = slot_key(node)
-    if slot is not None:
-        return ("slot", slot)
-    if not space.calls.results(node, node.outputs[index]):
-        return ("value", node.outputs[index].id)
-    return ("place", node.module, node.place, node.opname, index)
+    side: Side
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The uses of a value inside of regions, converted at each use alone; `after`: behind the conversion."""
+
+    value: int
+    after: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Param:
+    """The gradient of a parameter, summed where it is accumulated."""
+
+    value: int
 
 
 class _Vertices:
@@ -71,41 +84,44 @@ class _Vertices:
 
     def __init__(self, space: Space, places: bool) -> None:
         """`places`: calls from one place in the code share their vertices; otherwise each value outside slots is alone."""
-        self.key: dict[int, Hashable] = {}
+        self.key: dict[int, Key] = {}
         self.order: dict[int, int] = {}
-        self.fixed: set[Hashable] = set()  # of what no conversion reaches
+        self.fixed: set[Key] = set()  # of what no conversion reaches
         for node in space.graph.nodes:
             for i, o in enumerate(node.outputs):
-                key = conversion_key(space, node, i)
-                if key == ("value", o.id):
+                key = key_of(space, node, i)
+                if isinstance(key, AtValue):
                     self.fixed.add(key)
-                self.key[o.id] = key if places or slot_key(node) is not None else ("value", o.id)
+                self.key[o.id] = key if places or isinstance(key, AtSlot) else AtValue(o.id)
                 self.order[o.id] = node.index
 
-    def of(self, value: Value) -> Hashable:
-        return self.key.get(value.id, ("value", value.id))
+    def of(self, value: Value) -> Key:
+        return self.key.get(value.id) or AtValue(value.id)
+
+    def at(self, side: Side, value: Value) -> _At:
+        return _At(side, self.of(value))
 
 
 def _elements(value: Value) -> float:
     return float(prod(value.shape)) * TOKENS_SCALE
 
 
-def _cost(key: Hashable, elements: float, order: int, late: bool = False) -> float:
+def _cost(key: Key, elements: float, order: int, late: bool = False) -> float:
     """Boundaries before places in the code, places where a value is made before `late` ones, and the model's own results last.
 
     Code may have branches that no traced call took, and take a sum for whole: the less of it stands before the conversion the better.
     """
     base = elements * (1 + 1e-7 * order)
-    if not (isinstance(key, tuple) and key[0] == "slot"):
+    if not isinstance(key, AtSlot):
         return (1.5 if late else 1) * SITE + base
-    return 2 * SITE + base if key[1][:2] == (Pseudo.EXIT, "") else base
+    return 2 * SITE + base if key.slot[:2] == (Pseudo.EXIT, "") else base
 
 
-def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozenset[Hashable], frozenset[int]]:
+def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozenset[Key], frozenset[int]]:
     """(where partial sums are reduced, values still partial after that)."""
-    cut, vertices = Cut(), _Vertices(space, places)
+    cut, vertices = MinCut(), _Vertices(space, places)
     mixed = _mixed(space, vertices, lambda v: v.id in labels.partial, lambda v: True) | _sealed(space, vertices)
-    stops, first = [result.stop for result in space.graph.results], dict[Hashable, int]()
+    stops, first = [result.stop for result in space.graph.results], dict[Key, int]()
     summed = labels.partial - {key for key, number in space.graph.fills.items() if number == 0.0}  # zeros are whole and partial
     weights: dict[int, float] = {}
     for node in space.graph.nodes:
@@ -118,51 +134,56 @@ def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozen
             if not born and is_a(node, Is.SELECTION):  # what is left out is no gain: it was a sum too
                 weights[o.id] = max([weights[o.id], *(weights.get(v.id, 0.0) for v in partial_in)])
             if born:
-                cut.born(("pre", key))
+                cut.born(_At(Side.BEFORE, key))
             else:
                 for v in partial_in:
-                    cut.same(("post", vertices.of(v)), ("pre", key))
+                    cut.same(vertices.at(Side.AFTER, v), _At(Side.BEFORE, key))
             path = bisect_right(stops, node.index)
             if first.setdefault(key, path) == path:  # a module that one path calls twice is no cheaper than two modules
-                cut.convertible(key, ("pre", key), ("post", key), None if key in mixed else _cost(key, weights[o.id], node.index, not born))
+                cut.convertible(
+                    key,
+                    _At(Side.BEFORE, key),
+                    _At(Side.AFTER, key),
+                    None if key in mixed else _cost(key, weights[o.id], node.index, not born),
+                )
     for value in space.graph.params.values():
         if value.id in labels.once:
             key = vertices.of(value)
-            cut.born(("pre", key))
-            cut.same(("pre", key), ("post", key))
+            cut.born(_At(Side.BEFORE, key))
+            cut.same(_At(Side.BEFORE, key), _At(Side.AFTER, key))
     made = {o.id: n for n in space.graph.nodes for o in n.outputs}
-    for _, key in labels.reduces:
-        reduced = next((o for n in (made.get(key),) if n is not None for o in n.outputs if o.id == key), None)
-        cut.needed(("post", vertices.of(reduced) if reduced is not None else ("value", key)))
+    for _, number in labels.reduces:
+        reduced = next((o for n in (made.get(number),) if n is not None for o in n.outputs if o.id == number), None)
+        cut.needed(_At(Side.AFTER, vertices.of(reduced) if reduced is not None else AtValue(number)))
     for node in space.graph.nodes:
         if node.op is Pseudo.REPEAT:
             for a, b in zip(node.args[0], node.args[1], strict=True):
                 if a.id in labels.partial and b.id in labels.partial:
-                    cut.same(("post", vertices.of(a)), ("post", vertices.of(b)))
+                    cut.same(vertices.at(Side.AFTER, a), vertices.at(Side.AFTER, b))
     for result in space.graph.results:
         for _, leaf in result.leaves:
             if isinstance(leaf, Value) and leaf.id in labels.partial:
-                cut.needed(("post", vertices.of(leaf)))
+                cut.needed(vertices.at(Side.AFTER, leaf))
     solved = cut.solve()
     if solved is None:
-        raise Undecidable("a partial sum cannot be reduced on every path exactly once")
+        raise Refusal(None, "a partial sum cannot be reduced on every path exactly once")
     chosen, unconverted = solved
-    partial = frozenset(k for k in labels.partial if ("post", vertices.key.get(k, ("value", k))) in unconverted)
-    return frozenset(chosen), partial
+    partial = frozenset(k for k in labels.partial if _At(Side.AFTER, vertices.key.get(k) or AtValue(k)) in unconverted)
+    return frozenset(k for k in chosen if isinstance(k, AtSlot | AtPlace | AtValue)), partial
 
 
-def _mixed(space: Space, vertices: _Vertices, holds: Callable[[Value], bool], matters: Callable[[Value], bool]) -> set[Hashable]:
+def _mixed(space: Space, vertices: _Vertices, holds: Callable[[Value], bool], matters: Callable[[Value], bool]) -> set[Key]:
     """What no conversion reaches, and slots and places in the code that see both kinds of values in different calls.
 
     `matters`: what a conversion at a place would do something to.
     """
-    seen: dict[Hashable, bool] = {}
+    seen: dict[Key, bool] = {}
     mixed = set(vertices.fixed)
     for node in space.graph.nodes:
         slot = slot_key(node) is not None
         for o in node.outputs:
             key = vertices.of(o)
-            if not slot and not (isinstance(key, tuple) and key[0] == "place" and matters(o)):
+            if not slot and not (isinstance(key, AtPlace) and matters(o)):
                 continue
             if space.graph.fills.get(o.id) == 0.0:
                 continue  # zeros are whole and a partial sum (experts that no token chose)
@@ -172,7 +193,7 @@ def _mixed(space: Space, vertices: _Vertices, holds: Callable[[Value], bool], ma
     return mixed
 
 
-def _sealed(space: Space, vertices: _Vertices) -> set[Hashable]:
+def _sealed(space: Space, vertices: _Vertices) -> set[Key]:
     """What no conversion can stand at: results of operators inside of autograd functions, and outside of the model's forward."""
     return {vertices.of(o) for node in space.graph.nodes if space.graph.sealed(node) for o in node.outputs}
 
@@ -189,10 +210,10 @@ def _seen_whole(space: Space, node: Node) -> tuple[Value, ...]:
 
 
 def place_copies(
-    space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Hashable], places: bool
-) -> tuple[frozenset[Hashable], frozenset[tuple[int, int]], frozenset[int], frozenset[tuple[str, SlotKey]]]:
+    space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Key], places: bool
+) -> tuple[frozenset[Key], frozenset[tuple[int, int]], frozenset[int], frozenset[tuple[Side, SlotKey]]]:
     """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed, hanging slots)."""
-    cut, vertices = Cut(), _Vertices(space, places)
+    cut, vertices = MinCut(), _Vertices(space, places)
     flows = space.flows
     sharded = labels.shard
 
@@ -214,16 +235,16 @@ def place_copies(
             if whole(o):
                 seen[o.id] = o
                 if at_once or (any(v.id in partial for v in inputs) and node.index not in labels.kernels):
-                    cut.needed(("above", vertices.of(o)))  # reduced here: its gradient goes on to every rank's part
+                    cut.needed(vertices.at(Side.ABOVE, o))  # reduced here: its gradient goes on to every rank's part
                 if node.index in labels.gathered or (labels.kernels.get(node.index) is not None and not out_partial and not out_sharded):
-                    cut.needed(("above", vertices.of(o)))
+                    cut.needed(vertices.at(Side.ABOVE, o))
         if node.op is Pseudo.REPEAT:
             _repeat(cut, vertices, node, whole)
             continue
         for v in _seen_whole(space, node):
             if whole(v):
                 seen[v.id] = v
-                cut.needed(("below", vertices.of(v)))
+                cut.needed(vertices.at(Side.BELOW, v))
         if not live:
             continue
         for v in inputs:
@@ -237,49 +258,49 @@ def place_copies(
                 ):
                     for o in live:  # a repeated segment is taken out: its gradient stays a partial sum
                         if whole(o):
-                            cut.born(("above", vertices.of(o)))
+                            cut.born(vertices.at(Side.ABOVE, o))
                 continue
             seen[v.id] = v
-            below = ("below", vertices.of(v))
+            below = vertices.at(Side.BELOW, v)
             partners = [u for u in inputs if u is not v and (u.id in partial or sharded.get(u.id))]
             region = out_sharded or (node.index, v.id) in labels.slices or (out_partial and bool(partners) and not _added(space, node, v))
             if region:
                 groups[v.id] = v
                 edges.add((node.index, v.id))
-                cut.same(("group post", v.id), below)
+                cut.same(_Group(v.id, after=True), below)
             elif out_partial:
                 cut.needed(below)  # added to a partial sum: its gradient is whole
             else:
                 for o in live:
-                    cut.same(("above", vertices.of(o)), below)
+                    cut.same(vertices.at(Side.ABOVE, o), below)
     for key, v in groups.items():
-        cut.born(("group", key))
+        cut.born(_Group(key))
         sealed = any(space.graph.sealed(space.graph.nodes[index]) for index, number in edges if number == key)
-        cut.convertible(("group", key), ("group", key), ("group post", key), None if sealed else SITE + _elements(v))
+        cut.convertible(_Group(key), _Group(key), _Group(key, after=True), None if sealed else SITE + _elements(v))
     _ends(space, cut, vertices, seen, flows, mixed)
     solved = cut.solve()
     if solved is None:
-        raise Undecidable("the gradients of a region cannot be reduced on every path exactly once")
+        raise Refusal(None, "the gradients of a region cannot be reduced on every path exactly once")
     chosen = solved[0]
-    copies = frozenset(k for k in chosen if isinstance(k, tuple) and k[0] in ("slot", "place", "value"))
+    copies = frozenset(k for k in chosen if isinstance(k, AtSlot | AtPlace | AtValue))
     return (
         copies,
-        frozenset(e for e in edges if ("group", e[1]) in chosen),
-        frozenset(k[1] for k in chosen if isinstance(k, tuple) and k[0] == "param"),
-        frozenset((v[0], v[1][1]) for v in solved[1] if isinstance(v, tuple) and v[0] in ("above", "below") and v[1][0] == "slot"),
+        frozenset(e for e in edges if _Group(e[1]) in chosen),
+        frozenset(k.value for k in chosen if isinstance(k, _Param)),
+        frozenset((v.side, v.key.slot) for v in solved[1] if isinstance(v, _At) and isinstance(v.key, AtSlot)),
     )
 
 
-def _ends(space: Space, cut: Cut, vertices: _Vertices, seen: dict[int, Value], flows: set[int], mixed: set[Hashable]) -> None:
-    done: set[Hashable] = set()
+def _ends(space: Space, cut: MinCut, vertices: _Vertices, seen: dict[int, Value], flows: set[int], mixed: set[Key]) -> None:
+    done: set[Key] = set()
     for v in seen.values():
         key = vertices.of(v)
         if key in done:
             continue
         done.add(key)
-        before, after = ("below", key), ("above", key)
+        before, after = _At(Side.BELOW, key), _At(Side.ABOVE, key)
         if v.origin is Origin.PARAM:
-            cut.convertible(("param", v.id), before, after, float(prod(v.shape)))
+            cut.convertible(_Param(v.id), before, after, float(prod(v.shape)))
             cut.needed(after)
         elif v.origin is Origin.NODE:
             cut.convertible(key, before, after, None if key in mixed else _cost(key, _elements(v), -vertices.order[v.id]))
@@ -289,18 +310,18 @@ def _ends(space: Space, cut: Cut, vertices: _Vertices, seen: dict[int, Value], f
     for result in space.graph.results:
         for _, leaf in result.leaves:
             if isinstance(leaf, Value) and leaf.id in seen:
-                cut.needed(("below", vertices.of(leaf)))
+                cut.needed(vertices.at(Side.BELOW, leaf))
     for values in space.graph.left.values():  # a loss may be made of what is whole
         for v in values:
             if v.id in seen:
-                cut.needed(("below", vertices.of(v)))
+                cut.needed(vertices.at(Side.BELOW, v))
 
 
-def _repeat(cut: Cut, vertices: _Vertices, node: Node, whole: Callable[[Value], bool]) -> None:
+def _repeat(cut: MinCut, vertices: _Vertices, node: Node, whole: Callable[[Value], bool]) -> None:
     here, there = node.args
     for a, b in zip(here, there, strict=True):
         if whole(a):
-            cut.same(("below", vertices.of(a)), ("below", vertices.of(b)))
+            cut.same(vertices.at(Side.BELOW, a), vertices.at(Side.BELOW, b))
 
 
 def _added(space: Space, node: Node, value: Value) -> bool:
@@ -313,11 +334,11 @@ def place(space: Space, labels: Labels) -> Moves:
     """All reductions of a labelled graph.
 
     Raises:
-        Undecidable: no placement reduces every partial sum exactly once.
+        Refusal: no placement reduces every partial sum exactly once.
     """
     try:
         return _place(space, labels, places=True)
-    except Undecidable:  # calls from one place may need different things: then each on its own, if the code allows it
+    except Refusal:  # calls from one place may need different things: then each on its own, if the code allows it
         return _place(space, labels, places=False)
 
 

@@ -22,24 +22,12 @@ class Conflict:
         return self.reason if self.node is None else f"{self.reason}: {self.node}"
 
 
-class Stuck(Exception):
-    """Some int cannot be made local; carries its node and the reason."""
+class Refusal(Exception):
+    """Something that a choice of cuts needs cannot be done: at a node, or None where it can only be told of the whole."""
 
-    def __init__(self, node: Node, reason: str) -> None:
+    def __init__(self, node: Node | None, reason: str) -> None:
         super().__init__(reason)
         self.node, self.reason = node, reason
 
-
-class Undecidable(Exception):
-    """No placement of the reductions satisfies every use; carries the node or value where it shows."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-
-
-class Unrealisable(Exception):
-    """A conversion that no place in the code can do; carries its node."""
-
-    def __init__(self, node: Node, reason: str) -> None:
-        super().__init__(reason)
-        self.node, self.reason = node, reason
+    def __str__(self) -> str:
+        return self.reason if self.node is None else f"{self.reason}: {self.node}"

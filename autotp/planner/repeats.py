@@ -1,81 +1,104 @@
-"""Plans of repeated blocks, which were not traced: copies of the plan of their template."""
+"""Blocks that were not traced: what holds for their template holds for them, under other names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
 from autotp.plan.spec import AxisInfo, ModulePlan, ParamPlan
 
+T = TypeVar("T")
 
-def block_of(name: str, blocks: Mapping[str, str]) -> str | None:
-    """The innermost of `blocks` (prefixes that end in a dot) that a name is inside."""
-    at = name.rfind(".")
-    while at >= 0:
-        if name[: at + 1] in blocks:
-            return name[: at + 1]
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """Names under a template, as they are in a block that it stands for."""
+
+    template: str
+    block: str
+
+    def __call__(self, name: str) -> str:
+        return self.block + name[len(self.template) :] if within(name, self.template) else name
+
+
+def within(name: str, path: str) -> bool:
+    """True for the module at `path` and what is inside of it."""
+    return name == path or name.startswith(path + ".")
+
+
+def traced(name: str, repeats: Mapping[str, str]) -> str:
+    """The name of what was traced in the place of `name`: under templates instead of blocks."""
+    while (block := block_of(name, repeats)) is not None:
+        name = repeats[block] + name[len(block) :]
+    return name
+
+
+def block_of(name: str, repeats: Mapping[str, str]) -> str | None:
+    """The innermost block that was not traced and that a name is in, None where it is in none."""
+    at = len(name)
+    while at > 0:
+        if name[:at] in repeats:
+            return name[:at]
         at = name.rfind(".", 0, at)
     return None
 
 
+def with_copies(
+    entries: Iterable[tuple[str, T]], repeats: Mapping[str, str], move: Callable[[T, Rename], T] = lambda entry, _: entry
+) -> list[tuple[str, T]]:
+    """Named `entries`, followed by a copy of those of its template for each block. `move` gives what an entry holds its new names.
+
+    Inner blocks come first, so that copies are copied with the block that they are in.
+    """
+    every = list(entries)
+    inside: dict[str, list[int]] = {t: [i for i, (name, _) in enumerate(every) if within(name, t)] for t in set(repeats.values())}
+    for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):
+        rename = Rename(template, block)
+        for i in list(inside[template]):
+            name, entry = rename(every[i][0]), move(every[i][1], rename)
+            for other, found in inside.items():
+                if within(name, other):
+                    found.append(len(every))
+            every.append((name, entry))
+    return every
+
+
 def lift(plan: Plan, names: Iterable[str], repeats: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Plan:
-    """The plan with the parameters of repeated blocks filled in from their templates, in the order of `names`."""
-    params: dict[str, ParamPlan] = {}
-    aliases, products = dict(plan.aliases), set(plan.products)
-    blocks = {b + ".": t + "." for b, t in repeats.items()}
+    """The plan with the parameters and axes of blocks that were not traced, the parameters in the order of `names`."""
+    params = dict(with_copies(plan.params.items(), repeats, _moved_param))
     for name in names:
-        twin, moves = name, []
-        while twin not in plan.params:
-            block = block_of(twin, blocks)
-            if block is None:
-                raise PlanError(f"{name}: no layout was planned for it")
-            twin = blocks[block] + twin[len(block) :]
-            moves.append((block, blocks[block]))
-        params[name] = replace(plan.params[twin], name=name)
+        if name not in params:
+            raise PlanError(f"{name}: no layout was planned for it")
         if params[name].layout.shape != shapes[name]:
             raise PlanError(f"{name}: planned for shape {params[name].layout.shape}, has {shapes[name]}")
-        if twin in plan.products:
-            products.add(name)
-        if moves and twin in plan.aliases:
-            target = plan.aliases[twin]
-            for block, template in reversed(moves):
-                target = block + target[len(template) :] if target.startswith(template) else target
-            aliases[name] = target
-    axes = list(plan.axes)
-    for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):
-        axes += [_moved_axis(a, template, block) for a in axes if a.module == template or a.module.startswith(template + ".")]
-    return replace(plan, params=params, aliases=aliases, products=frozenset(products), axes=tuple(axes))
+    return replace(
+        plan,
+        params={name: params[name] for name in names},
+        aliases=dict(with_copies(plan.aliases.items(), repeats, lambda name, rename: rename(name))),
+        products=frozenset(name for name, _ in with_copies(((name, None) for name in plan.products), repeats)),
+        axes=tuple(axis for _, axis in with_copies(((a.module, a) for a in plan.axes), repeats, _moved_axis)),
+    )
 
 
-def _moved_axis(axis: AxisInfo, template: str, block: str) -> AxisInfo:
-    def move(name: str) -> str:
-        return block + name[len(template) :] if name.startswith(template) else name
-
-    return replace(axis, name=move(axis.name), module=move(axis.module), params=tuple(map(move, axis.params)))
+def _moved_param(param: ParamPlan, rename: Rename) -> ParamPlan:
+    return replace(param, name=rename(param.name))
 
 
-def repeated(plans: Mapping[str, ModulePlan], repeats: Mapping[str, str]) -> list[ModulePlan]:
-    """Copies for the blocks that were not traced, inner blocks first, so that copies of copies are made too."""
-    every = dict(plans)
-    inside: dict[str, list[str]] = {}  # template → paths under it, kept up to date as copies are made
-    for template in set(repeats.values()):
-        inside[template] = [p for p in every if p == template or p.startswith(template + ".")]
-    for block, template in sorted(repeats.items(), key=lambda pair: -pair[0].count(".")):
-        for path in list(inside[template]):
-            uses = tuple(replace(u, owner=_moved_path(u.owner, template, block)) for u in every[path].uses)
-            moved = replace(every[path], path=_moved_path(path, template, block), uses=uses)
-            every[moved.path] = moved
-            for other, paths in inside.items():
-                if moved.path == other or moved.path.startswith(other + "."):
-                    paths.append(moved.path)
-    return [plan for path, plan in every.items() if path not in plans]
+def _moved_axis(axis: AxisInfo, rename: Rename) -> AxisInfo:
+    return replace(axis, name=rename(axis.name), module=rename(axis.module), params=tuple(map(rename, axis.params)))
 
 
-def _moved_path(path: str, template: str, block: str) -> str:
-    return block + path[len(template) :] if path == template or path.startswith(template + ".") else path
+def lift_modules(plans: dict[str, ModulePlan], repeats: Mapping[str, str]) -> tuple[ModulePlan, ...]:
+    """The plans of modules, followed by those of the blocks that were not traced."""
+    return tuple((dict(with_copies(plans.items(), repeats, _moved_module)) | plans).values())
+
+
+def _moved_module(plan: ModulePlan, rename: Rename) -> ModulePlan:
+    return replace(plan, path=rename(plan.path), uses=tuple(replace(u, owner=rename(u.owner)) for u in plan.uses))
 
 
 def differing(block: str, template: str, layouts: Mapping[str, Layout], names: Iterable[str]) -> bool:

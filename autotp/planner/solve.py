@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autotp.errors import PlanError
-from autotp.plan.cost import summed
 from autotp.plan.spec import Op
 from autotp.planner.assemble import Draft, assemble, param_dims
 from autotp.planner.bans import Bans
@@ -14,11 +13,10 @@ from autotp.planner.choice import Choice, choose
 from autotp.planner.joint_reductions import find_joints
 from autotp.planner.local_ints import Hints, localise
 from autotp.planner.naming import Namer, pattern_of
-from autotp.planner.placements import Labels, Space, label
+from autotp.planner.placements import Space, label
 from autotp.planner.realise import Builder
 from autotp.planner.reductions import place
-from autotp.planner.refusals import Stuck, Undecidable, Unrealisable
-from autotp.planner.repeats import lift
+from autotp.planner.refusals import Refusal
 from autotp.planner.requested import Wanted
 
 #: How many drafts are tried before everything stays whole.
@@ -42,20 +40,18 @@ def solve(
         try:
             local = localise(space, choice.labels, hints)
             moves = place(space, choice.labels)
-            namer = Namer({a: pattern_of(space, choice, a) for a in choice.on}, choice.cuts, param_dims(space))
+            namer = Namer({a: pattern_of(space, choice.gathers, a) for a in choice.on}, choice.cuts, param_dims(space))
             joints, notes = find_joints(space, moves)
             builder = Builder(space, choice, moves, local, namer, linears, tp, joints)
             modules = builder.run()
-        except (Stuck, Unrealisable) as error:
-            reason = f"{error.reason}: {error.node}"
-            if not choice.on:
-                raise PlanError(f"{model}: {reason}, and nothing is sharded") from error
-            bans.blame(space, choice, error.node, error.reason)
-        except Undecidable as error:
+        except Refusal as error:
             reason = str(error)
             if not choice.on:
                 raise PlanError(f"{model}: {reason}, and nothing is sharded") from error
-            _blame_alone(space, choice, bans, reason)
+            if error.node is None:
+                _blame_alone(space, choice, bans, reason)
+            else:
+                bans.blame(space, choice, error.node, error.reason)
         else:
             plan = assemble(space, choice, moves, modules, namer, tp, model, bans)
             copied = {slot for slot, conversions in builder.slots.items() if any(c.op is Op.COPY for c in conversions)}
@@ -80,11 +76,8 @@ def _blame_alone(space: Space, choice: Choice, bans: Bans, reason: str) -> None:
         gathers = {slot: atoms & cut.atoms for slot, atoms in choice.gathers.items()}
         try:
             place(space, label(space, dict.fromkeys(cut.atoms, cut), gathers, choice.whole))
-        except Undecidable:
+        except Refusal:
             bans.cuts[cut] = reason
             found = True
     if not found:
         bans.cuts.update(dict.fromkeys(every, reason))
-
-
-__all__ = ["Bans", "Draft", "Labels", "lift", "solve", "summed"]

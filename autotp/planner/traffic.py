@@ -9,9 +9,10 @@ from math import prod
 from autotp.plan.cost import summed
 from autotp.plan.spec import Kernel, ModulePlan, Op, ParamPlan, Traffic
 from autotp.planner.choice import Choice
+from autotp.planner.keys import AtSlot, key_of
 from autotp.planner.placements import Space
-from autotp.planner.reductions import Moves, conversion_key
-from autotp.planner.repeats import block_of
+from autotp.planner.reductions import Moves
+from autotp.planner.repeats import block_of, traced
 from autotp.trace.graph import Node, Origin, Pseudo, Value
 
 
@@ -26,15 +27,11 @@ def traffic(
         if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
             width.setdefault(_crossing(node), _per_token(node.outputs[0]))
     out: list[Traffic] = []
-    blocks = {b + ".": t + "." for b, t in space.graph.repeats.items()}
     inside = _site_traffic(space, choice, moves, sources)
     shared: set[tuple[str, int]] = set()
     again = {(path, p) for (path, where), members in space.graph.members.items() for p in members if p != where}
     for m in modules:
-        path, instance = m.path + ".", block_of(m.path + ".", blocks) or ""
-        while (block := block_of(path, blocks)) is not None:
-            path = blocks[block] + path[len(block) :]
-        path = path[:-1]
+        path, instance = traced(m.path, space.graph.repeats), block_of(m.path, space.graph.repeats) or ""
         found: list[tuple[Traffic, int | None]] = []
         for kind, slots in (("enter", m.inputs), ("exit", m.outputs)):
             for slot in slots:
@@ -60,9 +57,7 @@ def traffic(
     for m in modules:
         for use in m.uses:
             name = f"{use.owner}.{use.name}" if use.owner else use.name
-            while (block := block_of(name, blocks)) is not None:
-                name = blocks[block] + name[len(block) :]
-            elements = summed(use.grad, params.get(name))
+            elements = summed(use.grad, params.get(traced(name, space.graph.repeats)))
             if elements:
                 out.append(Traffic(m.path, "all_reduce", "backward", 0, elements))
     return tuple(out)
@@ -113,8 +108,8 @@ def _site_traffic(space: Space, choice: Choice, moves: Moves, sources: _Sources)
     for keys, when in ((moves.reduces, "forward"), (moves.copies, "backward")):
         for node in space.graph.nodes[:first]:
             for i, o in enumerate(node.outputs):
-                key = conversion_key(space, node, i)
-                if key in keys and isinstance(key, tuple) and key[0] != "slot":
+                key = key_of(space, node, i)
+                if key in keys and not isinstance(key, AtSlot):
                     add(node, when, _per_token(o))
     for index, number in sorted(moves.group_edges):
         value = next(v for v in space.inputs[index] if v.id == number)

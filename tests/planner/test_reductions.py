@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import autotp
 from autotp import Plan
 from autotp.plan.spec import Conversion, GradSum, Op
-from autotp.planner.mincut import Cut
+from autotp.planner.mincut import MinCut
 
 WIDTH, HEADS, SIZE, INNER = 24, 4, 6, 40
 
@@ -303,7 +303,7 @@ def test_a_square_does_not_commute() -> None:
 
 def test_cut_takes_the_cheaper_side() -> None:
     for costs, wanted in (((3.0, 1.0), {"late"}), ((1.0, 3.0), {"early"})):
-        cut = Cut()
+        cut = MinCut()
         cut.born("p")
         cut.convertible("early", "p", "q", costs[0])
         cut.convertible("late", "q", "r", costs[1])
@@ -314,7 +314,7 @@ def test_cut_takes_the_cheaper_side() -> None:
 
 
 def test_cut_that_cannot_be_made() -> None:
-    cut = Cut()
+    cut = MinCut()
     cut.born("p")
     cut.convertible("key", "p", "q", None)
     cut.needed("q")
@@ -322,7 +322,7 @@ def test_cut_that_cannot_be_made() -> None:
 
 
 def test_cut_without_demands_is_empty() -> None:
-    cut = Cut()
+    cut = MinCut()
     cut.born("p")
     cut.convertible("key", "p", "q", 1.0)
     solved = cut.solve()

@@ -13,7 +13,7 @@ from autotp.planner import make_plan, solve
 from autotp.planner.bans import Bans
 from autotp.planner.certificate import Difference
 from autotp.planner.realise import Builder
-from autotp.planner.refusals import Undecidable, Unrealisable
+from autotp.planner.refusals import Refusal
 
 X = torch.zeros(2, 4)
 
@@ -23,13 +23,13 @@ class Stubborn(Builder):
 
     def run(self) -> Any:
         if self.choice.on:
-            raise Unrealisable(self.graph.nodes[0], "not today")
+            raise Refusal(self.graph.nodes[0], "not today")
         return super().run()
 
 
 class Never(Builder):
     def run(self) -> Any:
-        raise Unrealisable(self.graph.nodes[0], "not today")
+        raise Refusal(self.graph.nodes[0], "not today")
 
 
 def small() -> nn.Module:
@@ -57,7 +57,7 @@ def test_what_cannot_be_placed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def undecided(space: Any, labels: Any) -> Any:
         if labels.cuts:
-            raise Undecidable("no way out")
+            raise Refusal(None, "no way out")
         return place(space, labels)
 
     monkeypatch.setattr(solve, "place", undecided)

@@ -1,0 +1,76 @@
+"""What the calls from one place in the code want changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from autotp.plan.layout import Expr
+from autotp.plan.spec import Conversion, Kernel, Site
+from autotp.planner.placements import Space
+from autotp.planner.refusals import Refusal
+from autotp.trace.graph import Node, Place, outside
+
+
+@dataclass
+class CallSpec:
+    ints: list[tuple[int, int, int]] = field(default_factory=list)
+    inputs: dict[int, list[Conversion]] = field(default_factory=dict)
+    outputs: dict[int, list[Conversion]] = field(default_factory=dict)
+    kernel: Kernel | None = None
+    over: Expr | None = None
+    over_dim: int = -1
+
+    def freeze(self) -> tuple[object, ...]:
+        return (
+            tuple(sorted(set(self.ints))),
+            tuple((k, tuple(v)) for k, v in sorted(self.inputs.items())),
+            tuple((k, tuple(v)) for k, v in sorted(self.outputs.items())),
+            self.kernel,
+            self.over,
+            self.over_dim,
+        )
+
+
+def sites_of(space: Space, calls: Mapping[int, CallSpec]) -> dict[str, list[Site]]:
+    """One site for each place in a module; every call from there must want the same."""
+    specs: dict[tuple[str, int], tuple[Node, CallSpec]] = {}
+    for index, spec in calls.items():
+        node = space.graph.nodes[index]
+        _, old = specs.setdefault((node.module, node.call), (node, CallSpec()))
+        _merge(space, calls, node, old, spec)
+    places: dict[tuple[str, Place], tuple[object, Site]] = {}
+    for (module, _), (node, spec) in specs.items():
+        assert node.place is not None
+        frozen = spec.freeze()
+        p = node.place
+        site = Site(p.file, p.function, p.line, p.offset, *frozen)  # type: ignore[arg-type]
+        before = places.setdefault((module, p), (frozen, site))
+        if before[0] != frozen:
+            raise Refusal(node, "calls from one place in the code need different conversions")
+    for node in space.graph.nodes:
+        if outside(node):
+            continue  # sites are watched in calls of the model only
+        if node.place is not None and (node.module, node.place) in places and (node.module, node.call) not in specs:
+            raise Refusal(node, "only some of the calls from one place in the code need a conversion")
+    out: dict[str, list[Site]] = {}
+    for (module, _), (_, site) in places.items():
+        out.setdefault(module, []).append(site)
+    return out
+
+
+def _merge(space: Space, calls: Mapping[int, CallSpec], node: Node, into: CallSpec, spec: CallSpec) -> None:
+    """Add what one node needs to what its Python call does; all nodes of the call see the same arguments."""
+    nodes = space.calls.nodes(node)
+    into.ints += spec.ints
+    if len({position for position, _, _ in into.ints}) < len(set(into.ints)):
+        raise Refusal(node, "one number of the call would have to become two")
+    for i, conversions in spec.inputs.items():
+        key = nodes[0].tensors[i]
+        others = [calls.get(n.index, CallSpec()).inputs.get(i) for n in nodes if any(v.id == key for v in n.inputs())]
+        if any(other != conversions for other in others):
+            raise Refusal(node, "operators inside of one call need its argument in different forms")
+        into.inputs[i] = conversions
+    into.outputs.update(spec.outputs)
+    if spec.kernel is not None:
+        into.kernel, into.over, into.over_dim = spec.kernel, spec.over, spec.over_dim

@@ -1,0 +1,52 @@
+"""Where a conversion can stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autotp.planner.placements import SlotKey, Space
+from autotp.trace.graph import Node, Place, Pseudo
+
+
+@dataclass(frozen=True, slots=True)
+class AtSlot:
+    """A module boundary. A hook there treats every call of its module alike."""
+
+    slot: SlotKey
+
+
+@dataclass(frozen=True, slots=True)
+class AtPlace:
+    """Result number `result` of the operator that a place in the code calls. An intervention treats every call from there alike."""
+
+    module: str
+    place: Place | None
+    opname: str
+    result: int
+
+
+@dataclass(frozen=True, slots=True)
+class AtValue:
+    """One value, which no conversion in the code reaches."""
+
+    value: int
+
+
+Key = AtSlot | AtPlace | AtValue
+
+
+def slot_key(node: Node) -> SlotKey | None:
+    """The boundary slot that an ENTER or EXIT node crosses."""
+    if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
+        return (node.op, *node.slot)
+    return None
+
+
+def key_of(space: Space, node: Node, index: int) -> Key:
+    """What converts result `index` of a node."""
+    slot = slot_key(node)
+    if slot is not None:
+        return AtSlot(slot)
+    if not space.calls.results(node, node.outputs[index]):
+        return AtValue(node.outputs[index].id)
+    return AtPlace(node.module, node.place, node.opname, index)
