@@ -9,11 +9,11 @@ from torch import nn
 import autotp
 from autotp import Plan
 from autotp import examine as examine_module
-from autotp.axes import find
 from autotp.errors import PlanError
 from autotp.numeric.check import Verdict
 from autotp.planner.bans import Accused
 from autotp.planner.make_plan import Examined, make_plan
+from tests.support.rules import give_rule
 
 
 class Softly(nn.Module):
@@ -32,7 +32,7 @@ class Softly(nn.Module):
 @pytest.fixture
 def wrong_softmax(monkeypatch):
     """A rule that takes softmax for an operator on elements."""
-    monkeypatch.setitem(find.RULES, "softmax", find.pointwise)
+    give_rule(monkeypatch, "softmax")
 
 
 @pytest.mark.parametrize("tp", [2, 3])

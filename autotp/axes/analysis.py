@@ -150,8 +150,8 @@ class Axes:
     meanings: tuple[Meaning, ...]
 
 
-def analyse(graph: Graph, rules: Mapping[str, Rule], fallback: Rule) -> Axes:
-    """Run the rules in order, twice: the second pass sees structure that later nodes gave to earlier dims."""
+def analyse(graph: Graph, rule_of: Callable[[Node], Rule]) -> Axes:
+    """Run the rule of each node in order, twice: the second pass sees structure that later nodes gave to earlier dims."""
     context = Context(graph)
     for value in (*graph.params.values(), *graph.buffers.values()):
         context.of(value)
@@ -161,14 +161,11 @@ def analyse(graph: Graph, rules: Mapping[str, Rule], fallback: Rule) -> Axes:
         for node in graph.nodes:
             context.node = node
             context.meanings.append(Meaning())
-            rule = _PSEUDO[node.op] if isinstance(node.op, Pseudo) else rules.get(node.opname, fallback)
             try:
-                if _is_empty(node):
-                    context.opaque("nothing is computed on empty tensors")
-                elif outside(node):
+                if outside(node):
                     context.opaque(graph.sealed(node))
                 else:
-                    rule(context, node)
+                    rule_of(node)(context, node)
             except (Opaque, AssertionError, IndexError, KeyError, TypeError, ValueError) as why:
                 context.meanings[-1] = Meaning()
                 context.opaque(f"{node.opname}: {why}" if str(why) else f"{node.opname} in a form without a rule")
@@ -176,36 +173,6 @@ def analyse(graph: Graph, rules: Mapping[str, Rule], fallback: Rule) -> Axes:
                 _enclose(context, node, inside.setdefault(node.scope, set()))
     dims = {key: tuple(tuple(d) for d in value) for key, value in context.dims.items()}
     return Axes(graph, dims, tuple(context.meanings))
-
-
-#: Cuts may leave nothing; what is cut can be sharded all the same.
-_CUTS = frozenset(("slice", "narrow", "split", "split_with_sizes", "unsafe_split", "chunk", "cat"))
-
-
-def _is_empty(node: Node) -> bool:
-    """True for an operator that computes nothing, for which no rule is written."""
-    if isinstance(node.op, Pseudo) or node.opname in _CUTS or is_pointwise(node.op):
-        return False
-    return any(0 in v.shape for v in node.outputs)
-
-
-def _identity(context: Context, node: Node) -> None:
-    (value,) = node.args
-    context.set(node.outputs[0], context.of(value))
-    context.linear([value])
-
-
-def _write(context: Context, node: Node) -> None:
-    before, new = node.args
-    context.set(node.outputs[0], context.of(before))
-    context.linear([before, new])
-
-
-def _repeat(context: Context, node: Node) -> None:
-    here, there = node.args
-    for a, b in zip(here, there, strict=True):
-        for x, y in zip(context.of(a), context.of(b), strict=True):
-            context.join(a, x, b, y)
 
 
 def _enclose(context: Context, node: Node, inside: set[int]) -> None:
@@ -218,35 +185,6 @@ def _enclose(context: Context, node: Node, inside: set[int]) -> None:
     else:
         inside.update(v.id for v in node.inputs())
     inside.update(o.id for o in node.outputs)
-
-
-def _apply(context: Context, node: Node) -> None:
-    """The arguments of an autograd function: sharded only where its backward was shown to allow it."""
-    scope = context.graph.scopes[node.scope]
-    for value in node.inputs():
-        dims = context.of(value)
-        for i, dim in enumerate(dims):
-            if not scope.shown and i - len(dims) not in scope.local:
-                context.block(value, dim, context.graph.sealed(node))
-
-
-def _hook(context: Context, node: Node) -> None:
-    context.opaque("a hook sees its gradient")
-
-
-def _escape(context: Context, node: Node) -> None:
-    context.opaque("it is used inside a vmap")
-
-
-_PSEUDO: dict[Pseudo, Rule] = {
-    Pseudo.ESCAPE: _escape,
-    Pseudo.APPLY: _apply,
-    Pseudo.HOOK: _hook,
-    Pseudo.ENTER: _identity,
-    Pseudo.EXIT: _identity,
-    Pseudo.WRITE: _write,
-    Pseudo.REPEAT: _repeat,
-}
 
 
 def is_pointwise(op: Any) -> bool:

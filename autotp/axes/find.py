@@ -1,32 +1,42 @@
-"""The table of rules, by operator name, and the fallback for operators without one."""
+"""The rule of each node, and the axes that the rules of a graph give together."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from autotp.axes.analysis import Axes, Context, analyse, is_pointwise
-from autotp.axes.operators import attention, constructors, elementwise, indexing, norms, products, reductions, shapes, slicing
+from autotp.axes.analysis import Axes, Context, Rule, analyse, is_pointwise
+from autotp.axes.operators import attention, constructors, elementwise, indexing, norms, products, pseudo, reductions, shapes, slicing
 from autotp.axes.operators.elementwise import pointwise
-from autotp.axes.operators.table import RULES
-from autotp.trace.graph import Graph, Node
+from autotp.axes.operators.table import OPERATORS, Is, entry, is_a
+from autotp.trace.graph import Graph, Node, Pseudo
 
-#: Importing a room of rules puts them into the table.
-ROOMS = (attention, constructors, elementwise, indexing, norms, products, reductions, shapes, slicing)
+#: Importing a room of rules enters them into the table.
+ROOMS = (attention, constructors, elementwise, indexing, norms, products, pseudo, reductions, shapes, slicing)
 
 
 def keep(op: Any) -> bool:
     """True for operators that have a rule and must not be decomposed."""
-    return op._schema.name.rsplit("::", 1)[-1] in RULES or is_pointwise(op)
-
-
-def fallback(context: Context, node: Node) -> None:
-    """Elementwise operators run in parallel; anything else blocks what it touches."""
-    if is_pointwise(node.op):
-        pointwise(context, node)
-    else:
-        context.opaque()
+    return op._schema.name.rsplit("::", 1)[-1] in OPERATORS or is_pointwise(op)
 
 
 def find_axes(graph: Graph) -> Axes:
     """The axes of a graph."""
-    return analyse(graph, RULES, fallback)
+    return analyse(graph, rule_of)
+
+
+def rule_of(node: Node) -> Rule:
+    """The rule of its operator; elementwise operators without one run in parallel, others block what they touch."""
+    if not (isinstance(node.op, Pseudo) or is_a(node, Is.MAY_BE_EMPTY) or is_pointwise(node.op)) and any(
+        0 in v.shape for v in node.outputs
+    ):
+        return _empty
+    found = entry(node)
+    return found.rule if found is not None else pointwise if is_pointwise(node.op) else _unknown
+
+
+def _empty(context: Context, node: Node) -> None:
+    context.opaque("nothing is computed on empty tensors")
+
+
+def _unknown(context: Context, node: Node) -> None:
+    context.opaque()

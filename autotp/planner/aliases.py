@@ -8,11 +8,9 @@ model, a constant) must be the same on every rank when the call ends.
 
 from __future__ import annotations
 
+from autotp.axes.operators.table import Is, is_a
 from autotp.planner.calls import in_place, writes
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
-
-#: Operators that may return their argument though their schema does not say so; and one whose argument nobody else has.
-_RETURNING, _FRESH = frozenset(("dropout",)), frozenset(("lift_fresh",))
 
 
 class Storage:
@@ -56,10 +54,10 @@ def _source(node: Node, changed: tuple[Value, ...]) -> Value | None:
     """The argument whose storage the results of a node are in."""
     if node.op in (Pseudo.ENTER, Pseudo.EXIT, Pseudo.WRITE):
         return node.args[0]  # type: ignore[no-any-return]
-    if isinstance(node.op, Pseudo) or node.opname in _FRESH:
+    if isinstance(node.op, Pseudo) or is_a(node, Is.FRESH):
         return None
     if changed:
         return changed[0] if in_place(node) else None
-    if node.opname not in _RETURNING and not any(r.alias_info is not None for r in node.op._schema.returns):
+    if not is_a(node, Is.DROPOUT) and not any(r.alias_info is not None for r in node.op._schema.returns):
         return None
     return next(node.inputs(), None)

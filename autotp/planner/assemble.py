@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autotp.axes.atoms import Atom
+from autotp.axes.operators.table import Is, is_a
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
 from autotp.plan.spec import AxisInfo, ModulePlan, ParamPlan
@@ -17,8 +18,6 @@ from autotp.planner.placements import Space, leaf_atoms
 from autotp.planner.reductions import Moves
 from autotp.planner.traffic import traffic
 from autotp.trace.graph import Value
-
-_PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ def _is_product(space: Space, value: Value) -> bool:
     held = {value.id}
     for node in space.graph.nodes:
         if any(v.id in held for v in space.inputs[node.index]):
-            if node.opname in _PRODUCTS:
+            if is_a(node, Is.PRODUCT):
                 return True
             if space.parameter_of(node.outputs[0].id if node.outputs else -1) == value.id:
                 held.update(o.id for o in node.outputs)

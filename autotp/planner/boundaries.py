@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 from autotp.axes.operators.elementwise import pointwise
-from autotp.axes.operators.table import RULES
+from autotp.axes.operators.table import Is, entry, is_a
 from autotp.plan.spec import Boundary, Forms, Shown
 from autotp.planner.joint_reductions import Joint
 from autotp.planner.placements import Labels, SlotKey, Space
@@ -19,7 +19,6 @@ from autotp.planner.reductions import Moves, slot_key
 from autotp.trace.forms import of_any_dims
 from autotp.trace.graph import Node, Pseudo, Value
 
-_LAST_DIM = frozenset(("linear", "embedding", "dropout", "dropout_"))  # what works on the last dim of any number
 _CROSSINGS = (Pseudo.ENTER, Pseudo.EXIT)
 _ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # what says most first
 
@@ -102,13 +101,19 @@ def find_inside(space: Space, labels: Labels, moves: Moves, boundaries: Collecti
     runs: dict[str, bool] = {}  # path → does all that it does work on any number of dims?
     for node in graph.nodes:
         if not isinstance(node.op, Pseudo) and any(labels.of(v) or v.id in moves.partial for v in (*node.inputs(), *node.outputs)):
-            runs[node.module] = runs.get(node.module, True) and (node.opname in _LAST_DIM or RULES.get(node.opname) is pointwise)
+            runs[node.module] = runs.get(node.module, True) and _takes_any_dims(node)
     calls = {graph.calls[caller][0] for path, caller in graph.calls.values() if path in boundaries and caller in graph.calls}
     found = {path: graph.forms.get(path, frozenset()) for path in (*runs, *calls)}
     for path in found:
         if runs.get(path, True) and path not in graph.asks_dims:
             found[path] = of_any_dims(found[path])
     return _repeated(found, repeats)
+
+
+def _takes_any_dims(node: Node) -> bool:
+    """True for operators that do the same for any number of dims."""
+    found = entry(node)
+    return is_a(node, Is.ON_LAST_DIM) or (found is not None and found.rule is pointwise)
 
 
 def _shown(

@@ -7,6 +7,7 @@ argument in place: the code goes on with the argument.
 
 from __future__ import annotations
 
+from autotp.axes.operators.table import Is, is_a
 from autotp.plan.spec import Kernel
 from autotp.trace.graph import Graph, Node, Pseudo, Value
 
@@ -66,7 +67,7 @@ def writes(node: Node) -> tuple[Value, ...]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             found += [given] if isinstance(given, Value) else []
-    if node.opname == "batch_norm":  # in training it updates its running statistics, which its schema does not say
+    if is_a(node, Is.UPDATES_STATISTICS):
         found += [v for v in node.args[3:5] if isinstance(v, Value)]
     return tuple(found)
 

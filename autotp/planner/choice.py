@@ -14,6 +14,7 @@ from itertools import islice, product
 from math import gcd, prod
 
 from autotp.axes.atoms import Atom
+from autotp.axes.operators.table import Is, is_a
 from autotp.planner.padding import padding_conflict
 from autotp.planner.partition import Atoms, Cut, Cuts, last_atoms, local_size, neighbours
 from autotp.planner.placements import NONE, Labels, SlotKey, Space, label, leaf_atoms
@@ -148,7 +149,7 @@ def _granules(space: Space) -> dict[Atom, int]:
     """Widths whose parts must stay aligned: the strides of a grouped product are multiples of 16 bytes, 8 numbers of 16 bits."""
     found: dict[Atom, int] = {}
     for node in space.graph.nodes:
-        if node.opname in ("_grouped_mm", "grouped_mm"):
+        if is_a(node, Is.ALIGNED):
             for value in node.args[:2]:
                 for dim in space.axes.dims[value.id][1:]:
                     found |= {atom: gcd(8, atom.size) for atom in last_atoms(dim)}
@@ -166,43 +167,32 @@ def _held(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]]) -> float
     return sum(prod(local_size(d, space.carried[v.id] & cut.atoms, cuts) for d in space.axes.dims[v.id]) for v in values.values())
 
 
-#: Operators that scores pass on their way to a softmax, and probabilities on their way from it.
-# fmt: off
-_SCORES = frozenset((
-    "dropout", "to", "_to_copy", "view", "reshape", "enter", "exit", "slice", "clone", "contiguous", "mul", "masked_fill", "expand",
-    "nan_to_num", "div", "add", "add_", "sub", "tanh", "where", "cat", "unsqueeze", "squeeze", "transpose", "permute", "mul_", "div_",
-    "masked_fill_",
-))
-_PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum"))
-# fmt: on
-
-
 def head_widths(space: Space) -> set[Atom]:
     """Atoms inside of one attention head: what queries and keys are multiplied over, and the last dim of the values."""
     found: set[Atom] = set()
     for node in space.graph.nodes:
-        if node.opname == "scaled_dot_product_attention":
+        if is_a(node, Is.ATTENTION):
             found |= space.leaves[node.args[2].id][-1] | space.leaves[node.args[0].id][-1]
-        elif node.opname in ("softmax", "_softmax"):
+        elif is_a(node, Is.SOFTMAX):
             scores = _source(space, node.args[0])
             if scores is not None and len(scores.outputs[0].shape) >= 3:
                 found |= frozenset().union(*(atoms for _, atoms in space.contracts[scores.index]), NONE)
-        elif node.opname in ("matmul", "bmm") and len(node.args[0].shape) >= 3:
-            source = _source(space, node.args[0], frozenset(("softmax", "_softmax")))
+        elif is_a(node, Is.MATRIX_PRODUCT) and len(node.args[0].shape) >= 3:
+            source = _source(space, node.args[0], Is.SOFTMAX)
             if source is not None:
                 found |= space.leaves[node.args[1].id][-1]
     return found
 
 
-def _source(space: Space, value: Value, names: frozenset[str] = _PRODUCTS) -> Node | None:
-    """The operator of `names` that a value comes from through what scores pass; None for a product with a parameter."""
+def _source(space: Space, value: Value, traits: Is = Is.MAKES_SCORES) -> Node | None:
+    """The operator with one of `traits` that a value comes from through what scores pass; None for a product with a parameter."""
     for _ in range(24):
         node = space.made.get(value.id)
         if node is None:
             return None
-        if node.opname in names:
+        if is_a(node, traits):
             return None if any(space.parameter_of(v.id) is not None for v in node.inputs()) else node
-        if node.opname not in _SCORES:
+        if not is_a(node, Is.PASSES_SCORES):
             return None
         value = next(node.inputs())
     return None
@@ -275,18 +265,9 @@ def _small_table(space: Space, cut: Cut) -> bool:
     Positions are told from tokens by their ids: the tokens' come from an argument of the model unchanged.
     """
     nodes = [space.graph.nodes[i] for i in space.summing.get(cut.major, ())]
-    if not nodes or any(n.opname != "embedding" for n in nodes):
+    if not nodes or not all(is_a(n, Is.LOOKUP) for n in nodes):
         return False
     return cut.size < 8 * cut.tp or not any(_is_argument(space, n.args[1]) for n in nodes)
-
-
-#: Operators that pass an argument of the model on.
-# fmt: off
-_PASSING = frozenset((
-    "enter", "exit", "view", "reshape", "slice", "to", "_to_copy", "clone", "squeeze", "unsqueeze", "masked_fill", "where",
-    "long", "contiguous", "pad", "constant_pad_nd", "cat", "copy_", "write",
-))
-# fmt: on
 
 
 def _is_argument(space: Space, value: Value) -> bool:
@@ -298,7 +279,7 @@ def _is_argument(space: Space, value: Value) -> bool:
         if item.origin is Origin.INPUT:
             return True
         node = made.get(item.id)
-        if node is not None and node.opname in _PASSING and item.id not in seen:
+        if node is not None and is_a(node, Is.PASSES_ARGUMENTS) and item.id not in seen:
             seen.add(item.id)
             queue += list(node.inputs())
     return False
@@ -330,7 +311,7 @@ def _head_gather(
     At the end of the model would do for what was traced. But losses are often computed behind a condition that no traced call
     met, and take logits for whole. So the head has to be a module that calls no other: nothing follows the product there.
     """
-    if any(space.graph.nodes[i].opname != "embedding" for i in space.summing.get(cut.major, ())) or not _returned(space, labels, cut):
+    if not all(is_a(space.graph.nodes[i], Is.LOOKUP) for i in space.summing.get(cut.major, ())) or not _returned(space, labels, cut):
         return gathers, labels
     callers = {space.graph.calls.get(caller, ("", 0))[0] for _, caller in space.graph.calls.values()}
     for slot in _gather_slots(space, cut.major, labels, carriers):
@@ -428,6 +409,6 @@ def _pays(space: Space, cut: Cut, labels: Labels, carriers: list[Value]) -> bool
     for index in space.summing.get(atom, ()):
         if any(atom in atoms and not contract.whole for contract, atoms in space.contracts[index]):
             return True
-    rows = {node.args[0].shape[0] for node in space.graph.nodes if node.opname == "embedding"}
+    rows = {node.args[0].shape[0] for node in space.graph.nodes if is_a(node, Is.LOOKUP)}
     inner = max(_elements(v) // cut.size for v in carriers)
     return cut.size >= 4 * inner or cut.size in rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from autotp.axes.operators.table import Is, is_a
 from autotp.plan.spec import Conversion, Op
 from autotp.planner.aliases import outlives
 from autotp.planner.calls import in_place
@@ -35,7 +36,7 @@ def wrongly_changed(
             continue
         if any(converted(v) for v in path):
             return node, "what outlives the call is changed in place behind a conversion"
-        if node.opname == "batch_norm":
+        if is_a(node, Is.UPDATES_STATISTICS):
             continue
         new = node.outputs[0] if in_place(node) else target
         if labels.of(new) or labels.slices.get((node.index, target.id)) or new.id in partial:
@@ -46,5 +47,5 @@ def wrongly_changed(
 def statistics(space: Space, labels: Labels) -> Iterator[tuple[Node, Value]]:
     """Nodes that update statistics of which each rank has a part, and the statistics."""
     for node, target in space.storage.changes:
-        if node.opname == "batch_norm" and (labels.of(target) | labels.slices.get((node.index, target.id), NONE)):
+        if is_a(node, Is.UPDATES_STATISTICS) and (labels.of(target) | labels.slices.get((node.index, target.id), NONE)):
             yield node, target

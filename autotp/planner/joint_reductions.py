@@ -22,14 +22,12 @@ from heapq import heappop, heappush
 from itertools import pairwise
 from math import prod
 
+from autotp.axes.operators.table import Is, is_a
 from autotp.plan.names import folded
 from autotp.plan.spec import Op
 from autotp.planner.placements import SlotKey, Space
 from autotp.planner.reductions import Moves, slot_key
 from autotp.trace.graph import Graph, Node, Pseudo, Value
-
-#: Operators that give back the elements of their first argument in order, as long as their number and dtype stay.
-_IDENTITIES = frozenset(("alias", "to", "_to_copy", "clone", "contiguous", "view", "reshape", "_unsafe_view", "flatten", "enter", "exit"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +118,14 @@ def _changed(node: Node, value: Value) -> str:
         return f"is used twice in {node.opname}"
     if len(node.outputs) != 1 or _form(node.outputs[0]) != _form(value):
         return f"changes its form in {node.opname}"
-    if node.opname in ("add", "add_", "sub", "sub_"):
+    if is_a(node, Is.SUM | Is.DIFFERENCE):
         if node.outputs[0].shape != value.shape:
             return f"is broadcast in {node.opname}"
-        scale = node.kwargs.get("alpha", 1) * (1 if node.opname.startswith("add") else -1)
+        scale = node.kwargs.get("alpha", 1) * (1 if is_a(node, Is.SUM) else -1)
         return "" if node.args[0] is value or scale == 1 else f"is multiplied by {scale} in the sum"
-    if node.opname == "dropout":  # in eval mode too: in training it would change the value
+    if is_a(node, Is.DROPOUT):  # in eval mode too: in training it would change the value
         return "" if node.args[1] == 0 else f"passes a dropout with p = {node.args[1]}"
-    return "" if node.opname in _IDENTITIES and node.args[0] is value else f"passes {node.opname}"
+    return "" if is_a(node, Is.IDENTITY) and node.args[0] is value else f"passes {node.opname}"
 
 
 def _form(value: Value) -> tuple[object, ...]:

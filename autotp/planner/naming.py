@@ -12,6 +12,7 @@ from itertools import chain, count, pairwise
 from typing import TYPE_CHECKING
 
 from autotp.axes.atoms import Atom, flat
+from autotp.axes.operators.table import Is, is_a
 from autotp.plan.layout import Concat, Expr, Factor, Product
 from autotp.planner.partition import Cuts
 from autotp.planner.placements import Space, leaf_atoms
@@ -31,12 +32,11 @@ def pattern_of(space: Space, choice: Choice, atom: Atom) -> str:
     for node in space.graph.nodes:
         if not any(atom in space.carried.get(v.id, ()) for v in (*space.inputs[node.index], *node.outputs)):
             continue
-        name = node.opname
-        if name in ("scaled_dot_product_attention", "softmax", "_softmax") and node.index in space_softmax(space, node.index, atom):
+        if is_a(node, Is.ATTENTION | Is.SOFTMAX) and node.index in space_softmax(space, node.index, atom):
             softmaxed = True
-        elif name == "embedding" and atom in space.leaves[node.args[0].id][0]:
+        elif is_a(node, Is.LOOKUP) and atom in space.leaves[node.args[0].id][0]:
             kinds.add("embedding")
-        elif name.startswith("conv") and name[4:5].isdigit():
+        elif is_a(node, Is.CONVOLUTION):
             kinds.add("conv")
     if softmaxed:
         return "attention"

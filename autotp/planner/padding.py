@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from autotp.axes.analysis import is_pointwise
+from autotp.axes.operators.elementwise import pointwise
+from autotp.axes.operators.table import OPERATORS, Is, Operator, Padded, arg, entry
 from autotp.planner.partition import Cut
 from autotp.planner.placements import NONE, Labels, Space
 from autotp.planner.refusals import Conflict
@@ -46,52 +48,9 @@ class _State:
 ANY, WILD = _State("any"), _State("wild")
 Padding = Known | _State
 ZERO = Known(0.0)
-
-# fmt: off
-_PRODUCTS = frozenset((
-    "linear", "matmul", "mm", "bmm", "mv", "dot", "vdot", "einsum", "grouped_mm", "_grouped_mm", "conv1d", "conv2d", "conv3d",
-    "convolution", "_convolution",
-))
-_BIASED = frozenset(("addmm", "baddbmm", "addbmm_"))
-#: Operators that choose, move or copy elements: the result's padding is made of the arguments'.
-_MOVES = frozenset((
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_copy", "transpose", "transpose_", "swapaxes",
-    "t", "numpy_T", "mT", "matrix_H", "adjoint", "mH", "permute", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "expand",
-    "expand_as", "broadcast_to", "repeat", "repeat_interleave", "split", "split_with_sizes", "chunk", "unsafe_split",
-    "unsafe_chunk", "tensor_split", "slice", "narrow", "slice_copy", "cat", "concat", "concatenate", "stack", "unbind", "select",
-    "select_copy", "index", "_unsafe_index", "index_select", "gather", "take_along_dim", "flip", "roll", "enter", "exit", "write",
-    "copy_", "alias", "detach", "detach_", "clone", "contiguous", "to", "_to_copy", "float", "double", "half", "type_as",
-    "embedding", "tril", "triu", "tril_", "triu_", "index_copy", "index_copy_", "scatter", "scatter_", "view_as_complex",
-    "view_as_real", "amax", "amin", "max", "min", "mean", "dropout", "constant_pad_nd", "pad", "lift_fresh", "lift_fresh_copy",
-    "real", "positive", "resolve_conj", "resolve_neg", "slice_scatter", "select_scatter",
-))
-#: Those that put zeros beside elements, or elements of several arguments.
-_FILLS = frozenset(("constant_pad_nd", "pad", "tril", "triu", "tril_", "triu_", "scatter", "scatter_", "dropout"))
-_MIXES = frozenset((
-    "copy_", "write", "scatter", "scatter_", "index_copy", "index_copy_", "slice_scatter", "select_scatter", "stack", "max",
-    "min",
-))
-#: Operators that give zero for zeros and something finite for finite numbers.
-_ZERO_TO_ZERO = frozenset((
-    "sum", "nansum", "cumsum", "cumsum_", "var", "linalg_vector_norm", "norm", "rms_norm", "topk", "sort", "diff", "index_add",
-    "index_add_", "scatter_add", "scatter_add_",
-))
-#: Operators that are finite for finite numbers.
-_FINITE = frozenset((
-    "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "argmax", "argmin", "argsort", "any", "all", "count_nonzero",
-    "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty", "empty_like", "glu",
-))
-#: Elementwise operators that are finite, derivative too, wherever their arguments are. An exponential that overflows in the
-#: padding shows: it makes a NaN of the sum.
-_TOTAL = frozenset((
-    "add", "sub", "rsub", "mul", "multiply", "neg", "silu", "gelu", "relu", "softplus", "leaky_relu", "hardtanh", "hardswish",
-    "hardsigmoid", "elu", "celu", "selu", "mish", "logsigmoid", "log_sigmoid", "tanh", "sigmoid", "clamp", "clip", "erf", "where",
-    "masked_fill", "minimum", "maximum", "sin", "cos", "abs", "square", "sign", "relu6", "bitwise_not", "logical_not", "logical_and",
-    "logical_or", "bitwise_and", "bitwise_or", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "bool", "fill",
-    "addcmul", "lerp", "complex", "clamp_min", "clamp_max", "threshold", "isin", "floor", "ceil", "round", "erfc", "atan",
-    "nan_to_num", "exp", "exp2", "expm1",
-))
-# fmt: on
+#: Operators of these kinds are elementwise, whatever torch says of them.
+_ELEMENTWISE = (Padded.TOTAL, Padded.MULTIPLIED, Padded.CHOSEN)
+_WITHOUT_RULE = Operator(pointwise)
 
 
 def padding_conflict(space: Space, labels: Labels, cut: Cut) -> Conflict | None:
@@ -141,35 +100,40 @@ def _met(space: Space, labels: Labels, node: Node, cut: Cut, states: dict[int, P
 
 
 def _result(space: Space, node: Node, states: dict[int, Padding]) -> Padding:
-    name = node.opname
-    base = name.rstrip("_") if not name.startswith("_") else name
     have = list(states.values())
     if WILD in have:
         return WILD
     if not have:
         return _made(space, node)
-    if name in _PRODUCTS or name in _BIASED:
-        bias = node.args[0] if name in _BIASED else node.args[2] if len(node.args) > 2 and name != "einsum" else None
+    operator = _operator(node)
+    first = states.get(node.args[0].id) if isinstance(node.args[0], Value) else None
+    bias = arg(node, operator.at, "bias") if operator.at is not None else None
+    clean = not isinstance(bias, Value) or states.get(bias.id) == ZERO
+    if operator.padded is Padded.PRODUCT:
         factors = [s for key, s in states.items() if not (isinstance(bias, Value) and key == bias.id)]
-        clean = not isinstance(bias, Value) or states.get(bias.id) == ZERO
         return ZERO if ZERO in factors and clean else ANY
-    if name == "linalg_solve_triangular" and node.kwargs.get("unitriangular"):  # else it divides by the diagonal
+    if operator.padded is Padded.SOLVED and node.kwargs.get("unitriangular"):  # else it divides by the diagonal
         return ZERO if states.get(node.args[1].id) == ZERO else ANY
-    if name == "scaled_dot_product_attention":
+    if operator.padded is Padded.ATTENDED:
         return ZERO if states.get(node.args[2].id) == ZERO else ANY
-    if name == "layer_norm" or name == "group_norm":
-        bias = node.args[3] if len(node.args) > 3 else node.kwargs.get("bias")
-        clean = not isinstance(bias, Value) or states.get(bias.id) == ZERO
-        return ZERO if states.get(node.args[0].id) == ZERO and clean else ANY
-    if name in _MOVES:
-        return _joined(node, states)
-    if name in _ZERO_TO_ZERO:
+    if operator.padded is Padded.NORMED:
+        return ZERO if first == ZERO and clean else ANY
+    if operator.padded is Padded.MOVED:
+        return _joined(node, operator, states)
+    if operator.padded is Padded.ZERO:
         return ZERO if all(s == ZERO for s in have) else ANY
-    if name in _FINITE:
+    if operator.padded is Padded.FINITE:
         return ANY
-    if is_pointwise(node.op) or base in _TOTAL:
-        return _elementwise(space, node, base, states)
+    if is_pointwise(node.op) or operator.padded in _ELEMENTWISE:
+        return _elementwise(space, node, operator, states)
     return WILD
+
+
+def _operator(node: Node) -> Operator:
+    """The entry of a node's operator; one that writes into its argument (`exp_`) is like the one that does not."""
+    if (found := entry(node)) is not None and found.padded is not Padded.UNKNOWN:
+        return found
+    return OPERATORS.get(node.opname.rstrip("_")) or found or _WITHOUT_RULE
 
 
 def _made(space: Space, node: Node) -> Padding:
@@ -178,53 +142,44 @@ def _made(space: Space, node: Node) -> Padding:
     return ANY if number is None else Known(float(number)) if isfinite(number) else WILD
 
 
-def _joined(node: Node, states: dict[int, Padding]) -> Padding:
+def _joined(node: Node, operator: Operator, states: dict[int, Padding]) -> Padding:
     """Constants that elements are filled up with or that are scattered among them keep a known number only if it is the same."""
     have = set(states.values())
     if len(have) > 1:
         return ANY
     (state,) = have
-    if node.opname in _FILLS and (state != ZERO or _fills_with(node) != 0):
+    if operator.traits & Is.FILLS and (state != ZERO or _fills_with(node, operator) != 0):
         return ANY
     whole = [v for v in values_in(node.args) if v.id not in states and v.dtype.is_floating_point]
-    return ANY if node.opname in _MIXES and whole else state
+    return ANY if operator.traits & Is.MIXES and whole else state
 
 
-def _fills_with(node: Node) -> float:
+def _fills_with(node: Node, operator: Operator) -> float:
     """The number that a node puts beside elements."""
-    if node.opname in ("pad", "constant_pad_nd"):
-        at = 3 if node.opname == "pad" else 2
-        given = node.args[at] if len(node.args) > at else node.kwargs.get("value")
-    elif node.opname.startswith("scatter"):
-        given = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    else:
-        given = None
+    given = arg(node, operator.at, "value") if operator.at is not None else None
     return float(given) if isinstance(given, (int, float)) else 0.0
 
 
-def _elementwise(space: Space, node: Node, base: str, states: dict[int, Padding]) -> Padding:
+def _elementwise(space: Space, node: Node, operator: Operator, states: dict[int, Padding]) -> Padding:
     known: dict[int, float] = {key: s.number for key, s in states.items() if isinstance(s, Known)}
     known |= {v.id: space.graph.fills[v.id] for v in space.inputs[node.index] if v.id not in states and v.id in space.graph.fills}
     tensors = space.inputs[node.index]
     if all(v.id in known for v in tensors):
         return _computed(node, known)
-    if base in ("mul", "multiply") and ZERO in states.values():
-        return ZERO
-    if base == "where" and len(node.args) == 3:
-        branches = {_branch(a, states, known) for a in node.args[1:3]}
+    if operator.padded is Padded.MULTIPLIED:
+        return ZERO if ZERO in states.values() else ANY
+    if operator.padded is Padded.CHOSEN:
+        branches = {_branch(a, states, known) for i, a in enumerate(node.args) if i != operator.at}
         return branches.pop() if len(branches) == 1 else ANY
-    if base == "masked_fill":
-        branches = {_branch(a, states, known) for a in (node.args[0], node.args[2])}
-        return branches.pop() if len(branches) == 1 else ANY
-    if base in ("div", "true_divide"):
+    if operator.padded is Padded.DIVIDED:
         below = node.args[1]
         if isinstance(below, Value) and below.id in states and not known.get(below.id):
             return WILD
         above = node.args[0]
         return ZERO if isinstance(above, Value) and states.get(above.id) == ZERO else ANY
-    if base == "pow" and isinstance(node.args[1], int) and node.args[1] >= 1:
-        return ANY
-    return ANY if base in _TOTAL else WILD
+    if operator.padded is Padded.POWER:
+        return ANY if isinstance(node.args[1], int) and node.args[1] >= 1 else WILD
+    return ANY if operator.padded is Padded.TOTAL else WILD
 
 
 def _branch(item: Any, states: dict[int, Padding], known: dict[int, float]) -> Padding:

@@ -15,6 +15,7 @@ from heapq import heappop, heappush
 
 from autotp.axes.analysis import Axes, Meaning
 from autotp.axes.atoms import Atom, flat
+from autotp.axes.operators.table import Is, is_a
 from autotp.plan.spec import Kernel
 from autotp.planner.aliases import Storage
 from autotp.planner.calls import Calls
@@ -22,13 +23,6 @@ from autotp.planner.partition import Atoms, Cuts, covers, in_order, meets_two, u
 from autotp.planner.refusals import Conflict
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
-#: Operators whose result is made of elements of their first argument.
-# fmt: off
-SELECTIONS = frozenset((
-    "alias", "index", "select", "slice", "view", "reshape", "unsqueeze", "squeeze", "expand", "to", "_to_copy", "enter", "exit",
-    "index_select", "transpose", "t", "numpy_T", "mT", "permute", "clone", "contiguous", "detach",
-))
-# fmt: on
 NONE: Atoms = frozenset()
 SlotKey = tuple[Pseudo, str, tuple[str | int, ...]]
 
@@ -77,7 +71,7 @@ def differentiable(graph: Graph) -> set[int]:
             if node.scope in scopes:
                 found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
                 continue
-            if node.opname == "detach" or (node.outputs and all(o.id in graph.fills for o in node.outputs)):
+            if is_a(node, Is.DETACHES) or (node.outputs and all(o.id in graph.fills for o in node.outputs)):
                 continue
             for v in node.inputs():
                 if v.origin is Origin.INPUT and v.dtype.is_floating_point:
@@ -128,7 +122,7 @@ class Space:
         """The parameter that a value is a view or a selection of, None for other values."""
         while key not in self._params:
             node = self.made.get(key)
-            if node is None or node.opname not in SELECTIONS:
+            if node is None or not is_a(node, Is.SELECTION):
                 return None
             key = next(node.inputs()).id
         return key

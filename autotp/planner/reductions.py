@@ -16,8 +16,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from math import prod
 
+from autotp.axes.operators.table import Is, is_a
 from autotp.planner.mincut import Cut
-from autotp.planner.placements import SELECTIONS, Labels, SlotKey, Space
+from autotp.planner.placements import Labels, SlotKey, Space
 from autotp.planner.refusals import Undecidable
 from autotp.trace.graph import Node, Origin, Pseudo, Value, outside
 
@@ -114,7 +115,7 @@ def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozen
                 continue
             key, born = vertices.of(o), o.id in labels.born
             weights[o.id] = _elements(o)
-            if not born and node.opname in SELECTIONS:  # what is left out is no gain: it was a sum too
+            if not born and is_a(node, Is.SELECTION):  # what is left out is no gain: it was a sum too
                 weights[o.id] = max([weights[o.id], *(weights.get(v.id, 0.0) for v in partial_in)])
             if born:
                 cut.born(("pre", key))

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from autotp.axes import find
 from autotp.axes.analysis import Context, Meaning, Rule
 from autotp.axes.find import find_axes, keep
 from autotp.axes.operators.elementwise import pointwise
+from autotp.axes.operators.table import OPERATORS
 from autotp.plan.layout import Layout, size
 from autotp.plan.spec import Kernel
 from autotp.planner.naming import Namer
@@ -38,6 +38,7 @@ from autotp.planner.placements import NONE, Labels, Space, label
 from autotp.trace.example import Example
 from autotp.trace.graph import Node, Pseudo, Value
 from autotp.trace.run import trace
+from tests.support.rules import give_rule
 from tests.support.slow import halved
 
 TP = 2
@@ -841,8 +842,8 @@ LIES: list[tuple[str, str, Callable[[Rule], Rule]]] = [
 
 @pytest.mark.parametrize(("name", "operator", "lie"), LIES, ids=[f"{n}-{lie.__name__.strip('<>')}" for n, _, lie in LIES])
 def test_a_wrong_rule_is_caught(name: str, operator: str, lie: Callable[[Rule], Rule], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = find.RULES.get(operator, find.fallback)
-    monkeypatch.setitem(find.RULES, operator, lie(original))
+    entered = OPERATORS.get(operator)
+    give_rule(monkeypatch, operator, lie(entered.rule if entered else pointwise))
 
     @settings(
         max_examples=30,

@@ -11,13 +11,12 @@ from functools import partial
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from autotp.axes import find
-from autotp.axes.operators.elementwise import pointwise
 from autotp.testing import NotEquivalent
 from autotp.testing.architectures.spec import Architecture, Experts, Extra, Mlp, Norms, Position, Product, Projection, QKNorm, Sizes, Trap
 from autotp.testing.proving import TrapSprung, features, variants
 from autotp.testing.proving import prove as proved
 from autotp.testing.strategies import architectures
+from tests.support.rules import give_rule
 from tests.support.slow import few, swept
 
 prove = partial(proved, certificate="graph")  # the rules, without what would catch their faults
@@ -99,6 +98,6 @@ def test_traps(trap: Trap, inline: bool) -> None:
 def test_a_wrong_rule_springs_the_trap(trap: Trap, operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     a = Architecture(kv=4, group=1, width=16, trap=trap, hidden=7, position=Position.NONE)
     prove(a, 2)
-    monkeypatch.setitem(find.RULES, operator, pointwise)
+    give_rule(monkeypatch, operator)
     with pytest.raises((NotEquivalent, TrapSprung)):
         prove(a, 2)

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from autotp.axes import find
-from autotp.axes.operators.elementwise import pointwise
 from autotp.testing import NotEquivalent, fuzz
 from autotp.testing.architectures.spec import Architecture, Position, Trap
 from autotp.testing.tiny.models import tiny_config
+from tests.support.rules import give_rule
 
 
 def test_a_quiet_run_reports_what_it_covered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +35,7 @@ def test_a_failure_is_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     always_this(monkeypatch, Architecture(kv=4, group=1, width=16, trap=Trap.WIDTH_FLIP, hidden=7, position=Position.NONE))
     said: list[str] = []
     with monkeypatch.context() as fault:
-        fault.setitem(find.RULES, "flip", pointwise)
+        give_rule(fault, "flip")
         done = fuzz.fuzz(0.02, tmp_path, family="architectures", write=said.append, certificate="graph")
         (name,) = done.failures
         script = (tmp_path / name).read_text(encoding="utf-8")

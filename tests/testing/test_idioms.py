@@ -10,8 +10,6 @@ import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 from torch import Tensor, nn
 
-from autotp.axes.find import RULES
-from autotp.axes.operators.elementwise import pointwise
 from autotp.errors import InputError
 from autotp.testing import NotEquivalent, fuzz
 from autotp.testing import strategies as tps
@@ -19,6 +17,7 @@ from autotp.testing.idioms.lines import KINDS, LINES
 from autotp.testing.idioms.spec import Around, Call, Differ, Idioms, Repeat, Up, Weights
 from autotp.testing.outcome import Outcome, equal_or_refused
 from autotp.testing.proving import traits
+from tests.support.rules import give_rule
 
 QUICK = settings(
     max_examples=800, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
@@ -103,7 +102,7 @@ def test_a_broken_rule_is_found_and_its_script_fails(tmp_path: Path, monkeypatch
     monkeypatch.setattr(fuzz, "idioms", lambda: st.builds(lambda n: Idioms(lines=(n,)), st.sampled_from(flips)))
     always(monkeypatch, 30)
     with monkeypatch.context() as fault:
-        fault.setitem(RULES, "flip", pointwise)
+        give_rule(fault, "flip")
         done = fuzz.fuzz(0.5, tmp_path, family="idioms", write=lambda text: None, certificate="graph")
         script = (tmp_path / next(iter(done.failures))).read_text(encoding="utf-8")
         with pytest.raises(NotEquivalent):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
-from autotp.axes.operators.table import arg, rule
+from autotp.axes.operators.table import Is, Padded, arg, rule
 from autotp.trace.graph import Node, Value
 
 
-@rule("scaled_dot_product_attention")
+@rule("scaled_dot_product_attention", padded=Padded.ATTENDED, traits=Is.ATTENTION)
 def sdpa(context: Context, node: Node) -> None:
     """q [..., h, t, d], k and v [..., kv, s, d]: heads are parallel; positions and the q·k width are mixed."""
     q, k, v, out = *node.args[:3], node.outputs[0]

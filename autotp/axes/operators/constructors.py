@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from autotp.axes.analysis import Context
-from autotp.axes.operators.table import rule
+from autotp.axes.operators.table import Padded, rule
 from autotp.trace.graph import Node
 
 
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
+@rule("zeros", "ones", "full", "empty", "scalar_tensor")
+@rule("new_zeros", "new_ones", "new_full", "new_empty", padded=Padded.FINITE)
 def filled(context: Context, node: Node) -> None:
     """Constants of one value: they may follow any axis."""
     out = node.outputs[0]
@@ -19,7 +20,7 @@ def filled(context: Context, node: Node) -> None:
             context.demand(n, out, [dims[i]], i, len(sizes))
 
 
-@rule("zeros_like", "ones_like", "full_like", "empty_like")
+@rule("zeros_like", "ones_like", "full_like", "empty_like", padded=Padded.FINITE)
 def filled_like(context: Context, node: Node) -> None:
     """Constants of one value in the shape of another tensor."""
     context.set(node.outputs[0], context.of(node.args[0]))

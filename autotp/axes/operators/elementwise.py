@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from autotp.axes.analysis import Context
-from autotp.axes.operators.table import RULES, broadcast, rule
+from autotp.axes.operators.table import Is, Padded, broadcast, rule
 from autotp.trace.graph import Node, Value
 
-_UNARY_LINEAR = (
-    "neg",
-    "to",
-    "_to_copy",
-    "clone",
-    "contiguous",
-    "detach",
-    "detach_",
-    "alias",
-    "lift_fresh",
-    "lift_fresh_copy",
-    "type_as",
-    "positive",
-    "resolve_conj",
-    "resolve_neg",
-    "real",
-    "dropout",
-    "zero_",
-    "_conj",
+
+@rule("neg", padded=Padded.TOTAL)
+@rule(
+    "to", "_to_copy", "clone", "contiguous", padded=Padded.MOVED, traits=Is.IDENTITY | Is.PASSES_ARGUMENTS | Is.PASSES_SCORES | Is.SELECTION
 )
-
-
-@rule(*_UNARY_LINEAR)
+@rule("detach", padded=Padded.MOVED, traits=Is.DETACHES | Is.SELECTION)
+@rule("detach_", "lift_fresh_copy", "type_as", "positive", "resolve_conj", "resolve_neg", "real", padded=Padded.MOVED)
+@rule("alias", padded=Padded.MOVED, traits=Is.IDENTITY | Is.SELECTION)
+@rule("lift_fresh", padded=Padded.MOVED, traits=Is.FRESH)
+@rule("dropout", padded=Padded.MOVED, traits=Is.FILLS | Is.DROPOUT | Is.ON_LAST_DIM | Is.PASSES_SCORES)
+@rule("zero_", "_conj")
 def unary(context: Context, node: Node) -> None:
     """x → x elementwise and linear."""
     x = next(node.inputs())
@@ -37,7 +25,10 @@ def unary(context: Context, node: Node) -> None:
     context.linear([x])
 
 
-@rule("add", "sub", "add_", "sub_", "rsub")
+@rule("add", "add_", padded=Padded.TOTAL, traits=Is.PASSES_SCORES | Is.SUM)
+@rule("sub", padded=Padded.TOTAL, traits=Is.DIFFERENCE | Is.PASSES_SCORES)
+@rule("sub_", padded=Padded.TOTAL, traits=Is.DIFFERENCE)
+@rule("rsub", padded=Padded.TOTAL)
 def add(context: Context, node: Node) -> None:
     """Sums: partial only when every tensor operand is."""
     values = list(node.inputs())
@@ -47,7 +38,8 @@ def add(context: Context, node: Node) -> None:
         context.linear(values)
 
 
-@rule("mul", "mul_", "multiply")
+@rule("mul", "mul_", padded=Padded.MULTIPLIED, traits=Is.PASSES_SCORES)
+@rule("multiply", padded=Padded.MULTIPLIED)
 def mul(context: Context, node: Node) -> None:
     """Products: linear in each operand alone."""
     values = list(node.inputs())
@@ -55,7 +47,8 @@ def mul(context: Context, node: Node) -> None:
     context.linear(*[[v] for v in values])
 
 
-@rule("div", "div_", "true_divide")
+@rule("div", "div_", padded=Padded.DIVIDED, traits=Is.PASSES_SCORES)
+@rule("true_divide", padded=Padded.DIVIDED)
 def div(context: Context, node: Node) -> None:
     """Quotients: linear in the first operand, unless rounded."""
     values = list(node.inputs())
@@ -64,7 +57,7 @@ def div(context: Context, node: Node) -> None:
         context.linear([node.args[0]])
 
 
-@rule("where")
+@rule("where", padded=Padded.CHOSEN, traits=Is.PASSES_ARGUMENTS | Is.PASSES_SCORES, at=0)
 def where(context: Context, node: Node) -> None:
     """Selection by a mask: linear in the two branches together."""
     if len(node.args) < 3:
@@ -76,7 +69,8 @@ def where(context: Context, node: Node) -> None:
         context.linear(branches)
 
 
-@rule("masked_fill", "masked_fill_")
+@rule("masked_fill", padded=Padded.CHOSEN, traits=Is.PASSES_ARGUMENTS | Is.PASSES_SCORES, at=1)
+@rule("masked_fill_", padded=Padded.CHOSEN, traits=Is.PASSES_SCORES, at=1)
 def masked_fill(context: Context, node: Node) -> None:
     """Filling under a mask: linear when the filling is 0."""
     values = [v for v in node.inputs() if v.shape]
@@ -85,7 +79,7 @@ def masked_fill(context: Context, node: Node) -> None:
         context.linear([node.args[0]])
 
 
-@rule("copy_")
+@rule("copy_", padded=Padded.MOVED, traits=Is.MIXES | Is.PASSES_ARGUMENTS)
 def copy(context: Context, node: Node) -> None:
     """dst takes src's content."""
     broadcast(context, [node.args[0], node.args[1]], node.outputs[0])
@@ -100,18 +94,30 @@ def pointwise(context: Context, node: Node) -> None:
 
 
 # fmt: off
-for _name in (
-    "silu", "silu_", "gelu", "relu", "relu_", "softplus", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "elu", "celu",
-    "selu", "mish", "log_sigmoid", "tanh", "sigmoid", "clamp", "clip", "erf", "isnan", "nan_to_num",
-    "bitwise_not", "logical_not", "relu6", "hardshrink", "softshrink", "fill_", "abs", "addcmul", "addcdiv",
-    "lerp", "isinf", "isfinite", "bitwise_and_", "threshold", "remainder", "floor_divide", "polar", "complex",
-    "angle", "square", "sign",
-):
-    RULES.setdefault(_name, pointwise)
+rule(
+    "silu", "silu_", "gelu", "relu", "relu_", "softplus", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "elu",
+    "celu", "selu", "mish", "log_sigmoid", "sigmoid", "clamp", "clip", "erf", "isnan", "bitwise_not", "logical_not", "relu6",
+    "fill_", "abs", "addcmul", "lerp", "isinf", "isfinite", "bitwise_and_", "threshold", "complex", "square", "sign", "atan",
+    "bitwise_and", "bitwise_or", "ceil", "clamp_max", "clamp_min", "cos", "eq", "erfc", "exp", "exp2", "expm1", "floor",
+    "ge", "gt", "le", "logical_and", "logical_or", "lt", "maximum", "minimum", "ne", "round", "sin",
+    padded=Padded.TOTAL,
+)(pointwise)
+rule(
+    "tanh", "nan_to_num",
+    padded=Padded.TOTAL,
+    traits=Is.PASSES_SCORES,
+)(pointwise)
+rule(
+    "hardshrink", "softshrink", "addcdiv", "remainder", "floor_divide", "polar", "angle",
+)(pointwise)
+rule(
+    "pow",
+    padded=Padded.POWER,
+)(pointwise)
 # fmt: on
 
 
-@rule("isin")
+@rule("isin", padded=Padded.TOTAL)
 def isin(context: Context, node: Node) -> None:
     """Membership in a set that every rank must see whole."""
     x, members = node.args[0], node.args[1]

@@ -7,12 +7,12 @@ import torch
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
 from autotp.axes.atoms import Dim
-from autotp.axes.operators.table import arg, dim_of, rule
+from autotp.axes.operators.table import Is, Padded, arg, dim_of, rule
 from autotp.plan.spec import Kernel
 from autotp.trace.graph import Node, Value
 
 
-@rule("embedding")
+@rule("embedding", padded=Padded.MOVED, traits=Is.LOOKUP | Is.ON_LAST_DIM)
 def embedding(context: Context, node: Node) -> None:
     """Rows of a table. Gradients that count the ids, or name rows, are made of the whole table and all ids."""
     table, ids, out = node.args[0], node.args[1], node.outputs[0]
@@ -56,7 +56,8 @@ def _mix_masks(context: Context, places: list[Value | None]) -> None:
             context.mix(v, i)  # type: ignore[arg-type]
 
 
-@rule("index", "_unsafe_index")
+@rule("index", padded=Padded.MOVED, traits=Is.SELECTION)
+@rule("_unsafe_index", padded=Padded.MOVED)
 def index(context: Context, node: Node) -> None:
     """Tensor indices: indexed dims are mixed, the others stay."""
     x, out = node.args[0], node.outputs[0]
@@ -94,7 +95,8 @@ def index(context: Context, node: Node) -> None:
     context.linear([x])
 
 
-@rule("index_select", "gather")
+@rule("index_select", padded=Padded.MOVED, traits=Is.SELECTION)
+@rule("gather", padded=Padded.MOVED)
 def pick(context: Context, node: Node) -> None:
     """Indices along one dim. Where `gather` has fewer of them in another dim than there are entries, both are counted from 0."""
     x, d, where = node.args[0], dim_of(node.args[1], node.args[0]), node.args[2]
@@ -122,7 +124,7 @@ def _counted(context: Context, i: int, *values: Value) -> None:
             context.block(v, context.of(v)[i], f"{context.node.opname} takes the first entries of a longer dim")
 
 
-@rule("take_along_dim")
+@rule("take_along_dim", padded=Padded.MOVED)
 def take_along_dim(context: Context, node: Node) -> None:
     """Indices along one dim, with broadcasting in the others."""
     x, where, d = node.args[0], node.args[1], arg(node, 2, "dim")
@@ -142,7 +144,10 @@ def take_along_dim(context: Context, node: Node) -> None:
     context.linear([x])
 
 
-@rule("index_add", "index_add_", "index_copy", "index_copy_", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce")
+@rule("index_add", "index_add_", "scatter_add", "scatter_add_", padded=Padded.ZERO)
+@rule("index_copy", "index_copy_", padded=Padded.MOVED, traits=Is.MIXES)
+@rule("scatter", "scatter_", padded=Padded.MOVED, traits=Is.FILLS | Is.MIXES, at=3)
+@rule("scatter_reduce")
 def put(context: Context, node: Node) -> None:
     """Writing along one dim; the others run in parallel where all have the same entries there."""
     x, d, where = node.args[0], dim_of(node.args[1], node.args[0]), node.args[2]

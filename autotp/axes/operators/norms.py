@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
-from autotp.axes.operators.table import arg, rule
+from autotp.axes.operators.table import Is, Padded, arg, rule
 from autotp.plan.spec import Kernel
 from autotp.trace.graph import Node, values_in
 
 
-@rule("layer_norm", "rms_norm")
+@rule("layer_norm", padded=Padded.NORMED, at=3)
+@rule("rms_norm", padded=Padded.ZERO)
 def norm(context: Context, node: Node) -> None:
     """The last dims are normalised: their statistic crosses ranks."""
     x, shape, out = node.args[0], node.args[1], node.outputs[0]
@@ -26,7 +27,7 @@ def norm(context: Context, node: Node) -> None:
     context.set(out, context.of(x))
 
 
-@rule("group_norm")
+@rule("group_norm", padded=Padded.NORMED, at=3)
 def group_norm(context: Context, node: Node) -> None:
     """Channels in groups: groups are parallel, what is inside one is mixed."""
     x, groups = node.args[0], node.args[1]
@@ -40,7 +41,7 @@ def group_norm(context: Context, node: Node) -> None:
     context.demand(groups, x, [major])
 
 
-@rule("batch_norm")
+@rule("batch_norm", traits=Is.UPDATES_STATISTICS)
 def batch_norm(context: Context, node: Node) -> None:
     """Channels are parallel."""
     x = node.args[0]

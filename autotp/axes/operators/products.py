@@ -5,7 +5,7 @@ from __future__ import annotations
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
 from autotp.axes.atoms import Dim
-from autotp.axes.operators.table import arg, rule
+from autotp.axes.operators.table import Is, Padded, arg, rule
 from autotp.trace.graph import Node, Value, values_in
 
 
@@ -24,7 +24,7 @@ def _bias(context: Context, bias: object, out: Value) -> None:
         context.meaning.once.append(bias.id)
 
 
-@rule("linear")
+@rule("linear", padded=Padded.PRODUCT, traits=Is.ON_LAST_DIM | Is.PRODUCT, at=2)
 def linear(context: Context, node: Node) -> None:
     """x [..., i] · w [o, i] + b [o]."""
     x, w, out = node.args[0], node.args[1], node.outputs[0]
@@ -36,7 +36,8 @@ def linear(context: Context, node: Node) -> None:
         context.linear([x], [w])
 
 
-@rule("addmm", "baddbmm")
+@rule("addmm", padded=Padded.PRODUCT, traits=Is.PRODUCT, at=0)
+@rule("baddbmm", padded=Padded.PRODUCT, traits=Is.MAKES_SCORES | Is.PRODUCT, at=0)
 def addmm(context: Context, node: Node) -> None:
     """bias + a · b."""
     bias, a, b = node.args[:3]
@@ -48,7 +49,9 @@ def addmm(context: Context, node: Node) -> None:
     _bias(context, bias, out)
 
 
-@rule("mm", "bmm", "matmul", "mv", "dot", "vdot")
+@rule("mm", padded=Padded.PRODUCT, traits=Is.PRODUCT)
+@rule("bmm", "matmul", padded=Padded.PRODUCT, traits=Is.MAKES_SCORES | Is.MATRIX_PRODUCT | Is.PRODUCT)
+@rule("mv", "dot", "vdot", padded=Padded.PRODUCT)
 def matmul(context: Context, node: Node) -> None:
     """a [..., m, k] · b [..., k, n] with the broadcasting of torch.matmul."""
     a, b, out = node.args[0], node.args[1], node.outputs[0]
@@ -69,7 +72,7 @@ def matmul(context: Context, node: Node) -> None:
     context.linear([a], [b])
 
 
-@rule("einsum")
+@rule("einsum", padded=Padded.PRODUCT, traits=Is.MAKES_SCORES | Is.PRODUCT)
 def einsum(context: Context, node: Node) -> None:
     """Named dims: equal letters join, letters absent from the result are summed."""
     equation: str = node.args[0].replace(" ", "")
@@ -104,7 +107,7 @@ def einsum(context: Context, node: Node) -> None:
     context.linear(*[[v] for v in values])
 
 
-@rule("_grouped_mm")
+@rule("_grouped_mm", padded=Padded.FINITE, traits=Is.ALIGNED | Is.PRODUCT)
 def grouped_mm(context: Context, node: Node) -> None:
     """Rows of x [n, k] times their expert's w [E, k, m]."""
     x, w, out = node.args[0], node.args[1], node.outputs[0]
@@ -117,7 +120,8 @@ def grouped_mm(context: Context, node: Node) -> None:
     context.linear([x], [w])
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
+@rule("conv1d", "conv2d", "conv3d", padded=Padded.PRODUCT, traits=Is.CONVOLUTION, at=2)
+@rule("convolution", "_convolution", padded=Padded.PRODUCT, at=2)
 def conv(context: Context, node: Node) -> None:
     """Channels: contracted (groups 1) or parallel (depthwise); positions are mixed."""
     x, w, bias = node.args[0], node.args[1], arg(node, 2, "bias")
@@ -152,7 +156,8 @@ def conv(context: Context, node: Node) -> None:
         context.linear([x], [w])
 
 
-@rule("linalg_solve_triangular", "linalg_solve")
+@rule("linalg_solve_triangular", padded=Padded.SOLVED)
+@rule("linalg_solve")
 def solve(context: Context, node: Node) -> None:
     """A [..., n, n] X = B [..., n, k]: batch dims and columns are parallel, the n unknowns of a system are mixed."""
     a, b, out = node.args[0], node.args[1], node.outputs[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
-from autotp.axes.operators.table import arg, broadcast, dim_of, dims_of, rule
+from autotp.axes.operators.table import Is, Padded, arg, broadcast, dim_of, dims_of, rule
 from autotp.plan.spec import Kernel
 from autotp.trace.graph import Node, Value
 
@@ -16,7 +16,8 @@ def reduced(context: Context, node: Node, x: Value, gone: list[int]) -> None:
         context.set(out, [[] if i in gone else d for i, d in enumerate(context.of(x)) if keep or i not in gone])
 
 
-@rule("sum", "mean", "nansum")
+@rule("sum", "nansum", padded=Padded.ZERO)
+@rule("mean", padded=Padded.MOVED)
 def total(context: Context, node: Node) -> None:
     """Sums over a sharded dim are partial sums; means too, after division by the number of ranks."""
     x = node.args[0]
@@ -28,7 +29,8 @@ def total(context: Context, node: Node) -> None:
         context.linear([x])
 
 
-@rule("var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
+@rule("var", "linalg_vector_norm", "norm", padded=Padded.ZERO)
+@rule("std", "var_mean", "std_mean")
 def statistic(context: Context, node: Node) -> None:
     """Statistics along a dim: all-reduced where there is a distributed form."""
     x = node.args[0]
@@ -52,7 +54,10 @@ def statistic(context: Context, node: Node) -> None:
     reduced(context, node, x, gone)
 
 
-@rule("amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "logsumexp", "prod", "median", "mode", "count_nonzero")
+@rule("amax", "amin", padded=Padded.MOVED)
+@rule("max", "min", padded=Padded.MOVED, traits=Is.MIXES)
+@rule("argmax", "argmin", "any", "all", "logsumexp", "count_nonzero", padded=Padded.FINITE)
+@rule("prod", "median", "mode")
 def extreme(context: Context, node: Node) -> None:
     """Reductions that are not sums; `max(a, b)` is elementwise."""
     values = list(node.inputs())
@@ -66,24 +71,11 @@ def extreme(context: Context, node: Node) -> None:
     reduced(context, node, x, gone)
 
 
-@rule(
-    "softmax",
-    "log_softmax",
-    "_softmax",
-    "_log_softmax",
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
-    "cummax",
-    "sort",
-    "argsort",
-    "flip",
-    "roll",
-    "cumsum_",
-    "fft_fft",
-    "fft_ifft",
-    "msort",
-)
+@rule("softmax", "_softmax", padded=Padded.FINITE, traits=Is.SOFTMAX)
+@rule("log_softmax", "_log_softmax", "argsort", padded=Padded.FINITE)
+@rule("cumsum", "sort", "cumsum_", padded=Padded.ZERO)
+@rule("cumprod", "logcumsumexp", "cummax", "fft_fft", "fft_ifft", "msort")
+@rule("flip", "roll", padded=Padded.MOVED)
 def along(context: Context, node: Node) -> None:
     """Operators that mix along one dim (or several) and leave the others alone."""
     x = node.args[0]
@@ -108,7 +100,7 @@ def along(context: Context, node: Node) -> None:
             context.opaque()
 
 
-@rule("topk")
+@rule("topk", padded=Padded.ZERO)
 def topk(context: Context, node: Node) -> None:
     """The k largest along a dim."""
     x = node.args[0]
@@ -119,7 +111,7 @@ def topk(context: Context, node: Node) -> None:
         context.set(out, [fresh if i == d else dim for i, dim in enumerate(context.of(x))])
 
 
-@rule("tril", "triu", "tril_", "triu_")
+@rule("tril", "triu", "tril_", "triu_", padded=Padded.MOVED, traits=Is.FILLS)
 def triangle(context: Context, node: Node) -> None:
     """Positions of the last two dims matter."""
     x = node.args[0]
@@ -128,7 +120,7 @@ def triangle(context: Context, node: Node) -> None:
     context.set(node.outputs[0], context.of(x))
 
 
-@rule("glu")
+@rule("glu", padded=Padded.FINITE)
 def glu(context: Context, node: Node) -> None:
     """Two halves of a dim, multiplied."""
     x, out = node.args[0], node.outputs[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
 from autotp.axes.atoms import Dim, Opaque
-from autotp.axes.operators.table import arg, broadcast, dim_of, dims_of, rule
+from autotp.axes.operators.table import Is, Padded, arg, broadcast, dim_of, dims_of, rule
 from autotp.trace.graph import Node, Value
 
 
@@ -32,7 +32,9 @@ def _groups(a: tuple[int, ...], b: tuple[int, ...]) -> list[tuple[range, range]]
     return out
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy")
+@rule("view", "reshape", padded=Padded.MOVED, traits=Is.IDENTITY | Is.PASSES_ARGUMENTS | Is.PASSES_SCORES | Is.SELECTION)
+@rule("_unsafe_view", "flatten", padded=Padded.MOVED, traits=Is.IDENTITY)
+@rule("unflatten", "view_copy", padded=Padded.MOVED)
 def view(context: Context, node: Node) -> None:
     """Row-major regrouping of dims."""
     x, out = node.args[0], node.outputs[0]
@@ -57,7 +59,8 @@ def view(context: Context, node: Node) -> None:
             context.demand(n, out, [dims[first + i]], i, len(sizes))
 
 
-@rule("transpose", "transpose_", "swapaxes")
+@rule("transpose", padded=Padded.MOVED, traits=Is.PASSES_SCORES | Is.SELECTION)
+@rule("transpose_", "swapaxes", padded=Padded.MOVED)
 def transpose(context: Context, node: Node) -> None:
     """Two dims change places."""
     x = node.args[0]
@@ -69,7 +72,8 @@ def transpose(context: Context, node: Node) -> None:
     context.linear([x])
 
 
-@rule("t", "numpy_T", "mT", "matrix_H", "adjoint", "mH")
+@rule("t", "numpy_T", "mT", padded=Padded.MOVED, traits=Is.SELECTION)
+@rule("matrix_H", "adjoint", "mH", padded=Padded.MOVED)
 def t(context: Context, node: Node) -> None:
     """Transposes of matrices."""
     x = node.args[0]
@@ -80,7 +84,7 @@ def t(context: Context, node: Node) -> None:
     context.linear([x])
 
 
-@rule("permute")
+@rule("permute", padded=Padded.MOVED, traits=Is.PASSES_SCORES | Is.SELECTION)
 def permute(context: Context, node: Node) -> None:
     """Dims change places."""
     x = node.args[0]
@@ -88,7 +92,8 @@ def permute(context: Context, node: Node) -> None:
     context.linear([x])
 
 
-@rule("squeeze", "squeeze_", "unsqueeze", "unsqueeze_")
+@rule("squeeze", "unsqueeze", padded=Padded.MOVED, traits=Is.PASSES_ARGUMENTS | Is.PASSES_SCORES | Is.SELECTION)
+@rule("squeeze_", "unsqueeze_", padded=Padded.MOVED)
 def squeeze(context: Context, node: Node) -> None:
     """Dims of size 1 come and go."""
     x, out = node.args[0], node.outputs[0]
@@ -102,7 +107,8 @@ def squeeze(context: Context, node: Node) -> None:
     context.linear([x])
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand", padded=Padded.MOVED, traits=Is.PASSES_SCORES | Is.SELECTION)
+@rule("expand_as", "broadcast_to", padded=Padded.MOVED)
 def expand(context: Context, node: Node) -> None:
     """Dims of size 1 are repeated: a new atom, the same on every index."""
     x, out = node.args[0], node.outputs[0]
@@ -125,7 +131,7 @@ def expand(context: Context, node: Node) -> None:
         broadcast(context, [node.args[1]], out)
 
 
-@rule("repeat")
+@rule("repeat", padded=Padded.MOVED)
 def repeat(context: Context, node: Node) -> None:
     """Each dim is laid out `r` times: a new major atom."""
     x, out = node.args[0], node.outputs[0]
@@ -146,7 +152,7 @@ def repeat(context: Context, node: Node) -> None:
     context.meaning.generates = True
 
 
-@rule("repeat_interleave")
+@rule("repeat_interleave", padded=Padded.MOVED)
 def repeat_interleave(context: Context, node: Node) -> None:
     """Each index is repeated `r` times: a new minor atom."""
     x, out = node.args[0], node.outputs[0]
@@ -166,7 +172,7 @@ def repeat_interleave(context: Context, node: Node) -> None:
     context.demand(node.kwargs.get("output_size"), out, [dims[d]])
 
 
-@rule("view_as_complex", "view_as_real")
+@rule("view_as_complex", "view_as_real", padded=Padded.MOVED)
 def complex_view(context: Context, node: Node) -> None:
     """A last dim of size 2 becomes the parts of complex numbers, and back."""
     x, out = node.args[0], node.outputs[0]

@@ -7,7 +7,7 @@ from typing import Any
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
 from autotp.axes.atoms import Dim, Opaque
-from autotp.axes.operators.table import arg, dim_of, rule
+from autotp.axes.operators.table import Is, Padded, arg, dim_of, rule
 from autotp.trace.graph import Node, Value, values_in
 
 
@@ -25,7 +25,8 @@ def _with(context: Context, x: Value, d: int, dim: Dim) -> list[Dim]:
     return dims
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split")
+@rule("split", "split_with_sizes", "chunk", "unsafe_split", padded=Padded.MOVED, traits=Is.MAY_BE_EMPTY)
+@rule("unsafe_chunk", "tensor_split", padded=Padded.MOVED)
 def split(context: Context, node: Node) -> None:
     """A dim is cut into consecutive pieces."""
     x = node.args[0]
@@ -55,7 +56,9 @@ def _same_cut(a: Dim, b: Dim) -> bool:
     return atoms.dim_size(a) == atoms.dim_size(b)
 
 
-@rule("slice", "narrow", "slice_copy")
+@rule("slice", padded=Padded.MOVED, traits=Is.MAY_BE_EMPTY | Is.PASSES_ARGUMENTS | Is.PASSES_SCORES | Is.SELECTION)
+@rule("narrow", padded=Padded.MOVED, traits=Is.MAY_BE_EMPTY)
+@rule("slice_copy", padded=Padded.MOVED)
 def slice_(context: Context, node: Node) -> None:
     """A run of a dim."""
     x, out = node.args[0], node.outputs[0]
@@ -120,7 +123,8 @@ def _strided(context: Context, x: Value, out: Value, d: int, step: int) -> None:
     context.set(out, _with(context, x, d, major))
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat", padded=Padded.MOVED, traits=Is.MAY_BE_EMPTY | Is.PASSES_ARGUMENTS | Is.PASSES_SCORES)
+@rule("concat", "concatenate", padded=Padded.MOVED)
 def cat(context: Context, node: Node) -> None:
     """Tensors laid end to end; empty legacy tensors of shape [0] are passed over."""
     out = node.outputs[0]
@@ -134,7 +138,7 @@ def cat(context: Context, node: Node) -> None:
     context.linear(values)
 
 
-@rule("stack")
+@rule("stack", padded=Padded.MOVED, traits=Is.MIXES)
 def stack(context: Context, node: Node) -> None:
     """A fresh dim."""
     values, out = list(values_in(node.args[0])), node.outputs[0]
@@ -151,7 +155,8 @@ def stack(context: Context, node: Node) -> None:
     context.linear(values)
 
 
-@rule("unbind", "select", "select_copy")
+@rule("unbind", "select_copy", padded=Padded.MOVED)
+@rule("select", padded=Padded.MOVED, traits=Is.SELECTION)
 def unbind(context: Context, node: Node) -> None:
     """Single indices of a dim: the dim is gone. What a selected index of a concatenation is counted over stays whole."""
     x = node.args[0]
@@ -173,7 +178,8 @@ def unbind(context: Context, node: Node) -> None:
     context.linear([x])
 
 
-@rule("constant_pad_nd", "pad")
+@rule("constant_pad_nd", padded=Padded.MOVED, traits=Is.FILLS | Is.PASSES_ARGUMENTS, at=2)
+@rule("pad", padded=Padded.MOVED, traits=Is.FILLS | Is.PASSES_ARGUMENTS, at=3)
 def pad(context: Context, node: Node) -> None:
     """Padded dims are fresh."""
     x, out = node.args[0], node.outputs[0]
