@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from autotp.errors import RecipeError
 from autotp.plan.layout import Layout, alike
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
 from autotp.plan.spec import ModulePlan, Op, ParamPlan
 from autotp.planner.requested import RULED_OUT
-from autotp.recipe.binding import Bound, BoundParam, Problems
+from autotp.recipe.binding import Bound, BoundParam
 from autotp.recipe.check import under, weights
+from autotp.recipe.problems import Problems, error_of
 from autotp.recipe.spec import Role
 
 
@@ -32,7 +32,7 @@ def wanted_layouts(bound: Bound) -> dict[str, Layout]:
             text = f'"{p.entry.layout}" is not what the recipe\'s `plan:` was made with ({pinned.params[name].layout}): take `plan:` out'
             problems.add(p.entry.at, name, text)
     if problems:
-        raise RecipeError(problems)
+        raise error_of(problems)
     return {n: p.layout for n, p in pinned.params.items()}
 
 
