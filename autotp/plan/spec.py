@@ -173,12 +173,16 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True)
 class ParamPlan:
-    """Layout of one parameter; `axis` names its axis ("layers.0.attention: heads"), `reason` says why it is replicated."""
+    """Layout of one parameter; `axis` names its axis ("layers.0.attention: heads"), `reason` says why it is replicated.
+
+    ruled_out_by: the parameters whose layouts, asked for, rule its axis out; () where something else is the reason.
+    """
 
     name: str
     layout: Layout
     axis: str = ""
     reason: str = ""
+    ruled_out_by: tuple[str, ...] = ()
 
 
 class Kernel(Enum):
