@@ -24,7 +24,8 @@ from math import prod
 import torch
 
 from autotp.errors import InputError
-from autotp.plan.layout import Layout, factors, size
+from autotp.plan.expressions import factors, size
+from autotp.plan.layout import Layout
 from autotp.plan.spec import Collective, GradSum, PaddedAxis, ParamPlan, PlanSpec
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from autotp.errors import PlanError
-from autotp.plan.layout import Concat, Factor, Layout
+from autotp.plan.expressions import Concat, Factor
+from autotp.plan.layout import Layout
 from autotp.plan.names import folded
 from autotp.plan.spec import GradSum, Kernel, ModulePlan, Op, PlanSpec
 

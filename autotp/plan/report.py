@@ -12,7 +12,7 @@ import torch
 
 from autotp.errors import InputError
 from autotp.plan.cost import busiest_work, collectives, padded_axes, padding_waste, repeated_share
-from autotp.plan.layout import factors, size
+from autotp.plan.expressions import factors, size
 from autotp.plan.names import folded
 from autotp.plan.spec import GradSum, ModulePlan, ParamPlan, PlanSpec
 

@@ -24,7 +24,8 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-from autotp.plan.layout import Expr, Layout
+from autotp.plan.expressions import Expr
+from autotp.plan.layout import Layout
 
 
 class Op(Enum):

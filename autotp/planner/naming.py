@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from autotp.axes.atoms import Atom, flat
 from autotp.axes.operators.table import Is, is_a
-from autotp.plan.layout import Concat, Expr, Factor, Product
+from autotp.plan.expressions import Concat, Expr, Factor, Product
 from autotp.planner.partition import Cuts
 from autotp.planner.placements import Space, leaf_atoms
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autotp.axes.atoms import Atom
-from autotp.plan.layout import Concat, Expr, Layout, factors, is_sharded, runs, size
+from autotp.plan.expressions import Concat, Expr, factors, is_sharded, size
+from autotp.plan.layout import Layout, runs
 from autotp.planner.naming import Namer
 from autotp.planner.partition import Cut
 from autotp.planner.placements import Space

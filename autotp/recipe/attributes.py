@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from autotp.plan.layout import Expr, size
+from autotp.plan.expressions import Expr, size
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.spec import LocalAttribute
 from autotp.recipe.binding import BoundAttribute

@@ -14,7 +14,8 @@ from math import gcd, prod
 from torch import nn
 
 from autotp.errors import InputError
-from autotp.plan.layout import Expr, Factor, Layout, Product, factors, is_sharded, size
+from autotp.plan.expressions import Expr, Factor, Product, factors, is_sharded, size
+from autotp.plan.layout import Layout
 from autotp.plan.names import folded
 from autotp.plan.notation import mapped, parse, sized
 from autotp.recipe.attributes import bind_attributes

@@ -8,7 +8,8 @@ from functools import cached_property
 
 from torch import nn
 
-from autotp.plan.layout import Expr, Layout, factors
+from autotp.plan.expressions import Expr, factors
+from autotp.plan.layout import Layout
 from autotp.plan.spec import LocalAttribute
 from autotp.recipe.spec import Attribute, Boundary, Entry, RecipeSpec, Role
 

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from autotp.errors import RecipeError
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, factors, is_sharded, notation, size
+from autotp.plan.expressions import Concat, Expr, Factor, Product, factors, is_sharded, notation, size
+from autotp.plan.layout import Layout
 from autotp.plan.names import folded
 from autotp.plan.notation import mapped, marks
 from autotp.plan.plan import Plan

@@ -22,7 +22,8 @@ from torch import nn
 
 from autotp.errors import RecipeError
 from autotp.plan.cost import summed
-from autotp.plan.layout import Layout, factors, freed, is_sharded
+from autotp.plan.expressions import factors, freed, is_sharded
+from autotp.plan.layout import Layout
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
 from autotp.plan.spec import AxisInfo, Boundary, Conversion, GradSum, Kernel, ModulePlan, Op, ParamPlan, Shown, Site, Slot, Traffic, Use

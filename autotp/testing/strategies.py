@@ -38,7 +38,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autotp.errors import InputError
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, size
+from autotp.plan.expressions import Concat, Expr, Factor, Product, size
+from autotp.plan.layout import Layout
 from autotp.plan.notation import spelled
 from autotp.testing.architectures.architecture import Architecture
 from autotp.testing.architectures.spec import (

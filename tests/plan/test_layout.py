@@ -11,25 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotp.errors import InputError
-from autotp.plan.layout import (
-    Concat,
-    Expr,
-    Factor,
-    Layout,
-    Product,
-    fitted,
-    freed,
-    intervals,
-    is_free,
-    is_sharded,
-    notation,
-    owned,
-    owners,
-    replicated,
-    runs,
-    shared,
-    size,
-)
+from autotp.plan.expressions import Concat, Expr, Factor, Product, fitted, freed, is_free, is_sharded, notation, size
+from autotp.plan.layout import Layout, intervals, owned, owners, replicated, runs, shared
 from autotp.testing.strategies import layouts
 
 QUICK = settings(max_examples=80, deadline=None)
