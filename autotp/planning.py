@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from autotp.errors import InputError, PlanError, RecipeError, TraceError
+from autotp.errors import InputError, PlanError, TraceError
 from autotp.examine import Check, checked_plan
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
@@ -17,6 +17,7 @@ from autotp.planner.make_plan import whole_plan
 from autotp.recipe.bind import bind
 from autotp.recipe.binding import Bound
 from autotp.recipe.compare import differences, followed, wanted_layouts
+from autotp.recipe.problems import error_of
 from autotp.recipe.recipe import Recipe
 from autotp.recipe.untraced import plan_of_bound
 from autotp.trace.example import Given
@@ -43,7 +44,7 @@ def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Given | None 
         return _untraced(bound, error)
     problems = differences(bound, planned, wanted, lambda: checked_plan(model, tp, inputs, check=check))
     if problems:
-        raise RecipeError(problems)
+        raise error_of(problems)
     return replace(planned, params={n: followed(p, bound.params.get(n), wanted.get(n), recipe.pinned) for n, p in planned.params.items()})
 
 

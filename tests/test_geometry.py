@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import autotp
-from autotp.plan.layout import Concat, Expr, Factor
+from autotp.plan.expressions import Concat, Expr, Factor
 from autotp.plan.plan import Plan
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.rewrite.parameters.reads import GradFix

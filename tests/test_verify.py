@@ -11,7 +11,8 @@ from torch import nn
 from transformers import LlamaConfig
 
 from autotp.errors import InputError
-from autotp.plan.layout import Factor, Layout, replicated
+from autotp.plan.expressions import Factor
+from autotp.plan.layout import Layout, replicated
 from autotp.testing.equivalence.module_calls import Stands, first_difference, stands_for
 from autotp.verify import relative_error, verify
 from autotp.verify.worker import with_autotp

@@ -14,7 +14,8 @@ from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from autotp.errors import RecipeError
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product
+from autotp.plan.expressions import Concat, Expr, Factor, Product
+from autotp.plan.layout import Layout
 from autotp.plan.notation import parse, spelled
 from autotp.plan.plan import Plan
 from autotp.targets import MOST_RANKS

@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from math import prod
-from typing import TYPE_CHECKING
 
-from autotp.plan.layout import Layout, factors, size
-from autotp.plan.spec import GradSum, PaddedAxis, ParamPlan
+import torch
 
-if TYPE_CHECKING:
-    from autotp.plan.plan import Plan
+from autotp.errors import InputError
+from autotp.plan.expressions import factors, size
+from autotp.plan.layout import Layout
+from autotp.plan.spec import Collective, GradSum, PaddedAxis, ParamPlan, PlanSpec
 
 
 def padding_elements(layout: Layout) -> int:
@@ -43,17 +43,17 @@ def repeated_elements(layout: Layout) -> int:
     return (held - size(layout.expr)) * _others(layout)
 
 
-def padding_waste(plan: Plan) -> float:
+def padding_waste(plan: PlanSpec) -> float:
     """Padding over all ranks' shards, over the model's elements: 0.067 means 6.7 %."""
     return _over_model(plan, sum(count * padding_elements(layout) for layout, count in _layouts(plan).items()))
 
 
-def repeated_share(plan: Plan) -> float:
+def repeated_share(plan: PlanSpec) -> float:
     """Copies beyond the first, over all ranks' shards of sharded parameters, over the model's elements."""
     return _over_model(plan, sum(count * repeated_elements(layout) for layout, count in _layouts(plan).items()))
 
 
-def busiest_work(plan: Plan) -> float:
+def busiest_work(plan: PlanSpec) -> float:
     """Multiply-adds a token of the busiest rank over a `tp`-th of the model's; 1 where no parameter is in a product.
 
     Shards are equally large, padding is multiplied like the rest and a replicated weight is multiplied whole by every
@@ -64,7 +64,7 @@ def busiest_work(plan: Plan) -> float:
     return plan.tp * sum(prod(layout.local_shape) for layout in own) / whole if whole else 1.0
 
 
-def padded_axes(plan: Plan) -> tuple[PaddedAxis, ...]:
+def padded_axes(plan: PlanSpec) -> tuple[PaddedAxis, ...]:
     """The axes that padding fills up, alike ones once, in the order of the parameters.
 
     Two factors cut together (kv heads and the query heads of each) are one axis.
@@ -77,11 +77,23 @@ def padded_axes(plan: Plan) -> tuple[PaddedAxis, ...]:
     return tuple(found)
 
 
-def _layouts(plan: Plan) -> Counter[Layout]:
+def collectives(plan: PlanSpec, tokens: int, dtype: torch.dtype) -> tuple[Collective, ...]:
+    """See `Plan.collectives`.
+
+    Raises:
+        InputError: tokens < 1.
+    """
+    if tokens < 1:
+        raise InputError(f"tokens must be at least 1, got {tokens}")
+    item = dtype.itemsize
+    return tuple(Collective(t.module, t.kind, t.when, (t.width * tokens + t.elements) * item) for t in plan.traffic)
+
+
+def _layouts(plan: PlanSpec) -> Counter[Layout]:
     return Counter(p.layout for n, p in plan.params.items() if n not in plan.aliases)
 
 
-def _over_model(plan: Plan, elements: int) -> float:
+def _over_model(plan: PlanSpec, elements: int) -> float:
     whole = sum(count * prod(layout.shape) for layout, count in _layouts(plan).items())
     return elements / whole if whole else 0.0
 
@@ -107,7 +119,7 @@ def _cuts(layout: Layout) -> Iterator[tuple[str, int, int]]:
             yield factor.name, factor.size, own * layout.tp
 
 
-def _pattern(plan: Plan, param: str, factor: str) -> str:
+def _pattern(plan: PlanSpec, param: str, factor: str) -> str:
     for axis in plan.axes:
         if axis.name.rpartition(".")[2] == factor and param in axis.params:
             return axis.pattern

@@ -8,15 +8,13 @@ numbers. So everything that cannot be said is found, and raised.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autotp.errors import PlanError
-from autotp.plan.layout import Concat, Factor, Layout
+from autotp.plan.expressions import Concat, Factor
+from autotp.plan.layout import Layout
 from autotp.plan.names import folded
-from autotp.plan.spec import GradSum, Kernel, ModulePlan, Op
-
-if TYPE_CHECKING:
-    from autotp.plan.plan import Plan
+from autotp.plan.spec import GradSum, Kernel, ModulePlan, Op, PlanSpec
 
 _SUMS = frozenset((Op.REDUCE, Op.HOLD, Op.JOIN))
 COLUMN, ROW, GATHERED, LOOKUP, INSIDE = "column", "row", "gathered", "lookup", "inside"
@@ -31,7 +29,7 @@ _TRANSFORMERS = {
 }
 
 
-def to_tp_plan(plan: Plan) -> dict[str, str]:
+def to_tp_plan(plan: PlanSpec) -> dict[str, str]:
     """See `Plan.to_tp_plan`."""
     found = _Exporter(plan, "a transformers tp_plan", experts=True)
     styles = {name: _TRANSFORMERS.get(word, word) for name, word in found.words().items()}
@@ -39,7 +37,7 @@ def to_tp_plan(plan: Plan) -> dict[str, str]:
     return _folded(styles)
 
 
-def to_parallelize_module(plan: Plan) -> dict[str, Any]:
+def to_parallelize_module(plan: PlanSpec) -> dict[str, Any]:
     """See `Plan.to_parallelize_module`."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -59,7 +57,7 @@ def to_parallelize_module(plan: Plan) -> dict[str, Any]:
 
 
 class _Exporter:
-    def __init__(self, plan: Plan, wanted: str, *, experts: bool) -> None:
+    def __init__(self, plan: PlanSpec, wanted: str, *, experts: bool) -> None:
         self.plan, self.wanted, self.experts = plan, wanted, experts
         self.modules = {m.path: m for m in plan.modules}
         self.problems: list[str] = []

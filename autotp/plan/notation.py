@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autotp.errors import InputError
-from autotp.plan.layout import Concat, Expr, Factor, Product, factors, size
+from autotp.plan.expressions import Concat, Expr, Factor, Product, factors, size
 
 #: The size of a factor that the text does not say.
 UNKNOWN = -1

@@ -6,17 +6,15 @@ import difflib
 import textwrap
 from collections.abc import Iterable
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from autotp.errors import InputError
-from autotp.plan.layout import factors, size
+from autotp.plan.cost import busiest_work, collectives, padded_axes, padding_waste, repeated_share
+from autotp.plan.expressions import factors, size
 from autotp.plan.names import folded
-from autotp.plan.spec import GradSum, ModulePlan, ParamPlan
-
-if TYPE_CHECKING:
-    from autotp.plan.plan import Plan
+from autotp.plan.spec import GradSum, ModulePlan, ParamPlan, PlanSpec
 
 #: What the indices of an axis are, by its pattern.
 _NOUN = {
@@ -30,7 +28,7 @@ _NOUN = {
 _GLUE = "\N{NO-BREAK SPACE}"  # keeps an entry of the legend in one line
 
 
-def _groups(plan: Plan) -> list[tuple[str, int, ParamPlan]]:
+def _groups(plan: PlanSpec) -> list[tuple[str, int, ParamPlan]]:
     """Parameters alike but for the numbers in their names, with how many there are."""
     found: dict[tuple[str, str, str, str], tuple[list[str], ParamPlan]] = {}
     for name, p in plan.params.items():
@@ -39,12 +37,12 @@ def _groups(plan: Plan) -> list[tuple[str, int, ParamPlan]]:
     return [(names[0] if len(names) == 1 else key[0], len(names), p) for key, (names, p) in found.items()]
 
 
-def _last(plan: Plan, name: str, p: ParamPlan) -> str:
+def _last(plan: PlanSpec, name: str, p: ParamPlan) -> str:
     """The last column: what the parameter is tied to, its axis, or why it is replicated."""
     return f"tied to {plan.aliases[name]}" if name in plan.aliases else p.axis or p.reason
 
 
-def render(plan: Plan) -> str:
+def render(plan: PlanSpec) -> str:
     """The table that a person reads."""
     rows = [("parameter", "", "shape", "layout (* is sharded)", "local shape", "axis, or why it is replicated")]
     for name, count, p in _groups(plan):
@@ -84,15 +82,15 @@ def render(plan: Plan) -> str:
     return "\n".join([*lines, *(["", *last] if last else [])])
 
 
-def _cost(plan: Plan) -> list[str]:
+def _cost(plan: PlanSpec) -> list[str]:
     """What the plan costs beyond an even share, and the axes that are padded."""
-    padding, repeated = f"{plan.padding_waste * 100:.1f} %", f"{plan.repeated_share * 100:.1f} %"
-    lines = [f"padding {padding} · repeated {repeated} · busiest rank {plan.busiest_work:.2f} × the ideal"]
-    padded = [f"  {_NOUN.get(a.pattern, a.pattern)}: {a.size} → {a.padded} over {plan.tp} ranks" for a in plan.padded_axes]
+    padding, repeated = f"{padding_waste(plan) * 100:.1f} %", f"{repeated_share(plan) * 100:.1f} %"
+    lines = [f"padding {padding} · repeated {repeated} · busiest rank {busiest_work(plan):.2f} × the ideal"]
+    padded = [f"  {_NOUN.get(a.pattern, a.pattern)}: {a.size} → {a.padded} over {plan.tp} ranks" for a in padded_axes(plan)]
     return [*lines, *dict.fromkeys(padded)]
 
 
-def _legend(plan: Plan) -> list[str]:
+def _legend(plan: PlanSpec) -> list[str]:
     """The sizes of the factors that the layouts name; a factor of a replicated parameter may say its own (`n768`)."""
     sizes: dict[str, dict[str, None]] = {}
     for layout in dict.fromkeys(p.layout for p in plan.params.values()):
@@ -120,21 +118,21 @@ def _fold(items: Iterable[tuple[str, Any]]) -> list[tuple[str, Any, int]]:
     return [(name, value, n) for (name, value), n in counts.items()]
 
 
-def _traffic(plan: Plan) -> list[str]:
-    rows = [(c.module or "<root>", (c.kind, c.when, c.bytes)) for c in plan.collectives(tokens=1, dtype=torch.bfloat16)]
+def _traffic(plan: PlanSpec) -> list[str]:
+    rows = [(c.module or "<root>", (c.kind, c.when, c.bytes)) for c in collectives(plan, 1, torch.bfloat16)]
     return [f"  {module}: {kind}, {when}, {size} B{_times(n)}" for module, (kind, when, size), n in _fold(rows)]
 
 
-def to_dict(plan: Plan) -> dict[str, Any]:
+def to_dict(plan: PlanSpec) -> dict[str, Any]:
     """JSON-able form: every field of the plan by name."""
     return {
         "model": plan.model,
         "tp": plan.tp,
         "local_share": plan.local_share,
-        "padding_waste": plan.padding_waste,
-        "repeated_share": plan.repeated_share,
-        "busiest_work": plan.busiest_work,
-        "padded_axes": [{"pattern": a.pattern, "size": a.size, "padded": a.padded} for a in plan.padded_axes],
+        "padding_waste": padding_waste(plan),
+        "repeated_share": repeated_share(plan),
+        "busiest_work": busiest_work(plan),
+        "padded_axes": [{"pattern": a.pattern, "size": a.size, "padded": a.padded} for a in padded_axes(plan)],
         "params": {
             n: {
                 "shape": list(p.layout.shape),
@@ -170,7 +168,7 @@ def _module(plan: ModulePlan) -> dict[str, Any]:
     }
 
 
-def explain(plan: Plan, name: str) -> str:
+def explain(plan: PlanSpec, name: str) -> str:
     """The text of `autotp explain`."""
     names = [n for n in plan.params if n == name or n.startswith(name + ".") or name == ""]
     modules = [m for m in plan.modules if m.path == name or m.path.startswith(name + ".") or _owns(m, name)]

@@ -17,14 +17,15 @@ Conversions (forward / backward):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import TYPE_CHECKING
+from math import prod
+from types import MappingProxyType
+from typing import Any
 
-from autotp.plan.layout import Expr, Layout
-
-if TYPE_CHECKING:
-    pass
+from autotp.plan.expressions import Expr
+from autotp.plan.layout import Layout
 
 
 class Op(Enum):
@@ -173,12 +174,16 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True)
 class ParamPlan:
-    """Layout of one parameter; `axis` names its axis ("layers.0.attention: heads"), `reason` says why it is replicated."""
+    """Layout of one parameter; `axis` names its axis ("layers.0.attention: heads"), `reason` says why it is replicated.
+
+    ruled_out_by: the parameters whose layouts, asked for, rule its axis out; () where something else is the reason.
+    """
 
     name: str
     layout: Layout
     axis: str = ""
     reason: str = ""
+    ruled_out_by: tuple[str, ...] = ()
 
 
 class Kernel(Enum):
@@ -243,3 +248,72 @@ class PaddedAxis:
     pattern: str
     size: int
     padded: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSpec:
+    """What a `Plan` says, as fields; what is asked of a plan (costs, exports, texts) is functions over them.
+
+    The plan of one model over `tp` ranks:
+
+    params: fqn → ParamPlan, in the model's order (tied names each). modules: what changes at which module. axes: the sharded
+    axes. traffic: the collectives before they are given a size. aliases: tied name → the first name of the same parameter.
+    products: names of the parameters that are operands of products (Linear and expert weights). notes: what the
+    reader should know (paths that were not traced). checked: what the plan passed besides its replay on fake tensors: `numbers` (the
+    model and its ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
+    boundaries: path of a module → what code outside of it does not see whole there (`autotp.planner.boundaries`). inside: path
+    of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is known. swapped:
+    (path, class) of each module that a forward put in place of another while tracing. untrained: why calls in training mode are refused,
+    "" where they were traced. copies: path of a module → its results that are gathered or summed for whoever calls it, while code inside
+    goes on with the part.
+    """
+
+    model: str
+    tp: int
+    params: Mapping[str, ParamPlan]
+    modules: tuple[ModulePlan, ...]
+    axes: tuple[AxisInfo, ...]
+    traffic: tuple[Traffic, ...]
+    aliases: Mapping[str, str]
+    products: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    checked: str = ""
+    boundaries: Mapping[str, tuple[Boundary, ...]] = field(default_factory=dict)
+    inside: Mapping[str, Forms] = field(default_factory=dict)
+    swapped: frozenset[tuple[str, str]] = frozenset()
+    untrained: str = ""
+    copies: Mapping[str, tuple[tuple[str | int, ...], ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in _MAPPINGS:
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __reduce__(self) -> Any:
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self), tuple(dict(value) if name in _MAPPINGS else value for name, value in found.items())
+
+    @property
+    def local_share(self) -> float:
+        """Parameter elements on a rank over all of them; tied parameters count once."""
+        own = [p for n, p in self.params.items() if n not in self.aliases]
+        whole = sum(prod(p.layout.shape) for p in own)
+        return sum(prod(p.layout.local_shape) for p in own) / whole if whole else 1.0
+
+    @property
+    def replicated(self) -> Mapping[str, str]:
+        """Parameter → why it stays whole on every rank."""
+        return {n: p.reason for n, p in self.params.items() if p.layout.dim is None}
+
+    @property
+    def replicated_products(self) -> tuple[str, ...]:
+        """Linear and expert parameters that stay replicated: what `strict=True` refuses."""
+        return tuple(n for n in self.replicated if n in self.products)
+
+    @property
+    def attributes(self) -> Mapping[str, tuple[int, int]]:
+        """`module.attribute` → (value, local value) of every attribute made local."""
+        return {".".join(filter(None, (m.path, a.path))): (a.value, a.local) for m in self.modules for a in m.attributes}
+
+
+#: Fields of a plan that nobody may write into.
+_MAPPINGS = ("params", "aliases", "boundaries", "inside", "copies")

@@ -16,6 +16,7 @@ from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
 from autotp.planner.placements import Space, leaf_atoms
 from autotp.planner.reductions import Moves
+from autotp.planner.requested import Reason
 from autotp.planner.traffic import traffic
 from autotp.trace.graph import Value
 
@@ -47,7 +48,8 @@ def assemble(
         layout = Layout(value.shape, dims, tp)
         atoms = sorted(on, key=lambda a: a.id)
         axis = ", ".join(dict.fromkeys(axis_of[a].pattern for a in atoms))
-        own[name] = ParamPlan(name, layout, axis, "" if on else _reason(space, choice, value))
+        why = Reason("") if on else _reason(space, choice, value)
+        own[name] = ParamPlan(name, layout, axis, why.text, why.ruled_out_by)
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, value in graph.params.items():
@@ -70,15 +72,15 @@ def _is_product(space: Space, value: Value) -> bool:
     return False
 
 
-def _reason(space: Space, choice: Choice, value: Value) -> str:
+def _reason(space: Space, choice: Choice, value: Value) -> Reason:
     """Why a parameter stays whole: the reason of its most major axis that is not the model's width."""
     atoms = [a for dim in space.axes.dims[value.id] for a in leaf_atoms(dim)]
     if not atoms:
-        return "it has no dim to shard"
+        return Reason("it has no dim to shard")
     through = {a for v in space.graph.params.values() if choice.labels.of(v) for a in space.carried[v.id] if a not in choice.labels.of(v)}
     own = [a for a in atoms if a not in through and a in choice.refused]
     if not own:
-        return "it carries the width of the model, which stays whole between the sharded regions"
+        return Reason("it carries the width of the model, which stays whole between the sharded regions")
     return choice.refused[own[0]]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from autotp.plan.layout import Expr
+from autotp.plan.expressions import Expr
 from autotp.plan.spec import Conversion, Kernel, Site
 from autotp.planner.placements import Space
 from autotp.planner.refusals import Refusal

@@ -21,7 +21,7 @@ from autotp.planner.padding import padding_conflict
 from autotp.planner.partition import Atoms, Cut, Cuts, last_atoms, local_size, neighbours
 from autotp.planner.placements import NONE, Labels, SlotKey, Space, label, leaf_atoms
 from autotp.planner.refusals import Conflict
-from autotp.planner.requested import Wanted, claimed, granules, ruled_out
+from autotp.planner.requested import Reason, Wanted, claimed, granules, ruled_out
 from autotp.trace.graph import Origin, Value
 
 UNREAD = "no traced call reads it"
@@ -45,7 +45,7 @@ class Taken:
 class Choice(Taken):
     """What is taken in the end, and why the other candidates were refused."""
 
-    refused: Mapping[Atom, str]
+    refused: Mapping[Atom, Reason]
 
     @property
     def on(self) -> Atoms:
@@ -68,20 +68,20 @@ def choose(
     Cuts that `wanted` layouts ask for are taken first, those that they rule out never.
     """
     wanted = wanted or {}
-    refused: dict[Atom, str] = {}
-    for cut, reason in banned.items():
-        refused.update(dict.fromkeys(cut.atoms, reason))
+    refused: dict[Atom, Reason] = {}
+    for cut, text in banned.items():
+        refused.update(dict.fromkeys(cut.atoms, Reason(text)))
     carriers: dict[Atom, list[Value]] = {}
     for value in dict.fromkeys(space.graph.params.values()):
         for atom in space.carried[value.id]:
             carriers.setdefault(atom, []).append(value)
     widths = head_widths(space)
     for atom in widths:
-        refused.setdefault(atom, "it is the width of one attention head, which is not cut")
+        refused.setdefault(atom, Reason("it is the width of one attention head, which is not cut"))
     unread = {atom for value in space.graph.params.values() if value.id not in space.users for atom in space.carried[value.id]}
-    refused.update(dict.fromkeys(unread, UNREAD))
+    refused.update(dict.fromkeys(unread, Reason(UNREAD)))
     if nothing:
-        refused.update((atom, nothing) for atom in carriers if atom not in refused)
+        refused.update((atom, Reason(nothing)) for atom in carriers if atom not in refused)
     free = {atom for atom in carriers if atom not in widths and atom not in unread and not nothing}
     candidates = [c for c in _candidates(space, carriers, free, tp, wanted) if c not in banned]
     against = {c: ruled_out(space, c, carriers, wanted) for c in candidates}
@@ -106,10 +106,10 @@ def choose(
                     break
         if isinstance(tried, Conflict):
             clash = any(a in state.cuts for a in tried.atoms if a not in cut.atoms)
-            reason = "another axis of the same tensors is sharded" if clash else str(tried)
+            text = "another axis of the same tensors is sharded" if clash else str(tried)
             for atom in cut.atoms:
                 if atom is cut.major or atom not in refused:
-                    refused[atom] = reason
+                    refused[atom] = Reason(text)
         else:
             state = tried
     refused = {a: r for a, r in refused.items() if a not in state.cuts}

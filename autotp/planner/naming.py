@@ -12,7 +12,7 @@ from itertools import chain, count, pairwise
 
 from autotp.axes.atoms import Atom, flat
 from autotp.axes.operators.table import Is, is_a
-from autotp.plan.layout import Concat, Expr, Factor, Product
+from autotp.plan.expressions import Concat, Expr, Factor, Product
 from autotp.planner.partition import Atoms, Cuts
 from autotp.planner.placements import SlotKey, Space, leaf_atoms
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 
-from autotp.plan.layout import Expr, Factor, freed, is_padded, is_sharded, shared
+from autotp.plan.expressions import Expr, Factor, freed, is_sharded
+from autotp.plan.layout import is_padded, shared
 from autotp.plan.spec import Conversion, GradSum, Kernel, ModulePlan, Op, Slot, Use, Written
 from autotp.planner.call_specs import CallSpec, sites_of
 from autotp.planner.choice import Choice

@@ -8,9 +8,11 @@ rank holds, in order, not by the names of their factors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from autotp.axes.atoms import Atom
-from autotp.plan.layout import Concat, Expr, Layout, factors, is_sharded, runs, size
+from autotp.plan.expressions import Concat, Expr, factors, is_sharded, size
+from autotp.plan.layout import Layout, runs
 from autotp.planner.naming import Namer
 from autotp.planner.partition import Cut
 from autotp.planner.placements import Space
@@ -20,8 +22,12 @@ from autotp.trace.graph import Value
 Wanted = Mapping[int, Layout]
 
 
-#: How the reason begins why an axis is not cut that a wanted layout rules out.
-RULED_OUT = "as asked for, "
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why an axis is not cut. ruled_out_by: the parameters whose wanted layouts rule it out, where that is why."""
+
+    text: str
+    ruled_out_by: tuple[str, ...] = ()
 
 
 def claimed(cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> list[Value]:
@@ -30,12 +36,12 @@ def claimed(cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> l
     return [v for v in values.values() if v.id in wanted]
 
 
-def ruled_out(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> str:
-    """Which wanted layout rules `cut` out, "" where none does."""
+def ruled_out(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> Reason | None:
+    """The wanted layout that rules `cut` out, None where none does."""
     for value in claimed(cut, carriers, wanted):
         if not _fits(space, cut, value, wanted[value.id]):
-            return f"{RULED_OUT}{value.name} is laid out as {wanted[value.id]}"
-    return ""
+            return Reason(f"as asked for, {value.name} is laid out as {wanted[value.id]}", (value.name,))
+    return None
 
 
 def granules(wanted: Wanted, length: int) -> set[int]:

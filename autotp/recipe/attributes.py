@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from autotp.plan.layout import Expr, size
+from autotp.plan.expressions import Expr, size
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.spec import LocalAttribute
-from autotp.recipe.binding import BoundAttribute, Problems
+from autotp.recipe.binding import BoundAttribute
 from autotp.recipe.patterns import Pattern, nearest
+from autotp.recipe.problems import Problems
 from autotp.recipe.spec import Attribute
 
 _ABSENT: Any = object()

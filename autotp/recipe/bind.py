@@ -13,20 +13,21 @@ from math import gcd, prod
 
 from torch import nn
 
-from autotp.errors import InputError, RecipeError
-from autotp.plan.layout import Expr, Factor, Layout, Product, factors, is_sharded, size
+from autotp.errors import InputError
+from autotp.plan.expressions import Expr, Factor, Product, factors, is_sharded, size
+from autotp.plan.layout import Layout
 from autotp.plan.names import folded
 from autotp.plan.notation import mapped, parse, sized
 from autotp.recipe.attributes import bind_attributes
-from autotp.recipe.binding import Bound, BoundBoundary, BoundParam, Problems
+from autotp.recipe.binding import Bound, BoundBoundary, BoundParam
 from autotp.recipe.check import check
 from autotp.recipe.patterns import Pattern, best, nearest
-from autotp.recipe.recipe import Recipe
+from autotp.recipe.problems import Problems, error_of
 from autotp.recipe.sizes import size_of
-from autotp.recipe.spec import Boundary, Entry, Role
+from autotp.recipe.spec import Boundary, Entry, RecipeSpec, Role
 
 
-def bind(recipe: Recipe, model: nn.Module, tp: int) -> Bound:
+def bind(recipe: RecipeSpec, model: nn.Module, tp: int) -> Bound:
     """The recipe fitted to the model.
 
     Raises:
@@ -35,15 +36,15 @@ def bind(recipe: Recipe, model: nn.Module, tp: int) -> Bound:
     problems = Problems()
     bound = _Binder(recipe, model, tp, problems).run()
     if problems:
-        raise RecipeError(problems)
+        raise error_of(problems)
     check(bound, problems)
     if problems:
-        raise RecipeError(problems)
+        raise error_of(problems)
     return bound
 
 
 class _Binder:
-    def __init__(self, recipe: Recipe, model: nn.Module, tp: int, problems: Problems) -> None:
+    def __init__(self, recipe: RecipeSpec, model: nn.Module, tp: int, problems: Problems) -> None:
         self.recipe, self.model, self.tp, self.problems = recipe, model, tp, problems
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
@@ -261,7 +262,7 @@ class _Binder:
         return argument in names
 
 
-def _names(recipe: Recipe) -> str:
+def _names(recipe: RecipeSpec) -> str:
     return ", ".join(" ".join(s.names) for s in recipe.shard) or "nothing"
 
 

@@ -1,18 +1,17 @@
-"""A recipe fitted to a model, as values; and what does not fit."""
+"""A recipe fitted to a model, as values."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
 
-from autotp.plan.layout import Expr, Layout, factors
+from autotp.plan.expressions import Expr, factors
+from autotp.plan.layout import Layout
 from autotp.plan.spec import LocalAttribute
-from autotp.recipe.recipe import Recipe
-from autotp.recipe.spec import Attribute, Boundary, Entry, Role
+from autotp.recipe.spec import Attribute, Boundary, Entry, RecipeSpec, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class BoundBoundary:
 class Bound:
     """A recipe fitted to a model. `uncovered`: parameters that it says nothing of. `aliases`: tied name → first name."""
 
-    recipe: Recipe
+    recipe: RecipeSpec
     model: nn.Module
     tp: int
     params: Mapping[str, BoundParam]
@@ -81,18 +80,3 @@ class Bound:
     def layouts(self) -> dict[str, Layout]:
         """Layouts of the covered parameters."""
         return {n: p.layout for n, p in self.params.items()}
-
-
-class Problems(list[str]):
-    """What is wrong, each problem once although many layers have it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[tuple[str, str], int] = {}
-
-    def add(self, pos: object, name: str, text: str) -> None:
-        """`name` stands in front of the text; names that differ in their numbers only are reported once."""
-        key = (str(pos), re.sub(r"\.\d+\b", ".*", f"{name}: {text}"))
-        self.seen[key] = self.seen.get(key, 0) + 1
-        if self.seen[key] == 1:
-            self.append(f"{pos}: {name + ': ' if name else ''}{text}")

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
-from autotp.plan.layout import Concat, Expr, Factor, Product, alike, factors, is_sharded, size
+from autotp.plan.expressions import Concat, Expr, Factor, Product, factors, is_sharded, size
+from autotp.plan.layout import alike
 from autotp.plan.notation import parse
-from autotp.recipe.binding import Bound, BoundParam, Problems
+from autotp.recipe.binding import Bound, BoundParam
+from autotp.recipe.problems import Problems
 from autotp.recipe.spec import Role
 
 Rule = Callable[[Bound, Problems], None]

@@ -1,23 +1,22 @@
 """A recipe against the axes of the model that it is for.
 
-The planner works with the recipe's layouts as given (`autotp.planner.requested`), and what comes out is compared with them: a layout
-that the axes do not bear, heads cut in one place only, an attribute that nobody made local show as differences. What passes is the
-planner's own certified plan with the recipe's layouts in it; collectives are placed by the axes, not by the recipe's roles. Where the
-model cannot be traced nothing is proven, and a recipe that covers all of it makes the plan by its roles alone.
+The planner works with the recipe's layouts as given, and what comes out is compared with them: a layout that the axes do not bear,
+heads cut in one place only, an attribute that nobody made local show as differences. What passes is the planner's own certified plan
+with the recipe's layouts in it; collectives are placed by the axes, not by the recipe's roles. Where the model cannot be traced nothing
+is proven, and a recipe that covers all of it makes the plan by its roles alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from autotp.errors import RecipeError
 from autotp.plan.layout import Layout, alike
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
 from autotp.plan.spec import ModulePlan, Op, ParamPlan
-from autotp.planner.requested import RULED_OUT
-from autotp.recipe.binding import Bound, BoundParam, Problems
+from autotp.recipe.binding import Bound, BoundParam
 from autotp.recipe.check import under, weights
+from autotp.recipe.problems import Problems, error_of
 from autotp.recipe.spec import Role
 
 
@@ -32,7 +31,7 @@ def wanted_layouts(bound: Bound) -> dict[str, Layout]:
             text = f'"{p.entry.layout}" is not what the recipe\'s `plan:` was made with ({pinned.params[name].layout}): take `plan:` out'
             problems.add(p.entry.at, name, text)
     if problems:
-        raise RecipeError(problems)
+        raise error_of(problems)
     return {n: p.layout for n, p in pinned.params.items()}
 
 
@@ -41,9 +40,7 @@ def followed(planned: ParamPlan, p: BoundParam | None, layout: Layout | None, pi
         return planned
     if pinned is not None and planned.name in pinned.params and pinned.params[planned.name].layout is layout:
         return pinned.params[planned.name]
-    reason = p.entry.reason or planned.reason
-    if reason.startswith(RULED_OUT):
-        reason = "the recipe keeps it whole"
+    reason = p.entry.reason or ("the recipe keeps it whole" if planned.ruled_out_by else planned.reason)
     return ParamPlan(planned.name, layout, p.entry.axis or planned.axis, "" if layout.dim is not None else reason)
 
 
@@ -65,8 +62,8 @@ def differences(bound: Bound, planned: Plan, wanted: Mapping[str, Layout], free:
 def _unproven(
     bound: Bound, unproven: Mapping[str, BoundParam], planned: Plan, wanted: Mapping[str, Layout], free: Plan, problems: Problems
 ) -> None:
-    reasons = "\n".join(planned.params[n].reason for n in unproven)
-    suspects = {n: p for n, p in bound.params.items() if n in unproven or f"{RULED_OUT}{n} " in reasons}
+    blamed = {other for n in unproven for other in planned.params[n].ruled_out_by}
+    suspects = {n: p for n, p in bound.params.items() if n in unproven or n in blamed}
     culprits = {n: p for n, p in suspects.items() if not alike(free.params[n].layout, wanted[n])}
     for name, p in (culprits or unproven).items():
         own, made = free.params[name], planned.params[name]

@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from autotp.plan.codec import encode
-from autotp.recipe.spec import Boundary, Entry, Role
-
-if TYPE_CHECKING:
-    from autotp.recipe.recipe import Recipe
+from autotp.recipe.spec import Boundary, Entry, RecipeSpec, Role
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*\??")
 _KEYWORDS = ("whole", "local")
 _WORDS = frozenset(("yes", "no", "on", "off", "y", "n", "true", "false", "null", "none"))
 
 
-def text_of(recipe: Recipe, *, head: str = "", comments: Mapping[str, str] | None = None) -> str:
+def text_of(recipe: RecipeSpec, *, head: str = "", comments: Mapping[str, str] | None = None) -> str:
     """The YAML text. `head`: comment lines in front; `comments`: key of an entry, attribute or size → what is said behind it."""
     lines = [f"# {line}".rstrip() for line in head.splitlines()]
     data = data_of(recipe)
@@ -43,7 +40,7 @@ def text_of(recipe: Recipe, *, head: str = "", comments: Mapping[str, str] | Non
     return "\n".join(lines) + "\n"
 
 
-def data_of(recipe: Recipe) -> dict[str, Any]:
+def data_of(recipe: RecipeSpec) -> dict[str, Any]:
     """The data of the YAML text."""
     out: dict[str, Any] = {}
     if recipe.name:

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from autotp.errors import RecipeError
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, factors, is_sharded, notation, size
+from autotp.plan.expressions import Concat, Expr, Factor, Product, factors, is_sharded, notation, size
+from autotp.plan.layout import Layout
 from autotp.plan.names import folded
 from autotp.plan.notation import mapped, marks
 from autotp.plan.plan import Plan
@@ -23,15 +24,14 @@ from autotp.plan.spec import Conversion, GradSum, Kernel, ModulePlan, Op, Slot
 from autotp.recipe.attributes import LOCAL, WHOLE
 from autotp.recipe.bind import bind
 from autotp.recipe.config_fields import candidates, expressions, fields
-from autotp.recipe.recipe import Recipe
-from autotp.recipe.spec import Attribute, Boundary, Entry, Role, Shard, Size
+from autotp.recipe.spec import Attribute, Boundary, Entry, RecipeSpec, Role, Shard, Size
 from autotp.recipe.unify_names import renamed
 from autotp.recipe.unnamed import unnamed
 
 _SUMS = frozenset((Op.REDUCE, Op.HOLD, Op.JOIN))
 
 
-def recipe_of(plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -> Recipe:
+def recipe_of(plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -> RecipeSpec:
     """The recipe of a plan; see `Recipe.from_plan`."""
     made = _Writer(renamed(plan), model).run(plan if pin else None)
     if model is None:
@@ -45,7 +45,7 @@ def recipe_of(plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -
     return replace(made, attributes=(*made.attributes, *(Attribute(key, WHOLE) for key in keys)))
 
 
-def comments_of(plan: Plan, recipe: Recipe) -> dict[str, str]:
+def comments_of(plan: Plan, recipe: RecipeSpec) -> dict[str, str]:
     """What the plan says beyond its recipe, by key: why a parameter is whole, what an axis is."""
     out: dict[str, str] = {}
     for name, p in plan.params.items():
@@ -54,7 +54,7 @@ def comments_of(plan: Plan, recipe: Recipe) -> dict[str, str]:
     return {e.key: out[e.key] for e in recipe.entries if out.get(e.key)}
 
 
-def size_comments(recipe: Recipe, config: object) -> dict[str, str]:
+def size_comments(recipe: RecipeSpec, config: object) -> dict[str, str]:
     """For sizes: the fields of the config that have the number, where they are several or none was taken."""
     out: dict[str, str] = {}
     for item in recipe.sizes:
@@ -108,11 +108,11 @@ class _Writer:
             self.blocks.setdefault(folded(path), set()).add(path)
         self.trace = any(self._needs_trace(m) for m in plan.modules)
 
-    def run(self, pinned: Plan | None) -> Recipe:
+    def run(self, pinned: Plan | None) -> RecipeSpec:
         entries = tuple(self._entries())
         attributes, arguments, results = tuple(self._attributes()), tuple(self._arguments()), tuple(self._results())
         listed = [n for n, f in self.words.cut.items() if n not in self.words.mixed and not f.of]
-        return Recipe(
+        return RecipeSpec(
             name=self.plan.model,
             sizes=tuple(Size(name, value) for name, value in self.named.items()),
             shard=tuple(Shard((n, self.pairs[n]) if n in self.pairs else (n,)) for n in listed),

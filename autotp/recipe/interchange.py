@@ -15,8 +15,7 @@ from torch import nn
 
 from autotp.errors import RecipeError
 from autotp.recipe.patterns import Pattern, nearest
-from autotp.recipe.recipe import Recipe
-from autotp.recipe.spec import Entry, Role, Shard
+from autotp.recipe.spec import Entry, RecipeSpec, Role, Shard
 
 #: Styles of transformers that say nothing about layouts; the planner finds what they are for.
 _LEFT_OUT = frozenset(("replicate", "moe_tp_experts", "mla_kv_a_proj", "all_reduce", "local_params"))
@@ -32,7 +31,7 @@ _STYLES = {
 }
 
 
-def from_tp_plan(tp_plan: Mapping[str, str], model: nn.Module | None = None) -> Recipe:
+def from_tp_plan(tp_plan: Mapping[str, str], model: nn.Module | None = None) -> RecipeSpec:
     """The recipe of a transformers `tp_plan`; see `Recipe.from_tp_plan`."""
     if not isinstance(tp_plan, Mapping) or not all(isinstance(k, str) for k in tp_plan):
         raise RecipeError(f"a tp_plan maps names of modules to styles, got {type(tp_plan).__name__}")
@@ -60,7 +59,7 @@ def from_tp_plan(tp_plan: Mapping[str, str], model: nn.Module | None = None) -> 
     return _recipe("tp_plan", about, entries, problems)
 
 
-def from_parallelize_module(styles: Mapping[str, Any], model: nn.Module | None = None) -> Recipe:
+def from_parallelize_module(styles: Mapping[str, Any], model: nn.Module | None = None) -> RecipeSpec:
     """The recipe of a dict of torch `ParallelStyle`s; see `Recipe.from_parallelize_module`."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -112,11 +111,11 @@ def _lacking(keys: list[str], model: nn.Module | None) -> str:
     return ", ".join(f"{key}{nearest(key, names)}" for key in keys)
 
 
-def _recipe(name: str, about: str, entries: list[Entry], problems: list[str]) -> Recipe:
+def _recipe(name: str, about: str, entries: list[Entry], problems: list[str]) -> RecipeSpec:
     if problems:
         raise RecipeError(problems)
     cut = dict.fromkeys(n for e in entries if e.role.cut for n in re.findall(r"[A-Za-z_]\w*", e.layout) if n not in ("e", "x"))
-    return Recipe(name=name, about=about, shard=tuple(Shard((n,)) for n in cut), entries=tuple(entries))
+    return RecipeSpec(name=name, about=about, shard=tuple(Shard((n,)) for n in cut), entries=tuple(entries))
 
 
 def _entries(where: _Place, role: Role, *, packed: bool = False) -> Iterator[Entry]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autotp.errors import InputError
 from autotp.plan.codec import decode
 from autotp.plan.notation import NotationError, parse
+from autotp.recipe.problems import Pos, Problem
 from autotp.recipe.schema import EntryForm, RecipeFile, validated
 from autotp.recipe.sizes import parse_size
-from autotp.recipe.spec import Attribute, Boundary, Entry, Role, Shard, Size
-from autotp.recipe.yaml_source import Pos, Source
-
-if TYPE_CHECKING:
-    from autotp.recipe.recipe import Recipe
+from autotp.recipe.spec import Attribute, Boundary, Entry, RecipeSpec, Role, Shard, Size
+from autotp.recipe.yaml_source import Source
 
 ENTER, LEAVE = "enter", "leave"
 
@@ -24,26 +22,26 @@ ENTER, LEAVE = "enter", "leave"
 class Layer:
     """What one file says. extends: (name, place). removed: table → inherited keys that are taken out. shards: it has its own list."""
 
-    recipe: Recipe
+    recipe: RecipeSpec
     extends: tuple[tuple[str, Pos], ...]
     removed: Mapping[str, Mapping[str, Pos]]
     shards: bool
 
 
-def layer_of(source: Source, problems: list[str]) -> Layer | None:
+def layer_of(source: Source, problems: list[Problem]) -> Layer | None:
     """The layer of a source; problems are added with their places, None where its form is wrong."""
-    from autotp.recipe.recipe import Recipe
-
     form = validated(source, problems)
     if form is None:
         return None
     read = _Reading(source, problems)
     extends = form.extends if isinstance(form.extends, list) else [form.extends] if form.extends else []
     if form.unsafe and not form.reason.strip():
-        problems.append(f"{source.at(('unsafe',))}: unsafe: true wants a reason: say why the recipe is right though it is not proven")
+        text = "unsafe: true wants a reason: say why the recipe is right though it is not proven"
+        problems.append(Problem(source.at(("unsafe",)), text))
     if form.reason and not form.unsafe:
-        problems.append(f"{source.at(('reason',), key=True)}: reason: says why a recipe is unsafe, and this one is not (unsafe: true)")
-    recipe = Recipe(
+        text = "reason: says why a recipe is unsafe, and this one is not (unsafe: true)"
+        problems.append(Problem(source.at(("reason",), key=True), text))
+    recipe = RecipeSpec(
         name=form.recipe or "",
         about=form.about,
         families=tuple(form.families),
@@ -64,16 +62,20 @@ def layer_of(source: Source, problems: list[str]) -> Layer | None:
 
 
 class _Reading:
-    def __init__(self, source: Source, problems: list[str]) -> None:
+    def __init__(self, source: Source, problems: list[Problem]) -> None:
         self.source, self.problems = source, problems
         self.removed: dict[str, dict[str, Pos]] = {}
+
+    def report(self, pos: Pos, text: str) -> None:
+        """Add a problem."""
+        self.problems.append(Problem(pos, text))
 
     def layout(self, text: str, path: tuple[str, ...]) -> None:
         """Report a text that is no layout."""
         try:
             parse(text)
         except NotationError as error:
-            self.problems.append(f"{self.source.inside(path).after(error.at)}: {'.'.join(path[1:])}: layout {text!r}: {error.problem}")
+            self.report(self.source.inside(path).after(error.at), f"{'.'.join(path[1:])}: layout {text!r}: {error.problem}")
 
     def sizes(self, form: RecipeFile) -> list[Size]:
         for name, value in form.sizes.items():
@@ -84,7 +86,7 @@ class _Reading:
                 if not name.isidentifier() or name == "_":
                     raise InputError(f"{name!r} cannot be the name of a factor: letters, digits and _, a letter first")
             except InputError as error:
-                self.problems.append(f"{self.source.inside(('sizes', name))}: sizes.{name}: {error}")
+                self.report(self.source.inside(("sizes", name)), f"sizes.{name}: {error}")
         return [Size(name, value, self.source.at(("sizes", name))) for name, value in form.sizes.items()]
 
     def shard(self, form: RecipeFile) -> list[Shard]:
@@ -93,11 +95,11 @@ class _Reading:
         for i, text in enumerate(form.shard or ()):
             pos, names = self.source.at(("shard", str(i))), tuple(text.split())
             if not 1 <= len(names) <= 2 or not all(n.isidentifier() for n in names):
-                self.problems.append(f"{pos}: shard: got {text!r}, wanted a name, or a major and a minor name as in `kv group`")
+                self.report(pos, f"shard: got {text!r}, wanted a name, or a major and a minor name as in `kv group`")
                 continue
             for name in names:
                 if name in seen:
-                    self.problems.append(f"{pos}: shard: {name} stands twice; first at {seen[name]}")
+                    self.report(pos, f"shard: {name} stands twice; first at {seen[name]}")
                 seen[name] = pos
             out.append(Shard(names, pos))
         return out
@@ -105,7 +107,7 @@ class _Reading:
     def granules(self, form: RecipeFile) -> list[tuple[str, int]]:
         for name, value in form.granules.items():
             if value < 1:
-                self.problems.append(f"{self.source.at(('granules', name))}: granules.{name}: got {value}, wanted a positive number")
+                self.report(self.source.at(("granules", name)), f"granules.{name}: got {value}, wanted a positive number")
         return list(form.granules.items())
 
     def entries(self, form: RecipeFile) -> list[Entry]:
@@ -120,7 +122,7 @@ class _Reading:
                     self.removed.setdefault("parameters", {})[key] = pos
                     continue
                 if key in out:
-                    self.problems.append(f"{pos}: {key} stands in {out[key].role.value} and in {role.value}; first at {out[key].pos}")
+                    self.report(pos, f"{key} stands in {out[key].role.value} and in {role.value}; first at {out[key].pos}")
                 path: tuple[str, ...] = (role.value, text)
                 if isinstance(value, EntryForm):
                     path = (*path, "layout")
@@ -156,7 +158,7 @@ class _Reading:
                 path, missing = _optional(path_text)
                 pos = self.source.at((kind, text, path_text), key=True)
                 if kind == "arguments" and (value == LEAVE or not path):
-                    self.problems.append(f"{pos}: arguments: wanted an argument's name with `enter` or a layout, got {path!r}: {value!r}")
+                    self.report(pos, f"arguments: wanted an argument's name with `enter` or a layout, got {path!r}: {value!r}")
                 elif value not in (ENTER, LEAVE):
                     self.layout(value, (kind, text, path_text))
                 out.append(Boundary(module, path, value, none or missing, pos))
@@ -164,7 +166,7 @@ class _Reading:
 
     def key(self, key: str, pos: Pos) -> None:
         if not key or key.startswith(".") or ".." in key or key.endswith(".") or any(c.isspace() for c in key):
-            self.problems.append(f"{pos}: {key!r} is no name: parts of a dotted name, * for any characters of a part")
+            self.report(pos, f"{key!r} is no name: parts of a dotted name, * for any characters of a part")
 
 
 def _optional(text: str) -> tuple[str, bool]:

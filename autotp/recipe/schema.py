@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
+from autotp.recipe.problems import Problem
 from autotp.recipe.yaml_source import Source
 
 Text = Annotated[StrictStr, Field(min_length=1)]
@@ -74,23 +75,23 @@ class RecipeFile(BaseModel):
     plan: dict[str, Any] | None = Field(None, description="the exact plan that the recipe was made from; not for editing")
 
 
-def validated(source: Source, problems: list[str]) -> RecipeFile | None:
+def validated(source: Source, problems: list[Problem]) -> RecipeFile | None:
     """The form of a source's data; what is wrong goes to `problems`, each with its place, what was found and what was wanted."""
     try:
         return RecipeFile.model_validate(source.data)
     except ValidationError as error:
-        wrong: dict[tuple[str, ...], str] = {}
+        wrong: dict[tuple[str, ...], Problem] = {}
         for item in error.errors():
             if item["type"] == "string_type" and isinstance(item["input"], Mapping) and "EntryForm" in str(error):
                 continue  # the other form of an entry says what is wrong in it
             path = tuple(str(part) for part in item["loc"])
-            path, text = _explained(path, item, source)
-            wrong.setdefault(path, text)
+            path, problem = _explained(path, item, source)
+            wrong.setdefault(path, problem)
         problems += wrong.values()
         return None
 
 
-def _explained(path: tuple[str, ...], item: Mapping[str, Any], source: Source) -> tuple[tuple[str, ...], str]:
+def _explained(path: tuple[str, ...], item: Mapping[str, Any], source: Source) -> tuple[tuple[str, ...], Problem]:
     known: tuple[str, ...] = ()
     for part in path:  # pydantic adds which member of a union it tried
         if _reach(source.data, (*known, part)) is not _NOTHING:
@@ -101,10 +102,10 @@ def _explained(path: tuple[str, ...], item: Mapping[str, Any], source: Source) -
         fields = EntryForm.model_fields if len(known) > 1 else RecipeFile.model_fields
         near = difflib.get_close_matches(known[-1], fields, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; wanted one of {', '.join(fields)}"
-        return known, f"{source.at(known, key=True)}: unknown key {known[-1]!r}{hint}"
+        return known, Problem(source.at(known, key=True), f"unknown key {known[-1]!r}{hint}")
     shown = json.dumps(got, default=str, ensure_ascii=False)
-    text = f"{source.at(known)}: {name or 'the recipe'}: got {shown if len(shown) < 60 else type(got).__name__}, wanted {_wanted(known)}"
-    return known, text
+    text = f"{name or 'the recipe'}: got {shown if len(shown) < 60 else type(got).__name__}, wanted {_wanted(known)}"
+    return known, Problem(source.at(known), text)
 
 
 def _wanted(path: tuple[str, ...]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from autotp.recipe.yaml_source import Pos
+from autotp.plan.plan import Plan
+from autotp.recipe.problems import Pos
 
 
 class Role(Enum):
@@ -76,3 +77,43 @@ class Boundary:
     value: str
     optional: bool = False
     pos: Pos = field(default=Pos(), compare=False)
+
+
+@dataclass(frozen=True)
+class RecipeSpec:
+    """What a `Recipe` says, as fields; what is done with one is functions over them.
+
+    entries: parameters by pattern, with role and layout. sizes: names and what they stand for. shard: names that are cut.
+    granules: name → number that local parts are multiples of. attributes, arguments, results: what changes at modules.
+    trace: only a traced model can be rewritten by it. unsafe: it is used without proof, for `reason`. pinned: the exact plan that it
+    was made from. See docs/recipes.md.
+    """
+
+    name: str = ""
+    about: str = ""
+    families: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
+    shard: tuple[Shard, ...] = ()
+    granules: tuple[tuple[str, int], ...] = ()
+    entries: tuple[Entry, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+    arguments: tuple[Boundary, ...] = ()
+    results: tuple[Boundary, ...] = ()
+    trace: bool = False
+    unsafe: bool = False
+    reason: str = ""
+    pinned: Plan | None = None
+    file: str = field(default="<recipe>", compare=False)
+
+    def __post_init__(self) -> None:
+        # In the order in which they are written, so that a recipe equals what is read back.
+        object.__setattr__(self, "entries", tuple(e for role in Role for e in self.entries if e.role is role))
+        for name in ("arguments", "results"):
+            items: tuple[Boundary, ...] = getattr(self, name)
+            modules = dict.fromkeys(b.module for b in items)
+            object.__setattr__(self, name, tuple(b for m in modules for b in items if b.module == m))
+
+    @property
+    def place(self) -> Pos:
+        """Where a problem is said to be that belongs to the whole file: its attributes, or its first line."""
+        return self.attributes[0].pos if self.attributes else Pos(self.file, 0 if self.file.startswith("<") else 1, 1)

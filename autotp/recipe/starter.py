@@ -6,11 +6,10 @@ from torch import nn
 
 from autotp.plan.names import folded
 from autotp.recipe.config_fields import fields
-from autotp.recipe.recipe import Recipe
-from autotp.recipe.spec import Entry, Role, Size
+from autotp.recipe.spec import Entry, RecipeSpec, Role, Size
 
 
-def skeleton(model: nn.Module) -> Recipe:
+def skeleton(model: nn.Module) -> RecipeSpec:
     """Every parameter of `model` under `whole`, its dims called after fields of the config where one has the size."""
     known = {value: name for name, value in reversed(fields(getattr(model, "config", None)).items())}
     names: dict[int, str] = {}
@@ -25,4 +24,4 @@ def skeleton(model: nn.Module) -> Recipe:
         before = entries.setdefault(folded(name), Entry(folded(name), Role.WHOLE, layout))
         if before.layout != layout:
             entries[name] = Entry(name, Role.WHOLE, layout)
-    return Recipe(name=type(model).__name__, sizes=tuple(sizes.values()), entries=tuple(entries.values()))
+    return RecipeSpec(name=type(model).__name__, sizes=tuple(sizes.values()), entries=tuple(entries.values()))

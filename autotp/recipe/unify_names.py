@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from autotp.plan.layout import Expr, Factor, factors, is_sharded, size
+from autotp.plan.expressions import Expr, Factor, factors, is_sharded, size
 from autotp.plan.plan import Plan
 from autotp.plan.spec import Conversion, ModulePlan, ParamPlan, Slot
 

@@ -14,8 +14,9 @@ from types import CodeType, FunctionType
 from torch import nn
 
 from autotp.plan.names import folded
-from autotp.recipe.binding import Bound, Problems
+from autotp.recipe.binding import Bound
 from autotp.recipe.check import cut_sizes, own_params
+from autotp.recipe.problems import Problem, Problems
 from autotp.recipe.spec import Role
 
 
@@ -49,7 +50,7 @@ def _counters(model: nn.Module, paths: Iterable[str]) -> set[tuple[str, str]]:
     return {key for key, same in found.items() if len(same) > 1 and all(same)}
 
 
-def unnamed_attributes(bound: Bound) -> list[str]:
+def unnamed_attributes(bound: Bound) -> list[Problem]:
     """A problem for each of them."""
     problems = Problems()
     for path, name, value in unnamed(bound):

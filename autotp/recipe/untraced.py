@@ -22,22 +22,23 @@ from torch import nn
 
 from autotp.errors import RecipeError
 from autotp.plan.cost import summed
-from autotp.plan.layout import Layout, factors, freed, is_sharded
+from autotp.plan.expressions import factors, freed, is_sharded
+from autotp.plan.layout import Layout
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
 from autotp.plan.spec import AxisInfo, Boundary, Conversion, GradSum, Kernel, ModulePlan, Op, ParamPlan, Shown, Site, Slot, Traffic, Use
 from autotp.recipe.bind import bind
-from autotp.recipe.binding import Bound, BoundBoundary, BoundParam, Problems
+from autotp.recipe.binding import Bound, BoundBoundary, BoundParam
 from autotp.recipe.check import first_argument, own_params, scopes, under, weights
-from autotp.recipe.recipe import Recipe
-from autotp.recipe.spec import Role
+from autotp.recipe.problems import Problem, Problems, error_of
+from autotp.recipe.spec import RecipeSpec, Role
 from autotp.recipe.unnamed import unnamed_attributes
 
 _INNER = (Role.COLUMN, Role.ROW, Role.PART, Role.INSIDE)
 _LABEL = {Role.LOOKUP: "embedding", Role.GATHERED: "head"}
 
 
-def static_plan(recipe: Recipe, model: nn.Module, tp: int) -> Plan:
+def static_plan(recipe: RecipeSpec, model: nn.Module, tp: int) -> Plan:
     """The plan that a recipe makes by itself.
 
     Raises:
@@ -58,7 +59,7 @@ def plan_of_bound(bound: Bound) -> Plan:
         first = ", ".join(bound.uncovered[:5])
         raise RecipeError(f"{recipe.file}: {len(bound.uncovered)} parameters have no entry, and no trace can plan them: {first}")
     if problems := [*unnamed_attributes(bound), *_unclear(bound)]:
-        raise RecipeError(problems)
+        raise error_of(problems)
     modules = _modules(bound)
     params = {n: _param(p) for n, p in bound.params.items()}
     products = {p.name for p in weights(bound.params.values()) if not isinstance(bound.model.get_submodule(p.module), nn.Embedding)}
@@ -98,7 +99,7 @@ def _boundaries(bound: Bound) -> dict[str, tuple[Boundary, ...]]:
     return {path: slots for path, slots in found.items() if slots}
 
 
-def _unclear(bound: Bound) -> list[str]:
+def _unclear(bound: Bound) -> list[Problem]:
     """What only a trace could tell to be right: norms over what is cut, attributes whose local value nobody said."""
     problems = Problems()
     for path, params in own_params(bound).items():

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from autotp.errors import RecipeError
+from autotp.recipe.problems import Pos, Problem
 
 Path = tuple[str, ...]
 _WORDS = frozenset(("yes", "no", "on", "off", "y", "n"))
@@ -20,22 +21,6 @@ _WORDS = frozenset(("yes", "no", "on", "off", "y", "n"))
 MOST = 2 * 2**20
 MOST_LEVELS = 50
 MOST_REPEATED = 10_000
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Pos:
-    """A place in a recipe: 1-based line and column; line 0 for recipes that were not read from text."""
-
-    file: str = "<recipe>"
-    line: int = 0
-    column: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-
-    def after(self, characters: int) -> Pos:
-        """The place some characters on in the same line."""
-        return Pos(self.file, self.line, self.column + characters) if self.line else self
 
 
 @dataclass
@@ -46,7 +31,7 @@ class Source:
     data: Any = None
     keys: dict[Path, Pos] = field(default_factory=dict)
     values: dict[Path, Pos] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     quoted: set[Path] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
     repeated: int = 0
@@ -117,7 +102,7 @@ def _plain(node: yaml.Node, path: Path, source: Source, around: set[int]) -> Any
     pos = _pos(node, source.file)
     source.values[path] = pos
     if id(node) in around:
-        source.problems.append(f"{pos}: an alias that contains itself")
+        source.problems.append(Problem(pos, "an alias that contains itself"))
         return None
     if len(around) > MOST_LEVELS:
         raise RecipeError(f"{pos}: {_DEEP}")
@@ -132,14 +117,13 @@ def _plain(node: yaml.Node, path: Path, source: Source, around: set[int]) -> Any
     if node.style in ("'", '"'):
         source.quoted.add(path)
     if _is_word(node):
-        source.problems.append(
-            f'{pos}: YAML reads {node.value} as {node.value.lower() in ("yes", "on", "y")}: write "{node.value}" in quotes'
-        )
+        text = f'YAML reads {node.value} as {node.value.lower() in ("yes", "on", "y")}: write "{node.value}" in quotes'
+        source.problems.append(Problem(pos, text))
         return node.value
     try:
         return yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that is none, a number of thousands of digits
-        source.problems.append(f"{pos}: {getattr(error, 'problem', error)}")
+        source.problems.append(Problem(pos, str(getattr(error, "problem", error))))
         return None
 
 
@@ -148,13 +132,13 @@ def _mapping(node: yaml.MappingNode, path: Path, source: Source, around: set[int
     for key, value in node.value:
         pos = _pos(key, source.file)
         if not isinstance(key, yaml.ScalarNode):
-            source.problems.append(f"{pos}: a key must be text")
+            source.problems.append(Problem(pos, "a key must be text"))
             continue
         name = key.value
         if _is_word(key):
-            source.problems.append(f'{pos}: YAML reads the key {name} as a truth value: write "{name}" in quotes')
+            source.problems.append(Problem(pos, f'YAML reads the key {name} as a truth value: write "{name}" in quotes'))
         if name in out:
-            source.problems.append(f"{pos}: the key {name} stands twice; first at {source.keys[*path, name]}")
+            source.problems.append(Problem(pos, f"the key {name} stands twice; first at {source.keys[*path, name]}"))
             continue
         source.keys[*path, name] = pos
         out[name] = _plain(value, (*path, name), source, around)

@@ -23,9 +23,9 @@ from hypothesis import seed as seeded
 from torch import Tensor
 
 from autotp.errors import AutoTPError
-from autotp.testing.architectures.spec import Architecture
+from autotp.testing.architectures.architecture import Architecture
 from autotp.testing.equivalence.check import assert_equivalent
-from autotp.testing.idioms.spec import Idioms
+from autotp.testing.idioms.idioms import Idioms
 from autotp.testing.outcome import equal_or_refused
 from autotp.testing.proving import features, prove, traits, variants
 from autotp.testing.strategies import architectures, configs, degrees, idioms

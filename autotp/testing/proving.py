@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import fields
 from enum import Enum
 
-from autotp.plan.layout import Concat, factors
+from autotp.plan.expressions import Concat, factors
 from autotp.plan.plan import Plan
-from autotp.testing.architectures.spec import Architecture
+from autotp.testing.architectures.architecture import Architecture
 from autotp.testing.equivalence.check import Equivalence, NotEquivalent, assert_equivalent
+from autotp.testing.idioms.idioms import Idioms
 from autotp.testing.idioms.lines import KINDS
-from autotp.testing.idioms.spec import Idioms
 
 
 class TrapSprung(NotEquivalent):

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from autotp.errors import InputError
-from autotp.plan.layout import Expr, Factor, Product, factors, runs, size, take
+from autotp.plan.expressions import Expr, Factor, Product, factors, size
+from autotp.plan.layout import runs, take
 from autotp.plan.names import folded
 from autotp.plan.plan import Plan
 from autotp.plan.spec import Conversion, GradSum, ModulePlan, Op, Site, Slot, Use

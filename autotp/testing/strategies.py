@@ -38,12 +38,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autotp.errors import InputError
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, size
+from autotp.plan.expressions import Concat, Expr, Factor, Product, size
+from autotp.plan.layout import Layout
 from autotp.plan.notation import spelled
+from autotp.testing.architectures.architecture import Architecture
 from autotp.testing.architectures.spec import (
     ACTIVATIONS,
     ROTARY,
-    Architecture,
     Experts,
     Extra,
     Mlp,
@@ -57,8 +58,9 @@ from autotp.testing.architectures.spec import (
 )
 from autotp.testing.architectures.spec import Product as AttentionProduct
 from autotp.testing.geometry import Geometry
+from autotp.testing.idioms.idioms import Idioms
 from autotp.testing.idioms.lines import KINDS, STATISTICS
-from autotp.testing.idioms.spec import Around, Call, Differ, Idioms, Repeat, Up, Weights
+from autotp.testing.idioms.spec import Around, Call, Differ, Repeat, Up, Weights
 
 __all__ = [
     "Geometry",

@@ -29,7 +29,8 @@ from autotp.axes.analysis import Context, Meaning, Rule
 from autotp.axes.find import find_axes, keep
 from autotp.axes.operators.elementwise import pointwise
 from autotp.axes.operators.table import OPERATORS
-from autotp.plan.layout import Layout, size
+from autotp.plan.expressions import size
+from autotp.plan.layout import Layout
 from autotp.plan.spec import Kernel
 from autotp.planner.naming import Namer
 from autotp.planner.padding import padding_conflict

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotp.plan.cost import padding_elements, repeated_elements
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, replicated, size
+from autotp.plan.expressions import Concat, Expr, Factor, Product, size
+from autotp.plan.layout import Layout, replicated
 from autotp.plan.plan import Plan
 from autotp.plan.spec import AxisInfo, PaddedAxis, ParamPlan
 

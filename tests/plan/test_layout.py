@@ -11,25 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotp.errors import InputError
-from autotp.plan.layout import (
-    Concat,
-    Expr,
-    Factor,
-    Layout,
-    Product,
-    fitted,
-    freed,
-    intervals,
-    is_free,
-    is_sharded,
-    notation,
-    owned,
-    owners,
-    replicated,
-    runs,
-    shared,
-    size,
-)
+from autotp.plan.expressions import Concat, Expr, Factor, Product, notation, size
+from autotp.plan.layout import Layout, intervals, owned, owners, replicated, runs, shared
 from autotp.testing.strategies import layouts
 
 QUICK = settings(max_examples=80, deadline=None)
@@ -219,14 +202,6 @@ def test_rows_beside_cut_heads() -> None:
     assert shared(Product((heads, Factor("d", 3))), 1, 2).pieces == ((6, 0, 6),)
 
 
-def test_notation_of_a_concatenation_inside_a_product() -> None:
-    expr = Product((Factor("h", 2, True), Concat((Factor("q", 3), Factor("k", 1)))))
-    assert notation(expr) == "(h* (q | k))"
-    assert notation(Factor("n", 3)) == "n"
-    assert str(replicated((2, 3), 2)) == "n2 n3"
-    assert str(replicated((), 2)) == "()"
-
-
 def test_replicated() -> None:
     layout = replicated((3, 5), 4)
     full = torch.randn(3, 5)
@@ -234,28 +209,6 @@ def test_replicated() -> None:
     assert layout.shard(full, 3) is full
     assert torch.equal(layout.unshard([full] * 4), full)
     assert layout.intervals(2) == ((0, 3),)
-
-
-@QUICK
-@given(st.data())
-def test_freed_expressions_fit_any_length(data: st.DataObject) -> None:
-    tp, b, n = data.draw(st.sampled_from([2, 3])), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    expr = freed(Product((Factor("b", 7), Factor("h", tp * n, True), Factor("d", 2))))
-    assert is_free(expr)
-    fit = fitted(expr, b * tp * n * 2)
-    assert fit is not None
-    assert size(fit) == b * tp * n * 2
-    assert size(fit, tp) == b * n * 2
-    assert fitted(expr, b * tp * n * 2 + 1) is None
-    local = fitted(expr, b * n * 2, tp)
-    assert local == fit
-
-
-def test_a_sharded_major_factor_is_not_freed() -> None:
-    expr = Product((Factor("h", 4, True), Factor("d", 2)))
-    assert freed(expr) == expr
-    assert not is_free(expr)
-    assert is_sharded(expr)
 
 
 @pytest.mark.parametrize(

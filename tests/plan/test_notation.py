@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotp.errors import InputError
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, notation, size
+from autotp.plan.expressions import Concat, Expr, Factor, Product, notation, size
+from autotp.plan.layout import Layout
 from autotp.plan.notation import UNKNOWN, NotationError, parse, sized, spelled
 
 NAMES = st.sampled_from(["h", "d", "kv", "group", "e", "n768", "long_name", "2", "3_2"])

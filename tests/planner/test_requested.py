@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 import autotp
+from autotp.plan.codec import decode, encode
 from autotp.plan.layout import Layout, alike, replicated
 from autotp.plan.notation import parse, sized
 from autotp.planner.make_plan import make_plan
@@ -32,6 +33,10 @@ def test_what_is_asked_to_be_whole_is_and_the_rest_gives_way():
     up = plan.params["model.layers.0.mlp.up_proj.weight"]
     assert up.layout.dim is None
     assert up.reason == f"as asked for, {name} is laid out as n64 n128"
+    assert up.ruled_out_by == (name,)
+    norm = plan.params["model.layers.0.input_layernorm.weight"]
+    assert norm.layout.dim is None and norm.reason and norm.ruled_out_by == ()
+    assert decode(encode(plan)) == plan
     assert plan.params["model.layers.1.mlp.up_proj.weight"].layout.dim == 0
 
 

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import autotp
 from autotp.plan.plan import Plan
 from autotp.rewrite.collectives.comm import GroupComm
-from autotp.testing.architectures.spec import Architecture, Position, Projection, QKNorm
+from autotp.testing.architectures.architecture import Architecture
+from autotp.testing.architectures.spec import Position, Projection, QKNorm
 from autotp.testing.equivalence.observe import weighted
 from autotp.testing.outputs import tensors_of
 from autotp.testing.ranks.threads import ThreadRanks

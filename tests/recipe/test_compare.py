@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import autotp
 from autotp.errors import InputError, RecipeError, TraceError
-from autotp.plan.layout import notation
+from autotp.plan.expressions import notation
 from tests.support.equivalence import check
 from tests.support.families import transformer, transformer_inputs
 from tests.support.ranks import Pool

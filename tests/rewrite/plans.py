@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autotp.plan.layout import Expr, Factor, Layout, replicated
+from autotp.plan.expressions import Expr, Factor
+from autotp.plan.layout import Layout, replicated
 from autotp.plan.spec import Conversion, Kernel, ModulePlan, Op, ParamPlan, Site, Slot, Use
 from autotp.rewrite.apply import apply
 from autotp.rewrite.collectives.comm import GroupComm

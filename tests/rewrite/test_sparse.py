@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import autotp
-from autotp.plan.layout import Factor, Layout
+from autotp.plan.expressions import Factor
+from autotp.plan.layout import Layout
 from autotp.plan.spec import GradSum
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.make import as_dtensor

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autotp.plan.layout import Concat, Factor, Layout, Product, replicated
+from autotp.plan.expressions import Concat, Factor, Product
+from autotp.plan.layout import Layout, replicated
 from autotp.plan.spec import Conversion, GradSum, Kernel, LocalAttribute, ModulePlan, Op, ParamPlan, Site, Slot, Use
 from tests.rewrite.plans import COPY, REDUCE, embedding_site, even
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, replicated, size
+from autotp.plan.expressions import Concat, Expr, Factor, Product, size
+from autotp.plan.layout import Layout, replicated
 from autotp.plan.spec import Conversion, GradSum, Kernel, LocalAttribute, ModulePlan, Op, ParamPlan, Slot, Use
 from tests.rewrite.plans import COPY, REDUCE, embedding_site
 from tests.rewrite.toys import site

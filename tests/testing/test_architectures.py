@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 
 from autotp.testing import NotEquivalent
-from autotp.testing.architectures.spec import Architecture, Experts, Extra, Mlp, Norms, Position, Product, Projection, QKNorm, Sizes, Trap
+from autotp.testing.architectures.architecture import Architecture
+from autotp.testing.architectures.spec import Experts, Extra, Mlp, Norms, Position, Product, Projection, QKNorm, Sizes, Trap
 from autotp.testing.proving import TrapSprung, features, variants
 from autotp.testing.proving import prove as proved
 from autotp.testing.strategies import architectures

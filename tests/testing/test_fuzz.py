@@ -9,7 +9,8 @@ import pytest
 from hypothesis import settings
 
 from autotp.testing import NotEquivalent, fuzz
-from autotp.testing.architectures.spec import Architecture, Position, Trap
+from autotp.testing.architectures.architecture import Architecture
+from autotp.testing.architectures.spec import Position, Trap
 from autotp.testing.tiny.models import tiny_config
 from tests.support.rules import give_rule
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from autotp.errors import InputError
 from autotp.testing import NotEquivalent, fuzz
 from autotp.testing import strategies as tps
+from autotp.testing.idioms.idioms import Idioms
 from autotp.testing.idioms.lines import KINDS, LINES
-from autotp.testing.idioms.spec import Around, Call, Differ, Idioms, Repeat, Up, Weights
+from autotp.testing.idioms.spec import Around, Call, Differ, Repeat, Up, Weights
 from autotp.testing.outcome import Outcome, equal_or_refused
 from autotp.testing.proving import traits
 from tests.support.rules import give_rule

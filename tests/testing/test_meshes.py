@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import autotp
 from autotp.numeric.exact import relative_error
 from autotp.testing import strategies as tps
-from autotp.testing.architectures.spec import Architecture
+from autotp.testing.architectures.architecture import Architecture
 from tests.support.ranks import Pool
 
 MODEL = Architecture(kv=3, group=2)

@@ -15,7 +15,8 @@ import autotp
 from autotp.errors import InputError
 from autotp.numeric.exact import Precision
 from autotp.testing import sabotage
-from autotp.testing.architectures.spec import Architecture, Extra, Mlp, Position, Product, Projection, QKNorm
+from autotp.testing.architectures.architecture import Architecture
+from autotp.testing.architectures.spec import Extra, Mlp, Position, Product, Projection, QKNorm
 from autotp.testing.equivalence import check
 from autotp.testing.equivalence.compare import Aspect
 from autotp.testing.equivalence.mutation import Damage

@@ -15,7 +15,8 @@ from autotp.errors import InputError
 from autotp.plan.layout import Layout
 from autotp.plan.notation import parse, spelled
 from autotp.testing import strategies as tps
-from autotp.testing.architectures.spec import Architecture, Experts, Extra, Mlp, Norms, Position, Product, Projection, QKNorm, Sizes, Trap
+from autotp.testing.architectures.architecture import Architecture
+from autotp.testing.architectures.spec import Experts, Extra, Mlp, Norms, Position, Product, Projection, QKNorm, Sizes, Trap
 from autotp.testing.proving import variants
 from autotp.testing.strategies import Geometry
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from autotp.errors import PlanError
 from autotp.plan import layout
-from autotp.plan.layout import Expr, fitted, is_free, notation, owned_runs, owners, runs, size
+from autotp.plan.expressions import Expr, fitted, is_free, notation, size
+from autotp.plan.layout import owned_runs, owners, runs
 from autotp.rewrite.collectives.comm import Comm
 
 

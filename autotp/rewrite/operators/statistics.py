@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from autotp.errors import PlanError
-from autotp.plan.layout import Expr, notation, owned, size
+from autotp.plan.expressions import Expr, notation, size
+from autotp.plan.layout import owned
 from autotp.rewrite.collectives.comm import Comm
 
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from autotp.errors import AutoTPError
 from autotp.plan import layout as layouts
+from autotp.plan.expressions import Concat, Factor, Product
 from autotp.plan.layout import Layout, replicated, take
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.dcp import Sharded
@@ -363,7 +364,7 @@ def _rebuilt(tensor: DTensor, layout: Layout, requires_grad: bool) -> LayoutDTen
 
 
 # What `torch.load` must know to read one.
-torch.serialization.add_safe_globals([_rebuilt, Layout, layouts.Factor, layouts.Product, layouts.Concat])
+torch.serialization.add_safe_globals([_rebuilt, Layout, Factor, Product, Concat])
 
 
 class GradHook:

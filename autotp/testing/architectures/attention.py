@@ -5,10 +5,10 @@ from __future__ import annotations
 from textwrap import indent
 
 from autotp.testing.architectures.parts import TRAPS, Said, linear, module, slopes, steps
-from autotp.testing.architectures.spec import ALIBI, ROTARY, Architecture, Extra, Position, Product, Projection, QKNorm, Sizes, Turning
+from autotp.testing.architectures.spec import ALIBI, ROTARY, ArchitectureSpec, Extra, Position, Product, Projection, QKNorm, Sizes, Turning
 
 
-def attention_init(a: Architecture) -> list[str]:
+def attention_init(a: ArchitectureSpec) -> list[str]:
     """Lines of the `__init__` that attention needs."""
     e, h, k, d = a.embedding, a.heads, a.kv, a.size
     fused = (h + 2 * k) * d
@@ -53,7 +53,7 @@ def attention_init(a: Architecture) -> list[str]:
     return lines + Said(a).attributes
 
 
-def attention_forward(a: Architecture) -> list[str]:
+def attention_forward(a: ArchitectureSpec) -> list[str]:
     """Lines of a forward from x to what attention returns."""
     said = Said(a)
     lines = ["b, t = x.shape[:2]", *_project(a, said)]
@@ -83,7 +83,7 @@ def attention_forward(a: Architecture) -> list[str]:
     return [*lines, "return self.@drop(self.@o(y))" if Extra.DROPOUT in a.extras else "return self.@o(y)"]
 
 
-def _project(a: Architecture, said: Said) -> list[str]:
+def _project(a: ArchitectureSpec, said: Said) -> list[str]:
     """Lines that make q [b, heads, t, size], k and v [b, kv, t, size] of x [b, t, embedding]."""
     d, heads, kv = said("size"), said.many("heads"), said.many("kv")
     match a.projection:
@@ -124,7 +124,7 @@ def _project(a: Architecture, said: Said) -> list[str]:
     return [*made, f"q = q.view(b, t, {heads}, {d}).transpose(1, 2)", f"k, v = (z.view(b, t, {kv}, {d}).transpose(1, 2) for z in (k, v))"]
 
 
-def _latent(a: Architecture, said: Said) -> list[str]:
+def _latent(a: ArchitectureSpec, said: Said) -> list[str]:
     d, heads = said("size"), said.many("heads")
     turn = ["turn, one = (torch.cat([z * cos + torch.cat([-z[..., n:], z[..., :n]], -1) * sin], -1) for z in (turn, one))"]
     lines = [
@@ -139,7 +139,7 @@ def _latent(a: Architecture, said: Said) -> list[str]:
     return [*lines, "q, k = torch.cat([plain, turn], -1), torch.cat([k, one.expand(-1, k.shape[1], -1, -1)], -1)"]
 
 
-def _angles(a: Architecture, of: str) -> list[str]:
+def _angles(a: ArchitectureSpec, of: str) -> list[str]:
     lines = [
         f"n = {of}.shape[-1] // 2",
         f"at = torch.arange(t, dtype={of}.dtype, device={of}.device)",
@@ -150,7 +150,7 @@ def _angles(a: Architecture, of: str) -> list[str]:
     return [*lines, "cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()"]
 
 
-def _rotary(a: Architecture) -> list[str]:
+def _rotary(a: ArchitectureSpec) -> list[str]:
     match a.turning:
         case Turning.GENERATOR:
             return [*_angles(a, "q"), f"q, k = ({_turned(a)} for z in (q, k))"]
@@ -162,14 +162,14 @@ def _rotary(a: Architecture) -> list[str]:
             return ["q, k = self.@turned(q), self.@turned(k)"]
 
 
-def _turned(a: Architecture, of: str = "z") -> str:
+def _turned(a: ArchitectureSpec, of: str = "z") -> str:
     if a.position is Position.ROTARY:
         return f"{of} * cos + torch.cat([-{of}[..., n:], {of}[..., :n]], -1) * sin"
     even, odd = f"{of}[..., ::2]", f"{of}[..., 1::2]"
     return f"torch.stack([{even} * cos - {odd} * sin, {even} * sin + {odd} * cos], -1).flatten(-2)"
 
 
-def turning(a: Architecture) -> list[str]:
+def turning(a: ArchitectureSpec) -> list[str]:
     """What of the code that turns stands outside of the attention."""
     if a.position not in ROTARY or a.projection is Projection.LATENT:
         return []
@@ -179,7 +179,7 @@ def turning(a: Architecture) -> list[str]:
     return [module("@Turned", [], "z", body)] if a.turning is Turning.MODULE else []
 
 
-def _bias(a: Architecture, said: Said) -> list[str]:
+def _bias(a: ArchitectureSpec, said: Said) -> list[str]:
     """Lines that make `bias`, added to the scores before the softmax, from what positions need."""
     match a.position:
         case Position.ALIBI:
@@ -193,7 +193,7 @@ def _bias(a: Architecture, said: Said) -> list[str]:
             return []
 
 
-def _attend(a: Architecture, said: Said) -> list[str]:
+def _attend(a: ArchitectureSpec, said: Said) -> list[str]:
     """Lines that make y [b, heads, t, size]."""
     biased = a.position in (*ALIBI, Position.RELATIVE)
     hidden = "hidden = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)"
@@ -233,7 +233,7 @@ def _attend(a: Architecture, said: Said) -> list[str]:
     ]
 
 
-def _softmax(a: Architecture) -> list[str]:
+def _softmax(a: ArchitectureSpec) -> list[str]:
     if Extra.SINK not in a.extras:
         return ['y = w.masked_fill(hidden, float("-inf")).softmax(-1) @ v']
     return [

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from autotp.testing.architectures.parts import TRAPS, Said, linear
-from autotp.testing.architectures.spec import ACTIVATIONS, Architecture, Experts, Extra, Mlp, Sizes, Trap
+from autotp.testing.architectures.spec import ACTIVATIONS, ArchitectureSpec, Experts, Extra, Mlp, Sizes, Trap
 
 
-def mlp_init(a: Architecture) -> list[str]:
+def mlp_init(a: ArchitectureSpec) -> list[str]:
     """Lines of the `__init__` of an mlp."""
     e, w = a.embedding, a.width
     lines = [linear("up", e, w * (2 if a.mlp in (Mlp.HALVES, Mlp.PAIRS) else 1), a.bias)]
@@ -17,7 +17,7 @@ def mlp_init(a: Architecture) -> list[str]:
     return lines + ([f"self.@width = {w}"] if a.mlp is Mlp.HALVES and a.sizes is Sizes.ATTRIBUTES else [])
 
 
-def mlp_forward(a: Architecture) -> list[str]:
+def mlp_forward(a: ArchitectureSpec) -> list[str]:
     """Lines that make z of x."""
     act = ACTIVATIONS[a.activation]
     match a.mlp:
@@ -37,7 +37,7 @@ def mlp_forward(a: Architecture) -> list[str]:
     return [*lines, "z = self.@drop2(self.@down(h))" if Extra.DROPOUT in a.extras else "z = self.@down(h)"]
 
 
-def experts_init(a: Architecture) -> list[str]:
+def experts_init(a: ArchitectureSpec) -> list[str]:
     """Lines of the `__init__` of a mixture."""
     e, w = a.embedding, a.width
     lines = [linear("route", e, 3, False)]
@@ -47,7 +47,7 @@ def experts_init(a: Architecture) -> list[str]:
     return lines + (["self.@always = @Feed()"] if a.experts is Experts.SHARED else [])
 
 
-def experts_forward(a: Architecture) -> list[str]:
+def experts_forward(a: ArchitectureSpec) -> list[str]:
     """Lines that make z of x by a mixture."""
     act = ACTIVATIONS[a.activation]
     if a.experts is Experts.DENSE:

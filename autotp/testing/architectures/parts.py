@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textwrap import indent
 
-from autotp.testing.architectures.spec import Architecture, Position, Sizes, Trap
+from autotp.testing.architectures.spec import ArchitectureSpec, Position, Sizes, Trap
 
 TRAPS = {
     Trap.WIDTH_SOFTMAX: "h = h.softmax(-1)",
@@ -36,7 +36,7 @@ def linear(name: str, wide: int, out: int, bias: bool) -> str:
     return f"self.@{name} = nn.Linear({wide}, {out}, bias={bias})"
 
 
-def takes_far(a: Architecture) -> bool:
+def takes_far(a: ArchitectureSpec) -> bool:
     """Is the position bias made in the model and handed to the blocks?"""
     return a.position is Position.ALIBI_MODEL
 
@@ -44,7 +44,7 @@ def takes_far(a: Architecture) -> bool:
 class Said:
     """How the code says sizes: as attributes of the module, as literals, or left to the shapes."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: ArchitectureSpec) -> None:
         self.a = a
 
     def __call__(self, name: str) -> str:

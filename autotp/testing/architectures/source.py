@@ -9,7 +9,7 @@ from textwrap import indent
 from autotp.testing.architectures.attention import attention_forward, attention_init, turning
 from autotp.testing.architectures.mlp import experts_forward, experts_init, mlp_forward, mlp_init
 from autotp.testing.architectures.parts import module, slopes, steps, takes_far
-from autotp.testing.architectures.spec import Architecture, Experts, Extra, Norms, Position, Projection, Sizes, Trap
+from autotp.testing.architectures.spec import ArchitectureSpec, Experts, Extra, Norms, Position, Projection, Sizes, Trap
 
 _HEAD = """\
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 _LETTERS = "bcdfghjklmnpqrstvwxz"
 
 
-def write(a: Architecture) -> str:
+def write(a: ArchitectureSpec) -> str:
     """The whole module."""
     parts = [_norm(a), *turning(a)]
     if not a.inline:
@@ -35,7 +35,7 @@ def write(a: Architecture) -> str:
     return _named(_HEAD + "\n\n".join(parts), a.names)
 
 
-def trapped(a: Architecture) -> tuple[tuple[str, int], ...]:
+def trapped(a: ArchitectureSpec) -> tuple[tuple[str, int], ...]:
     """See `Architecture.kept`. A trap on heads keeps what makes queries, one on the width both weights of a dense mlp."""
     if a.trap is Trap.NONE or (a.heads if a.trap.on_heads else a.width) == 1:
         return ()
@@ -59,7 +59,7 @@ def _name(seed: int, word: str) -> str:
     return (made.title() if word[0].isupper() else made) + str(draw.randrange(100))
 
 
-def _norm(a: Architecture) -> str:
+def _norm(a: ArchitectureSpec) -> str:
     init = "self.weight = nn.Parameter(torch.ones(n))"
     if a.layer_norm:
         init += "\nself.bias = nn.Parameter(torch.zeros(n))"
@@ -70,7 +70,7 @@ def _norm(a: Architecture) -> str:
     return text.replace("def __init__(self)", "def __init__(self, n)")
 
 
-def _block(a: Architecture) -> str:
+def _block(a: ArchitectureSpec) -> str:
     norms = ["n1", *(["n2"] if not a.parallel else []), *(["n3", "n4"] if a.norms is Norms.BOTH else [])]
     init = [f"self.@{n} = @Norm({a.embedding})" for n in norms]
     far = ", far" if takes_far(a) else ""
@@ -115,7 +115,7 @@ def _block(a: Architecture) -> str:
     return module("@Block", init, f"x{far}", lines) + methods
 
 
-def _model(a: Architecture) -> str:
+def _model(a: ArchitectureSpec) -> str:
     init = [f"self.@embed = nn.Embedding({a.vocab}, {a.embedding})"]
     init += [f"self.@place = nn.Embedding(8, {a.embedding})"] if a.position is Position.LEARNED else []
     init += [f"self.@blocks = nn.ModuleList(@Block() for _ in range({a.layers}))", f"self.@last = @Norm({a.embedding})"]

@@ -1,4 +1,4 @@
-"""Transformer-like models as values: `Architecture` says what one is made of, `source` (in `writing`) writes it down, `build` makes it.
+"""What a transformer-like model may be made of, as values.
 
 The models are Python text, as a person would write them, for two reasons: sizes can be literals in the code, and a failure is a script
 that stands by itself. Names of modules and parameters mean nothing on purpose: a plan can only come from what is computed.
@@ -6,13 +6,8 @@ that stands by itself. Names of modules and parameters mean nothing on purpose: 
 
 from __future__ import annotations
 
-import linecache
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from autotp.errors import InputError
 
@@ -152,8 +147,8 @@ ALIBI = (Position.ALIBI, Position.ALIBI_MODEL)
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
-    """One decoder. Any numbers will do: nothing needs to divide anything.
+class ArchitectureSpec:
+    """What one decoder is made of. Any numbers will do: nothing needs to divide anything.
 
     Args:
         kv, group: key/value heads, and query heads for each of them (1: multi-head, kv = 1: multi-query).
@@ -239,42 +234,5 @@ class Architecture:
         found += [heads] if Extra.SUB_NORM in self.extras else []
         return (*found, *([self.size] if Extra.HEAD_NORM in self.extras else []))
 
-    def source(self) -> str:
-        """The model as Python text; its class is `Model`."""
-        from autotp.testing.architectures.source import write
-
-        return write(self)
-
-    def build(self) -> nn.Module:
-        """The model with random weights of a fixed seed, in float64; biases and norms are random too."""
-        from autotp.testing.tiny.models import randomise
-
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
-            model: nn.Module = compiled(self.source())["Model"]()
-        randomise(model, seed=3)
-        return model.double()
-
-    def inputs(self, seed: int = 0) -> dict[str, Tensor]:
-        """Keyword arguments of one call: 2 rows of 5 tokens."""
-        made = torch.Generator().manual_seed(seed)
-        names = ("ids", "targets") if self.loss else ("ids",)
-        return {name: torch.randint(self.vocab, (2, 5), generator=made) for name in names}
-
-    def kept(self) -> tuple[tuple[str, int], ...]:
-        """(parameter of the first block, dim of it) that must not be sharded, because of the trap."""
-        from autotp.testing.architectures.source import trapped
-
-        return trapped(self)
-
 
 _COUNTS = ("kv", "group", "size", "width", "vocab", "layers")
-
-
-def compiled(text: str) -> dict[str, Any]:
-    """The names that the text of a model defines; tracebacks show its lines."""
-    file = f"<architecture {hash(text) & 0xFFFFFFFF:08x}>"
-    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    space: dict[str, Any] = {"__name__": "__main__"}  # dataclasses look their module up
-    exec(compile(text, file, "exec"), space)
-    return space

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import indent
 
 from autotp.testing.idioms.lines import LINES
-from autotp.testing.idioms.spec import Around, Call, Differ, Idioms, Repeat, Up, Weights
+from autotp.testing.idioms.spec import Around, Call, Differ, IdiomsSpec, Repeat, Up, Weights
 
 _HEAD = """\
 import math
@@ -55,7 +55,7 @@ _ONE = {
 }
 
 
-def write(i: Idioms) -> str:
+def write(i: IdiomsSpec) -> str:
     """The whole module."""
     parts = [_FUNCTION.format(name=n, backward=b) for n, b in _BACKWARDS.items() if any(f"{n}.apply" in LINES[x] for x in i.lines)]
     parts += [_PAIR] if i.call is Call.TUPLE else [_BOX] if i.call is Call.DATACLASS else []
@@ -68,7 +68,7 @@ def _class(name: str, methods: dict[str, list[str]]) -> str:
     return f"class {name}(nn.Module):\n" + "\n".join(text)
 
 
-def _part(i: Idioms) -> str:
+def _part(i: IdiomsSpec) -> str:
     taken, unpack = (_TWO[i.call][1], _TWO[i.call][2]) if i.call in _TWO else ("x", [])
     init = ["super().__init__()", *_up_init(i)]
     tied = i.weights is Weights.TIED
@@ -98,7 +98,7 @@ def _part(i: Idioms) -> str:
     return _class("Part", methods)
 
 
-def _up_init(i: Idioms) -> list[str]:
+def _up_init(i: IdiomsSpec) -> list[str]:
     e, w = i.outer, i.width
     linear = f"self.a = nn.Linear({e}, {w})"
     match i.up:
@@ -118,7 +118,7 @@ def _up_init(i: Idioms) -> list[str]:
             return [linear, f"self.r = nn.Linear({w}, {w}, bias=False)"]
 
 
-def _up(i: Idioms) -> list[str]:
+def _up(i: IdiomsSpec) -> list[str]:
     heads = f".view(2, 6, -1, {i.size}).transpose(1, 2)"
     match i.up:
         case Up.LINEAR:
@@ -151,7 +151,7 @@ def _up(i: Idioms) -> list[str]:
             ]
 
 
-def _held(i: Idioms) -> list[str]:
+def _held(i: IdiomsSpec) -> list[str]:
     own = i.up is Up.LINEAR
     match i.weights:
         case Weights.LIST:
@@ -164,11 +164,11 @@ def _held(i: Idioms) -> list[str]:
     return []
 
 
-def _first(i: Idioms) -> str:
+def _first(i: IdiomsSpec) -> str:
     return _read(i, "a", "x", 0)
 
 
-def _last(i: Idioms) -> str:
+def _last(i: IdiomsSpec) -> str:
     if i.weights is Weights.TIED:
         weight = (
             "self.a.weight[..., 0].t()" if i.up is Up.CONV else "self.a.weight[..., 1].t()" if i.up is Up.CONV_WIDE else "self.a.weight.t()"
@@ -177,7 +177,7 @@ def _last(i: Idioms) -> str:
     return _read(i, "b", "h", 1)
 
 
-def _read(i: Idioms, name: str, value: str, at: int) -> str:
+def _read(i: IdiomsSpec, name: str, value: str, at: int) -> str:
     match i.weights:
         case Weights.MODULES | Weights.TIED:
             return f"self.{name}({value})"
@@ -201,7 +201,7 @@ def _read(i: Idioms, name: str, value: str, at: int) -> str:
             return f"({value} @ self.{name}.weight.t() + self.{name}.bias)"
 
 
-def _around_init(i: Idioms) -> list[str]:
+def _around_init(i: IdiomsSpec) -> list[str]:
     last = "self.a" if i.weights is Weights.TIED else "self.b"
     lines = {
         Around.WEIGHT_HOOK: "self.a.weight.register_hook(lambda g: 0.1 * g)",
@@ -219,7 +219,7 @@ def _around_init(i: Idioms) -> list[str]:
     return [line for around, line in lines.items() if around in i.around]
 
 
-def _around(i: Idioms) -> list[str]:
+def _around(i: IdiomsSpec) -> list[str]:
     found: list[str] = []
     if Around.BATCH_NORM in i.around:
         found.append("h = self.bn(h.transpose(1, 2)).transpose(1, 2)")
@@ -234,7 +234,7 @@ def _around(i: Idioms) -> list[str]:
     return found
 
 
-def _model(i: Idioms) -> str:
+def _model(i: IdiomsSpec) -> str:
     two = i.repeat is not Repeat.ONE
     differ = i.differ if two and i.repeat is not Repeat.SHARED else Differ.NOT
     function = i.differ is Differ.FUNCTION
@@ -267,7 +267,7 @@ def _model(i: Idioms) -> str:
     return _class("Model", {"__init__(self)": init, f"forward(self, x{', gate=False' if Around.GATE in i.around else ''})": forward})
 
 
-def _step(i: Idioms, path: str, differ: Differ) -> list[str]:
+def _step(i: IdiomsSpec, path: str, differ: Differ) -> list[str]:
     more = "" if differ is not Differ.ARGUMENT else ", True" if i.call is Call.REENTRANT else ", soft=True"
     called = (_TWO[i.call][0] if i.call in _TWO else _ONE[i.call]).format(m=path, more=more)
     if differ is Differ.METHOD:

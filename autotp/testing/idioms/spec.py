@@ -1,4 +1,4 @@
-"""Small models in the idioms of other people's code, as values: `Idioms` says which, `writing_idioms` writes the text.
+"""What a small model in the idioms of other people's code may be made of, as values.
 
 A part makes values between its weights (`up`), does something to them (`lines`), and makes its result of them. Around that are ways to
 hold the weights, to call the part, to repeat it, and what is done to it from outside. Every combination is a model that runs on one
@@ -7,17 +7,11 @@ device; a plan must be right for it, or autotp must refuse it (`autotp.testing.o
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from autotp.errors import InputError
-from autotp.testing.architectures.spec import compiled
-from autotp.testing.idioms.lines import CONDITIONS, LINES
+from autotp.testing.idioms.lines import LINES
 
 
 class Up(Enum):
@@ -112,8 +106,8 @@ class Around(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Idioms:
-    """One model. `groups` × `size` is the width between the weights, `outer` that around; `lines` are names of `LINES`.
+class IdiomsSpec:
+    """What one model is made of. `groups` × `size` is the width between the weights, `outer` that around; `lines` are names of `LINES`.
 
     Raises:
         InputError: no such line, sizes below 1.
@@ -140,47 +134,3 @@ class Idioms:
     def width(self) -> int:
         """Entries between the weights."""
         return self.groups * self.size
-
-    def source(self) -> str:
-        """The model as Python text; its class is `Model`."""
-        from autotp.testing.idioms.source import write
-
-        return write(self)
-
-    def build(self) -> nn.Module:
-        """The model with random weights of a fixed seed, in float64."""
-        from autotp.testing.tiny.models import randomise
-
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
-            model: nn.Module = compiled(self.source())["Model"]()
-        randomise(model, seed=3)
-        return model.double()
-
-    def runs(self) -> bool:
-        """Does it run on one device, forward and backward, with finite values?"""
-        from autotp.testing.equivalence.observe import weighted
-        from autotp.testing.outputs import tensors_of
-
-        model = self.build()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a checkpoint of what has no gradient is odd, and drawn
-            try:
-                outputs = tensors_of(model(**self.inputs()))
-                total = weighted(outputs)
-                if total is not None:
-                    total.backward()  # type: ignore[no-untyped-call]
-            except RuntimeError:
-                return False
-        found = [*outputs.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
-        return all(bool(t.isfinite().all()) for t in found)
-
-    def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the call that is traced: 2 rows of 6 steps."""
-        return {"x": torch.randn(2, 6, self.outer, generator=torch.Generator().manual_seed(1), dtype=torch.float64)}
-
-    def more(self) -> dict[str, dict[str, Any]]:
-        """Further calls: changes to the keyword arguments, by name."""
-        gate = {"with the gate": {"gate": True}} if Around.GATE in self.around else {}
-        large = {"of large data": {"x": 1e6 * self.inputs()["x"]}} if set(self.lines) & set(CONDITIONS) else {}
-        return {**gate, **large}

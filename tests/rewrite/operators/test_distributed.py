@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autotp.errors import PlanError
-from autotp.plan.layout import Concat, Expr, Factor, Layout, Product, padding, size
+from autotp.plan.expressions import Concat, Expr, Factor, Product, size
+from autotp.plan.layout import Layout, padding
 from autotp.plan.spec import Kernel
 from autotp.rewrite.collectives.comm import DryComm, GroupComm
 from autotp.rewrite.collectives.conversions import copy, gather, once, reduce, slice_part

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._pytree import tree_leaves
 
 from autotp.errors import AutoTPError
-from autotp.plan.layout import Concat, Factor, Layout, Product, replicated
+from autotp.plan.expressions import Concat, Factor, Product
+from autotp.plan.layout import Layout, replicated
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.full import unshard
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
