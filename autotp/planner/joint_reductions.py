@@ -152,7 +152,7 @@ def _joint(graph: Graph, groups: Sequence[Sequence[Node]], calls: Mapping[SlotKe
         inside = [within(path, template) for _, path, _ in slots]
         if any(inside) and not within(parent, template):
             return "the summands are in repeated blocks of their own"
-    if not any(result.name.endswith("-training") for result in graph.results):
+    if not any(result.training for result in graph.results):
         return "the path in training mode was not traced"
     return Joint(parent, slots)
 

@@ -84,7 +84,7 @@ class Builder:
             if use is None or not any(c.op is Op.SLICE for c in use.conversions):
                 raise Refusal(node, "running statistics that are no buffers of the module would be updated in parts")
             path = next(result for result in self.graph.results if node.index < result.stop)
-            always = node.args[5] and not path.name.endswith("-training")
+            always = node.args[5] and not path.training
             if use.written is not Written.ALWAYS:
                 self.uses[key] = replace(use, written=Written.ALWAYS if always else Written.TRAINING)
 

@@ -35,7 +35,9 @@ from autotp.rewrite.undo import Undo
 from autotp.trace.reading import Reading
 
 ENTRY = "_autotp_entry"
-#: What transformers sets to have blocks run again in the backward, which changes no number.
+#: What transformers sets to have blocks run again in the backward, which changes no number. No rule tells these attributes from others:
+#: the one is a plain flag that forwards test, like flags that choose other numbers, and the method that stores both is as any method
+#: of a model that changes what it computes, which the guards must notice. Only for models of transformers, where the names mean this.
 _CHECKPOINTING = frozenset(("gradient_checkpointing", "_gradient_checkpointing_func"))
 Originals = Mapping[tuple[str, str], Any]
 

@@ -105,7 +105,7 @@ class BlockRecorder(Recorder):
         holders = Holders(model)
         for block in sorted(self.templates, key=lambda path: path.count(".")):  # inner blocks last, they are the nearest
             for module in holders.own(self.modules_at[block]):
-                if (path := self.paths[id(module)]) != block:
+                if (path := self.calls.paths[id(module)]) != block:
                     self._within[path] = block
                 if block in self.repeats:
                     tensors = (*module._parameters.values(), *module._buffers.values())
@@ -134,17 +134,16 @@ class BlockRecorder(Recorder):
 
     # what the model does with a block beside calling it -------------------------------------------------------------------------
 
-    def value(self, tensor: Tensor) -> Value:
-        """As in the base; a tensor of a block that did not run has none."""
-        if id(tensor) in self._owner and id(tensor) not in self._values:
+    def missed(self, tensor: Tensor) -> None:
+        """Code uses a tensor that has no value yet; one of a block that did not run gets none."""
+        if id(tensor) in self._owner:
             self.differ(self._owner[id(tensor)])
-        return super().value(tensor)
 
     def met(self, func: Any, args: tuple[Any, ...]) -> None:
         """Code does something with tensors."""
         if self._owner:
             for item in args:
-                if id(item) in self._owner and id(item) not in self._values and func not in _ABOUT:
+                if id(item) in self._owner and self.values.known(item) is None and func not in _ABOUT:
                     self.differ(self._owner[id(item)])
 
     # calls ----------------------------------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ class BlockRecorder(Recorder):
         if left is None or not untouched or not _plain(result, _objects((args, kwargs))):
             self._done[key] = None
             return result
-        outs = {id(t): (self.value(t), _Memory.of(t)) for t in _each_tensor((result, [v for *_, v in left]))}
+        outs = {id(t): (self.values.of(t), _Memory.of(t)) for t in _each_tensor((result, [v for *_, v in left]))}
         self._done[key] = _Answer((args, kwargs), ins, tuple(map(_Memory.of, tensors)), result, outs, left)
         return result
 
@@ -186,7 +185,7 @@ class BlockRecorder(Recorder):
         # What a block returns stands for what every block alike to it returns, so only new arguments tell something new.
         if here != answer.ins and (key, here) not in self._seen:
             self._seen.add((key, here))
-            self.add(Pseudo.REPEAT, (here, answer.ins), {}, (), slot=(path, (self.templates[path],)))
+            self.tape.add(Pseudo.REPEAT, (here, answer.ins), {}, (), slot=(path, (self.templates[path],)))
         twins = _Twins(self, answer, tensors)
         for inner, name, value in answer.left:
             attributes = module.get_submodule(inner).__dict__
@@ -199,12 +198,12 @@ class BlockRecorder(Recorder):
 
     def _tensors(self, tree: Any) -> tuple[tuple[Value, ...], tuple[Tensor, ...]]:
         found = {id(t): t for t in _each_tensor(tree)}
-        return tuple(self.value(t) for t in found.values()), tuple(found.values())
+        return tuple(self.values.of(t) for t in found.values()), tuple(found.values())
 
     def _form(self, tree: Any, seen: dict[int, int]) -> Any:
         """The form of a call's arguments: what is known of each tensor and which are the same one, other plain values as they are."""
         if isinstance(tree, Tensor):
-            value = self.value(tree)  # reading the tensor's own shape would go through the recorder's modes
+            value = self.values.of(tree)  # reading the tensor's own shape would go through the recorder's modes
             same = seen.setdefault(id(tree), len(seen))
             return value.shape, value.dtype, same, self._known(value)  # numbers that fill it: see `fills`
         if isinstance(tree, (tuple, list)):
@@ -217,12 +216,12 @@ class BlockRecorder(Recorder):
 
     def _known(self, value: Value) -> Any:
         """The numbers of a tensor that is known."""
-        real = self.concrete.get(value.id)
+        real = self.values.concrete.get(value.id)
         if real is None:
             return None
         key = id(real), real._version
         if key not in self._numbers:
-            with self.paused(), unset_fake_temporarily():
+            with self.tape.paused(), unset_fake_temporarily():
                 numbers = real.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
             self._numbers[key] = real, hash(numbers)
         return self._numbers[key][1]
@@ -255,7 +254,7 @@ class BlockRecorder(Recorder):
 
     def _shared(self, template: nn.Module, path: str, name: str, container: Any) -> bool:
         """True where another block has the very same container: what all of them append to it would be there once."""
-        where = self.paths[id(template)]
+        where = self.calls.paths[id(template)]
         blocks = (b for b, t in self.repeats.items() if t == where)
         return any(self.modules_at[b].get_submodule(path).__dict__.get(name) is container for b in blocks)
 
@@ -278,10 +277,10 @@ class _Twins:
     def _twin(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.made:
             value, memory = self.answer.outs[id(tensor)]
-            with self.recorder.paused(), torch._C.DisableTorchFunction(), torch.set_grad_enabled(memory.grad):
+            with self.recorder.tape.paused(), torch._C.DisableTorchFunction(), torch.set_grad_enabled(memory.grad):
                 twin = tensor.detach() if memory.storage is None else self._view(memory)
             self.made[id(tensor)] = twin
-            self.recorder.stands_for(twin, value)
+            self.recorder.values.stands_for(twin, value)
         return self.made[id(tensor)]
 
     def _view(self, memory: _Memory) -> Tensor:

@@ -14,7 +14,8 @@ from types import CodeType
 import torch
 
 _TORCH = torch.__file__.rsplit("__init__", 1)[0]
-#: Files that only forward a call: their frames are never the place where a call was made.
+#: Files that only forward a call: their frames are never the place where a call was made. The last one is above this layer, so it is named
+#: by its path; a test compares it with the file of `SiteMode`.
 PLUMBING = frozenset(
     (
         *(_TORCH + name for name in ("overrides.py", "nn/functional.py", "_tensor.py", "functional.py", "_VF.py", "_jit_internal.py")),

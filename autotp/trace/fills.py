@@ -7,6 +7,7 @@ start from zeros, and the next ones not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from autotp.trace.graph import Graph, Node, Pseudo
@@ -17,6 +18,20 @@ FILLS = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_ze
 FILL_AT = {"full": 1, "full_like": 1, "new_full": 2, "fill_": 1}
 #: Operators that keep the number of their first argument.
 KEEPING = frozenset(("to", "clone", "contiguous", "expand", "view", "reshape", "detach", "alias", "unsqueeze", "lift_fresh"))
+
+
+def filled(node: Node, fills: Mapping[int, float]) -> float | None:
+    """The number that the results of `node` are filled with, if those among its arguments are filled as `fills` say."""
+    name = node.opname
+    number = FILLS.get(name)
+    if number is None and name in FILL_AT:
+        at = FILL_AT[name]
+        raw = node.args[at] if at < len(node.args) else None
+        number = float(raw) if isinstance(raw, (int, float)) else None
+    if number is None and name in KEEPING:
+        source = next(node.inputs(), None)
+        number = fills.get(source.id) if source is not None else None
+    return number
 
 
 def of_every_block(graph: Graph) -> Graph:

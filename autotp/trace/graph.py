@@ -165,11 +165,15 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one traced path returned to its caller: leaves with their paths (values, or plain Python scalars)."""
+    """What one traced path returned to its caller: leaves with their paths (values, or plain Python scalars).
+
+    training: the path ran in training mode.
+    """
 
     name: str
     leaves: tuple[tuple[tuple[str | int, ...], Any], ...]
     stop: int  # number of nodes recorded when the path ended
+    training: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,13 @@ full length. What is made of lengths alone (the batch sizes of a packed sequence
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-if TYPE_CHECKING:
-    from autotp.trace.recorder import Recorder
+from autotp.trace.values import Values
 
 Made = tuple[Any, Any]
 #: How many items of data that is not known count as distinct.
@@ -29,11 +28,11 @@ def like(source: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None)
     return made
 
 
-def _numbers(recorder: Recorder, lengths: Any) -> list[int] | None:
+def _numbers(values: Values, lengths: Any) -> list[int] | None:
     """The numbers in `lengths`; None where they are not known."""
     if not isinstance(lengths, Tensor):
         return [int(n) for n in lengths]
-    known = recorder.concrete.get(recorder.value(lengths).id)
+    known = values.real_of(lengths)
     if known is None:
         return None
     with unset_fake_temporarily():
@@ -59,17 +58,17 @@ def with_tensors(func: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]
         return torch.ops.aten.ctc_loss.Tensor, (*args[:2], *lengths, *args[4:])
 
 
-def _pack(recorder: Recorder, data: Tensor, lengths: Tensor, batch_first: bool) -> Made:
+def _pack(values: Values, data: Tensor, lengths: Tensor, batch_first: bool) -> Made:
     batch, longest = (0, 1) if batch_first else (1, 0)
-    known = _numbers(recorder, lengths)
+    known = _numbers(values, lengths)
     known = [data.shape[longest]] * data.shape[batch] if known is None else known
     sizes = [sum(n > step for n in known) for step in range(max(known))]
     fake, real = _pair(data, sizes)
     return (like(data, (sum(known), *data.shape[2:])), fake), (None, real)
 
 
-def _pad(recorder: Recorder, data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total_length: int) -> Made:
-    known = _numbers(recorder, batch_sizes)
+def _pad(values: Values, data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total_length: int) -> Made:
+    known = _numbers(values, batch_sizes)
     sizes = [data.shape[0] // batch_sizes.shape[0]] * batch_sizes.shape[0] if known is None else known
     longest, batch = max(len(sizes), total_length), sizes[0]
     shape = (batch, longest) if batch_first else (longest, batch)
@@ -77,35 +76,35 @@ def _pad(recorder: Recorder, data: Tensor, batch_sizes: Tensor, batch_first: boo
     return (like(data, (*shape, *data.shape[1:])), fake), (None, real)
 
 
-def _ctc(recorder: Recorder, log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any, *_: Any) -> Made:
-    known = _numbers(recorder, target_lengths)
+def _ctc(values: Values, log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any, *_: Any) -> Made:
+    known = _numbers(values, target_lengths)
     steps, batch = log_probs.shape[:2]
     longest = max(known, default=0) if known else targets.shape[-1] if targets.dim() > 1 else targets.numel() // max(batch, 1)
     return (like(log_probs, (batch,)), like(log_probs, (batch, steps, 2 * longest + 1))), (None, None)
 
 
-def _bincount(recorder: Recorder, items: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Made:
-    known = _numbers(recorder, items)
+def _bincount(values: Values, items: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Made:
+    known = _numbers(values, items)
     length = max(minlength, _SOME) if known is None else max(minlength, 1 + max(known, default=-1))
     if weights is None:
         return items.new_empty((length,), dtype=torch.long), None
     return like(weights, (length,), weights.dtype if weights.dtype is torch.float32 else torch.float64).detach(), None
 
 
-def _unique(recorder: Recorder, items: Tensor, *_: Any, **__: Any) -> Made:
+def _unique(values: Values, items: Tensor, *_: Any, **__: Any) -> Made:
     return _distinct(items, (min(_SOME, items.numel()),), items.shape)
 
 
-def _unique_dim(recorder: Recorder, items: Tensor, dim: int, *_: Any, **__: Any) -> Made:
+def _unique_dim(values: Values, items: Tensor, dim: int, *_: Any, **__: Any) -> Made:
     found = list(items.shape)
     found[dim] = min(_SOME, found[dim])
     return _distinct(items, found, items.shape[dim : dim + 1] if dim >= 0 else (items.shape[dim],))
 
 
 def _unique_consecutive(
-    recorder: Recorder, items: Tensor, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None
+    values: Values, items: Tensor, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None
 ) -> Made:
-    return _unique(recorder, items) if dim is None else _unique_dim(recorder, items, dim)
+    return _unique(values, items) if dim is None else _unique_dim(values, items, dim)
 
 
 def _distinct(items: Tensor, found: Sequence[int], inverse: Sequence[int]) -> Made:
@@ -115,7 +114,7 @@ def _distinct(items: Tensor, found: Sequence[int], inverse: Sequence[int]) -> Ma
 
 
 def repeated(
-    recorder: Recorder, items: Tensor, repeats: Tensor | None = None, dim: int | None = None, *, output_size: int | None = None
+    values: Values, items: Tensor, repeats: Tensor | None = None, dim: int | None = None, *, output_size: int | None = None
 ) -> Tensor:
     """What `repeat_interleave` makes of `items`: each one as often as `repeats` say, once where they are not known.
 
@@ -125,7 +124,7 @@ def repeated(
         return items.new_empty((items.shape[0] if output_size is None else output_size,), dtype=torch.long)
     shape = [items.numel()] if dim is None else list(items.shape)
     at = 0 if dim is None else dim
-    known = _numbers(recorder, repeats)
+    known = _numbers(values, repeats)
     if known is not None:
         shape[at] = sum(known) * (shape[at] if len(known) == 1 else 1)
     elif output_size is not None:

@@ -76,9 +76,9 @@ def moved_nowhere(recorder: Recorder) -> Iterator[None]:
     original: Callable[..., nn.Module] = nn.Module._apply
 
     def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        if id(module) not in recorder.paths:
+        if id(module) not in recorder.calls.paths:
             return original(module, fn, recurse)
-        with recorder.paused(), recorder.fake:
+        with recorder.tape.paused(), recorder.fake:
             for dtype in dict.fromkeys(t.dtype for t in (*module.parameters(), *module.buffers())):
                 made = fn(torch.empty(1, dtype=dtype))
                 if made.dtype is not dtype:

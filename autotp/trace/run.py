@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
@@ -25,10 +26,11 @@ from autotp.trace.graph import Graph, Node, Origin, Value
 from autotp.trace.keep import undisturbed, undone
 from autotp.trace.memo import Known
 from autotp.trace.model_state import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
+from autotp.trace.module_calls import Untraceable
 from autotp.trace.recorder import Recorder
 from autotp.trace.repeats import alike_blocks, counted
 from autotp.trace.stash import left_elsewhere, left_in, left_on_modules
-from autotp.trace.unknown_data import Untraceable, small
+from autotp.trace.values import small
 from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
 
@@ -38,9 +40,9 @@ def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "")
     def convert(tensor: Tensor) -> Tensor:
         with fake:
             new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad)
-        value = recorder.bind(new, Origin.INPUT, name)
+        value = recorder.values.bind(new, Origin.INPUT, name)
         if small(tensor) and tensor.device.type != "meta" and not tensor.dtype.is_floating_point:
-            recorder.know(value, tensor)
+            recorder.values.know(value, tensor)
         return new
 
     made = tree_map_only(Tensor, convert, tree)
@@ -112,11 +114,11 @@ def _trace(
         return bool(skipped) and (path + ".").startswith(skipped)
 
     recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden, known)
-    recorder.data_vary = not is_hugging_face(model)  # for those there are examples of either kind
+    recorder.questions.data_vary = not is_hugging_face(model)  # for those there are examples of either kind
     evaluating = in_mode(model, training=False)
     try:
         with undisturbed(model), undone() as undo, evaluating, same_numbers(), moved_nowhere(recorder), uncached(model):
-            recorder.weights = fake_weights(model, fake, skip, undo)
+            recorder.accesses.weights = fake_weights(model, fake, skip, undo)
             if tag:
                 counters = {key: partial(recorder.counted, key[0]) for key in counted(model, repeats)}
                 tag_ints(model, skip, undo, Tagger(recorder.life, counters))
@@ -124,19 +126,19 @@ def _trace(
                 undo.append(before(fake))
             params = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not skip(n)}
             buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if not skip(n)}
-            for table, found, origin in ((recorder.params, params, Origin.PARAM), (recorder.buffers, buffers, Origin.BUFFER)):
+            for table, found, origin in ((recorder.values.params, params, Origin.PARAM), (recorder.values.buffers, buffers, Origin.BUFFER)):
                 values: dict[int, Value] = {}
                 for name, tensor in found.items():
                     if id(tensor) not in values:
-                        values[id(tensor)] = recorder.bind(tensor, origin, name)
+                        values[id(tensor)] = recorder.values.bind(tensor, origin, name)
                     table[name] = values[id(tensor)]
-            for shown, name in recorder.weights.attributes.values():
-                recorder.shows(shown, name)
+            for shown, name in recorder.accesses.weights.attributes.values():
+                recorder.values.shows(shown, name)
             recorder.watch(model, repeats)
             for example in examples:
                 _run(model, recorder, fake, example)
             recorder.check()
-            recorder.note_swaps()
+            recorder.calls.note_swaps()
     except Refused as error:
         raise TraceError(f"{type(model).__name__}: {error}") from None
     finally:
@@ -175,13 +177,14 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, exampl
     def path(mode: _Mode, optional: bool) -> tuple[str, str] | None:
         return _path(model, recorder, fake, replace(example, name=mode.name(example), optional=optional), mode)
 
-    recorder.asked = {Question.GRAD} if has_backward_hooks(model) else set()
+    questions = recorder.questions
+    questions.asked = {Question.GRAD} if has_backward_hooks(model) else set()
     modes = [_Mode(grad=example.training)]
     with in_mode(model, example.training):
         failed = path(modes[0], optional=example.optional or example.training)
         if failed is not None and example.training:
             with_gradients, failed = failed, _path(model, recorder, fake, example, _Mode(grad=False))
-            if failed is None and Question.GRAD in recorder.asked:
+            if failed is None and Question.GRAD in questions.asked:
                 raise TraceError(f"{with_gradients[1]} The code asks {Question.GRAD.value}, so the path without them says nothing of it.")
             modes.append(_Mode(grad=False))
         if failed is not None and not example.quiet:
@@ -192,11 +195,11 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, exampl
         if failed is not None:
             example = replace(example, decode=None)
         for mode in modes:
-            for other in mode.others(recorder.asked):
+            for other in mode.others(questions.asked):
                 if other not in modes:
                     left_out = path(other, optional=other.contrary)
-                    while left_out is not None and not left_out[1] and recorder.turned:  # the answer that the code refuses is left alone
-                        recorder.settled.add(recorder.turned[-1])
+                    while left_out is not None and not left_out[1] and questions.turned:  # the answer that the code refuses is left alone
+                        questions.settled.add(questions.turned[-1])
                         left_out = path(other, optional=True)
                     if left_out is not None and left_out[1]:
                         recorder.notes.append(f"the {left_out[0]} path was not traced: {left_out[1]}")
@@ -209,51 +212,50 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
     Raises:
         TraceError: the example is not optional.
     """
-    name, start, done = example.name, len(recorder.nodes), len(recorder.results)
+    name, start, done = example.name, len(recorder.tape.nodes), len(recorder.results.closed)
     mark = start
-    recorder.guessed = False
+    data, questions = recorder.data, recorder.questions
+    data.guessed = False
     try:
         with _failures(model, recorder):
             recorder.round += 1
             result, left = _call(model, recorder, fake, example, example.make(), mode)
-            recorder.finish(name, result, left)
+            recorder.results.close(name, example.training, result, left)
             more = example.decode(result) if example.decode is not None else None
             if more is not None:
-                name, mark = name + "+decode", len(recorder.nodes)
+                name, mark = name + "+decode", len(recorder.tape.nodes)
                 recorder.round += 1
                 result, left = _call(model, recorder, fake, example, more, mode)
-                recorder.finish(name, result, left)
+                recorder.results.close(name, example.training, result, left)
     except Untraceable as error:
-        if recorder.ends and isinstance(error.error, IndexError):
-            recorder.rewind(start)
-            del recorder.results[done:]
-            recorder.ends = False
+        again = partial(_path, model, recorder, fake, example, mode)
+        if data.ends and isinstance(error.error, IndexError):
+            recorder.rewind(start, done)
+            data.ends = False
             try:
-                return _path(model, recorder, fake, example, mode)
+                return again()
             finally:
-                recorder.ends = True
-        if recorder.guessed and not recorder.unknown and isinstance(error.error, (ArithmeticError, ValueError)):
-            recorder.rewind(start)
-            del recorder.results[done:]
-            recorder.unknown = 1
+                data.ends = True
+        if data.guessed and not data.number and isinstance(error.error, (ArithmeticError, ValueError)):
+            recorder.rewind(start, done)
+            data.number = 1
             try:
-                return _path(model, recorder, fake, example, mode)
+                return again()
             finally:
-                recorder.unknown = 0
-        if not mode.contrary and recorder.conditions and len(recorder.reversed) < _MOST_REVERSED and _own(error.error):
-            last = recorder.conditions[-1]
-            if last not in recorder.reversed:  # `if not x.isfinite().all(): raise` of data that is not known
-                recorder.rewind(start)
-                del recorder.results[done:]
-                recorder.reversed.add(last)
-                recorder.settled.add(last)
-                return _path(model, recorder, fake, example, mode)
+                data.number = 0
+        if not mode.contrary and questions.conditions and len(questions.reversed) < _MOST_REVERSED and _own(error.error):
+            last = questions.conditions[-1]
+            if last not in questions.reversed:  # `if not x.isfinite().all(): raise` of data that is not known
+                recorder.rewind(start, done)
+                questions.reversed.add(last)
+                questions.settled.add(last)
+                return again()
         if not example.optional:
-            failure = TraceError(_explain(name, error, recorder.guessed))
+            failure = TraceError(_explain(name, error, data.guessed))
             failure.partial, failure.module = recorder.graph(dict(recorder.repeats)), error.module
             raise failure from error.error
-        recorder.rewind(mark)
-        return name, "" if mode.contrary and _own(error.error) else _explain(name, error, recorder.guessed)
+        recorder.rewind(mark, len(recorder.results.closed))
+        return name, "" if mode.contrary and _own(error.error) else _explain(name, error, data.guessed)
     return None
 
 
@@ -272,16 +274,14 @@ def _failures(model: nn.Module, recorder: BlockRecorder) -> Iterator[None]:
     except (Untraceable, AutoTPError):
         raise
     except Exception as error:
-        last = recorder.nodes[-1] if recorder.nodes else None
-        raise Untraceable("", type(model).__name__, last, error) from error
+        raise Untraceable("", type(model).__name__, recorder.tape.last(), error) from error
 
 
 def _call(
     model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode
 ) -> tuple[Any, list[tuple[str, str, Value]]]:
     """What the call returned, and what it left on modules and in its arguments."""
-    known = recorder._values
-    fresh = {k: v if _is_known(v, known) else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
+    fresh = {k: v if recorder.values.known(v) is not None else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
     with recorder.recording(mode.grad, mode.inference, mode.contrary):
         result = example.call(model, fresh)
     opaque: dict[str, Any] = {}
@@ -294,13 +294,15 @@ def _call(
     return result, [*left_on_modules(recorder), *left_in(recorder, {**fresh, **opaque}), *left_elsewhere(recorder)]
 
 
-def _is_known(item: Any, known: Mapping[int, Value]) -> bool:
-    return isinstance(item, Tensor) and id(item) in known
+def _in_higher_order(error: BaseException) -> bool:
+    """True for what torch raises when it dispatches a higher-order operator: the recorder's mode is not registered with it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_code is HigherOrderOperator.dispatch.__code__
 
 
 def _explain(path: str, error: Untraceable, guessed: bool) -> str:
     last: Node | None = error.node
-    if isinstance(error.error, AssertionError) and "Current active mode" in str(error.error):
+    if _in_higher_order(error.error):
         return (
             f"cannot trace the model's {path} path: module {error.module or '<root>'!r} ({error.cls}) calls a higher-order operator of "
             "torch (flex_attention, cond, scan), of which no trace is made: use another implementation (attn_implementation='sdpa')."

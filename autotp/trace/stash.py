@@ -31,7 +31,7 @@ def left_on_modules(recorder: BlockRecorder) -> Iterator[tuple[str, str, Value]]
             if name not in _NAMES and name not in module._parameters and name not in module._buffers:
                 closed = isinstance(held, (FunctionType, partial))
                 for tensor in _tensors(list(_reach(held, 1)) if closed else held, _DEPTH, set()):
-                    value = recorder._values.get(id(tensor))
+                    value = recorder.values.known(tensor)
                     if value is not None and value.origin is Origin.NODE:
                         yield path, name, value
 
@@ -44,7 +44,7 @@ def left_in(recorder: BlockRecorder, arguments: Mapping[str, Any]) -> Iterator[t
     for name, held in arguments.items():
         if not isinstance(held, Tensor) and not type(held).__module__.startswith("transformers."):
             for tensor in _tensors(held, _DEPTH, set()):
-                value = recorder._values.get(id(tensor))
+                value = recorder.values.known(tensor)
                 if value is not None and value.origin is Origin.NODE:
                     yield "", name, value
 
@@ -56,13 +56,13 @@ def left_elsewhere(recorder: BlockRecorder) -> Iterator[tuple[str, str, Value]]:
         for table in (module._forward_hooks, module._forward_pre_hooks):
             for hook in table.values():
                 held.update((id(item), item) for item in _reach(hook, 2) if not callable(item))
-    if recorder.data_vary:  # the code of transformers leaves nothing there
+    if recorder.questions.data_vary:  # the code of transformers leaves nothing there
         for kind in {type(module) for module in recorder.every.values()}:
             if not kind.__module__.startswith("torch."):
                 found = [*_reach(inspect.unwrap(kind.forward), 1), *vars(kind).values()]
                 held.update((id(item), item) for item in found if isinstance(item, (*_HOLDERS, Tensor)))
     for tensor in _tensors(list(held.values()), _DEPTH, set()):
-        value = recorder._values.get(id(tensor))
+        value = recorder.values.known(tensor)
         if value is not None and value.origin is Origin.NODE:
             yield "", "what code can reach", value
 

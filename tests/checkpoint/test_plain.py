@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 import autotp
 from autotp.checkpoint.state import save
-from autotp.rewrite.parameters import dtensor_operators
+from autotp.rewrite.parameters.dtensor_operators import dispatch
 from autotp.rewrite.parameters.layout_dtensor import plain
 from benchmarks.optimizers import build
 from tests.checkpoint.training import OPTIMIZERS, apart, barrier, grouped, mesh_of, moments, parallel, plain_moments, train
@@ -159,16 +159,16 @@ def test_whole_states(pool: Pool, kind: str) -> None:
 def foreign(check: bool = True) -> str:
     """Whole weights into a parallel model through torch's helper, which cuts them as if they were even."""
     model, before = parallel("fused", 2), {n: p.detach().clone() for n, p in build("fused").state_dict().items()}
-    own, dtensor_operators._known_order = (
-        dtensor_operators._known_order,
-        dtensor_operators._known_order if check else lambda into, source: None,
+    own, dispatch.known_order = (
+        dispatch.known_order,
+        dispatch.known_order if check else lambda into, source: None,
     )
     try:
         set_model_state_dict(model, {n: t * 2 for n, t in before.items()}, options=StateDictOptions(full_state_dict=True))
     except RuntimeError as error:
         return str(error)
     finally:
-        dtensor_operators._known_order = own
+        dispatch.known_order = own
     return f"{apart({n: t * 2 for n, t in before.items()}, autotp.full_state_dict(model))}"
 
 

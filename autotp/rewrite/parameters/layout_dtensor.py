@@ -29,6 +29,7 @@ from autotp.plan.expressions import Concat, Factor, Product
 from autotp.plan.layout import Layout, replicated, take
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.dcp import Sharded
+from autotp.rewrite.parameters.numbers import Numbers
 from autotp.rewrite.transforms import refuse_transforms
 
 _detach = torch.ops.aten.detach.default
@@ -54,37 +55,6 @@ def plain(tensor: LayoutDTensor, local: Tensor | None = None) -> DTensor:
     return new_dtensor(DTensor, local, spec, requires_grad=False)  # type: ignore[no-any-return]
 
 
-class Numbers(DTensor):
-    """A DTensor whose numbers, outside of torch, are those of the whole tensor. Reading them is collective."""
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """The whole tensor as an array; one that was put together is read-only, since what is written there is in no part."""
-        whole = self.full_tensor()
-        array = whole.numpy(force=force)
-        if not all(p.is_replicate() for p in self._spec.placements):
-            array.flags.writeable = False
-        return array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        raise AutoTPError("a tensor that is laid out over ranks has no memory of its own to be shared: share that of full_tensor()")
-
-    def share_memory_(self) -> Numbers:
-        """Moves this rank's part to shared memory."""
-        self._local_tensor.share_memory_()  # type: ignore[no-untyped-call]
-        return self
-
-    def is_shared(self) -> bool:
-        """True where this rank's part is in shared memory."""
-        return bool(self._local_tensor.is_shared())  # type: ignore[no-untyped-call]
-
-    def tolist(self) -> Any:
-        """The whole tensor as nested lists."""
-        return self.full_tensor().tolist()
-
-    def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]
-
-
 class LayoutDTensor(Numbers):
     """A DTensor in the order of its layout, which is in its `__dict__` (`__slots__` of a subclass would hide those of DTensor)."""
 
@@ -96,9 +66,7 @@ class LayoutDTensor(Numbers):
     ) -> Any:
         if func is _detach and type(args[0]) is LayoutDTensor:
             return args[0]._like(args[0]._local_tensor, args[0]._spec)
-        from autotp.rewrite.parameters.dtensor_operators import dispatch  # it makes tensors of this class
-
-        return dispatch(func, args, kwargs or {})
+        return cls.operate(func, args, kwargs or {})
 
     @property
     def data(self) -> Any:

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from autotp.plan.layout import Layout
-from autotp.rewrite.parameters import dtensor_operators
 from autotp.rewrite.parameters.compiled_grads import _Ordered
+from autotp.rewrite.parameters.dtensor_operators import dispatch
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.rewrite.parameters.make import as_dtensor
 from tests.rewrite.parameters.test_dtensor_operators import full, layouts, same, whole
@@ -109,15 +109,15 @@ def test_reductions_and_their_gradients(pool: Pool, world: int, every: bool) -> 
 
 def unmended(attribute: str) -> list[str]:
     """What differs where one part of the rules is left out."""
-    kept = dtensor_operators._with_dims, LayoutDTensor._clear_padding_
+    kept = dispatch.with_dims, LayoutDTensor._clear_padding_
     try:
         if attribute == "dims":
-            dtensor_operators._with_dims = lambda func, args, kwargs: (args, dict(kwargs))
+            dispatch.with_dims = lambda func, args, kwargs: (args, dict(kwargs))
         else:
             LayoutDTensor._clear_padding_ = lambda self: None  # type: ignore[method-assign]
         return reductions()
     finally:
-        dtensor_operators._with_dims, LayoutDTensor._clear_padding_ = kept  # type: ignore[method-assign]
+        dispatch.with_dims, LayoutDTensor._clear_padding_ = kept  # type: ignore[method-assign]
 
 
 @pytest.mark.slow

@@ -1,0 +1,101 @@
+"""Operators on elements: on the local parts, to which a whole tensor among the arguments is cut first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from autotp.errors import AutoTPError
+from autotp.plan import layout as layouts
+from autotp.plan.boxes import is_even
+from autotp.rewrite.parameters.dtensor_operators.views import PartView
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+
+
+def on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """On the local tensors; NotImplemented where they are not parts alike."""
+    like: LayoutDTensor | None = None
+    for a in args:
+        if isinstance(a, LayoutDTensor):
+            if type(a) is PartView:
+                return NotImplemented
+            if like is None or (like._layout.dim is None and a._layout.dim is not None):
+                like = a
+    if like is None or any(isinstance(v, Tensor) for v in kwargs.values()):
+        return NotImplemented
+    in_place = func._schema.name.endswith("_")
+    if in_place and not (isinstance(args[0], LayoutDTensor) and same_layout(args[0], like)):
+        return NotImplemented
+    local = [_local(a, like) if isinstance(a, Tensor) else a for a in args]
+    if any(x is None and a is not None for x, a in zip(local, args, strict=True)):
+        return NotImplemented
+    result = func(*local, **kwargs)
+    if in_place:
+        if like._layout.is_padded:
+            like._clear_padding_() if args[0] is like else args[0]._clear_padding_()
+        return args[0]
+    if not isinstance(result, Tensor) or result.shape != like._local_tensor.shape:
+        return like._everywhere(result) if like._layout.dim is None and isinstance(result, Tensor) else NotImplemented
+    made = like._like(result, in_dtype(like._spec, result.dtype))
+    if like._layout.is_padded:  # it is not what it was made from: cos of it is 1, and a gradient would move the parameter's
+        made._clear_padding_()
+    return made
+
+
+def in_dtype(spec: Any, dtype: torch.dtype) -> Any:
+    """`spec` for entries of another dtype."""
+    meta = spec.tensor_meta
+    if dtype == meta.dtype:
+        return spec
+    return DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, dtype))
+
+
+def _local(x: Tensor, like: LayoutDTensor) -> Tensor | None:
+    """What goes with the local tensor of `like`; None where it must be whole."""
+    layout = like._layout
+    if isinstance(x, LayoutDTensor):
+        if x is like or same_layout(x, like):
+            return x._local_tensor
+        if x._layout.dim is not None:
+            return None
+        x = x._local_tensor
+    elif isinstance(x, DTensor):
+        spec = x._spec
+        if all(p.is_replicate() for p in spec.placements):
+            x = x._local_tensor
+        elif spec.placements == like._spec.placements and x.shape == like.shape and spec.mesh == like._spec.mesh:
+            return x._local_tensor  # a gradient that compiled code made
+        else:
+            x = x.full_tensor()
+    if x.ndim == 0 or layout.dim is None:
+        return x
+    return like._part(x) if tuple(x.shape) == layout.shape else None
+
+
+def same_layout(a: LayoutDTensor, b: LayoutDTensor) -> bool:
+    """True for tensors whose parts go together."""
+    x, y = a._layout, b._layout
+    return (x is y or x == y or layouts.alike(x, y)) and (a._spec.mesh is b._spec.mesh or a._spec.mesh == b._spec.mesh)
+
+
+def known_order(into: Any, source: Any) -> None:
+    """Raise where it cannot be told which elements `source` holds."""
+    if not isinstance(into, LayoutDTensor) or isinstance(source, LayoutDTensor):
+        return
+    layout = into._layout
+    if isinstance(source, DTensor):
+        if not is_even(layout) and not all(p.is_replicate() for p in source._spec.placements):
+            raise AutoTPError(
+                f"a tensor in the order of the layout {layout} is not filled from a DTensor that says nothing of its order: load whole "
+                "tensors, a parallel model's own state_dict, or what autotp.checkpoint.save wrote"
+            )
+    elif tuple(source.shape) not in ((), layout.shape) and tuple(source.shape) == layout.local_shape:
+        raise AutoTPError(
+            f"a tensor of shape {layout.shape} that is laid out over ranks is filled from whole tensors, got {tuple(source.shape)}, the "
+            "shape of a rank's part: write a part into to_local() of the parameter"
+        )

@@ -1,0 +1,121 @@
+"""Sums and norms count what each rank owns: an index that several ranks hold once, padding never."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isinf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from autotp.plan.boxes import is_even
+from autotp.plan.layout import replicated
+from autotp.rewrite.parameters.dtensor_operators.arguments import named
+from autotp.rewrite.parameters.dtensor_operators.views import PartView
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, laid_out, new_dtensor, plain
+from autotp.rewrite.parameters.numbers import Numbers
+
+_aten = torch.ops.aten
+#: On parts of sums and norms.
+_ON_PARTS = (_aten.detach.default, _aten.stack.default)
+
+
+def owned(x: LayoutDTensor) -> DTensor:
+    """The ordinary DTensor over what each rank owns of `x`."""
+    return plain(x, x._owned())
+
+
+class Summed(Numbers):
+    """A sum or a norm, which every rank may hold its part of until someone needs the number: then it is reduced.
+
+    Several are stacked as parts (a norm of norms costs one collective); any other operator is given the reduced ones. DTensor's own
+    operators are not asked: on parts of a norm some are wrong, and others raise.
+    """
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = (args, dict(kwargs or {}))
+        if func in _ON_PARTS and _are_parts_alike(args[0]):
+            return summed(func(*tree_map_only(Summed, _ordinary, args), **given[1]))
+        known: dict[int, tuple[Summed, LayoutDTensor]] = {}
+
+        def reduced(x: Summed) -> LayoutDTensor:
+            if id(x) not in known:
+                known[id(x)] = x, x._reduced()
+            return known[id(x)][1]
+
+        if func is _aten._local_scalar_dense.default or not all(isinstance(t, DTensor) for t in tree_iter(given) if isinstance(t, Tensor)):
+            args, kwargs = tree_map_only(DTensor, lambda t: (reduced(t) if isinstance(t, Summed) else t).full_tensor(), given)
+            return func(*args, **kwargs)
+        result = cls.operate(func, *tree_map_only(Summed, reduced, given))
+        own = {id(laid): x for x, laid in known.values()}
+        return tree_map_only(LayoutDTensor, lambda t: own.get(id(t), t), result)
+
+    def _reduced(self) -> LayoutDTensor:
+        """The number itself, on every rank; it is reduced once."""
+        mesh = self._spec.mesh
+        if not all(p.is_replicate() for p in self._spec.placements):
+            whole = _ordinary(self).full_tensor()
+            meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+            self._local_tensor, self._spec = whole, DTensorSpec(mesh, (Replicate(),), tensor_meta=meta)
+        return laid_out(self._spec, self._local_tensor, replicated(self._local_tensor.shape, mesh.size()))
+
+
+def _are_parts_alike(given: Any) -> bool:
+    xs = given if isinstance(given, list | tuple) else [given]
+    placements = [x._spec.placements if isinstance(x, Summed) else None for x in xs]
+    return placements[0] is not None and all(p.is_partial() for p in placements[0]) and all(p == placements[0] for p in placements)
+
+
+def _ordinary(x: DTensor) -> DTensor:
+    return new_dtensor(DTensor, x._local_tensor, x._spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def summed(result: Any) -> Any:
+    """The ordinary DTensors in `result` as sums."""
+    return tree_map_only(
+        DTensor, lambda x: new_dtensor(Summed, x._local_tensor, x._spec, requires_grad=False) if type(x) is DTensor else x, result
+    )
+
+
+def counts_once(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """True where zeros instead of copies and padding do not change the result, and no dim in a layout's order is left in it."""
+    if not isinstance(args[0], LayoutDTensor) or type(args[0]) is PartView or any(isinstance(v, Tensor) for v in kwargs.values()):
+        return False
+    layout = args[0]._layout
+    given = named(func, args, kwargs)
+    order, dims = order_of(func, args, kwargs), given.get("dim")
+    if order < 0 or (isinf(order) and not layout.shape):
+        return False
+    if is_even(layout) or not dims:
+        return True
+    dims = [dims] if isinstance(dims, int) else dims
+    return layout.dim in [d % args[0].ndim for d in dims] and not given.get("keepdim")
+
+
+def order_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """The order of a norm; below 0, zeros count as the least entries do."""
+    given = named(func, args, kwargs)
+    order = given.get("ord", given.get("p"))
+    return 2.0 if order is None else float(order)
+
+
+def with_dims(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with all dims named where no dim is: torch reduces all then, DTensor none."""
+    kwargs = dict(kwargs)
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name == "dim":
+            given = args[i] if i < len(args) else kwargs.get("dim", ())
+            if isinstance(given, list | tuple) and not given and isinstance(args[0], Tensor):
+                dims = list(range(args[0].ndim))
+                if i < len(args):
+                    return (*args[:i], dims, *args[i + 1 :]), kwargs
+                if "dim" in kwargs:
+                    kwargs["dim"] = dims
+    return args, kwargs

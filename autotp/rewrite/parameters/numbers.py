@@ -1,0 +1,47 @@
+"""What all tensors that are laid out over ranks are for code outside of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from torch.distributed.tensor import DTensor
+
+from autotp.errors import AutoTPError
+
+
+class Numbers(DTensor):
+    """A DTensor whose numbers, outside of torch, are those of the whole tensor. Reading them is collective.
+
+    operate: runs an operator on tensors that are laid out over ranks. As it makes such tensors itself, their classes cannot name it: the
+        package puts it here, before anyone can import this module.
+    """
+
+    operate: ClassVar[Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The whole tensor as an array; one that was put together is read-only, since what is written there is in no part."""
+        whole = self.full_tensor()
+        array = whole.numpy(force=force)
+        if not all(p.is_replicate() for p in self._spec.placements):
+            array.flags.writeable = False
+        return array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise AutoTPError("a tensor that is laid out over ranks has no memory of its own to be shared: share that of full_tensor()")
+
+    def share_memory_(self) -> Numbers:
+        """Moves this rank's part to shared memory."""
+        self._local_tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def is_shared(self) -> bool:
+        """True where this rank's part is in shared memory."""
+        return bool(self._local_tensor.is_shared())  # type: ignore[no-untyped-call]
+
+    def tolist(self) -> Any:
+        """The whole tensor as nested lists."""
+        return self.full_tensor().tolist()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]

@@ -1,0 +1,116 @@
+"""The Python half of a recorder: calls as the code wrote them, with their place; sizes are answered with tagged ints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from autotp.trace.accesses import Accesses
+from autotp.trace.call_sites import call_of, call_place
+from autotp.trace.gradients import ABOUT_GRADIENTS, Gradients
+from autotp.trace.graph import Place, PythonCall
+from autotp.trace.ints import Life, SizeRef, TaggedInt
+from autotp.trace.module_calls import ModuleCalls
+from autotp.trace.provenance import gather
+from autotp.trace.tape import Caller, Tape
+from autotp.trace.unknown_data import UnknownData
+from autotp.trace.values import Values
+from autotp.trace.watch import is_model
+
+_SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
+_LEN = torch.Tensor.__len__
+_SIZES = frozenset((_SHAPE, _SIZE, _NUMEL, _LEN))  # each access of a getter makes a new wrapper, equal to the others
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_MADE = frozenset((_DATA, *(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))))
+_SLOTS = ("__get__", "__set__")
+
+
+class TaggedSize(tuple[int, ...]):
+    """A tensor's shape in tagged ints; torch.Size would make plain ints of them."""
+
+    __slots__ = ()
+
+    def numel(self) -> int:
+        """The number of elements."""
+        total: int = 1
+        for n in self:
+            total = total * n
+        return total
+
+    def __getitem__(self, index: Any) -> Any:
+        item = tuple.__getitem__(self, index)
+        return TaggedSize(item) if isinstance(index, slice) else item
+
+
+class PythonMode(TorchFunctionMode):
+    """See the module. `met(func, args)` is told of each function of tensors, and each getter of a property, that code calls."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        values: Values,
+        accesses: Accesses,
+        gradients: Gradients,
+        calls: ModuleCalls,
+        data: UnknownData,
+        life: Life,
+        met: Callable[[Any, tuple[Any, ...]], None],
+    ) -> None:
+        self.tape, self.values, self.accesses, self.gradients = tape, values, accesses, gradients
+        self.calls, self.data, self.life, self.met = calls, data, life, met
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tape = self.tape
+        if not tape.quiet and (func in _SIZES or getattr(func, "__name__", "") not in _SLOTS or func in _MADE):
+            fakes = self.accesses.fakes
+            args = fakes(args)
+            kwargs = {k: fakes(v) for k, v in kwargs.items()} if kwargs else {}
+        if func == _DATA:
+            func = torch.Tensor.detach
+        self.met(func, args)
+        if func in _SIZES:
+            return self._size(func, args[0], args[1:], kwargs or {})
+        code, offset = call_place(2)
+        if func == _SET_DATA and not tape.quiet and is_model(code.co_filename):
+            self.accesses.replaced("`.data = …`")
+        if func in ABOUT_GRADIENTS:
+            return self.gradients.answer(func, code.co_filename, args, kwargs or {})
+        held, apart = tape.caller, tape.apart
+        frame = sys._getframe(1)
+        while frame.f_code is not code and frame.f_back is not None:
+            frame = frame.f_back
+        if not tape.quiet:
+            tape.apart = self.calls.check_forward(frame)
+        tape.number += 1
+        tape.caller = Caller(args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
+        before, number = len(tape.nodes), tape.number
+        args, kwargs = self.data.with_numbers(func, args, kwargs or {})
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            tape.caller, tape.apart = held, apart
+        if len(tape.nodes) > before:
+            if isinstance(result, Tensor) and self.values.known(result) is None:
+                self.values.adopt(result, tape.nodes[-1])
+            found: list[int] = []
+            gather((result,), [], found, self.values)
+            tape.python[number] = PythonCall(getattr(func, "__name__", str(func)), tuple(found))
+        return result
+
+    def _size(self, func: Any, tensor: Tensor, rest: Any, kwargs: Any) -> Any:
+        plain = func(tensor, *rest, **kwargs)
+        if self.values.known(tensor) is None or self.tape.quiet:
+            return plain
+        value = self.values.of(tensor)
+        if isinstance(plain, torch.Size):
+            return TaggedSize(TaggedInt(n, SizeRef(value.id, i, n), self.life) for i, n in enumerate(plain))
+        if func is _NUMEL:
+            return TaggedInt(plain, SizeRef(value.id, -1, plain), self.life)
+        dim = (rest[0] if rest else kwargs.get("dim", 0)) if func is _SIZE else 0
+        return TaggedInt(plain, SizeRef(value.id, int(dim) % max(tensor.dim(), 1), plain), self.life)
