@@ -14,12 +14,12 @@ import torch
 
 from autotp.axes import atoms
 from autotp.axes.atoms import Atom, Dim, Opaque
-from autotp.plan.spec import Kernel
+from autotp.plan.spec import DistributedForm
 from autotp.trace.graph import Graph, Node, Pseudo, Value, outside
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class Blocked:
     """A place where a sharded `dim` of `value` would give a wrong answer."""
 
     value: int
@@ -29,12 +29,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """The node sums over `dim` of `value`: sharded there, its result is a partial sum. `kernel`: only in this distributed form."""
+    """The node sums over `dim` of `value`: sharded there, its result is a partial sum. `form`: only in this distributed form."""
 
     value: int
     dim: tuple[Atom, ...]
-    kernel: Kernel | None = None
-    whole: bool = False  # the kernel's result is whole (a norm), not a partial sum
+    form: DistributedForm | None = None
+    whole: bool = False  # the form's result is whole (a norm), not a partial sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Meaning:
 
     contracts: list[Contract] = field(default_factory=list)
     linear: list[frozenset[int]] = field(default_factory=list)  # sets of values that may be partial sums together
-    sites: list[Site] = field(default_factory=list)
+    blocked: list[Blocked] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
     once: list[int] = field(default_factory=list)  # values added once to a partial sum (a bias)
     generates: bool = False  # the result's content does not depend on its position: it can be made sharded
@@ -104,17 +104,17 @@ class Context:
     def block(self, value: Value, dim: Sequence[Atom], reason: str) -> None:
         """`value` may not be sharded along `dim` here."""
         if dim:
-            self.meaning.sites.append(Site(value.id, tuple(dim), reason))
+            self.meaning.blocked.append(Blocked(value.id, tuple(dim), reason))
 
     def mix(self, value: Value, index: int) -> None:
         """The operator mixes the elements along dim `index` of `value`."""
         self.block(value, self.of(value)[index], f"{self.node.opname} mixes the elements of the dim")
 
-    def contract(self, value: Value, index: int, kernel: Kernel | None = None, whole: bool = False) -> None:
+    def contract(self, value: Value, index: int, form: DistributedForm | None = None, whole: bool = False) -> None:
         """The operator sums over dim `index` of `value`."""
         dim = self.of(value)[index]
         if dim:
-            self.meaning.contracts.append(Contract(value.id, tuple(dim), kernel, whole))
+            self.meaning.contracts.append(Contract(value.id, tuple(dim), form, whole))
 
     def linear(self, *groups: Sequence[Value]) -> None:
         """Each group of values may be partial sums together, giving a partial sum.

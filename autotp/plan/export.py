@@ -14,7 +14,7 @@ from autotp.errors import PlanError
 from autotp.plan.expressions import Concat, Factor
 from autotp.plan.layout import Layout
 from autotp.plan.names import folded
-from autotp.plan.spec import GradSum, Kernel, ModulePlan, Op, PlanSpec
+from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Op, PlanSpec
 
 _SUMS = frozenset((Op.REDUCE, Op.HOLD, Op.JOIN))
 COLUMN, ROW, GATHERED, LOOKUP, INSIDE = "column", "row", "gathered", "lookup", "inside"
@@ -84,7 +84,7 @@ class _Exporter:
             for a in m.attributes:
                 self.problems.append(f"{m.path}: the attribute {a.path} becomes local ({a.value} → {a.local})")
             for s in m.sites:
-                if s.kernel is not Kernel.LOOKUP:
+                if s.kernel is not DistributedForm.LOOKUP:
                     self.problems.append(f"{m.path}: a call in {s.function} is changed")
             if m.path not in self.params or not any(layout.dim is not None for layout in self.params[m.path].values()):
                 self.problems += list(self._boundaries(m))
@@ -143,7 +143,7 @@ class _Exporter:
 
     def _word(self, module: ModulePlan) -> str:
         ops = {c.op for s in module.outputs if not s.path for c in s.conversions}
-        if any(s.kernel is Kernel.LOOKUP for s in module.sites):
+        if any(s.kernel is DistributedForm.LOOKUP for s in module.sites):
             return LOOKUP
         if ops & _SUMS:
             return ROW

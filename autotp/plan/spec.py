@@ -124,7 +124,7 @@ class Site:
     ints: tuple[tuple[int, int, int], ...] = ()
     inputs: tuple[tuple[int, tuple[Conversion, ...]], ...] = ()
     outputs: tuple[tuple[int, tuple[Conversion, ...]], ...] = ()
-    kernel: Kernel | None = None
+    kernel: DistributedForm | None = None
     over: Expr | None = None
     over_dim: int = -1
 
@@ -186,7 +186,7 @@ class ParamPlan:
     ruled_out_by: tuple[str, ...] = ()
 
 
-class Kernel(Enum):
+class DistributedForm(Enum):
     """An operator that needs a distributed form of its own when it runs on shards."""
 
     LOOKUP = "lookup"  # embedding rows sharded: ids outside the rank's rows give zeros; the result is P

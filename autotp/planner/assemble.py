@@ -14,7 +14,7 @@ from autotp.planner.bans import Bans
 from autotp.planner.choice import Choice
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
-from autotp.planner.placements import Space, leaf_atoms
+from autotp.planner.placements import GraphIndex, leaf_atoms
 from autotp.planner.reductions import Moves
 from autotp.planner.requested import Reason
 from autotp.planner.traffic import traffic
@@ -26,18 +26,18 @@ class Draft:
     """A plan with what is needed to check it: the labels and moves that it was made from."""
 
     plan: Plan
-    space: Space
+    space: GraphIndex
     choice: Choice
     moves: Moves
     local: Localised
 
 
-def param_dims(space: Space) -> list[tuple[tuple[Atom, ...], ...]]:
+def param_dims(space: GraphIndex) -> list[tuple[tuple[Atom, ...], ...]]:
     return [space.axes.dims[v.id] for v in dict.fromkeys(space.graph.params.values())]
 
 
 def assemble(
-    space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...], namer: Namer, tp: int, model: str, bans: Bans
+    space: GraphIndex, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...], namer: Namer, tp: int, model: str, bans: Bans
 ) -> Plan:
     graph = space.graph
     axes, axis_of = _axes(space, choice, namer)
@@ -61,7 +61,7 @@ def assemble(
     )
 
 
-def _is_product(space: Space, value: Value) -> bool:
+def _is_product(space: GraphIndex, value: Value) -> bool:
     held = {value.id}
     for node in space.graph.nodes:
         if any(v.id in held for v in space.inputs[node.index]):
@@ -72,7 +72,7 @@ def _is_product(space: Space, value: Value) -> bool:
     return False
 
 
-def _reason(space: Space, choice: Choice, value: Value) -> Reason:
+def _reason(space: GraphIndex, choice: Choice, value: Value) -> Reason:
     """Why a parameter stays whole: the reason of its most major axis that is not the model's width."""
     atoms = [a for dim in space.axes.dims[value.id] for a in leaf_atoms(dim)]
     if not atoms:
@@ -84,7 +84,7 @@ def _reason(space: Space, choice: Choice, value: Value) -> Reason:
     return choice.refused[own[0]]
 
 
-def _axes(space: Space, choice: Choice, namer: Namer) -> tuple[list[AxisInfo], dict[Atom, AxisInfo]]:
+def _axes(space: GraphIndex, choice: Choice, namer: Namer) -> tuple[list[AxisInfo], dict[Atom, AxisInfo]]:
     axes: list[AxisInfo] = []
     axis_of: dict[Atom, AxisInfo] = {}
     for cut in dict.fromkeys(choice.cuts[a] for a in sorted(choice.on, key=lambda a: a.id)):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from autotp.axes.atoms import Atom
 from autotp.planner.choice import Choice
-from autotp.planner.partition import Cut
-from autotp.planner.placements import NONE, Space
+from autotp.planner.partition import Partition
+from autotp.planner.placements import NONE, GraphIndex
 from autotp.planner.repeats import traced
 from autotp.trace.graph import Node
 
@@ -25,7 +25,7 @@ class Accused:
 class Bans:
     """What later attempts must not do: cuts with the reason, and nodes whose result stays whole."""
 
-    cuts: dict[Cut, str]
+    cuts: dict[Partition, str]
     whole: frozenset[int] = NONE  # type: ignore[assignment]
     all: str = ""  # why no axis at all may be sharded
 
@@ -34,7 +34,7 @@ class Bans:
         """How much is banned."""
         return len(self.cuts) + len(self.whole)
 
-    def blame(self, space: Space, choice: Choice, node: Node, reason: str) -> None:
+    def blame(self, space: GraphIndex, choice: Choice, node: Node, reason: str) -> None:
         """Forbid what made `node` fail: first that its result is made sharded, then the axes that meet it."""
         values = (*space.inputs[node.index], *node.outputs) if node.index >= 0 else ()
         generated = {n.index for n in space.graph.nodes if n.index in choice.labels.generated and (n is node or _feeds(n, node))}
@@ -49,7 +49,7 @@ class Bans:
             guilty = choice.on
         self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{reason}: {node}"))
 
-    def accuse(self, space: Space, choice: Choice, accused: Accused) -> None:
+    def accuse(self, space: GraphIndex, choice: Choice, accused: Accused) -> None:
         """Forbid the cuts that meet in a module, or nearest to it on the way that its numbers come; all where that is unknown."""
         guilty: frozenset[Atom] = choice.on
         if accused.module is not None:
@@ -64,7 +64,7 @@ class Bans:
         self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{accused.reason}, first in {where}"))
 
 
-def _met(space: Space, choice: Choice, node: Node) -> frozenset[Atom]:
+def _met(space: GraphIndex, choice: Choice, node: Node) -> frozenset[Atom]:
     """The axes on which values of a node are sharded."""
     values = (*space.inputs[node.index], *node.outputs)
     return frozenset().union(*(choice.labels.of(v) for v in values), NONE) & choice.on

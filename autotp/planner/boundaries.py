@@ -14,7 +14,7 @@ from autotp.axes.operators.table import Is, entry, is_a
 from autotp.plan.spec import Boundary, Forms, Shown
 from autotp.planner.joint_reductions import Joint
 from autotp.planner.keys import AtSlot, slot_key
-from autotp.planner.placements import Labels, SlotKey, Space
+from autotp.planner.placements import GraphIndex, Labels, SlotKey
 from autotp.planner.reductions import Moves, Side
 from autotp.planner.repeats import with_copies
 from autotp.trace.forms import of_any_dims
@@ -25,7 +25,7 @@ _ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # what says most f
 
 
 def find_boundaries(
-    space: Space, labels: Labels, moves: Moves, joints: Iterable[Joint], copied: Collection[SlotKey], repeats: Mapping[str, str]
+    space: GraphIndex, labels: Labels, moves: Moves, joints: Iterable[Joint], copied: Collection[SlotKey], repeats: Mapping[str, str]
 ) -> dict[str, tuple[Boundary, ...]]:
     """Path of a module → its boundary values that are not whole; modules with none are left out.
 
@@ -49,7 +49,9 @@ def find_boundaries(
     return dict(with_copies(every.items(), repeats))
 
 
-def find_copies(space: Space, converted: Collection[SlotKey], repeats: Mapping[str, str]) -> dict[str, tuple[tuple[str | int, ...], ...]]:
+def find_copies(
+    space: GraphIndex, converted: Collection[SlotKey], repeats: Mapping[str, str]
+) -> dict[str, tuple[tuple[str | int, ...], ...]]:
     """Path of a module → its results that are gathered or summed for its caller while code inside goes on with the part.
 
     The gradient of such a result lacks that of the uses inside. `converted`: the slots where something is gathered or summed.
@@ -75,7 +77,7 @@ def _is_of(key: SlotKey, slot: SlotKey) -> bool:
     return same and all(a == b or (b == "*" and isinstance(a, int)) for a, b in zip(key[2], slot[2], strict=True))
 
 
-def _goes_on(space: Space, leaving: Node) -> bool:
+def _goes_on(space: GraphIndex, leaving: Node) -> bool:
     """True where what a result is made of has another use through which gradients come: the tensor itself, in whatever module."""
     value = leaving.args[0]
     if value.id not in space.flows:
@@ -93,7 +95,9 @@ def _goes_on(space: Space, leaving: Node) -> bool:
     return False
 
 
-def find_inside(space: Space, labels: Labels, moves: Moves, boundaries: Collection[str], repeats: Mapping[str, str]) -> dict[str, Forms]:
+def find_inside(
+    space: GraphIndex, labels: Labels, moves: Moves, boundaries: Collection[str], repeats: Mapping[str, str]
+) -> dict[str, Forms]:
     """Paths of the modules whose own code holds parts or summands, and how they were called.
 
     It runs operators on them, or calls a module with such a boundary: what it does in between for another argument is not in the trace.
@@ -118,7 +122,7 @@ def _takes_any_dims(node: Node) -> bool:
 
 
 def _shown(
-    space: Space, labels: Labels, moves: Moves, node: Node, key: SlotKey, held: set[int], copied: Collection[SlotKey], later: set[int]
+    space: GraphIndex, labels: Labels, moves: Moves, node: Node, key: SlotKey, held: set[int], copied: Collection[SlotKey], later: set[int]
 ) -> Shown | None:
     enters = node.op is Pseudo.ENTER
     value = node.args[0] if enters else node.outputs[0]
@@ -135,7 +139,7 @@ def _shown(
     return Shown.GRADIENT if hanging and not whole and value.id in space.flows else None
 
 
-def _taken_over(space: Space, moves: Moves, copied: Collection[SlotKey]) -> set[int]:
+def _taken_over(space: GraphIndex, moves: Moves, copied: Collection[SlotKey]) -> set[int]:
     """Values whose gradients are reduced by the linears that take them, and not at the result that they are: they are whole there."""
     found: set[int] = set()
     for node in space.graph.nodes:
@@ -147,7 +151,7 @@ def _taken_over(space: Space, moves: Moves, copied: Collection[SlotKey]) -> set[
     return found
 
 
-def _held(space: Space, joints: Iterable[Joint]) -> set[int]:
+def _held(space: GraphIndex, joints: Iterable[Joint]) -> set[int]:
     """Crossings of summands that are reduced together, from the modules that hold and join them to the sum where all of them meet."""
     found: set[int] = set()
     for joint in joints:
@@ -162,7 +166,7 @@ def _held(space: Space, joints: Iterable[Joint]) -> set[int]:
     return found
 
 
-def _trail(space: Space, node: Node) -> list[tuple[int, int]]:
+def _trail(space: GraphIndex, node: Node) -> list[tuple[int, int]]:
     """(value, node that gave it) of a result and of what is made of it, as long as that has one use."""
     trail = [(node.outputs[0].id, node.index)]
     while len(users := space.users.get(trail[-1][0], [])) == 1 and len(outputs := space.graph.nodes[users[0]].outputs) == 1:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autotp.plan.expressions import Expr
-from autotp.plan.spec import Conversion, Kernel, Site
-from autotp.planner.placements import Space
+from autotp.plan.spec import Conversion, DistributedForm, Site
+from autotp.planner.placements import GraphIndex
 from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node, Place, outside
 
@@ -17,7 +17,7 @@ class CallSpec:
     ints: list[tuple[int, int, int]] = field(default_factory=list)
     inputs: dict[int, list[Conversion]] = field(default_factory=dict)
     outputs: dict[int, list[Conversion]] = field(default_factory=dict)
-    kernel: Kernel | None = None
+    form: DistributedForm | None = None
     over: Expr | None = None
     over_dim: int = -1
 
@@ -26,13 +26,13 @@ class CallSpec:
             tuple(sorted(set(self.ints))),
             tuple((k, tuple(v)) for k, v in sorted(self.inputs.items())),
             tuple((k, tuple(v)) for k, v in sorted(self.outputs.items())),
-            self.kernel,
+            self.form,
             self.over,
             self.over_dim,
         )
 
 
-def sites_of(space: Space, calls: Mapping[int, CallSpec]) -> dict[str, list[Site]]:
+def sites_of(space: GraphIndex, calls: Mapping[int, CallSpec]) -> dict[str, list[Site]]:
     """One site for each place in a module; every call from there must want the same."""
     specs: dict[tuple[str, int], tuple[Node, CallSpec]] = {}
     for index, spec in calls.items():
@@ -59,7 +59,7 @@ def sites_of(space: Space, calls: Mapping[int, CallSpec]) -> dict[str, list[Site
     return out
 
 
-def _merge(space: Space, calls: Mapping[int, CallSpec], node: Node, into: CallSpec, spec: CallSpec) -> None:
+def _merge(space: GraphIndex, calls: Mapping[int, CallSpec], node: Node, into: CallSpec, spec: CallSpec) -> None:
     """Add what one node needs to what its Python call does; all nodes of the call see the same arguments."""
     nodes = space.calls.nodes(node)
     into.ints += spec.ints
@@ -72,5 +72,5 @@ def _merge(space: Space, calls: Mapping[int, CallSpec], node: Node, into: CallSp
             raise Refusal(node, "operators inside of one call need its argument in different forms")
         into.inputs[i] = conversions
     into.outputs.update(spec.outputs)
-    if spec.kernel is not None:
-        into.kernel, into.over, into.over_dim = spec.kernel, spec.over, spec.over_dim
+    if spec.form is not None:
+        into.form, into.over, into.over_dim = spec.form, spec.over, spec.over_dim

@@ -8,18 +8,9 @@ argument in place: the code goes on with the argument.
 from __future__ import annotations
 
 from autotp.axes.operators.table import Is, is_a
-from autotp.plan.spec import Kernel
+from autotp.plan.spec import DistributedForm
+from autotp.rewrite.operators.distributed import FORMS
 from autotp.trace.graph import Graph, Node, Pseudo, Value
-
-#: The functions that a kernel stands for, by `__name__`.
-KNOWN: dict[Kernel, frozenset[str]] = {
-    Kernel.LOOKUP: frozenset(("embedding",)),
-    Kernel.MEAN: frozenset(("mean",)),
-    Kernel.RMS_NORM: frozenset(("rms_norm",)),
-    Kernel.LAYER_NORM: frozenset(("layer_norm",)),
-    Kernel.VAR: frozenset(("var", "std")),
-    Kernel.VECTOR_NORM: frozenset(("norm", "linalg_vector_norm", "linalg_norm", "vector_norm", "frobenius_norm")),
-}
 
 
 class Calls:
@@ -52,10 +43,10 @@ class Calls:
             return ()
         return tuple(i for i, key in enumerate(nodes[0].tensors) if key == value.id)
 
-    def stands_for(self, node: Node, kernel: Kernel) -> bool:
-        """True where the Python call is the node alone, by a function that `kernel` can take the place of."""
+    def stands_for(self, node: Node, form: DistributedForm) -> bool:
+        """True where the Python call is the node alone, by a function that `form` can take the place of."""
         call = self.graph.python.get(node.call)
-        return call is not None and not self.graph.sealed(node) and len(self.nodes(node)) == 1 and call.function in KNOWN[kernel]
+        return call is not None and not self.graph.sealed(node) and len(self.nodes(node)) == 1 and call.function in FORMS[form].functions
 
 
 def writes(node: Node) -> tuple[Value, ...]:

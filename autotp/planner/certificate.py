@@ -102,7 +102,7 @@ def _where(draft: Draft, module: str) -> Node:
 
 
 def _visible(draft: Draft, nodes: Iterable[Node]) -> Iterable[Node]:
-    calls = {draft.space.graph.nodes[i].call for i in draft.choice.labels.kernels}
+    calls = {draft.space.graph.nodes[i].call for i in draft.choice.labels.distributed}
     for node in nodes:
         if (node.call in calls and node.call >= 0) or (node.place is not None and node.place.file in _FUSED):
             continue

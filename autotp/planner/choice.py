@@ -18,8 +18,8 @@ from autotp.axes.operators.table import Is, is_a
 from autotp.planner.gathers import GATHER_TRIES, gather_slots, head_gather, whole_results
 from autotp.planner.heads import head_widths
 from autotp.planner.padding import padding_conflict
-from autotp.planner.partition import Atoms, Cut, Cuts, last_atoms, local_size, neighbours
-from autotp.planner.placements import NONE, Labels, SlotKey, Space, label, leaf_atoms
+from autotp.planner.partition import Atoms, Partition, Partitions, last_atoms, local_size, neighbours
+from autotp.planner.placements import NONE, GraphIndex, Labels, SlotKey, label, leaf_atoms
 from autotp.planner.refusals import Conflict
 from autotp.planner.requested import Reason, Wanted, claimed, granules, ruled_out
 from autotp.trace.graph import Origin, Value
@@ -36,7 +36,7 @@ class Taken:
     labels: Labels
 
     @property
-    def cuts(self) -> Cuts:
+    def cuts(self) -> Partitions:
         """The cuts taken."""
         return self.labels.cuts
 
@@ -54,9 +54,9 @@ class Choice(Taken):
 
 
 def choose(
-    space: Space,
+    space: GraphIndex,
     tp: int,
-    banned: Mapping[Cut, str],
+    banned: Mapping[Partition, str],
     forced: frozenset[int] = frozenset(),
     wanted: Wanted | None = None,
     nothing: str = "",
@@ -65,7 +65,7 @@ def choose(
 
     `nothing`: why no candidate is taken at all.
 
-    Cuts that `wanted` layouts ask for are taken first, those that they rule out never.
+    Partitions that `wanted` layouts ask for are taken first, those that they rule out never.
     """
     wanted = wanted or {}
     refused: dict[Atom, Reason] = {}
@@ -116,18 +116,18 @@ def choose(
     return Choice(state.gathers, state.whole, state.labels, refused)
 
 
-def _candidates(space: Space, carriers: Mapping[Atom, list[Value]], free: set[Atom], tp: int, wanted: Wanted) -> Iterable[Cut]:
-    """Cuts that leave a rank less than the whole axis."""
+def _candidates(space: GraphIndex, carriers: Mapping[Atom, list[Value]], free: set[Atom], tp: int, wanted: Wanted) -> Iterable[Partition]:
+    """Partitions that leave a rank less than the whole axis."""
     aligned = _granules(space)
     for atom in sorted(free, key=lambda a: a.id):
         if atom.size > 1:
             own = aligned.get(atom, 1)
-            yield Cut(atom, tp, granule=own)
-            yield from (Cut(atom, tp, granule=g) for g in sorted(granules(wanted, atom.size)) if g > own and g % own == 0)
+            yield Partition(atom, tp, granule=own)
+            yield from (Partition(atom, tp, granule=g) for g in sorted(granules(wanted, atom.size)) if g > own and g % own == 0)
     pairs = {pair: None for v in space.graph.params.values() for dim in space.axes.dims[v.id] for pair in neighbours(dim)}
     for major, minor in pairs:
         if major in free and minor in free and major.size > 1 and minor.size > 1 and major.size % tp and _within(major, minor, carriers):
-            both = [Cut(major, tp, minor, n) for n in _pieces(minor.size)]
+            both = [Partition(major, tp, minor, n) for n in _pieces(minor.size)]
             if any(v.id in wanted for atom in (major, minor) for v in carriers[atom]):
                 yield from both
             else:
@@ -145,7 +145,7 @@ def _pieces(size: int) -> Iterator[int]:
         n = -(-size // (width - 1))
 
 
-def _granules(space: Space) -> dict[Atom, int]:
+def _granules(space: GraphIndex) -> dict[Atom, int]:
     """Widths whose parts must stay aligned: the strides of a grouped product are multiples of 16 bytes, 8 numbers of 16 bits."""
     found: dict[Atom, int] = {}
     for node in space.graph.nodes:
@@ -160,7 +160,7 @@ def _within(major: Atom, minor: Atom, carriers: Mapping[Atom, list[Value]]) -> b
     return all(any(v is u for u in carriers[major]) for v in carriers[minor])
 
 
-def _held(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]]) -> float:
+def _held(space: GraphIndex, cut: Partition, carriers: Mapping[Atom, list[Value]]) -> float:
     """Parameter elements on a rank of what carries the axis."""
     values = {v.id: v for atom in cut.atoms for v in carriers[atom]}
     cuts = dict.fromkeys(cut.atoms, cut)
@@ -171,7 +171,7 @@ def _elements(value: Value) -> int:
     return prod(value.shape)
 
 
-def _worth(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]]) -> float:
+def _worth(space: GraphIndex, cut: Partition, carriers: Mapping[Atom, list[Value]]) -> float:
     """Parameter elements that a rank saves over elements reduced (once for each contraction over the axis) or gathered."""
     values = {v.id: v for atom in cut.atoms for v in carriers[atom]}
     saved = sum(map(_elements, values.values())) - _held(space, cut, carriers)
@@ -185,7 +185,7 @@ def _worth(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]]) -> floa
     return saved / moved
 
 
-def _try(space: Space, cuts: tuple[Cut, ...], state: Taken, carriers: Mapping[Atom, list[Value]]) -> Taken | Conflict:
+def _try(space: GraphIndex, cuts: tuple[Partition, ...], state: Taken, carriers: Mapping[Atom, list[Value]]) -> Taken | Conflict:
     """The state with `cuts` taken too, or what forbids it."""
     fresh = {atom: cut for cut in cuts for atom in cut.atoms}
     if state.cuts:  # what fails alone fails together, and a pass over one axis is short
@@ -228,7 +228,7 @@ def _try(space: Space, cuts: tuple[Cut, ...], state: Taken, carriers: Mapping[At
     return Taken(gathers, whole, labels)
 
 
-def _small_table(space: Space, cut: Cut) -> bool:
+def _small_table(space: GraphIndex, cut: Partition) -> bool:
     """True for an axis that is only looked up, in a table of few rows (token types) or of positions.
 
     Positions are told from tokens by their ids: the tokens' come from an argument of the model unchanged.
@@ -239,7 +239,7 @@ def _small_table(space: Space, cut: Cut) -> bool:
     return cut.size < 8 * cut.tp or not any(_is_argument(space, n.args[1]) for n in nodes)
 
 
-def _is_argument(space: Space, value: Value) -> bool:
+def _is_argument(space: GraphIndex, value: Value) -> bool:
     made = space.made
     seen: set[int] = set()
     queue = [value]
@@ -254,7 +254,7 @@ def _is_argument(space: Space, value: Value) -> bool:
     return False
 
 
-def _pays(space: Space, cut: Cut, labels: Labels, carriers: list[Value]) -> bool:
+def _pays(space: GraphIndex, cut: Partition, labels: Labels, carriers: list[Value]) -> bool:
     """An axis that no product sums over is worth a gather when it is the wide side (a vocabulary), not a bottleneck."""
     atom = cut.major
     if not any(atom in atoms for atoms in labels.gathered.values()):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from autotp.axes.atoms import Atom
 from autotp.axes.operators.table import Is, is_a
-from autotp.planner.partition import Atoms, Cut, Cuts
-from autotp.planner.placements import NONE, Labels, SlotKey, Space, label
+from autotp.planner.partition import Atoms, Partition, Partitions
+from autotp.planner.placements import NONE, GraphIndex, Labels, SlotKey, label
 from autotp.planner.refusals import Conflict
 from autotp.trace.graph import Node, Pseudo, Value
 
@@ -15,7 +15,7 @@ from autotp.trace.graph import Node, Pseudo, Value
 GATHER_TRIES = 4
 
 
-def gather_slots(space: Space, atom: Atom, labels: Labels, carriers: list[Value]) -> list[SlotKey]:
+def gather_slots(space: GraphIndex, atom: Atom, labels: Labels, carriers: list[Value]) -> list[SlotKey]:
     """EXITs that a value sharded on `atom` leaves through on its way to a result of the model, in order."""
     reaching: set[int] = set()
     for result in space.graph.results:
@@ -34,7 +34,13 @@ def gather_slots(space: Space, atom: Atom, labels: Labels, carriers: list[Value]
 
 
 def head_gather(
-    space: Space, cut: Cut, wanted: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], labels: Labels, carriers: list[Value]
+    space: GraphIndex,
+    cut: Partition,
+    wanted: Partitions,
+    gathers: Mapping[SlotKey, Atoms],
+    whole: frozenset[int],
+    labels: Labels,
+    carriers: list[Value],
 ) -> tuple[Mapping[SlotKey, Atoms], Labels] | Conflict:
     """Results on an axis that nothing but a lookup sums over (a vocabulary) are gathered where their head returns.
 
@@ -53,13 +59,13 @@ def head_gather(
     return Conflict(cut.atoms, None, "no module of its own makes this result, and code that was not traced could take a part of it for all")
 
 
-def returned(space: Space, labels: Labels, cut: Cut) -> bool:
+def returned(space: GraphIndex, labels: Labels, cut: Partition) -> bool:
     """True where a result of the model is sharded on `cut`."""
     return any(isinstance(v, Value) and cut.atoms & labels.of(v) for result in space.graph.results for _, v in result.leaves)
 
 
 def whole_results(
-    space: Space, wanted: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], labels: Labels, cut: Cut
+    space: GraphIndex, wanted: Partitions, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], labels: Labels, cut: Partition
 ) -> tuple[Mapping[SlotKey, Atoms], Labels] | Conflict:
     """`gathers` extended so that no result of the model is sharded on `cut`, and the labels then.
 
@@ -82,7 +88,7 @@ def whole_results(
     return conflict
 
 
-def _exits_to_results(space: Space, labels: Labels, cut: Cut) -> list[list[Node]]:
+def _exits_to_results(space: GraphIndex, labels: Labels, cut: Partition) -> list[list[Node]]:
     """Sets of EXITs that everything sharded on `cut` passes on its way to a result of the model, the innermost set first.
 
     A set with an EXIT whose value nothing uses in some call (attention weights, most of the time) is left out: that call would
@@ -111,7 +117,7 @@ def _exits_to_results(space: Space, labels: Labels, cut: Cut) -> list[list[Node]
         level = list(inner.values())
 
 
-def _exits_before(space: Space, labels: Labels, cut: Cut, node: Node) -> list[Node]:
+def _exits_before(space: GraphIndex, labels: Labels, cut: Partition, node: Node) -> list[Node]:
     """The EXITs that what is sharded on `cut` passed last on its way to `node`; none where some of it passed none."""
     found: dict[int, Node] = {}
     seen: set[int] = set()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from autotp.axes.atoms import Atom
 from autotp.axes.operators.table import Is, is_a
-from autotp.planner.placements import NONE, Space
+from autotp.planner.placements import NONE, GraphIndex
 from autotp.trace.graph import Node, Value
 
 
-def head_widths(space: Space) -> set[Atom]:
+def head_widths(space: GraphIndex) -> set[Atom]:
     """Atoms inside of one attention head: what queries and keys are multiplied over, and the last dim of the values."""
     found: set[Atom] = set()
     for node in space.graph.nodes:
@@ -25,7 +25,7 @@ def head_widths(space: Space) -> set[Atom]:
     return found
 
 
-def _source(space: Space, value: Value, traits: Is = Is.MAKES_SCORES) -> Node | None:
+def _source(space: GraphIndex, value: Value, traits: Is = Is.MAKES_SCORES) -> Node | None:
     """The operator with one of `traits` that a value comes from through what scores pass; None for a product with a parameter."""
     for _ in range(24):
         node = space.made.get(value.id)

@@ -13,12 +13,12 @@ from autotp.axes.operators.table import Is, is_a
 from autotp.plan.spec import Conversion, Op
 from autotp.planner.aliases import outlives
 from autotp.planner.calls import in_place
-from autotp.planner.placements import NONE, Labels, Space
+from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.trace.graph import Node, Value
 
 
 def wrongly_changed(
-    space: Space, labels: Labels, partial: frozenset[int], converted: Callable[[Value], Sequence[Conversion]]
+    space: GraphIndex, labels: Labels, partial: frozenset[int], converted: Callable[[Value], Sequence[Conversion]]
 ) -> tuple[Node, str] | None:
     """The first node that changes something where the plan does not allow it, and why.
 
@@ -44,7 +44,7 @@ def wrongly_changed(
     return None
 
 
-def statistics(space: Space, labels: Labels) -> Iterator[tuple[Node, Value]]:
+def statistics(space: GraphIndex, labels: Labels) -> Iterator[tuple[Node, Value]]:
     """Nodes that update statistics of which each rank has a part, and the statistics."""
     for node, target in space.storage.changes:
         if is_a(node, Is.UPDATES_STATISTICS) and (labels.of(target) | labels.slices.get((node.index, target.id), NONE)):

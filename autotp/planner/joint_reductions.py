@@ -26,7 +26,7 @@ from autotp.axes.operators.table import Is, is_a
 from autotp.plan.names import folded
 from autotp.plan.spec import Op
 from autotp.planner.keys import AtSlot, Key, slot_key
-from autotp.planner.placements import SlotKey, Space
+from autotp.planner.placements import GraphIndex, SlotKey
 from autotp.planner.reductions import Moves
 from autotp.planner.repeats import within
 from autotp.trace.graph import Graph, Node, Pseudo, Value
@@ -67,7 +67,7 @@ def members(joints: Iterable[Joint]) -> Mapping[str, tuple[tuple[str, ...], ...]
     return out
 
 
-def find_joints(space: Space, moves: Moves) -> tuple[tuple[Joint, ...], tuple[str, ...]]:
+def find_joints(space: GraphIndex, moves: Moves) -> tuple[tuple[Joint, ...], tuple[str, ...]]:
     """The reductions that become one, and notes about those that meet in a sum and stay apart."""
     reduced = {key.slot for key in moves.reduces - moves.copies if isinstance(key, AtSlot)}
     exits = [n for n in space.graph.nodes if n.op is Pseudo.EXIT and slot_key(n) in reduced]
@@ -101,7 +101,7 @@ def _slot(node: Node) -> SlotKey:
     return slot
 
 
-def _follow(space: Space, exit: Node, returned: set[int]) -> _Trail:
+def _follow(space: GraphIndex, exit: Node, returned: set[int]) -> _Trail:
     """Follow a result while it is used once, and there added with coefficient 1 or handed on as it is."""
     (value,) = exit.outputs
     while True:
@@ -172,7 +172,7 @@ def _common_call(graph: Graph, frames: Iterable[int]) -> str | None:
 # what stays apart -----------------------------------------------------------------------------------------------------------------
 
 
-def _notes(space: Space, exits: Sequence[Node], trails: Mapping[int, _Trail], refused: Mapping[SlotKey, str]) -> tuple[str, ...]:
+def _notes(space: GraphIndex, exits: Sequence[Node], trails: Mapping[int, _Trail], refused: Mapping[SlotKey, str]) -> tuple[str, ...]:
     """One note for each pair of neighbours in one sum; what changes a result says more than that other calls differ."""
     found: dict[str, str] = {}
     for a, b in pairwise(exits):
@@ -195,7 +195,7 @@ def _name(exit: Node) -> str:
     return folded(_slot(exit)[1])
 
 
-def _reached(space: Space, exit: Node, stop: int) -> tuple[set[int], set[int]]:
+def _reached(space: GraphIndex, exit: Node, stop: int) -> tuple[set[int], set[int]]:
     """(values before node `stop` that depend on a result, those of them that are linear in it)."""
     (value,) = exit.outputs
     every, linear = {value.id}, {value.id}
@@ -219,7 +219,7 @@ def _reached(space: Space, exit: Node, stop: int) -> tuple[set[int], set[int]]:
     return every, linear
 
 
-def _sums(space: Space, a: Node, b: Node) -> set[int]:
+def _sums(space: GraphIndex, a: Node, b: Node) -> set[int]:
     """Values that are linear in the results of both exits, from a sum of the two on."""
     stop = next((result.stop for result in space.graph.results if result.stop > b.index), len(space.graph.nodes))
     (left, of_a), (right, of_b) = _reached(space, a, stop), _reached(space, b, stop)

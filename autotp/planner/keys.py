@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autotp.planner.placements import SlotKey, Space
+from autotp.planner.placements import GraphIndex, SlotKey
 from autotp.trace.graph import Node, Place, Pseudo
 
 
@@ -42,7 +42,7 @@ def slot_key(node: Node) -> SlotKey | None:
     return None
 
 
-def key_of(space: Space, node: Node, index: int) -> Key:
+def key_of(space: GraphIndex, node: Node, index: int) -> Key:
     """What converts result `index` of a node."""
     slot = slot_key(node)
     if slot is not None:

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autotp.plan.spec import LocalAttribute
-from autotp.planner.partition import Cuts, local_size
-from autotp.planner.placements import NONE, Labels, Space
+from autotp.planner.partition import Partitions, local_size
+from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node, Value
 from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
@@ -58,7 +58,7 @@ def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
     return [i for i, v in enumerate(values) if v == number]
 
 
-def constraints(space: Space, labels: Labels) -> list[Constraint]:
+def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
     """Every constraint of the graph. Raises Refusal where a demanded int has no known origin."""
     out: list[Constraint] = []
     shapes: dict[int, Value] = {}
@@ -86,7 +86,7 @@ def constraints(space: Space, labels: Labels) -> list[Constraint]:
     return out
 
 
-def localise(space: Space, labels: Labels, hints: Hints | None = None) -> Localised:
+def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> Localised:
     """Solve for the attributes, with the values of `hints` where they do. Raises Refusal where no attribute and no override helps."""
     every = constraints(space, labels)
     shapes = {v.id: v for n in space.graph.nodes for v in (*n.inputs(), *n.outputs)}
@@ -127,7 +127,7 @@ def localise(space: Space, labels: Labels, hints: Hints | None = None) -> Locali
     return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()})
 
 
-def _scales(cuts: Cuts) -> frozenset[tuple[int, int]]:
+def _scales(cuts: Partitions) -> frozenset[tuple[int, int]]:
     """(size, local size) of everything that is cut: a number made of the one becomes a number made of the other."""
     found: set[tuple[int, int]] = set()
     for cut in cuts.values():
@@ -140,7 +140,7 @@ def _scales(cuts: Cuts) -> frozenset[tuple[int, int]]:
 class _Search:
     """Depth-first search over attributes, one module's at a time, given up for a module when it fails."""
 
-    def __init__(self, every: list[Constraint], size: object, cuts: Cuts, hints: Hints) -> None:
+    def __init__(self, every: list[Constraint], size: object, cuts: Partitions, hints: Hints) -> None:
         self.size, self.hints = size, hints
         self.scales = _scales(cuts)
         self.groups: list[list[Constraint]] = []

@@ -19,7 +19,7 @@ from autotp.plan.spec import ParamPlan
 from autotp.planner.bans import Accused, Bans
 from autotp.planner.certificate import replay, traced
 from autotp.planner.local_ints import Hints
-from autotp.planner.placements import Space
+from autotp.planner.placements import GraphIndex
 from autotp.planner.repeats import differing, lift
 from autotp.planner.requested import by_value
 from autotp.planner.solve import solve
@@ -116,7 +116,7 @@ def _certified(
     alike = {b: t for b, t in alike_blocks(model).items() if not differing(b, t, wanted, shapes)}
     known: Known = {}
     graph = trace(model, examples, keep, repeats=alike, known=known)
-    space = Space(find_axes(graph))
+    space = GraphIndex(find_axes(graph))
     asked = by_value(graph.params, wanted)
     bans = Bans({})
     linears = frozenset(path for path, m in model.named_modules() if has_forward_of(type(m), nn.Linear))

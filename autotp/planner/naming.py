@@ -13,15 +13,15 @@ from itertools import chain, count, pairwise
 from autotp.axes.atoms import Atom, flat
 from autotp.axes.operators.table import Is, is_a
 from autotp.plan.expressions import Concat, Expr, Factor, Product
-from autotp.planner.partition import Atoms, Cuts
-from autotp.planner.placements import SlotKey, Space, leaf_atoms
+from autotp.planner.partition import Atoms, Partitions
+from autotp.planner.placements import GraphIndex, SlotKey, leaf_atoms
 
 #: Factors up to this size are called by it, as the 3 of a fused q, k, v.
 SMALL = 4
 _FACTOR = {"attention": "h", "mlp": "i", "moe": "i", "embedding": "v", "lm head": "v", "conv": "c"}
 
 
-def pattern_of(space: Space, gathers: Mapping[SlotKey, Atoms], atom: Atom) -> str:
+def pattern_of(space: GraphIndex, gathers: Mapping[SlotKey, Atoms], atom: Atom) -> str:
     """The pattern name of one sharded atom."""
     kinds: set[str] = set()
     softmaxed = False
@@ -46,7 +46,7 @@ def pattern_of(space: Space, gathers: Mapping[SlotKey, Atoms], atom: Atom) -> st
     return "moe" if any(len(v.shape) == 3 for v in carriers) else "mlp"
 
 
-def space_softmax(space: Space, index: int, atom: Atom) -> tuple[int, ...]:
+def space_softmax(space: GraphIndex, index: int, atom: Atom) -> tuple[int, ...]:
     """(index,) where `atom` runs in parallel through a softmax or attention node."""
     node = space.graph.nodes[index]
     out = node.outputs[0]
@@ -54,7 +54,7 @@ def space_softmax(space: Space, index: int, atom: Atom) -> tuple[int, ...]:
     return (index,) if any(atom in d for d in dims[:-1]) and len(out.shape) >= 3 else ()
 
 
-def _contracted(space: Space, atom: Atom) -> bool:
+def _contracted(space: GraphIndex, atom: Atom) -> bool:
     return any(atom in atoms for contracts in space.contracts for _, atoms in contracts)
 
 
@@ -64,7 +64,7 @@ class Namer:
     A name is told apart by a number only from others in the same parameter: every block's heads are ``h``.
     """
 
-    def __init__(self, patterns: Mapping[Atom, str], cuts: Cuts, carried: Sequence[Sequence[Sequence[Atom]]] = ()) -> None:
+    def __init__(self, patterns: Mapping[Atom, str], cuts: Partitions, carried: Sequence[Sequence[Sequence[Atom]]] = ()) -> None:
         """`carried`: the dims of each parameter."""
         self.cuts = cuts
         self.patterns = dict(patterns)
@@ -125,7 +125,7 @@ def _runs(dim: Iterable[Atom]) -> Iterable[list[Atom]]:
             yield from _runs(segment)
 
 
-def _bases(patterns: Mapping[Atom, str], cuts: Cuts, carried: Sequence[Sequence[Sequence[Atom]]]) -> dict[Atom, str]:
+def _bases(patterns: Mapping[Atom, str], cuts: Partitions, carried: Sequence[Sequence[Sequence[Atom]]]) -> dict[Atom, str]:
     bases = {atom: _FACTOR.get(pattern, "n") for atom, pattern in patterns.items()}
     for cut in cuts.values():
         if cut.minor is not None:

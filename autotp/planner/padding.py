@@ -22,8 +22,8 @@ from torch import Tensor
 from autotp.axes.analysis import is_pointwise
 from autotp.axes.operators.elementwise import pointwise
 from autotp.axes.operators.table import OPERATORS, Is, Operator, Padded, arg, entry
-from autotp.planner.partition import Cut
-from autotp.planner.placements import NONE, Labels, Space
+from autotp.planner.partition import Partition
+from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.planner.refusals import Conflict
 from autotp.trace.graph import Node, Pseudo, Value, values_in
 
@@ -53,7 +53,7 @@ _ELEMENTWISE = (Padded.TOTAL, Padded.MULTIPLIED, Padded.CHOSEN)
 _WITHOUT_RULE = Operator(pointwise)
 
 
-def padding_conflict(space: Space, labels: Labels, cut: Cut) -> Conflict | None:
+def padding_conflict(space: GraphIndex, labels: Labels, cut: Partition) -> Conflict | None:
     """Where the padding of `cut` would change a result, None where it cannot."""
     held: dict[int, Padding] = {v.id: ZERO for v in space.graph.params.values() if labels.of(v) & cut.atoms}
     lost: Node | None = None  # where it was first not known to be finite
@@ -80,26 +80,26 @@ def padding_conflict(space: Space, labels: Labels, cut: Cut) -> Conflict | None:
     return None
 
 
-def _filled(space: Space, value: Value) -> Padding:
+def _filled(space: GraphIndex, value: Value) -> Padding:
     """Constants of one value have it in their padding too; a slice of anything else repeats an entry of its own."""
     number = space.graph.fills.get(value.id)
     return ANY if number is None else Known(float(number)) if isfinite(number) else WILD
 
 
-def _ends(labels: Labels, node: Node, cut: Cut) -> bool:
+def _ends(labels: Labels, node: Node, cut: Partition) -> bool:
     """True where padding leaves the sharded region: summed away, or dropped by a gather; its gradient comes from there."""
     return not any(labels.of(o) & cut.atoms for o in node.outputs)
 
 
-def _met(space: Space, labels: Labels, node: Node, cut: Cut, states: dict[int, Padding]) -> str:
+def _met(space: GraphIndex, labels: Labels, node: Node, cut: Partition, states: dict[int, Padding]) -> str:
     """Why the node must not sum this padding; empty where it may."""
     summed = [states[c.value] for c, atoms in space.contracts[node.index] if atoms & cut.atoms and c.value in states]
-    if not summed or node.index in labels.kernels or ZERO in summed or WILD in summed:
+    if not summed or node.index in labels.distributed or ZERO in summed or WILD in summed:
         return ""  # distributed statistics count what is no padding
     return "the padding would be summed"
 
 
-def _result(space: Space, node: Node, states: dict[int, Padding]) -> Padding:
+def _result(space: GraphIndex, node: Node, states: dict[int, Padding]) -> Padding:
     have = list(states.values())
     if WILD in have:
         return WILD
@@ -136,7 +136,7 @@ def _operator(node: Node) -> Operator:
     return OPERATORS.get(node.opname.rstrip("_")) or found or _WITHOUT_RULE
 
 
-def _made(space: Space, node: Node) -> Padding:
+def _made(space: GraphIndex, node: Node) -> Padding:
     """A value made sharded from whole ones (an expansion, a filled constant) repeats their entries."""
     number = space.graph.fills.get(node.outputs[0].id)
     return ANY if number is None else Known(float(number)) if isfinite(number) else WILD
@@ -160,7 +160,7 @@ def _fills_with(node: Node, operator: Operator) -> float:
     return float(given) if isinstance(given, (int, float)) else 0.0
 
 
-def _elementwise(space: Space, node: Node, operator: Operator, states: dict[int, Padding]) -> Padding:
+def _elementwise(space: GraphIndex, node: Node, operator: Operator, states: dict[int, Padding]) -> Padding:
     known: dict[int, float] = {key: s.number for key, s in states.items() if isinstance(s, Known)}
     known |= {v.id: space.graph.fills[v.id] for v in space.inputs[node.index] if v.id not in states and v.id in space.graph.fills}
     tensors = space.inputs[node.index]

@@ -19,7 +19,7 @@ Atoms = frozenset[Atom]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Partition:
     """One axis over `tp` ranks; without `minor`, `pieces` is 1. A rank's part of a single atom is a multiple of `granule`."""
 
     major: Atom
@@ -58,10 +58,10 @@ class Cut:
         return self.slots if atom is self.major else -(-atom.size // self.pieces)
 
 
-Cuts = Mapping[Atom, Cut]
+Partitions = Mapping[Atom, Partition]
 
 
-def local_size(dim: Iterable[Atom], on: Atoms, cuts: Cuts) -> int:
+def local_size(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> int:
     """Size of a dim on one rank, sharded on the atoms of `on`."""
     size = 1
     for atom in flat(list(dim)):
@@ -72,7 +72,7 @@ def local_size(dim: Iterable[Atom], on: Atoms, cuts: Cuts) -> int:
     return size
 
 
-def covers(dim: Iterable[Atom], on: Atoms, cuts: Cuts) -> bool:
+def covers(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> bool:
     """True when every index of a dim is held exactly once over all ranks: a sum over it then adds each index once."""
     atoms = flat(list(dim))
     for atom in atoms:
@@ -84,7 +84,7 @@ def covers(dim: Iterable[Atom], on: Atoms, cuts: Cuts) -> bool:
     return False
 
 
-def uncovered(dim: Iterable[Atom], on: Atoms, cuts: Cuts) -> Iterable[tuple[Atom, ...]]:
+def uncovered(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> Iterable[tuple[Atom, ...]]:
     """The segments of a dim that have no sharded atom, beside segments that do."""
     for atom in flat(list(dim)):
         for segment in atom.segments or ():
@@ -92,9 +92,9 @@ def uncovered(dim: Iterable[Atom], on: Atoms, cuts: Cuts) -> Iterable[tuple[Atom
                 yield tuple(segment)
 
 
-def _paths(dim: Iterable[Atom], on: Atoms, cuts: Cuts) -> set[frozenset[Cut]]:
+def _paths(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> set[frozenset[Partition]]:
     """For each kind of index path through a dim, the cuts that it meets."""
-    found: set[frozenset[Cut]] = {frozenset()}
+    found: set[frozenset[Partition]] = {frozenset()}
     for atom in flat(list(dim)):
         if atom.segments is None:
             if atom in on:
@@ -105,15 +105,15 @@ def _paths(dim: Iterable[Atom], on: Atoms, cuts: Cuts) -> set[frozenset[Cut]]:
     return found
 
 
-def meets_two(dims: Iterable[Iterable[Atom]], on: Atoms, cuts: Cuts) -> bool:
+def meets_two(dims: Iterable[Iterable[Atom]], on: Atoms, cuts: Partitions) -> bool:
     """True when some element of a tensor passes through two cuts."""
-    found: set[frozenset[Cut]] = {frozenset()}
+    found: set[frozenset[Partition]] = {frozenset()}
     for dim in dims:
         found = {a | b for a, b in product(found, _paths(dim, on, cuts))}
     return any(len(path) > 1 for path in found)
 
 
-def in_order(dim: Iterable[Atom], on: Atoms, cuts: Cuts) -> bool:
+def in_order(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> bool:
     """True when each minor atom of `on` stands behind its major one in a dim, as a layout can say it."""
 
     def check(part: Iterable[Atom], majors: Atoms) -> bool:

@@ -16,10 +16,10 @@ from heapq import heappop, heappush
 from autotp.axes.analysis import Axes, Meaning
 from autotp.axes.atoms import Atom, flat
 from autotp.axes.operators.table import Is, is_a
-from autotp.plan.spec import Kernel
+from autotp.plan.spec import DistributedForm
 from autotp.planner.aliases import Storage
 from autotp.planner.calls import Calls
-from autotp.planner.partition import Atoms, Cuts, covers, in_order, meets_two, uncovered
+from autotp.planner.partition import Atoms, Partitions, covers, in_order, meets_two, uncovered
 from autotp.planner.refusals import Conflict
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
@@ -31,14 +31,14 @@ SlotKey = tuple[Pseudo, str, tuple[str | int, ...]]
 class Labels:
     """The labels of one pass; edges are (node index, value id)."""
 
-    cuts: Cuts = field(default_factory=dict)
+    cuts: Partitions = field(default_factory=dict)
     shard: dict[int, Atoms] = field(default_factory=dict)
     partial: set[int] = field(default_factory=set)
     born: set[int] = field(default_factory=set)  # partial values that a contraction makes
     slices: dict[tuple[int, int], Atoms] = field(default_factory=dict)
     reduces: set[tuple[int, int]] = field(default_factory=set)
     once: set[int] = field(default_factory=set)  # whole parameters that are to be added once to partial sums
-    kernels: dict[int, Kernel] = field(default_factory=dict)
+    distributed: dict[int, DistributedForm] = field(default_factory=dict)
     gathered: dict[int, Atoms] = field(default_factory=dict)  # EXIT node index → atoms gathered there
     generated: set[int] = field(default_factory=set)  # nodes whose result is made sharded from whole arguments
     conflicts: list[Conflict] = field(default_factory=list)
@@ -81,7 +81,7 @@ def differentiable(graph: Graph) -> set[int]:
     return found
 
 
-class Space:
+class GraphIndex:
     """The axes in the form that labelling needs: leaf atoms of each dim, frozen."""
 
     def __init__(self, axes: Axes) -> None:
@@ -95,7 +95,7 @@ class Space:
             self.leaves[key] = per_dim
             self.carried[key] = frozenset().union(*per_dim) if per_dim else NONE
         self.inputs = [tuple(dict.fromkeys(n.inputs())) for n in self.graph.nodes]
-        self.sites = [[(s, self.atoms(s.dim)) for s in m.sites] for m in axes.meanings]
+        self.blocked = [[(s, self.atoms(s.dim)) for s in m.blocked] for m in axes.meanings]
         self.contracts = [[(c, self.atoms(c.dim)) for c in m.contracts] for m in axes.meanings]
 
         self.flows = differentiable(self.graph)
@@ -145,7 +145,7 @@ def leaf_atoms(dim: Iterable[Atom]) -> Iterable[Atom]:
                 yield from leaf_atoms(segment)
 
 
-def label(space: Space, cuts: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int] = frozenset()) -> Labels:
+def label(space: GraphIndex, cuts: Partitions, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int] = frozenset()) -> Labels:
     """Label every value, with the atoms of `cuts` sharded.
 
     `gathers`: results gathered at a module's EXIT; `whole`: nodes whose result is not made sharded.
@@ -161,7 +161,7 @@ def label(space: Space, cuts: Cuts, gathers: Mapping[SlotKey, Atoms], whole: fro
         once |= out.once
 
 
-def _pass(space: Space, cuts: Cuts, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], once: set[int]) -> Labels:
+def _pass(space: GraphIndex, cuts: Partitions, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], once: set[int]) -> Labels:
     """Visit, in order, the nodes that a sharded or partial value reaches."""
     out, on = Labels(cuts), frozenset(cuts)
     out.partial |= once
@@ -195,7 +195,7 @@ def _pass(space: Space, cuts: Cuts, gathers: Mapping[SlotKey, Atoms], whole: fro
     return out
 
 
-def _repeat(space: Space, node: Node, out: Labels) -> None:
+def _repeat(space: GraphIndex, node: Node, out: Labels) -> None:
     here, there = node.args
     for a, b in zip(here, there, strict=True):
         if out.of(a) != out.of(b):
@@ -205,7 +205,7 @@ def _repeat(space: Space, node: Node, out: Labels) -> None:
 
 
 def _node(
-    space: Space, node: Node, meaning: Meaning, inputs: Sequence[Value], active: Atoms, partial: list[Value], on: Atoms,
+    space: GraphIndex, node: Node, meaning: Meaning, inputs: Sequence[Value], active: Atoms, partial: list[Value], on: Atoms,
     gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], out: Labels,
 ) -> None:  # fmt: skip
     index = node.index
@@ -221,7 +221,7 @@ def _node(
             if missing and v.id in space.flows and not space.free(v.id):
                 out.conflicts.append(Conflict(missing, node, "no parameter makes this activation sharded: it would only be sliced"))
         have[v.id] = own | missing
-    for site, atoms in space.sites[index]:
+    for site, atoms in space.blocked[index]:
         hit = have.get(site.value, out.shard.get(site.value, NONE)) & atoms
         if hit:
             out.conflicts.append(Conflict(hit, node, site.reason))
@@ -239,15 +239,15 @@ def _node(
         hit = have.get(contract.value, NONE) & atoms
         if not hit:
             continue
-        statistic = contract.kernel is not None and contract.kernel is not Kernel.LOOKUP  # it tells copies and padding apart
+        statistic = contract.form is not None and contract.form is not DistributedForm.LOOKUP  # it tells copies and padding apart
         if not statistic and not covers(contract.dim, have[contract.value], out.cuts):
             segments = tuple(uncovered(contract.dim, have[contract.value], out.cuts))
             out.conflicts.append(Conflict(hit, node, "some of what is summed is held by several ranks", segments))
         if statistic and (parted := _parted(hit, have[contract.value], crossed[contract.value], out.cuts)):
             out.conflicts.append(Conflict(parted, node, "the cut goes through the groups that a statistic is taken of"))
-        if contract.kernel is not None:
-            out.kernels[index] = contract.kernel
-            if not space.calls.stands_for(node, contract.kernel):
+        if contract.form is not None:
+            out.distributed[index] = contract.form
+            if not space.calls.stands_for(node, contract.form):
                 why = space.graph.sealed(node) or "it is part of a function that has no distributed form"
                 out.conflicts.append(Conflict(hit, node, why))
         if not contract.whole:
@@ -290,7 +290,7 @@ def _node(
                 out.conflicts.append(Conflict(hit | summed, node, "a partial sum would also be sharded"))
 
 
-def _parted(hit: Atoms, have: Atoms, crossed: Atoms, cuts: Cuts) -> Atoms:
+def _parted(hit: Atoms, have: Atoms, crossed: Atoms, cuts: Partitions) -> Atoms:
     """Atoms of the cuts that a value has both factors of and its statistic crosses one of.
 
     Pieces of the groups are dealt, so an index of what is left is another group, or another part of one, on each rank.
@@ -299,7 +299,7 @@ def _parted(hit: Atoms, have: Atoms, crossed: Atoms, cuts: Cuts) -> Atoms:
     return NONE.union(*(both for both in found if len(both) > 1 and not both <= crossed))
 
 
-def _add_once(space: Space, meaning: Meaning, ids: frozenset[int], out: Labels) -> bool:
+def _add_once(space: GraphIndex, meaning: Meaning, ids: frozenset[int], out: Labels) -> bool:
     """True where the whole operands of a sum with partial ones all are parameters: those are then added on one rank."""
     if any(_crossed(space, key, out) for key in ids):
         return False  # it can be reduced at the boundary that it crossed
@@ -310,7 +310,7 @@ def _add_once(space: Space, meaning: Meaning, ids: frozenset[int], out: Labels) 
     return False
 
 
-def _crossed(space: Space, key: int, out: Labels) -> bool:
+def _crossed(space: GraphIndex, key: int, out: Labels) -> bool:
     """True for a partial sum that left a module since it was made."""
     while key not in out.born:
         node = space.made.get(key)
@@ -320,7 +320,7 @@ def _crossed(space: Space, key: int, out: Labels) -> bool:
     return False
 
 
-def _mark_once(space: Space, key: int, out: Labels) -> bool:
+def _mark_once(space: GraphIndex, key: int, out: Labels) -> bool:
     parameter = space.parameter_of(key)
     if parameter is None or out.shard.get(parameter):
         return False
@@ -332,7 +332,7 @@ def _flowing(have: Mapping[int, Atoms], generated: Atoms) -> Atoms:
     return frozenset().union(*have.values(), generated) if have else generated
 
 
-def _check_values(space: Space, out: Labels) -> None:
+def _check_values(space: GraphIndex, out: Labels) -> None:
     cuts = out.cuts
     for key, on in out.shard.items():
         _check_cuts(space, key, on, None, out)
@@ -353,7 +353,7 @@ def _check_values(space: Space, out: Labels) -> None:
             out.conflicts.append(Conflict(on, None, f"{value.name} does not have the factors of the axis next to each other"))
 
 
-def _check_cuts(space: Space, key: int, on: Atoms, node: Node | None, out: Labels) -> None:
+def _check_cuts(space: GraphIndex, key: int, on: Atoms, node: Node | None, out: Labels) -> None:
     cuts = {out.cuts[a] for a in on}
     if len(cuts) > 1 and meets_two(space.axes.dims[key], on, out.cuts):
         out.conflicts.append(Conflict(on, node, "two sharded axes meet in one tensor"))

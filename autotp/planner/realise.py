@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from autotp.plan.expressions import Expr, Factor, freed, is_sharded
 from autotp.plan.layout import is_padded, shared
-from autotp.plan.spec import Conversion, GradSum, Kernel, ModulePlan, Op, Slot, Use, Written
+from autotp.plan.spec import Conversion, DistributedForm, GradSum, ModulePlan, Op, Slot, Use, Written
 from autotp.planner.call_specs import CallSpec, sites_of
 from autotp.planner.choice import Choice
 from autotp.planner.in_place import statistics, wrongly_changed
@@ -20,7 +20,7 @@ from autotp.planner.keys import AtPlace, AtSlot, Key, key_of, slot_key
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
 from autotp.planner.partition import Atoms
-from autotp.planner.placements import NONE, Space
+from autotp.planner.placements import NONE, GraphIndex
 from autotp.planner.reductions import Moves
 from autotp.planner.refusals import Refusal
 from autotp.planner.repeats import lift_modules
@@ -31,7 +31,7 @@ class Builder:
     """Collects the changes of one plan. `linears`: paths of modules that run exactly one linear."""
 
     def __init__(
-        self, space: Space, choice: Choice, moves: Moves, local: Localised, namer: Namer, linears: frozenset[str], tp: int,
+        self, space: GraphIndex, choice: Choice, moves: Moves, local: Localised, namer: Namer, linears: frozenset[str], tp: int,
         joints: tuple[Joint, ...] = (),
     ) -> None:  # fmt: skip
         self.space, self.choice, self.moves, self.local, self.namer, self.tp = space, choice, moves, local, namer, tp
@@ -137,10 +137,10 @@ class Builder:
                 self._at(key, Conversion(op))
 
     def _kernels(self) -> None:
-        for index, kernel in self.labels.kernels.items():
+        for index, form in self.labels.distributed.items():
             spec = self._call(self.graph.nodes[index])
-            spec.kernel = kernel
-            if kernel is not Kernel.LOOKUP:
+            spec.form = form
+            if form is not DistributedForm.LOOKUP:
                 spec.over, spec.over_dim = self._over(self.graph.nodes[index])
 
     def _over(self, node: Node) -> tuple[Expr | None, int]:

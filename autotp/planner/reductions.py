@@ -20,7 +20,7 @@ from math import prod
 from autotp.axes.operators.table import Is, is_a
 from autotp.planner.keys import AtPlace, AtSlot, AtValue, Key, key_of, slot_key
 from autotp.planner.mincut import MinCut
-from autotp.planner.placements import Labels, SlotKey, Space
+from autotp.planner.placements import GraphIndex, Labels, SlotKey
 from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node, Origin, Pseudo, Value, outside
 
@@ -82,7 +82,7 @@ class _Param:
 class _Vertices:
     """Vertices of values; values that one conversion would act on share theirs."""
 
-    def __init__(self, space: Space, places: bool) -> None:
+    def __init__(self, space: GraphIndex, places: bool) -> None:
         """`places`: calls from one place in the code share their vertices; otherwise each value outside slots is alone."""
         self.key: dict[int, Key] = {}
         self.order: dict[int, int] = {}
@@ -117,7 +117,7 @@ def _cost(key: Key, elements: float, order: int, late: bool = False) -> float:
     return 2 * SITE + base if key.slot[:2] == (Pseudo.EXIT, "") else base
 
 
-def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozenset[Key], frozenset[int]]:
+def place_reductions(space: GraphIndex, labels: Labels, places: bool) -> tuple[frozenset[Key], frozenset[int]]:
     """(where partial sums are reduced, values still partial after that)."""
     cut, vertices = MinCut(), _Vertices(space, places)
     mixed = _mixed(space, vertices, lambda v: v.id in labels.partial, lambda v: True) | _sealed(space, vertices)
@@ -172,7 +172,7 @@ def place_reductions(space: Space, labels: Labels, places: bool) -> tuple[frozen
     return frozenset(k for k in chosen if isinstance(k, AtSlot | AtPlace | AtValue)), partial
 
 
-def _mixed(space: Space, vertices: _Vertices, holds: Callable[[Value], bool], matters: Callable[[Value], bool]) -> set[Key]:
+def _mixed(space: GraphIndex, vertices: _Vertices, holds: Callable[[Value], bool], matters: Callable[[Value], bool]) -> set[Key]:
     """What no conversion reaches, and slots and places in the code that see both kinds of values in different calls.
 
     `matters`: what a conversion at a place would do something to.
@@ -193,12 +193,12 @@ def _mixed(space: Space, vertices: _Vertices, holds: Callable[[Value], bool], ma
     return mixed
 
 
-def _sealed(space: Space, vertices: _Vertices) -> set[Key]:
+def _sealed(space: GraphIndex, vertices: _Vertices) -> set[Key]:
     """What no conversion can stand at: results of operators inside of autograd functions, and outside of the model's forward."""
     return {vertices.of(o) for node in space.graph.nodes if space.graph.sealed(node) for o in node.outputs}
 
 
-def _seen_whole(space: Space, node: Node) -> tuple[Value, ...]:
+def _seen_whole(space: GraphIndex, node: Node) -> tuple[Value, ...]:
     """The values of a node whose gradient has to be whole as soon as it arrives: code sees it that need not be linear in it."""
     if node.op is Pseudo.HOOK:
         return tuple(node.inputs())
@@ -210,7 +210,7 @@ def _seen_whole(space: Space, node: Node) -> tuple[Value, ...]:
 
 
 def place_copies(
-    space: Space, labels: Labels, partial: frozenset[int], reduces: frozenset[Key], places: bool
+    space: GraphIndex, labels: Labels, partial: frozenset[int], reduces: frozenset[Key], places: bool
 ) -> tuple[frozenset[Key], frozenset[tuple[int, int]], frozenset[int], frozenset[tuple[Side, SlotKey]]]:
     """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed, hanging slots)."""
     cut, vertices = MinCut(), _Vertices(space, places)
@@ -234,9 +234,11 @@ def place_copies(
         for o in live:
             if whole(o):
                 seen[o.id] = o
-                if at_once or (any(v.id in partial for v in inputs) and node.index not in labels.kernels):
+                if at_once or (any(v.id in partial for v in inputs) and node.index not in labels.distributed):
                     cut.needed(vertices.at(Side.ABOVE, o))  # reduced here: its gradient goes on to every rank's part
-                if node.index in labels.gathered or (labels.kernels.get(node.index) is not None and not out_partial and not out_sharded):
+                if node.index in labels.gathered or (
+                    labels.distributed.get(node.index) is not None and not out_partial and not out_sharded
+                ):
                     cut.needed(vertices.at(Side.ABOVE, o))
         if node.op is Pseudo.REPEAT:
             _repeat(cut, vertices, node, whole)
@@ -254,7 +256,7 @@ def place_copies(
                     and sharded.get(v.id)
                     and not out_partial
                     and node.index not in labels.gathered
-                    and node.index not in labels.kernels
+                    and node.index not in labels.distributed
                 ):
                     for o in live:  # a repeated segment is taken out: its gradient stays a partial sum
                         if whole(o):
@@ -291,7 +293,7 @@ def place_copies(
     )
 
 
-def _ends(space: Space, cut: MinCut, vertices: _Vertices, seen: dict[int, Value], flows: set[int], mixed: set[Key]) -> None:
+def _ends(space: GraphIndex, cut: MinCut, vertices: _Vertices, seen: dict[int, Value], flows: set[int], mixed: set[Key]) -> None:
     done: set[Key] = set()
     for v in seen.values():
         key = vertices.of(v)
@@ -324,13 +326,13 @@ def _repeat(cut: MinCut, vertices: _Vertices, node: Node, whole: Callable[[Value
             cut.same(vertices.at(Side.BELOW, a), vertices.at(Side.BELOW, b))
 
 
-def _added(space: Space, node: Node, value: Value) -> bool:
+def _added(space: GraphIndex, node: Node, value: Value) -> bool:
     """True where the node adds `value` to its other operands instead of multiplying."""
     meaning = space.axes.meanings[node.index]
     return value.id in meaning.once or any(len(group) > 1 and value.id in group for group in meaning.linear)
 
 
-def place(space: Space, labels: Labels) -> Moves:
+def place(space: GraphIndex, labels: Labels) -> Moves:
     """All reductions of a labelled graph.
 
     Raises:
@@ -342,6 +344,6 @@ def place(space: Space, labels: Labels) -> Moves:
         return _place(space, labels, places=False)
 
 
-def _place(space: Space, labels: Labels, places: bool) -> Moves:
+def _place(space: GraphIndex, labels: Labels, places: bool) -> Moves:
     reduces, partial = place_reductions(space, labels, places)
     return Moves(reduces, partial, *place_copies(space, labels, partial, reduces, places))

@@ -14,8 +14,8 @@ from autotp.axes.atoms import Atom
 from autotp.plan.expressions import Concat, Expr, factors, is_sharded, size
 from autotp.plan.layout import Layout, runs
 from autotp.planner.naming import Namer
-from autotp.planner.partition import Cut
-from autotp.planner.placements import Space
+from autotp.planner.partition import Partition
+from autotp.planner.placements import GraphIndex
 from autotp.trace.graph import Value
 
 #: Value id of a parameter → the layout that it is to have.
@@ -30,13 +30,13 @@ class Reason:
     ruled_out_by: tuple[str, ...] = ()
 
 
-def claimed(cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> list[Value]:
+def claimed(cut: Partition, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> list[Value]:
     """The parameters on the axis of `cut` that have a wanted layout."""
     values = {v.id: v for atom in cut.atoms for v in carriers[atom]}
     return [v for v in values.values() if v.id in wanted]
 
 
-def ruled_out(space: Space, cut: Cut, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> Reason | None:
+def ruled_out(space: GraphIndex, cut: Partition, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> Reason | None:
     """The wanted layout that rules `cut` out, None where none does."""
     for value in claimed(cut, carriers, wanted):
         if not _fits(space, cut, value, wanted[value.id]):
@@ -49,7 +49,7 @@ def granules(wanted: Wanted, length: int) -> set[int]:
     return {f.granule for layout in wanted.values() for d in layout.dims for f in factors(d) if f.sharded and f.size == length}
 
 
-def _fits(space: Space, cut: Cut, value: Value, layout: Layout) -> bool:
+def _fits(space: GraphIndex, cut: Partition, value: Value, layout: Layout) -> bool:
     """True where `cut` deals its part of a parameter as `layout` does; what other axes deal is not looked at."""
     namer = Namer({}, dict.fromkeys(cut.atoms, cut))
     for dim, theirs in zip(space.axes.dims[value.id], layout.dims, strict=True):

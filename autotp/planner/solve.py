@@ -13,7 +13,7 @@ from autotp.planner.choice import Choice, choose
 from autotp.planner.joint_reductions import find_joints
 from autotp.planner.local_ints import Hints, localise
 from autotp.planner.naming import Namer, pattern_of
-from autotp.planner.placements import Space, label
+from autotp.planner.placements import GraphIndex, label
 from autotp.planner.realise import Builder
 from autotp.planner.reductions import place
 from autotp.planner.refusals import Refusal
@@ -24,7 +24,7 @@ MAX_ATTEMPTS = 128
 
 
 def solve(
-    space: Space, tp: int, bans: Bans, model: str, linears: frozenset[str], wanted: Wanted | None = None, hints: Hints | None = None
+    space: GraphIndex, tp: int, bans: Bans, model: str, linears: frozenset[str], wanted: Wanted | None = None, hints: Hints | None = None
 ) -> Draft:
     """The best plan that avoids `bans`, with the `wanted` layouts as far as they can be had; adds to `bans` what turns out impossible.
 
@@ -68,7 +68,7 @@ def solve(
     raise AssertionError("an axis was taken where none may be")
 
 
-def _blame_alone(space: Space, choice: Choice, bans: Bans, reason: str) -> None:
+def _blame_alone(space: GraphIndex, choice: Choice, bans: Bans, reason: str) -> None:
     """Find the axis whose reductions cannot be placed by trying each without the others."""
     found = False
     every = dict.fromkeys(choice.cuts.values())

@@ -7,17 +7,17 @@ from dataclasses import replace
 from math import prod
 
 from autotp.plan.cost import summed
-from autotp.plan.spec import Kernel, ModulePlan, Op, ParamPlan, Traffic
+from autotp.plan.spec import DistributedForm, ModulePlan, Op, ParamPlan, Traffic
 from autotp.planner.choice import Choice
 from autotp.planner.keys import AtSlot, key_of
-from autotp.planner.placements import Space
+from autotp.planner.placements import GraphIndex
 from autotp.planner.reductions import Moves
 from autotp.planner.repeats import block_of, traced
 from autotp.trace.graph import Node, Origin, Pseudo, Value
 
 
 def traffic(
-    space: Space, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...], params: Mapping[str, ParamPlan]
+    space: GraphIndex, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...], params: Mapping[str, ParamPlan]
 ) -> tuple[Traffic, ...]:
     """The collectives of the first path's forward and of its backward. What enters regions from one tensor is reduced once."""
     sources = _Sources(space, modules)
@@ -74,7 +74,7 @@ class _Sources:
     Copies of one tensor are one copy (`autotp.rewrite.collectives.copy_cache`), but for arguments of the model, which are leaves.
     """
 
-    def __init__(self, space: Space, modules: tuple[ModulePlan, ...]) -> None:
+    def __init__(self, space: GraphIndex, modules: tuple[ModulePlan, ...]) -> None:
         self._made = {o.id: n for n in space.graph.nodes for o in n.outputs}
         self._converted = {
             (kind, ".".join(map(str, (m.path, *s.path))))
@@ -96,7 +96,7 @@ class _Sources:
         return None if value.origin is Origin.INPUT else value.id
 
 
-def _site_traffic(space: Space, choice: Choice, moves: Moves, sources: _Sources) -> dict[str, list[tuple[Traffic, int | None]]]:
+def _site_traffic(space: GraphIndex, choice: Choice, moves: Moves, sources: _Sources) -> dict[str, list[tuple[Traffic, int | None]]]:
     """Collectives at call sites, by traced module: reductions and copies of single values (and of what), statistics of norms."""
     first = space.graph.results[0].stop if space.graph.results else len(space.graph.nodes)
     out: dict[str, list[tuple[Traffic, int | None]]] = {}
@@ -114,10 +114,10 @@ def _site_traffic(space: Space, choice: Choice, moves: Moves, sources: _Sources)
     for index, number in sorted(moves.group_edges):
         value = next(v for v in space.inputs[index] if v.id == number)
         add(space.graph.nodes[index], "backward", _per_token(value), sources.of(value))
-    for index, kernel in sorted(choice.labels.kernels.items()):
+    for index, form in sorted(choice.labels.distributed.items()):
         node = space.graph.nodes[index]
         if any(c.whole for c, _ in space.contracts[index]):
-            for when in ("forward", "backward") * (2 if kernel is Kernel.LAYER_NORM else 1):  # a mean, and a variance
+            for when in ("forward", "backward") * (2 if form is DistributedForm.LAYER_NORM else 1):  # a mean, and a variance
                 add(node, when, 1)
     return out
 

@@ -20,7 +20,7 @@ from autotp.plan.layout import Layout
 from autotp.plan.names import folded
 from autotp.plan.notation import mapped, marks
 from autotp.plan.plan import Plan
-from autotp.plan.spec import Conversion, GradSum, Kernel, ModulePlan, Op, Slot
+from autotp.plan.spec import Conversion, DistributedForm, GradSum, ModulePlan, Op, Slot
 from autotp.recipe.attributes import LOCAL, WHOLE
 from autotp.recipe.bind import bind
 from autotp.recipe.config_fields import candidates, expressions, fields
@@ -190,7 +190,7 @@ class _Writer:
             if use is not None and any(c.op is Op.ONCE for c in use.conversions):
                 return Role.ROW
             return Role.INSIDE if self._summed(path, leaf) else Role.WHOLE
-        if any(s.kernel is Kernel.LOOKUP for s in module.sites):
+        if any(s.kernel is DistributedForm.LOOKUP for s in module.sites):
             return Role.LOOKUP
         if path not in self.modules:  # a module that is not called by this name: tied ones are
             called = [n for n in self._tied(name) if n.rpartition(".")[0] in self.modules]
@@ -232,7 +232,7 @@ class _Writer:
         slots = [c.expr for s in (*m.inputs, *m.outputs) for c in s.conversions if c.expr is not None]
         unusual = any(not self._usual(e) for e in slots)
         other_uses = any(u.held or u.owner != m.path or any(c.op is not Op.ONCE for c in u.conversions) for u in m.uses)
-        sites = any(s.kernel is not Kernel.LOOKUP or s.inputs or s.ints for s in m.sites)
+        sites = any(s.kernel is not DistributedForm.LOOKUP or s.inputs or s.ints for s in m.sites)
         return other_uses or sites or unusual
 
     def _arguments(self) -> Iterator[Boundary]:

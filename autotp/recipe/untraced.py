@@ -26,7 +26,21 @@ from autotp.plan.expressions import factors, freed, is_sharded
 from autotp.plan.layout import Layout
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
-from autotp.plan.spec import AxisInfo, Boundary, Conversion, GradSum, Kernel, ModulePlan, Op, ParamPlan, Shown, Site, Slot, Traffic, Use
+from autotp.plan.spec import (
+    AxisInfo,
+    Boundary,
+    Conversion,
+    DistributedForm,
+    GradSum,
+    ModulePlan,
+    Op,
+    ParamPlan,
+    Shown,
+    Site,
+    Slot,
+    Traffic,
+    Use,
+)
 from autotp.recipe.bind import bind
 from autotp.recipe.binding import Bound, BoundBoundary, BoundParam
 from autotp.recipe.check import first_argument, own_params, scopes, under, weights
@@ -204,7 +218,7 @@ def _lookup() -> Site:
     """The one call that `nn.Embedding.forward` makes."""
     code = nn.Embedding.forward.__code__
     offset = [i.offset for i in dis.get_instructions(code) if i.opname.startswith("CALL")][-1]
-    return Site(code.co_filename, code.co_qualname, code.co_firstlineno, offset, kernel=Kernel.LOOKUP)
+    return Site(code.co_filename, code.co_qualname, code.co_firstlineno, offset, kernel=DistributedForm.LOOKUP)
 
 
 def _axes(bound: Bound) -> Iterator[AxisInfo]:

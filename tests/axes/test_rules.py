@@ -31,11 +31,11 @@ from autotp.axes.operators.elementwise import pointwise
 from autotp.axes.operators.table import OPERATORS
 from autotp.plan.expressions import size
 from autotp.plan.layout import Layout
-from autotp.plan.spec import Kernel
+from autotp.plan.spec import DistributedForm
 from autotp.planner.naming import Namer
 from autotp.planner.padding import padding_conflict
-from autotp.planner.partition import Atoms, Cut, Cuts, in_order, local_size, neighbours
-from autotp.planner.placements import NONE, Labels, Space, label
+from autotp.planner.partition import Atoms, Partition, Partitions, in_order, local_size, neighbours
+from autotp.planner.placements import NONE, GraphIndex, Labels, label
 from autotp.trace.example import Example
 from autotp.trace.graph import Node, Pseudo, Value
 from autotp.trace.run import trace
@@ -89,7 +89,7 @@ class Draw:
 
 
 class Refused(Exception):
-    """The claim cannot be run: an int would have to be two things at once, or a kernel crosses the ranks."""
+    """The claim cannot be run: an int would have to be two things at once, or a form crosses the ranks."""
 
 
 def _ints(node: Node, meaning: Meaning, labels: Labels) -> dict[tuple[int, int], int]:
@@ -132,14 +132,14 @@ def _run(node: Node, wanted: dict[tuple[int, int], int], tensor: Callable[[Value
 class Subject:
     """A traced operator and its true values."""
 
-    space: Space
+    space: GraphIndex
     full: dict[int, Tensor]
     loud: bool = False
 
     @staticmethod
     def of(module: nn.Module, loud: bool = False) -> Subject:
         graph = trace(module, [Example("user", dict)], keep)
-        space = Space(find_axes(graph))
+        space = GraphIndex(find_axes(graph))
         full = {v.id: dict(module.named_parameters())[n].detach() for n, v in graph.params.items()}
         full |= {v.id: dict(module.named_buffers())[n] for n, v in graph.buffers.items()}
         full |= dict(graph.constants)
@@ -147,7 +147,7 @@ class Subject:
             full.update(zip((o.id for o in node.outputs), _run(node, {}, lambda v: full[v.id]), strict=True))
         return Subject(space, full, loud)
 
-    def layout(self, value: int, on: Atoms, cuts: Cuts) -> Layout:
+    def layout(self, value: int, on: Atoms, cuts: Partitions) -> Layout:
         """The layout of a value; dims that carry factors of one cut are taken as one, `flattened`."""
         dims, leaves = self.space.axes.dims[value], self.space.leaves[value]
         hit = [i for i, atoms in enumerate(leaves) if atoms & on] or [0]
@@ -158,7 +158,7 @@ class Subject:
         exprs = tuple(namer.expr(d, on) for d in merged)
         return Layout(tuple(size(e) for e in exprs), exprs, TP)
 
-    def check(self, *chosen: Cut) -> bool:
+    def check(self, *chosen: Partition) -> bool:
         """Run a claim; False where the labels or the padding refuse it.
 
         Raises:
@@ -182,9 +182,9 @@ class Subject:
 
     def _step(self, node: Node, labels: Labels, held: dict[int, list[Tensor]]) -> None:
         wanted = _ints(node, self.space.axes.meanings[node.index], labels)
-        kernel = labels.kernels.get(node.index)
+        form = labels.distributed.get(node.index)
         uneven = any(cut.padded or cut.pieces > 1 for cut in labels.cuts.values())
-        if kernel not in (None, Kernel.MEAN, Kernel.LOOKUP) or (kernel is not None and uneven):
+        if form not in (None, DistributedForm.MEAN, DistributedForm.LOOKUP) or (form is not None and uneven):
             raise Refused
         results = []
         for rank in range(TP):
@@ -195,7 +195,7 @@ class Subject:
                 cut = labels.slices.get((node.index, v.id), NONE)
                 return _slice(held[v.id][rank], self.layout(v.id, cut, labels.cuts), rank) if cut else held[v.id][rank]
 
-            if kernel is Kernel.LOOKUP:
+            if form is DistributedForm.LOOKUP:
                 results.append([_lookup(tensor(node.args[0]), tensor(node.args[1]), rank)])
             else:
                 try:
@@ -204,7 +204,7 @@ class Subject:
                     raise (Refused if self.loud else error) from error
                 if self.loud and len(out) != len(node.outputs):
                     raise Refused
-                results.append([t / TP for t in out] if kernel is Kernel.MEAN else out)
+                results.append([t / TP for t in out] if form is DistributedForm.MEAN else out)
         for i, o in enumerate(node.outputs):
             got, full = held.setdefault(o.id, [r[i] for r in results]), self.full[o.id]
             if o.id in labels.partial:
@@ -236,13 +236,13 @@ class Subject:
                     for x, y, o in zip(a, b, node.outputs, strict=True):
                         assert torch.allclose(x + y, self.full[o.id]), f"{node} is not linear in {[*group]}"
 
-    def candidates(self) -> tuple[list[Cut], list[Cut]]:
-        """Cuts of single atoms, and of neighbours dealt in pieces."""
+    def candidates(self) -> tuple[list[Partition], list[Partition]]:
+        """Partitions of single atoms, and of neighbours dealt in pieces."""
         values = self.space.graph.params.values()
         every = sorted({a for v in values for a in self.space.carried[v.id] if a.size > 1}, key=lambda a: a.id)
         pairs = {pair: None for v in values for dim in self.space.axes.dims[v.id] for pair in neighbours(dim) if pair[1].size > 1}
-        return [Cut(a, TP) for a in every], [
-            Cut(a, TP, b, n) for a, b in pairs for n in (2, 3) if n <= b.size and -(-b.size // -(-b.size // n)) == n
+        return [Partition(a, TP) for a in every], [
+            Partition(a, TP, b, n) for a, b in pairs for n in (2, 3) if n <= b.size and -(-b.size // -(-b.size // n)) == n
         ]
 
     def claims(self) -> int:
@@ -796,7 +796,7 @@ def no_demands(rule: Rule) -> Rule:
 def no_sites(rule: Rule) -> Rule:
     def lie(context: Context, node: Node) -> None:
         rule(context, node)
-        context.meaning.sites.clear()
+        context.meaning.blocked.clear()
 
     return lie
 
@@ -897,7 +897,7 @@ def test_atoms_are_told_apart() -> None:
 def test_padding_that_would_be_summed_is_refused(function: Callable[..., Tensor], harmless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.rand(4, 3, dtype=torch.float64) + 0.5, torch.rand(3, 4, dtype=torch.float64)
     subject = Subject.of(Operator(function, [x, w], []))
-    width = Cut(next(iter(subject.space.leaves[next(iter(subject.space.graph.params.values())).id][-1])), TP)
+    width = Partition(next(iter(subject.space.leaves[next(iter(subject.space.graph.params.values())).id][-1])), TP)
     assert width.size == 3
     assert subject.check(width) == harmless
     wrong = torch.isnan(function(torch.zeros(2, 1), torch.zeros(1, 1))).any() or function(torch.zeros(2, 1), torch.zeros(1, 1)).any()

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autotp.plan.expressions import Expr, Factor
 from autotp.plan.layout import Layout, replicated
-from autotp.plan.spec import Conversion, Kernel, ModulePlan, Op, ParamPlan, Site, Slot, Use
+from autotp.plan.spec import Conversion, DistributedForm, ModulePlan, Op, ParamPlan, Site, Slot, Use
 from autotp.rewrite.apply import apply
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.full import full_grads
@@ -29,7 +29,7 @@ def even(shape: Any, dim: int, tp: int) -> Layout:
     return Layout(shape, tuple(dims), tp)
 
 
-def embedding_site(kernel: Kernel | None = Kernel.LOOKUP, forward: Any = nn.Embedding.forward, **changes: Any) -> Site:
+def embedding_site(kernel: DistributedForm | None = DistributedForm.LOOKUP, forward: Any = nn.Embedding.forward, **changes: Any) -> Site:
     """A site at the only call that `forward` makes; the offset is that of its last CALL before RETURN."""
     import dis
 

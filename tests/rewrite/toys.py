@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autotp.plan.expressions import Concat, Factor, Product
 from autotp.plan.layout import Layout, replicated
-from autotp.plan.spec import Conversion, GradSum, Kernel, LocalAttribute, ModulePlan, Op, ParamPlan, Site, Slot, Use
+from autotp.plan.spec import Conversion, DistributedForm, GradSum, LocalAttribute, ModulePlan, Op, ParamPlan, Site, Slot, Use
 from tests.rewrite.plans import COPY, REDUCE, embedding_site, even
 
 HEADS, DIM = 4, 6
@@ -141,7 +141,7 @@ def toy_plan(model: Toy, tp: int = 2) -> tuple[dict[str, ParamPlan], list[Module
             ModulePlan(f"{path}.up", inputs=(Slot(("input",), (COPY,)),)),
             ModulePlan(
                 f"{path}.norm",
-                sites=(site(nn.LayerNorm.forward, "layer_norm", ints=((0, 32, 32 // tp),), kernel=Kernel.LAYER_NORM),),
+                sites=(site(nn.LayerNorm.forward, "layer_norm", ints=((0, 32, 32 // tp),), kernel=DistributedForm.LAYER_NORM),),
             ),
             ModulePlan(
                 f"{path}.down",

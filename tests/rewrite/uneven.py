@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from autotp.plan.expressions import Concat, Expr, Factor, Product, size
 from autotp.plan.layout import Layout, replicated
-from autotp.plan.spec import Conversion, GradSum, Kernel, LocalAttribute, ModulePlan, Op, ParamPlan, Slot, Use
+from autotp.plan.spec import Conversion, DistributedForm, GradSum, LocalAttribute, ModulePlan, Op, ParamPlan, Slot, Use
 from tests.rewrite.plans import COPY, REDUCE, embedding_site
 from tests.rewrite.toys import site
 
@@ -119,7 +119,7 @@ def uneven_plan(model: Uneven, tp: int, pieces: int) -> tuple[dict[str, ParamPla
     put("mlp.scale", 0, inner)
     for name in ("embed.weight", "head.weight"):
         put(name, 0, vocab)
-    norm = site(Mlp.forward, "rms_norm", ints=((0, INNER, size(inner, tp)),), kernel=Kernel.RMS_NORM, over=inner)
+    norm = site(Mlp.forward, "rms_norm", ints=((0, INNER, size(inner, tp)),), kernel=DistributedForm.RMS_NORM, over=inner)
     modules += [
         ModulePlan(
             "attention",

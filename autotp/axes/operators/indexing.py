@@ -8,7 +8,7 @@ from autotp.axes import atoms
 from autotp.axes.analysis import Context
 from autotp.axes.atoms import Dim
 from autotp.axes.operators.table import Is, Padded, arg, dim_of, rule
-from autotp.plan.spec import Kernel
+from autotp.plan.spec import DistributedForm
 from autotp.trace.graph import Node, Value
 
 
@@ -20,7 +20,7 @@ def embedding(context: Context, node: Node) -> None:
         if arg(node, position, option, False):
             context.opaque(f"{option}=True of an embedding: its gradient is made of the whole table")
             return
-    context.contract(table, 0, Kernel.LOOKUP)
+    context.contract(table, 0, DistributedForm.LOOKUP)
     context.set(out, [*context.of(ids), *context.of(table)[1:]])
     context.linear([table])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
 from autotp.axes.operators.table import Is, Padded, arg, rule
-from autotp.plan.spec import Kernel
+from autotp.plan.spec import DistributedForm
 from autotp.trace.graph import Node, values_in
 
 
@@ -14,11 +14,11 @@ from autotp.trace.graph import Node, values_in
 def norm(context: Context, node: Node) -> None:
     """The last dims are normalised: their statistic crosses ranks."""
     x, shape, out = node.args[0], node.args[1], node.outputs[0]
-    kernel = Kernel.LAYER_NORM if node.opname == "layer_norm" else Kernel.RMS_NORM
+    form = DistributedForm.LAYER_NORM if node.opname == "layer_norm" else DistributedForm.RMS_NORM
     k = len(shape)
     for i in range(-k, 0):
         if k == 1:
-            context.contract(x, i, kernel, whole=True)
+            context.contract(x, i, form, whole=True)
         else:
             context.mix(x, i)
         for weight in values_in([arg(node, 2, "weight"), arg(node, 3, "bias")]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from autotp.axes import atoms
 from autotp.axes.analysis import Context
 from autotp.axes.operators.table import Is, Padded, arg, broadcast, dim_of, dims_of, rule
-from autotp.plan.spec import Kernel
+from autotp.plan.spec import DistributedForm
 from autotp.trace.graph import Node, Value
 
 
@@ -23,7 +23,7 @@ def total(context: Context, node: Node) -> None:
     x = node.args[0]
     gone = dims_of(arg(node, 1, "dim"), x)
     for i in gone:
-        context.contract(x, i, Kernel.MEAN if node.opname == "mean" else None)
+        context.contract(x, i, DistributedForm.MEAN if node.opname == "mean" else None)
     reduced(context, node, x, gone)
     if node.opname != "nansum":  # a NaN in one summand is one in the sum, and only the sum is left out
         context.linear([x])
@@ -35,22 +35,22 @@ def statistic(context: Context, node: Node) -> None:
     """Statistics along a dim: all-reduced where there is a distributed form."""
     x = node.args[0]
     overload = getattr(node.op, "_overloadname", "")
-    kernel = None
+    form = None
     if node.opname.startswith(("var", "std")):
-        kernel = Kernel.VAR if len(node.outputs) == 1 else None
+        form = DistributedForm.VAR if len(node.outputs) == 1 else None
         gone = dims_of(arg(node, 1, "dim"), x) if overload != "default" else dims_of(None, x)
     elif node.opname == "linalg_vector_norm":
-        kernel = Kernel.VECTOR_NORM if arg(node, 1, "ord", 2) == 2 else None
+        form = DistributedForm.VECTOR_NORM if arg(node, 1, "ord", 2) == 2 else None
         gone = dims_of(arg(node, 2, "dim"), x)
     else:
         gone = dims_of(arg(node, 2, "dim") if node.opname == "norm" else arg(node, 1, "dim"), x)
         if node.opname == "norm" and arg(node, 1, "p", 2) in (2, None):
-            kernel = Kernel.VECTOR_NORM
+            form = DistributedForm.VECTOR_NORM
     for i in gone:
-        if kernel is None or x.dtype.is_complex:
+        if form is None or x.dtype.is_complex:
             context.mix(x, i)
         else:
-            context.contract(x, i, kernel, whole=True)
+            context.contract(x, i, form, whole=True)
     reduced(context, node, x, gone)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import AutoTPError, PlanError
-from autotp.plan.spec import GradSum, Kernel, ModulePlan, Op
+from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Op
 from autotp.rewrite.collectives.comm import Comm, keeps_results
 from autotp.rewrite.collectives.conversions import reduce
 from autotp.rewrite.modules.classes import STATE
@@ -109,7 +109,7 @@ def embedding_run(module: nn.Embedding, plan: ModulePlan, own: tuple[Read, ...],
     weight = next((r for r in own if r.name == "weight"), None)
     if weight is None or weight.layout is None or weight.layout.dim != 0 or len(own) != 1 or plan.inputs or plan.attributes:
         return None
-    if weight.convert is not None or weight.fix.grad is not GradSum.NONE or [s.kernel for s in plan.sites] != [Kernel.LOOKUP]:
+    if weight.convert is not None or weight.fix.grad is not GradSum.NONE or [s.kernel for s in plan.sites] != [DistributedForm.LOOKUP]:
         return None
     ops = [c.op for s in plan.outputs if not s.path for c in s.conversions]
     site = [c.op for _, conversions in plan.sites[0].outputs for c in conversions]

@@ -20,7 +20,7 @@ from autotp.plan.layout import Layout
 from autotp.plan.spec import Conversion, Site
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, bind_all
-from autotp.rewrite.operators.distributed import run_kernel
+from autotp.rewrite.operators.distributed import run_form
 from autotp.rewrite.operators.statistics import Across
 from autotp.rewrite.parameters.holders import now
 from autotp.rewrite.tree import is_int, map_call, map_leaves
@@ -119,7 +119,7 @@ class SiteMode(TorchFunctionMode):
         if site.kernel is None:
             result = func(*args, **kwargs)
         else:
-            result = run_kernel(site.kernel, func, args, dict(kwargs), self.table.comm, self.layouts, self.table.across[id(site)])
+            result = run_form(site.kernel, func, args, dict(kwargs), self.table.comm, self.layouts, self.table.across[id(site)])
         if site.outputs:
             result = map_leaves(result, _Nth(site.outputs, self.table.comm))
         return result

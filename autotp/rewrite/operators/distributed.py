@@ -1,6 +1,6 @@
 """Distributed forms of operators that look across a sharded dim.
 
-With `N` entries in all and `Σ` the sum over the ranks of the local sums, of each index once and without padding (see `across`):
+With `N` entries in all and `Σ` the sum over the ranks of the local sums, of each index once and without padding (see `statistics`):
 
     mean        local sum / N                        a partial sum (P)
     var         Σ (x − μ)² / (N − correction)         μ = Σ x / N; whole on every rank (R)
@@ -14,6 +14,8 @@ A statistic used inside the sharded region is reduced forward and copied back in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import PlanError
 from autotp.plan.layout import Layout
-from autotp.plan.spec import Kernel
+from autotp.plan.spec import DistributedForm
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import copy, reduce
 from autotp.rewrite.operators.statistics import Across
@@ -31,8 +33,19 @@ from autotp.rewrite.operators.statistics import Across
 Dims = int | Sequence[int] | None
 
 
-def run_kernel(
-    kernel: Kernel,
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A distributed form: the functions that it can take the place of, by `__name__`, and what runs instead.
+
+    `run` gets the group, the layouts of the local tensors by id, what counts in a statistic, the function's name, and its arguments.
+    """
+
+    functions: frozenset[str]
+    run: Callable[..., Any]
+
+
+def run_form(
+    form: DistributedForm,
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -40,29 +53,21 @@ def run_kernel(
     layouts: Mapping[int, Layout],
     across: Across | None = None,
 ) -> Any:
-    """The distributed form of `func(*args, **kwargs)`.
+    """What a distributed form gives for `func(*args, **kwargs)`.
 
     `across` says what counts in a statistic; every local entry where it is None.
 
     Raises:
-        PlanError: for an operator or an argument that the kernel does not know.
+        PlanError: for an operator or an argument that the form does not know.
     """
     name = getattr(func, "__name__", str(func))
     across = Across(comm) if across is None else across
     try:
-        if kernel is Kernel.LOOKUP:
-            return _lookup(comm, layouts, *args, **kwargs)
-        if kernel is Kernel.MEAN:
-            return func(*args, **kwargs) / comm.size if across.expr is None else _mean_call(name, across, *args, **kwargs)
-        if kernel is Kernel.VAR:
-            return _var_call(name, across, *args, **kwargs)
-        if kernel is Kernel.VECTOR_NORM:
-            return _norm_call(name, across, *args, **kwargs)
-        if kernel is Kernel.RMS_NORM:
-            return _rms_norm(across, *args, **kwargs)
-        return _layer_norm(across, *args, **kwargs)
+        if name not in FORMS[form].functions:
+            raise TypeError(f"expected one of {', '.join(sorted(FORMS[form].functions))}")
+        return FORMS[form].run(layouts, across, name, *args, **kwargs)
     except TypeError as error:
-        raise PlanError(f"no {kernel.value} kernel for this call of {name}: {error}") from error
+        raise PlanError(f"no distributed form ({form.value}) for this call of {name}: {error}") from error
 
 
 def _statistic(x: Tensor, comm: Comm) -> Tensor:
@@ -70,8 +75,9 @@ def _statistic(x: Tensor, comm: Comm) -> Tensor:
 
 
 def _lookup(
-    comm: Comm,
     layouts: Mapping[int, Layout],
+    across: Across,
+    name: str,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -81,7 +87,7 @@ def _lookup(
     sparse: bool = False,
 ) -> Tensor:
     """Rows of the local shard; zeros for ids that other ranks hold: a partial sum."""
-    layout = layouts.get(id(weight))
+    layout, comm = layouts.get(id(weight)), across.comm
     if layout is None:
         raise PlanError("a sharded lookup reads a weight that is no parameter of the module which the plan lists")
     if max_norm is not None or scale_grad_by_freq or sparse:
@@ -146,11 +152,18 @@ def _root(total: Tensor) -> Tensor:
     return total.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
-def _mean_call(
-    name: str, across: Across, input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+def _mean(
+    layouts: Mapping[int, Layout],
+    across: Across,
+    name: str,
+    input: Tensor,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    if name != "mean":
-        raise TypeError(f"expected mean, got {name}")
+    if across.expr is None:  # equal parts
+        return torch.mean(input, _axes(input, dim), keepdim, dtype=dtype) / across.comm.size
     x = input if dtype is None else input.to(dtype)
     axes = _axes(x, dim)
     return across.owned(x).sum(axes, keepdim=keepdim) / across.count(x, axes)
@@ -164,9 +177,10 @@ def _distributed_var(x: Tensor, dims: Dims, correction: float, keepdim: bool, ac
     return total / (count - correction)
 
 
-def _var_call(
-    name: str,
+def _var(
+    layouts: Mapping[int, Layout],
     across: Across,
+    name: str,
     input: Tensor,
     dim: Dims | bool = None,
     unbiased: bool | None = None,
@@ -179,12 +193,10 @@ def _var_call(
     if correction is None:
         correction = 1.0 if unbiased is None or unbiased else 0.0
     value = _distributed_var(input, dim, correction, keepdim, across)
-    if name not in ("var", "std"):
-        raise TypeError(f"expected var or std, got {name}")
     return _root(value) if name == "std" else value
 
 
-def _norm_call(name: str, across: Across, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _norm(layouts: Mapping[int, Layout], across: Across, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     order_name = "p" if name == "norm" else "ord"
     names = (order_name, "dim", "keepdim", "dtype") if name != "norm" else ("p", "dim", "keepdim", "out", "dtype")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -220,7 +232,13 @@ def _dtype(norm: Any, x: Tensor, weight: Tensor | None) -> torch.dtype:
 
 
 def _rms_norm(
-    across: Across, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    layouts: Mapping[int, Layout],
+    across: Across,
+    name: str,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
     x = _working(input)
     axes = _normalised(x, normalized_shape)
@@ -230,7 +248,9 @@ def _rms_norm(
 
 
 def _layer_norm(
+    layouts: Mapping[int, Layout],
     across: Across,
+    name: str,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -247,3 +267,16 @@ def _layer_norm(
     y = centred * torch.rsqrt(variance + eps)
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias).to(_dtype(F.layer_norm, input, weight))
+
+
+#: One row a form. A new one needs a member of `DistributedForm`, a row here, and the rule of an operator that asks for it.
+FORMS: Mapping[DistributedForm, Form] = MappingProxyType(
+    {
+        DistributedForm.LOOKUP: Form(frozenset(("embedding",)), _lookup),
+        DistributedForm.MEAN: Form(frozenset(("mean",)), _mean),
+        DistributedForm.VAR: Form(frozenset(("var", "std")), _var),
+        DistributedForm.VECTOR_NORM: Form(frozenset(("norm", "linalg_vector_norm", "linalg_norm", "vector_norm", "frobenius_norm")), _norm),
+        DistributedForm.RMS_NORM: Form(frozenset(("rms_norm",)), _rms_norm),
+        DistributedForm.LAYER_NORM: Form(frozenset(("layer_norm",)), _layer_norm),
+    }
+)

@@ -12,11 +12,11 @@ from torch import Tensor
 from autotp.errors import PlanError
 from autotp.plan.expressions import Concat, Expr, Factor, Product, size
 from autotp.plan.layout import Layout, padding
-from autotp.plan.spec import Kernel
+from autotp.plan.spec import DistributedForm
 from autotp.rewrite.collectives.comm import DryComm, GroupComm
 from autotp.rewrite.collectives.conversions import copy, gather, once, reduce, slice_part
 from autotp.rewrite.collectives.split import Split
-from autotp.rewrite.operators.distributed import run_kernel
+from autotp.rewrite.operators.distributed import run_form
 from autotp.rewrite.operators.statistics import Across
 from tests.rewrite.plans import error, tp_mesh
 from tests.support.ranks import Pool
@@ -42,14 +42,14 @@ def kernels(dim: str, told: bool = True) -> dict[str, float]:
     torch.manual_seed(0)
     x, w, b, g = (torch.randn(*s).double() for s in ((3, n), (n,), (n,), (3, n)))
 
-    cases: dict[str, tuple[Kernel, Callable[..., Tensor], tuple[object, ...], bool]] = {
-        "mean": (Kernel.MEAN, torch.mean, (-1, True), False),
-        "var": (Kernel.VAR, torch.var, (-1, False, True), False),
-        "std": (Kernel.VAR, torch.std, (-1, True, True), False),
-        "norm": (Kernel.VECTOR_NORM, torch.linalg.vector_norm, (2, -1, True), False),
-        "tensor_norm": (Kernel.VECTOR_NORM, torch.Tensor.norm, (2, -1, True), False),
-        "rms_norm": (Kernel.RMS_NORM, F.rms_norm, ((n,), "w", 1e-6), True),
-        "layer_norm": (Kernel.LAYER_NORM, F.layer_norm, ((n,), "w", "b", 1e-5), True),
+    cases: dict[str, tuple[DistributedForm, Callable[..., Tensor], tuple[object, ...], bool]] = {
+        "mean": (DistributedForm.MEAN, torch.mean, (-1, True), False),
+        "var": (DistributedForm.VAR, torch.var, (-1, False, True), False),
+        "std": (DistributedForm.VAR, torch.std, (-1, True, True), False),
+        "norm": (DistributedForm.VECTOR_NORM, torch.linalg.vector_norm, (2, -1, True), False),
+        "tensor_norm": (DistributedForm.VECTOR_NORM, torch.Tensor.norm, (2, -1, True), False),
+        "rms_norm": (DistributedForm.RMS_NORM, F.rms_norm, ((n,), "w", 1e-6), True),
+        "layer_norm": (DistributedForm.LAYER_NORM, F.layer_norm, ((n,), "w", "b", 1e-5), True),
     }
     errors = {}
     for name, (kernel, func, rest, sharded) in cases.items():
@@ -64,12 +64,12 @@ def kernels(dim: str, told: bool = True) -> dict[str, float]:
             parts["x"][:, a:e] = 7.0
         parts = {k: t.requires_grad_() for k, t in parts.items()}
         args = [parts[r] if isinstance(r, str) else (local,) if r == (n,) else r for r in rest]
-        got = run_kernel(kernel, func, (parts["x"], *args), {}, comm, {}, across)
+        got = run_form(kernel, func, (parts["x"], *args), {}, comm, {}, across)
         if sharded:
             got.backward(split.own(grad))
             value = gather(got.detach(), split)
         else:
-            if kernel is Kernel.MEAN:
+            if kernel is DistributedForm.MEAN:
                 got = reduce(got, comm)
             value = got.detach()
             (copy(got * 1, comm) * parts["x"] * counts * grad).sum().backward()
@@ -115,7 +115,7 @@ def lookups() -> None:
         table, ids = torch.randn(n, 3).double(), torch.arange(n).flip(0).view(1, n)
         layout = Layout((n, 3), (expr, Factor("e", 3)), comm.size)
         part = layout.shard(table, comm.rank).requires_grad_()
-        found = run_kernel(Kernel.LOOKUP, F.embedding, (ids, part, n - 1), {}, comm, {id(part): layout})
+        found = run_form(DistributedForm.LOOKUP, F.embedding, (ids, part, n - 1), {}, comm, {id(part): layout})
         assert torch.equal(reduce(found.detach(), comm), F.embedding(ids, table))
         found.sum().backward()
         wanted = torch.ones(n, 3).double()
