@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from autotp.errors import PlanError
+from autotp.plan.conversions import Op
 from autotp.plan.expressions import Concat, Factor
 from autotp.plan.layout import Layout
 from autotp.plan.names import folded
-from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Op, PlanSpec
+from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, PlanSpec
 
-_SUMS = frozenset((Op.REDUCE, Op.HOLD, Op.JOIN))
 COLUMN, ROW, GATHERED, LOOKUP, INSIDE = "column", "row", "gathered", "lookup", "inside"
 
 #: Our word → transformers' (`transformers.integrations.tensor_parallel`, 5.17 and later).
@@ -142,12 +142,12 @@ class _Exporter:
             yield path, word
 
     def _word(self, module: ModulePlan) -> str:
-        ops = {c.op for s in module.outputs if not s.path for c in s.conversions}
+        result = [c for s in module.outputs if not s.path for c in s.conversions]
         if any(s.kernel is DistributedForm.LOOKUP for s in module.sites):
             return LOOKUP
-        if ops & _SUMS:
+        if any(c.row.sums for c in result):
             return ROW
-        return GATHERED if Op.GATHER in ops else COLUMN
+        return GATHERED if any(c.op is Op.GATHER for c in result) else COLUMN
 
     def _expert_words(self, path: str, cut: Mapping[str, Layout]) -> Iterator[tuple[str, str]]:
         yield path, "moe_tp_experts"

@@ -3,16 +3,7 @@
 A plan is made of per-parameter layouts and, for every module whose forward has something to do, a `ModulePlan`: which
 conversions happen to its arguments and results, which attributes become local, which call sites inside its forward are
 intervened on. Placements of a value over the tp mesh dim: R (whole on every rank), S (each rank its part), P (partial sum).
-
-Conversions (forward / backward):
-
-    COPY    R → R   identity / all-reduce                     (enters a region)
-    REDUCE  P → R   all-reduce / identity                     (leaves a region)
-    GATHER  S → R   all-gather, model order / own part, zero where another copy of a shared index is the owner
-    SLICE   R → S   own part / zero-padded part (a P gradient: COPY stands before it where a gradient is needed)
-    ONCE    R → P   value on rank 0, zeros elsewhere / identity   (a bias added to a partial sum)
-    HOLD    P → R   zeros, the partial sum itself is kept for a JOIN / none
-    JOIN    P → P   adds what was held / identity to each summand   (REDUCE follows)
+`autotp.plan.conversions` says what each conversion does.
 """
 
 from __future__ import annotations
@@ -24,20 +15,9 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
+from autotp.plan.conversions import CollectiveKind, Conversion, When
 from autotp.plan.expressions import Expr
 from autotp.plan.layout import Layout
-
-
-class Op(Enum):
-    """Kinds of conversion between placements; see the module docstring."""
-
-    COPY = "copy"
-    REDUCE = "reduce"
-    GATHER = "gather"
-    SLICE = "slice"
-    ONCE = "once"
-    HOLD = "hold"
-    JOIN = "join"
 
 
 class GradSum(Enum):
@@ -54,15 +34,6 @@ class Written(Enum):
     NEVER = "never"
     TRAINING = "training"
     ALWAYS = "always"
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """One conversion of one tensor. `dim` and `expr` say what is sliced or gathered (GATHER, SLICE only)."""
-
-    op: Op
-    dim: int | None = None
-    expr: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,19 +196,19 @@ class Traffic:
     """A collective of the plan: `width` elements a token, or `elements` whatever the tokens (a parameter's gradient)."""
 
     module: str
-    kind: str
-    when: str
+    kind: CollectiveKind
+    when: When
     width: int = 0
     elements: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """A collective with its size: `kind` all_reduce or all_gather, `when` forward or backward, `bytes` of its result."""
+    """A collective with its size: `bytes` of its result. `kind` and `when` equal their texts (`"all_reduce"`, `"forward"`)."""
 
     module: str
-    kind: str
-    when: str
+    kind: CollectiveKind
+    when: When
     bytes: int
 
 

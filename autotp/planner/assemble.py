@@ -36,9 +36,7 @@ def param_dims(space: GraphIndex) -> list[tuple[tuple[Atom, ...], ...]]:
     return [space.axes.dims[v.id] for v in dict.fromkeys(space.graph.params.values())]
 
 
-def assemble(
-    space: GraphIndex, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...], namer: Namer, tp: int, model: str, bans: Bans
-) -> Plan:
+def assemble(space: GraphIndex, choice: Choice, modules: tuple[ModulePlan, ...], namer: Namer, tp: int, model: str, bans: Bans) -> Plan:
     graph = space.graph
     axes, axis_of = _axes(space, choice, namer)
     own: dict[str, ParamPlan] = {}
@@ -56,9 +54,7 @@ def assemble(
         if first.setdefault(value.id, name) != name:
             aliases[name] = first[value.id]
     products = {n for n, v in graph.params.items() if len(v.shape) >= 2 and _is_product(space, v)}
-    return Plan(
-        model, tp, own, modules, tuple(axes), traffic(space, choice, moves, modules, own), aliases, frozenset(products), graph.notes
-    )
+    return Plan(model, tp, own, modules, tuple(axes), traffic(graph, modules, own), aliases, frozenset(products), graph.notes)
 
 
 def _is_product(space: GraphIndex, value: Value) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from autotp.plan.conversions import Conversion
 from autotp.plan.expressions import Expr
-from autotp.plan.spec import Conversion, DistributedForm, Site
+from autotp.plan.spec import DistributedForm, Site
 from autotp.planner.placements import GraphIndex
 from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node, Place, outside

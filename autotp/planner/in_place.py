@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from autotp.axes.operators.table import Is, is_a
-from autotp.plan.spec import Conversion, Op
+from autotp.plan.conversions import Conversion, Op
 from autotp.planner.aliases import outlives
 from autotp.planner.calls import in_place
 from autotp.planner.placements import NONE, GraphIndex, Labels

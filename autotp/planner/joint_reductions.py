@@ -23,8 +23,8 @@ from itertools import pairwise
 from math import prod
 
 from autotp.axes.operators.table import Is, is_a
+from autotp.plan.conversions import Op
 from autotp.plan.names import folded
-from autotp.plan.spec import Op
 from autotp.planner.keys import AtSlot, Key, slot_key
 from autotp.planner.placements import GraphIndex, SlotKey
 from autotp.planner.reductions import Moves

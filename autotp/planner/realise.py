@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 
+from autotp.plan.conversions import Conversion, Op, in_order
 from autotp.plan.expressions import Expr, Factor, freed, is_sharded
 from autotp.plan.layout import is_padded, shared
-from autotp.plan.spec import Conversion, DistributedForm, GradSum, ModulePlan, Op, Slot, Use, Written
+from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Slot, Use, Written
 from autotp.planner.call_specs import CallSpec, sites_of
 from autotp.planner.choice import Choice
 from autotp.planner.in_place import statistics, wrongly_changed
@@ -309,7 +310,7 @@ class Builder:
             return plans.get(path) or ModulePlan(path)
 
         for (kind, path, where), conversions in self.slots.items():
-            plan, ordered = at(path), _ordered(conversions)
+            plan, ordered = at(path), in_order(conversions)
             if kind is Pseudo.ENTER and len(where) > 1 and path in self.graph.refilled:
                 node = next(n for n in self.graph.nodes if n.slot == (path, where))
                 raise Refusal(node, "the call changes the list or dict in which it is given a tensor to convert")
@@ -330,13 +331,6 @@ class Builder:
             if any(self.labels.of(v) or v.id in self.moves.partial for v in values):
                 plans[module] = replace(at(module), stashed=(*at(module).stashed, name))
         return lift_modules(plans, self.graph.repeats)
-
-
-_ORDER = {Op.JOIN: 0, Op.HOLD: 1, Op.REDUCE: 1, Op.GATHER: 2, Op.COPY: 3, Op.SLICE: 4, Op.ONCE: 5}
-
-
-def _ordered(conversions: list[Conversion]) -> tuple[Conversion, ...]:
-    return tuple(sorted(dict.fromkeys(conversions), key=lambda c: _ORDER[c.op]))
 
 
 def _same(a: Conversion | None, b: Conversion) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autotp.errors import PlanError
-from autotp.plan.spec import Op
+from autotp.plan.conversions import Op
 from autotp.planner.assemble import Draft, assemble, param_dims
 from autotp.planner.bans import Bans
 from autotp.planner.boundaries import find_boundaries, find_copies, find_inside
@@ -53,7 +53,7 @@ def solve(
             else:
                 bans.blame(space, choice, error.node, error.reason)
         else:
-            plan = assemble(space, choice, moves, modules, namer, tp, model, bans)
+            plan = assemble(space, choice, modules, namer, tp, model, bans)
             copied = {slot for slot, conversions in builder.slots.items() if any(c.op is Op.COPY for c in conversions)}
             boundaries = find_boundaries(space, choice.labels, moves, joints, copied, space.graph.repeats)
             inside = find_inside(space, choice.labels, moves, boundaries, space.graph.repeats)

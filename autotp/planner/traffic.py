@@ -2,65 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 
+from autotp.plan.conversions import CollectiveKind, Conversion, When
 from autotp.plan.cost import summed
-from autotp.plan.spec import DistributedForm, ModulePlan, Op, ParamPlan, Traffic
-from autotp.planner.choice import Choice
-from autotp.planner.keys import AtSlot, key_of
-from autotp.planner.placements import GraphIndex
-from autotp.planner.reductions import Moves
+from autotp.plan.spec import ModulePlan, ParamPlan, Traffic
 from autotp.planner.repeats import block_of, traced
-from autotp.trace.graph import Node, Origin, Pseudo, Value
+from autotp.rewrite.operators.distributed import FORMS
+from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value, outside
 
 
-def traffic(
-    space: GraphIndex, choice: Choice, moves: Moves, modules: tuple[ModulePlan, ...], params: Mapping[str, ParamPlan]
-) -> tuple[Traffic, ...]:
+def traffic(graph: Graph, modules: Sequence[ModulePlan], params: Mapping[str, ParamPlan]) -> tuple[Traffic, ...]:
     """The collectives of the first path's forward and of its backward. What enters regions from one tensor is reduced once."""
-    sources = _Sources(space, modules)
-    width: dict[tuple[str, str], int] = {}
-    first = space.graph.results[0].stop if space.graph.results else len(space.graph.nodes)
-    for node in space.graph.nodes[:first]:
-        if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
-            width.setdefault(_crossing(node), _per_token(node.outputs[0]))
-    out: list[Traffic] = []
-    inside = _site_traffic(space, choice, moves, sources)
-    shared: set[tuple[str, int]] = set()
-    again = {(path, p) for (path, where), members in space.graph.members.items() for p in members if p != where}
-    for m in modules:
-        path, instance = traced(m.path, space.graph.repeats), block_of(m.path, space.graph.repeats) or ""
-        found: list[tuple[Traffic, int | None]] = []
-        for kind, slots in (("enter", m.inputs), ("exit", m.outputs)):
-            for slot in slots:
-                if kind == "enter" and (path, slot.path) in again:
-                    continue  # the same tensor as another argument
-                crossed = (kind, ".".join(map(str, (path, *(0 if step == "*" else step for step in slot.path)))))
-                if crossed not in width:
-                    continue  # what other calls ask for alone (attention weights)
-                size = width[crossed]
-                for c in slot.conversions:
-                    if c.op is Op.REDUCE:
-                        found.append((Traffic(m.path, "all_reduce", "forward", size), None))
-                    elif c.op is Op.GATHER:
-                        found.append((Traffic(m.path, "all_gather", "forward", size), None))
-                    elif c.op is Op.COPY:
-                        found.append((Traffic(m.path, "all_reduce", "backward", size), sources.entering.get(crossed)))
-        for traffic, source in [*found, *((replace(t, module=m.path), source) for t, source in inside.get(path, ()))]:
-            if source is not None:
-                if (instance, source) in shared:
-                    continue
-                shared.add((instance, source))
-            out.append(traffic)
+    return tuple(chain(_Counted(graph, modules).run(), _gradients(graph, modules, params)))
+
+
+def _gradients(graph: Graph, modules: Sequence[ModulePlan], params: Mapping[str, ParamPlan]) -> Iterator[Traffic]:
+    """Gradients of parameters that are summed over the ranks."""
     for m in modules:
         for use in m.uses:
             name = f"{use.owner}.{use.name}" if use.owner else use.name
-            elements = summed(use.grad, params.get(traced(name, space.graph.repeats)))
-            if elements:
-                out.append(Traffic(m.path, "all_reduce", "backward", 0, elements))
-    return tuple(out)
+            if elements := summed(use.grad, params.get(traced(name, graph.repeats))):
+                yield Traffic(m.path, CollectiveKind.ALL_REDUCE, When.BACKWARD, 0, elements)
+
+
+class _Counted:
+    """The collectives of activations: what the conversions and distributed forms of the plan run in the first path."""
+
+    def __init__(self, graph: Graph, modules: Sequence[ModulePlan]) -> None:
+        self.graph, self.modules, self.sources = graph, modules, _Sources(graph, modules)
+        self.nodes = graph.nodes[: graph.results[0].stop if graph.results else len(graph.nodes)]
+        self.width: dict[tuple[str, str], int] = {}
+        for node in self.nodes:
+            if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
+                self.width.setdefault(_crossing(node), _per_token(node.outputs[0]))
+
+    def run(self) -> Iterator[Traffic]:
+        """By module, in the order of the plan."""
+        inside: dict[str, list[_Found]] = {}
+        for found in self._at_sites():
+            inside.setdefault(found.traffic.module, []).append(found)
+        shared: set[tuple[str, int]] = set()
+        for m in self.modules:
+            path, instance = traced(m.path, self.graph.repeats), block_of(m.path, self.graph.repeats) or ""
+            for found in chain(self._at_boundaries(m, path), inside.get(path, ())):
+                if found.source is not None:
+                    if (instance, found.source) in shared:
+                        continue
+                    shared.add((instance, found.source))
+                yield replace(found.traffic, module=m.path)
+
+    def _at_boundaries(self, m: ModulePlan, path: str) -> Iterator[_Found]:
+        again = {(at, p) for (at, where), members in self.graph.members.items() for p in members if p != where}
+        for kind, slots in ((Pseudo.ENTER, m.inputs), (Pseudo.EXIT, m.outputs)):
+            for slot in slots:
+                if kind is Pseudo.ENTER and (path, slot.path) in again:
+                    continue  # the same tensor as another argument
+                crossed = (kind.value, ".".join(map(str, (path, *(0 if step == "*" else step for step in slot.path)))))
+                if crossed in self.width:  # others are what other calls ask for alone (attention weights)
+                    yield from _run(path, slot.conversions, self.width[crossed], self.sources.entering.get(crossed))
+
+    def _at_sites(self) -> Iterator[_Found]:
+        sites = {(m.path, s.file, s.function, s.line, s.offset): s for m in self.modules for s in m.sites}
+        seen: set[int] = set()
+        for node in self.nodes:
+            p = node.place
+            site = None if p is None or outside(node) else sites.get((node.module, p.file, p.function, p.line, p.offset))
+            if site is None or node.call in seen:
+                continue
+            seen.add(node.call)
+            call = [n for n in self.nodes[node.index :] if n.call == node.call]
+            made = {o.id: o for n in call for o in n.outputs}
+            given = {v.id: v for n in call for v in n.inputs()}
+            python, arguments = self.graph.python.get(node.call), node.tensors
+            results = python.results if python is not None else ()
+            for value, conversions in _met(site.outputs, results, made):
+                yield from _run(node.module, conversions, _per_token(value), None)
+            for value, conversions in _met(site.inputs, arguments, given):
+                yield from _run(node.module, conversions, _per_token(value), self.sources.of(value))
+            if site.kernel is not None:
+                form = FORMS[site.kernel]
+                for when in (When.FORWARD,) * form.forward + (When.BACKWARD,) * form.backward:
+                    yield _Found(Traffic(node.module, CollectiveKind.ALL_REDUCE, when, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A collective; `source`: the tensor whose gradient it sums, once for all who ask for it."""
+
+    traffic: Traffic
+    source: int | None = None
+
+
+def _met(
+    wanted: Sequence[tuple[int, tuple[Conversion, ...]]], keys: Sequence[int], values: Mapping[int, Value]
+) -> Iterator[tuple[Value, tuple[Conversion, ...]]]:
+    """The values at the positions that a site converts; a value at several positions once."""
+    found = {keys[i]: conversions for i, conversions in wanted if i < len(keys) and keys[i] in values}
+    return ((values[key], conversions) for key, conversions in found.items())
+
+
+def _run(module: str, conversions: Iterable[Conversion], width: int, source: int | None) -> Iterator[_Found]:
+    for c in conversions:
+        for kind, when in c.row.collectives:
+            yield _Found(Traffic(module, kind, when, width), source if when is When.BACKWARD else None)
 
 
 def _crossing(node: Node) -> tuple[str, str]:
@@ -74,8 +122,8 @@ class _Sources:
     Copies of one tensor are one copy (`autotp.rewrite.collectives.copy_cache`), but for arguments of the model, which are leaves.
     """
 
-    def __init__(self, space: GraphIndex, modules: tuple[ModulePlan, ...]) -> None:
-        self._made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+    def __init__(self, graph: Graph, modules: Sequence[ModulePlan]) -> None:
+        self._made = {o.id: n for n in graph.nodes for o in n.outputs}
         self._converted = {
             (kind, ".".join(map(str, (m.path, *s.path))))
             for m in modules
@@ -83,7 +131,7 @@ class _Sources:
             for s in slots
         }
         self.entering: dict[tuple[str, str], int | None] = {}
-        for node in space.graph.nodes:
+        for node in graph.nodes:
             if node.op is Pseudo.ENTER and node.slot is not None and isinstance(node.args[0], Value):
                 self.entering.setdefault(_crossing(node), self.of(node.args[0]))
 
@@ -94,32 +142,6 @@ class _Sources:
                 break
             value = node.args[0]
         return None if value.origin is Origin.INPUT else value.id
-
-
-def _site_traffic(space: GraphIndex, choice: Choice, moves: Moves, sources: _Sources) -> dict[str, list[tuple[Traffic, int | None]]]:
-    """Collectives at call sites, by traced module: reductions and copies of single values (and of what), statistics of norms."""
-    first = space.graph.results[0].stop if space.graph.results else len(space.graph.nodes)
-    out: dict[str, list[tuple[Traffic, int | None]]] = {}
-
-    def add(node: Node, when: str, width: int, source: int | None = None) -> None:
-        if node.index < first:
-            out.setdefault(node.module, []).append((Traffic(node.module, "all_reduce", when, width), source))
-
-    for keys, when in ((moves.reduces, "forward"), (moves.copies, "backward")):
-        for node in space.graph.nodes[:first]:
-            for i, o in enumerate(node.outputs):
-                key = key_of(space, node, i)
-                if key in keys and not isinstance(key, AtSlot):
-                    add(node, when, _per_token(o))
-    for index, number in sorted(moves.group_edges):
-        value = next(v for v in space.inputs[index] if v.id == number)
-        add(space.graph.nodes[index], "backward", _per_token(value), sources.of(value))
-    for index, form in sorted(choice.labels.distributed.items()):
-        node = space.graph.nodes[index]
-        if any(c.whole for c, _ in space.contracts[index]):
-            for when in ("forward", "backward") * (2 if form is DistributedForm.LAYER_NORM else 1):  # a mean, and a variance
-                add(node, when, 1)
-    return out
 
 
 def _per_token(value: Value) -> int:

@@ -14,8 +14,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from autotp.plan.conversions import Op
 from autotp.plan.plan import Plan
-from autotp.plan.spec import ModulePlan, Op
+from autotp.plan.spec import ModulePlan
 from autotp.planner.assemble import Draft
 from autotp.trace.graph import Pseudo
 

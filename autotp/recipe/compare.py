@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from autotp.plan.conversions import Op
 from autotp.plan.layout import Layout, alike
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
-from autotp.plan.spec import ModulePlan, Op, ParamPlan
+from autotp.plan.spec import ModulePlan, ParamPlan
 from autotp.recipe.binding import Bound, BoundParam
 from autotp.recipe.check import under, weights
 from autotp.recipe.problems import Problems, error_of
@@ -80,7 +81,7 @@ def _role(p: BoundParam, module: ModulePlan | None) -> str:
     """How the planner's collectives at a module contradict the role of its one weight."""
     if module is None or not weights([p]):
         return ""
-    reduced = any(c.op in (Op.REDUCE, Op.HOLD, Op.JOIN) for s in module.outputs if not s.path for c in s.conversions)
+    reduced = any(c.row.sums for s in module.outputs if not s.path for c in s.conversions)
     entering = any(c.op is Op.COPY for s in module.inputs for c in s.conversions)
     if p.role in (Role.COLUMN, Role.GATHERED) and reduced:
         return f"is {p.role.value}, and the model sums over what is cut in it: it is a row"

@@ -15,20 +15,19 @@ from typing import Any
 from torch import nn
 
 from autotp.errors import RecipeError
+from autotp.plan.conversions import Conversion, Op
 from autotp.plan.expressions import Concat, Expr, Factor, Product, factors, is_sharded, notation, size
 from autotp.plan.layout import Layout
 from autotp.plan.names import folded
 from autotp.plan.notation import mapped, marks
 from autotp.plan.plan import Plan
-from autotp.plan.spec import Conversion, DistributedForm, GradSum, ModulePlan, Op, Slot
+from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Slot
 from autotp.recipe.attributes import LOCAL, WHOLE
 from autotp.recipe.bind import bind
 from autotp.recipe.config_fields import candidates, expressions, fields
 from autotp.recipe.spec import Attribute, Boundary, Entry, RecipeSpec, Role, Shard, Size
 from autotp.recipe.unify_names import renamed
 from autotp.recipe.unnamed import unnamed
-
-_SUMS = frozenset((Op.REDUCE, Op.HOLD, Op.JOIN))
 
 
 def recipe_of(plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -> RecipeSpec:
@@ -210,10 +209,10 @@ class _Writer:
 
     def _linear_role(self, module: ModulePlan) -> Role:
         enters = any(c.op is Op.COPY for s in module.inputs for c in s.conversions)
-        ops = {c.op for s in module.outputs if not s.path for c in s.conversions}
-        if ops & _SUMS:
+        result = [c for s in module.outputs if not s.path for c in s.conversions]
+        if any(c.row.sums for c in result):
             return Role.ROW
-        if enters and Op.GATHER in ops:
+        if enters and any(c.op is Op.GATHER for c in result):
             return Role.GATHERED
         return Role.COLUMN if enters else Role.PART
 
@@ -285,7 +284,7 @@ class _Writer:
         cut = next((c for c in slot.conversions if c.op in (Op.SLICE, Op.GATHER)), None)
         if cut is not None:
             return self._activation(cut)
-        return "leave" if any(c.op in _SUMS for c in slot.conversions) else "enter"
+        return "leave" if any(c.row.sums for c in slot.conversions) else "enter"
 
     def _activation(self, c: Conversion) -> str:
         assert c.dim is not None and c.expr is not None

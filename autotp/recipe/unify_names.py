@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from autotp.plan.conversions import Conversion
 from autotp.plan.expressions import Expr, Factor, factors, is_sharded, size
 from autotp.plan.plan import Plan
-from autotp.plan.spec import Conversion, ModulePlan, ParamPlan, Slot
+from autotp.plan.spec import ModulePlan, ParamPlan, Slot
 
 Names = Mapping[tuple[str, int], str]
 

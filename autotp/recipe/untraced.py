@@ -21,26 +21,13 @@ from dataclasses import replace
 from torch import nn
 
 from autotp.errors import RecipeError
+from autotp.plan.conversions import CollectiveKind, Conversion, Op, When
 from autotp.plan.cost import summed
 from autotp.plan.expressions import factors, freed, is_sharded
 from autotp.plan.layout import Layout
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
-from autotp.plan.spec import (
-    AxisInfo,
-    Boundary,
-    Conversion,
-    DistributedForm,
-    GradSum,
-    ModulePlan,
-    Op,
-    ParamPlan,
-    Shown,
-    Site,
-    Slot,
-    Traffic,
-    Use,
-)
+from autotp.plan.spec import AxisInfo, Boundary, DistributedForm, GradSum, ModulePlan, ParamPlan, Shown, Site, Slot, Traffic, Use
 from autotp.recipe.bind import bind
 from autotp.recipe.binding import Bound, BoundBoundary, BoundParam
 from autotp.recipe.check import first_argument, own_params, scopes, under, weights
@@ -241,17 +228,17 @@ def _traffic(bound: Bound) -> Iterator[Traffic]:
         for p in (w for w in weights(params) if w.names):
             wide, narrow = _widths(p.layout)
             if p.role in (Role.ROW, Role.LOOKUP):
-                yield Traffic(path, "all_reduce", "forward", narrow)
+                yield Traffic(path, CollectiveKind.ALL_REDUCE, When.FORWARD, narrow)
             if p.role is Role.GATHERED:
-                yield Traffic(path, "all_gather", "forward", wide)
+                yield Traffic(path, CollectiveKind.ALL_GATHER, When.FORWARD, wide)
             if p.role in (Role.COLUMN, Role.GATHERED):
                 key = (path.rpartition(".")[0], narrow)  # columns beside each other share one reduced gradient
                 if key not in shared or not key[0]:
-                    yield Traffic(path, "all_reduce", "backward", narrow)
+                    yield Traffic(path, CollectiveKind.ALL_REDUCE, When.BACKWARD, narrow)
                 shared.add(key)
         for p in params:
             if elements := summed(_grad(p), _param(p)):
-                yield Traffic(path, "all_reduce", "backward", 0, elements)
+                yield Traffic(path, CollectiveKind.ALL_REDUCE, When.BACKWARD, 0, elements)
 
 
 def _widths(layout: Layout) -> tuple[int, int]:

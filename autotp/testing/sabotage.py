@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from autotp.errors import InputError
+from autotp.plan.conversions import Conversion, Op
 from autotp.plan.expressions import Expr, Factor, Product, factors, size
 from autotp.plan.layout import runs, take
 from autotp.plan.names import folded
 from autotp.plan.plan import Plan
-from autotp.plan.spec import Conversion, GradSum, ModulePlan, Op, Site, Slot, Use
+from autotp.plan.spec import GradSum, ModulePlan, Site, Slot, Use
 from autotp.testing.equivalence.check import NotEquivalent, check
 from autotp.testing.equivalence.mutation import Damage, Kind, Mutation
 from autotp.testing.equivalence.observe import Observed, Training, adamw, observe_model
@@ -29,7 +30,6 @@ from autotp.testing.equivalence.subject import Factory, Inputs, Subject, make_su
 
 __all__ = ["Kind", "Mutation", "Survey", "mutations", "survey"]
 
-_COLLECTIVES = (Op.COPY, Op.REDUCE, Op.GATHER)
 Conversions = tuple[Conversion, ...]
 
 
@@ -204,7 +204,7 @@ def _of_conversions(conversions: Conversions) -> Iterator[tuple[Kind, str, Conve
     """(kind, what, the conversions with the mistake)."""
     for i, c in enumerate(conversions):
         without = (*conversions[:i], *conversions[i + 1 :])
-        if c.op in _COLLECTIVES:
+        if c.row.collectives:
             yield Kind.DROP, c.op.value, without
         if c.op in (Op.COPY, Op.REDUCE):
             yield Kind.DOUBLE, c.op.value, (*conversions[:i], c, *conversions[i:])

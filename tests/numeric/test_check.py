@@ -14,7 +14,7 @@ import autotp
 from autotp.errors import InputError
 from autotp.inputs.paths import user_examples
 from autotp.numeric.check import MOST_ELEMENTS, judge
-from autotp.plan.spec import Conversion, Op
+from autotp.plan.conversions import Conversion, Op
 from autotp.planner.make_plan import whole_plan
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import autotp
 from autotp import Plan
 from autotp.errors import PlanError
-from autotp.plan.spec import Op
+from autotp.plan.conversions import Op
 from autotp.planner import make_plan
 
 OUTER, WIDTH, LAST = 5, 16, 5

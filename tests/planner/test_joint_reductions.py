@@ -13,7 +13,7 @@ from torch import nn
 
 import autotp
 from autotp import Plan
-from autotp.plan.spec import Op
+from autotp.plan.conversions import Op
 from tests.models.custom import WIDTH
 from tests.models.parallel import APART, JOINT, OneTwice, ParallelBlock, Residual, Returned, SharedExit, Stack, ThreeBlock, Twins
 from tests.support.families import transformer

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import autotp
 from autotp import Plan
-from autotp.plan.spec import Conversion, GradSum, Op
+from autotp.plan.conversions import Conversion, Op
+from autotp.plan.spec import GradSum
 from autotp.planner.mincut import MinCut
 
 WIDTH, HEADS, SIZE, INNER = 24, 4, 6, 40

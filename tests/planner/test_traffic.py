@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
@@ -20,6 +23,27 @@ from autotp.testing.outputs import tensors_of
 from autotp.testing.ranks.threads import ThreadRanks
 
 SMALL = Architecture(kv=4, group=1, vocab=64, loss=False)
+
+
+class Statistic(nn.Module):
+    """A statistic over the width that is sharded."""
+
+    def __init__(self, statistic: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.statistic = nn.Linear(8, 32), nn.Linear(32, 8), statistic
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h * torch.sigmoid(self.statistic(h)))
+
+
+X = {"x": torch.randn(2, 3, 8)}
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "deviations": lambda h: h.std(-1, keepdim=True),
+    "variances": lambda h: h.var(-1, keepdim=True),
+    "lengths": lambda h: h.norm(dim=-1, keepdim=True),
+    "means": lambda h: h.mean(-1, keepdim=True),
+}
 CASES = {
     "llama": SMALL,
     "one_tensor_for_both": replace(SMALL, parallel=True, projection=Projection.INTERLEAVED),
@@ -27,9 +51,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *STATISTICS])
 def test_what_is_counted_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, ran, phase = CASES[name], Counter[tuple[str, str]](), ["forward"]
+    ran, phase = Counter[tuple[str, str]](), ["forward"]
+    build, inputs = (CASES[name].build, CASES[name].inputs()) if name in CASES else (partial(Statistic, STATISTICS[name]), X)
     reduce, gather = GroupComm.all_reduce_, GroupComm.all_gather
 
     def all_reduce(self: GroupComm, tensor: torch.Tensor) -> torch.Tensor:
@@ -45,11 +70,13 @@ def test_what_is_counted_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(GroupComm, "all_gather", all_gather)
 
     def train() -> Plan:
-        model = autotp.parallelize(a.build(), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), example_inputs=a.inputs())
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        model = autotp.parallelize(build(), mesh, example_inputs=inputs)
         dist.barrier()
         ran.clear()
         dist.barrier()
-        total = weighted(tensors_of(model(**a.inputs())))
+        own = {k: v.clone().requires_grad_() if v.is_floating_point() else v for k, v in inputs.items()}
+        total = weighted(tensors_of(model(**own)))
         dist.barrier()
         phase[0] = "backward"
         assert total is not None
@@ -58,5 +85,6 @@ def test_what_is_counted_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch
 
     ranks = ThreadRanks(2, turns=True)
     plan = ranks.run(train)[0]
+    assert plan.local_share < 0.6
     ranks.stop()
     assert Counter((c.kind, c.when) for c in plan.collectives()) == +ran

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from autotp.plan.conversions import Conversion, Op
 from autotp.plan.expressions import Expr, Factor
 from autotp.plan.layout import Layout, replicated
-from autotp.plan.spec import Conversion, DistributedForm, ModulePlan, Op, ParamPlan, Site, Slot, Use
+from autotp.plan.spec import DistributedForm, ModulePlan, ParamPlan, Site, Slot, Use
 from autotp.rewrite.apply import apply
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.full import full_grads

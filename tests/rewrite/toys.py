@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autotp.plan.conversions import Conversion, Op
 from autotp.plan.expressions import Concat, Factor, Product
 from autotp.plan.layout import Layout, replicated
-from autotp.plan.spec import Conversion, DistributedForm, GradSum, LocalAttribute, ModulePlan, Op, ParamPlan, Site, Slot, Use
+from autotp.plan.spec import DistributedForm, GradSum, LocalAttribute, ModulePlan, ParamPlan, Site, Slot, Use
 from tests.rewrite.plans import COPY, REDUCE, embedding_site, even
 
 HEADS, DIM = 4, 6

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autotp.plan.conversions import Conversion, Op
 from autotp.plan.expressions import Concat, Expr, Factor, Product, size
 from autotp.plan.layout import Layout, replicated
-from autotp.plan.spec import Conversion, DistributedForm, GradSum, LocalAttribute, ModulePlan, Op, ParamPlan, Slot, Use
+from autotp.plan.spec import DistributedForm, GradSum, LocalAttribute, ModulePlan, ParamPlan, Slot, Use
 from tests.rewrite.plans import COPY, REDUCE, embedding_site
 from tests.rewrite.toys import site
 

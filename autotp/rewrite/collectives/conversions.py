@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import PlanError
-from autotp.plan.spec import Conversion, Op
+from autotp.plan.conversions import Conversion, Op
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.split import FreeSplit, Split, split_of
 from autotp.rewrite.transforms import direct, refuse_transforms, unwrapped

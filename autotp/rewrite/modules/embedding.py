@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import AutoTPError, PlanError
-from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Op
+from autotp.plan.conversions import Op
+from autotp.plan.spec import DistributedForm, GradSum, ModulePlan
 from autotp.rewrite.collectives.comm import Comm, keeps_results
 from autotp.rewrite.collectives.conversions import reduce
 from autotp.rewrite.modules.classes import STATE

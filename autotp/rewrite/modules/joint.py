@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import AutoTPError, PlanError
-from autotp.plan.spec import ModulePlan, Op, Slot
+from autotp.plan.conversions import Op
+from autotp.plan.spec import ModulePlan, Slot
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, copy, reduce
 from autotp.rewrite.modules.boundaries import Path, map_path

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import AutoTPError
-from autotp.plan.spec import ModulePlan, Op
+from autotp.plan.conversions import Op
+from autotp.plan.spec import ModulePlan
 from autotp.rewrite.collectives.comm import Comm, keeps_results
 from autotp.rewrite.collectives.conversions import copy, gather, once, reduce
 from autotp.rewrite.collectives.split import Split

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from autotp.errors import PlanError
+from autotp.plan.conversions import Conversion
 from autotp.plan.layout import Layout
-from autotp.plan.spec import Conversion, Site
+from autotp.plan.spec import Site
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, bind_all
 from autotp.rewrite.operators.distributed import run_form

@@ -37,11 +37,14 @@ Dims = int | Sequence[int] | None
 class Form:
     """A distributed form: the functions that it can take the place of, by `__name__`, and what runs instead.
 
-    `run` gets the group, the layouts of the local tensors by id, what counts in a statistic, the function's name, and its arguments.
+    `run` gets the layouts of the local tensors by id, what counts in a statistic, the function's name, and its arguments. `forward` and
+    `backward`: how many all-reduces of a number a token it runs on either way.
     """
 
     functions: frozenset[str]
     run: Callable[..., Any]
+    forward: int = 0
+    backward: int = 0
 
 
 def run_form(
@@ -274,9 +277,11 @@ FORMS: Mapping[DistributedForm, Form] = MappingProxyType(
     {
         DistributedForm.LOOKUP: Form(frozenset(("embedding",)), _lookup),
         DistributedForm.MEAN: Form(frozenset(("mean",)), _mean),
-        DistributedForm.VAR: Form(frozenset(("var", "std")), _var),
-        DistributedForm.VECTOR_NORM: Form(frozenset(("norm", "linalg_vector_norm", "linalg_norm", "vector_norm", "frobenius_norm")), _norm),
-        DistributedForm.RMS_NORM: Form(frozenset(("rms_norm",)), _rms_norm),
-        DistributedForm.LAYER_NORM: Form(frozenset(("layer_norm",)), _layer_norm),
+        DistributedForm.VAR: Form(frozenset(("var", "std")), _var, forward=2, backward=1),
+        DistributedForm.VECTOR_NORM: Form(  # 2-norms
+            frozenset(("norm", "linalg_vector_norm", "linalg_norm", "vector_norm", "frobenius_norm")), _norm, forward=1
+        ),
+        DistributedForm.RMS_NORM: Form(frozenset(("rms_norm",)), _rms_norm, forward=1, backward=1),
+        DistributedForm.LAYER_NORM: Form(frozenset(("layer_norm",)), _layer_norm, forward=2, backward=2),
     }
 )

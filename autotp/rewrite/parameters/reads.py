@@ -15,8 +15,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
+from autotp.plan.conversions import Conversion, Op
 from autotp.plan.layout import Layout, Shared
-from autotp.plan.spec import Conversion, GradSum, Op, Written
+from autotp.plan.spec import GradSum, Written
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import bind_all
 from autotp.rewrite.collectives.split import split_of

@@ -15,7 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 import autotp
 from autotp.errors import AutoTPError, PlanError
-from autotp.plan.spec import Conversion, ModulePlan, Op, Slot
+from autotp.plan.conversions import Conversion, Op
+from autotp.plan.spec import ModulePlan, Slot
 from autotp.rewrite.collectives.comm import DryComm
 from autotp.rewrite.guards.hooks import Observer
 from autotp.rewrite.modules.joint import HeldSum, install_joints

@@ -1,0 +1,97 @@
+"""Conversions between placements: one row each.
+
+    COPY    R → R   identity / all-reduce                     (enters a region)
+    REDUCE  P → R   all-reduce / identity                     (leaves a region)
+    GATHER  S → R   all-gather, model order / own part, zero where another copy of a shared index is the owner
+    SLICE   R → S   own part / zero-padded part (a P gradient: COPY stands before it where a gradient is needed)
+    ONCE    R → P   value on rank 0, zeros elsewhere / identity   (a bias added to a partial sum)
+    HOLD    P → R   zeros, the partial sum itself is kept for a JOIN / none
+    JOIN    P → P   adds what was held / identity to each summand   (REDUCE follows)
+
+(forward / backward), with R replicated, S sharded and P a partial sum. Whoever counts collectives, orders conversions or tells what a
+module does with a sum asks `CONVERSIONS`; `autotp.rewrite.collectives.conversions` runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from types import MappingProxyType
+
+from autotp.plan.expressions import Expr
+
+
+class Op(Enum):
+    """Kinds of conversion."""
+
+    COPY = "copy"
+    REDUCE = "reduce"
+    GATHER = "gather"
+    SLICE = "slice"
+    ONCE = "once"
+    HOLD = "hold"
+    JOIN = "join"
+
+
+class CollectiveKind(StrEnum):
+    """What the ranks do together."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+
+
+class When(StrEnum):
+    """On which way a collective runs."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionRow:
+    """forward, backward: the collective on either way. sums: it is, or is a part of, the reduction of a partial sum."""
+
+    forward: CollectiveKind | None = None
+    backward: CollectiveKind | None = None
+    sums: bool = False
+
+    @property
+    def collectives(self) -> tuple[tuple[CollectiveKind, When], ...]:
+        """What runs, and when."""
+        both = ((self.forward, When.FORWARD), (self.backward, When.BACKWARD))
+        return tuple((kind, when) for kind, when in both if kind is not None)
+
+
+#: In the order in which conversions of one tensor run.
+CONVERSIONS: Mapping[Op, ConversionRow] = MappingProxyType(
+    {
+        Op.JOIN: ConversionRow(sums=True),
+        Op.HOLD: ConversionRow(sums=True),
+        Op.REDUCE: ConversionRow(forward=CollectiveKind.ALL_REDUCE, sums=True),
+        Op.GATHER: ConversionRow(forward=CollectiveKind.ALL_GATHER),
+        Op.COPY: ConversionRow(backward=CollectiveKind.ALL_REDUCE),
+        Op.SLICE: ConversionRow(),
+        Op.ONCE: ConversionRow(),
+    }
+)
+_ORDER = tuple(CONVERSIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """One conversion of one tensor. `dim` and `expr` say what is sliced or gathered (GATHER, SLICE only)."""
+
+    op: Op
+    dim: int | None = None
+    expr: Expr | None = None
+
+    @property
+    def row(self) -> ConversionRow:
+        """What it does."""
+        return CONVERSIONS[self.op]
+
+
+def in_order(conversions: Iterable[Conversion]) -> tuple[Conversion, ...]:
+    """Each of `conversions` once, in the order in which they run."""
+    return tuple(sorted(dict.fromkeys(conversions), key=lambda c: _ORDER.index(c.op)))
