@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autotp.checkpoint.nodes import Memory, Node, Op, Read, View, aten, overlay, whole_box
+from autotp.checkpoint.pullback import value
 from autotp.errors import CheckpointError
 
 
@@ -117,8 +118,6 @@ def _changed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: 
 
 
 def _there(tensor: Deferred, read: Read | None, func: Any) -> Tensor:
-    from autotp.checkpoint.pullback import value
-
     if read is None:
         raise CheckpointError(f"{func} asks for values of a tensor that no rank holds whole; that is not supported")
     return value(node_of(tensor), whole_box(tensor.shape), read)
@@ -126,8 +125,6 @@ def _there(tensor: Deferred, read: Read | None, func: Any) -> Tensor:
 
 def _values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Read | None) -> Any:
     """What is no tensor: the operator on values; `equal` row by row, so that no whole tensor is held."""
-    from autotp.checkpoint.pullback import value
-
     if read is not None and func is aten.equal.default and isinstance(args[0], Deferred) and isinstance(args[1], Deferred):
         a, b = node_of(args[0]), node_of(args[1])
         if a.shape != b.shape or a.dtype != b.dtype:

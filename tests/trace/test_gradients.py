@@ -188,3 +188,11 @@ def test_checkpoints_are_no_functions_of_their_own() -> None:
     assert not any(n.op is Pseudo.APPLY for n in graph.nodes)
     assert graph.results
     assert WIDTH in {v.shape[-1] for n in graph.nodes for v in n.outputs if v.shape}
+
+
+def test_a_result_says_whether_its_path_was_training() -> None:
+    examples = Example("user", lambda: X), Example("again", lambda: X, training=True)
+    graph = trace(Mid(_in_bands).double(), examples, keep)
+    training = {result.name: result.training for result in graph.results}
+    assert {"user", "again"} < training.keys()  # the code asks for gradients, so there are paths with and without them
+    assert all(value is name.startswith("again") for name, value in training.items())
