@@ -106,17 +106,19 @@ class _ByNumbers:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.accused: list[Accused] = []
+        self.run = False  # whether the last plan was
 
     def __call__(self, plan: Plan, examples: tuple[Example, ...]) -> Examined:
         """See `Examine`."""
         verdict = judge(self.model, examples, plan)
+        self.run = not verdict.unknown
         if verdict.unknown:
             return Examined(f"graph only: {verdict.unknown}")
         if verdict.module is None:
-            return Examined(NUMBERS)
+            return Examined(NUMBERS, run=True)
         more = len(self.accused) < MOST_WRONG_PLANS
         self.accused.append(Accused(verdict.module if more else None, verdict.reason, verdict.backward))
-        return Examined(NUMBERS, (self.accused[-1],))
+        return Examined(NUMBERS, (self.accused[-1],), run=True)
 
 
 class _ByTwin:
@@ -125,6 +127,7 @@ class _ByTwin:
     def __init__(self, model: nn.Module, twin: nn.Module, tp: int) -> None:
         self.model, self.twin, self.tp = model, twin, tp
         self.planned: Plan | None = None
+        self.run = False  # whether the plan of the twin was
 
     def __call__(self, plan: Plan, examples: tuple[Example, ...]) -> Examined:
         """See `Examine`."""
@@ -135,12 +138,12 @@ class _ByTwin:
                 self.planned = make_plan(self.twin, self.tp, examine=examine, replayed=False)
             except AutoTPError as error:
                 return Examined(f"graph only: the model is too large to be run, and a smaller twin cannot be planned ({error})")
-            here = _same_places(self.model)
+            here, self.run = _same_places(self.model), examine.run
             for a in examine.accused:
                 accused += [replace(a, module=path) for path in ([None] if a.module is None else here(a.module))]
-        if self.planned.checked != NUMBERS:
+        if not self.run:
             return Examined(f"{self.planned.checked} (a smaller twin)")
-        return Examined(TWIN + _but_for(plan, self.planned), tuple(accused))
+        return Examined(TWIN + _but_for(plan, self.planned), tuple(accused), run=True)
 
 
 def _but_for(plan: Plan, twin: Plan) -> str:

@@ -31,11 +31,12 @@ _GRACE = 5.0  # seconds that the other ranks get after one has failed
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one rank came to: the value that the function returned, or the text of what stopped it."""
+    """What one rank came to: the value that the function returned, or the text of what stopped it; `follows`: another rank's failure."""
 
     rank: int
     value: Any = None
     error: str | None = None
+    follows: bool = False
 
 
 class RankError(AutoTPError):
@@ -99,7 +100,7 @@ def values(outcomes: tuple[Outcome, ...]) -> list[Any]:
     Raises:
         RankError: some rank failed.
     """
-    failed = [o for o in outcomes if o.error is not None and not o.error.startswith("stopped")]
+    failed = [o for o in outcomes if o.error is not None and not o.follows]
     if failed:
         raise RankError("\n".join(f"rank {o.rank} failed:\n{o.error}" for o in failed))
     return [outcome.value for outcome in outcomes]
@@ -147,10 +148,10 @@ def _collect(
                 failed, deadline = rank, min(deadline, time.monotonic() + _GRACE)
     for rank in ranks.values():
         reason = f"stopped: rank {failed} failed" if failed is not None else f"no result within {timeout:.0f} s; it is at\n{stack(rank)}"
-        outcomes[rank] = Outcome(rank, error=reason)
+        outcomes[rank] = Outcome(rank, error=reason, follows=failed is not None)
     if failed is not None:  # what the others raise once a peer is gone is a consequence, not a cause
         stopped = f"stopped: rank {failed} failed"
-        outcomes = {r: o if o.error is None or r == failed else Outcome(r, error=stopped) for r, o in outcomes.items()}
+        outcomes = {r: o if o.error is None or r == failed else Outcome(r, error=stopped, follows=True) for r, o in outcomes.items()}
     return tuple(outcomes[rank] for rank in sorted(outcomes))
 
 

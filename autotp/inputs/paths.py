@@ -284,7 +284,7 @@ def calls_to_trace(model: nn.Module, inputs: Given | None) -> tuple[Example, ...
 
 def settled(examples: tuple[Example, ...]) -> Iterator[Example]:
     """The examples with their inputs made once, so that every run sees the same; the first, or all of the caller's, in training too."""
-    first = [e for e in examples if e is examples[0] or (not e.optional and e.name.startswith("user"))]
+    first = [e for e in examples if e is examples[0] or not e.optional]
     for example in (*examples, *(replace(e, name=e.name + "-training", decode=None, optional=True, training=True) for e in first)):
         try:
             made = example.make()

@@ -24,8 +24,8 @@ from autotp.planning import RecipeLike
 from autotp.recipe.recipe import Recipe
 from autotp.targets import check_ranks
 from autotp.testing.equivalence.compare import Aspect, compare
-from autotp.testing.equivalence.locate import first_module, gradient_order, surroundings
-from autotp.testing.equivalence.module_calls import Record, recorded
+from autotp.testing.equivalence.locate import gradient_order, surroundings
+from autotp.testing.equivalence.module_calls import Record, first_module, recorded
 from autotp.testing.equivalence.mutation import Mutation
 from autotp.testing.equivalence.observe import Access, MakeOptimizer, Observed, Training, Watch, adamw, by_itself, observe_model
 from autotp.testing.equivalence.subject import Factory, Inputs, Subject, make_subject, twin

@@ -7,22 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from autotp.plan.plan import Plan
-from autotp.testing.equivalence.module_calls import Record, first_difference
+from autotp.testing.equivalence.module_calls import Record
 
 _MOST_LINES = 20
-
-
-def first_module(reference: Record, ranks: list[Record], tolerance: float) -> tuple[str, str] | None:
-    """(module path, sentence) of the first call whose outputs stand for something else than the reference's; None where all agree."""
-    text = first_difference(reference, ranks, tolerance)
-    if not text:
-        return None
-    path = next((p for p in sorted({k[0] for k in reference}, key=len, reverse=True) if p and _begins(text, p)), "")
-    return path, text
-
-
-def _begins(text: str, path: str) -> bool:
-    return text.startswith((path + ":", path + " ", path + ","))
 
 
 def gradient_order(reference: Record, model: nn.Module, wrong: Sequence[str]) -> str:

@@ -66,6 +66,12 @@ class Stands(Enum):
 
 def first_difference(reference: Record, ranks: list[Record], tolerance: float = TOLERANCE) -> str:
     """Says which call differs first, or which call did not happen; "" where all agree."""
+    found = first_module(reference, ranks, tolerance)
+    return found[1] if found is not None else ""
+
+
+def first_module(reference: Record, ranks: list[Record], tolerance: float = TOLERANCE) -> tuple[str, str] | None:
+    """(path of the module, sentence) of the first call that differs, or that did not happen; None where all agree."""
     partial: list[str] = []
     held: dict[str, Tensor] = {}
     zeros: list[str] = []  # of `held`, those that are in no sum yet
@@ -73,7 +79,7 @@ def first_difference(reference: Record, ranks: list[Record], tolerance: float = 
         place = _place(key)
         locals_ = [record[key] for record in ranks if key in record]
         if len(locals_) < len(ranks):
-            return f"{place} did not return on every rank"
+            return key[0], f"{place} did not return on every rank"
         stands = stands_for(locals_, wanted, tolerance)
         if stands is Stands.NOT and any(_equal(locals_, wanted, more, tolerance) for more in held.values()):
             zeros.clear()
@@ -84,7 +90,7 @@ def first_difference(reference: Record, ranks: list[Record], tolerance: float = 
                 error = max(relative_error(value, wanted) for value in locals_)
                 before = f"; still partial sums before it: {', '.join(partial)}" if partial else ""
                 before += f"; zeros before it: {', '.join(zeros)}" if zeros else ""
-                return f"{place}: relative error {error:.1e}, shape {tuple(wanted.shape)}, on the ranks {shapes}{before}"
+                return key[0], f"{place}: relative error {error:.1e}, shape {tuple(wanted.shape)}, on the ranks {shapes}{before}"
             case Stands.HELD:
                 held[place] = wanted
                 zeros.append(place)
@@ -94,7 +100,7 @@ def first_difference(reference: Record, ranks: list[Record], tolerance: float = 
                 partial.clear()
             case Stands.SHARDED:
                 pass
-    return ""
+    return None
 
 
 def _equal(locals_: list[Tensor], wanted: Tensor, more: Tensor, tolerance: float) -> bool:
