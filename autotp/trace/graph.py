@@ -120,19 +120,17 @@ class Node:
     call: int = -1  # nodes of one Python call share this number
     scope: int = -1
     apart: str = ""
+    opname: str = field(init=False, repr=False)  # `linear`, `view`, …: the operator's name without namespace and overload
     _inputs: tuple[Value, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        name = self.op.value if isinstance(self.op, Pseudo) else self.op._schema.name.rsplit("::", 1)[-1]
+        object.__setattr__(self, "opname", name)
         object.__setattr__(self, "_inputs", (*values_in(self.args), *values_in(tuple(self.kwargs.values()))))
 
     def inputs(self) -> Iterator[Value]:
         """Every value among the arguments, in order."""
         return iter(self._inputs)
-
-    @property
-    def opname(self) -> str:
-        """`linear`, `view`, …: the operator's name without namespace and overload."""
-        return self.op.value if isinstance(self.op, Pseudo) else self.op._schema.name.rsplit("::", 1)[-1]
 
     def __str__(self) -> str:
         return f"{self.opname} in {self.module or '<root>'}" + (f" ({self.place})" if self.place else "")

@@ -98,7 +98,7 @@ def entry(node: Node) -> Operator | None:
 def is_a(node: Node, traits: Is) -> bool:
     """True where a node's operator is one of `traits`."""
     found = entry(node)
-    return found is not None and bool(found.traits & traits)
+    return found is not None and found.traits._value_ & traits._value_ != 0  # numbers: flags are combined slowly, and planning asks often
 
 
 def arg(node: Node, position: int, name: str, default: Any = None) -> Any:
