@@ -45,7 +45,7 @@ programs: model
 fuzz: install
 	$(BIN)/python -m autotp.testing.fuzz --minutes $(MINUTES) --seed $(SEED) --out fuzz
 
-# Makes every mistake in the plan of every model of the tests; all must be caught (docs/mutants.md). About 25 minutes.
+# Makes every mistake in the plan of every model of the tests; all must be caught (docs/mutants.md). About half an hour.
 mutants: install
 	$(BIN)/python tools/mutants.py
 

@@ -38,18 +38,20 @@ Line = dict[str, Any]
 PAGE = """\
 # Well-known models
 
-What autotp plans for {count} models at their published sizes: on the meta device, without weights. The configs are in
-`tools/known_models.yaml`. Planned is not run: [coverage.md](coverage.md) says which architectures were compared with one device.
-Written by
+This page shows autotp's plans for {count} models at their published sizes, made on the meta device
+without weights. The configs are in `tools/known_models.yaml`. A planned model was not run:
+[coverage.md](coverage.md) says which architectures were compared with one device. Written by
 
     {command}
 
 A cell holds, for that many ranks,
 
-- the share of the model's parameter elements on each rank, padding included (`Plan.local_share`; 1 ÷ tp is an even share),
+- the share of the model's parameter elements on each rank, padding included (`Plan.local_share`; 1
+  ÷ tp is an even share),
 - padding over all ranks ÷ the model's elements (`Plan.padding_waste`),
-- multiply-adds a token of the busiest rank ÷ an even share of the model's (`Plan.busiest_work`; all experts count, tables that are
-  only looked up do not, and a weight that every rank keeps whole counts on each).
+- multiply-adds a token of the busiest rank ÷ an even share of the model's (`Plan.busiest_work`; all
+  experts count, tables that are only looked up do not, and a weight that every rank keeps whole
+  counts on each).
 
 *heads* are query heads, / key-value heads where there are fewer, × the width of one.
 
