@@ -174,7 +174,7 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, exampl
     The path in training mode runs with gradients, whether its code asks or not.
     """
 
-    def path(mode: _Mode, optional: bool) -> tuple[str, str] | None:
+    def path(mode: _Mode, optional: bool) -> _LeftOut | None:
         return _path(model, recorder, fake, replace(example, name=mode.name(example), optional=optional), mode)
 
     questions = recorder.questions
@@ -185,12 +185,12 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, exampl
         if failed is not None and example.training:
             with_gradients, failed = failed, _path(model, recorder, fake, example, _Mode(grad=False))
             if failed is None and Question.GRAD in questions.asked:
-                raise TraceError(f"{with_gradients[1]} The code asks {Question.GRAD.value}, so the path without them says nothing of it.")
+                raise TraceError(f"{with_gradients.why} The code asks {Question.GRAD.value}, so the path without them says nothing of it.")
             modes.append(_Mode(grad=False))
         if failed is not None and not example.quiet:
-            recorder.notes.append(f"the {failed[0]} path was not traced: {failed[1]}")
-        if failed is not None and "+decode" not in failed[0]:
-            recorder.untrained = failed[1] if example.training else recorder.untrained
+            recorder.notes.append(f"the {failed.name} path was not traced: {failed.why}")
+        if failed is not None and not failed.decoding:
+            recorder.untrained = failed.why if example.training else recorder.untrained
             return
         if failed is not None:
             example = replace(example, decode=None)
@@ -198,22 +198,31 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, exampl
             for other in mode.others(questions.asked):
                 if other not in modes:
                     left_out = path(other, optional=other.contrary)
-                    while left_out is not None and not left_out[1] and questions.turned:  # the answer that the code refuses is left alone
+                    while left_out is not None and not left_out.why and questions.turned:  # the answer that the code refuses is left alone
                         questions.settled.add(questions.turned[-1])
                         left_out = path(other, optional=True)
-                    if left_out is not None and left_out[1]:
-                        recorder.notes.append(f"the {left_out[0]} path was not traced: {left_out[1]}")
+                    if left_out is not None and left_out.why:
+                        recorder.notes.append(f"the {left_out.name} path was not traced: {left_out.why}")
                     modes.append(other)
 
 
-def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, mode: _Mode) -> tuple[str, str] | None:
-    """Record one path and what it decodes to; (name, why) of what could not be run and was left out.
+@dataclass(frozen=True, slots=True)
+class _LeftOut:
+    """A path that could not be run. `why` is "" where the code itself refuses. `decoding`: the call ran, what it decodes to did not."""
+
+    name: str
+    why: str
+    decoding: bool
+
+
+def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, mode: _Mode) -> _LeftOut | None:
+    """Record one path and what it decodes to; what could not be run and was left out, None where all of it ran.
 
     Raises:
         TraceError: the example is not optional.
     """
     name, start, done = example.name, len(recorder.tape.nodes), len(recorder.results.closed)
-    mark = start
+    mark, more = start, None
     data, questions = recorder.data, recorder.questions
     data.guessed = False
     try:
@@ -255,7 +264,8 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
             failure.partial, failure.module = recorder.graph(dict(recorder.repeats)), error.module
             raise failure from error.error
         recorder.rewind(mark, len(recorder.results.closed))
-        return name, "" if mode.contrary and _own(error.error) else _explain(name, error, data.guessed)
+        why = "" if mode.contrary and _own(error.error) else _explain(name, error, data.guessed)
+        return _LeftOut(name, why, decoding=more is not None)
     return None
 
 
