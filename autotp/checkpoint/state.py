@@ -21,7 +21,7 @@ from autotp.checkpoint.directory import written_beside
 from autotp.checkpoint.fit_state import Stored, fit_model, fit_optimizer
 from autotp.checkpoint.resume import Resume
 from autotp.checkpoint.storage import failures, read, read_index, write
-from autotp.errors import CheckpointError
+from autotp.errors import CheckpointError, InputError
 from autotp.parallel_state import state_of
 from autotp.rewrite.collectives.comm import GroupComm
 
@@ -38,8 +38,15 @@ def save(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, grou
 
     Raises:
         CheckpointError: something cannot be saved, or a rank failed; on every rank that is left. PlanError: `model` is not parallel.
+        InputError: `path` is no path.
     """
-    _save(model, optimizer, Path(path), _everyone(group))
+    _save(model, optimizer, _folder(path), _everyone(group))
+
+
+def _folder(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path is {type(path).__name__}, wanted a folder: save(model, optimizer, path), load(model, optimizer, path)")
+    return Path(path)
 
 
 def load(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None) -> None:
@@ -54,8 +61,9 @@ def load(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, grou
     Raises:
         CheckpointError: on every rank: the checkpoint is not there, damaged, or of another model or optimizer. Damage that is only
             found while tensors are read leaves some of them loaded; the message says so. PlanError: `model` is not parallel.
+        InputError: `path` is no path.
     """
-    _load(model, optimizer, Path(path), _everyone(group))
+    _load(model, optimizer, _folder(path), _everyone(group))
 
 
 def _save(model: nn.Module, optimizer: Any, path: Path, group: dist.ProcessGroup | None) -> None:

@@ -201,3 +201,10 @@ def test_a_rank_killed_mid_save_leaves_the_old_one(tmp_path: Path) -> None:
         assert ranks.run(reload, str(tmp_path / "state")) == [(False, 0.0)] * 3  # the one before, which had no step
     finally:
         ranks.stop()
+
+
+@pytest.mark.parametrize("call", [autotp.checkpoint.save, autotp.checkpoint.load])
+def test_arguments_in_the_wrong_order(call: Callable[..., None]) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(autotp.AutoTPError, match=r"path is SGD, wanted a folder: save\(model, optimizer, path\)"):
+        call(model, "folder", torch.optim.SGD(model.parameters(), lr=0.1))
