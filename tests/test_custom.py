@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import autotp
+from autotp.testing.equivalence.compare import error_of
 from tests.models.custom import CUSTOM, VOCAB, InlineHead, Language
 from tests.models.entry import Entry
-from tests.support.equivalence import check, error_of
+from tests.support.pooled import PLAIN, equivalent
 from tests.support.ranks import Pool, mesh
 
 #: Each has one number of ranks in turn, every second of them in `make sweeps`; the other numbers are slow.
@@ -28,11 +29,9 @@ CASES = [
 
 @pytest.mark.parametrize(("entry", "world"), CASES)
 def test_custom(pool: Pool, entry: Entry, world: int) -> None:
-    aspects = ("forward", "grad", "state_dict", "step")
-    report = check(pool, entry.factory, entry.inputs, world=world, aspects=aspects)
-    report.require(*aspects)
-    assert not set(entry.kept) & report.sharded
-    assert set(entry.shards) <= report.sharded
+    found = equivalent(pool, entry.factory, entry.inputs, tp=world, needs=PLAIN)
+    assert not set(entry.kept) & found.sharded
+    assert set(entry.shards) <= found.sharded
 
 
 def untraced_loss(model: type[Language], sharded: bool) -> None:

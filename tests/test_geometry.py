@@ -27,9 +27,9 @@ from autotp.plan.expressions import Concat, Expr, Factor
 from autotp.plan.plan import Plan
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.rewrite.parameters.reads import GradFix
+from autotp.testing.equivalence.compare import error_of
 from autotp.testing.ranks.threads import ThreadRanks
 from tests.models.geometry import ACTIVATIONS, Geometry, Mlp, Product, Projection, QKNorm, batch, decoder
-from tests.support.equivalence import error_of
 from tests.support.ranks import mesh
 
 STEPS, LIMIT = 3, 1e-9

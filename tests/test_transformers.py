@@ -1,7 +1,7 @@
 """Families of transformers models, each tiny: equal at tensor-parallel 2, 3 and 4, and really sharded.
 
-Every case compares each aspect of `tests.support.equivalence` on gloo processes, or of `assert_equivalent` on ranks of this process,
-which take a fraction of the time. The fields of a family say which aspects must not be skipped.
+Every case compares what `assert_equivalent` does, on gloo processes, or on ranks of this process, which take a fraction of the time.
+The fields of a family say which comparisons must not be skipped (see `tests.support.pooled.require`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from torch import nn
 
 from autotp.errors import InputError
 from autotp.testing import Equivalence, assert_equivalent
-from tests.support.equivalence import check
-from tests.support.families import transformer, transformer_inputs
+from tests.support.families import transformer
+from tests.support.pooled import CAUSAL, ENCODER, PLAIN, equivalent, require
 from tests.support.ranks import Pool
 from tests.support.slow import few, swept
 
-CAUSAL = ("forward", "masked", "whole", "generate", "state_dict", "grad", "loss", "step")
-ENCODER = ("forward", "masked", "whole", "state_dict", "grad", "loss", "step")
-RECURRENT = ("forward", "generate", "state_dict", "grad", "step")
-PLAIN = ("forward", "whole", "state_dict", "grad", "step")
+RECURRENT = (*PLAIN, "generation")
+HIDDEN = (*PLAIN, "with hidden states")
 
 
 def _heads(heads: int, kv: int, width: int = 8) -> dict[str, int]:
@@ -96,15 +94,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "t5_gated": ("t5", {"feed_forward_proj": "gated-gelu"}, CAUSAL),
     "bart": ("bart", {}, CAUSAL),
     "marian": ("marian", {}, CAUSAL),
-    "whisper": ("whisper", {}, ("forward", "whole", "generate", "state_dict", "grad", "step")),
-    "wav2vec2": ("wav2vec2", {}, PLAIN),
-    "vit": ("vit", {}, PLAIN),
-    "swin": ("swin", {}, PLAIN),
-    "dinov2": ("dinov2", {}, PLAIN),
-    "clip": ("clip", {}, ("forward", "state_dict", "grad", "step")),
-    "siglip": ("siglip", {}, ("forward", "state_dict", "grad", "step")),
-    "llava": ("llava", {}, ("forward", "generate", "state_dict", "grad", "step")),
-    "qwen2_5_vl": ("qwen2_5_vl", {}, ("forward", "generate", "state_dict", "grad", "step")),
+    "whisper": ("whisper", {}, (*HIDDEN, "generation")),
+    "wav2vec2": ("wav2vec2", {}, HIDDEN),
+    "vit": ("vit", {}, HIDDEN),
+    "swin": ("swin", {}, HIDDEN),
+    "dinov2": ("dinov2", {}, HIDDEN),
+    "clip": ("clip", {}, PLAIN),
+    "siglip": ("siglip", {}, PLAIN),
+    "llava": ("llava", {}, RECURRENT),
+    "qwen2_5_vl": ("qwen2_5_vl", {}, RECURRENT),
     **{
         name: (name, {}, RECURRENT)
         for name in ("mamba", "falcon_mamba", "mamba2", "bamba", "falcon_h1", "zamba2", "recurrent_gemma", "lfm2")
@@ -126,17 +124,6 @@ MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "granitem
 SHARE = 0.75
 
 
-#: What `assert_equivalent` calls the aspects.
-ASPECTS = {
-    "forward": "outputs",
-    "masked": "outputs",
-    "whole": "outputs",
-    "generate": "generation",
-    "state_dict": "state",
-    "grad": "gradients",
-    "loss": "gradients",
-    "step": "steps",
-}
 #: One family for each kind of layout has a case in this process; some have a second one, on processes. All others are slow.
 DISTINCT = {
     "gemma2", "phi3", "bloom", "mpt", "gpt_bigcode_mqa", "falcon_new", "deepseek_v3", "bert", "t5", "whisper", "vit", "mamba2",
@@ -187,12 +174,10 @@ def test_family(
     factory = partial(transformer, model_type, attn_implementation=attention, **fields)
     if backend == "local":
         found = in_this_process(factory, world)
-        assert {ASPECTS[name] for name in required} <= set(found.aspects), found
-        assert found.plan.local_share <= SHARE
-        return
-    report = check(request.getfixturevalue("pool"), factory, transformer_inputs, world=world)
-    report.require(*required)
-    assert report.local_share <= SHARE
+        require(found, *required)
+    else:
+        found = equivalent(request.getfixturevalue("pool"), factory, tp=world, needs=required)
+    assert found.local_share <= SHARE
 
 
 def in_this_process(factory: Callable[[], nn.Module], tp: int) -> Equivalence:
@@ -213,6 +198,5 @@ def mixtures() -> list[Any]:
 
 @pytest.mark.parametrize(("model_type", "experts"), mixtures())
 def test_experts(pool: Pool, model_type: str, experts: str) -> None:
-    report = check(pool, partial(transformer, model_type, experts=experts), transformer_inputs, world=2)
-    report.require("forward", "generate", "state_dict", "grad", "loss", "step")
-    assert report.local_share <= SHARE
+    found = equivalent(pool, partial(transformer, model_type, experts=experts), needs=(*PLAIN, "generation", "loss"))
+    assert found.local_share <= SHARE

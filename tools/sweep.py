@@ -7,7 +7,7 @@
     python tools/sweep.py --out sweep.jsonl --docs docs/coverage.md --summary
 
 Each line of the output file is one model type: what was built, how the plan went, and the error of each aspect compared (see
-`tests/support/equivalence.py`). A type that hangs is ended after `--timeout` seconds and the ranks are replaced. Types
+`autotp/testing/equivalence/observe.py`). A type that hangs is ended after `--timeout` seconds and the ranks are replaced. Types
 already in the file are skipped unless `--again`.
 """
 
@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ASPECTS = ("forward", "masked", "whole", "generate", "state_dict", "grad", "loss", "step")
+ASPECTS = ("state", "outputs", "gradients", "generation", "training", "steps")
 Record = dict[str, Any]
 
 
@@ -38,10 +38,11 @@ def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool) -> Record:
     """One model type on one rank: build, plan, compare."""
     import torch
 
+    from autotp.testing import NotEquivalent
+    from autotp.testing.inputs import tiny_inputs
     from autotp.testing.tiny.models import model_class, tiny_config
-    from tests.support import standin
-    from tests.support.equivalence import ASPECTS, compare_on_rank
-    from tests.support.families import transformer, transformer_inputs
+    from tests.support import pooled, standin
+    from tests.support.families import transformer
 
     record: Record = {"type": model_type, "stage": "config"}
     try:
@@ -55,7 +56,7 @@ def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool) -> Record:
         model = transformer(model_type)
         record["class"], record["parameters"] = type(model).__name__, sum(p.numel() for p in model.parameters())
         record["stage"] = "inputs"
-        inputs = transformer_inputs(model)
+        inputs = tiny_inputs(model)
         record["inputs"] = sorted(inputs)
         record["stage"] = "plan"
         if not stand_in:
@@ -69,21 +70,26 @@ def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool) -> Record:
             record["stage"] = "done"
             return record
         record["stage"] = "compare"
-        options: dict[str, Any] = {"subject": standin.replicated} if stand_in else {}
-        report = compare_on_rank(partial(transformer, model_type), transformer_inputs, aspects=ASPECTS, **options)
+        options: dict[str, Any] = {"around": standin.replicated} if stand_in else {}
+        try:
+            found = pooled.compare(partial(transformer, model_type), **options)
+        except NotEquivalent as error:
+            if error.found is None:
+                raise
+            found = error.found
     except Exception as error:  # the next type must have its turn whatever this one raises
         record["error"] = f"{type(error).__name__}: {str(error)[:1000]}"
         record["trace"] = traceback.format_exc(limit=-4)[-2000:]
         return record
     record |= {
         "stage": "done",
-        "dtype": str(report.dtype).removeprefix("torch."),
-        "local_share": round(report.local_share, 4),
-        "errors": report.errors,
-        "where": report.where,
-        "problems": {name: text[-2000:] for name, text in report.problems.items()},
-        "skipped": {name: text[:200] for name, text in report.skipped.items()},
-        "failed": sorted(report.failed()),
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "local_share": round(found.local_share, 4),
+        "errors": {name: aspect.error for name, aspect in found.aspects.items()},
+        "where": {name: aspect.where for name, aspect in found.aspects.items()},
+        "first": found.first,
+        "skipped": {name: text[:200] for name, text in found.skipped.items()},
+        "failed": sorted(found.failed),
     }
     return record
 
@@ -159,7 +165,7 @@ def counts(records: Iterable[Record]) -> dict[str, int | float]:
         "equal in everything compared": sum(not r["failed"] for r in compared),
     }
     for aspect in ASPECTS:
-        tried = [r for r in compared if aspect in r["errors"] or aspect in r["problems"]]
+        tried = [r for r in compared if aspect in r["errors"]]
         result[f"equal {aspect} (of {len(tried)} that have it)"] = sum(aspect not in r["failed"] for r in tried)
     result["median share of the parameters on a rank"] = round(statistics.median(shares), 4) if shares else 1.0
     result["sharded (share below 0.9)"] = sum(share < 0.9 for share in shares)
@@ -169,19 +175,15 @@ def counts(records: Iterable[Record]) -> dict[str, int | float]:
 def summary(records: dict[str, Record]) -> str:
     """Counts, then what failed most."""
     lines = [f"{name:60} {value}" for name, value in counts(records.values()).items()]
-    for title, picks in (("errors", _errors(records)), ("problems", _problems(records))):
-        if picks:
-            lines += ["", f"most frequent {title}:"]
-            lines += [f"{count:5} {text[:150]}" for text, count in picks.most_common(25)]
+    picks = _errors(records)
+    if picks:
+        lines += ["", "most frequent errors:"]
+        lines += [f"{count:5} {text[:150]}" for text, count in picks.most_common(25)]
     return "\n".join(lines)
 
 
 def _errors(records: dict[str, Record]) -> Counter[str]:
     return Counter(f"{r['stage']}: {' '.join(r['error'].split())[:110]}" for r in records.values() if "error" in r and not is_missing(r))
-
-
-def _problems(records: dict[str, Record]) -> Counter[str]:
-    return Counter(f"{aspect}: {text.strip().splitlines()[-1]}" for r in records.values() for aspect, text in r.get("problems", {}).items())
 
 
 def page(records: dict[str, Record], tp: int) -> str:

@@ -15,9 +15,9 @@ import yaml
 
 import autotp
 from autotp.recipe import bundled
-from tests.recipe.untraced import untraced_subject
-from tests.support.equivalence import check
-from tests.support.families import transformer, transformer_inputs
+from tests.recipe.untraced import untraced
+from tests.support.families import transformer
+from tests.support.pooled import PLAIN, equivalent
 from tests.support.ranks import Pool
 
 #: recipe → the model types and fields that it is tested with; the first of them also runs untraced in the quick suite.
@@ -85,12 +85,9 @@ def test_is_proven(recipe, kind, fields):
 )
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_is_right_untraced(pool: Pool, recipe: str, kind: str, fields: dict[str, Any], world: int):
-    report = check(
-        pool, partial(transformer, kind, **fields), transformer_inputs, world=world, subject=untraced_subject, pass_inputs=False,
-        options={"recipe": recipe},
-    )  # fmt: skip
-    report.require("forward", "whole", "state_dict", "grad", "step")
-    assert report.local_share < SHARE
+    needs = (*PLAIN, "with hidden states")
+    found = equivalent(pool, partial(transformer, kind, **fields), tp=world, recipe=recipe, around=untraced, needs=needs)
+    assert found.local_share < SHARE
 
 
 def test_what_needs_a_trace_says_so():
@@ -132,9 +129,7 @@ def test_a_result_leaves_where_no_row_has_summed_it(pool: Pool):
     data["results"]["mlp"] = {"?": "leave"}
     del data["results"]["mlp.experts"]
     factory = partial(transformer, "deepseek_v3", experts="eager")
-    options = {"recipe": data}
-    report = check(pool, factory, transformer_inputs, world=2, subject=untraced_subject, pass_inputs=False, options=options)
-    report.require("forward", "grad", "step")
+    equivalent(pool, factory, recipe=data, around=untraced, needs=PLAIN)
 
 
 def test_numbers_of_blocks_are_no_sizes():

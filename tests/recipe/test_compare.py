@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import autotp
 from autotp.errors import InputError, RecipeError, TraceError
 from autotp.plan.expressions import notation
-from tests.support.equivalence import check
-from tests.support.families import transformer, transformer_inputs
+from autotp.testing import NotEquivalent
+from tests.support.families import transformer
+from tests.support.pooled import PLAIN, equivalent
 from tests.support.ranks import Pool
 
 WHOLE_MLP = {"whole": {"mlp.gate_proj.weight": "i e", "mlp.up_proj.weight": "i e", "mlp.down_proj.weight": "e i"}}
@@ -98,10 +99,9 @@ def test_pieces_other_than_the_planners():
 
 
 def test_part_is_right_on_real_ranks(pool: Pool):
-    report = check(pool, partial(transformer, "llama"), transformer_inputs, world=2, options={"recipe": WHOLE_MLP})
-    report.require("forward", "generate", "state_dict", "grad", "loss", "step")
-    assert not any(".mlp." in name for name in report.sharded)
-    assert any("q_proj" in name for name in report.sharded)
+    found = equivalent(pool, partial(transformer, "llama"), recipe=WHOLE_MLP, needs=(*PLAIN, "loss", "generation"))
+    assert not any(".mlp." in name for name in found.sharded)
+    assert any("q_proj" in name for name in found.sharded)
 
 
 def test_no_trace_is_needed_where_all_is_covered(pool: Pool):
@@ -110,16 +110,16 @@ def test_no_trace_is_needed_where_all_is_covered(pool: Pool):
     plan = autotp.plan(unseen(), tp=2, recipe=UNSEEN)
     assert plan.params["rise.weight"].layout.local_shape == (10, 12)
     assert [n.partition(":")[0] for n in plan.notes] == ["not proven"]
-    report = check(pool, unseen, unseen_inputs, world=2, pass_inputs=False, options={"recipe": UNSEEN})
-    report.require("forward", "state_dict", "grad", "step")
-    assert report.sharded == {"rise.weight", "rise.bias", "fall.weight"}
+    found = equivalent(pool, unseen, unseen_inputs, told=False, recipe=UNSEEN, needs=PLAIN)
+    assert found.sharded == {"rise.weight", "rise.bias", "fall.weight"}
 
 
 def test_untraced_and_wrong_is_seen_by_the_numbers(pool: Pool):
     """The control of the test above: a gradient that is summed although it is whole."""
     wrong = {**UNSEEN, "whole": {}, "inside": {"scale": "e"}}
-    report = check(pool, unseen, unseen_inputs, world=2, pass_inputs=False, options={"recipe": wrong})
-    assert "scale" in report.failed()["grad"]
+    with pytest.raises(NotEquivalent) as caught:
+        equivalent(pool, unseen, unseen_inputs, told=False, recipe=wrong)
+    assert caught.value.found.aspects["gradients"].wrong == ("scale",)
 
 
 def test_no_trace_and_not_all_covered():
@@ -165,7 +165,7 @@ def test_a_bias_of_a_partial_sum_is_added_once(pool: Pool):
     with pytest.raises(RecipeError, match=r"fall\.bias: is inside, and its weight is part .* under row: it is added once"):
         autotp.plan(summing(), tp=2, recipe=wrong)
     right = {**region, "row": {"fall.bias": "e"}, "inside": {"scale": "e"}}
-    check(pool, summing, unseen_inputs, world=2, pass_inputs=False, options={"recipe": right}).require("forward", "grad", "step")
+    equivalent(pool, summing, unseen_inputs, told=False, recipe=right, needs=PLAIN)
 
 
 def test_unsafe_is_the_only_way_past_the_proof(pool: Pool):
@@ -179,8 +179,9 @@ def test_unsafe_is_the_only_way_past_the_proof(pool: Pool):
     plan = autotp.plan(model, tp=2, recipe=unsafe)
     assert plan.notes == ("UNSAFE: the recipe gpt_neox is not proven: a test of mistakes",)
     assert "UNSAFE" in str(plan)
-    report = check(pool, partial(transformer, "gpt_neox"), transformer_inputs, world=2, pass_inputs=False, options={"recipe": unsafe})
-    assert "forward" in report.failed()  # and the numbers show why there is a proof
+    with pytest.raises(NotEquivalent) as caught:
+        equivalent(pool, partial(transformer, "gpt_neox"), recipe=unsafe)
+    assert "outputs" in caught.value.found.failed  # and the numbers show why there is a proof
 
 
 def test_one_rank_checks_too():
@@ -190,8 +191,8 @@ def test_one_rank_checks_too():
 
 
 def test_ranks_raise_the_same_error(pool: Pool):
-    report = check(pool, partial(transformer, "llama"), transformer_inputs, world=2, options={"recipe": "gpt2"})
-    assert "RecipeError: gpt2.yaml:16:3: no parameter of LlamaForCausalLM is called wte.weight" in report.problems["parallelize"]
+    with pytest.raises(RecipeError, match=r"gpt2\.yaml:16:3: no parameter of LlamaForCausalLM is called wte\.weight"):
+        equivalent(pool, partial(transformer, "llama"), recipe="gpt2")
 
 
 def test_bad_recipes():

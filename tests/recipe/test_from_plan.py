@@ -12,9 +12,9 @@ import autotp
 from autotp.errors import RecipeError
 from autotp.recipe.from_plan import comments_of
 from autotp.recipe.recipe import Recipe
-from tests.recipe.untraced import untraced_subject
-from tests.support.equivalence import check
-from tests.support.families import transformer, transformer_inputs
+from tests.recipe.untraced import untraced
+from tests.support.families import transformer
+from tests.support.pooled import equivalent
 from tests.support.ranks import Pool
 
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "deepseek_v3", "t5", "gpt2")]
@@ -61,10 +61,9 @@ def test_its_words_are_enough_without_a_trace(pool: Pool, kind: str, tp: int):
     model, plan = planned(kind, tp)
     recipe = Recipe.loads(Recipe.from_plan(plan, model=model, pin=False).dump())
     assert not recipe.trace
-    options = {"recipe": recipe}
     factory = partial(transformer, kind, **({"experts": "eager"} if kind == "deepseek_v3" else {}))
-    report = check(pool, factory, transformer_inputs, world=tp, subject=untraced_subject, pass_inputs=False, options=options)
-    report.require("forward", "generate", "state_dict", "grad", "loss", "step")
+    needs = ("state", "outputs", "loss", "gradients", "generation", "steps")
+    equivalent(pool, factory, tp=tp, recipe=recipe, around=untraced, needs=needs)
 
 
 def test_changes_inside_of_forwards_want_a_trace():

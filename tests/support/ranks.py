@@ -79,7 +79,7 @@ class Ranks:
             return
         # A server imports what is slow to import once, before it has threads or groups, and forks the workers.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "tests.support.equivalence", "tests.support.families", "autotp"])
+        context.set_forkserver_preload(["torch", "tests.support.pooled", "tests.support.families", "autotp"])
         self._folder = tempfile.TemporaryDirectory(prefix="autotp-ranks-")
         store = str(Path(self._folder.name) / "store")
         for rank in range(self.world):

@@ -1,6 +1,6 @@
 """A model and its parallel copy run side by side on each rank: several calls, in training and in eval mode, buffers and arguments too.
 
-`check` of `support.equivalence` compares what a call returns. Here calls follow each other: what one of them leaves behind (a
+`equivalent` of `support.pooled` compares what a call returns. Here calls follow each other: what one of them leaves behind (a
 buffer, a changed argument) shows in the next. Ranks are threads that take turns; with a `Pool` they are processes.
 """
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import autotp
+from autotp.testing.equivalence.compare import error_of
 from autotp.testing.equivalence.observe import weighted
 from autotp.testing.ranks.run import run
-from tests.support.equivalence import error_of
 from tests.support.ranks import Pool, mesh
 
 LIMIT = 1e-9

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import autotp
 from autotp import errors
@@ -28,14 +29,21 @@ from autotp.testing.equivalence.locate import gradient_order, surroundings
 from autotp.testing.equivalence.module_calls import Record, first_module, recorded
 from autotp.testing.equivalence.mutation import Mutation
 from autotp.testing.equivalence.observe import Access, MakeOptimizer, Observed, Training, Watch, adamw, by_itself, observe_model
-from autotp.testing.equivalence.subject import Factory, Inputs, Subject, make_subject, twin
-from autotp.testing.ranks.run import BACKENDS, run
+from autotp.testing.equivalence.subject import Factory, Inputs, Subject, make_subject
+from autotp.testing.ranks.run import BACKENDS, Running, run
 
 _PARALLEL = Access(lambda m: autotp.full_state_dict(m), lambda m: autotp.full_grads(m))
 
 
 class NotEquivalent(AutoTPError, AssertionError):
-    """The parallel model is not the model: what differs, where it begins, or the traceback of the rank that failed."""
+    """The parallel model is not the model: what differs, where it begins, or the traceback of the rank that failed.
+
+    `found`: the comparison, where every rank came so far.
+    """
+
+    def __init__(self, text: str, found: Equivalence | None = None) -> None:
+        super().__init__(text)
+        self.found = found
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,9 @@ class Equivalence:
     """What was compared and how close it is.
 
     aspects: by name (`autotp.testing.equivalence.observe` lists them), the worst of all ranks. skipped: aspect, or module to be called by
-    itself → why it was not compared. plan: what the ranks ran. first: where a difference begins, with the layouts and collectives there.
+    itself → why it was not compared. plan: what the ranks ran. sharded: the parameters of which every rank holds less than the whole,
+    and local_share: elements that the fullest rank holds ÷ elements of the model, both counted on the ranks and not taken from the plan.
+    first: where a difference begins, with the layouts and collectives there.
     """
 
     model: str
@@ -54,6 +64,8 @@ class Equivalence:
     aspects: Mapping[str, Aspect]
     skipped: Mapping[str, str]
     seconds: float
+    sharded: frozenset[str]
+    local_share: float
     first: str = ""
 
     @property
@@ -90,6 +102,7 @@ class _Found:
     """What one rank found."""
 
     plan: Plan | None = None
+    held: dict[str, int] = field(default_factory=dict)  # parameter → how many of its elements are here
     refused: tuple[str, str] | None = None
     alone: dict[str, str] = field(default_factory=dict)  # modules that are not to be called by themselves, and why
     aspects: dict[str, Aspect] = field(default_factory=dict)
@@ -159,7 +172,7 @@ def check(
     wanted: Observed,
     training: Training,
     tp: int,
-    backend: str = "local",
+    backend: str | Running = "local",
     timeout: float = 120.0,
     recipe: RecipeLike | None = None,
     mutation: Mutation | None = None,
@@ -184,9 +197,16 @@ def check(
     assert made is not None
     dtype = subject.precision.dtype
     skipped = wanted.skipped | {f"{path} by itself": text for path, text in found[0].alone.items()}
-    result = Equivalence(type(subject.model).__name__, tp, backend, dtype, made, aspects, skipped, time.monotonic() - started)
+    sizes = {name: p.numel() for name, p in subject.model.named_parameters()}
+    result = Equivalence(
+        type(subject.model).__name__, tp, str(backend), dtype, made, aspects, skipped, time.monotonic() - started,
+        frozenset(name for name, size in sizes.items() if all(f.held.get(name, size) < size for f in found)),
+        max(sum(f.held.values()) for f in found) / max(1, sum(sizes.values())),
+    )  # fmt: skip
     if result.failed:
-        raise NotEquivalent(str(result if mutation is not None else replace(result, first=_first(job, result, timeout))))
+        if mutation is None:
+            result = replace(result, first=_first(job, result, backend, timeout))
+        raise NotEquivalent(str(result), result)
     return result
 
 
@@ -201,7 +221,7 @@ def _check_arguments(tp: int, steps: int, seed: int, backend: str, timeout: floa
         raise InputError(f"assert_equivalent: timeout is {timeout!r}, wanted seconds above 0")
 
 
-def _on_ranks(job: _Job, tp: int, backend: str, timeout: float, name: str) -> list[_Found]:
+def _on_ranks(job: _Job, tp: int, backend: str | Running, timeout: float, name: str) -> list[_Found]:
     try:
         found: list[_Found] = run(backend, _rank, job, tp, timeout)
     except RankError as error:
@@ -221,7 +241,7 @@ def _on_ranks(job: _Job, tp: int, backend: str, timeout: float, name: str) -> li
 def _rank(job: _Job) -> _Found:
     """What one rank does: parallelize a copy, watch it, compare."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
-    model = twin(job.subject.model)
+    model = job.subject.again(job.subject.model)
     found = _Found()
     try:
         if job.mutation is None or job.plan is None:
@@ -235,6 +255,7 @@ def _rank(job: _Job) -> _Found:
         found.refused = type(error).__name__, str(error)
         return found
     found.plan = autotp.plan_of(model)
+    found.held = {n: (p.to_local() if isinstance(p, DTensor) else p).numel() for n, p in model.named_parameters()}
     if job.record is not None:
         found.record = _record(job.subject, model, job.record)
         return found
@@ -267,7 +288,7 @@ def _worst(aspects: list[Aspect]) -> Aspect:
     return worst
 
 
-def _first(job: _Job, result: Equivalence, timeout: float) -> str:
+def _first(job: _Job, result: Equivalence, backend: str | Running, timeout: float) -> str:
     """Where it begins, from one more run in which every module is watched."""
     outputs = result.aspects["outputs"].wrong
     alone = [path for path in job.subject.alone for name in outputs if name.endswith(by_itself(path))]
@@ -278,7 +299,7 @@ def _first(job: _Job, result: Equivalence, timeout: float) -> str:
     if "outputs" in result.failed or not {"gradients", "steps"} & set(result.failed):
         watched = replace(job, mutation=None, plan=None, record=call)
         try:
-            found = _on_ranks(watched, result.tp, result.backend, timeout, "watching")
+            found = _on_ranks(watched, result.tp, backend, timeout, "watching")
         except NotEquivalent as error:
             return f"watching every module failed: {error}"
         difference = first_module(reference, [f.record for f in found], job.subject.precision.tolerance)

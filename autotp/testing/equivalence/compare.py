@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from autotp.numeric.exact import Precision, largest, relative_error
 
@@ -26,18 +27,23 @@ _LEAST_BUFFER = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Aspect:
-    """What comparing one aspect showed: `compared` tensors, the largest `error` and `where` it is, every path that is `wrong`."""
+    """What comparing one aspect showed: the `paths` of all tensors, the largest `error` and `where` it is, every path that is `wrong`."""
 
     name: str
-    compared: int
+    paths: tuple[str, ...]
     error: float
     where: str
     wrong: tuple[str, ...]
 
+    @property
+    def compared(self) -> int:
+        """How many tensors."""
+        return len(self.paths)
+
     def worse(self, other: Aspect) -> Aspect:
         """This of one rank and `other` of another as one."""
         first = self if not other.error > self.error else other
-        return Aspect(self.name, self.compared, first.error, first.where, tuple(dict.fromkeys((*self.wrong, *other.wrong))))
+        return Aspect(self.name, self.paths, first.error, first.where, tuple(dict.fromkeys((*self.wrong, *other.wrong))))
 
 
 def compare(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision) -> Aspect:
@@ -47,7 +53,7 @@ def compare(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], 
     limit = 0.0 if name == "state" else precision.tolerance
     wrong = tuple(path for path, error in errors.items() if not error <= limit)
     where = max(errors, key=lambda path: errors[path], default="")
-    return Aspect(name, len(errors), errors.get(where, 0.0), where, wrong)
+    return Aspect(name, tuple(errors), errors.get(where, 0.0), where, wrong)
 
 
 def _error(name: str, path: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], gradient: float) -> float:
@@ -56,15 +62,20 @@ def _error(name: str, path: str, wanted: Mapping[str, Tensor], got: Mapping[str,
     if a is None or b is None:
         there = b if a is None else a
         return 0.0 if _is_gradient(name, path) and there is not None and not there.count_nonzero() else float("inf")
-    if a.dtype != b.dtype or a.layout != b.layout:
+    if isinstance(b, DTensor) or a.dtype != b.dtype or a.layout != b.layout:
         return float("inf")
     if a.layout is not torch.strided:
         a, b = a.to_dense(), b.to_dense()
     if name == "state":
         return 0.0 if a.shape == b.shape and torch.equal(_bits(a), _bits(b)) else max(relative_error(b, a), 1e-300)
-    if not a.is_floating_point() or a.shape != b.shape:
-        return relative_error(b, a)
-    return relative_error(b, a, scale=max(largest(a), gradient if _is_gradient(name, path) else _floor(name, path)))
+    return error_of(a, b, gradient if _is_gradient(name, path) else _floor(name, path))
+
+
+def error_of(wanted: Tensor, got: Tensor, floor: float = 0.0) -> float:
+    """The error of one tensor (see the module docstring); inf for a DTensor, another dtype or shape, or unequal integers."""
+    if isinstance(got, DTensor) or wanted.dtype != got.dtype:
+        return float("inf")
+    return relative_error(got, wanted, scale=max(largest(wanted), floor) if wanted.is_floating_point() else None)
 
 
 def _is_gradient(name: str, path: str) -> bool:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError, InputError
 from autotp.testing.equivalence.compare import BUFFER, GRADIENT
-from autotp.testing.equivalence.subject import Subject, twin
+from autotp.testing.equivalence.subject import Subject
 from autotp.testing.outputs import tensors_of
 
 ASPECTS = ("state", "outputs", "gradients", "generation", "training", "steps")
@@ -246,7 +246,7 @@ def observe_model(subject: Subject, training: Training) -> Observed:
         InputError: there are no outputs to compare, or steps were asked for and the model itself cannot take them.
     """
     observed = Observed()
-    watch = Watch(twin(subject.model), subject, PLAIN, training)
+    watch = Watch(subject.again(subject.model), subject, PLAIN, training)
     for aspect in ASPECTS:
         reason = _absent(aspect, subject, training)
         if not reason:

@@ -22,13 +22,27 @@ Factory = Callable[[], nn.Module]
 Inputs = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor | Callable[[nn.Module], Any]
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """A deep copy, hooks on parameters included: a copied parameter has lost them."""
+    try:
+        made = copy.deepcopy(model)
+    except Exception as error:  # a module may refuse in any way
+        raise InputError(f"{type(model).__name__} cannot be copied, so nothing can be compared with it: {error}") from error
+    for old, new in zip(model.parameters(), made.parameters(), strict=True):
+        for hook in (old._backward_hooks or {}).values():
+            new.register_hook(hook)  # type: ignore[no-untyped-call]
+        for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+            new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return made
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """`model` (in eval mode, in `precision`) and the arguments of one call.
 
     `given`: the caller chose the arguments. `more`: changes to them that make further calls, by name. `leaves`: floating-point
     arguments can record gradients (not where the model changes them in place). `alone`: embeddings and Linears that none of these
-    calls runs, each with an argument to call it with.
+    calls runs, each with an argument to call it with. `again`: makes the same model once more.
     """
 
     model: nn.Module
@@ -39,6 +53,7 @@ class Subject:
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     leaves: bool = True
     alone: Mapping[str, Tensor] = field(default_factory=dict)
+    again: Callable[[nn.Module], nn.Module] = twin
 
     def call(self, model: nn.Module, leaves: dict[str, Tensor] | None = None, name: str = "") -> Any:
         """The output of `model`, this one or a parallel copy, for the call `name` of `more` ("": the main one).
@@ -81,20 +96,6 @@ def _fresh(value: Any, path: str, leaves: dict[str, Tensor] | None) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_fresh(v, f"{path}[{i}]", leaves) for i, v in enumerate(value))
     return value
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """A deep copy, hooks on parameters included: a copied parameter has lost them."""
-    try:
-        made = copy.deepcopy(model)
-    except Exception as error:  # a module may refuse in any way
-        raise InputError(f"{type(model).__name__} cannot be copied, so nothing can be compared with it: {error}") from error
-    for old, new in zip(model.parameters(), made.parameters(), strict=True):
-        for hook in (old._backward_hooks or {}).values():
-            new.register_hook(hook)  # type: ignore[no-untyped-call]
-        for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
-            new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-    return made
 
 
 def precision_of(dtype: torch.dtype) -> Precision:
@@ -200,8 +201,22 @@ def _further(subject: Subject) -> dict[str, dict[str, Any]]:
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
         further["with padding"] = {"attention_mask": mask}
+    labels = subject.kwargs.get("labels")
+    if labels is not None and labels.dim() == 2 and labels.shape[1] > 3:
+        # one call for both, as padding is not learned; without a mask, or where the model knows only one of them, by itself
+        further["with labels left out"] = {**further.get("with padding", {}), "labels": _left_out(labels)}
     trial = replace(subject, more=further)
-    return {name: changes for name, changes in further.items() if _runs(partial(trial.call, trial.model, name=name))}
+    runs = {name: changes for name, changes in further.items() if _runs(partial(trial.call, trial.model, name=name))}
+    if {"with padding", "with labels left out"} <= set(runs):
+        runs["with padding"] = runs.pop("with labels left out")
+    return runs
+
+
+def _left_out(labels: Tensor) -> Tensor:
+    """Labels of which the first two are -100: no target, a loss passes over them."""
+    labels = labels.clone()
+    labels[0, :2] = -100
+    return labels
 
 
 def _uncalled(subject: Subject) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,25 @@ from autotp.testing.ranks.threads import ThreadRanks
 BACKENDS = ("local", "threads", "gloo")
 
 
-def run(backend: str, function: Callable[[Any], Any], job: Any, world: int, timeout: float) -> list[Any]:
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Ranks that are there already, under a name: `run(function, job, world, timeout)` as `run` of this module, without starting any."""
+
+    name: str
+    run: Callable[[Callable[[Any], Any], Any, int, float], list[Any]]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def run(backend: str | Running, function: Callable[[Any], Any], job: Any, world: int, timeout: float) -> list[Any]:
     """`function(job)` on `world` ranks of `backend`; the results in rank order.
 
     Raises:
         RankError: a rank raised or did not end in time, with its traceback or stack. InputError: what cannot be sent to a process.
     """
+    if isinstance(backend, Running):
+        return backend.run(function, job, world, timeout)
     if backend == "gloo":
         return _in_processes(function, job, world, timeout)
     ranks = ThreadRanks(world, timeout, turns=backend == "local")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import autotp
 from autotp.testing import assert_equivalent
+from autotp.testing.equivalence.compare import error_of
 from autotp.testing.ranks.run import run
 from tests.models.entry import built
 from tests.models.repeated import OUTER, WIDTH
-from tests.support.equivalence import error_of
 from tests.support.ranks import Pool, mesh
 
 HOWS = ("attribute", "list", "dict", "tuple", "object", "append")

@@ -24,12 +24,10 @@ from autotp.rewrite.undo import Undo
 from tests.models.custom import WIDTH
 from tests.models.parallel import APART, JOINT, OneTwice, ParallelBlock, Residual, Returned, SharedExit, Stack, ThreeBlock, Twins
 from tests.rewrite.plans import error, rewrite, worst_grad
-from tests.support.equivalence import check
 from tests.support.families import transformer
+from tests.support.pooled import PLAIN, equivalent
 from tests.support.ranks import Pool, mesh
 from tests.support.slow import few, halved
-
-ASPECTS = ("forward", "grad", "state_dict", "step")
 
 
 def inputs() -> dict[str, Tensor]:
@@ -56,12 +54,12 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", halved(BLOCKS))
 def test_equal(pool: Pool, name: str) -> None:
-    check(pool, BLOCKS[name], inputs(), aspects=ASPECTS).require(*ASPECTS)
+    equivalent(pool, BLOCKS[name], inputs(), needs=PLAIN)
 
 
 @pytest.mark.parametrize("name", ["plain", "three", "root"])
 def test_equal_on_four_ranks(pool: Pool, name: str) -> None:
-    check(pool, BLOCKS[name], inputs(), world=4, aspects=ASPECTS).require(*ASPECTS)
+    equivalent(pool, BLOCKS[name], inputs(), tp=4, needs=PLAIN)
 
 
 def pair(factory: Callable[[], nn.Module] = Stack) -> tuple[nn.Module, nn.Module]:

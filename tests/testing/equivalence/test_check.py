@@ -19,6 +19,7 @@ from autotp.errors import AutoTPError, InputError, RecipeError
 from autotp.testing import NotEquivalent, assert_equivalent, sabotage
 from autotp.testing.equivalence.mutation import Kind
 from autotp.testing.equivalence.observe import ASPECTS
+from autotp.testing.equivalence.subject import make_subject
 from autotp.testing.tiny.models import tiny_config
 from tests.support.slow import few, swept
 
@@ -438,3 +439,28 @@ def test_what_autotp_refuses_is_its_own_error() -> None:
 
     with pytest.raises(RecipeError):
         assert_equivalent(One, tp=2, inputs=X, recipe="no_such_recipe")
+
+
+def test_what_is_sharded_is_counted_on_the_ranks() -> None:
+    found = assert_equivalent(Two, tp=2, inputs=X)
+    assert found.sharded == {"a.weight", "a.bias", "b.weight"}
+    assert found.local_share == (64 + 8 + 64 + 8) / (128 + 16 + 128 + 8)
+    assert found.aspects["outputs"].paths == ("output",)
+    one = assert_equivalent(Two, tp=1, inputs=X)
+    assert not one.sharded and one.local_share == 1
+
+
+def test_the_error_has_the_comparison() -> None:
+    with pytest.raises(NotEquivalent) as caught:
+        assert_equivalent(partial(Two, lambda y: y * 1.001 if rank() == 1 else y), tp=2, inputs=X)
+    found = caught.value.found
+    assert found is not None and found.aspects["outputs"].wrong == ("output",)
+    assert str(found) == str(caught.value)
+
+
+def test_labels_of_padding_are_left_out() -> None:
+    subject = make_subject(tiny_config("llama"), None, torch.float64, 0)
+    assert list(subject.more) == ["with hidden states", "with padding"]
+    changes = subject.more["with padding"]
+    assert torch.equal(changes["labels"] == -100, changes["attention_mask"] == 0)
+    assert bool((changes["labels"] == -100).any())
