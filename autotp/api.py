@@ -51,7 +51,7 @@ def plan(
             another kind (a flag, a mask where there was none) is refused in code that computes on a rank's part. For transformers
             models they are made from the config.
         check: "numbers": where that takes seconds, autotp runs the model (or a smaller twin of a large transformers model) and its
-            ranks in this process in float64. Modules whose numbers differ stay whole. `Plan.checked` says which check was made.
+            ranks in this process in float64. Axes that meet at a module whose numbers differ stay whole. `Plan.checked` names the check.
             "graph": the trace alone is proof.
 
     Raises:

@@ -31,7 +31,9 @@ class InputError(AutoTPError):
 
 
 class PlanError(AutoTPError):
-    """No plan satisfies the request (for example `strict=True` with replicated parameters), or a model is or is not parallel."""
+    """No plan satisfies the request (for example `strict=True` with replicated parameters), or the model is parallel already or not
+    yet.
+    """
 
 
 class CheckpointError(AutoTPError):
