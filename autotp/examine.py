@@ -1,10 +1,10 @@
-"""What stands behind a plan besides its proof: numbers.
+"""Checks the numbers of a plan, besides its proof.
 
     checked_plan(model, tp, …, check=Check.NUMBERS)
 
-A small model is run as it is (`autotp.numeric`). A large transformers model, or one without weights, has a twin (`autotp.twin`) that is
-planned by the same rules and run. What computes something else is planned again without the axes that meet at the first module that
-differs. `Plan.checked` says what was done.
+A small model is run as it is (`autotp.numeric`). A large transformers model, or one without weights, has a twin (`autotp.twin`),
+which is planned by the same rules and run. Where the numbers differ, the model is planned again without the axes that meet at the
+first module that differs. `Plan.checked` names the check that was made.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Run a function on several ranks of this machine: one process a rank, gloo, a file as the store.
+"""Runs a function on several ranks of this machine: one process a rank, gloo, a file as the store.
 
-Every way out is bounded: the ranks end when the function returns, when one of them fails (the others get a few seconds, as they
-may wait in a collective for it), at the timeout, and when the calling process dies. Nothing is left running.
+Every way out is bounded. The ranks end when the function returns, at the timeout, and when the calling process dies. They also end
+when one of them fails; the others get a few seconds, as they may wait in a collective for it. Nothing is left running.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What has to hold before a model is made parallel: a mesh with a tp dim, one model on all ranks, not parallel yet."""
+"""Checks a model before it is made parallel: the mesh has a tp dim, all ranks have one model, and it is not parallel yet."""
 
 from __future__ import annotations
 

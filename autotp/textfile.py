@@ -1,4 +1,4 @@
-"""Text files that people hand over: small ones are read, others are refused before they take memory and time."""
+"""Reads text files that people hand over: small ones are read, others are refused before they take memory and time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rule of each node, and the axes that the rules of a graph give together."""
+"""Finds the rule of each node, and the axes that the rules of a graph give together."""
 
 from __future__ import annotations
 

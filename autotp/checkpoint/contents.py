@@ -1,4 +1,4 @@
-"""What a training state consists of: tensors of the model and of the optimizer by name, each with its layout.
+"""Lists the contents of a training state: tensors of the model and of the optimizer by name, each with its layout.
 
 The names are those that torch.distributed.checkpoint gives to `{"model": model.state_dict(), "optimizer": …}` of one device, the
 optimizer's as in `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`:
@@ -10,7 +10,7 @@ optimizer's as in `torch.distributed.checkpoint.state_dict.get_optimizer_state_d
 | `optimizer.param_groups.I.params`     | the names of the parameters of group I                                         |
 | `optimizer.param_groups.I.OPTION`     | a hyperparameter of it                                                         |
 
-This file reads a model and an optimizer; it changes neither.
+This module reads a model and an optimizer; it changes neither.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Tensors that are worked out when a part of them is asked for.
+"""Deferred tensors compute their entries when a part of them is asked for.
 
-What stands between a file and a parameter (stacking experts, splitting a fused weight, a permutation for rotary embeddings, a cast)
-is ordinary torch code written for whole tensors. It runs on `Deferred` tensors, which have a shape and a dtype and write down each
-operator. `autotp.checkpoint.pullback` works out a part of the result from parts of the sources.
+Between a file and a parameter runs ordinary torch code, written for whole tensors. It stacks experts, splits a fused weight,
+permutes rows for rotary embeddings, or casts. That code runs on `Deferred` tensors, which have a shape and a dtype and record each
+operator. `autotp.checkpoint.pullback` computes a part of the result from parts of the sources.
 """
 
 from __future__ import annotations

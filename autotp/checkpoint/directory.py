@@ -1,7 +1,7 @@
-"""A directory that is written beside its place and put there when it is whole.
+"""Writes a directory beside its place, and puts it there when it is whole.
 
-Whatever ends the writing, what was at the place before is whole and in its place: the new directory takes it in one step of the file
-system (an exchange of two names), and only then is the old one removed.
+The directory that was there before stays whole and in its place, whatever ends the writing. The new directory takes the place in
+one step of the file system (an exchange of two names). Only then is the old one removed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Parts that ranks hold, brought to the rank that needs them: the boxes of a parameter in the model's order, entry by entry once.
+"""Sends each parameter's boxes from the ranks that hold them to the rank that needs them, each entry once.
 
-A *round* serves every rank at once: each names the boxes that it needs, which all work out for themselves, so nothing is asked;
-each sends one message to every other (what it owns of that one's boxes), and receives one from each.
+Boxes are in the model's order. A *round* serves every rank at once. Each rank works out the boxes that every rank needs, so no
+requests are sent. Each sends one message to every other rank, with the entries that it owns of that rank's boxes, and receives one
+from each.
 """
 
 from __future__ import annotations

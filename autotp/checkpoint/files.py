@@ -1,7 +1,7 @@
-"""Checkpoints of Hugging Face form on disk: which files, which tensors in them, and reading boxes of those.
+"""Finds the files and tensors of a checkpoint of Hugging Face form on disk, and reads boxes of the tensors.
 
-Opening reads headers only. A box is read through `safe_open(...).get_slice`, whose result is a view of the file's pages: what is
-read is what is copied out of it.
+Opening reads headers only. A box is read through `safe_open(...).get_slice`, whose result is a view of the file's pages: only the
+entries that are copied out of it are read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does a stored training state fit a model and its optimizer? Everything that does not is named, before anything is changed."""
+"""Checks that a stored training state fits a model and its optimizer, and names every misfit before anything is changed."""
 
 from __future__ import annotations
 

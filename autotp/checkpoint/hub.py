@@ -1,4 +1,4 @@
-"""What a path names: a directory here, or a model of the hub, which transformers downloads."""
+"""Finds the directory that a path names: one on this machine, or a model of the hub, which transformers downloads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies beside the files of a checkpoint that is cut ahead: the plan, and what the checkpoint was.
+"""Reads and writes the manifest of a checkpoint that is cut ahead: the plan, and the facts that restore the uncut checkpoint.
 
 `autotp.json` is plain JSON; reading it runs nothing.
 """

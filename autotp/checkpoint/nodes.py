@@ -1,4 +1,4 @@
-"""Tensors that are not read yet, as values: a node says how a tensor is made of parts of files."""
+"""Nodes stand for tensors that are not read yet: a node says how a tensor is made of parts of files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The state of a model as transformers writes it: which tensors, by which keys, in which files, with which config.
+"""Gives the state of a model as transformers writes it: which tensors, by which keys, in which files, with which config.
 
-Like the skeleton of a checkpoint that has not been read, this is transformers' own code (tied weights, conversions backwards), run on
-`Deferred` tensors.
+transformers' own code does this (tied weights, conversions backwards), run on `Deferred` tensors, as for the skeleton of a
+checkpoint that has not been read.
 """
 
 from __future__ import annotations

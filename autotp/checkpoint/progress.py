@@ -1,4 +1,4 @@
-"""A bar on stderr for what takes long; on one rank, and not where transformers' own bars are switched off."""
+"""Shows a bar on stderr for work that takes long: on one rank, and not where transformers' own bars are switched off."""
 
 from __future__ import annotations
 

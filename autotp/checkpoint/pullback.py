@@ -1,13 +1,13 @@
-"""A part of a deferred tensor from parts of its sources.
+"""Computes a part of a deferred tensor from parts of its sources.
 
 A *box* is an interval for each dim. A box of a result is pulled back through the operators,
 
     fill(op(x), box, out)  =  fill(x, pullback(op, box), view of out)
 
-down to the boxes of the sources, which are all that is read. `pullback` is exact for operators that move entries: views, slices,
-permutations, concatenation, splits. For those that compute entry by entry it is the box itself; for all others the whole operands
-are read, the operator runs, and the box is cut out of its result. So what comes out is what torch computes on whole tensors, always;
-only how much is read depends on the rules here.
+down to the boxes of the sources; no other entries are read. `pullback` is exact for operators that move entries: views, slices,
+permutations, concatenation, splits. For operators that compute entry by entry the box stays itself. For all others the whole
+operands are read, the operator runs, and the box is cut out of its result. So the result always equals that of torch on whole
+tensors; the rules here decide only how much is read.
 """
 
 from __future__ import annotations

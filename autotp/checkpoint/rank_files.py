@@ -1,4 +1,4 @@
-"""Reading the files of a checkpoint that is cut ahead: a rank its own, and whole tensors out of all."""
+"""Reads the files of a checkpoint that is cut ahead: a rank reads its own, and whole tensors are put together from all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank's part of a parameter out of the files: the intervals of its layout, straight into the shard."""
+"""Reads a rank's part of a parameter out of the files: the intervals of its layout, straight into the shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filling a model and its optimizer from a checkpoint that was found to fit."""
+"""Fills a model and its optimizer from a checkpoint that was found to fit."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Safetensors files that are written in pieces.
+"""Writes safetensors files in pieces.
 
-The library's own writer takes all tensors of a file at once. The format needs no more than their shapes to begin with: eight bytes
-with the length of the header, the header (JSON: dtype, shape and offsets by key), then the entries of the tensors, row-major,
-one after the other without gaps. So a file is laid out first, and then any process can put any rows anywhere.
+The library's own writer takes all tensors of a file at once. But the format needs only their shapes to begin with. A file has eight
+bytes with the length of the header, and the header (JSON: dtype, shape and offsets by key). The entries of the tensors follow,
+row-major, one after the other without gaps. So this module lays a file out first, and then any process can put any rows anywhere.
 """
 
 from __future__ import annotations

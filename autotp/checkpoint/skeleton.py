@@ -1,8 +1,8 @@
-"""A transformers model whose parameters are nodes: what its own loader makes of a checkpoint that has not been read.
+"""Builds a transformers model whose parameters are nodes, with transformers' own loader on a checkpoint that has not been read.
 
-`from_pretrained(None, state_dict=…)` of transformers runs on `Deferred` tensors. So renamed keys, merged and split tensors, dtypes,
-tied weights, computed buffers, missing and unexpected keys are transformers' own business, done by its own code; what is left in the
-end is a node for each parameter, and real tensors for what no file holds.
+`from_pretrained(None, state_dict=…)` of transformers runs on `Deferred` tensors. So its own code handles renamed keys, merged and
+split tensors, dtypes, tied weights, computed buffers, missing and unexpected keys. The result has a node for each parameter, and
+real tensors for those that no file holds.
 """
 
 from __future__ import annotations

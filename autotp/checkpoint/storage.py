@@ -1,7 +1,7 @@
-"""torch.distributed.checkpoint as autotp uses it: planners that know `Sharded`, files that are checked as they are read.
+"""Runs torch.distributed.checkpoint (DCP) with planners for `Sharded` and with files that are checked as they are read.
 
 DCP writes one file a rank and an index, `.metadata`. Each tensor, or box of one, and each number in a file is an archive of
-`torch.save` with a checksum, which DCP itself does not look at.
+`torch.save` with a checksum, which DCP itself does not check.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Do the ranks of a plan compute what the model computes?
+"""Compares the ranks of a plan with the model itself.
 
     judge(model, examples, plan) → Verdict
 
-The model and its `tp` local ranks run every traced call in one process (`autotp.numeric.ranks`), forward and backward. Compared are
-results, gradients of arguments, each rank's part of each parameter's gradient, and buffers. In float64 only the order of sums differs,
-so a relative error above 1e-9 is a wrong plan, unless the model itself answers a nudge of its weights by one unit in the last place
-with changes as large (`nudge`).
+The model and its `tp` local ranks run every traced call in one process (`autotp.numeric.ranks`), forward and backward. The check
+compares results, gradients of arguments, each rank's part of each parameter's gradient, and buffers. In float64 only the order of
+sums differs, so a relative error above 1e-9 is a wrong plan. The exception is a model that itself answers a nudge of its weights by
+one unit in the last place with changes as large (`nudge`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls of a model, and what they show.
+"""Calls a model and records the results.
 
 Dropout does nothing, in training mode too, since a rank's part of a mask is not a part of the mask of one device.
 """

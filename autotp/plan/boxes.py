@@ -1,10 +1,10 @@
-"""A rank's part of a tensor as boxes of the model's tensor.
+"""Divides a rank's part of a tensor into boxes of the model's tensor.
 
 A checkpoint holds tensors in the model's order and true shape, as boxes that cover each once. A rank's part is a few runs of one
 dim of it (`Layout.runs`). They are cut where any rank's run begins or ends, so that
 
-- a piece is wholly owned or not at all, and the owned pieces of all ranks cover the tensor exactly once;
-- two pieces that begin at one index have one length, on all ranks: the index says which piece is meant.
+- a rank owns a piece wholly or not at all, and the owned pieces of all ranks cover the tensor exactly once;
+- two pieces that begin at one index have one length, on all ranks: the index names the piece.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Plan ↔ plain data, exactly: `decode(encode(plan)) == plan`.
+"""Converts a plan to plain data and back, exactly: `decode(encode(plan)) == plan`.
 
-Dataclasses become mappings without their fields that have default values, layouts are spelled in full (`autotp.plan.notation`), and the
-rest follows from the annotations of the fields.
+Dataclasses become mappings without their fields that have default values. Layouts are spelled in full (`autotp.plan.notation`). The
+annotations of the fields determine the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conversions between placements: one row each.
+"""Defines the conversions between placements, one row each.
 
     COPY    R → R   identity / all-reduce                     (enters a region)
     REDUCE  P → R   all-reduce / identity                     (leaves a region)
@@ -8,8 +8,8 @@
     HOLD    P → R   zeros, the partial sum itself is kept for a JOIN / none
     JOIN    P → P   adds what was held / identity to each summand   (REDUCE follows)
 
-(forward / backward), with R replicated, S sharded and P a partial sum. Whoever counts collectives, orders conversions or tells what a
-module does with a sum asks `CONVERSIONS`; `autotp.rewrite.collectives.conversions` runs them.
+(forward / backward), with R replicated, S sharded and P a partial sum. Code that counts collectives, orders conversions or follows a
+sum reads `CONVERSIONS`; `autotp.rewrite.collectives.conversions` runs them.
 """
 
 from __future__ import annotations

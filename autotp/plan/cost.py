@@ -1,18 +1,18 @@
-"""What a plan costs beyond an even share: padding, repetition and the work of the busiest rank.
+"""Computes what a plan costs beyond an even share: padding, repetition and the work of the busiest rank.
 
-Everything is counted from the layouts, in elements; a tied parameter counts once. With `n` the elements of a parameter, `local` those
-of one rank's shard (padding included, the same on every rank) and `tp` ranks, a sharded parameter gives
+All counts are elements and follow from the layouts; a tied parameter counts once. With `n` the elements of a parameter, `local`
+those of one rank's shard (padding included, the same on every rank) and `tp` ranks, a sharded parameter gives
 
     tp · local = n + padding + repeated
 
-where *padding* stands for no element of the parameter and *repeated* are the copies, beyond the first, of what several ranks or several
-slots of one rank hold (`padding_elements`, `repeated_elements`). Summed over the model, with `whole` the share of the elements that
-lie in replicated parameters:
+*padding* stands for no element of the parameter. *repeated* are copies beyond the first, where several ranks or several slots of
+one rank hold an element (`padding_elements`, `repeated_elements`). Summed over the model, with `whole` the share of the elements
+that lie in replicated parameters:
 
     tp · local_share = 1 + padding_waste + repeated_share + (tp − 1) · whole
 
-A token costs one multiply-add for each element of a Linear weight. So the work of a rank over the ideal is `tp · local / n` over the
-parameters in products (`busiest_work`); a table that is only looked up costs none, experts count as if all of them ran.
+A token costs one multiply-add for each element of a Linear weight. So the work of a rank over the ideal is `tp · local / n` over
+the parameters in products (`busiest_work`). A table that is only looked up costs none; experts count as if all of them ran.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A plan in the words of others: transformers' `tp_plan`, torch's `parallelize_module`.
+"""Exports a plan as transformers' `tp_plan` or as torch's `parallelize_module` dict.
 
-Both name a style for each module and cut weights into even contiguous parts. What a plan has beyond that (fused layouts, padding, shared
-rows, attributes that become local, changes inside of forwards) they cannot say, and an export that left it out would compute other
-numbers. So everything that cannot be said is found, and raised.
+Both name a style for each module and cut weights into even contiguous parts. They cannot express the rest of a plan: fused layouts,
+padding, shared rows, attributes that become local, changes inside of forwards. An export without those would compute other numbers.
+So the export collects everything that cannot be expressed, and raises.
 """
 
 from __future__ import annotations

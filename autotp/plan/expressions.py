@@ -1,7 +1,7 @@
-"""What a dim of a tensor is made of: an expression of *factors*, major to minor.
+"""Describes a dim of a tensor by an expression of *factors*, major to minor.
 
-Written in the notation of einops with `|` for concatenation: ``(kv group d | kv d | kv d)``. Which rank holds what of a dim whose
-factors are sharded, `autotp.plan.layout` says.
+The notation is that of einops with `|` for concatenation: ``(kv group d | kv d | kv d)``. `autotp.plan.layout` says which indices
+of a dim with sharded factors each rank holds.
 """
 
 from __future__ import annotations

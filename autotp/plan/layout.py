@@ -1,6 +1,6 @@
-"""Where the elements of a parameter live.
+"""A layout says which rank holds which elements of a parameter.
 
-A dim of a tensor is described by an expression of *factors* (`autotp.plan.expressions`): ``(kv group d | kv d | kv d)``. A factor may
+It describes a dim of a tensor by an expression of *factors* (`autotp.plan.expressions`): ``(kv group d | kv d | kv d)``. A factor may
 be *sharded* over `tp` ranks:
 
 - alone: rank `r` holds its `r`-th part of ``ceil(size / tp)`` indices. Where `tp` does not divide the size the last parts are

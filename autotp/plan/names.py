@@ -1,4 +1,4 @@
-"""Names of blocks that are alike, as one name: numbers written `*`."""
+"""Writes the names of blocks that are alike as one name, with `*` for numbers."""
 
 from __future__ import annotations
 

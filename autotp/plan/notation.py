@@ -1,13 +1,14 @@
-"""Layout notation as text: reading it, and writing it in full.
+"""Reads the layout notation, and writes it in full.
 
-A tensor is its dims, apart by spaces; a dim is a factor or a pattern in parentheses, factors major to minor, `|` for concatenation:
-``(kv group d | kv d | kv d) e``. A number is a factor of that size; `_` is a factor of any size. Sizes of names stand elsewhere
-(a recipe's `sizes`), or behind the name. In full, a factor is
+A tensor is its dims, apart by spaces. A dim is a factor or a pattern in parentheses: factors major to minor, `|` for concatenation:
+``(kv group d | kv d | kv d) e``. A number is a factor of that size; `_` is a factor of any size. Sizes of names stand elsewhere (a
+recipe's `sizes`), or behind the name. In full, a factor is
 
     NAME [:SIZE] [* [PIECES [/OF]]] [%GRANULE]
 
-`*` it is sharded; ``*2`` each index is cut into 2 pieces; ``*2/kv`` it is cut into the 2 pieces of `kv`; ``%8`` parts are multiples of
-8. `parse(spelled(dims)) == dims` for every layout: what a table shows (`layout.notation`) leaves out what a reader does not need.
+`*`: it is sharded; ``*2``: each index is cut into 2 pieces; ``*2/kv``: it is cut into the 2 pieces of `kv`; ``%8``: parts are
+multiples of 8. `parse(spelled(dims)) == dims` for every layout. The form in tables (`layout.notation`) leaves out details that a
+reader does not need.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plan as a table, as JSON and as an explanation."""
+"""Shows a plan as a table, as JSON and as an explanation."""
 
 from __future__ import annotations
 

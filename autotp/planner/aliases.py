@@ -1,9 +1,9 @@
-"""Which values of a trace are one tensor, or parts of one, and who changes them in place.
+"""Finds which values of a trace are one tensor, or parts of one, and which nodes change them in place.
 
-Each value points to the one whose storage it was made of: a view to its source, what an in-place operator returns to what it changed,
-both sides of a module boundary to each other. At the end of such a path is the value that the storage was made for. A conversion
-makes a new tensor, so a change behind it does not reach what is before it; and what outlives a call (a buffer, an argument of the
-model, a constant) must be the same on every rank when the call ends.
+Each value points to the one whose storage it was made of. A view points to its source, the result of an in-place operator to the
+argument that it changed, and both sides of a module boundary to each other. At the end of such a path is the value that the storage
+was made for. A conversion makes a new tensor, so a change after it does not reach the tensor before it. And a tensor that outlives
+a call (a buffer, an argument of the model, a constant) must be the same on every rank when the call ends.
 """
 
 from __future__ import annotations

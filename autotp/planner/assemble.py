@@ -1,4 +1,4 @@
-"""Choice and reductions → the values of a `Plan`."""
+"""Puts a choice of cuts and its reductions together into the values of a `Plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What later attempts at a plan must not do, and which cuts are to blame for a failure."""
+"""Records what later attempts at a plan must not do, and which cuts caused a failure."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Which values at the boundaries of modules are not whole, as code outside of the module sees them, and which code computes on such values.
+"""Finds the values at module boundaries that code outside of the module does not get whole, and the code that computes on such values.
 
-Between regions every value is whole on every rank, and so is its gradient. Inside of one, what crosses a module's boundary may be a rank's
-part, a summand, or whole with a gradient that is a summand: a hook of a user or another module put there would compute something else.
-Conversions at a boundary are done inside of the module: outside of it the argument is the value before them, the result the one after.
+Between regions every value is whole on every rank, and so is its gradient. Inside of one, a value at a module's boundary may be a
+rank's part, a summand, or whole with a gradient that is a summand. A hook of a user or another module put there would compute other
+numbers. Conversions at a boundary happen inside of the module. So outside of it an argument is the value before them, and a result
+the one after.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the calls from one place in the code want changed."""
+"""Collects the changes that the calls from one place in the code need."""
 
 from __future__ import annotations
 

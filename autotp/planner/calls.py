@@ -1,7 +1,7 @@
-"""What a conversion at a call site reaches.
+"""Finds which values a conversion at a call site reaches.
 
-A site sees one call as the code wrote it: its arguments before, its result after. One such call may be several operators
-(`cosine_embedding_loss` is a dozen), and what passes between them is out of reach. So is the result of an operator that changes its
+A site handles one call as the code wrote it: its arguments before, its result after. One such call may be several operators
+(`cosine_embedding_loss` is a dozen), and values between them are out of reach. So is the result of an operator that changes its
 argument in place: the code goes on with the argument.
 """
 

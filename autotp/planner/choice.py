@@ -1,9 +1,9 @@
-"""Which axes to cut, and how.
+"""Chooses which axes to shard, and how.
 
-Each leaf atom that a parameter carries is a candidate, and each pair of neighbouring ones of which tp does not divide the first
-(kv heads and the query heads of each). A candidate's worth is the number of parameter elements that a rank saves over the
-elements that its collectives move; candidates are taken greedily from the best, each kept if the labels of all that are taken
-have no conflict. So heads beat head widths, and both beat the residual stream, whose every product would be a partial sum.
+Each leaf atom that a parameter carries is a candidate, and each pair of neighbouring ones of which tp does not divide the first (kv
+heads and the query heads of each). A candidate's worth is the number of parameter elements that a rank saves over the elements that
+its collectives move. Candidates are taken greedily from the best. Each is kept if the placements of all that are taken have no
+conflict. So heads beat head widths. Both beat the residual stream, whose every product would be a partial sum.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a sharded value that the model returns is gathered."""
+"""Decides where a sharded value that the model returns is gathered."""
 
 from __future__ import annotations
 

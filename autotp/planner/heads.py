@@ -1,4 +1,4 @@
-"""The widths of attention heads, which are not cut."""
+"""Finds the widths of attention heads, which are not sharded."""
 
 from __future__ import annotations
 

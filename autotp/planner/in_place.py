@@ -1,8 +1,8 @@
-"""What a plan may not do to tensors that are changed in place.
+"""Finds conversions that a plan may not make on tensors that are changed in place.
 
-A conversion makes a new tensor, so a change behind it does not reach what is before it. And what outlives a call (a buffer, an
-argument of the model, a constant) has to be the same on every rank when the call ends: no part, no summand. Running statistics are
-the exception: each rank updates its channels, and the module puts the parts together (`autotp.plan.spec.Written`).
+A conversion makes a new tensor, so a change after it does not reach the tensor before it. And a tensor that outlives a call (a
+buffer, an argument of the model, a constant) has to be the same on every rank when the call ends: no part, no summand. Running
+statistics are the exception: each rank updates its channels, and the module puts the parts together (`autotp.plan.spec.Written`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Partial sums of several modules that meet in one sum are reduced together, at the exit of the last module.
+"""Reduces the partial sums of several modules that meet in one sum together, at the exit of the last module.
 
 A block with a parallel residual adds the results of two row-parallel regions, `y = x + a(h) + b(h)`, in its own forward, where no
 conversion reaches the sum without an intervention at a call site. But
@@ -6,7 +6,7 @@ conversion reaches the sum without an intervention at a call site. But
     Σ_r a_r + Σ_r b_r  =  0 + Σ_r (a_r + b_r)
 
 so `a` holds its partial sum and returns zeros, and `b`, which runs later, all-reduces both. The sum is the same to the last place
-(0 + v = v), and so is its gradient, which reaches every summand whole. What only sees `a` or `b` by itself sees another number, so
+(0 + v = v), and so is its gradient, which reaches every summand whole. Code that reads `a` or `b` by itself gets another number, so
 
 - each result has one use, which adds it with coefficient 1 to something, and so on to the sum where all meet (`_follow`);
 - this holds for every traced call of the modules, training included, in the same order in one call of a common parent (`_joint`).

@@ -1,4 +1,4 @@
-"""Where a conversion can stand."""
+"""Names the places where a conversion can stand."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Which plain attributes become local, so that the code computes local sizes by itself.
+"""Decides which plain attributes become local, so that the code computes local sizes by itself.
 
-Every int that the code passed to an operator carries an expression over attributes and tensor sizes. On a shard, sizes of
-sharded tensors change by themselves; each int must then equal the local size that the axes demand, or its old value where
-nothing is demanded. Unknown are the attributes: a small constraint problem, solved by search.
+Every int that the code passed to an operator carries an expression over attributes and tensor sizes. On a shard, sizes of sharded
+tensors change by themselves. Each int must then equal the local size that the axes demand, or its old value where nothing is
+demanded. The attributes are the unknowns of a small constraint problem, solved by search.
 
-What no attribute solves is overridden at its call site, unless the number is a literal in the code or has no demand; then the
-axis it belongs to cannot be sharded.
+An int that no attribute solves is overridden at its call site, unless the number is a literal in the code or has no demand. Then
+the axis that it belongs to cannot be sharded.
 """
 
 from __future__ import annotations

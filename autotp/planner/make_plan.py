@@ -1,4 +1,6 @@
-"""Model → Plan: trace, find the axes, choose and realise, replay; a region that fails its replay is un-sharded and planned again."""
+"""Makes the plan of a model: trace, find the axes, choose and realise, replay. A region that fails its replay is un-sharded and
+planned again.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What the padding of a cut holds in each value: padding must not reach a result, a gradient or a statistic.
+"""Follows the padding of a cut through the graph: padding must not reach a result, a gradient or a statistic.
 
-Padded parameter entries are zero, and stay zero because their gradients are set to zero. What an operator makes of them is
-followed through the graph: a known constant, some finite numbers, or anything (an infinity, a NaN, or an operator whose
-derivative is not finite there). Where an axis is summed over, the padding adds zero if one factor of the product is zero and the
-others are finite; then the gradients that come back are zero times something finite as well. Statistics leave the
-padding out by themselves, and a gathered value drops it; all they need is that it is finite.
+Padded parameter entries are zero, and stay zero because their gradients are set to zero. The analysis derives what each operator
+makes of them: a known constant, some finite numbers, or anything (an infinity, a NaN, or an operator whose derivative is not finite
+there). Where an axis is summed over, the padding adds zero if one factor of the product is zero and the others are finite. The
+gradients that come back are then zero times something finite as well. Statistics leave the padding out by themselves, and a
+gathered value drops it; for both it need only be finite.
 
-`ANY` relies on one thing: the model's own entries are finite.
+`ANY` relies on one assumption: the model's own entries are finite.
 """
 
 from __future__ import annotations

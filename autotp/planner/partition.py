@@ -1,10 +1,10 @@
-"""How an axis is dealt over the ranks: which atoms are cut, and how many of their indices a rank holds.
+"""Deals an axis over the ranks: which atoms are cut, and how many of their indices a rank holds.
 
 A cut of one atom gives every rank ``ceil(size / tp)`` of its indices, the last ones filled up with padding. A cut of two
-neighbouring atoms, major and minor (kv heads and the query heads of each), cuts every group of the minor into `pieces` and
-deals the pieces: each rank holds ``ceil(major · pieces / tp)`` slots of the major atom and ``ceil(minor / pieces)`` of the minor
-one in each slot. What carries the major atom alone (k and v) is then held by as many slots as need it. With as many pieces as
-the minor atom has indices no rank does more than the next multiple of major · minor costs; fewer pieces repeat less of k and v.
+neighbouring atoms, major and minor (kv heads and the query heads of each), cuts every group of the minor into `pieces` and deals
+the pieces. Each rank then holds ``ceil(major · pieces / tp)`` slots of the major atom and ``ceil(minor / pieces)`` of the minor one
+in each slot. A tensor that carries the major atom alone (k and v) is then held by as many slots as need it. With as many pieces as
+the minor atom has indices, no rank does more than the next multiple of major · minor costs; fewer pieces repeat less of k and v.
 """
 
 from __future__ import annotations

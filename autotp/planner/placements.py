@@ -1,8 +1,8 @@
-"""Placements of every value, given which atoms are sharded.
+"""Finds the placement of every value, given which atoms are sharded.
 
-For a set Σ of sharded atoms each value gets a label: the atoms of Σ that it is sharded on (none: whole on every rank, R), and
-whether it is a partial sum (P). Labels flow forward from the sharded parameters; a value that no parameter shards stays whole,
-and is sliced where it meets a sharded one. What cannot be is a `Conflict`; what needs a conversion is noted on its edge.
+For a set Σ of sharded atoms each value gets the atoms of Σ that it is sharded on (none: whole on every rank, R), and whether it is
+a partial sum (P). Placements flow forward from the sharded parameters. A value that no parameter shards stays whole, and is sliced
+where it meets a sharded one. An impossible choice raises a `Conflict`; a conversion that is needed is noted on its edge.
 
 Invariant: a value is sharded on at most one atom of each index path, and never both sharded and partial.
 """

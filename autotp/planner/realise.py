@@ -1,7 +1,7 @@
-"""Labels and moves → the changes at each module.
+"""Turns placements and reductions into the changes at each module.
 
-Every conversion is realised at the cheapest place that reaches it: a slot of a module boundary, the read of a parameter or
-buffer, or a call site. Plans of blocks that were not traced are copies of their templates'.
+Every conversion is realised at the cheapest place that reaches it: a slot of a module boundary, the read of a parameter or buffer,
+or a call site. Plans of blocks that were not traced are copies of their templates'.
 """
 
 from __future__ import annotations

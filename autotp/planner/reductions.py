@@ -1,10 +1,10 @@
-"""Where partial sums are reduced, forward and backward.
+"""Decides where partial sums are reduced, forward and backward.
 
 Forward: a value that is a partial sum must be whole where it meets an operator that does not commute with the sum.
-Backward: a whole value that is used inside a sharded region gets a partial gradient from there; it must be reduced before it
-meets gradients that are whole already, or reaches a parameter, exactly once on every path. Both are minimum cuts over the
-values of the graph. Conversions are cheap where a tensor crosses a module boundary, because hooks reach it there, and on
-parameters; anywhere else they need an intervention at a call site, which costs `SITE`.
+Backward: a whole value that is used inside a sharded region gets a partial gradient from there. It must be reduced before it meets
+gradients that are whole already, or reaches a parameter, exactly once on every path. Both are minimum cuts over the values of the
+graph. Conversions are cheap where a tensor crosses a module boundary, because hooks reach it there, and on parameters. Anywhere
+else they need an intervention at a call site, which costs `SITE`.
 
 Value and gradient types (forward → backward): P → its gradient is whole; S → sharded; R → whole (R) or partial (P).
 """

@@ -1,4 +1,4 @@
-"""Why a choice of cuts cannot become a plan."""
+"""Says why a choice of cuts cannot become a plan."""
 
 from __future__ import annotations
 

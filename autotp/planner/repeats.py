@@ -1,4 +1,4 @@
-"""Blocks that were not traced: what holds for their template holds for them, under other names."""
+"""Gives blocks that were not traced the results of their template, under other names."""
 
 from __future__ import annotations
 

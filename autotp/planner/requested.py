@@ -1,8 +1,8 @@
-"""Layouts that are asked for: which cuts they want, and which they rule out.
+"""Finds the cuts that requested layouts ask for, and those that they rule out.
 
-A cut deals every parameter that carries its axis. It is asked for where each of these parameters that has a wanted layout would be dealt
-as that layout says, ruled out where one would not, and free where none has one. Layouts are compared by the elements that each
-rank holds, in order, not by the names of their factors.
+A cut shards every parameter that carries its axis. It is requested where each of these parameters that has a requested layout would
+be sharded as that layout says. It is ruled out where one would not, and free where none has one. Layouts are compared by the
+elements that each rank holds, in order, not by the names of their factors.
 """
 
 from __future__ import annotations

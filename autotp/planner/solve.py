@@ -1,4 +1,6 @@
-"""Axes → Plan: choose, localise, place the reductions, realise; whatever cannot be realised is un-sharded with its reason."""
+"""Turns axes into a plan: choose, make ints local, place the reductions, realise. An axis that cannot be realised is un-sharded
+with its reason.
+"""
 
 from __future__ import annotations
 

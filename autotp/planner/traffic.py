@@ -1,4 +1,4 @@
-"""The collectives of a plan, with the elements that each moves."""
+"""Lists the collectives of a plan, with the elements that each moves."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Modules that no traced call runs, but that own a sharded parameter because it is another module's too.
+"""Plans modules that no traced call runs, but that own a sharded parameter because it is another module's too.
 
-The input embedding of an encoder-decoder model is the usual one: the encoder and the decoder have tables of their own, tied to it, and
-nothing calls it but its user. It has no plan, and would compute with this rank's part as if it were all.
+The input embedding of an encoder-decoder model is the usual one. The encoder and the decoder have tables of their own, tied to it,
+and only a user calls it. Without a plan it would compute with this rank's part as if it were all.
 
-Such a module takes the plan of a module of the same class and with the same attributes that owns the same parameters, if calls
-of that one are complete in themselves: what enters and leaves is whole. Any other is marked, and raises when it is called.
+Such a module takes the plan of a module of the same class and with the same attributes that owns the same parameters, if calls of
+that one are complete in themselves: their arguments and results are whole. Any other is marked, and raises when it is called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Int attributes that become local: which modules have them, their value and what a rank's part of it is."""
+"""Finds the int attributes that become local: their modules, their value and a rank's part of it."""
 
 from __future__ import annotations
 

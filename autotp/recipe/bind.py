@@ -1,6 +1,6 @@
-"""Recipe × model × tp → the layout of every parameter that the recipe covers, and what changes at which module.
+"""Binds a recipe to a model and tp: the layout of every parameter that the recipe covers, and the changes at each module.
 
-Nothing is traced and nothing is changed. Everything that does not fit is found before any of it is raised.
+Binding traces nothing and changes nothing. It finds everything that does not fit before it raises.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A recipe fitted to a model, as values."""
+"""Holds a recipe fitted to a model, as values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes that come with autotp, and where a recipe's name leads."""
+"""Lists the recipes that come with autotp, and finds the file that a recipe's name means."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What can be wrong in a recipe that fits its model, found without tracing it.
+"""Finds mistakes in a recipe that fits its model, without tracing the model.
 
-Each rule is a function of the bound recipe that reports problems. They see names, layouts, roles and module types; whether the code
-of the model agrees is for the proof (`autotp.recipe.compare`), where the model can be traced.
+Each rule is a function of the bound recipe that reports problems. Rules know names, layouts, roles and module types. Where the
+model can be traced, the proof (`autotp.recipe.compare`) checks the recipe against the model's code.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A recipe against the axes of the model that it is for.
+"""Compares a recipe with the axes of the model that it is for.
 
-The planner works with the recipe's layouts as given, and what comes out is compared with them: a layout that the axes do not bear,
-heads cut in one place only, an attribute that nobody made local show as differences. What passes is the planner's own certified plan
-with the recipe's layouts in it; collectives are placed by the axes, not by the recipe's roles. Where the model cannot be traced nothing
-is proven, and a recipe that covers all of it makes the plan by its roles alone.
+The planner works with the recipe's layouts as given, and its result is compared with them. Differences are a layout that the axes
+do not allow, heads that are sharded in one place only, or an attribute that nobody made local. A recipe that passes gives the
+planner's own certified plan with the recipe's layouts in it. The axes place the collectives, not the recipe's roles. Where the
+model cannot be traced nothing is proven, and a recipe that covers all of it makes the plan by its roles alone.
 """
 
 from __future__ import annotations

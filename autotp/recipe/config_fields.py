@@ -1,7 +1,7 @@
-"""Which field of a config a size is, so that a recipe written by a program fits the model at other sizes too.
+"""Finds the config field that gives a size, so that a recipe written by a program fits the model at other sizes too.
 
-Fields are told by their values and by what their names usually mean. A wrong guess cannot do harm: the sizes
-of a recipe are checked against the shapes of the parameters.
+Values and the usual meanings of names tell the fields. A wrong guess does no harm: the sizes of a recipe are checked against the
+shapes of the parameters.
 """
 
 from __future__ import annotations

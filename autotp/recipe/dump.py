@@ -1,4 +1,4 @@
-"""Recipe → YAML text. Sections stand in the order of the schema, layouts in quotes, one line for each parameter."""
+"""Writes a recipe as YAML text: sections in the order of the schema, layouts in quotes, one line for each parameter."""
 
 from __future__ import annotations
 

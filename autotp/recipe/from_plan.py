@@ -1,7 +1,7 @@
-"""Plan → Recipe: what a planner decided, in the words of a recipe.
+"""Makes a recipe of a plan.
 
-Roles are read off the collectives at the modules; collectives that no role implies are said under `arguments` and `results`; changes inside
-of forwards have no words, and make the recipe one that wants the traced model.
+Roles follow from the collectives at the modules. Collectives that no role implies stand under `arguments` and `results`. A recipe
+cannot express changes inside of forwards, so a plan with some makes a recipe that needs the traced model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Recipes out of the plans of others: transformers' `tp_plan`, torch's `parallelize_module` dict.
+"""Makes recipes of transformers' `tp_plan` and of torch's `parallelize_module` dict.
 
-They name a style for each module and no sizes, so the factors of a recipe that is made of one are whole rows and columns, called after the
-module around. What they do not mention is left to the planner. `Plan.to_tp_plan` and `Plan.to_parallelize_module` go the other way.
+Both name a style for each module and no sizes. So the factors of such a recipe are whole rows and columns, called after the module
+around. Parameters that they do not mention are left to the planner. `Plan.to_tp_plan` and `Plan.to_parallelize_module` go the other
+way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recipes from where they are written: files with what they extend, names, mappings, text."""
+"""Loads recipes: files and those that they extend, names, mappings, text."""
 
 from __future__ import annotations
 

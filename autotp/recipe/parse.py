@@ -1,4 +1,4 @@
-"""A source's data → one layer of a recipe: what its own file says, before anything is inherited."""
+"""Parses a source's data into one layer of a recipe: the contents of its own file, before anything is inherited."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Keys of a recipe → names of a model.
+"""Matches keys of a recipe with names of a model.
 
-A key matches a dotted name whose last parts it matches, part by part; `*` in a part stands for any characters of that part, so
-``layers.*.mlp.down_proj.weight`` and ``down_proj.weight`` both match ``model.layers.0.mlp.down_proj.weight``. Where several keys match a
-name, the most specific one has it: more parts first, then more letters that are no `*`.
+A key matches a dotted name whose last parts it matches, part by part. `*` in a part stands for any characters of that part, so
+``layers.*.mlp.down_proj.weight`` and ``down_proj.weight`` both match ``model.layers.0.mlp.down_proj.weight``. Where several keys
+match a name, the most specific one has it: more parts first, then more letters that are no `*`.
 """
 
 from __future__ import annotations

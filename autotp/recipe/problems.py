@@ -1,4 +1,4 @@
-"""What is wrong in a recipe, as values: the place and the text; they become text when a `RecipeError` lists them."""
+"""Holds the problems of a recipe as values, place and text; they become text when a `RecipeError` lists them."""
 
 from __future__ import annotations
 

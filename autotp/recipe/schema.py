@@ -1,6 +1,6 @@
-"""The shape of a recipe file, as pydantic models: what `RecipeFile.model_json_schema()` tells editors.
+"""Defines the form of a recipe file as pydantic models; `RecipeFile.model_json_schema()` gives it to editors.
 
-Only form is checked here, by names and types. What a recipe means for a model is checked in `autotp.recipe.bind` and `check`.
+Only form is checked here, by names and types. `autotp.recipe.bind` and `check` check the recipe against a model.
 """
 
 from __future__ import annotations

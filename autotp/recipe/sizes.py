@@ -1,4 +1,4 @@
-"""Sizes of names: numbers, or arithmetic over the fields of a model's config.
+"""Evaluates the sizes of names: numbers, or arithmetic over the fields of a model's config.
 
     num_attention_heads // num_key_value_heads
     head_dim or hidden_size // num_attention_heads        # the first that is there and not zero

@@ -1,4 +1,4 @@
-"""A recipe to start from where nothing can be planned: every parameter, whole."""
+"""Makes a recipe to start from where nothing can be planned: every parameter, whole."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Attributes that look as if they had to become local: where no trace tells, every one has to be named.
+"""Finds attributes that look as if they had to become local. Where no trace tells, a recipe has to name every one of them.
 
-A module's forward that reads an int with the value of something that is cut (a number of heads, a width) may compute with it. Without a
-trace nobody knows, so the recipe has to say: its layout, or `whole`.
+A module's forward may compute with an int that has the value of a sharded size (a number of heads, a width). Without a trace nobody
+knows whether it does. So the recipe has to give the attribute's layout, or `whole`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bound recipe → Plan, without a trace: the collectives that its roles imply.
+"""Makes the plan of a bound recipe without a trace, with the collectives that its roles imply.
 
     column     its input is copied into the region (backward: all-reduce); its result is the rank's part
     row        its result is all-reduced; a bias is added on one rank only
@@ -7,9 +7,9 @@
     part       nothing
     inside     the gradient is all-reduced
 
-What is asked of `arguments` and `results` is done at those module boundaries. This is right for every model in which each rank's result
-is a function of whole inputs and its own shards, and the sum over the ranks is the result: then the gradient of each whole input is
-the sum of the ranks' gradients, whatever the code between does. That the code is such a model is what the proof shows.
+The entries of `arguments` and `results` convert at those module boundaries. This is right for every model in which each rank's result
+is a function of whole inputs and its own shards, and the sum over the ranks is the result. Then the gradient of each whole input is
+the sum of the ranks' gradients, whatever the code between does. The proof shows that the code is such a model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""YAML text → plain data whose every key and value knows where it stands.
+"""Reads YAML text into plain data whose every key and value knows its place in the text.
 
-Read by `yaml.compose`, which keeps positions, not by `yaml.load`. Caught here, because nothing later could see them: a key that
-stands twice in one mapping, and the words (`no`, `off`, `yes`, `on`) that YAML reads as booleans where text is meant.
+`yaml.compose` reads it, which keeps positions, not `yaml.load`. Two mistakes are caught here, because no later step could find
+them. One is a key that stands twice in one mapping. The other is a word (`no`, `off`, `yes`, `on`) that YAML reads as a boolean
+where text is meant.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Apply a plan's values to a model in place.
+"""Applies a plan's values to a model in place.
 
-Order: everything that can fail for a reason in the plan comes first (checks, attributes, classes); the parameters are
-replaced last. Whatever fails, the model is restored before the error leaves.
+Everything that can fail for a reason in the plan comes first (checks, attributes, classes). The parameters are replaced last.
+Whatever fails, the model is restored before the error leaves.
 """
 
 from __future__ import annotations

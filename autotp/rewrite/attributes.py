@@ -1,6 +1,6 @@
-"""Plain attributes that become local: `num_heads`, `config.n_embd`, `split_sizes.0`.
+"""Makes plain attributes local: `num_heads`, `config.n_embd`, `split_sizes.0`.
 
-An object on the way (a config shared by all modules) is copied for the module, so nobody else sees the local value.
+An object on the way (a config shared by all modules) is copied for the module, so no other module reads the local value.
 """
 
 from __future__ import annotations

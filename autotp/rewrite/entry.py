@@ -1,7 +1,7 @@
-"""What is done once for each call of a parallel model, where it is entered: at its root, an inner model, or a block.
+"""Runs the checks of each call of a parallel model once, where it is entered: at its root, an inner model, or a block.
 
-Every module that calls others has its forward wrapped. While one of them runs, those inside pass on; the outermost looks whether
-what the plan rests on is still there, and agrees on random numbers if it will draw some.
+Every module that calls others has its forward wrapped. While one of them runs, those inside pass on. The outermost one checks that
+the facts that the plan rests on still hold. It agrees on random numbers if it will draw some.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Random numbers that must agree: sampling draws the same token on every rank, replicated dropout the same mask.
+"""Makes random numbers agree: sampling draws the same token on every rank, replicated dropout the same mask.
 
-Rank 0's generator states are broadcast before `generate`, and before a training forward of a model with active dropout: at the root, or at
-the inner model, block or dropout where a call begins (`autotp.rewrite.entry`).
+Rank 0's generator states are broadcast before `generate`, and before a training forward of a model with active dropout: at the
+root, or at the inner model, block or dropout where a call begins (`autotp.rewrite.entry`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The arguments of an operator call as leaves in order: what the positions of a `Site` count.
+"""Flattens the arguments of an operator call into leaves in order, which the positions of a `Site` count.
 
-Positional arguments come first, then keyword arguments in call order; lists, tuples (and `torch.Size`) and slices (start,
-stop, step) are flattened. Int positions count the ints among the leaves (bools are no ints), tensor positions the tensors.
+Positional arguments come first, then keyword arguments in call order; lists, tuples (and `torch.Size`) and slices (start, stop,
+step) are flattened. Int positions count the ints among the leaves (bools are no ints), tensor positions the tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A journal of every change made to a model, played backwards to restore it."""
+"""Keeps a journal of every change made to a model, and plays it backwards to restore the model."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def idioms(draw: st.DrawFn) -> Idioms:
     lines = tuple(draw(st.sampled_from(list(KINDS[kind]))) for kind in kinds)
     least = 2 if any(name in STATISTICS for name in lines) else 1
     groups = draw(st.integers(least, 6))
-    mixed = draw(st.booleans())  # models of the other half have at most one idiom around them
+    mixed = draw(st.booleans())  # the other half keep plain weights and calls, with at most one idiom around
     repeat = draw(st.sampled_from(Repeat))
     around = frozenset(draw(st.lists(st.sampled_from(Around), max_size=3 if mixed else 1)))  # shrinks better than sets
     if {Around.WEIGHT_HOOK, Around.MIXING_WEIGHT_HOOK} & around:

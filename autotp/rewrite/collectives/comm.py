@@ -1,9 +1,9 @@
-"""The few collectives that a rewritten model runs.
+"""Runs the few collectives of a rewritten model.
 
-`all_reduce_` sums a tensor that the caller owns, in place where that is cheapest; `all_reduce` leaves its argument alone;
-both return the sum. Eager code uses plain c10d (4 µs a call, functional collectives cost 76 µs). Code being compiled uses
-functional collectives, so that a forward stays one graph, and so does code under a dispatch mode: what a mode has seen it may
-keep (selective activation checkpointing does), and it must not be changed afterwards.
+`all_reduce_` sums a tensor that the caller owns, in place where that is cheapest. `all_reduce` leaves its argument alone. Both
+return the sum. Eager code uses plain c10d (4 µs a call, functional collectives cost 76 µs). Code being compiled uses functional
+collectives, so that a forward stays one graph. So does code under a dispatch mode: the mode may keep a tensor that it got
+(selective activation checkpointing does), and that tensor must not be changed afterwards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conversions between placements, each a function of one tensor (forward / backward):
+"""Runs the conversions between placements, each a function of one tensor (forward / backward):
 
     copy    identity / all-reduce            reduce  all-reduce / identity
     gather  all-gather / own part            slice   own part / zero-padded part

@@ -1,8 +1,8 @@
-"""One entering copy for all the linears that see the same tensor.
+"""Keeps one entering copy for all the linears that read the same tensor.
 
-The copy of `x` into a region is the identity; its backward all-reduces. If q, k and v each made their own copy, the backward
-would all-reduce three times; sharing one copy lets autograd add their gradients first. Entries are keyed by the tensor's
-identity and checked by weak reference and version, so that a miss costs one more collective and a wrong hit cannot happen.
+The copy of `x` into a region is the identity; its backward all-reduces. If q, k and v each made their own copy, the backward would
+all-reduce three times; with one shared copy, autograd adds their gradients first. Entries are keyed by the tensor's identity and
+checked by weak reference and version. So a miss costs one more collective and a wrong hit cannot happen.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One dim of a tensor cut over the ranks, as two pairs of maps, each the other's gradient:
+"""Splits one dim of a tensor over the ranks and joins it again, by two pairs of maps, each the other's gradient:
 
     take  [full] → [local]    the part with its copies of shared indices; padding repeats the last index, so that a padded head
-                              sees what a real one sees (a finite mask, a slope), and is a constant to gradients
+                              gets the values of a real one (a finite mask, a slope), and is a constant to gradients
     pad   [local] → [full]    the part where it belongs, zeros elsewhere; copies of one index add up, padding is dropped
     join  [local]s → [full]   each index from its owner: a shared one is taken once, padding is dropped
     own   [full] → [local]    the owned entries, zero where another copy is the owner and in padding

@@ -1,4 +1,4 @@
-"""A module between whose boundaries and the others a value is a rank's part gives a part, or wants one: it is not called by itself."""
+"""Refuses to call a module by itself if it takes or returns a rank's part at its boundary with other modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code that computes on parts is called only as it was traced: for another flag it may take a path of which nothing is known."""
+"""Refuses calls of code on parts in a form that was not traced: for another flag the code may take a path that no trace covers."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Hooks that users put on modules of a parallel model.
+"""Guards the hooks that users put on modules of a parallel model.
 
-Between regions a hook sees what it would on one device. Inside of one (`Plan.boundaries`) it would see a rank's part, a summand, or a
-gradient that is a summand, and what it computes would be something else: it is refused when it is registered, at no cost to any call.
-Taken as they are: hooks that the model's own code registers while it runs (the trace has seen them), those of torch's own tools, and an
-`Observer`, which says that it knows.
+Between regions a hook gets the values that it would get on one device. Inside of one (`Plan.boundaries`) it would get a rank's
+part, a summand, or a gradient that is a summand, and would compute other numbers. Such a hook is refused when it is registered, at
+no cost to any call. Three kinds are accepted: hooks that the model's own code registers while it runs (the trace has seen them),
+those of torch's own tools, and an `Observer`, which declares that it expects such values.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Values that are whole while their gradient is not: what asks for that gradient raises.
+"""Guards values that are whole while their gradient is not: code that asks for that gradient gets an error.
 
-A module may return what it goes on computing with. Where the result is gathered or summed for the caller and the code inside goes on with
-this rank's part, the result's own gradient lacks that of the uses inside; everything computed from it is right (`Copied`). Where a gradient
-becomes whole only further back, that of a value on the way is a summand, and what a hook computes from the value would be counted once for
-each rank (`Summed`).
+A module may return a value and go on computing with it. Where the result is gathered or summed for the caller and the code inside
+goes on with this rank's part, the result's own gradient lacks that of the uses inside. Everything computed from it is right
+(`Copied`). Where a gradient becomes whole only further back, the gradient of a value on the way is a summand. A term that a hook
+computes from the value would be counted once for each rank (`Summed`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Do the ranks see the same inputs?
+"""Checks that the ranks get the same inputs.
 
-Tensor-parallel ranks compute one model together, so they need one batch. A number that stands for the arguments is gathered from all ranks
-before `generate`, and before forwards of the model: the first ones, then every 256th. Of tensors of whole numbers and truth values it takes
-the values, of other tensors the shape and dtype, of plain Python values the value. `AUTOTP_CHECK_INPUTS` says how often: `first` (the
-default), `always` or `never`.
+Tensor-parallel ranks compute one model together, so they need one batch. A number that stands for the arguments is gathered from
+all ranks before `generate`, and before forwards of the model: the first ones, then every 256th. It covers the values of tensors of
+whole numbers and truth values, the shape and dtype of other tensors, and plain Python values. `AUTOTP_CHECK_INPUTS` says how often:
+`first` (the default), `always` or `never`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""transformers' own `save_pretrained` of a parallel model: it would write a rank's part of each weight."""
+"""Refuses transformers' own `save_pretrained` of a parallel model: it would write a rank's part of each weight."""
 
 from __future__ import annotations
 

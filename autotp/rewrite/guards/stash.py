@@ -1,7 +1,7 @@
-"""Attributes in which forwards leave what is a rank's part: the model's own code reads them, nobody else.
+"""Guards attributes in which forwards leave a rank's part: the model's own code may read them, no other code.
 
-A module may keep a value for its next call, or for another module: the plan knows what those read, and each rank goes on with its
-part. To whoever reads `module.kept` afterwards it would look like the value of one device. So the attribute becomes a descriptor that
+A module may keep a value for its next call, or for another module. The plan covers those reads, and each rank goes on with its
+part. Code that reads `module.kept` afterwards would take it for the value of one device. So the attribute becomes a descriptor that
 answers inside of forwards and raises elsewhere. The value itself stays in the instance's `__dict__`.
 """
 

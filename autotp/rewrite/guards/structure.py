@@ -1,13 +1,14 @@
-"""The modules that a plan was made for must still be there when they run.
+"""Checks that the modules that a plan was made for are still there when they run.
 
-Watched are the children of every module, its class and a forward of its own. A module that is replaced, wrapped, removed, or added inside
-of a region would compute on a rank's part as if it were whole. What stays right is taken as it comes, and watched from then on:
+The guard watches the children of every module, its class and a forward of its own. A module that is replaced, wrapped, removed, or
+added inside of a region would compute on a rank's part as if it were whole. Changes that stay right are accepted, and watched from
+then on:
 
 - wrappers that only pass on (checkpointing, compilation, FSDP), and any wrapper around a module whose boundary is whole;
 - modules that a forward itself put there while it was traced, made of the parameters of those before;
-- modules that replace what the plan did not touch, or that are added where every value is whole; their tensors must be the same on
-  all ranks, which is compared once. A module of the plan under another name, or a copy of one, is no such module: what it does rests on
-  the place that the plan saw it in.
+- modules that replace others that the plan did not touch, or that are added where every value is whole. Their tensors must be the
+  same on all ranks, which is compared once. A module of the plan under another name, or a copy of one, is no such module: its plan
+  depends on the place that it was traced in.
 """
 
 from __future__ import annotations

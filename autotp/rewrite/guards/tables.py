@@ -1,7 +1,8 @@
-"""The tensors that code on parts reads stay there, and of their shape.
+"""Checks that the tensors that code on parts reads stay there, and keep their shape.
 
-A bias that was None when the plan was made is in no plan: it would be added on every rank before the sum. A tensor that comes where a
-number was, or that grows, meets a rank's part. Modules that run on parts are watched for both; new numbers are what a call reads anyway.
+A bias that was None when the plan was made is in no plan: it would be added on every rank before the sum. A tensor in place of a
+number, or one that grows, would meet a rank's part. Modules that run on parts are watched for both. New numbers in a tensor are
+fine: a call reads them anyway.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A module that no traced call ran and whose parameters are sharded for other modules: a call of it would compute with a part."""
+"""Refuses a call of a module that no traced call ran and whose parameters are sharded for other modules: it would compute with a part."""
 
 from __future__ import annotations
 

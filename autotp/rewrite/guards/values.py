@@ -1,9 +1,10 @@
-"""Plain values that code on parts reads (`config._attn_implementation`, a flag, a size) must stay what they were when the plan was made.
+"""Checks that plain values that code on parts reads (`config._attn_implementation`, a flag, a size) stay as they were when the plan
+was made.
 
-Only modules that run on parts are watched: code that sees whole values may take any path. Floats may change: no path depends on them,
-and they are read anew in each call. Where summands pass that are reduced together they may not: a dropout of 0 there has to stay 0. And
-where a module has a config of its own, with a local number in it, changes of the model's config do not reach it: any that it would have
-read is then an error, floats too.
+Only modules that run on parts are watched: code on whole values may take any path. Floats may change: no path depends on them, and
+each call reads them anew. They may not change where summands pass that are reduced together: a dropout of 0 there has to stay 0.
+Where a module has a config of its own, with a local number in it, changes of the model's config do not reach it. Any change that it
+would have read is then an error, floats too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Small parameters read together: one autograd function a forward instead of one a module.
+"""Reads small parameters together: one autograd function a forward instead of one a module.
 
 A norm's weight costs a Python function forward and one backward (70 µs a step of CPU time); a model has dozens. While the root's
-forward records gradients, all of them enter the graph through one function, whose backward also sums the partial gradients
-in one all-reduce. Its gradients arrive at the end of the backward, so only small parameters take part. A module that runs
-alone, or again for a checkpoint, reads for itself.
+forward records gradients, all of them enter the graph through one function, whose backward also sums the partial gradients in one
+all-reduce. Its gradients arrive at the end of the backward, so only small parameters take part. A module that runs alone, or again
+for a checkpoint, reads for itself.
 """
 
 from __future__ import annotations

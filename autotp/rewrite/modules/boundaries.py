@@ -1,4 +1,4 @@
-"""Conversions of single tensors inside the arguments and results of a module call."""
+"""Converts single tensors inside the arguments and results of a module call."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Subclasses made at run time for modules whose forward changes, and forwards of single instances for those whose class stays.
+"""Makes subclasses at run time for modules whose forward changes, and forwards of single instances for those whose class stays.
 
-The subclass keeps the name of its base and is an instance of it; only `forward` is replaced. From outside, `module.weight`
-is the DTensor parameter; inside the forward the instance's `__dict__` holds the local tensor, which shadows the
-descriptor below (it has no `__set__`, so the instance dict comes first).
+The subclass keeps the name of its base and is an instance of it; only `forward` is replaced. From outside, `module.weight` is the
+DTensor parameter. Inside the forward the instance's `__dict__` holds the local tensor, which shadows the descriptor below (it has
+no `__set__`, so the instance dict comes first).
 """
 
 from __future__ import annotations

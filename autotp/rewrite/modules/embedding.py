@@ -1,4 +1,4 @@
-"""`nn.Embedding` with sharded rows: each rank looks up the ids it holds, zeros stand for the others, the sum is whole."""
+"""Runs `nn.Embedding` with sharded rows: each rank looks up the ids that it holds, with zeros for the others, and the sum is whole."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Partial sums that are held back and all-reduced with a later one: HOLD and JOIN (`autotp.planner.joint_reductions`).
+"""Holds partial sums back and all-reduces them with a later one: HOLD and JOIN (`autotp.planner.joint_reductions`).
 
     held module   y_r → zeros, y_r is kept            last module   z_r → Σ_r (z_r + y_r)
     backward      the gradient of the sum goes, as it is, to z_r and to each y_r
 
-What is kept belongs to one call of the parent. The parent's forward opens a call before and closes it after, also after an error, so
+A sum that is kept belongs to one call of the parent. The parent's forward opens a call before and closes it after, also after an error, so
 that nothing stays for the next one; a member that runs outside of its parent (by itself, or again for a checkpoint of its own) finds no
 open call and reduces alone. Each wrapper is one more subclass around the module's rewritten forward, or a forward of the instance where
 the class must stay.

@@ -1,4 +1,4 @@
-"""`nn.Linear` on shards: one autograd function from DTensor parameters to the output.
+"""Runs `nn.Linear` on shards: one autograd function from DTensor parameters to the output.
 
     column-parallel  y_r = x W_rᵀ + b_r      W: dim 0 sharded; ∂x is a partial sum (the entering copy reduces it)
     row-parallel     y = Σ_r x_r W_rᵀ + b    W: dim 1 sharded; the bias is added once, after the sum

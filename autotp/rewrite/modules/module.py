@@ -1,7 +1,7 @@
-"""Any module's forward under a plan: convert arguments, read local tensors, watch sites, convert results.
+"""Runs any module's forward under a plan: convert arguments, read local tensors, watch sites, convert results.
 
-`ModuleRun` is the state that a rewritten module carries. It runs either as the forward of a subclass or, where an object's
-class must stay, as a forward of the instance. Both are found by `module(x)`, inside of its hooks, and by `module.forward(x)`.
+`ModuleRun` is the state that a rewritten module carries. It runs either as the forward of a subclass or, where an object's class
+must stay, as a forward of the instance. Both are found by `module(x)`, inside of its hooks, and by `module.forward(x)`.
 """
 
 from __future__ import annotations

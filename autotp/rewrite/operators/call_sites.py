@@ -1,8 +1,8 @@
-"""Interventions on single operator calls inside a module's forward.
+"""Changes single operator calls inside a module's forward.
 
-While a module with sites runs, a `TorchFunctionMode` sees each operator call, finds the line of model code that makes it,
-and acts if the plan lists that place. Modules without sites never pay for a mode. Each thread has a stack of the modules
-that run; only the innermost one's sites act, so that a listed module called inside another handles its own calls.
+While a module with sites runs, a `TorchFunctionMode` gets each operator call, finds the line of model code that makes it, and acts
+if the plan lists that place. Modules without sites never pay for a mode. Each thread has a stack of the modules that run. Only the
+innermost one's sites act, so that a listed module called inside another handles its own calls.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Distributed forms of operators that look across a sharded dim.
+"""Runs the distributed forms of operators that look across a sharded dim.
 
 With `N` entries in all and `Σ` the sum over the ranks of the local sums, of each index once and without padding (see `statistics`):
 

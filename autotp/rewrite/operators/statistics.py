@@ -1,8 +1,8 @@
-"""What a statistic over a sharded dim counts: every index once, no padding.
+"""Selects the entries that a statistic over a sharded dim counts: every index once, no padding.
 
-Ranks hold equal parts, but not every entry of a part counts: padding stands for nothing, and a copy of a shared index is
-counted where its owner is. So `Σ x` over the full dim is the sum over the ranks of `Σ owned(x)`, and the number of entries is
-that of the full dim. Masked entries get no gradient through the statistic.
+Ranks hold equal parts, but not every entry of a part counts. Padding stands for no index, and a copy of a shared index is counted
+where its owner is. So `Σ x` over the full dim is the sum over the ranks of `Σ owned(x)`, and the number of entries is that of the
+full dim. Masked entries get no gradient through the statistic.
 """
 
 from __future__ import annotations

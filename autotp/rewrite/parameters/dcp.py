@@ -1,8 +1,8 @@
-"""What torch.distributed.checkpoint is told about one tensor: this rank's pieces, in the model's order and true shape.
+"""Tells torch.distributed.checkpoint (DCP) about one tensor: this rank's pieces, in the model's order and true shape.
 
 `Sharded` follows DCP's protocol for tensors (`torch/distributed/_checkpointable.py`). It writes the pieces that this rank owns and
-reads all that it holds, copies of an index too; DCP finds which parts of the saved boxes they overlap with, whatever number of ranks
-saved them.
+reads all that it holds, copies of an index too. DCP finds the saved boxes that they overlap with, whatever number of ranks saved
+them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Full tensors of a rewritten model, in the model's own order, on every rank. Collective: call on all ranks."""
+"""Gathers the full tensors of a rewritten model, in the model's own order, on every rank. Collective: call on all ranks."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Whoever holds a parameter besides its module holds the parallel one afterwards.
+"""Gives the parallel parameter to every holder of the old one besides its module.
 
 A parameter cannot become a DTensor in place (the classes' instances are laid out differently in memory), so a new object takes its
-place. Lists, dicts, closures, attributes and optimizers made before `parallelize` may hold the old one, and would go on computing with a
-whole tensor that nothing trains. They are found through the garbage collector and given the new one; only parameters with more references
-than their modules account for are looked for. What cannot be found or changed (a local variable, a C++ object) keeps the old object, which
-from then on raises at every use.
+place. Lists, dicts, closures, attributes and optimizers made before `parallelize` may hold the old one, and would go on computing
+with a whole tensor that nothing trains. The garbage collector finds these holders, and they get the new one. The search covers only
+parameters with more references than their modules account for. A holder that cannot be found or changed (a local variable, a C++
+object) keeps the old object, which from then on raises at every use.
 """
 
 from __future__ import annotations

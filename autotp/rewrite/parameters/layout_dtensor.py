@@ -1,13 +1,13 @@
-"""A DTensor that knows its layout: what every parameter of a parallel model is.
+"""Every parameter of a parallel model is a `LayoutDTensor`, a DTensor that knows its layout.
 
-The parts of a fused parameter are in the layout's order, those with padding or shared indices are together larger than the model's tensor.
-Taken for an even `Shard` they would be read, saved and counted wrongly, and nothing would say so; and writes to views of an even one would
-go into a copy. So parameters, their gradients, and what is made from them element by element (a detached parameter, a clone, an
-optimizer's moments) are `LayoutDTensor`s:
+The parts of a fused parameter are in the layout's order. Those with padding or shared indices are together larger than the model's
+tensor. Code that took them for an even `Shard` would read, save and count them wrongly, and no error would say so; and writes to
+views of an even one would go into a copy. So parameters, their gradients, and tensors made from them element by element (a detached
+parameter, a clone, an optimizer's moments) are `LayoutDTensor`s:
 
 - `full_tensor` and `redistribute` to `Replicate` give the model's tensor, in its order and shape;
 - torch.distributed.checkpoint saves and loads them in the model's order (`Sharded`);
-- operators on them give what they give on one device (`autotp.rewrite.parameters.dtensor_operators`);
+- operators on them give the results of one device (`autotp.rewrite.parameters.dtensor_operators`);
 - `data = …` takes a whole tensor, or one in the same layout.
 
 Nothing here is called in a forward, which reads local tensors.

@@ -1,7 +1,7 @@
-"""Parameters as DTensors over the tp mesh.
+"""Makes parameters DTensors over the tp mesh.
 
-The local tensor is `layout.shard(full, rank)`. The DTensor has the model's shape and is placed as `Shard(dim)`, over the *layout's own
-order*: with padding or shared indices the ranks' parts together are larger than it is. The layout comes with it.
+The local tensor is `layout.shard(full, rank)`. The DTensor has the model's shape and is placed as `Shard(dim)`, over the *layout's
+own order*: with padding or shared indices the ranks' parts together are larger than it is. It carries the layout.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How a module's forward reads parameters and buffers: as plain local tensors.
+"""Reads parameters and buffers for a module's forward, as plain local tensors.
 
-A parameter is a DTensor leaf; its local tensor enters the computation through one `autograd.Function` whose backward sums
-what is still partial and returns a DTensor gradient in the parameter's layout, so that no DTensor is dispatched on. A whole tensor that
-someone put where the parameter was (`functional_call`, an assignment) is cut at each read.
+A parameter is a DTensor leaf. Its local tensor enters the computation through one `autograd.Function`, so that no DTensor is
+dispatched on. The backward of that function sums gradients that are still partial, and returns a DTensor gradient in the
+parameter's layout. A whole tensor that someone put where the parameter was (`functional_call`, an assignment) is cut at each read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the schema of an operator says of its arguments."""
+"""Reads the schema of an operator for facts about its arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which way an operator on tensors that are laid out over ranks goes."""
+"""Decides how an operator on tensors that are laid out over ranks runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators on elements: on the local parts, to which a whole tensor among the arguments is cut first."""
+"""Runs operators on elements on the local parts, to which a whole tensor among the arguments is cut first."""
 
 from __future__ import annotations
 

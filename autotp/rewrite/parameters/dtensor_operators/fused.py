@@ -1,4 +1,4 @@
-"""Fused steps of optimizers, which work on each element."""
+"""Runs fused steps of optimizers, which work on each element."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators on lists of tensors: on the local parts where each element counts alone, DTensor's own for norms."""
+"""Runs operators on lists of tensors: on the local parts where each element counts alone, DTensor's own for norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views of tensors that are cut, and how they are made anew."""
+"""Records how views of sharded tensors are made, and makes them anew."""
 
 from __future__ import annotations
 

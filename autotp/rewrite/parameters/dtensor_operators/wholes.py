@@ -1,4 +1,4 @@
-"""Any other operator: on whole tensors, on every rank alike; what is written goes back into the parts."""
+"""Runs any other operator on whole tensors, on every rank alike; entries that it writes go back into the parts."""
 
 from __future__ import annotations
 
