@@ -31,7 +31,7 @@ def solve(
     """The best plan that avoids `bans`, with the `wanted` layouts as far as they can be had; adds to `bans` what turns out impossible.
 
     Each attempt that fails bans something more. After `MAX_ATTEMPTS`, and where nothing more was found to ban, everything is.
-    `hints`: see `localise`.
+    `hints`: see `autotp.planner.local_ints`.
 
     Raises:
         PlanError: a fault that stays where nothing is sharded.

@@ -1,7 +1,7 @@
-"""Inputs for a tiny transformers model, found from the signature of its `forward` and its config alone.
+"""Finds inputs for a tiny transformers model from the signature of its `forward` and its config alone.
 
-Several sets of arguments are possible for most models (text with images, text only, …). `tiny_inputs` proposes them from
-rich to plain and returns the first that the model runs on.
+Several sets of arguments are possible for most models (text with images, text only, …). `tiny_inputs` proposes them from rich to
+plain and returns the first that the model runs on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the code of modules gets at parameters: by which attribute, or as which object that it holds."""
+"""Records how the code of modules gets at parameters: by which attribute, or as which object that it holds."""
 
 from __future__ import annotations
 

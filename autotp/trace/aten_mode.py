@@ -1,6 +1,6 @@
-"""The ATen half of a recorder: a dispatch mode on the PreDispatch key records calls as operators that are not decomposed yet.
+"""Records calls as operators that are not decomposed yet: the ATen half of a recorder, a dispatch mode on the PreDispatch key.
 
-`linear` and `scaled_dot_product_attention` are whole there. An operator that nobody has a rule for is recorded in its parts instead.
+`linear` and `scaled_dot_product_attention` are whole there. An operator that has no rule is recorded in its parts instead.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A recorder that runs a block alike to an earlier one only once for each form of its arguments.
+"""Runs a block alike to an earlier one only once for each form of its arguments.
 
-What the *template* returned stands for what every block alike to it returns. That holds only where all that happens to a block
-goes through calls of the block itself. So a trace is turned down (`NotAlike`) as soon as something else shows: a module inside of a
-block is called past it, a parameter or buffer of a block that did not run is looked at, a call has another form, the template wrote
-into its arguments or left something behind that cannot be given to the others. The next one runs every block of that kind.
+The results of the *template* stand for those of every block alike to it. That holds only where everything that happens to a block
+goes through calls of the block itself. So a trace is turned down (`NotAlike`) as soon as it finds an exception: a module inside of
+a block is called past it, a parameter or buffer of a block that did not run is read, a call has another form, or the template wrote
+into its arguments or left something behind that cannot be given to the others. The next trace runs every block of that kind.
 """
 
 from __future__ import annotations

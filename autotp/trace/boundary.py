@@ -1,7 +1,7 @@
-"""What crosses a module boundary: the tensors among a call's arguments and in its result, each with a path.
+"""Finds the tensors that cross a module boundary, in a call's arguments and in its result, each with a path.
 
-A path of an argument starts with the parameter's name in `forward`; further steps are keys or indices. Containers that are
-walked into: tuples, lists, dicts, dataclasses and the dict-like outputs of transformers. Anything else (a KV cache) is opaque.
+A path of an argument starts with the parameter's name in `forward`; further steps are keys or indices. The walk enters tuples,
+lists, dicts, dataclasses and the dict-like outputs of transformers. Anything else (a KV cache) is opaque.
 """
 
 from __future__ import annotations

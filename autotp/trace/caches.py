@@ -1,8 +1,8 @@
-"""Functions behind `functools.lru_cache`, in a trace.
+"""Handles functions behind `functools.lru_cache` in a trace.
 
-A cache that is keyed by sizes would answer with what it made in another trace, or for other tensors of the same size: ints with the tags of
-those, fake tensors. So while a model is traced, calls with tagged ints, tensors or modules among their arguments run the
-function itself, and what other calls left in a cache is dropped after if it is more than plain data.
+A cache that is keyed by sizes would answer with the result of another trace, or of other tensors of the same size: ints with the
+tags of those, fake tensors. So while a model is traced, calls with tagged ints, tensors or modules among their arguments run the
+function itself. Entries that other calls left in a cache are dropped afterwards, unless they are plain data.
 """
 
 from __future__ import annotations

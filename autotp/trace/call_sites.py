@@ -1,4 +1,4 @@
-"""The place of an operator call: the code object and instruction of the nearest frame that is not torch's own plumbing.
+"""Finds the place of an operator call: the code object and instruction of the nearest frame that is not torch's own plumbing.
 
 The recorder notes places while tracing, and interventions at run time find their calls by them, so both use this function.
 """

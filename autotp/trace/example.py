@@ -1,4 +1,4 @@
-"""Calls of a model that are traced, as values."""
+"""Holds the calls of a model that are traced, as values."""
 
 from __future__ import annotations
 

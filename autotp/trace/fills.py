@@ -1,8 +1,8 @@
-"""Constants that are filled with one number, and what stays of them.
+"""Follows constants that are filled with one number.
 
-A value filled with one number may be cut or summed freely: zeros are whole and a partial sum at once. What a template is given stands
-for what every block alike to it is given, so a number counts inside only where all of them get it: the first block of a decoder may
-start from zeros, and the next ones not.
+A value filled with one number may be cut or summed freely: zeros are whole and a partial sum at once. The argument of a template
+stands for that of every block alike to it. So a number counts inside only where all of them get it: the first block of a decoder
+may start from zeros, and the next ones not.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""In which forms a forward was called: code may take another path for a flag that is on, or for a tensor where there was none.
+"""Describes the forms in which a forward was called: code may take another path for a flag that is on, or for a tensor where there
+was none.
 
-A form says of each argument what kind it is: a flag, a text, an enumeration's member or a whole number by its value, a function by its
-name and what it carries, a tensor by its number of dims and class of numbers, an object by its class and what it holds. Floats count as one
-kind, and so do tensors of any size, any number of tensors that are alike, and whole numbers that the traced code had from sizes.
+A form gives the kind of each argument. A flag, a text, an enumeration's member or a whole number counts by its value. A function
+counts by its name and what it carries, a tensor by its number of dims and class of numbers, an object by its class and what it
+holds. Floats count as one kind. So do tensors of any size, any number of tensors that are alike, and whole numbers that the traced
+code had from sizes.
 """
 
 from __future__ import annotations

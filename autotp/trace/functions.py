@@ -1,10 +1,10 @@
-"""What is proven of an `autograd.Function` by running it on real numbers.
+"""Proves properties of an `autograd.Function` by running it on real numbers.
 
     shown    apply(x).backward(g)  =  forward(x).backward(g), differentiated by autograd through the forward's own operators
     local    parts of outputs and gradients along a dim  =  outputs and gradients of the parts along it
 
-In float64, for several draws of numbers and scales. What is shown can be planned as if the function were plain operators; what is
-local can be sharded along that dim whatever its backward computes. The rest has to stay whole.
+It runs in float64, for several draws of numbers and scales. A function with the first property is planned as if it were plain
+operators. One with the second can be sharded along that dim, whatever its backward computes. The rest has to stay whole.
 """
 
 from __future__ import annotations

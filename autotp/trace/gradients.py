@@ -1,4 +1,6 @@
-"""What a forward does with gradients, as nodes: calls of autograd functions (APPLY, and a `Scope` around what they run), hooks (HOOK)."""
+"""Records as nodes what a forward does with gradients: calls of autograd functions (APPLY, and a `Scope` around what they run),
+hooks (HOOK).
+"""
 
 from __future__ import annotations
 

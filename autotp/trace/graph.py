@@ -1,8 +1,8 @@
-"""The traced graph: values, nodes and module boundaries, as plain data.
+"""Defines the traced graph, with values, nodes and module boundaries as plain data.
 
-A `Node` is one ATen operator call, or a pseudo-operator that keeps visible what operators do not show: ENTER and EXIT (a tensor
-crosses a module boundary, identity), REPEAT (a block alike to one already traced was called), APPLY and HOOK (gradients pass code that
-the forward does not show).
+A `Node` is one ATen operator call, or a pseudo-operator for an event that operators do not show. ENTER and EXIT: a tensor crosses a
+module boundary, identity. REPEAT: a block alike to one already traced was called. APPLY and HOOK: gradients pass code that the
+forward does not show.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Python integers that remember where they come from.
+"""Defines Python integers that remember where they come from.
 
 While a model is traced, its plain int attributes and the sizes it reads from tensors are `TaggedInt`s: ints whose arithmetic
-records an expression over *leaves*. Re-evaluating the expression with other leaf values tells what the code would have
-computed on a shard. A tag says something in its own trace only: what is still around after it (in a cache, in a dict of
-somebody's) counts as a plain number in the next one.
+records an expression over *leaves*. Re-evaluating the expression with other leaf values tells what the code would have computed on
+a shard. A tag is valid in its own trace only. A tagged int that outlives it (in a cache, in a dict) counts as a plain number in the
+next one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Everything a traced run may change besides tensors, remembered and put back.
+"""Remembers everything that a traced run may change besides tensors, and puts it back.
 
-Code caches masks in a dict of the module, appends to a list, counts in a class attribute, draws from a generator of its own. What it puts
-there while it is traced is made of fake tensors, so none of it may stay: attributes, tables and hooks of modules, contents of
-containers and plain objects they hold, attributes of their classes, globals of the files that define those, random generators.
+Code caches masks in a dict of the module, appends to a list, counts in a class attribute, draws from a generator of its own. During
+a trace it puts fake tensors there, so none of it may stay. Restored are attributes, tables and hooks of modules, contents of
+containers and plain objects they hold, attributes of their classes, globals of the files that define those, and random generators.
 """
 
 from __future__ import annotations

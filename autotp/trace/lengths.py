@@ -1,7 +1,7 @@
-"""Operators whose result is as long as numbers in another argument say: packed sequences, the CTC loss, counts, distinct items.
+"""Runs operators whose result is as long as numbers in another argument say: packed sequences, the CTC loss, counts, distinct items.
 
-torch's fake forms of them do not know these numbers, the recorder mostly does. Where it does not either, each sequence counts as one of
-full length. What is made of lengths alone (the batch sizes of a packed sequence) is known again.
+torch's fake forms of them do not know these numbers, the recorder mostly does. Where it does not either, each sequence counts as
+one of full length. Values that are made of lengths alone (the batch sizes of a packed sequence) are known again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Puts a model into the state it is traced in, and back.
+"""Puts a model into the state that it is traced in, and back.
 
-Parameters and buffers are replaced by fake tensors, plain ints of modules and configs by `TaggedInt`s, and blocks alike are
-found so that only one of them runs. Everything is undone on exit, whatever happened inside.
+Parameters and buffers are replaced by fake tensors, plain ints of modules and configs by `TaggedInt`s, and blocks alike are found
+so that only one of them runs. Everything is undone on exit, whatever happened inside.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Calls of modules: the `forward` of each is wrapped, to record what crosses its boundary and how it was called.
+"""Wraps the `forward` of each module, to record what crosses its boundary and how it was called.
 
-The wrapper lies inside the hooks of the call and where `module.forward(x)` finds it too: the rewritten modules act in the same place.
+The wrapper lies inside the hooks of the call, and `module.forward(x)` finds it too: the rewritten modules act in the same place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Python half of a recorder: calls as the code wrote them, with their place; sizes are answered with tagged ints."""
+"""Records calls as the code wrote them, with their place: the Python half of a recorder. It answers sizes with tagged ints."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What model code asks in a call, and what it is answered: whether gradients are recorded, and what holds of data that is not known.
+"""Records the questions of model code in a call, and answers them: whether gradients are recorded, and conditions on unknown data.
 
-Code may take another path for another answer. What it asked says which paths there are to trace.
+Code may take another path for another answer. So the questions tell which further paths to trace.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Which attributes the code of a forward reads: names in its bytecode, and in that of the methods and functions that it calls.
+"""Finds the attributes that the code of a forward reads: names in its bytecode, and in that of the methods and functions that it
+calls.
 
-What wraps the forward (a decorator that checkpoints the module) is not its code: it passes on.
+A wrapper of the forward (a decorator that checkpoints the module) is not its code: it passes on.
 """
 
 from __future__ import annotations

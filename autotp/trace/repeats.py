@@ -1,11 +1,12 @@
-"""Blocks that are alike, so that a trace costs the same at any depth.
+"""Finds blocks that are alike, so that a trace costs the same at any depth.
 
 Two children of a `ModuleList` or `Sequential` are alike when their trees have the same classes, parameter and buffer shapes, hooks
-and plain attributes; functions among those are equal when their code and what they close over are. What is also held outside of its
-block (a tied parameter, a shared module) has to be the very same for both. An attribute that counts the blocks (equal to the
-child's position in every child that has it, as `layer_idx` is in hybrids of two kinds of blocks) is left out of the comparison.
+and plain attributes. Functions among those are equal when their code and closed-over values are. A tensor or module that is also
+held outside of its block (a tied parameter, a shared module) has to be the very same for both. An attribute that counts the blocks
+is left out of the comparison. It equals the child's position in every child that has it, as `layer_idx` does in hybrids of two
+kinds of blocks.
 
-Being built alike is what this module looks at. Being used alike is seen while the model runs (`trace/blocks.py`).
+This module compares how blocks are built. `trace/blocks.py` compares how they are used, while the model runs.
 """
 
 from __future__ import annotations

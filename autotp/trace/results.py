@@ -1,4 +1,4 @@
-"""Closing a path: what it returned and left behind, and which of the recorded nodes those and later ones need."""
+"""Closes a path: finds what it returned and left behind, and which of the recorded nodes those and later ones need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nn.Module → Graph: runs every path that a user runs, on fake tensors."""
+"""Traces a model into a graph: runs every path that a user runs, on fake tensors."""
 
 from __future__ import annotations
 

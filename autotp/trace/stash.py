@@ -1,4 +1,4 @@
-"""What forwards leave on modules and in their arguments: tensors that a later call or the model's user finds."""
+"""Finds the tensors that forwards leave on modules and in their arguments, where a later call or the model's user reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors share memory."""
+"""Tells which tensors share memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What is recorded, and where the code is that runs right now: in which module, Python call and autograd function.
+"""Holds the recorded nodes, and knows where the running code is: in which module, Python call and autograd function.
 
-Everything that records appends to one `Tape`, so the order of its nodes is that of the run.
+Every part of the recorder appends to one `Tape`, so the order of its nodes is that of the run.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Running one operator on fake tensors, and what to do where its result depends on data.
+"""Runs one operator on fake tensors, and chooses a result where it depends on data.
 
-If all tensor arguments are known small tensors the operator is computed for real as well, and data-dependent results are the
-true ones. Where they are unknown, a choice is made: a mask selects `CHOSEN` rows (`nonzero` the first and the last), an unknown
-number is 0, an unknown condition is False (`all` is True). Where the last row is out of bounds for what it indexes (data never
-selects it), the path is traced again with the first row alone; where code divides by an unknown number or takes its logarithm, with 1.
-Choices are deterministic, so a second run makes the same ones.
+If all tensor arguments are known small tensors, the operator is computed for real as well, and data-dependent results are the true
+ones. Where they are unknown, a choice is made. A mask selects `CHOSEN` rows (`nonzero` the first and the last), an unknown number
+is 0, an unknown condition is False (`all` is True). Where the last row is out of bounds for the tensor that it indexes (data never
+selects it), the path is traced again with the first row alone. Where code divides by an unknown number or takes its logarithm, the
+path is traced again with 1. Choices are deterministic, so a second run makes the same ones.
 """
 
 from __future__ import annotations

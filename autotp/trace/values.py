@@ -1,7 +1,7 @@
-"""Which `Value` a tensor is, and what is known of its numbers.
+"""Maps tensors to their `Value`, and stores the numbers that are known of them.
 
-A tensor is one value until it is written in place: from then on it is another one, and so are its aliases. Small integer and constant
-tensors are computed for real beside the fake run, so that branches on masks and positions go the way they go for the user.
+A tensor is one value until it is written in place. From then on it is another one, and so are its aliases. Small integer and
+constant tensors are computed for real beside the fake run, so that branches on masks and positions go the way they go for the user.
 """
 
 from __future__ import annotations

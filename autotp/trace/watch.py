@@ -1,8 +1,8 @@
-"""What model code does with gradients that the operators of its forward do not show.
+"""Watches what model code does with gradients that the operators of its forward do not show.
 
 Code that asks whether gradients are recorded may take another path where they are: the trace then runs that path too. An
-`autograd.Function` has a backward of its own: the operators inside are told apart from the others. Users bind names early
-(`mix = Mix.apply`), so that nothing can be put in the place of `apply` itself: what it calls is watched.
+`autograd.Function` has a backward of its own: the operators inside are told apart from the others. Users bind names early (`mix =
+Mix.apply`), so that nothing can be put in the place of `apply` itself. The functions that `apply` calls are watched instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the traced code gets at its parameters."""
+"""Knows the ways in which the traced code gets at its parameters."""
 
 from __future__ import annotations
 

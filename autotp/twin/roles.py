@@ -1,4 +1,4 @@
-"""What the name of a config field says about its role, and what happens to the role when a config shrinks.
+"""Tells the role of a config field from its name, and gives the rule that shrinks it.
 
 `ROLES` is a table: a pattern of field names and the rule for them. A rule gets the config's node (its fields and what is kept), the
 name and the value, and gives the small value.

@@ -1,4 +1,4 @@
-"""What one rank does for `verify`."""
+"""Runs the work of one rank for `verify`."""
 
 from __future__ import annotations
 

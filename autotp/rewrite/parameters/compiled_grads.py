@@ -1,8 +1,8 @@
-"""What stays with the parameters of a module, whatever is done to the module.
+"""Keeps hooks on the parameters of a module, whatever is done to the module.
 
 Code being compiled reads a parameter as an ordinary DTensor, and its gradient is one, in an order that nothing says. A hook on the
-parameter gives it its layout. That hook and those of users are lost where parameters are made anew: `KeepHooks` sets them again after
-`model.to(…)`, and ours after `copy.deepcopy(model)`. Whole tensors that `load_state_dict` is given are cut.
+parameter gives the gradient its layout. That hook and those of users are lost where parameters are made anew. `KeepHooks` sets them
+again after `model.to(…)`, and ours after `copy.deepcopy(model)`. Whole tensors that `load_state_dict` is given are cut.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all tensors that are laid out over ranks are for code outside of torch."""
+"""Defines how tensors that are laid out over ranks act for code outside of torch."""
 
 from __future__ import annotations
 

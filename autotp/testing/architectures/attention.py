@@ -1,4 +1,4 @@
-"""The text of an attention: lines of `__init__` and of `forward`."""
+"""Writes the text of an attention: lines of `__init__` and of `forward`."""
 
 from __future__ import annotations
 

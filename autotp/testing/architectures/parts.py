@@ -1,4 +1,4 @@
-"""What the text of an `Architecture` is put together from: modules, linears, sizes, positions, traps."""
+"""Gives the parts of an `Architecture`'s text: modules, linears, sizes, positions, traps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a transformer-like model may be made of, as values.
+"""Lists the variants of a transformer-like model, as values.
 
-The models are Python text, as a person would write them, for two reasons: sizes can be literals in the code, and a failure is a script
-that stands by itself. Names of modules and parameters mean nothing on purpose: a plan can only come from what is computed.
+The models are Python text, as a person would write them, for two reasons: sizes can be literals in the code, and a failure is a
+script that stands by itself. Names of modules and parameters mean nothing on purpose: a plan can only follow from the computation.
 """
 
 from __future__ import annotations

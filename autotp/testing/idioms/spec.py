@@ -1,8 +1,8 @@
-"""What a small model in the idioms of other people's code may be made of, as values.
+"""Lists the variants of a small model in the idioms of other people's code, as values.
 
-A part makes values between its weights (`up`), does something to them (`lines`), and makes its result of them. Around that are ways to
-hold the weights, to call the part, to repeat it, and what is done to it from outside. Every combination is a model that runs on one
-device; a plan must be right for it, or autotp must refuse it (`autotp.testing.outcome`).
+A part makes values between its weights (`up`), changes them (`lines`), and makes its result of them. Further choices are ways to
+hold the weights, to call the part, to repeat it, and changes from outside. Every combination is a model that runs on one device. A
+plan must be right for it, or autotp must refuse it (`autotp.testing.outcome`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run a function on every rank, in one of three ways."""
+"""Runs a function on every rank, in one of three ways."""
 
 from __future__ import annotations
 
