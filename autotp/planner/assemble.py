@@ -23,7 +23,7 @@ from autotp.trace.graph import Value
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A plan with what is needed to check it: the labels and moves that it was made from."""
+    """A plan with the data that its check needs: the labels and moves that it was made from."""
 
     plan: Plan
     space: GraphIndex

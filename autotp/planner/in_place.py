@@ -20,9 +20,9 @@ from autotp.trace.graph import Node, Value
 def wrongly_changed(
     space: GraphIndex, labels: Labels, partial: frozenset[int], converted: Callable[[Value], Sequence[Conversion]]
 ) -> tuple[Node, str] | None:
-    """The first node that changes something where the plan does not allow it, and why.
+    """Returns the first node that changes something where the plan does not allow it, and why.
 
-    `converted`: the conversions between a value and what it is made of. `partial`: values that are partial sums.
+    `converted`: the conversions between a value and the one that it is made of. `partial`: values that are partial sums.
     """
     storage = space.storage
     for node in storage.updates:
@@ -45,7 +45,7 @@ def wrongly_changed(
 
 
 def statistics(space: GraphIndex, labels: Labels) -> Iterator[tuple[Node, Value]]:
-    """Nodes that update statistics of which each rank has a part, and the statistics."""
+    """Returns the nodes that update statistics of which each rank has a part, and the statistics."""
     for node, target in space.storage.changes:
         if is_a(node, Is.UPDATES_STATISTICS) and (labels.of(target) | labels.slices.get((node.index, target.id), NONE)):
             yield node, target

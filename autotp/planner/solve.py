@@ -28,9 +28,9 @@ MAX_ATTEMPTS = 128
 def solve(
     space: GraphIndex, tp: int, bans: Bans, model: str, linears: frozenset[str], wanted: Wanted | None = None, hints: Hints | None = None
 ) -> Draft:
-    """The best plan that avoids `bans`, with the `wanted` layouts as far as they can be had; adds to `bans` what turns out impossible.
+    """Finds the best plan that avoids `bans`, with as many `wanted` layouts as possible. Adds impossible choices to `bans`.
 
-    Each attempt that fails bans something more. After `MAX_ATTEMPTS`, and where nothing more was found to ban, everything is.
+    Each attempt that fails bans something more. After `MAX_ATTEMPTS`, and where nothing more was found to ban, everything is banned.
     `hints`: see `autotp.planner.local_ints`.
 
     Raises:

@@ -24,7 +24,7 @@ _TABLES = frozenset(nn.Module().__dict__) - {"training"}
 
 
 def with_uncalled(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
-    """`plan` with something for each module that owns a sharded parameter and that no traced call ran."""
+    """Returns `plan` with an entry for each module that owns a sharded parameter and that no traced call ran."""
     called = _called(draft, model)
     plans = {m.path: m for m in plan.modules}
     complete = {path: module for path, module in called.items() if not module._modules and _complete(path, draft, plans)}
@@ -56,7 +56,7 @@ def _called(draft: Draft, model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _templates(path: str, repeats: Mapping[str, str]) -> Iterator[str]:
-    """`path`, and what stands for it: with each repeated block that it is inside of replaced by its template."""
+    """Yields `path`, and the paths that stand for it: with each repeated block that it is inside of replaced by its template."""
     yield path
     parts = path.split(".")
     for end in range(len(parts), 0, -1):

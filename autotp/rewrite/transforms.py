@@ -45,7 +45,8 @@ def refuse_transforms() -> None:
 
 
 def direct(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without its part in Python, which serves torch.func alone and costs as much as all the rest of an application.
+    """Returns `function.apply` without its part in Python, which serves torch.func alone and costs as much as all the rest of an
+    application.
 
     For callers that refuse transforms, give `unwrapped` tensors, and are not being compiled.
     """

@@ -53,7 +53,7 @@ class Undo:
             self._steps.pop()()
 
     def at_release(self, step: Callable[[], None]) -> None:
-        """Add what is to be done when the rewrite is final."""
+        """Add a step to run when the rewrite is final."""
         self._last.append(step)
 
     def release(self) -> None:

@@ -143,7 +143,7 @@ def once(x: Tensor, comm: Comm) -> Tensor:
 
 
 def bind(conversion: Conversion, comm: Comm) -> Convert:
-    """The function of one conversion of the plan.
+    """Returns the function of one conversion of the plan.
 
     Raises:
         PlanError: for a GATHER or SLICE without dim or expression.
@@ -157,7 +157,7 @@ def bind(conversion: Conversion, comm: Comm) -> Convert:
 
 
 def bind_all(conversions: Sequence[Conversion], comm: Comm) -> Convert:
-    """The function that does each of `conversions` in order."""
+    """Returns the function that does each of `conversions` in order."""
     steps = tuple(bind(c, comm) for c in conversions)
     if len(steps) == 1:
         return steps[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class CopyMemo:
-    """Tensor → its copy inside the region, for as long as the tensor lives."""
+    """Maps a tensor to its copy inside the region, for as long as the tensor lives."""
 
     __slots__ = ("_entries",)
 
@@ -29,7 +29,7 @@ class CopyMemo:
         return len(self._entries)
 
     def get(self, x: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """The copy of `x`, made with `make` unless one made from this very tensor and version is alive."""
+        """Returns the copy of `x`, made with `make` unless one made from this very tensor and version is alive."""
         key = id(x)
         entry = self._entries.get(key)
         if entry is not None and entry[0]() is x and entry[1] == x._version:

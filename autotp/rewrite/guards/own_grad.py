@@ -35,7 +35,7 @@ _COUNTED = (
 
 
 class Copied(Tensor):
-    """A result that is a copy of what the code inside goes on with. Its operators give plain tensors."""
+    """A result that is a copy of the value that the code inside goes on with. Its operators give plain tensors."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,7 +60,7 @@ class Copied(Tensor):
 
 
 class Call:
-    """One call of a hook. `open` while it runs: what it computes may take the place of what it was given, or must not need gradients."""
+    """One call of a hook. `open` while it runs: a value that it computes may replace its argument, or must not need gradients."""
 
     __slots__ = ("open",)
 
@@ -69,7 +69,7 @@ class Call:
 
 
 class Summed(Copied):
-    """A value whose gradient is this rank's summand, as a hook is given it, and what the hook computes from it."""
+    """A value whose gradient is this rank's summand, as a hook gets it, and the values that the hook computes from it."""
 
     _call: Call
 
@@ -118,7 +118,7 @@ def is_torchs(hook: Any) -> bool:
 
 
 def mark_copied(result: Any, paths: Iterable[Path]) -> Any:
-    """The result of a call with those at `paths` as `Copied`."""
+    """Returns the result of a call with those at `paths` as `Copied`."""
     for path in paths:
         result = map_path(result, path, _copied)
     return result
@@ -131,11 +131,11 @@ def _copied(x: Tensor) -> Tensor:
 
 
 class Hook:
-    """A forward hook or pre-hook of a user on a module with such values.
+    """Wraps a forward hook or pre-hook of a user on a module with such values.
 
     Args:
-        argument, result: the class of what it is given; None where that is as on one device.
-        before: it is a pre-hook, and is given no result.
+        argument, result: the class of the values that it gets; None where these are as on one device.
+        before: it is a pre-hook, and gets no result.
     """
 
     __slots__ = ("argument", "before", "hook", "result")

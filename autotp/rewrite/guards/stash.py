@@ -23,7 +23,7 @@ HOLDS = "_autotp_holds"
 
 
 class Kept:
-    """The attribute `name` of a module."""
+    """The descriptor of the attribute `name` of a module."""
 
     __slots__ = ("name",)
 
@@ -76,7 +76,7 @@ def _keeping(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def guard(model: nn.Module, path: str, names: tuple[str, ...], undo: Undo) -> None:
-    """The attributes `names` of the module at `path` are for the model's own forwards from now on."""
+    """Keep the attributes `names` of the module at `path` for the model's own forwards from now on."""
     module = model
     undo.set_item(module.__dict__, HOLDS, "")
     parts = path.split(".")

@@ -23,7 +23,7 @@ class Uncalled(ModuleRun):
         self.where = where
 
     def __call__(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`forward(module, *args, **kwargs)` where the values that it reads are there.
+        """Runs `forward(module, *args, **kwargs)` where the values that it reads are there.
 
         Raises:
             PlanError: they are not.

@@ -35,7 +35,7 @@ class Across:
         self._masks: dict[torch.device, Tensor] = {}
 
     def count(self, x: Tensor, axes: Sequence[int]) -> int:
-        """How many entries of the whole tensor a statistic of `x` (this rank's part) over `axes` is made of.
+        """Counts the entries of the whole tensor that a statistic of `x` (this rank's part) over `axes` covers.
 
         Raises:
             PlanError: the sharded dim is none of `axes`, or has another size than the layout's part.
@@ -52,7 +52,7 @@ class Across:
         return count
 
     def owned(self, x: Tensor) -> Tensor:
-        """`x` with zeros at the entries that are not counted here; `x` itself where all are."""
+        """Returns `x` with zeros at the entries that are not counted here; `x` itself where all are."""
         return x if self.everything else x.masked_fill(self._ignored(x.device), 0)
 
     def _ignored(self, device: torch.device) -> Tensor:

@@ -26,7 +26,7 @@ _FIXED = (tuple, frozenset)
 
 
 class Pair:
-    """A parameter and what takes its place. `names`: those that it has in the model."""
+    """A parameter and the one that replaces it. `names`: those that it has in the model."""
 
     __slots__ = ("names", "new", "old")
 
@@ -35,7 +35,7 @@ class Pair:
 
 
 class Replaced(nn.Parameter):
-    """A parameter as it was before `parallelize`, held by someone who could not be given the new one. Every use of it raises."""
+    """A parameter as it was before `parallelize`, whose holder could not be given the new one. Every use of it raises."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +51,7 @@ class Replaced(nn.Parameter):
 
 
 def now(x: Any) -> Any:
-    """What took the place of `x`, where something did."""
+    """Returns the replacement of `x`, where there is one."""
     return vars(x)["_now"] if type(x) is Replaced else x
 
 

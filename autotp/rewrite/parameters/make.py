@@ -42,7 +42,7 @@ def shard_onto(mesh: DeviceMesh) -> MakeParam:
 
 
 def as_dtensor(local: Tensor, layout: Layout, mesh: DeviceMesh) -> LayoutDTensor:
-    """The DTensor of one rank's `local` (shape `layout.local_shape`); no communication."""
+    """Returns the DTensor of one rank's `local` (shape `layout.local_shape`); no communication."""
     stride = torch.empty(layout.shape, device="meta").stride()
     meta = TensorMeta(torch.Size(layout.shape), stride, local.dtype)
     return laid_out(DTensorSpec(mesh, placements(layout), tensor_meta=meta), local, layout)

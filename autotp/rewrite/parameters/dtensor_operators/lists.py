@@ -58,14 +58,14 @@ def in_step(args: tuple[Any, ...]) -> bool:
 
 
 def on_lists(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], counts: bool) -> Any:
-    """DTensor's own, of what each rank owns where an entry counts as often as it is there."""
+    """Runs DTensor's own operator, on the entries that each rank owns where an entry counts as often as it is there."""
     change = owned if counts else plain
     result = func(*tree_map_only(LayoutDTensor, change, args), **tree_map_only(LayoutDTensor, change, dict(kwargs)))
     return summed(result) if counts else result
 
 
 def on_each(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """On the local tensors of lists that are in step; NotImplemented where the results are no parts (a maximum)."""
+    """Runs an operator on the local tensors of lists that are in step; NotImplemented where the results are no parts (a maximum)."""
     local, options = tree_map_only(DTensor, _held, args), tree_map_only(DTensor, _held, dict(kwargs))
     result = step_of(func, local, options) if func.overloadpacket in STEPS else func(*local, **options)
     for t in written_in(func, args, kwargs):
