@@ -39,7 +39,7 @@ class Part:
 
 
 def owned_parts(layout: Layout, box: Box, rank: int) -> Iterator[Part]:
-    """What `rank` owns of `box`, over all ranks every entry once."""
+    """Yields the parts of `box` that `rank` owns, over all ranks every entry once."""
     assert layout.dim is not None
     lo, hi = box[layout.dim]
     start = 0
@@ -60,10 +60,10 @@ def _is_cut(held: Held) -> bool:
 
 
 def round_of(comm: Comm, needs: Sequence[Sequence[tuple[Held, Box]]]) -> list[Tensor]:
-    """One round. Collective: `needs`, the same on every rank, holds the boxes that each rank needs, in rank order.
+    """Run one round. Collective: `needs`, the same on every rank, holds the boxes that each rank needs, in rank order.
 
     Returns:
-        What this rank needs: a tensor for each of its boxes, in the box's shape.
+        The tensors that this rank needs: one for each of its boxes, in the box's shape.
 
     Raises:
         CheckpointError: a rank is gone.

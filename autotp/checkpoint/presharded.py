@@ -196,7 +196,7 @@ def _state(model: nn.Module, nodes: Mapping[str, Node]) -> tuple[dict[str, Node]
 
 
 def _restored(directory: Path, manifest: Manifest, read: AllRanks) -> dict[str, Node]:
-    """Key of the checkpoint → how it is made of the ranks' files."""
+    """Returns key of the checkpoint → how it is made of the ranks' files."""
     skeleton = hollow_skeleton(directory, manifest, {}, None)
     layouts: dict[str, Layout | None] = {name: p.layout for name, p in manifest.plan.params.items()}
     nodes: dict[str, Node] = {}

@@ -49,7 +49,7 @@ class Piece:
 
 
 def lay_out(tensors: Mapping[str, Node], metadata: Mapping[str, str]) -> FilePlan:
-    """The plan of a file with `tensors`, in the order of the library's writer: by dtype, the wide ones first, then by key.
+    """Returns the plan of a file with `tensors`, in the order of the library's writer: by dtype, the wide ones first, then by key.
 
     Raises:
         CheckpointError: a dtype that safetensors has no name for.
@@ -70,7 +70,7 @@ def lay_out(tensors: Mapping[str, Node], metadata: Mapping[str, str]) -> FilePla
 
 
 def pieces(key: str, node: Node, start: int) -> Iterator[Piece]:
-    """The rows of a tensor that starts at byte `start` of its file, in pieces of about `PIECE` bytes (one row at least)."""
+    """Yields the rows of a tensor that starts at byte `start` of its file, in pieces of about `PIECE` bytes (one row at least)."""
     if not node.shape:
         yield Piece(key, (), start)
         return

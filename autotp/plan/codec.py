@@ -22,7 +22,7 @@ from autotp.targets import MOST_RANKS
 
 
 def encode(value: Any) -> Any:
-    """Plain data of a plan, or of any value in one."""
+    """Returns plain data of a plan, or of any value in one."""
     if isinstance(value, Factor | Product | Concat):
         return spelled(value)
     if isinstance(value, Layout):
@@ -39,10 +39,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(data: Any) -> Plan:
-    """The plan of its plain data.
+    """Returns the plan of its plain data.
 
     Raises:
-        RecipeError: the data is not what `encode` makes.
+        RecipeError: the data is not in the form that `encode` makes.
     """
     try:
         plan = _decode(data, Plan)

@@ -8,5 +8,5 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 
 
 def folded(name: str) -> str:
-    """A dotted name, or a text with one at its end, with the numbers that are parts of it as `*`: ``layers.*.up``."""
+    """Returns a dotted name, or a text with one at its end, with the numbers that are parts of it as `*`: ``layers.*.up``."""
     return _NUMBER.sub("*", name)

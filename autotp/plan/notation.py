@@ -96,7 +96,7 @@ class _Reader:
 
 
 def parse(text: str) -> tuple[Expr, ...]:
-    """The dims that `text` writes; factors whose size it does not say have the size `UNKNOWN`.
+    """Returns the dims that `text` writes; factors whose size it does not say have the size `UNKNOWN`.
 
     Raises:
         NotationError: the text is no layout; says where.
@@ -111,7 +111,7 @@ def parse(text: str) -> tuple[Expr, ...]:
 
 
 def spelled(expr: Expr) -> str:
-    """One dim in full: `parse(spelled(expr)) == (expr,)`."""
+    """Writes one dim in full: `parse(spelled(expr)) == (expr,)`."""
     if isinstance(expr, Factor):
         return _spelled_factor(expr)
     if isinstance(expr, Product):
@@ -127,7 +127,7 @@ def _spelled_factor(factor: Factor) -> str:
 
 
 def marks(factor: Factor) -> str:
-    """What stands behind a factor's name and size: how it is cut."""
+    """Returns the text behind a factor's name and size, which says how it is cut."""
     text = ""
     if factor.sharded:
         text = "*" + (f"{factor.pieces}" if factor.pieces > 1 or factor.of else "") + (f"/{factor.of}" if factor.of else "")
@@ -135,19 +135,20 @@ def marks(factor: Factor) -> str:
 
 
 def mapped(expr: Expr, factor: Mapping[str, Factor]) -> Expr:
-    """`expr` with each factor replaced by the one of its name, where there is one."""
+    """Returns `expr` with each factor replaced by the one of its name, where there is one."""
     if isinstance(expr, Factor):
         return factor.get(expr.name, expr)
     return replace(expr, parts=tuple(mapped(p, factor) for p in expr.parts))
 
 
 def unknown(expr: Expr) -> Iterator[str]:
-    """Names of factors without a size, each once."""
+    """Yields the names of factors without a size, each once."""
     yield from dict.fromkeys(f.name for f in factors(expr) if f.size == UNKNOWN)
 
 
 def sized(dims: Sequence[Expr], shape: Sequence[int], sizes: Mapping[str, int]) -> tuple[Expr, ...]:
-    """`dims` with the sizes of the names: from `sizes`, else what `shape` leaves for a name that is the only unknown of its dim.
+    """Returns `dims` with the sizes of the names: from `sizes`, else the size that `shape` leaves for a name that is the only
+    unknown of its dim.
 
     Sizes need not multiply out afterwards: `Layout` checks that.
 

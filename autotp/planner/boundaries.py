@@ -171,7 +171,7 @@ def _held(space: GraphIndex, joints: Iterable[Joint]) -> set[int]:
 
 
 def _trail(space: GraphIndex, node: Node) -> list[tuple[int, int]]:
-    """Yields (value, node that gave it) of a result and of the values made of it, as long as each has one use."""
+    """Returns (value, node that gave it) of a result and of the values made of it, as long as each has one use."""
     trail = [(node.outputs[0].id, node.index)]
     while len(users := space.users.get(trail[-1][0], [])) == 1 and len(outputs := space.graph.nodes[users[0]].outputs) == 1:
         trail.append((outputs[0].id, users[0]))

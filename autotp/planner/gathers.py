@@ -89,7 +89,7 @@ def whole_results(
 
 
 def _exits_to_results(space: GraphIndex, labels: Labels, cut: Partition) -> list[list[Node]]:
-    """Yields sets of EXITs that everything sharded on `cut` passes on its way to a result of the model, the innermost set first.
+    """Returns sets of EXITs that everything sharded on `cut` passes on its way to a result of the model, the innermost set first.
 
     A set with an EXIT whose value nothing uses in some call (attention weights, most of the time) is left out: that call would
     gather in vain.

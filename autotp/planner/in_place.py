@@ -45,7 +45,7 @@ def wrongly_changed(
 
 
 def statistics(space: GraphIndex, labels: Labels) -> Iterator[tuple[Node, Value]]:
-    """Returns the nodes that update statistics of which each rank has a part, and the statistics."""
+    """Yields the nodes that update statistics of which each rank has a part, and the statistics."""
     for node, target in space.storage.changes:
         if is_a(node, Is.UPDATES_STATISTICS) and (labels.of(target) | labels.slices.get((node.index, target.id), NONE)):
             yield node, target

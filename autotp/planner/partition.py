@@ -85,7 +85,7 @@ def covers(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> bool:
 
 
 def uncovered(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> Iterable[tuple[Atom, ...]]:
-    """Returns the segments of a dim that have no sharded atom, beside segments that do."""
+    """Yields the segments of a dim that have no sharded atom, beside segments that do."""
     for atom in flat(list(dim)):
         for segment in atom.segments or ():
             if not covers(segment, on, cuts):
@@ -146,7 +146,7 @@ def neighbours(dim: Iterable[Atom]) -> Iterable[tuple[Atom, Atom]]:
 
 
 def last_atoms(dim: Iterable[Atom]) -> Iterable[Atom]:
-    """Returns the leaf atoms that stand last on some index path through a dim: a part of them changes the dim's size in their units."""
+    """Yields the leaf atoms that stand last on some index path through a dim: a part of them changes the dim's size in their units."""
     atoms = flat(list(dim))
     if atoms and atoms[-1].segments is None:
         yield atoms[-1]

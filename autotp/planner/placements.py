@@ -136,7 +136,7 @@ class GraphIndex:
 
 
 def leaf_atoms(dim: Iterable[Atom]) -> Iterable[Atom]:
-    """Returns the leaf atoms of a dim, in order."""
+    """Yields the leaf atoms of a dim, in order."""
     for atom in flat(list(dim)):
         if atom.segments is None:
             yield atom

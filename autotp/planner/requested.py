@@ -64,7 +64,7 @@ def _alike(mine: Expr, theirs: Expr | None, tp: int) -> bool:
 
 
 def _beside(mine: Expr, theirs: Expr) -> Iterator[tuple[Expr, Expr | None]]:
-    """Returns the segments of a dim that are cut, each with the segment at its place in the other expression."""
+    """Yields the segments of a dim that are cut, each with the segment at its place in the other expression."""
     if not isinstance(mine, Concat):
         yield mine, theirs
         return

@@ -51,7 +51,7 @@ class _Missing(InputError):
 
 
 def parse_size(text: str) -> ast.expr:
-    """The expression of a size.
+    """Parses the expression of a size.
 
     Raises:
         InputError: it is none, or it has something that sizes may not have.
@@ -72,7 +72,7 @@ def parse_size(text: str) -> ast.expr:
 
 
 def size_of(value: int | str, model: nn.Module) -> int:
-    """The size that a number or an expression stands for in `model`.
+    """Returns the size that a number or an expression stands for in `model`.
 
     Raises:
         InputError: a field that the config does not have, with the nearest one, or a value that is no positive int.

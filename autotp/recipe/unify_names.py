@@ -19,7 +19,7 @@ Names = Mapping[tuple[str, int], str]
 
 
 def renamed(plan: Plan) -> Plan:
-    """The plan with the names of its factors changed; every element lies where it lay."""
+    """Returns the plan with the names of its factors changed; every element stays where it is."""
     params = {n: _param(p, _whole) for n, p in plan.params.items()}
     names = _names(e for p in params.values() for e in p.layout.dims)
     return replace(

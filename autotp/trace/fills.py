@@ -21,7 +21,7 @@ KEEPING = frozenset(("to", "clone", "contiguous", "expand", "view", "reshape", "
 
 
 def filled(node: Node, fills: Mapping[int, float]) -> float | None:
-    """The number that the results of `node` are filled with, if those among its arguments are filled as `fills` say."""
+    """Returns the number that the results of `node` are filled with, if those among its arguments are filled as `fills` say."""
     name = node.opname
     number = FILLS.get(name)
     if number is None and name in FILL_AT:
@@ -35,7 +35,7 @@ def filled(node: Node, fills: Mapping[int, float]) -> float | None:
 
 
 def of_every_block(graph: Graph) -> Graph:
-    """The graph without the fills inside of templates that a block alike is not given too."""
+    """Returns the graph without the fills inside of templates that a block alike does not get too."""
     lost: set[int] = set()
     while True:
         differing = {

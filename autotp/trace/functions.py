@@ -30,7 +30,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class TensorLike:
-    """A tensor argument of a call: its form, and its numbers where they are known."""
+    """Describes a tensor argument of a call: its form, and its numbers where they are known."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class Applied:
 
 
 def prove(call: Applied) -> Scope:
-    """What running the function shows; nothing where it cannot be run by itself."""
+    """Returns the properties that running the function shows; none where it cannot be run by itself."""
     name = call.function.__qualname__
     forms = [a for a in call.args if isinstance(a, TensorLike)]
     if call.function is BackwardHookFunction:  # an identity that hooks of a module hang on

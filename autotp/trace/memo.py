@@ -59,7 +59,7 @@ class Memo:
         self._fit: dict[OpOverload, bool] = {}
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of `func(*args, **kwargs)`."""
+        """Returns the result of `func(*args, **kwargs)`."""
         if not self._fits(func):
             return func(*args, **kwargs)
         tensors: list[FakeTensor] = []
@@ -110,7 +110,7 @@ class Memo:
         return (*form, where, tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
 
     def _seen(self, result: Any, tensors: list[FakeTensor]) -> tuple[_Result, ...] | _Result | None:
-        """How to make `result` again; None where it is not to be remembered."""
+        """Says how to make `result` again; None where it is not to be remembered."""
         if isinstance(result, Tensor):
             return self._one(result, tensors)
         if type(result) not in (tuple, list) or not all(isinstance(x, Tensor) for x in result):

@@ -213,7 +213,7 @@ def _passes_on(new: nn.Module, old: nn.Module) -> bool:
 
 
 def _calls(new: Any, old: Any, kind: type) -> bool:
-    """True for the old forward itself, and for one that says of itself that it wraps the old one. None: that of the class."""
+    """True for `old` itself, and for a forward that says of itself that it wraps `old`. `old` None: the forward of the class."""
     for _ in range(16):
         if new == old or (old is None and isinstance(new, MethodType) and new.__func__ is kind.forward):  # type: ignore[attr-defined]
             return True

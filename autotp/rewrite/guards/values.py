@@ -241,7 +241,7 @@ def stored_names(reading: Reading, modules: Iterable[nn.Module]) -> frozenset[st
 def watched(
     modules: Iterable[tuple[str, nn.Module]], reading: Reading, stored: frozenset[str], what: Watched
 ) -> Iterator[tuple[str, Watcher]]:
-    """Returns (path of a module, values of it or of its contents) to watch. `modules`: those that run on parts."""
+    """Yields (path of a module, values of it or of its contents) to watch. `modules`: those that run on parts."""
     defaults: dict[tuple[type, bool], frozenset[str]] = {}
     for path, module in modules:
         code = reading.of(type(module))
@@ -324,7 +324,7 @@ def _holds_values(value: object) -> bool:
 def _of_object(
     path: str, where: str, value: Any, names: frozenset[str], tested: frozenset[str], reading: Reading, depth: int = 0
 ) -> Iterator[tuple[str, Watcher]]:
-    """Returns the values in an object: those that the code reads itself, and those that the methods read that the code names."""
+    """Yields the values in an object: those that the code reads itself, and those that the methods read that the code names."""
     if isinstance(value, partial):
         names = names | {"keywords", "args"}
     elif not isinstance(value, nn.Module):

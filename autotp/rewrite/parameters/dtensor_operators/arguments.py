@@ -15,7 +15,7 @@ def named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[s
 
 
 def written_in(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Returns the tensors among the arguments of a call that it writes into."""
+    """Yields the tensors among the arguments of a call that it writes into."""
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = kwargs.get(argument.name) if argument.kwarg_only or i >= len(args) else args[i]
