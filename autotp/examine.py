@@ -35,7 +35,7 @@ NUMBERS, TWIN = "numbers", "numbers of a smaller twin"
 
 
 class Check(Enum):
-    """What a plan has to pass besides the symbolic replay."""
+    """The check that a plan has to pass besides the symbolic replay."""
 
     NUMBERS = "numbers"
     GRAPH = "graph"
@@ -71,7 +71,7 @@ def checked_plan(
 
 
 def _examine(model: nn.Module, tp: int, check: Check, *, plain: bool) -> Examine:
-    """How plans of a model are examined. `plain`: no layouts are asked for."""
+    """Returns the examination of plans of a model. `plain`: no layouts are requested."""
     if check is Check.GRAPH:
         return _Not("numbers were not asked for")
     large = too_large(model, tp)

@@ -31,7 +31,9 @@ _GRACE = 5.0  # seconds that the other ranks get after one has failed
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one rank came to: the value that the function returned, or the text of what stopped it; `follows`: another rank's failure."""
+    """One rank ended with this: the value that the function returned, or the text of the error that stopped it; `follows`: another
+    rank's failure.
+    """
 
     rank: int
     value: Any = None

@@ -98,7 +98,7 @@ def _brief(text: str | None) -> str:
 
 
 def _description(model: nn.Module) -> dict[str, str]:
-    """What must be equal, by name."""
+    """Returns the facts that must be equal on all ranks, by name."""
     own: dict[str, str] = {}
     for path, module in model.named_modules():
         at = path or "the model"

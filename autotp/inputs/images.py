@@ -97,7 +97,7 @@ def _run_fake(encode: Any, device: torch.device, inputs: dict[str, object]) -> A
 
 
 def _configured(facts: Facts, pixels: object) -> int | None:
-    """What the config says of the features of an image, for all images in `pixels`."""
+    """Reads from the config how many features an image has, for all images in `pixels`."""
     if not isinstance(pixels, Tensor):
         return None
     images = math.prod(pixels.shape[:-3]) if pixels.dim() > 3 else BATCH

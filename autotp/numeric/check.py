@@ -87,7 +87,7 @@ def judge(model: nn.Module, examples: Sequence[Example], plan: Plan) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What one device does: `make` copies the model, `wanted` is what a run showed, in the order in which modules ended."""
+    """The model on one device: `make` copies it, `wanted` is the record of a run, in the order in which modules ended."""
 
     make: Callable[[], nn.Module]
     examples: tuple[Example, ...]
@@ -170,7 +170,7 @@ def _parallel(model: nn.Module, plan: Plan, comm: LocalComm) -> nn.Module:
 
 
 def _nothing_finite(seen: Seen) -> str:
-    """What there is and has no finite entry: then nothing would be compared."""
+    """Names the results or the gradients where they exist and have no finite entry: then nothing would be compared."""
     for name, found in (("results", seen.results), ("gradients", seen.gradients)):
         floats = [t for t in found.values() if t.is_floating_point() and t.numel()]
         if floats and not any(bool(t.isfinite().any()) for t in floats):

@@ -1,6 +1,6 @@
 """Makes the replay certificate: a rewritten model must do on a shard exactly what its plan says.
 
-The model is rewritten on fake tensors with the plan of one rank (ranks have equal shapes, they differ in offsets only), run again,
+The model is rewritten on fake tensors with the plan of one rank: ranks have equal shapes and differ in offsets only. It is run again
 and compared with the trace node by node. The operators and their order, the constants and the results must be the same. Every
 result must have the predicted local shape. Every number among the arguments must be what it was, or the local value that a rule
 demands. This finds code that computes with the size of a shard (`x / x.shape[-1]`, `arange(x.shape[-1])`, a branch on a width).
@@ -173,7 +173,7 @@ def _without_copies(nodes: Iterable[Node], stands: dict[int, int]) -> list[Node]
 
 
 def _idle(draft: Draft, nodes: Sequence[Node], twins: _Twins) -> int:
-    """How many of `nodes`, from the first, together return their one argument as it is on a shard; 0 where they do not."""
+    """Counts how many of `nodes`, from the first, together return their one argument as it is on a shard; 0 where they do not."""
     acting = {(s.file, s.function, s.line, s.offset) for m in draft.plan.modules for s in m.sites if s.inputs or s.outputs or s.kernel}
     chain: list[Value] = []
     for n, node in enumerate(nodes, 1):

@@ -42,7 +42,7 @@ class Joint:
 
 @dataclass(frozen=True, slots=True)
 class _Trail:
-    """How far a result goes unchanged but for additions: the last value, and why no further."""
+    """The way that a result goes unchanged but for additions: the last value, and why no further."""
 
     exit: Node
     last: Value

@@ -315,7 +315,7 @@ def _with_placeholders(model: PreTrainedModel, m: _Maker, names: list[str], medi
 
 
 def _feature_count(getter: Callable[..., Any], made: Inputs) -> int:
-    """How many placeholder tokens these images or sounds want."""
+    """Counts the placeholder tokens that these images or sounds need."""
     taken = inspect.signature(getter).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Follows constants that are filled with one number.
 
 A value filled with one number may be cut or summed freely: zeros are whole and a partial sum at once. The argument of a template
-stands for that of every block alike to it. So a number counts inside only where all of them get it: the first block of a decoder
-may start from zeros, and the next ones not.
+stands for that of every block alike to it. So a number inside counts only where all of these blocks get it: the first block of a
+decoder may start from zeros, and the next ones not.
 """
 
 from __future__ import annotations

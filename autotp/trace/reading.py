@@ -163,7 +163,7 @@ def _definitions(cls: type, name: str) -> Iterator[Any]:
 
 
 def _self_of(code: CodeType) -> tuple[str, str]:
-    """How a method loads its first argument."""
+    """Tells how a method loads its first argument."""
     return "LOAD_FAST", code.co_varnames[0] if code.co_argcount else ""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the large values become."""
+    """The small sizes that the large values become."""
 
     hidden: int = 64
     ffn: int = 128
@@ -32,7 +32,7 @@ class Sizes:
 
 @dataclass(slots=True)
 class Tree:
-    """What is shared by all configs nested in one model: sizes and the renumbering of token ids."""
+    """The state that all configs nested in one model share: sizes and the renumbering of token ids."""
 
     sizes: Sizes
     irregular: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

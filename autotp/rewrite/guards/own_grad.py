@@ -1,7 +1,7 @@
 """Guards values that are whole while their gradient is not: code that asks for that gradient gets an error.
 
-A module may return a value and go on computing with it. Where the result is gathered or summed for the caller and the code inside
-goes on with this rank's part, the result's own gradient lacks that of the uses inside. Everything computed from it is right
+A module may return a value and go on computing with it. The result may be gathered or summed for the caller, while the code inside
+goes on with this rank's part. The result's own gradient then lacks that of the uses inside. Everything computed from it is right
 (`Copied`). Where a gradient becomes whole only further back, the gradient of a value on the way is a summand. A term that a hook
 computes from the value would be counted once for each rank (`Summed`).
 """

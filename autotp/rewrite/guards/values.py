@@ -138,7 +138,7 @@ class _Absent:
 
 
 class _Same:
-    """What `object` has under a name is another object, of which values are watched, and stays that one."""
+    """Watches that an attribute of `object` stays the same object, of which values are watched."""
 
     __slots__ = ("held", "names", "object", "where")
 

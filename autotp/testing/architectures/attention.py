@@ -170,7 +170,7 @@ def _turned(a: ArchitectureSpec, of: str = "z") -> str:
 
 
 def turning(a: ArchitectureSpec) -> list[str]:
-    """What of the code that turns stands outside of the attention."""
+    """Returns the code that turns queries and keys and stands outside of the attention."""
     if a.position not in ROTARY or a.projection is Projection.LATENT:
         return []
     body = ["t = z.shape[-2]", *_angles(a, "z"), f"return {_turned(a)}"]

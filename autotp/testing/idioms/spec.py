@@ -15,7 +15,7 @@ from autotp.testing.idioms.lines import LINES
 
 
 class Up(Enum):
-    """How the values between the weights are made."""
+    """The ways to make the values between the weights."""
 
     LINEAR = "linear"
     GATED = "gated"
@@ -29,7 +29,7 @@ class Up(Enum):
 
 
 class Weights(Enum):
-    """How the weights are read. With another `Up` than linear it says how the last one is."""
+    """The ways to read the weights. With another `Up` than linear it says how the last one is read."""
 
     MODULES = "modules"
     FUNCTIONAL = "functional"  # F.linear(x, self.a.weight)
@@ -45,7 +45,7 @@ class Weights(Enum):
 
 
 class Call(Enum):
-    """How the model calls a part."""
+    """The ways in which the model calls a part."""
 
     PLAIN = "plain"
     FORWARD = "forward"
@@ -63,7 +63,7 @@ class Call(Enum):
 
 
 class Repeat(Enum):
-    """How many parts there are, and what holds them."""
+    """The number of parts, and their container."""
 
     ONE = "one"
     LIST = "list"
@@ -84,7 +84,7 @@ class Differ(Enum):
 
 
 class Around(Enum):
-    """What else there is."""
+    """The idioms around the parts."""
 
     WEIGHT_HOOK = "weight_hook"
     MIXING_WEIGHT_HOOK = "mixing_weight_hook"

@@ -80,7 +80,7 @@ def on_each(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _held(x: DTensor) -> Tensor:
-    """What this rank holds of a tensor in a list, or of a number that goes with one."""
+    """Returns the rank's part of a tensor in a list, or of a number that goes with one."""
     return x.full_tensor() if any(p.is_partial() for p in x._spec.placements) else x._local_tensor
 
 
