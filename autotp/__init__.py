@@ -1,4 +1,4 @@
-"""Tensor parallelism for any PyTorch model, worked out from its graph."""
+"""Makes any PyTorch model tensor-parallel, by a plan that it works out from the model's graph."""
 
 from autotp import checkpoint as checkpoint
 from autotp.api import full_grads, full_state_dict, parallelize, plan, plan_of

@@ -1,4 +1,4 @@
-"""`python -m autotp` is the command `autotp`."""
+"""`python -m autotp` runs the command `autotp`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All ranks go on together, or none does: an error on one rank is the same error on all."""
+"""All ranks go on together, or none does: `agree` raises the error of one rank on all of them."""
 
 from __future__ import annotations
 

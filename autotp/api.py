@@ -1,4 +1,4 @@
-"""The public functions: plan a model, make it parallel, read it back whole."""
+"""The public functions plan a model, make it parallel and read its tensors back whole."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ def plan(
     example_inputs: Given | None = None,
     check: str = "numbers",
 ) -> Plan:
-    """What `parallelize` would do to `target` over `tp` ranks; needs no process group, no weights and no GPU.
+    """Plan how `parallelize` would shard `target` over `tp` ranks. This needs no process group, no weights and no GPU.
 
     Args:
-        target: an `nn.Module` (any device, the meta device too), a transformers config, or a path to a directory or file with
+        target: an `nn.Module` (on any device, the meta device too), a transformers config, or the path of a directory or file with
             a config.json.
         tp: number of ranks, at least 1.
-        recipe: a `Recipe`, or what `Recipe.load` takes: layouts that override the planner where it says something. It is proven against the
-            model's axes; one that covers every parameter is used without proof where the model cannot be traced (the plan's notes say so).
-        example_inputs: keywords of `forward` that the model is traced with, or a list of several calls: what code on a rank's part does for
-            an argument of another kind (a flag, a mask where there was none) is refused. Made from the config for transformers models.
-        check: "numbers": where that takes seconds, the model (or a smaller twin of a large transformers model) and its ranks are run in
-            this process in float64, and what differs stays whole; `Plan.checked` says what was done. "graph": the trace alone is proof.
+        recipe: a `Recipe`, or an argument of `Recipe.load`. Its layouts override the planner's choices. autotp proves the recipe
+            against the model's axes. Where the model cannot be traced, a recipe that covers every parameter is used without proof,
+            and the plan's notes say so.
+        example_inputs: keywords of `forward` that the model is traced with, or a list of several calls. A call with an argument of
+            another kind (a flag, a mask where there was none) is refused in code that computes on a rank's part. For transformers
+            models they are made from the config.
+        check: "numbers": where that takes seconds, autotp runs the model (or a smaller twin of a large transformers model) and its
+            ranks in this process in float64. Axes that meet at a module whose numbers differ stay whole. `Plan.checked` names the check.
+            "graph": the trace alone is proof.
 
     Raises:
         InputError: a bad target, tp, check or example_inputs. RecipeError: a recipe with mistakes, or one that cannot be proven.
@@ -73,13 +76,13 @@ def parallelize(
     strict: bool = False,
     check: str = "numbers",
 ) -> nn.Module:
-    """Make `model` tensor-parallel over `mesh`, in place; returns the same object. Collective: call on every rank.
+    """Make `model` tensor-parallel over `mesh`, in place, and return the same object. Collective: call on every rank.
 
-    Class, module names, `forward`, `generate` and `state_dict` keys stay; parameters become DTensors on the mesh and compute
-    runs on local shards. Outputs are whole on every rank.
+    The class, the module names, `forward`, `generate` and the keys of `state_dict` stay. Parameters become DTensors on the mesh.
+    Modules compute on local shards, and outputs are whole on every rank.
 
     Args:
-        model: the same model on every rank; real weights on any device, or the meta device (the shards are meta too).
+        model: the same model on every rank, with real weights on any device or on the meta device (the shards are then meta too).
         mesh: 1-D, or n-D with a dim named "tp".
         recipe: as for `plan`. Rank 0 reads it; the others need no file.
         example_inputs: as for `plan`.
@@ -87,8 +90,9 @@ def parallelize(
         check: as for `plan`.
 
     Raises:
-        AutoTPError: the same on every rank, with the model as it was. MeshError: no process group, no tp dim. PlanError: models that
-            differ between ranks, a model that is already parallel, `strict`. InputError, RecipeError, TraceError: as for `plan`.
+        AutoTPError: the same on every rank, with the model as it was. MeshError: no process group, no tp dim. PlanError: models
+            that differ between ranks, a model that is already parallel, `strict`. InputError, RecipeError, TraceError: as for
+            `plan`.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"parallelize takes an nn.Module, got {type(model).__name__}; autotp.plan also takes configs and paths")
@@ -106,7 +110,7 @@ def parallelize(
 
 
 def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
-    """As `parallelize`, by a plan that is there already, the same on every rank. Collective.
+    """Make `model` parallel as `parallelize` does, by the plan `made`, which is the same on every rank. Collective.
 
     Raises:
         AutoTPError: as for `parallelize`; PlanError where the plan does not fit the model or the mesh.
@@ -116,7 +120,7 @@ def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
 
 
 def _ready(model: nn.Module, group: dist.ProcessGroup) -> GroupComm:
-    """The group's collectives, once all ranks have the same model and none is parallel."""
+    """Returns the group's collectives, once all ranks have the same model and none is parallel."""
     agree(group, lambda: refuse_parallel(model))
     agree(group, lambda: refuse_synchronised(model, group))
     same_model(group, model)
@@ -126,13 +130,16 @@ def _ready(model: nn.Module, group: dist.ProcessGroup) -> GroupComm:
 def assemble(
     model: nn.Module, mesh: DeviceMesh, make_param: MakeParam, *, recipe: RecipeLike | None = None, made: Plan | None = None
 ) -> nn.Module:
-    """As `parallelize`, with parameters from elsewhere: `make_param` gets those of `model` (on the meta device) and makes the rank's.
+    """Make `model`, whose parameters are on the meta device, parallel as `parallelize` does. `make_param` makes each parameter of
+    the rank.
 
     Args:
-        made: the plan, the same on every rank; None: one rank plans, with `recipe`.
+        make_param: gets the name, the old parameter and its layout, and returns the rank's parameter.
+        recipe: as for `plan`; followed where `made` is None.
+        made: the plan, the same on every rank. None: one rank plans, with `recipe`.
 
     Raises:
-        AutoTPError: as for `parallelize`; also what `make_param` raises on any rank.
+        AutoTPError: as for `parallelize`; also the errors that `make_param` raises on any rank.
     """
     line = tp_mesh(mesh)
     comm = _ready(model, line.get_group())
@@ -189,7 +196,7 @@ def _install(model: nn.Module, line: DeviceMesh, comm: GroupComm, made: Plan, ma
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan that a parallel model was made with.
+    """Returns the plan that a parallel model was made with.
 
     Raises:
         PlanError: `model` is not parallel.
@@ -198,7 +205,7 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """`model.state_dict()` with whole tensors in the model's own order, on every rank. Collective: call on every rank.
+    """Returns `model.state_dict()` with whole tensors in the model's own order, on every rank. Collective: call on every rank.
 
     Raises:
         PlanError: `model` is not parallel.
@@ -208,7 +215,8 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_grads(model: nn.Module) -> dict[str, Tensor]:
-    """Whole gradients by parameter name, on every rank; parameters without one are left out. Collective: call on every rank.
+    """Returns whole gradients by parameter name, on every rank; parameters without a gradient are left out. Collective: call on
+    every rank.
 
     Raises:
         PlanError: `model` is not parallel.

@@ -1,7 +1,8 @@
-"""Digests of tensors and of plain values, equal on two ranks only where the values are.
+"""Computes digests of tensors and of plain values, equal on two ranks only where the values are.
 
-A tensor's bytes are read as 32-bit words v_i. Its digest is  Σ_i v_i · w_(i mod n)  mod 2⁶⁴  over each block of n words, with fixed random
-64-bit weights w, and the same again over the blocks' sums: it depends on every word and its place. It runs where the tensor is.
+A tensor's bytes are read as 32-bit words v_i. Its digest is  Σ_i v_i · w_(i mod n)  mod 2⁶⁴  over each block of n words, with fixed
+random 64-bit weights w, and the same again over the blocks' sums. So it depends on every word and its place. It runs on the
+tensor's device.
 """
 
 from __future__ import annotations

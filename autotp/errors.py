@@ -1,6 +1,6 @@
 """Every error that autotp raises on purpose is an `AutoTPError`.
 
-A message says what is wrong, where (module path or argument), what was found, what was wanted and what to do next.
+A message names the mistake, its place (module path or argument), the value found, the value wanted, and the next step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 class AutoTPError(RuntimeError):
-    """Base of all errors that autotp raises for bad input or for a model that it cannot handle."""
+    """autotp raises a subclass of this error for bad input and for a model that it cannot handle."""
 
 
 class MeshError(AutoTPError):
@@ -17,7 +17,7 @@ class MeshError(AutoTPError):
 
 
 class TraceError(AutoTPError):
-    """The model could not be run on fake tensors; names the module, the operator and the ways out.
+    """The model could not be run on fake tensors. The message names the module, the operator and the ways out.
 
     `partial` is the graph recorded until then, `module` the path of the module that failed.
     """
@@ -31,15 +31,17 @@ class InputError(AutoTPError):
 
 
 class PlanError(AutoTPError):
-    """No plan satisfies the request (for example `strict=True` with replicated parameters)."""
+    """No plan satisfies the request (for example `strict=True` with replicated parameters), or the model is parallel already or not
+    yet.
+    """
 
 
 class CheckpointError(AutoTPError):
-    """A checkpoint cannot be read or written, or does not fit its model; names the file or the tensor."""
+    """A checkpoint cannot be read or written, or does not fit its model. The message names the file or the tensor."""
 
 
 class RecipeError(AutoTPError):
-    """A recipe that cannot be read, or that does not fit its model; `problems` lists everything that is wrong, a line each."""
+    """A recipe cannot be read, or does not fit its model. `problems` lists every mistake, a line each."""
 
     def __init__(self, problems: Sequence[str] | str) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(dict.fromkeys(problems))

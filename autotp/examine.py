@@ -1,10 +1,10 @@
-"""What stands behind a plan besides its proof: numbers.
+"""Checks the numbers of a plan, besides its proof.
 
     checked_plan(model, tp, …, check=Check.NUMBERS)
 
-A small model is run as it is (`autotp.numeric`). A large transformers model, or one without weights, has a twin (`autotp.twin`) that is
-planned by the same rules and run. What computes something else is planned again without the axes that meet at the first module that
-differs. `Plan.checked` says what was done.
+A small model is run as it is (`autotp.numeric`). A large transformers model, or one without weights, has a twin (`autotp.twin`),
+which is planned by the same rules and run. Where the numbers differ, the model is planned again without the axes that meet at the
+first module that differs. `Plan.checked` names the check that was made.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NUMBERS, TWIN = "numbers", "numbers of a smaller twin"
 
 
 class Check(Enum):
-    """What a plan has to pass besides the symbolic replay."""
+    """The check that a plan has to pass besides the symbolic replay."""
 
     NUMBERS = "numbers"
     GRAPH = "graph"
@@ -71,7 +71,7 @@ def checked_plan(
 
 
 def _examine(model: nn.Module, tp: int, check: Check, *, plain: bool) -> Examine:
-    """How plans of a model are examined. `plain`: no layouts are asked for."""
+    """Returns the examination of plans of a model. `plain`: no layouts are requested."""
     if check is Check.GRAPH:
         return _Not("numbers were not asked for")
     large = too_large(model, tp)

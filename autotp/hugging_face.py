@@ -1,4 +1,4 @@
-"""Whether a model is one of transformers."""
+"""Tells whether a model is one of transformers."""
 
 from __future__ import annotations
 

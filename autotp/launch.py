@@ -1,7 +1,7 @@
-"""Run a function on several ranks of this machine: one process a rank, gloo, a file as the store.
+"""Runs a function on several ranks of this machine: one process a rank, gloo, a file as the store.
 
-Every way out is bounded: the ranks end when the function returns, when one of them fails (the others get a few seconds, as they
-may wait in a collective for it), at the timeout, and when the calling process dies. Nothing is left running.
+Every way out is bounded. The ranks end when the function returns, at the timeout, and when the calling process dies. They also end
+when one of them fails; the others get a few seconds, as they may wait in a collective for it. Nothing is left running.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _GRACE = 5.0  # seconds that the other ranks get after one has failed
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one rank came to: the value that the function returned, or the text of what stopped it; `follows`: another rank's failure."""
+    """One rank ended with this: the value that the function returned, or the text of the error that stopped it; `follows`: another
+    rank's failure.
+    """
 
     rank: int
     value: Any = None

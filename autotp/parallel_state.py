@@ -1,4 +1,4 @@
-"""What a parallel model carries."""
+"""A parallel model carries its plan and its group: this module stores and finds them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autotp.rewrite.collectives.comm import Comm
 
 @dataclass(frozen=True, slots=True)
 class ParallelState:
-    """What a parallel model carries: its plan and its group."""
+    """A parallel model carries this: its plan and its group."""
 
     plan: Plan
     comm: Comm
@@ -25,7 +25,7 @@ class ParallelState:
 
 
 def state_of(model: object) -> ParallelState:
-    """The plan and the group of a parallel model.
+    """Returns the plan and the group of a parallel model.
 
     Raises:
         InputError: `model` is no module. PlanError: it is not parallel.

@@ -1,4 +1,4 @@
-"""The one place where recipes and the planner meet: a plan with or without a recipe."""
+"""Recipes and the planner meet here alone: this module makes a plan with or without a recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from autotp.trace.example import Given
 
 
 def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Given | None = None, check: Check = Check.NUMBERS) -> Plan:
-    """The plan of `model` that follows `recipe`, proven where the model can be traced. The model is left as it was.
+    """Returns the plan of `model` that follows `recipe`, proven where the model can be traced. The model stays as it was.
 
     Raises:
         RecipeError: the recipe does not fit, or is not proven: every difference, with its place. TraceError: the model cannot be
@@ -64,7 +64,7 @@ def _untraced(bound: Bound, error: Exception) -> Plan:
     return replace(plan_of_bound(bound), notes=(note,))
 
 
-#: What `recipe=` takes: a path, the name of a bundled recipe or of a model type, a mapping, or a Recipe.
+#: The argument `recipe=` is a path, the name of a bundled recipe or of a model type, a mapping, or a Recipe.
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""What has to hold before a model is made parallel: a mesh with a tp dim, one model on all ranks, not parallel yet."""
+"""Checks a model before it is made parallel: the mesh has a tp dim, all ranks have one model, and it is not parallel yet."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _brief(text: str | None) -> str:
 
 
 def _description(model: nn.Module) -> dict[str, str]:
-    """What must be equal, by name."""
+    """Returns the facts that must be equal on all ranks, by name."""
     own: dict[str, str] = {}
     for path, module in model.named_modules():
         at = path or "the model"

@@ -1,4 +1,4 @@
-"""What a TARGET names, and the module that it stands for.
+"""Finds the module that a TARGET names.
 
 A target is one of
 

@@ -1,4 +1,4 @@
-"""Text files that people hand over: small ones are read, others are refused before they take memory and time."""
+"""Reads text files that people hand over: small ones are read, others are refused before they take memory and time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MOST = 16 * 2**20
 
 
 def read_text(path: Path, most: int = MOST) -> str:
-    """The text of a UTF-8 file of at most `most` bytes.
+    """Returns the text of a UTF-8 file of at most `most` bytes.
 
     Raises:
         OSError: it cannot be read. ValueError: it is larger, or no text.
@@ -33,5 +33,5 @@ def is_file(path: Path) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with a file, in a few words."""
+    """Says in a few words why a file cannot be read."""
     return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())

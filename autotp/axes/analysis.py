@@ -50,7 +50,7 @@ class Demand:
 
 @dataclass(slots=True)
 class Meaning:
-    """What one node does, filled in by its rule."""
+    """Says what one node does; its rule fills it in."""
 
     contracts: list[Contract] = field(default_factory=list)
     linear: list[frozenset[int]] = field(default_factory=list)  # sets of values that may be partial sums together
@@ -64,7 +64,7 @@ Rule = Callable[["Context", Node], None]
 
 
 class Context:
-    """What a rule works with: dims of values in, joins and marks out."""
+    """Rules work with this: it gives them the dims of values, and takes joins and marks."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -74,17 +74,19 @@ class Context:
 
     @property
     def meaning(self) -> Meaning:
-        """The meaning of the current node."""
+        """Returns the meaning of the current node."""
         return self.meanings[-1]
 
     def of(self, value: Value) -> list[Dim]:
-        """The dims of a value, fresh ones at first sight."""
+        """Returns the dims of a value, fresh ones at first sight."""
         if value.id not in self.dims:
             self.dims[value.id] = [atoms.new(n) for n in value.shape]
         return self.dims[value.id]
 
     def set(self, value: Value, dims: Sequence[Dim]) -> None:
-        """Give the node's result its dims; joined with what it already had. Raises ValueError where they are not those of its shape."""
+        """Give the node's result its dims, joined with those that it already had. Raises ValueError where they are not those of its
+        shape.
+        """
         if tuple(atoms.dim_size(d) for d in dims) != value.shape:
             raise ValueError(f"its result of shape {list(value.shape)} would get other dims")
         if value.id in self.dims:
@@ -102,22 +104,22 @@ class Context:
             self.block(right, b, str(why))
 
     def block(self, value: Value, dim: Sequence[Atom], reason: str) -> None:
-        """`value` may not be sharded along `dim` here."""
+        """Forbids to shard `value` along `dim` here."""
         if dim:
             self.meaning.blocked.append(Blocked(value.id, tuple(dim), reason))
 
     def mix(self, value: Value, index: int) -> None:
-        """The operator mixes the elements along dim `index` of `value`."""
+        """Records that the operator mixes the elements along dim `index` of `value`."""
         self.block(value, self.of(value)[index], f"{self.node.opname} mixes the elements of the dim")
 
     def contract(self, value: Value, index: int, form: DistributedForm | None = None, whole: bool = False) -> None:
-        """The operator sums over dim `index` of `value`."""
+        """Records that the operator sums over dim `index` of `value`."""
         dim = self.of(value)[index]
         if dim:
             self.meaning.contracts.append(Contract(value.id, tuple(dim), form, whole))
 
     def linear(self, *groups: Sequence[Value]) -> None:
-        """Each group of values may be partial sums together, giving a partial sum.
+        """Lets each group of values be partial sums together, which gives a partial sum.
 
         A group of one stands for an operator that is linear in that operand; a tensor multiplied with itself is none.
         """
@@ -127,12 +129,12 @@ class Context:
                 self.meaning.linear.append(frozenset(v.id for v in group))
 
     def demand(self, number: Any, value: Value, dims: Sequence[Dim], at: int = -1, listed: int = 0) -> None:
-        """The int `number` must be the local size of `dims` (summed) of `value`."""
+        """Demands that the int `number` is the local size of `dims` (summed) of `value`."""
         if isinstance(number, int) and not isinstance(number, bool) and number != -1:
             self.meaning.demands.append(Demand(int(number), value.id, tuple(tuple(d) for d in dims), at, listed))
 
     def opaque(self, reason: str | None = None) -> None:
-        """No dim of any argument may be sharded; results are fresh."""
+        """Forbids to shard any dim of any argument; results are fresh."""
         why = reason or f"no rule for {self.node.opname}"
         for value in self.node.inputs():
             for dim in self.of(value):
@@ -143,7 +145,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """The graph with its axes: `dims[value id]` and `meanings[node index]`."""
+    """Holds the graph with its axes: `dims[value id]` and `meanings[node index]`."""
 
     graph: Graph
     dims: Mapping[int, tuple[tuple[Atom, ...], ...]]
@@ -151,7 +153,7 @@ class Axes:
 
 
 def analyse(graph: Graph, rule_of: Callable[[Node], Rule]) -> Axes:
-    """Run the rule of each node in order, twice: the second pass sees structure that later nodes gave to earlier dims."""
+    """Run the rule of each node in order, twice: the second pass uses structure that later nodes gave to earlier dims."""
     context = Context(graph)
     for value in (*graph.params.values(), *graph.buffers.values()):
         context.of(value)
@@ -176,7 +178,7 @@ def analyse(graph: Graph, rule_of: Callable[[Node], Rule]) -> Axes:
 
 
 def _enclose(context: Context, node: Node, inside: set[int]) -> None:
-    """Block what comes into an autograd function past its arguments; its backward says nothing of that."""
+    """Block values that come into an autograd function past its arguments; its backward says nothing of them."""
     if node.op is not Pseudo.APPLY:
         for value in node.inputs():
             if value.id not in inside:

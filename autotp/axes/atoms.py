@@ -49,12 +49,12 @@ Dim = list[Atom]
 
 
 def new(size: int) -> Dim:
-    """A fresh dim; size 1 carries nothing."""
+    """Makes a fresh dim; size 1 carries nothing."""
     return [] if size == 1 else [Atom(size)]
 
 
 def find(atom: Atom) -> Atom:
-    """The representative of an atom's class."""
+    """Returns the representative of an atom's class."""
     while atom.parent is not None:
         if atom.parent.parent is not None:
             atom.parent = atom.parent.parent
@@ -63,7 +63,7 @@ def find(atom: Atom) -> Atom:
 
 
 def flat(dim: Sequence[Atom]) -> Dim:
-    """The dim as representatives without product structure."""
+    """Returns the dim as representatives without product structure."""
     out: Dim = []
     for atom in dim:
         root = find(atom)
@@ -75,7 +75,7 @@ def flat(dim: Sequence[Atom]) -> Dim:
 
 
 def dim_size(dim: Sequence[Atom]) -> int:
-    """Number of indices of a dim."""
+    """Returns the number of indices of a dim."""
     return prod(a.size for a in dim)
 
 
@@ -163,7 +163,7 @@ def split_atom(atom: Atom, major: int) -> None:
 
 
 def split(dim: Sequence[Atom], sizes: Sequence[int]) -> list[Dim]:
-    """The dims that a `view` of `dim` to `sizes` (major to minor) makes."""
+    """Returns the dims that a `view` of `dim` to `sizes` (major to minor) makes."""
     rest = flat(dim)[::-1]
     out: list[Dim] = []
     for size in sizes:
@@ -188,7 +188,7 @@ def split(dim: Sequence[Atom], sizes: Sequence[int]) -> list[Dim]:
 
 
 def cut(dim: Sequence[Atom], sizes: Sequence[int]) -> list[Dim]:
-    """The dims of consecutive pieces of `dim`."""
+    """Returns the dims of consecutive pieces of `dim`."""
     sizes = list(sizes)
     if sum(sizes) != dim_size(dim):
         raise Opaque(f"pieces {sizes} do not add up to {dim_size(dim)}")
@@ -240,7 +240,7 @@ def _refine(atom: Atom, bounds: Sequence[int]) -> None:
 
 
 def concat(dims: Sequence[Dim]) -> Dim:
-    """The dim of tensors laid end to end; nested concatenations are opened."""
+    """Returns the dim of tensors laid end to end; nested concatenations are opened."""
     dims = [d for d in dims if dim_size(d)]
     if len(dims) == 1:
         return list(dims[0])

@@ -1,4 +1,4 @@
-"""The rule of each node, and the axes that the rules of a graph give together."""
+"""Finds the rule of each node, and the axes that the rules of a graph give together."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def keep(op: Any) -> bool:
 
 
 def find_axes(graph: Graph) -> Axes:
-    """The axes of a graph."""
+    """Finds the axes of a graph."""
     return analyse(graph, rule_of)
 
 
 def rule_of(node: Node) -> Rule:
-    """The rule of its operator; elementwise operators without one run in parallel, others block what they touch."""
+    """Returns the rule of a node's operator. Elementwise operators without one run in parallel; others forbid to shard their tensors."""
     if not (isinstance(node.op, Pseudo) or is_a(node, Is.MAY_BE_EMPTY) or is_pointwise(node.op)) and any(
         0 in v.shape for v in node.outputs
     ):

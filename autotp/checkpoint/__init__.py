@@ -1,7 +1,7 @@
-"""Models from files and back, a rank's part at a time.
+"""Reads models from files and writes them back, a rank's part at a time.
 
-`from_pretrained` and `save_pretrained` read and write checkpoints of Hugging Face form, `shard` and `unshard` cut one ahead for a number
-of ranks, `save` and `load` keep the state of a training run.
+`from_pretrained` and `save_pretrained` read and write checkpoints of Hugging Face form. `shard` and `unshard` cut one ahead for a
+number of ranks. `save` and `load` keep the state of a training run.
 """
 
 from autotp.checkpoint.loading import from_pretrained

@@ -1,4 +1,4 @@
-"""What a training state consists of: tensors of the model and of the optimizer by name, each with its layout.
+"""Lists the contents of a training state: tensors of the model and of the optimizer by name, each with its layout.
 
 The names are those that torch.distributed.checkpoint gives to `{"model": model.state_dict(), "optimizer": …}` of one device, the
 optimizer's as in `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`:
@@ -10,7 +10,7 @@ optimizer's as in `torch.distributed.checkpoint.state_dict.get_optimizer_state_d
 | `optimizer.param_groups.I.params`     | the names of the parameters of group I                                         |
 | `optimizer.param_groups.I.OPTION`     | a hyperparameter of it                                                         |
 
-This file reads a model and an optimizer; it changes neither.
+This module reads a model and an optimizer; it changes neither.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """A parameter of the model, by its first name, and where its elements live."""
+    """A parameter of the model, by its first name, with its layout."""
 
     name: str
     tensor: Tensor
@@ -60,7 +60,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Everything that is saved. `aliases`: other name of a tied parameter or buffer → the first one."""
+    """Holds everything that is saved. `aliases`: other name of a tied parameter or buffer → the first one."""
 
     params: dict[str, Param]
     buffers: dict[str, Tensor]
@@ -69,32 +69,32 @@ class Contents:
     states: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def model(self, box: int | None = None) -> dict[str, Sharded]:
-        """Parameters and buffers by name, as DCP takes them."""
+        """Returns parameters and buffers by name, as DCP takes them."""
         found = {name: Sharded(p.local, p.layout, p.rank, box) for name, p in self.params.items()}
         return found | {name: whole(buffer, box) for name, buffer in self.buffers.items()}
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """This rank's part of a parameter or of a moment."""
+    """Returns this rank's part of a parameter or of a moment."""
     if isinstance(tensor, LayoutDTensor):
         return tensor._held().detach()
     return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def whole(tensor: Tensor, box: int | None = None) -> Sharded:
-    """A tensor that every rank holds."""
+    """Wraps a tensor that every rank holds."""
     return Sharded(local_of(tensor), replicated(tuple(tensor.shape), 1), 0, box)
 
 
 def moment(param: Param, value: Tensor, box: int | None = None) -> Sharded:
-    """A tensor of the optimizer's state of `param`: in the parameter's layout where it has its shape."""
+    """Wraps a tensor of the optimizer's state of `param`: in the parameter's layout where it has its shape."""
     if value.shape != param.tensor.shape:
         return whole(value, box)
     return Sharded(local_of(value), value._layout if isinstance(value, LayoutDTensor) else param.layout, param.rank, box)
 
 
 def contents_of(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, optimizer: Any) -> Contents:
-    """What there is to save of `model`, laid out by `plans`, and of `optimizer` (None: nothing).
+    """Collects the contents to save of `model`, laid out by `plans`, and of `optimizer` (None: nothing).
 
     Raises:
         CheckpointError: names everything that cannot be saved.
@@ -112,7 +112,7 @@ def contents_of(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, opt
 
 
 def listed(problems: list[str], most: int = 6) -> str:
-    """The lines of a message that names all that is wrong, or the first few."""
+    """Writes the lines of a message that names all mistakes, or the first few."""
     more = [f"… and {len(problems) - most} more"] if len(problems) > most else []
     return "".join(f"\n  {line}" for line in [*problems[:most], *more])
 
@@ -192,7 +192,7 @@ def _states(optimizer: Any, params: Mapping[str, Param], groups: list[Group], pr
 
 
 def unfit(param: Param, key: str, value: Tensor) -> str | None:
-    """Why the tensor `value` of the optimizer's state of `param` has no place in a checkpoint; None where it has."""
+    """Says why the tensor `value` of the optimizer's state of `param` has no place in a checkpoint; None where it has."""
     if isinstance(value, DTensor) and any(p.is_partial() for p in value.placements):
         return f"state {key!r} of {param.name} is a sum over ranks that was not taken yet"
     held = local_of(value)

@@ -1,8 +1,8 @@
-"""Tensors that are worked out when a part of them is asked for.
+"""Deferred tensors compute their entries when a part of them is asked for.
 
-What stands between a file and a parameter (stacking experts, splitting a fused weight, a permutation for rotary embeddings, a cast)
-is ordinary torch code written for whole tensors. It runs on `Deferred` tensors, which have a shape and a dtype and write down each
-operator. `autotp.checkpoint.pullback` works out a part of the result from parts of the sources.
+Between a file and a parameter runs ordinary torch code, written for whole tensors. It stacks experts, splits a fused weight,
+permutes rows for rotary embeddings, or casts. That code runs on `Deferred` tensors, which have a shape and a dtype and record each
+operator. `autotp.checkpoint.pullback` computes a part of the result from parts of the sources.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from autotp.errors import CheckpointError
 class Deferred(Tensor):
     """A tensor that holds no entries: a node, and its shape and dtype. It says that it is on the CPU.
 
-    Code that asks for values (`equal`, `item`) gets them through `read`, if there is one. So does code that changes entries in place; all
-    views of the tensor then see the change, as with other tensors.
+    Code that asks for values (`equal`, `item`) gets them through `read`, if there is one. So does code that changes entries in
+    place. All views of the tensor then have the change, as with other tensors.
     """
 
     _own: Node
@@ -81,7 +81,7 @@ _UNCHANGED = frozenset((aten.alias.default, aten.detach.default, aten._to_copy.d
 
 
 def _unchanged(func: Any, x: Deferred, kwargs: Mapping[str, Any]) -> Deferred:
-    """Operators that keep shape and order: aliases of `x`, and copies, perhaps in another dtype."""
+    """Runs operators that keep shape and order: aliases of `x`, and copies, perhaps in another dtype."""
     if func is not aten._to_copy.default:
         base = x if x._viewed is None else x._viewed
         return Deferred(x._own, x._read, base, (*x._views, View(func, (), kwargs, None)))
@@ -92,7 +92,7 @@ def _unchanged(func: Any, x: Deferred, kwargs: Mapping[str, Any]) -> Deferred:
 
 
 def node_of(tensor: Tensor) -> Node:
-    """What `tensor` stands for now; itself, for a tensor that is there."""
+    """Returns the node that `tensor` stands for now; itself, for a tensor that is there."""
     if not isinstance(tensor, Deferred):
         return Memory(tuple(tensor.shape), tensor.dtype, tensor)
     base = tensor._viewed
@@ -105,7 +105,7 @@ def node_of(tensor: Tensor) -> Node:
 
 
 def _changed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Read | None) -> Deferred:
-    """An operator that changes its first argument: it runs now, on that tensor alone, and what it made lies over the node from then on."""
+    """Runs an operator that changes its first argument now, on that tensor alone; from then on its result lies over the node."""
     target = args[0]
     if not isinstance(target, Deferred) or sum(a.alias_info is not None for a in func._schema.arguments) != 1:
         raise CheckpointError(f"{func} changes a tensor of the checkpoint in place before it is read; that is not supported")
@@ -124,7 +124,7 @@ def _there(tensor: Deferred, read: Read | None, func: Any) -> Tensor:
 
 
 def _values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Read | None) -> Any:
-    """What is no tensor: the operator on values; `equal` row by row, so that no whole tensor is held."""
+    """Runs an operator whose result is no tensor on values; `equal` row by row, so that no whole tensor is held."""
     if read is not None and func is aten.equal.default and isinstance(args[0], Deferred) and isinstance(args[1], Deferred):
         a, b = node_of(args[0]), node_of(args[1])
         if a.shape != b.shape or a.dtype != b.dtype:
@@ -138,5 +138,5 @@ def _values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: R
 
 
 def hollow(tensor: Tensor | Node) -> Tensor:
-    """A meta tensor of the same shape and dtype."""
+    """Returns a meta tensor of the same shape and dtype."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -1,7 +1,7 @@
-"""A directory that is written beside its place and put there when it is whole.
+"""Writes a directory beside its place, and puts it there when it is whole.
 
-Whatever ends the writing, what was at the place before is whole and in its place: the new directory takes it in one step of the file
-system (an exchange of two names), and only then is the old one removed.
+The directory that was there before stays whole and in its place, whatever ends the writing. The new directory takes the place in
+one step of the file system (an exchange of two names). Only then is the old one removed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def written_beside(
     path: str | os.PathLike[str], group: dist.ProcessGroup | None, *, replaces: Callable[[str], bool] = lambda name: True
 ) -> Iterator[Path]:
-    """A new directory beside `path`, the same for all ranks of `group`, which takes its place when the block ends. Collective.
+    """Makes a new directory beside `path`, the same for all ranks of `group`, which takes its place when the block ends. Collective.
 
-    What the block raises on any rank is raised on all, and nothing has changed then. None for `group`: this process alone.
+    An error of the block on any rank is raised on all, and nothing has changed then. None for `group`: this process alone.
 
     Args:
-        replaces: names of an old directory at `path` that are not taken over. What it holds beside them stays (is linked into the new one).
+        replaces: names of an old directory at `path` that are not taken over. Its other files stay (are linked into the new one).
 
     Raises:
         CheckpointError: `path` is a file, or cannot be written to.
@@ -79,7 +79,7 @@ def _start(target: Path) -> Path:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what processes of this machine left behind that were killed while they wrote to `target`."""
+    """Remove the files of processes of this machine that were killed while they wrote to `target`."""
     prefix = f".{target.name}.writing-{socket.gethostname()}-"
     for left in target.parent.glob(f"{prefix}*"):
         pid = left.name.removeprefix(prefix).partition("-")[0]

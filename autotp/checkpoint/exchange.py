@@ -1,7 +1,8 @@
-"""Parts that ranks hold, brought to the rank that needs them: the boxes of a parameter in the model's order, entry by entry once.
+"""Sends each parameter's boxes from the ranks that hold them to the rank that needs them, each entry once.
 
-A *round* serves every rank at once: each names the boxes that it needs, which all work out for themselves, so nothing is asked;
-each sends one message to every other (what it owns of that one's boxes), and receives one from each.
+Boxes are in the model's order. A *round* serves every rank at once. Each rank works out the boxes that every rank needs, so no
+requests are sent. Each sends one message to every other rank, with the entries that it owns of that rank's boxes, and receives one
+from each.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Part:
 
 
 def owned_parts(layout: Layout, box: Box, rank: int) -> Iterator[Part]:
-    """What `rank` owns of `box`, over all ranks every entry once."""
+    """Yields the parts of `box` that `rank` owns, over all ranks every entry once."""
     assert layout.dim is not None
     lo, hi = box[layout.dim]
     start = 0
@@ -59,10 +60,10 @@ def _is_cut(held: Held) -> bool:
 
 
 def round_of(comm: Comm, needs: Sequence[Sequence[tuple[Held, Box]]]) -> list[Tensor]:
-    """One round. Collective: `needs`, the same on every rank, holds the boxes that each rank needs, in rank order.
+    """Run one round. Collective: `needs`, the same on every rank, holds the boxes that each rank needs, in rank order.
 
     Returns:
-        What this rank needs: a tensor for each of its boxes, in the box's shape.
+        The tensors that this rank needs: one for each of its boxes, in the box's shape.
 
     Raises:
         CheckpointError: a rank is gone.

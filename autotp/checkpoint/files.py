@@ -1,7 +1,7 @@
-"""Checkpoints of Hugging Face form on disk: which files, which tensors in them, and reading boxes of those.
+"""Finds the files and tensors of a checkpoint of Hugging Face form on disk, and reads boxes of the tensors.
 
-Opening reads headers only. A box is read through `safe_open(...).get_slice`, whose result is a view of the file's pages: what is
-read is what is copied out of it.
+Opening reads headers only. A box is read through `safe_open(...).get_slice`, whose result is a view of the file's pages: only the
+entries that are copied out of it are read.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FileTensor(Node):
 
 
 class Reader:
-    """Reads boxes of `FileTensor`s; keeps the files open. `bytes` counts what was copied out."""
+    """Reads boxes of `FileTensor`s; keeps the files open. `bytes` counts the bytes that were copied out."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -78,7 +78,7 @@ class Reader:
 
 
 def open_file(file: Path) -> Any:
-    """The `safe_open` of `file`.
+    """Opens `file` with `safe_open`.
 
     Raises:
         CheckpointError: it is not there, or not a safetensors file (also: one that was cut off).
@@ -99,7 +99,7 @@ def open_file(file: Path) -> Any:
 
 
 def tensors_of(file: Path) -> dict[str, FileTensor]:
-    """The tensors of a safetensors file by key; reads its header.
+    """Returns the tensors of a safetensors file by key; reads its header.
 
     Raises:
         CheckpointError: as for `open_file`, or a dtype that torch does not have.
@@ -116,7 +116,7 @@ def tensors_of(file: Path) -> dict[str, FileTensor]:
 
 
 def checkpoint_files(directory: Path, name: str | None = None) -> tuple[Path, ...]:
-    """The safetensors files of a checkpoint: `name`, or `model.safetensors`, or those that its index lists.
+    """Returns the safetensors files of a checkpoint: `name`, or `model.safetensors`, or those that its index lists.
 
     Raises:
         CheckpointError: there are none, the index cannot be read, or names a file outside of the directory or one that is missing.
@@ -140,7 +140,7 @@ def checkpoint_files(directory: Path, name: str | None = None) -> tuple[Path, ..
 
 
 def checkpoint_tensors(directory: Path, name: str | None = None) -> dict[str, FileTensor]:
-    """Every tensor of a checkpoint by key, from the headers of its files.
+    """Returns every tensor of a checkpoint by key, from the headers of its files.
 
     Raises:
         CheckpointError: as for `checkpoint_files` and `tensors_of`; an index that names tensors that its files do not have.

@@ -1,4 +1,4 @@
-"""Does a stored training state fit a model and its optimizer? Everything that does not is named, before anything is changed."""
+"""Checks that a stored training state fits a model and its optimizer, and names every misfit before anything is changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The index of a checkpoint, taken apart: what is known of each tensor, None for another value."""
+    """Holds the index of a checkpoint, taken apart: the facts known of each tensor, None for another value."""
 
     folder: Path
     model: dict[str, TensorStorageMetadata | None]
@@ -30,7 +30,7 @@ class Stored:
 
     @staticmethod
     def of(folder: Path, index: Metadata) -> Stored:
-        """Keys are taken apart by the path that DCP notes beside each, as names contain dots."""
+        """Takes keys apart by the path that DCP notes beside each, as names contain dots."""
         stored = Stored(folder, {}, {}, {})
         for key, entry in index.state_dict_metadata.items():
             known = entry if isinstance(entry, TensorStorageMetadata) else None
@@ -44,12 +44,12 @@ class Stored:
         return stored
 
     def name(self, name: str, aliases: Mapping[str, str]) -> str:
-        """The name under which a parameter or buffer is stored: its own, or that of one that is tied to it."""
+        """Returns the name under which a parameter or buffer is stored: its own, or that of one that is tied to it."""
         others = (other for other, first in aliases.items() if first == name and other in self.model)
         return name if name in self.model else next(others, name)
 
     def groups(self) -> list[Group]:
-        """The groups of the stored optimizer. Reads their hyperparameters, on this rank alone."""
+        """Returns the groups of the stored optimizer. Reads their hyperparameters, on this rank alone."""
         values: dict[str, Any] = {}
         for i, stored in self.options.items():
             values |= {f"optimizer.param_groups.{i}.{option}": _blank(known) for option, known in stored.items()}

@@ -1,4 +1,4 @@
-"""What a path names: a directory here, or a model of the hub, which transformers downloads."""
+"""Finds the directory that a path names: one on this machine, or a model of the hub, which transformers downloads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autotp.rewrite.collectives.comm import GroupComm
 
 
 def local_directory(path: str | os.PathLike[str], comm: GroupComm) -> Path:
-    """The directory of `path` on this rank's machine. Collective.
+    """Returns the directory of `path` on this rank's machine. Collective.
 
     Raises:
         CheckpointError: it is no directory, and no model that can be downloaded.
@@ -42,7 +42,7 @@ def _missing(directory: Path) -> None:
 
 
 def _download(name: str) -> Path:
-    """The files of a model of the hub, in transformers' cache."""
+    """Downloads the files of a model of the hub into transformers' cache."""
     try:
         from transformers.utils import cached_file
         from transformers.utils.hub import get_checkpoint_shard_files

@@ -1,4 +1,4 @@
-"""`from_pretrained`: a checkpoint onto the ranks of a mesh, each reading its part."""
+"""`from_pretrained` loads a checkpoint onto the ranks of a mesh; each rank reads its part."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def from_pretrained(
     model_class: Any = None,
     **config_overrides: Any,
 ) -> nn.Module:
-    """The model of a checkpoint, parallel over `mesh`. Collective: call on every rank of the mesh.
+    """Load the model of a checkpoint, parallel over `mesh`. Collective: call on every rank of the mesh.
 
-    The model is built on the meta device and planned; then each rank reads the intervals of the files that its layouts name, straight
-    into its shards on the mesh's device. No rank holds the whole model. Between file and model everything is as with transformers'
-    `from_pretrained`, whose loader it is: renamed, merged and split tensors, tied weights, computed buffers, `generation_config`;
-    missing and unexpected keys are logged on rank 0. Missing weights are initialised from rank 0's random state.
+    autotp builds the model on the meta device and plans it. Each rank then reads the intervals of the files that its layouts name,
+    straight into its shards on the mesh's device. No rank holds the whole model. transformers' own loader turns files into
+    parameters: renamed, merged and split tensors, tied weights, computed buffers, `generation_config`. Missing and unexpected keys
+    are logged on rank 0. Missing weights are initialised from rank 0's random state.
 
     Args:
         path: a directory with a `config.json` and safetensors files (one, or several with an index), one that `autotp.shard` made
             (loaded by the plan beside it), or a name on the model hub, which transformers downloads.
         mesh: as for `parallelize`.
-        dtype: of the parameters, a `torch.dtype` or its name; None or "auto": as the config says, else as the first tensor is.
-        recipe, plan: what to follow instead of planning: a recipe as `autotp.plan` takes it, or a ready plan for this tp.
+        dtype: of the parameters, a `torch.dtype` or its name; None or "auto": as the config says, else that of the first tensor.
+        recipe, plan: used instead of planning: a recipe as `autotp.plan` takes it, or a ready plan for this tp.
         model_class: a model class or an Auto class of transformers; None: the config's `architectures`.
         config_overrides: values of the config; also `attn_implementation`, `trust_remote_code` and the like.
 
@@ -66,8 +66,8 @@ def from_pretrained(
 
     Raises:
         AutoTPError: the same on every rank. CheckpointError: files that are missing, cut off, not safetensors, outside of the
-            directory, or of other shapes than the model's. InputError: wrong arguments. PlanError, RecipeError, TraceError:
-            as for `parallelize`.
+            directory, or of other shapes than the model's. InputError: wrong arguments. PlanError, RecipeError, TraceError: as for
+            `parallelize`.
     """
     line = tp_mesh(mesh)
     comm = GroupComm(line.get_group())
@@ -101,14 +101,14 @@ def from_pretrained(
 
 
 def device_of(mesh: DeviceMesh) -> torch.device:
-    """This rank's device of the mesh's kind."""
+    """Returns this rank's device of the mesh's kind."""
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def _placed(nodes: Mapping[int, Node], shard: Callable[[str, Node, Layout], Tensor], line: DeviceMesh, rank: int) -> MakeParam:
-    """A `make_param` that reads parameters that are nodes, and cuts the others (which no file holds)."""
+    """Returns a `make_param` that reads parameters that are nodes, and cuts the others (which no file holds)."""
     device = device_of(line)
 
     def make_param(name: str, old: nn.Parameter, layout: Layout) -> nn.Parameter:
@@ -124,7 +124,9 @@ def _placed(nodes: Mapping[int, Node], shard: Callable[[str, Node, Layout], Tens
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A checkpoint whose headers were read. part: (name, node, layout, device) → this rank's part. plan: the one to follow, if any."""
+    """A checkpoint whose headers were read. part: (name, node, layout, device) → this rank's part. plan: the given plan, or that in
+    the directory.
+    """
 
     skeleton: Skeleton
     plan: Plan | None

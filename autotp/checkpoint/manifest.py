@@ -1,4 +1,4 @@
-"""What lies beside the files of a checkpoint that is cut ahead: the plan, and what the checkpoint was.
+"""Reads and writes the manifest of a checkpoint that is cut ahead: the plan, and the facts that restore the uncut checkpoint.
 
 `autotp.json` is plain JSON; reading it runs nothing.
 """
@@ -23,12 +23,13 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One for each directory that `shard` made.
+    """Each directory that `shard` made has one.
 
     model: module and name of the model's class. overrides: of the config, that it was cut with.
-    sources: key of the checkpoint → (dtype, shape), for the tensors that the model is made of. direct: those that are a parameter or
-    buffer as it is → its name. files: file of the checkpoint → (its keys, its metadata). index: the text of its index, if it had one.
-    rest: keys that `rest.safetensors` holds as they were: those that the model has no use for, and those that do not follow from it.
+    sources: key of the checkpoint → (dtype, shape), for the tensors that the model is made of. direct: those that are a parameter
+    or buffer unchanged → its name. files: file of the checkpoint → (its keys, its metadata). index: the text of its index, if it
+    had one.
+    rest: keys that `rest.safetensors` holds as they were: those that the model does not use, and those that do not follow from it.
     """
 
     plan: Plan
@@ -48,7 +49,7 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest in `directory`; None where there is none.
+    """Returns the manifest in `directory`; None where there is none.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -83,5 +84,5 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def rank_file(rank: int, tp: int) -> str:
-    """The name of a rank's file."""
+    """Returns the name of a rank's file."""
     return f"rank-{rank:05d}-of-{tp:05d}.safetensors"

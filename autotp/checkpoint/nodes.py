@@ -1,4 +1,4 @@
-"""Tensors that are not read yet, as values: a node says how a tensor is made of parts of files."""
+"""Nodes stand for tensors that are not read yet: a node says how a tensor is made of parts of files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
-    """A tensor of this shape and dtype that is not there. What is no `Op` is a source, whose boxes are read."""
+    """Stands for a tensor of this shape and dtype that is not there. A node that is no `Op` is a source, whose boxes are read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -35,13 +35,13 @@ class Op(Node):
     index: int | None = None
 
     def operands(self) -> list[Node]:
-        """The nodes among the arguments."""
+        """Returns the nodes among the arguments."""
         return [x for x in tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Node)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Memory(Node):
-    """A tensor that is there after all."""
+    """Holds a tensor that is there after all."""
 
     tensor: Tensor
 
@@ -56,7 +56,7 @@ class View:
     index: int | None
 
     def of(self, tensor: Any) -> Any:
-        """The view of `tensor`."""
+        """Returns the view of `tensor`."""
         made = self.func(tensor, *self.args, **self.kwargs)
         return made if self.index is None else made[self.index]
 
@@ -65,7 +65,7 @@ aten = torch.ops.aten
 
 
 def overlay(base: Tensor, entries: Tensor, views: Sequence[View]) -> Tensor:
-    """`base` with a view of it replaced by `entries`."""
+    """Returns `base` with a view of it replaced by `entries`."""
     base = base.clone()
     view = base
     for v in views:
@@ -75,17 +75,17 @@ def overlay(base: Tensor, entries: Tensor, views: Sequence[View]) -> Tensor:
 
 
 def whole_box(shape: Sequence[int]) -> Box:
-    """The box of all entries."""
+    """Returns the box of all entries."""
     return tuple((0, n) for n in shape)
 
 
 def sizes(box: Box) -> tuple[int, ...]:
-    """The shape of a box."""
+    """Returns the shape of a box."""
     return tuple(b - a for a, b in box)
 
 
 def sources(node: Node) -> Iterator[Node]:
-    """The sources that `node` is made of, each as often as it is used."""
+    """Yields the sources that `node` is made of, each as often as it is used."""
     if not isinstance(node, Op):
         yield node
         return
@@ -94,7 +94,7 @@ def sources(node: Node) -> Iterator[Node]:
 
 
 def uncast(node: Node) -> Node:
-    """`node` without the changes of dtype in it: in the dtype of its sources."""
+    """Returns `node` without the changes of dtype in it: in the dtype of its sources."""
     if not isinstance(node, Op):
         return node
     if node.func is aten._to_copy.default:

@@ -1,4 +1,4 @@
-"""Checkpoints cut ahead for a number of ranks (`shard`) and put together again (`unshard`), on one machine, a piece at a time."""
+"""`shard` cuts a checkpoint ahead for a number of ranks, and `unshard` puts it together again: on one machine, a piece at a time."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def shard(
 ) -> Plan:
     """Cut a checkpoint for `tp` ranks: one safetensors file a rank, and the plan beside them. Needs no process group.
 
-    `from_pretrained(out, mesh)` then loads it without planning and without slicing, and `unshard` turns it back. Weights stay in the
-    checkpoint's dtype; padding is zeros. Tensors that the model has no use for are kept apart, so that they come back too. Needs memory
-    for one rank's part of one tensor.
+    `from_pretrained(out, mesh)` then loads it without planning and without slicing, and `unshard` turns it back. Weights stay in
+    the checkpoint's dtype; padding is zeros. Tensors that the model does not use go to a file of their own, so that `unshard`
+    restores them too. The cut needs memory for one rank's part of one tensor.
 
     Args:
         path: a directory with a `config.json` and safetensors files. out: a new directory.
@@ -60,8 +60,8 @@ def shard(
         The plan.
 
     Raises:
-        AutoTPError: CheckpointError: files that are missing or cannot be read, weights that the checkpoint lacks, `out` cannot be written.
-            InputError: wrong arguments. PlanError, RecipeError, TraceError: as for `autotp.plan`.
+        AutoTPError: CheckpointError: files that are missing or cannot be read, weights that the checkpoint lacks, `out` cannot be
+            written. InputError: wrong arguments. PlanError, RecipeError, TraceError: as for `autotp.plan`.
     """
     directory, target = _existing(path), _new(out)
     try:
@@ -101,7 +101,9 @@ def shard(
 
 
 def unshard(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Turn what `shard` made back into the checkpoint: the same files, keys and bits. Needs no process group, and memory for a few pieces.
+    """Turn a directory that `shard` made back into the checkpoint: the same files, keys and bits.
+
+    This needs no process group, and memory for a few pieces.
 
     Args:
         path: a directory that `shard` made. out: a new directory.
@@ -131,7 +133,9 @@ def unshard(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _WayBack:
-    """How the tensors of a checkpoint follow from the model's: `direct` key → name; `rest`: those that do not. `used`: in the model."""
+    """Leads from the model's tensors back to the checkpoint's. `direct`: key → name. `rest`: keys of those that do not follow from
+    the model. `used`: keys in the model.
+    """
 
     direct: Mapping[str, str]
     rest: frozenset[str]
@@ -139,7 +143,7 @@ class _WayBack:
 
 
 def _parts(skeleton: Skeleton, made: Plan, directory: Path) -> dict[str, tuple[Node, Layout]]:
-    """Name → what is stored and how, for every parameter (tied ones once) and every buffer that files hold."""
+    """Returns name → stored node and layout, for every parameter (tied ones once) and every buffer that files hold."""
     left = {name: p for name, p in skeleton.model.named_parameters() if id(p) not in skeleton.nodes}
     computed = getattr(skeleton.model, "_keys_to_ignore_on_load_missing", None) or ()  # patterns of what no checkpoint holds
     lost = [name for name in left if not any(re.search(pattern, name) for pattern in computed)]
@@ -156,7 +160,7 @@ def _parts(skeleton: Skeleton, made: Plan, directory: Path) -> dict[str, tuple[N
 
 
 def _stored(node: Node) -> Node:
-    """`node` in the checkpoint's own dtype, where that changes nothing else."""
+    """Returns `node` in the checkpoint's own dtype, where that changes nothing else."""
     return uncast(node) if moves_only(node) and len({source.dtype for source in sources(node)}) == 1 else node
 
 
@@ -172,7 +176,7 @@ def _way_back(model: nn.Module, parts: Mapping[str, tuple[Node, Layout]], tensor
 
 
 def _returns(made: Node | None, was: FileTensor, read: Read) -> bool:
-    """True where `made` is `was`, bit by bit."""
+    """True where `made` equals `was`, bit by bit."""
     if made is None or made.shape != was.shape or made.dtype != was.dtype:
         return False
     for piece in pieces(was.key, was, 0):
@@ -183,14 +187,16 @@ def _returns(made: Node | None, was: FileTensor, read: Read) -> bool:
 
 
 def _state(model: nn.Module, nodes: Mapping[str, Node]) -> tuple[dict[str, Node], dict[str, int]]:
-    """The model's `state_dict` of `nodes` (tied parameters under one of their names), and a number for each name that tied ones share."""
+    """Returns the model's `state_dict` of `nodes` (tied parameters under one of their names), and a number for each name that tied
+    ones share.
+    """
     identity = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
     by_id = {identity[name]: node for name, node in nodes.items() if name in identity}
     return {name: by_id[i] for name, i in identity.items() if i in by_id}, {n: i for n, i in identity.items() if i in by_id}
 
 
 def _restored(directory: Path, manifest: Manifest, read: AllRanks) -> dict[str, Node]:
-    """Key of the checkpoint → how it is made of the ranks' files."""
+    """Returns key of the checkpoint → how it is made of the ranks' files."""
     skeleton = hollow_skeleton(directory, manifest, {}, None)
     layouts: dict[str, Layout | None] = {name: p.layout for name, p in manifest.plan.params.items()}
     nodes: dict[str, Node] = {}
@@ -209,7 +215,7 @@ def _restored(directory: Path, manifest: Manifest, read: AllRanks) -> dict[str, 
 def hollow_skeleton(
     directory: Path, manifest: Manifest, overrides: Mapping[str, Any], dtype: Any, model_class: Any = None, *, report: bool = False
 ) -> Skeleton:
-    """The skeleton of a checkpoint that is cut: as of the checkpoint that it was, without entries.
+    """Returns the skeleton of the checkpoint that a cut one was made of, without entries.
 
     Raises:
         CheckpointError, InputError: as for `build`, `load_config`, `find_class`.
@@ -223,7 +229,7 @@ def hollow_skeleton(
 
 
 def _zeros(source: Node, box: Box) -> Tensor:
-    """Code that changes weights while they are loaded did so when they were cut; what it makes of zeros is not used."""
+    """Stands in for a read: code that changes weights while they load ran when they were cut, and its results on zeros are not used."""
     return torch.zeros(sizes(box), dtype=source.dtype)
 
 
@@ -254,7 +260,7 @@ def _write(path: Path, tensors: Mapping[str, Node], metadata: Mapping[str, str],
 
 
 def _copy_others(directory: Path, new: Path) -> None:
-    """Everything at the top of a checkpoint that holds no weights: configs, tokenizers, code."""
+    """Copies all files at the top of a checkpoint that hold no weights: configs, tokenizers, code."""
     for path in sorted(directory.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS) and path.name != NAME:
             shutil.copyfile(path, new / path.name)

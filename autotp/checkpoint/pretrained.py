@@ -1,7 +1,7 @@
-"""The state of a model as transformers writes it: which tensors, by which keys, in which files, with which config.
+"""Gives the state of a model as transformers writes it: which tensors, by which keys, in which files, with which config.
 
-Like the skeleton of a checkpoint that has not been read, this is transformers' own code (tied weights, conversions backwards), run on
-`Deferred` tensors.
+transformers' own code does this (tied weights, conversions backwards), run on `Deferred` tensors, as for the skeleton of a
+checkpoint that has not been read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def as_saved(model: Any, state: Mapping[str, Node], identity: Mapping[str, int]) -> dict[str, Node]:
-    """`state` (by the names of the model's `state_dict`) as `save_pretrained` of transformers writes it.
+    """Turns `state` (by the names of the model's `state_dict`) into the form that `save_pretrained` of transformers writes.
 
     Args:
         identity: a number for each name; names of tied tensors have the same.
@@ -60,7 +60,7 @@ def as_saved(model: Any, state: Mapping[str, Node], identity: Mapping[str, int])
 
 
 class _Whole:
-    """A parallel model to code that asks for the shapes of its parameters: they are those of the whole model."""
+    """Stands for a parallel model where code asks for the shapes of its parameters: they are those of the whole model."""
 
     def __init__(self, model: nn.Module, state: Mapping[str, Node]) -> None:
         self._model, self._state = model, state
@@ -75,7 +75,7 @@ class _Whole:
 
 
 def without_copies(state: Mapping[str, Node], identity: Mapping[str, int]) -> tuple[dict[str, Node], dict[str, str]]:
-    """Of names that are one tensor the first in order of names, as the safetensors library keeps them; and left out → kept."""
+    """Keeps the first in order of names of those that are one tensor, as the safetensors library does; also returns left out → kept."""
     first: dict[int, str] = {}
     for name in sorted(state):
         first.setdefault(identity[name], name)
@@ -84,7 +84,7 @@ def without_copies(state: Mapping[str, Node], identity: Mapping[str, int]) -> tu
 
 
 def split(tensors: Mapping[str, Node], max_shard_size: int | str) -> dict[str, dict[str, Node]]:
-    """File name → its tensors, as huggingface_hub splits them.
+    """Returns file name → its tensors, as huggingface_hub splits them.
 
     Raises:
         InputError: `max_shard_size` is no size.
@@ -104,7 +104,7 @@ def split(tensors: Mapping[str, Node], max_shard_size: int | str) -> dict[str, d
 
 
 def write_index(directory: Path, files: Mapping[str, Mapping[str, Node]], parameters: int) -> None:
-    """The index of several files; nothing for one."""
+    """Writes the index of several files; nothing for one."""
     if len(files) == 1:
         return
     size = sum(prod(n.shape) * n.dtype.itemsize for tensors in files.values() for n in tensors.values())
@@ -116,10 +116,10 @@ def write_index(directory: Path, files: Mapping[str, Mapping[str, Node]], parame
 
 
 def write_config(directory: Path, model: Any, attributes: Sequence[LocalAttribute]) -> None:
-    """config.json, generation_config.json and what else the model's class saves beside weights.
+    """Writes config.json, generation_config.json and the other files that the model's class saves beside weights.
 
-    The class's own `save_pretrained` writes them, of a state without tensors. `attributes`: those of the model itself that are local; a
-    checkpoint has the values of the whole model.
+    The class's own `save_pretrained` writes them, of a state without tensors. `attributes`: those of the model itself that are
+    local; a checkpoint has the values of the whole model.
     """
     config = copy.copy(before(model, "config", attributes, type(model).__name__))
     config.architectures = [type(model).__name__]

@@ -1,4 +1,4 @@
-"""A bar on stderr for what takes long; on one rank, and not where transformers' own bars are switched off."""
+"""Shows a bar on stderr for work that takes long: on one rank, and not where transformers' own bars are switched off."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yields what is called with the bytes done since the last call. Where stderr is no terminal, one line is written at the end."""
+    """Yields a function to call with the bytes done since the last call. Where stderr is no terminal, one line is written at the end."""
     if not shown or not _wanted():
         yield lambda done: None
         return
@@ -24,7 +24,7 @@ def bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def without_theirs() -> Iterator[None]:
-    """transformers shows no bars of its own: it works on tensors that are not there, and its bars would say nothing."""
+    """Hides transformers' own bars: it works on tensors that are not there, and its bars would say nothing."""
     logging = sys.modules["transformers"].utils.logging
     if not logging.is_progress_bar_enabled():
         yield

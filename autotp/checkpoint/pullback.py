@@ -1,13 +1,13 @@
-"""A part of a deferred tensor from parts of its sources.
+"""Computes a part of a deferred tensor from parts of its sources.
 
 A *box* is an interval for each dim. A box of a result is pulled back through the operators,
 
     fill(op(x), box, out)  =  fill(x, pullback(op, box), view of out)
 
-down to the boxes of the sources, which are all that is read. `pullback` is exact for operators that move entries: views, slices,
-permutations, concatenation, splits. For those that compute entry by entry it is the box itself; for all others the whole operands
-are read, the operator runs, and the box is cut out of its result. So what comes out is what torch computes on whole tensors, always;
-only how much is read depends on the rules here.
+down to the boxes of the sources; no other entries are read. `pullback` is exact for operators that move entries: views, slices,
+permutations, concatenation, splits. For operators that compute entry by entry the box stays itself. For all others the whole
+operands are read, the operator runs, and the box is cut out of its result. So the result always equals that of torch on whole
+tensors; the rules here decide only how much is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 def value(node: Node, box: Box, read: Read, *, device: torch.device | str = "cpu") -> Tensor:
-    """The entries of `box`, in a tensor of their own."""
+    """Returns the entries of `box`, in a tensor of their own."""
     out = torch.empty(sizes(box), dtype=node.dtype, device=device)
     fill(node, box, out, read)
     return out
@@ -62,7 +62,7 @@ def fill(node: Node, box: Box, out: Tensor, read: Read) -> None:
 
 
 def _computed(node: Op, box: Box, out: Tensor, read: Read) -> None:
-    """The operator on whole operands."""
+    """Runs the operator on whole operands."""
 
     def whole(x: Node) -> Tensor:
         return value(x, whole_box(x.shape), read, device=out.device)
@@ -75,7 +75,7 @@ def _computed(node: Op, box: Box, out: Tensor, read: Read) -> None:
 
 
 def _pointwise(node: Op, box: Box, out: Tensor, read: Read) -> None:
-    """The operator on what of each operand meets the box."""
+    """Runs the operator on the part of each operand that meets the box."""
 
     def part(x: Node) -> Tensor:
         inner = box[len(box) - len(x.shape) :]
@@ -166,7 +166,9 @@ def _stacked(node: Op, box: Box, out: Tensor, read: Read) -> None:
 
 
 def _viewed(node: Op, box: Box, out: Tensor, read: Read) -> None:
-    """A view joins or splits neighbouring dims; a box that is not one before it is read in the smallest box that holds it."""
+    """Fills the box of a view, which joins or splits neighbouring dims. A box that is not one before the view is read in the
+    smallest box that holds it.
+    """
     x = node.args[0]
     before: list[tuple[int, int]] = []
     after: list[tuple[int, int]] = []
@@ -191,7 +193,7 @@ def _viewed(node: Op, box: Box, out: Tensor, read: Read) -> None:
 
 
 def _groups(before: Sequence[int], after: Sequence[int], box: Box) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Box]]:
-    """The smallest groups of neighbouring dims that hold as many entries before as after, and the box of each."""
+    """Yields the smallest groups of neighbouring dims that hold as many entries before as after, and the box of each."""
     i = j = 0
     while i < len(before) or j < len(after):
         k, m = min(i + 1, len(before)), min(j + 1, len(after))
@@ -205,7 +207,7 @@ def _groups(before: Sequence[int], after: Sequence[int], box: Box) -> Iterator[t
 
 
 def _flat(shape: Sequence[int], box: Box) -> tuple[int, int]:
-    """The first entry of `box` and the one after the last, counted in a row-major `shape`."""
+    """Returns the first entry of `box` and the one after the last, counted in a row-major `shape`."""
     lo = hi = 0
     for n, (a, b) in zip(shape, box, strict=True):
         lo, hi = lo * n + a, hi * n + b - 1
@@ -213,7 +215,7 @@ def _flat(shape: Sequence[int], box: Box) -> tuple[int, int]:
 
 
 def _enclosing(shape: Sequence[int], lo: int, hi: int) -> tuple[Box, int, int]:
-    """The smallest box that is a run of a row-major `shape` and holds entries `lo` to `hi`; and its run."""
+    """Returns the smallest box that is a run of a row-major `shape` and holds entries `lo` to `hi`; and its run."""
     box: list[tuple[int, int]] = []
     base = 0
     for dim, _ in enumerate(shape):

@@ -1,4 +1,4 @@
-"""Reading the files of a checkpoint that is cut ahead: a rank its own, and whole tensors out of all."""
+"""Reads the files of a checkpoint that is cut ahead: a rank reads its own, and whole tensors are put together from all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CutTensor(Node):
 
 
 class RankFile:
-    """The file of one rank."""
+    """Reads the file of one rank."""
 
     def __init__(self, directory: Path, rank: int, tp: int, read: Reader) -> None:
         self.path = directory / rank_file(rank, tp)
@@ -33,7 +33,7 @@ class RankFile:
         self._tensors = tensors_of(self.path)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> FileTensor:
-        """The rank's part of `name`.
+        """Returns the rank's part of `name`.
 
         Raises:
             CheckpointError: it is not there, or has another shape.
@@ -46,7 +46,7 @@ class RankFile:
         return found
 
     def part(self, name: str, shape: tuple[int, ...], box: Box) -> Tensor:
-        """A box of the rank's part."""
+        """Returns a box of the rank's part."""
         return self._read(self.tensor(name, shape), box)
 
 
@@ -71,5 +71,5 @@ class AllRanks:
         return out
 
     def dtype_of(self, name: str, layout: Layout | None, shape: tuple[int, ...]) -> torch.dtype:
-        """The dtype that the files have `name` in."""
+        """Returns the dtype that the files have `name` in."""
         return self._files[0].tensor(name, shape if layout is None else layout.local_shape).dtype

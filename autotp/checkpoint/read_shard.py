@@ -1,4 +1,4 @@
-"""A rank's part of a parameter out of the files: the intervals of its layout, straight into the shard."""
+"""Reads a rank's part of a parameter out of the files: the intervals of its layout, straight into the shard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autotp.plan.layout import Layout, take
 
 
 def read_shard(node: Node, layout: Layout, rank: int, read: Read, device: torch.device | str) -> Tensor:
-    """`layout.shard` of what `node` stands for, on `device`; reads what `rank` holds and little more.
+    """Returns `layout.shard` of the tensor that `node` stands for, on `device`; reads the entries that `rank` holds and little more.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -47,7 +47,7 @@ def _box(layout: Layout, run: tuple[int, int]) -> Box:
 
 
 def _size(node: Node, layout: Layout, run: tuple[int, int]) -> int:
-    """Entries that are read for a run."""
+    """Counts the entries that are read for a run."""
     count = Counting()
     box = _box(layout, run)
     fill(node, box, torch.empty([b - a for a, b in box], dtype=node.dtype, device="meta"), count)
@@ -55,7 +55,7 @@ def _size(node: Node, layout: Layout, run: tuple[int, int]) -> int:
 
 
 class Counting:
-    """A `Read` that reads nothing: meta tensors, and what was asked for."""
+    """A `Read` that reads nothing: it returns meta tensors, and records the boxes that were asked for."""
 
     def __init__(self, on_read: Callable[[Node, Box], None] | None = None) -> None:
         self.entries = 0

@@ -1,4 +1,4 @@
-"""Filling a model and its optimizer from a checkpoint that was found to fit."""
+"""Fills a model and its optimizer from a checkpoint that was found to fit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
 
 class Resume:
-    """Where each stored value goes. `values` is what DCP fills: tensors that are there in place, the others' in fresh ones.
+    """Says where each stored value goes. DCP fills `values`: tensors that exist in place, the others' in fresh ones.
 
-    Nothing of the model or the optimizer changes before `values` is filled; `finish` then puts in place what is not yet.
+    Nothing of the model or the optimizer changes before `values` is filled; `finish` then puts the remaining ones in place.
     """
 
     def __init__(self, stored: Stored, contents: Contents, optimizer: Any, groups: list[Group]) -> None:
@@ -52,7 +52,7 @@ class Resume:
         return value
 
     def finish(self) -> None:
-        """Padding is zero; state and hyperparameters are those of the checkpoint."""
+        """Sets padding to zero, and state and hyperparameters to those of the checkpoint."""
         for param in self._contents.params.values():
             _clear_padding(param, param.local)
             if isinstance(param.tensor, LayoutDTensor):
@@ -88,7 +88,7 @@ class _Later:
 
 @torch.no_grad()
 def _fresh(param: Param, options: dict[str, Any], key: str, known: TensorStorageMetadata) -> Tensor:
-    """State as the optimizer would make it: a moment like its parameter, a number where the optimizer keeps it."""
+    """Makes state as the optimizer would: a moment like its parameter, a number where the optimizer keeps it."""
     dtype, p = known.properties.dtype, param.tensor
     if tuple(known.size) == param.layout.shape and not is_scalar_state(key, known.size):
         return torch.zeros_like(p.detach(), dtype=dtype)

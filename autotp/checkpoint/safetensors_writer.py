@@ -1,8 +1,8 @@
-"""Safetensors files that are written in pieces.
+"""Writes safetensors files in pieces.
 
-The library's own writer takes all tensors of a file at once. The format needs no more than their shapes to begin with: eight bytes
-with the length of the header, the header (JSON: dtype, shape and offsets by key), then the entries of the tensors, row-major,
-one after the other without gaps. So a file is laid out first, and then any process can put any rows anywhere.
+The library's own writer takes all tensors of a file at once. But the format needs only their shapes to begin with. A file has eight
+bytes with the length of the header, and the header (JSON: dtype, shape and offsets by key). The entries of the tensors follow,
+row-major, one after the other without gaps. So this module lays a file out first, and then any process can put any rows anywhere.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Piece:
 
 
 def lay_out(tensors: Mapping[str, Node], metadata: Mapping[str, str]) -> FilePlan:
-    """The plan of a file with `tensors`, in the order of the library's writer: by dtype, the wide ones first, then by key.
+    """Returns the plan of a file with `tensors`, in the order of the library's writer: by dtype, the wide ones first, then by key.
 
     Raises:
         CheckpointError: a dtype that safetensors has no name for.
@@ -70,7 +70,7 @@ def lay_out(tensors: Mapping[str, Node], metadata: Mapping[str, str]) -> FilePla
 
 
 def pieces(key: str, node: Node, start: int) -> Iterator[Piece]:
-    """The rows of a tensor that starts at byte `start` of its file, in pieces of about `PIECE` bytes (one row at least)."""
+    """Yields the rows of a tensor that starts at byte `start` of its file, in pieces of about `PIECE` bytes (one row at least)."""
     if not node.shape:
         yield Piece(key, (), start)
         return

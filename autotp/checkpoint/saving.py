@@ -1,7 +1,8 @@
-"""`save_pretrained`: a parallel model as one checkpoint, put together a piece at a time.
+"""`save_pretrained` writes a parallel model as one checkpoint, which the ranks put together a piece at a time.
 
-Every rank writes about as many bytes. A rank's share is a run of rows of the files; they come to it in pieces (`writing.PIECE`), each
-put together from what the ranks own of it, and go to the file at once. So a rank holds its part of the model and a few pieces.
+Every rank writes about as many bytes. A rank's share is a run of rows of the files. They come to it in pieces
+(`safetensors_writer.PIECE`). The rank puts each piece together from the parts that the ranks own, and writes it to the file at
+once. So a rank holds its part of the model and a few pieces.
 """
 
 from __future__ import annotations
@@ -43,22 +44,22 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
     """Write a parallel model as a checkpoint of Hugging Face form. Collective: call on every rank of one tp group.
 
-    The directory is what transformers' `save_pretrained` writes of the unsharded model (`AutoModel.from_pretrained` loads it), with
-    the same bits, also where it stores weights otherwise than the model holds them. A module that is not of transformers gives the
-    weight files alone, by the names of its `state_dict`.
+    The directory equals what transformers' `save_pretrained` writes of the unsharded model, bit by bit, also where transformers
+    stores weights otherwise than the model holds them. `AutoModel.from_pretrained` loads it. For a module that is not of
+    transformers, the directory gets the weight files alone, by the names of its `state_dict`.
 
-    Pieces of the tensors are put together on the rank that writes them; no rank holds more than its part of the model and a few
-    of those (16 MiB, or one row of a tensor). The ranks share the writing: parts of every file on one machine, whole files on several.
-    It is written beside `path` and takes its place in one step when it is whole; other files there stay. On a mesh of several dims
-    call it where the other coordinates are 0.
+    The rank that writes a piece of a tensor puts it together. No rank holds more than its part of the model and a few pieces (16
+    MiB, or one row of a tensor). The ranks share the writing: parts of every file on one machine, whole files on several. They
+    write beside `path`; the complete checkpoint takes its place in one step. Other files there stay. On a mesh of several dims call
+    this where the other coordinates are 0.
 
     Args:
         path: the directory; it is made, or its checkpoint replaced. Every rank must see the same file system.
         max_shard_size: most bytes of a file, or text such as "5GB"; a tensor that is larger has a file of its own.
 
     Raises:
-        AutoTPError: the same on every rank, with an old checkpoint as it was. CheckpointError: the file system refuses (no space, no
-            permission), a rank is gone. PlanError: `model` is not parallel. InputError: wrong arguments.
+        AutoTPError: the same on every rank, with an old checkpoint as it was. CheckpointError: the file system refuses (no space,
+            no permission), a rank is gone. PlanError: `model` is not parallel. InputError: wrong arguments.
     """
     parallel = state_of(model)
     comm = parallel.comm
@@ -74,7 +75,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, max_shard
 
 
 def held_state(model: nn.Module, params: Mapping[str, ParamPlan]) -> tuple[dict[str, Node], dict[str, int]]:
-    """The model's `state_dict` as nodes, and a number for each name that tied tensors share.
+    """Returns the model's `state_dict` as nodes, and a number for each name that tied tensors share.
 
     Raises:
         CheckpointError: a tensor has no values.
@@ -84,7 +85,7 @@ def held_state(model: nn.Module, params: Mapping[str, ParamPlan]) -> tuple[dict[
     made: dict[int, Held] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            continue  # what a module adds to its state that is no tensor; transformers does not write it either
+            continue  # a module's extra state that is no tensor: transformers does not write it either
         plan = params.get(name)
         if id(tensor) not in made:
             local = local_of(tensor)
@@ -121,7 +122,7 @@ def _replaced(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Pieces of about `PIECE` bytes together, for one rank to write."""
+    """One rank writes these pieces, of about `PIECE` bytes together."""
 
     file: str
     pieces: tuple[Piece, ...]
@@ -200,7 +201,7 @@ def _size(tensors: Mapping[str, Node], piece: Piece) -> int:
 
 
 def _shares(files: Mapping[str, Mapping[str, Node]], plans: Mapping[str, FilePlan], ranks: int, one_machine: bool) -> list[list[_Job]]:
-    """Each rank's jobs: a run of every file each, or, where the ranks are on several machines, whole files.
+    """Returns each rank's jobs: a run of every file each, or, where the ranks are on several machines, whole files.
 
     Machines that write to one page of a file over a network can undo each other's writing.
     """

@@ -1,8 +1,8 @@
-"""A transformers model whose parameters are nodes: what its own loader makes of a checkpoint that has not been read.
+"""Builds a transformers model whose parameters are nodes, with transformers' own loader on a checkpoint that has not been read.
 
-`from_pretrained(None, state_dict=…)` of transformers runs on `Deferred` tensors. So renamed keys, merged and split tensors, dtypes,
-tied weights, computed buffers, missing and unexpected keys are transformers' own business, done by its own code; what is left in the
-end is a node for each parameter, and real tensors for what no file holds.
+`from_pretrained(None, state_dict=…)` of transformers runs on `Deferred` tensors. So its own code handles renamed keys, merged and
+split tensors, dtypes, tied weights, computed buffers, missing and unexpected keys. The result has a node for each parameter, and
+real tensors for those that no file holds.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _LOGGERS = ("transformers.modeling_utils", "transformers.core_model_loading", "t
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model on the meta device, but for what no file holds.
+    """A model on the meta device, except for tensors that no file holds.
 
-    nodes: parameter (by id) → where its entries come from. buffers: name → the same, for buffers that files hold.
+    nodes: parameter (by id) → the node of its entries. buffers: name → the same, for buffers that files hold.
     """
 
     model: nn.Module
@@ -48,9 +48,9 @@ class Skeleton:
 
 
 def load_config(directory: Path, overrides: Mapping[str, Any], model_class: Any = None) -> tuple[Any, dict[str, Any]]:
-    """The config in `directory` with `overrides`, and those of them that transformers' loader takes instead.
+    """Returns the config in `directory` with `overrides`, and those of them that transformers' loader takes instead.
 
-    `model_class`: one that has a config class of its own; else the config says what it is.
+    `model_class`: one that has a config class of its own; else the config names its class.
 
     Raises:
         CheckpointError: no config, or one that transformers rejects. InputError: an override that nothing takes.
@@ -76,7 +76,7 @@ def load_config(directory: Path, overrides: Mapping[str, Any], model_class: Any 
 
 
 def find_class(config: Any, directory: Path, wanted: Any, trusted: bool) -> Any:
-    """The model class: `wanted`, or what the Auto class `wanted` says, or that of the config's architectures.
+    """Returns the model class: `wanted`, or the one that the Auto class `wanted` gives, or that of the config's architectures.
 
     Raises:
         InputError: `wanted` is no class of transformers, or an Auto class that has none for this config.
@@ -103,7 +103,9 @@ def find_class(config: Any, directory: Path, wanted: Any, trusted: bool) -> Any:
 
 
 def known_class(path: str) -> Any:
-    """The model class at `path` (module and name) in transformers; None elsewhere: code of a checkpoint is not imported by name."""
+    """Returns the model class at `path` (module and name) in transformers; None elsewhere: code of a checkpoint is not imported by
+    name.
+    """
     module, _, name = path.rpartition(".")
     if module.partition(".")[0] != "transformers":
         return None
@@ -127,13 +129,13 @@ def build(
     """Let transformers load `tensors` (by their keys in the checkpoint) into a `cls`.
 
     Args:
-        read: for the few values that are asked for at once: whether two tensors that ought to be tied are equal.
+        read: for the few values that are needed at once: whether two tensors that ought to be tied are equal.
         dtype: as transformers takes it; None: the config's, else that of the first tensor.
         options: further keywords of transformers' `from_pretrained`.
         report: whether missing and unexpected keys are logged here, as transformers does.
 
     Raises:
-        CheckpointError: what transformers says, or tensors of the wrong shape.
+        CheckpointError: transformers' own message, or tensors of the wrong shape.
     """
     given = {key: Deferred(node, read) for key, node in tensors.items()}
     with _own_words(report) as said:
@@ -159,7 +161,7 @@ def build(
 
 
 def _generation_config(directory: Path) -> Any:
-    """What the checkpoint says of generation, in a file of its own or in its config, as transformers looks for it."""
+    """Returns the checkpoint's generation config, from a file of its own or its config, as transformers looks for it."""
     config = _transformers().GenerationConfig
     try:
         try:
@@ -171,7 +173,7 @@ def _generation_config(directory: Path) -> Any:
 
 
 def _hollowed(model: nn.Module) -> tuple[dict[int, Node], dict[str, Node]]:
-    """Meta tensors in the place of deferred ones (tied ones stay one); the nodes of parameters by id, of buffers by name."""
+    """Puts meta tensors in the place of deferred ones (tied ones stay one); returns the nodes of parameters by id, of buffers by name."""
     nodes: dict[int, Node] = {}
     buffers: dict[str, Node] = {}
     made: dict[int, nn.Parameter] = {}
@@ -199,7 +201,7 @@ def _node(tensor: Deferred, name: str) -> Node:
 
 @contextmanager
 def _own_words(report: bool) -> Iterator[list[str]]:
-    """Collect what transformers logs; it is shown only where `report`."""
+    """Collects transformers' log; it is shown only where `report`."""
     said: list[str] = []
 
     class Listen(logging.Filter):
@@ -225,7 +227,7 @@ def _own_words(report: bool) -> Iterator[list[str]]:
 
 
 def _reason(error: Exception, said: Sequence[str]) -> str:
-    """What transformers raised, or, where that points to its report, what the report says of tensors that do not fit."""
+    """Returns transformers' error, or, where that points to its report, the report's text on tensors that do not fit."""
     rows = [_plain(row) for text in said for row in text.splitlines()]
     wrong = [row for row in rows if "MISMATCH" in row or "CONVERSION" in row]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""

@@ -1,8 +1,9 @@
-"""Save and resume training: parameters, buffers and the optimizer's state, by torch.distributed.checkpoint.
+"""Saves and resumes training: parameters, buffers and the optimizer's state, by torch.distributed.checkpoint.
 
-Each rank writes what it owns of each tensor in the model's order and shape, and reads what it holds, so a checkpoint knows nothing of
-the ranks it was saved by: it loads at any other `tp`, and by torch.distributed.checkpoint on one device without autotp. No rank ever
-holds a whole parameter that is cut. `autotp.checkpoint.contents` says what is in it, and under which keys.
+Each rank writes the entries of each tensor that it owns, in the model's order and shape, and reads the entries that it holds. So a
+checkpoint does not depend on the ranks that saved it: it loads at any other `tp`, and by torch.distributed.checkpoint on one device
+without autotp. No rank ever holds a whole parameter that is sharded. `autotp.checkpoint.contents` lists the contents and their
+keys.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from autotp.rewrite.collectives.comm import GroupComm
 def save(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None) -> None:
     """Save the parallel `model` and `optimizer` (None: the model alone) into the folder `path`. Collective: call on every rank.
 
-    Written beside `path` and renamed when all is there: whatever happens, an older checkpoint at `path` stays whole until then.
+    The ranks write beside `path` and rename when all files are there. An older checkpoint at `path` stays whole until then,
+    whatever happens.
 
     Args:
         path: a folder that all ranks see. One that exists is replaced, if it is a checkpoint.
@@ -50,9 +52,10 @@ def _folder(path: object) -> Path:
 
 
 def load(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None) -> None:
-    """Load what `save` wrote, at this or any other `tp`, into the parallel `model` and `optimizer` (None: the model alone). Collective.
+    """Load a checkpoint that `save` wrote, at this or any other `tp`, into the parallel `model` and `optimizer` (None: the model
+    alone). Collective.
 
-    Everything is compared before anything is changed. State that the optimizer has not made yet is made.
+    autotp compares everything before it changes anything. It makes optimizer state that does not exist yet.
 
     Args:
         path: the folder that was saved.
@@ -85,7 +88,7 @@ def _load(model: nn.Module, optimizer: Any, path: Path, group: dist.ProcessGroup
 
 
 def _everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """All ranks by default; None on one process that has no group."""
+    """Returns `group`, or all ranks by default; None on one process that has no group."""
     return group if group is not None or not (dist.is_available() and dist.is_initialized()) else dist.group.WORLD
 
 
@@ -109,7 +112,7 @@ def _resume(contents: Contents, optimizer: Any, path: Path) -> Resume:
 
 
 def _nested(contents: Contents) -> dict[str, Any]:
-    """What DCP writes: its leaves are `Sharded` or plain values."""
+    """Returns the tree that DCP writes: its leaves are `Sharded` or plain values."""
     state: dict[str, Any] = {"model": contents.model(BOX)}
     if contents.groups is not None:
         groups = [{"params": group.names} | {key: _leaf(value) for key, value in group.options.items()} for group in contents.groups]
@@ -149,7 +152,7 @@ def _same(group: dist.ProcessGroup | None, contents: Contents, path: Path) -> No
 
 
 def _shown(value: Any) -> str:
-    """The value of a hyperparameter, wherever it is."""
+    """Returns the value of a hyperparameter as text, on whichever device it is."""
     return repr((value.dtype, value.tolist()) if isinstance(value, Tensor) else value)
 
 

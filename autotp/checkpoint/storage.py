@@ -1,7 +1,7 @@
-"""torch.distributed.checkpoint as autotp uses it: planners that know `Sharded`, files that are checked as they are read.
+"""Runs torch.distributed.checkpoint (DCP) with planners for `Sharded` and with files that are checked as they are read.
 
 DCP writes one file a rank and an index, `.metadata`. Each tensor, or box of one, and each number in a file is an archive of
-`torch.save` with a checksum, which DCP itself does not look at.
+`torch.save` with a checksum, which DCP itself does not check.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def write(state: dict[str, Any], aliases: Mapping[str, str], folder: Path, path:
 
     Args:
         aliases: further key → key under which the data is; the index lists both, the data is there once.
-        path: what the user called the place, for messages.
+        path: the user's name of the place, for messages.
 
     Raises:
         CheckpointError: on every rank that is still there.
@@ -56,7 +56,7 @@ def read(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None, *
     alone: no other rank takes part. Else collective.
 
     Raises:
-        CheckpointError: on every rank; what was read before the failure stays in the tensors.
+        CheckpointError: on every rank; tensors that were read before the failure keep their new values.
     """
     planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)  # the keys are the index's already
     with failures(f"reading {folder} failed"):
@@ -64,7 +64,7 @@ def read(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None, *
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of a checkpoint, and a look whether its files are all there and as long as they must be.
+    """Returns the index of a checkpoint, and checks that its files are all there and as long as they must be.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is not whole.
@@ -93,7 +93,7 @@ def _alone() -> bool:
 
 @contextmanager
 def failures(what: str, then: str = "") -> Iterator[None]:
-    """Whatever DCP raises is one `CheckpointError` that names the rank, and ends with `then`."""
+    """Turns every error of DCP into one `CheckpointError` that names the rank, and ends with `then`."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

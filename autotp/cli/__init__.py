@@ -1,4 +1,4 @@
-"""The command line: one file a group of commands, put together in `commands`."""
+"""The command line has one file for each group of commands; `commands` puts them together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`autotp shard` and `autotp unshard`: checkpoints cut ahead for a number of ranks, and back."""
+"""`autotp shard` and `autotp unshard` cut a checkpoint ahead for a number of ranks, and turn it back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unshard(
     path: Annotated[str, typer.Argument(metavar="PATH", help="directory that autotp shard wrote")],
     out: OutOption,
 ) -> None:
-    """Turn what autotp shard wrote back into the checkpoint, with the same bits."""
+    """Turn a directory that autotp shard wrote back into the checkpoint, with the same bits."""
     from autotp.checkpoint import unshard as turn_back
 
     turn_back(path, out)

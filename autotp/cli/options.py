@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""The arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CheckOption = Annotated[
 
 
 def examples(inputs: str | None) -> Mapping[str, Any] | None:
-    """What `--inputs` names."""
+    """Returns the keyword arguments that the callable named by `--inputs` makes; None without one."""
     from autotp import targets
 
     return None if inputs is None else targets.load(inputs)()
@@ -32,6 +32,6 @@ def examples(inputs: str | None) -> Mapping[str, Any] | None:
 
 @contextmanager
 def status(text: str) -> Iterator[Callable[[str], None]]:
-    """What is being done now, on stderr and only where a person watches."""
+    """Shows the current step on stderr, and only where a person watches."""
     with Console(stderr=True).status(text) as shown:
         yield lambda now: shown.update(now)

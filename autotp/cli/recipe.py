@@ -34,7 +34,7 @@ def init(
     inputs: InputsOption = None,
     force: Annotated[bool, typer.Option("--force", help="write over a file that is there")] = False,
 ) -> None:
-    """Write the recipe of TARGET as the planner would lay it out; where it cannot be traced, one that keeps everything whole."""
+    """Write the recipe of TARGET as the planner would lay it out. Where TARGET cannot be traced, the recipe keeps everything whole."""
     if output is not None and output.exists() and not force:
         raise InputError(f"{output} exists; --force writes over it")
     text = _text(target, tp, inputs)
@@ -114,7 +114,7 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="the other one")],
     exit_code: Annotated[bool, typer.Option("--exit-code", help="exit with 1 where they differ")] = False,
 ) -> None:
-    """Say what B says otherwise than A, with what each inherits; comments and the order of lines do not count."""
+    """Print the differences of recipe B from recipe A, each with all that it inherits. Comments and the order of lines do not count."""
     from autotp.recipe.recipe import Recipe
 
     lines = list(_differences(Recipe.load(a), Recipe.load(b)))
@@ -136,7 +136,9 @@ def _differences(a: Recipe, b: Recipe) -> Iterator[str]:
 
 
 def _flat(data: dict[str, object]) -> dict[str, str]:
-    """One line for each thing that a recipe says: parameters under their name alone, so that another role is a difference of one name."""
+    """Returns one line for each entry of a recipe. A parameter stands under its name alone, so that another role is a difference of
+    one name.
+    """
     from autotp.recipe.spec import Role
 
     roles = {role.value for role in Role}

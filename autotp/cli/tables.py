@@ -1,4 +1,4 @@
-"""Tables of the command line."""
+"""Makes the tables of the command line."""
 
 from __future__ import annotations
 

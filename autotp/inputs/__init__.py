@@ -1,1 +1,1 @@
-"""Small example inputs for every path that a user of a model runs."""
+"""Makes small example inputs for every path that a user of a model runs."""

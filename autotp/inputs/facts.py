@@ -1,8 +1,8 @@
-"""What a Hugging Face model says about its inputs: the forward signature and the tree of configs.
+"""Answers questions about the inputs of a Hugging Face model from its forward signature and its tree of configs.
 
-`Facts` answers two questions and holds nothing else: which keywords `forward` takes, and what number the config gives
-for a size. A size is looked up under several spellings, first in the nested configs of the wanted part (`vision`,
-`audio`, `text`), then in the config itself, then in every other nested config.
+`Facts` answers two questions and holds nothing else: which keywords `forward` takes, and which number the config gives for a size.
+A size is looked up under several spellings: first in the nested configs of the wanted part (`vision`, `audio`, `text`), then in the
+config itself, then in every other nested config.
 """
 
 from __future__ import annotations

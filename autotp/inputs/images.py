@@ -1,9 +1,9 @@
-"""A text call with images in it: one image a row, its placeholder tokens in `input_ids`.
+"""Makes a text call with images in it: one image a row, its placeholder tokens in `input_ids`.
 
-The number of placeholders is what the model itself makes of an image: the grid over the merge size where the forward
-takes a grid, else the rows of `get_image_features`, run on fake tensors (no memory, no arithmetic, no change of the
-model's buffers). A tower that reads its data while it runs cannot run there; then the config's own count stands in, or
-the patches of an image over the square of the merge factor.
+The model decides the number of placeholders. Where the forward takes a grid, it is the grid over the merge size. Otherwise it is
+the rows of `get_image_features`, run on fake tensors (no memory, no arithmetic, no change of the model's buffers). A tower that
+reads its data while it runs cannot run there. Then the config's own count stands in, or the patches of an image over the square of
+the merge factor.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _run_fake(encode: Any, device: torch.device, inputs: dict[str, object]) -> A
 
 
 def _configured(facts: Facts, pixels: object) -> int | None:
-    """What the config says of the features of an image, for all images in `pixels`."""
+    """Reads from the config how many features an image has, for all images in `pixels`."""
     if not isinstance(pixels, Tensor):
         return None
     images = math.prod(pixels.shape[:-3]) if pixels.dim() > 3 else BATCH

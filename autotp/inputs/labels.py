@@ -1,6 +1,6 @@
-"""Labels that fit a model's loss, as its own `loss_type` names it.
+"""Makes labels that fit a model's loss, by the name of its own `loss_type`.
 
-A loss over a sequence takes one small id a token, with one `-100` that it ignores; a classification one class a row.
+A loss over a sequence takes one small id a token, with one `-100` that it ignores; a classification takes one class a row.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Small example inputs for every path that a user of a model runs.
+"""Makes small example inputs for every path that a user of a model runs.
 
     example_inputs(model)         -> the paths of a Hugging Face model, from its config and its forward signature
     user_examples(model, given)   -> the paths that the caller gave, checked against the forward signature, and their flags turned
 
-An `Example` builds its tensors when asked (`make()`), on the CPU, so a list of examples costs nothing. The first one is
-the plain forward; the others are *optional*: a path that the model may have (a mask, a cache, a loss, an image), whose
-failure says that the model doesn't take it in this form.
+An `Example` builds its tensors when asked (`make()`), on the CPU, so a list of examples costs nothing. The first one is the plain
+forward. The others are *optional*: a path that the model may have (a mask, a cache, a loss, an image). A failure there says that
+the model does not take it in this form.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One small value for each keyword that a forward of the Hugging Face family asks for.
+"""Makes one small value for each keyword that a forward of the Hugging Face family asks for.
 
-`VALUES` maps the keyword to a function of the model's `Facts`. The sizes below are odd and unequal, so that a batch or
-a length is never mistaken for a head count or a width:
+`VALUES` maps the keyword to a function of the model's `Facts`. The sizes below are odd and unequal, so that a batch or a length is
+never mistaken for a head count or a width:
 
     batch 3 · text 7 · decoder text 5 · audio frames and image sides as the config says
 """

@@ -1,11 +1,11 @@
-"""Do the ranks of a plan compute what the model computes?
+"""Compares the ranks of a plan with the model itself.
 
     judge(model, examples, plan) → Verdict
 
-The model and its `tp` local ranks run every traced call in one process (`autotp.numeric.ranks`), forward and backward. Compared are
-results, gradients of arguments, each rank's part of each parameter's gradient, and buffers. In float64 only the order of sums differs,
-so a relative error above 1e-9 is a wrong plan, unless the model itself answers a nudge of its weights by one unit in the last place
-with changes as large (`nudge`).
+The model and its `tp` local ranks run every traced call in one process (`autotp.numeric.ranks`), forward and backward. The check
+compares results, gradients of arguments, each rank's part of each parameter's gradient, and buffers. In float64 only the order of
+sums differs, so a relative error above 1e-9 is a wrong plan. The exception is a model that itself answers a nudge of its weights by
+one unit in the last place with changes as large (`nudge`).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def judge(model: nn.Module, examples: Sequence[Example], plan: Plan) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What one device does: `make` copies the model, `wanted` is what a run showed, in the order in which modules ended."""
+    """The model on one device: `make` copies it, `wanted` is the record of a run, in the order in which modules ended."""
 
     make: Callable[[], nn.Module]
     examples: tuple[Example, ...]
@@ -170,7 +170,7 @@ def _parallel(model: nn.Module, plan: Plan, comm: LocalComm) -> nn.Module:
 
 
 def _nothing_finite(seen: Seen) -> str:
-    """What there is and has no finite entry: then nothing would be compared."""
+    """Names the results or the gradients where they exist and have no finite entry: then nothing would be compared."""
     for name, found in (("results", seen.results), ("gradients", seen.gradients)):
         floats = [t for t in found.values() if t.is_floating_point() and t.numel()]
         if floats and not any(bool(t.isfinite().any()) for t in floats):

@@ -1,7 +1,7 @@
-"""Copies of a model in float64.
+"""Makes copies of a model in float64.
 
-A parameter that holds a single value (a zero bias) gets noise, or nothing would show that it is added twice. A model without weights
-gets random ones.
+A parameter that holds a single value (a zero bias) gets noise; otherwise no check would find that it is added twice. A model
+without weights gets random ones.
 """
 
 from __future__ import annotations

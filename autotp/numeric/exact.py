@@ -1,7 +1,7 @@
-"""Arithmetic fine enough that a wrong answer cannot hide behind rounding.
+"""Computes in a precision in which rounding cannot hide a wrong result.
 
-float64 is the rule. A few operators (grouped matrix products of experts) do not have it: a model that does not run in float64
-is compared in float32, where sums in another order differ more and the tolerance is wider.
+float64 is the rule. A few operators (grouped matrix products of experts) do not have it. A model that does not run in float64 is
+compared in float32, where sums in another order differ more and the tolerance is wider.
 """
 
 from __future__ import annotations

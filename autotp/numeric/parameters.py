@@ -1,7 +1,7 @@
-"""Parameters of a rank without a process group: the DTensors that `parallelize` makes, over a mesh of this process.
+"""Makes the parameters of a rank without a process group: the DTensors that `parallelize` makes, over a mesh of this process.
 
-The forms that modules run in depend on it: a Linear of DTensors is one autograd function, a plain one is not. What only the real forms
-show (a view that cannot be changed in place, code that reads a parameter past its module) then shows here too.
+Modules run in other forms with them: a Linear of DTensors is one autograd function, a plain one is not. Some faults appear only in
+these forms: a view that cannot be changed in place, code that reads a parameter past its module. The check finds them here too.
 """
 
 from __future__ import annotations

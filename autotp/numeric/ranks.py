@@ -1,7 +1,8 @@
-"""The ranks of a plan as threads of this process, without a process group.
+"""Runs the ranks of a plan as threads of this process, without a process group.
 
-One rank runs at a time, from collective to collective in rank order. So a run has one order, each rank has random generators of its
-own, and a state in which no rank can go on is an error at once. The last rank to come to a collective lets all of them go on.
+One rank runs at a time, from collective to collective in rank order. So the order of a run is fixed, each rank has random
+generators of its own, and a state in which no rank can go on raises at once. The last rank that reaches a collective lets all of
+them go on.
 """
 
 from __future__ import annotations

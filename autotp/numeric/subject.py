@@ -1,4 +1,4 @@
-"""Calls of a model, and what they show.
+"""Calls a model and records the results.
 
 Dropout does nothing, in training mode too, since a rank's part of a mask is not a part of the mask of one device.
 """
@@ -71,10 +71,7 @@ def without_dropout(precision: Precision) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Seen:
-    """What one run of a model showed, by path: results of its calls, gradients of arguments, and of parameters by name.
-
-    `buffers` are those after all calls.
-    """
+    """The record of one run of a model, by path: results of its calls, gradients of arguments, and of parameters by name."""
 
     results: dict[str, Tensor] = field(default_factory=dict)
     arguments: dict[str, Tensor] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""A model and the process as they were, whatever its copies did.
+"""Leaves a model and the process as they were, whatever its copies did.
 
-A closure or a function in a copy may still hold modules and parameters of the model itself, and then changes them: running statistics,
-gradients.
+A closure or a function in a copy may still hold modules and parameters of the model itself. It then changes those: running
+statistics, gradients.
 """
 
 from __future__ import annotations

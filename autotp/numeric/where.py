@@ -1,7 +1,8 @@
-"""Which module is the first to compute something else.
+"""Finds the first module whose numbers differ.
 
-Values inside a sharded region may rightly differ from the whole ones. Over ranks r, a module's result v_r stands for the model's w when
-all v_r = w, when Σ_r v_r = w, when v_r = 0 for all r (a partial sum that a later module adds), or when w's values are all among the v_r.
+Values inside a sharded region may rightly differ from the whole ones. Over ranks r, a module's result v_r stands for the model's w
+when all v_r = w, when Σ_r v_r = w, when v_r = 0 for all r (a partial sum that a later module adds), or when w's values are all
+among the v_r.
 """
 
 from __future__ import annotations

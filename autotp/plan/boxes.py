@@ -1,10 +1,10 @@
-"""A rank's part of a tensor as boxes of the model's tensor.
+"""Divides a rank's part of a tensor into boxes of the model's tensor.
 
 A checkpoint holds tensors in the model's order and true shape, as boxes that cover each once. A rank's part is a few runs of one
 dim of it (`Layout.runs`). They are cut where any rank's run begins or ends, so that
 
-- a piece is wholly owned or not at all, and the owned pieces of all ranks cover the tensor exactly once;
-- two pieces that begin at one index have one length, on all ranks: the index says which piece is meant.
+- a rank owns a piece wholly or not at all, and the owned pieces of all ranks cover the tensor exactly once;
+- two pieces that begin at one index have one length, on all ranks: the index names the piece.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from autotp.plan.layout import Layout
 class Piece:
     """`length` indices of the sharded dim: from `at` in a rank's part, from `start` in the model's tensor.
 
-    owned: this is the copy that is saved. Of what every rank holds whole each rank's copy is.
+    owned: this is the copy that is saved. Each rank's copy of a tensor that every rank holds whole is owned.
     """
 
     at: int
@@ -30,13 +30,13 @@ class Piece:
 
 
 def piece_dim(layout: Layout) -> int:
-    """The dim that pieces are pieces of."""
+    """Returns the dim that is divided into pieces."""
     return layout.dim or 0
 
 
 @lru_cache(maxsize=4096)
 def pieces(layout: Layout, rank: int) -> tuple[Piece, ...]:
-    """What `rank` holds of the model's tensor, copies too and without padding, in the order of its local dim."""
+    """Returns the pieces of the model's tensor that `rank` holds, copies too and without padding, in the order of its local dim."""
     if layout.dim is None:
         return (Piece(0, 0, layout.shape[0] if layout.shape else 1, True),)
     edges = _edges(layout)
@@ -55,12 +55,12 @@ def pieces(layout: Layout, rank: int) -> tuple[Piece, ...]:
 
 @lru_cache(maxsize=1024)
 def _edges(layout: Layout) -> list[int]:
-    """Where some rank's run begins or ends."""
+    """Returns the indices where some rank's run begins or ends."""
     return sorted({edge for rank in range(layout.tp) for run in layout.runs(rank) if run[0] >= 0 for edge in run})
 
 
 def shorter(piece: Piece, most: int) -> list[Piece]:
-    """`piece` in parts of at most `most` indices."""
+    """Returns `piece` in parts of at most `most` indices."""
     return [
         Piece(piece.at + i, piece.start + i, min(most, piece.length - i), piece.owned) for i in range(0, piece.length, most) or range(1)
     ]

@@ -1,7 +1,7 @@
-"""Plan ↔ plain data, exactly: `decode(encode(plan)) == plan`.
+"""Converts a plan to plain data and back, exactly: `decode(encode(plan)) == plan`.
 
-Dataclasses become mappings without their fields that have default values, layouts are spelled in full (`autotp.plan.notation`), and the
-rest follows from the annotations of the fields.
+Dataclasses become mappings without their fields that have default values. Layouts are spelled in full (`autotp.plan.notation`). The
+annotations of the fields determine the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from autotp.targets import MOST_RANKS
 
 
 def encode(value: Any) -> Any:
-    """Plain data of a plan, or of any value in one."""
+    """Returns plain data of a plan, or of any value in one."""
     if isinstance(value, Factor | Product | Concat):
         return spelled(value)
     if isinstance(value, Layout):
@@ -39,10 +39,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(data: Any) -> Plan:
-    """The plan of its plain data.
+    """Returns the plan of its plain data.
 
     Raises:
-        RecipeError: the data is not what `encode` makes.
+        RecipeError: the data is not in the form that `encode` makes.
     """
     try:
         plan = _decode(data, Plan)

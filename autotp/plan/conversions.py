@@ -1,4 +1,4 @@
-"""Conversions between placements: one row each.
+"""Defines the conversions between placements, one row each.
 
     COPY    R → R   identity / all-reduce                     (enters a region)
     REDUCE  P → R   all-reduce / identity                     (leaves a region)
@@ -8,8 +8,8 @@
     HOLD    P → R   zeros, the partial sum itself is kept for a JOIN / none
     JOIN    P → P   adds what was held / identity to each summand   (REDUCE follows)
 
-(forward / backward), with R replicated, S sharded and P a partial sum. Whoever counts collectives, orders conversions or tells what a
-module does with a sum asks `CONVERSIONS`; `autotp.rewrite.collectives.conversions` runs them.
+(forward / backward), with R replicated, S sharded and P a partial sum. Code that counts collectives, orders conversions or follows a
+sum reads `CONVERSIONS`; `autotp.rewrite.collectives.conversions` runs them.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Op(Enum):
 
 
 class CollectiveKind(StrEnum):
-    """What the ranks do together."""
+    """The kinds of collective."""
 
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
 
 
 class When(StrEnum):
-    """On which way a collective runs."""
+    """The pass in which a collective runs."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -58,7 +58,7 @@ class ConversionRow:
 
     @property
     def collectives(self) -> tuple[tuple[CollectiveKind, When], ...]:
-        """What runs, and when."""
+        """Returns the collectives that it runs, each with its pass."""
         both = ((self.forward, When.FORWARD), (self.backward, When.BACKWARD))
         return tuple((kind, when) for kind, when in both if kind is not None)
 
@@ -80,7 +80,7 @@ _ORDER = tuple(CONVERSIONS)
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """One conversion of one tensor. `dim` and `expr` say what is sliced or gathered (GATHER, SLICE only)."""
+    """One conversion of one tensor. `dim` and `expr` describe the dim that is sliced or gathered (GATHER, SLICE only)."""
 
     op: Op
     dim: int | None = None
@@ -88,10 +88,10 @@ class Conversion:
 
     @property
     def row(self) -> ConversionRow:
-        """What it does."""
+        """Returns its row of `CONVERSIONS`."""
         return CONVERSIONS[self.op]
 
 
 def in_order(conversions: Iterable[Conversion]) -> tuple[Conversion, ...]:
-    """Each of `conversions` once, in the order in which they run."""
+    """Returns each of `conversions` once, in the order in which they run."""
     return tuple(sorted(dict.fromkeys(conversions), key=lambda c: _ORDER.index(c.op)))

@@ -1,18 +1,18 @@
-"""What a plan costs beyond an even share: padding, repetition and the work of the busiest rank.
+"""Computes what a plan costs beyond an even share: padding, repetition and the work of the busiest rank.
 
-Everything is counted from the layouts, in elements; a tied parameter counts once. With `n` the elements of a parameter, `local` those
-of one rank's shard (padding included, the same on every rank) and `tp` ranks, a sharded parameter gives
+All counts are elements and follow from the layouts; a tied parameter counts once. With `n` the elements of a parameter, `local`
+those of one rank's shard (padding included, the same on every rank) and `tp` ranks, a sharded parameter gives
 
     tp · local = n + padding + repeated
 
-where *padding* stands for no element of the parameter and *repeated* are the copies, beyond the first, of what several ranks or several
-slots of one rank hold (`padding_elements`, `repeated_elements`). Summed over the model, with `whole` the share of the elements that
-lie in replicated parameters:
+*padding* stands for no element of the parameter. *repeated* are copies beyond the first, where several ranks or several slots of
+one rank hold an element (`padding_elements`, `repeated_elements`). Summed over the model, with `whole` the share of the elements
+that lie in replicated parameters:
 
     tp · local_share = 1 + padding_waste + repeated_share + (tp − 1) · whole
 
-A token costs one multiply-add for each element of a Linear weight. So the work of a rank over the ideal is `tp · local / n` over the
-parameters in products (`busiest_work`); a table that is only looked up costs none, experts count as if all of them ran.
+A token costs one multiply-add for each element of a Linear weight. So the work of a rank over the ideal is `tp · local / n` over
+the parameters in products (`busiest_work`). A table that is only looked up costs none; experts count as if all of them ran.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from autotp.plan.spec import Collective, GradSum, PaddedAxis, ParamPlan, PlanSpe
 
 
 def padding_elements(layout: Layout) -> int:
-    """Elements of padding over all ranks' shards of one parameter."""
+    """Counts the elements of padding over all ranks' shards of one parameter."""
     held = sum(stop - start for rank in range(layout.tp) for start, stop in layout.padding(rank))
     return held * _others(layout)
 
 
 def repeated_elements(layout: Layout) -> int:
-    """Elements of one sharded parameter held beyond the first copy of each, over all ranks; 0 for a replicated one."""
+    """Counts the elements of one sharded parameter held beyond the first copy of each, over all ranks; 0 for a replicated one."""
     if layout.expr is None:
         return 0
     held = sum(stop - start for rank in range(layout.tp) for start, stop in layout.intervals(rank))
@@ -44,20 +44,20 @@ def repeated_elements(layout: Layout) -> int:
 
 
 def padding_waste(plan: PlanSpec) -> float:
-    """Padding over all ranks' shards, over the model's elements: 0.067 means 6.7 %."""
+    """Returns padding over all ranks' shards ÷ the model's elements: 0.067 means 6.7 %."""
     return _over_model(plan, sum(count * padding_elements(layout) for layout, count in _layouts(plan).items()))
 
 
 def repeated_share(plan: PlanSpec) -> float:
-    """Copies beyond the first, over all ranks' shards of sharded parameters, over the model's elements."""
+    """Returns copies beyond the first, over all ranks' shards of sharded parameters, ÷ the model's elements."""
     return _over_model(plan, sum(count * repeated_elements(layout) for layout, count in _layouts(plan).items()))
 
 
 def busiest_work(plan: PlanSpec) -> float:
-    """Multiply-adds a token of the busiest rank over a `tp`-th of the model's; 1 where no parameter is in a product.
+    """Returns multiply-adds a token of the busiest rank ÷ a `tp`-th of the model's; 1 where no parameter is in a product.
 
-    Shards are equally large, padding is multiplied like the rest and a replicated weight is multiplied whole by every
-    rank: every rank is the busiest.
+    Shards are equally large, padding is multiplied like the rest and a replicated weight is multiplied whole by every rank: every
+    rank is the busiest.
     """
     own = [p.layout for n, p in plan.params.items() if n in plan.products and n not in plan.aliases]
     whole = sum(prod(layout.shape) for layout in own)
@@ -65,7 +65,7 @@ def busiest_work(plan: PlanSpec) -> float:
 
 
 def padded_axes(plan: PlanSpec) -> tuple[PaddedAxis, ...]:
-    """The axes that padding fills up, alike ones once, in the order of the parameters.
+    """Returns the axes that padding fills up, alike ones once, in the order of the parameters.
 
     Two factors cut together (kv heads and the query heads of each) are one axis.
     """
@@ -78,7 +78,7 @@ def padded_axes(plan: PlanSpec) -> tuple[PaddedAxis, ...]:
 
 
 def collectives(plan: PlanSpec, tokens: int, dtype: torch.dtype) -> tuple[Collective, ...]:
-    """See `Plan.collectives`.
+    """Lists the collectives: see `Plan.collectives`.
 
     Raises:
         InputError: tokens < 1.
@@ -127,7 +127,9 @@ def _pattern(plan: PlanSpec, param: str, factor: str) -> str:
 
 
 def summed(grad: GradSum, param: ParamPlan | None) -> int:
-    """Elements of a gradient that are summed over the ranks: all of a whole parameter's, the shared ones of a sharded one's."""
+    """Counts the elements of a gradient that are summed over the ranks: all of a whole parameter's, the shared ones of a sharded
+    one's.
+    """
     if grad is GradSum.NONE or param is None:
         return 0
     layout = param.layout

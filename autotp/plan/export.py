@@ -1,8 +1,8 @@
-"""A plan in the words of others: transformers' `tp_plan`, torch's `parallelize_module`.
+"""Exports a plan as transformers' `tp_plan` or as torch's `parallelize_module` dict.
 
-Both name a style for each module and cut weights into even contiguous parts. What a plan has beyond that (fused layouts, padding, shared
-rows, attributes that become local, changes inside of forwards) they cannot say, and an export that left it out would compute other
-numbers. So everything that cannot be said is found, and raised.
+Both name a style for each module and cut weights into even contiguous parts. They cannot express the rest of a plan: fused layouts,
+padding, shared rows, attributes that become local, changes inside of forwards. An export without those would compute other numbers.
+So the export collects everything that cannot be expressed, and raises.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TRANSFORMERS = {
 
 
 def to_tp_plan(plan: PlanSpec) -> dict[str, str]:
-    """See `Plan.to_tp_plan`."""
+    """Exports the plan: see `Plan.to_tp_plan`."""
     found = _Exporter(plan, "a transformers tp_plan", experts=True)
     styles = {name: _TRANSFORMERS.get(word, word) for name, word in found.words().items()}
     found.check()
@@ -38,7 +38,7 @@ def to_tp_plan(plan: PlanSpec) -> dict[str, str]:
 
 
 def to_parallelize_module(plan: PlanSpec) -> dict[str, Any]:
-    """See `Plan.to_parallelize_module`."""
+    """Exports the plan: see `Plan.to_parallelize_module`."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
@@ -67,13 +67,13 @@ class _Exporter:
             self.params.setdefault(path, {})[leaf] = p.layout
 
     def check(self) -> None:
-        """Raise what was found."""
+        """Raise everything that was found."""
         if self.problems:
             unique = list(dict.fromkeys(folded(p) for p in self.problems))
             raise PlanError(f"{self.wanted} cannot say what this plan does:\n  " + "\n  ".join(unique))
 
     def words(self) -> dict[str, str]:
-        """Module (or parameter of a mixture of experts) → our word."""
+        """Returns module (or parameter of a mixture of experts) → our word."""
         out: dict[str, str] = {}
         for path, layouts in self.params.items():
             out.update(self._module(path, layouts))
@@ -91,7 +91,7 @@ class _Exporter:
         return out
 
     def _boundaries(self, m: ModulePlan) -> Iterator[str]:
-        """Conversions at modules that have nothing cut: no style does them."""
+        """Finds conversions at modules without a sharded parameter: no style does them."""
         for kind, slots in (("argument", m.inputs), ("result", m.outputs)):
             for s in slots:
                 ops = {c.op for c in s.conversions}
@@ -100,7 +100,7 @@ class _Exporter:
                 yield f"{m.path or '<root>'}: {kind} {'.'.join(map(str, s.path)) or '(all)'}: {', '.join(sorted(op.value for op in ops))}"
 
     def _around_experts(self, m: ModulePlan) -> bool:
-        """True for a module that holds a mixture of experts and nothing else that is cut."""
+        """True for a module that holds a mixture of experts and nothing else that is sharded."""
         inside = [
             p for p, own in self.params.items() if p.startswith(m.path + ".") and any(layout.dim is not None for layout in own.values())
         ]

@@ -1,7 +1,7 @@
-"""What a dim of a tensor is made of: an expression of *factors*, major to minor.
+"""Describes a dim of a tensor by an expression of *factors*, major to minor.
 
-Written in the notation of einops with `|` for concatenation: ``(kv group d | kv d | kv d)``. Which rank holds what of a dim whose
-factors are sharded, `autotp.plan.layout` says.
+The notation is that of einops with `|` for concatenation: ``(kv group d | kv d | kv d)``. `autotp.plan.layout` says which indices
+of a dim with sharded factors each rank holds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Factor:
     """A named leaf of a dim expression; `sharded` factors are cut over the ranks.
 
     pieces: into how many pieces each index of a sharded major factor is cut, or a sharded minor factor as a whole.
-    granule: local parts are multiples of it (what operators want of strides, blocks of a quantization); it divides `size`.
+    granule: local parts are multiples of it (needed by operators with aligned strides, blocks of a quantization); it divides `size`.
     of: the name of the major factor that a minor one is cut with; it stands before it in the same product.
     """
 
@@ -46,7 +46,7 @@ Expr = Factor | Product | Concat
 
 
 def size(expr: Expr, tp: int = 1) -> int:
-    """Number of entries of `expr` that one of `tp` ranks holds, padding included (all indices for tp 1)."""
+    """Counts the entries of `expr` that one of `tp` ranks holds, padding included (all indices for tp 1)."""
     if isinstance(expr, Factor):
         if not expr.sharded or tp == 1:
             return expr.size
@@ -58,7 +58,7 @@ def size(expr: Expr, tp: int = 1) -> int:
 
 
 def factors(expr: Expr) -> Iterator[Factor]:
-    """The leaves of a dim expression, in order."""
+    """Yields the leaves of a dim expression, in order."""
     if isinstance(expr, Factor):
         yield expr
         return
@@ -72,7 +72,7 @@ def is_sharded(expr: Expr) -> bool:
 
 
 def freed(expr: Expr) -> Expr:
-    """`expr` for an activation: a whole major factor (a batch, a length) may have any size, written as size 0."""
+    """Returns `expr` for an activation: a whole major factor (a batch, a length) may have any size, written as size 0."""
     if isinstance(expr, Product) and isinstance(expr.parts[0], Factor) and not expr.parts[0].sharded:
         return Product((Factor("n", 0), *expr.parts[1:]))
     return expr
@@ -84,7 +84,7 @@ def is_free(expr: Expr) -> bool:
 
 
 def fitted(expr: Expr, length: int, tp: int = 1) -> Expr | None:
-    """A free expression for a dim of `length` indices (one rank's part of it for tp > 1); None where it does not divide."""
+    """Returns a free expression for a dim of `length` indices (one rank's part of it for tp > 1); None where it does not divide."""
     if not isinstance(expr, Product):
         return expr
     minor = prod(size(part, tp) for part in expr.parts[1:])
@@ -94,12 +94,12 @@ def fitted(expr: Expr, length: int, tp: int = 1) -> Expr | None:
 
 
 def starred(factor: Factor) -> str:
-    """The name of a factor, with a `*` where it is sharded."""
+    """Returns the name of a factor, with a `*` where it is sharded."""
     return factor.name + ("*" if factor.sharded else "")
 
 
 def notation(expr: Expr, *, top: bool = True, factor: Callable[[Factor], str] = starred) -> str:
-    """The einops-like text of `expr`: ``(kv* group d | kv* d | kv* d)``; `factor` writes the factors."""
+    """Returns the einops-like text of `expr`: ``(kv* group d | kv* d | kv* d)``; `factor` writes the factors."""
     if isinstance(expr, Factor):
         return factor(expr)
     parts = [notation(p, top=False, factor=factor) for p in expr.parts]

@@ -1,6 +1,6 @@
-"""Where the elements of a parameter live.
+"""A layout says which rank holds which elements of a parameter.
 
-A dim of a tensor is described by an expression of *factors* (`autotp.plan.expressions`): ``(kv group d | kv d | kv d)``. A factor may
+It describes a dim of a tensor by an expression of *factors* (`autotp.plan.expressions`): ``(kv group d | kv d | kv d)``. A factor may
 be *sharded* over `tp` ranks:
 
 - alone: rank `r` holds its `r`-th part of ``ceil(size / tp)`` indices. Where `tp` does not divide the size the last parts are
@@ -58,7 +58,7 @@ def _merge(parts: list[Interval]) -> tuple[Interval, ...]:
 
 @lru_cache(maxsize=4096)
 def runs(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
-    """Half-open runs of the full dim that `rank` of `tp` holds, in the order of its local dim.
+    """Returns the half-open runs of the full dim that `rank` of `tp` holds, in the order of its local dim.
 
     Runs of `n` entries of padding are written ``(-n, 0)``; lengths add up to ``size(expr, tp)``.
     """
@@ -131,12 +131,12 @@ def _product(parts: Sequence[Expr], rank: int, tp: int, piece: int | None) -> It
 
 
 def intervals(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
-    """The `runs` that are not padding: what `rank` reads of the full dim."""
+    """Returns the `runs` that are not padding: `rank` reads these of the full dim."""
     return tuple(run for run in runs(expr, rank, tp) if run[0] >= 0)
 
 
 def padding(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
-    """Runs of the *local* dim that are padding."""
+    """Returns the runs of the *local* dim that are padding."""
     out, at = [], 0
     for a, b in runs(expr, rank, tp):
         if a < 0:
@@ -170,14 +170,14 @@ def _holders(expr: Expr, tp: int) -> tuple[tuple[int, int, tuple[tuple[int, int]
 
 @lru_cache(maxsize=1024)
 def owned(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
-    """Runs of `rank`'s *local* dim that are the first copy of their indices: over all ranks each index once, no padding."""
+    """Returns the runs of `rank`'s *local* dim that are the first copy of their indices: over all ranks each index once, no padding."""
     first = [(at, at + b - a) for a, b, holders in _holders(expr, tp) for r, at in holders[:1] if r == rank]
     return _merge(sorted(first))
 
 
 @lru_cache(maxsize=1024)
 def owned_runs(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
-    """The `runs` of `rank` with everything that is not `owned` written as padding."""
+    """Returns the `runs` of `rank` with everything that is not `owned` written as padding."""
     mine = iter(owned(expr, rank, tp))
     lo = hi = at = 0
     out: list[Interval] = []
@@ -194,7 +194,7 @@ def owned_runs(expr: Expr, rank: int, tp: int) -> tuple[Interval, ...]:
 
 @lru_cache(maxsize=1024)
 def owners(expr: Expr, tp: int) -> tuple[tuple[int, int, int], ...]:
-    """(rank, local start, length) of the owned pieces that make the full dim, in its order."""
+    """Returns (rank, local start, length) of the owned pieces that make the full dim, in its order."""
     out: list[tuple[int, int, int]] = []
     for a, b, holders in _holders(expr, tp):
         rank, at = holders[0]
@@ -207,7 +207,7 @@ def owners(expr: Expr, tp: int) -> tuple[tuple[int, int, int], ...]:
 
 @lru_cache(maxsize=1024)
 def shared(expr: Expr, rank: int, tp: int) -> Shared:
-    """What `rank` holds of the indices that are held more than once."""
+    """Returns the indices that are held more than once and that `rank` holds."""
     total, pieces = 0, []
     for a, b, holders in _holders(expr, tp):
         if len(holders) > 1:
@@ -267,7 +267,7 @@ class Layout:
         return self.expr is not None and is_padded(self.expr, self.tp)
 
     def shared(self, rank: int) -> Shared:
-        """What `rank` holds of the indices of the sharded dim that are held more than once."""
+        """Returns the indices of the sharded dim that are held more than once and that `rank` holds."""
         return Shared(0, ()) if self.expr is None else shared(self.expr, rank, self.tp)
 
     def owned(self, rank: int) -> tuple[Interval, ...]:
@@ -322,7 +322,7 @@ class Layout:
 
 
 def take(full: Tensor, dim: int, parts: Sequence[Interval]) -> Tensor:
-    """The `runs` of a dim of `full` laid end to end, zeros for padding."""
+    """Returns the `runs` of a dim of `full` laid end to end, zeros for padding."""
     shape = list(full.shape)
     pieces: list[Tensor] = []
     for a, b in parts:
@@ -337,7 +337,7 @@ def alike(a: Layout, b: Layout) -> bool:
 
 
 def replicated(shape: Sequence[int], tp: int) -> Layout:
-    """The layout that keeps a whole copy on every rank."""
+    """Returns the layout that keeps a whole copy on every rank."""
     shape = tuple(shape)
     return Layout(shape, tuple(Factor(f"n{n}", n) for n in shape), tp)
 

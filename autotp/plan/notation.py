@@ -1,13 +1,14 @@
-"""Layout notation as text: reading it, and writing it in full.
+"""Reads the layout notation, and writes it in full.
 
-A tensor is its dims, apart by spaces; a dim is a factor or a pattern in parentheses, factors major to minor, `|` for concatenation:
-``(kv group d | kv d | kv d) e``. A number is a factor of that size; `_` is a factor of any size. Sizes of names stand elsewhere
-(a recipe's `sizes`), or behind the name. In full, a factor is
+A tensor is its dims, apart by spaces. A dim is a factor or a pattern in parentheses: factors major to minor, `|` for concatenation:
+``(kv group d | kv d | kv d) e``. A number is a factor of that size; `_` is a factor of any size. Sizes of names stand elsewhere (a
+recipe's `sizes`), or behind the name. In full, a factor is
 
     NAME [:SIZE] [* [PIECES [/OF]]] [%GRANULE]
 
-`*` it is sharded; ``*2`` each index is cut into 2 pieces; ``*2/kv`` it is cut into the 2 pieces of `kv`; ``%8`` parts are multiples of
-8. `parse(spelled(dims)) == dims` for every layout: what a table shows (`layout.notation`) leaves out what a reader does not need.
+`*`: it is sharded; ``*2``: each index is cut into 2 pieces; ``*2/kv``: it is cut into the 2 pieces of `kv`; ``%8``: parts are
+multiples of 8. `parse(spelled(dims)) == dims` for every layout. The form in tables (`layout.notation`) leaves out details that a
+reader does not need.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class _Reader:
 
 
 def parse(text: str) -> tuple[Expr, ...]:
-    """The dims that `text` writes; factors whose size it does not say have the size `UNKNOWN`.
+    """Returns the dims that `text` writes; factors whose size it does not say have the size `UNKNOWN`.
 
     Raises:
         NotationError: the text is no layout; says where.
@@ -110,7 +111,7 @@ def parse(text: str) -> tuple[Expr, ...]:
 
 
 def spelled(expr: Expr) -> str:
-    """One dim in full: `parse(spelled(expr)) == (expr,)`."""
+    """Writes one dim in full: `parse(spelled(expr)) == (expr,)`."""
     if isinstance(expr, Factor):
         return _spelled_factor(expr)
     if isinstance(expr, Product):
@@ -126,7 +127,7 @@ def _spelled_factor(factor: Factor) -> str:
 
 
 def marks(factor: Factor) -> str:
-    """What stands behind a factor's name and size: how it is cut."""
+    """Returns the text behind a factor's name and size, which says how it is cut."""
     text = ""
     if factor.sharded:
         text = "*" + (f"{factor.pieces}" if factor.pieces > 1 or factor.of else "") + (f"/{factor.of}" if factor.of else "")
@@ -134,19 +135,20 @@ def marks(factor: Factor) -> str:
 
 
 def mapped(expr: Expr, factor: Mapping[str, Factor]) -> Expr:
-    """`expr` with each factor replaced by the one of its name, where there is one."""
+    """Returns `expr` with each factor replaced by the one of its name, where there is one."""
     if isinstance(expr, Factor):
         return factor.get(expr.name, expr)
     return replace(expr, parts=tuple(mapped(p, factor) for p in expr.parts))
 
 
 def unknown(expr: Expr) -> Iterator[str]:
-    """Names of factors without a size, each once."""
+    """Yields the names of factors without a size, each once."""
     yield from dict.fromkeys(f.name for f in factors(expr) if f.size == UNKNOWN)
 
 
 def sized(dims: Sequence[Expr], shape: Sequence[int], sizes: Mapping[str, int]) -> tuple[Expr, ...]:
-    """`dims` with the sizes of the names: from `sizes`, else what `shape` leaves for a name that is the only unknown of its dim.
+    """Returns `dims` with the sizes of the names: from `sizes`, else the size that `shape` leaves for a name that is the only
+    unknown of its dim.
 
     Sizes need not multiply out afterwards: `Layout` checks that.
 

@@ -1,4 +1,4 @@
-"""`Plan`: what parallelize will do to a model, as a value that people read and programs apply."""
+"""A `Plan` tells how parallelize will change a model, as a value that people read and programs apply."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autotp.plan.spec import Collective, PaddedAxis, PlanSpec
 @final
 @dataclass(frozen=True, slots=True)
 class Plan(PlanSpec):
-    """The plan of a model over `tp` ranks: the fields of `autotp.plan.spec.PlanSpec`, and the words in which it is asked."""
+    """The plan of a model over `tp` ranks: the fields of `autotp.plan.spec.PlanSpec`, and methods that answer questions about them."""
 
     @property
     def padding_waste(self) -> float:
@@ -25,8 +25,8 @@ class Plan(PlanSpec):
     def repeated_share(self) -> float:
         """Elements of sharded parameters held beyond the first copy, over all ranks, ÷ elements of the model.
 
-        Key and value rows that several ranks need, parts of a fused weight that are not cut. Replicated parameters are
-        not among them: `replicated` lists those.
+        These are key and value rows that several ranks need, and segments of a fused weight that are not sharded. Replicated
+        parameters do not count here: `replicated` lists them.
         """
         return cost.repeated_share(self)
 
@@ -34,17 +34,17 @@ class Plan(PlanSpec):
     def busiest_work(self) -> float:
         """Multiply-adds a token of the busiest rank ÷ (multiply-adds of the model ÷ tp), at best 1.
 
-        Counted as elements of the parameters in `products`, padding included; all experts count.
+        A multiply-add counts for each element of the parameters in `products`, padding included; all experts count.
         """
         return cost.busiest_work(self)
 
     @property
     def padded_axes(self) -> tuple[PaddedAxis, ...]:
-        """The axes that zeros fill up to a multiple of what the ranks need: `size` indices held as `padded` slots."""
+        """The axes that have padding because tp does not divide them: the ranks hold `size` indices as `padded` slots."""
         return cost.padded_axes(self)
 
     def collectives(self, *, tokens: int = 1, dtype: torch.dtype = torch.bfloat16) -> tuple[Collective, ...]:
-        """Every collective of a forward and backward over `tokens` tokens in `dtype`, by module.
+        """Lists every collective of a forward and backward over `tokens` tokens in `dtype`, by module.
 
         Bytes are those of the collective's result: hidden 16,384, 8 tokens, float16 → 262,144 for an all-reduce.
 
@@ -54,7 +54,7 @@ class Plan(PlanSpec):
         return cost.collectives(self, tokens, dtype)
 
     def explain(self, name: str) -> str:
-        """Why a parameter, or everything under a module, is laid out as it is.
+        """Says why a parameter, or everything under a module, has its layout.
 
         Raises:
             InputError: the plan knows no such parameter or module; names the nearest ones.
@@ -62,15 +62,15 @@ class Plan(PlanSpec):
         return report.explain(self, name)
 
     def to_tp_plan(self) -> dict[str, str]:
-        """The plan as a transformers `tp_plan`: module name → style.
+        """Returns the plan as a transformers `tp_plan`: module name → style.
 
         Raises:
-            PlanError: it does what no style does (fused layouts, padding, local attributes, …): lists all of it.
+            PlanError: no style expresses parts of the plan (fused layouts, padding, local attributes, …); the message lists all of them.
         """
         return export.to_tp_plan(self)
 
     def to_parallelize_module(self) -> dict[str, Any]:
-        """The plan as the `parallelize_plan` of `torch.distributed.tensor.parallel.parallelize_module`: module name → `ParallelStyle`.
+        """Returns the `parallelize_plan` of `torch.distributed.tensor.parallel.parallelize_module`: module name → `ParallelStyle`.
 
         Raises:
             PlanError: as for `to_tp_plan`.
@@ -78,7 +78,7 @@ class Plan(PlanSpec):
         return export.to_parallelize_module(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan in JSON-able form."""
+        """Returns the plan in JSON-able form."""
         return report.to_dict(self)
 
     def __str__(self) -> str:

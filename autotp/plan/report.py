@@ -1,4 +1,4 @@
-"""The plan as a table, as JSON and as an explanation."""
+"""Shows a plan as a table, as JSON and as an explanation."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def _groups(plan: PlanSpec) -> list[tuple[str, int, ParamPlan]]:
 
 
 def _last(plan: PlanSpec, name: str, p: ParamPlan) -> str:
-    """The last column: what the parameter is tied to, its axis, or why it is replicated."""
+    """Writes the last column: the tied name of the parameter, its axis, or why it is replicated."""
     return f"tied to {plan.aliases[name]}" if name in plan.aliases else p.axis or p.reason
 
 
 def render(plan: PlanSpec) -> str:
-    """The table that a person reads."""
+    """Writes the table that a person reads."""
     rows = [("parameter", "", "shape", "layout (* is sharded)", "local shape", "axis, or why it is replicated")]
     for name, count, p in _groups(plan):
         rows.append(
@@ -83,7 +83,7 @@ def render(plan: PlanSpec) -> str:
 
 
 def _cost(plan: PlanSpec) -> list[str]:
-    """What the plan costs beyond an even share, and the axes that are padded."""
+    """Writes the plan's costs beyond an even share, and the axes that are padded."""
     padding, repeated = f"{padding_waste(plan) * 100:.1f} %", f"{repeated_share(plan) * 100:.1f} %"
     lines = [f"padding {padding} · repeated {repeated} · busiest rank {busiest_work(plan):.2f} × the ideal"]
     padded = [f"  {_NOUN.get(a.pattern, a.pattern)}: {a.size} → {a.padded} over {plan.tp} ranks" for a in padded_axes(plan)]
@@ -124,7 +124,7 @@ def _traffic(plan: PlanSpec) -> list[str]:
 
 
 def to_dict(plan: PlanSpec) -> dict[str, Any]:
-    """JSON-able form: every field of the plan by name."""
+    """Returns JSON-able form: every field of the plan by name."""
     return {
         "model": plan.model,
         "tp": plan.tp,
@@ -169,7 +169,7 @@ def _module(plan: ModulePlan) -> dict[str, Any]:
 
 
 def explain(plan: PlanSpec, name: str) -> str:
-    """The text of `autotp explain`."""
+    """Writes the text of `autotp explain`."""
     names = [n for n in plan.params if n == name or n.startswith(name + ".") or name == ""]
     modules = [m for m in plan.modules if m.path == name or m.path.startswith(name + ".") or _owns(m, name)]
     if not names and not modules:

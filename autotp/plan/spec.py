@@ -1,9 +1,8 @@
-"""The Plan: what parallelize will do to a model, as an immutable value.
+"""The fields of a plan, as immutable values: they tell how parallelize will change a model.
 
-A plan is made of per-parameter layouts and, for every module whose forward has something to do, a `ModulePlan`: which
-conversions happen to its arguments and results, which attributes become local, which call sites inside its forward are
-intervened on. Placements of a value over the tp mesh dim: R (whole on every rank), S (each rank its part), P (partial sum).
-`autotp.plan.conversions` says what each conversion does.
+A plan has a layout for each parameter. It has a `ModulePlan` for every module whose forward changes: conversions of arguments and
+results, attributes that become local, and changed call sites. A value's placement over the tp mesh dim is R (whole on every rank),
+S (each rank its part) or P (partial sum). `autotp.plan.conversions` defines each conversion.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from autotp.plan.layout import Layout
 
 
 class GradSum(Enum):
-    """What happens to a parameter's gradient after the local backward."""
+    """Which sum a parameter's gradient needs after the local backward."""
 
     NONE = "none"
     ALL = "all"  # replicated parameter used inside a region: its gradient is a partial sum
@@ -38,11 +37,11 @@ class Written(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Conversions, in order, of one tensor at a module boundary.
+    """The conversions, in order, of one tensor at a module boundary.
 
-    `path` for an argument starts with the parameter name of `forward` (then keys or indices into it); for a result it is the
-    keys or indices into the returned structure, () for a bare tensor; "*" stands for every item of a list. A path that is
-    absent in a call is passed over.
+    For an argument, `path` starts with the parameter name of `forward`; keys or indices into it follow. For a result, it has the
+    keys or indices into the returned structure, and is () for a bare tensor. "*" stands for every item of a list. The rewrite skips
+    a path that is absent in a call.
     """
 
     path: tuple[str | int, ...]
@@ -51,11 +50,11 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A parameter or buffer that a module's forward reads: `owner` module path + `name`, and how it reads it.
+    """A module's forward reads a parameter or buffer, `name` of the module at path `owner`.
 
-    `grad`: what the gradient of this use still needs. `conversions`: applied to the local tensor on each read (SLICE of a
+    `grad`: the sum that the gradient of this use still needs. `conversions`: applied to the local tensor on each read (SLICE of a
     replicated buffer, ONCE of a row-parallel bias); parameters with a sharded layout are read as their local shard. `written`: when
-    the module changes its part of a sliced buffer in place (running statistics); the buffer is then made whole after the forward.
+    the module changes its part of a sliced buffer in place (running statistics). The buffer is then made whole after the forward.
     `held`: the code does not (only) read the owner's attribute, but takes the parameter from a list, a closure, `parameters()`.
     """
 
@@ -69,7 +68,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class LocalAttribute:
-    """`path` of a plain attribute of the module (`num_heads`, `config.n_embd`, `split_sizes.0`) and its two values."""
+    """A plain attribute of the module (`num_heads`, `config.n_embd`, `split_sizes.0`) at `path`, with its two values."""
 
     path: str
     value: int
@@ -78,14 +77,16 @@ class LocalAttribute:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """An intervention on one operator call inside a module's forward, by the place that makes the call.
+    """The rewrite changes one operator call inside a module's forward, which it finds by the place that makes the call.
 
-    The place: `file` as in the code object, `function` (co_qualname), `line` (co_firstlineno of the function), `offset`
-    (f_lasti of the call). `ints`: (position among the call's int arguments in order, global value, local value); an int that is
-    not `global value` at run time is an error. `inputs`/`outputs`: (position among the call's tensor arguments/results,
-    conversions). `kernel`: run the operator's distributed form instead; its result is whatever the kernel says. `over`: the
-    layout of the sharded dim that a kernel's statistic crosses, `over_dim` which dim of its input that is, counted from the right
-    (negative); needed where it has padding or shared indices, None says that every local entry counts.
+    The place is `file` as in the code object, `function` (co_qualname), `line` (co_firstlineno of the function) and `offset`
+    (f_lasti of the call).
+
+    `ints`: (position among the call's int arguments in order, global value, local value). A run raises an error where an int is not
+    the global value. `inputs`/`outputs`: (position among the call's tensor arguments/results, conversions). `kernel`: the
+    operator's distributed form, which runs instead and defines the result. `over`: the layout of the sharded dim that the kernel's
+    statistic crosses. It is needed where that dim has padding or shared indices; where it is None, every local entry counts.
+    `over_dim`: which dim of the kernel's input that is, counted from the right (negative).
     """
 
     file: str
@@ -104,10 +105,11 @@ class Site:
 class ModulePlan:
     """Everything that changes at one module; `path` is "" for the root.
 
-    `joint`: paths, relative to this module, of modules inside it whose results meet in one sum during a call of this module:
-    all but the last HOLD theirs, the last one JOINs them (`autotp.planner.joint_reductions`). `uncalled`: no traced call runs
-    the module, and its parameters are sharded for others; a call of it is an error. `stashed`: attributes in which its forward
-    leaves a part or a summand of a value, for the model's own code to read.
+    `joint`: groups of paths, relative to this module. The modules of a group lie inside this one, and their results meet in one sum
+    during a call of this module. All but the last HOLD their partial sums, and the last one JOINs them
+    (`autotp.planner.joint_reductions`). `uncalled`: no traced call runs the module, and its parameters are sharded for others; a
+    call of it is an error. `stashed`: attributes in which its forward leaves a part or a summand of a value, for the model's own
+    code to read.
     """
 
     path: str
@@ -122,18 +124,18 @@ class ModulePlan:
 
 
 class Shown(Enum):
-    """What a value at a module's boundary is to code outside of the module, where it is not simply whole."""
+    """How code outside of a module gets a value at the module's boundary that is not simply whole."""
 
     PART = "part"
     SUM = "summand"
     HELD = "held"  # its sum is taken at another module
     GRADIENT = "gradient"  # whole itself, but its gradient is a summand
-    UNKNOWN = "unknown"  # no trace told
+    UNKNOWN = "unknown"  # no trace shows it
 
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """One tensor at a module's boundary that is not whole: an argument or, if `result`, a result; `path` as in `Slot`."""
+    """One tensor at a module's boundary is not whole: an argument or, if `result`, a result; `path` as in `Slot`."""
 
     result: bool
     path: tuple[str | int, ...]
@@ -145,9 +147,9 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True)
 class ParamPlan:
-    """Layout of one parameter; `axis` names its axis ("layers.0.attention: heads"), `reason` says why it is replicated.
+    """The layout of one parameter. `axis` names its axis ("layers.0.attention: heads"), and `reason` says why it is replicated.
 
-    ruled_out_by: the parameters whose layouts, asked for, rule its axis out; () where something else is the reason.
+    ruled_out_by: parameters whose requested layouts rule its axis out; () where the reason is another one.
     """
 
     name: str
@@ -158,7 +160,7 @@ class ParamPlan:
 
 
 class DistributedForm(Enum):
-    """An operator that needs a distributed form of its own when it runs on shards."""
+    """An operator that runs in a distributed form of its own on shards."""
 
     LOOKUP = "lookup"  # embedding rows sharded: ids outside the rank's rows give zeros; the result is P
     MEAN = "mean"  # mean over a sharded dim: the local mean / tp is P
@@ -193,7 +195,7 @@ class AxisInfo:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """A collective of the plan: `width` elements a token, or `elements` whatever the tokens (a parameter's gradient)."""
+    """A collective of the plan: it moves `width` elements a token, or `elements` for any number of tokens (a parameter's gradient)."""
 
     module: str
     kind: CollectiveKind
@@ -214,7 +216,7 @@ class Collective:
 
 @dataclass(frozen=True, slots=True)
 class PaddedAxis:
-    """An axis of `size` indices that the ranks hold as `padded` slots in all; `pattern` as in `AxisInfo`."""
+    """The ranks hold an axis of `size` indices as `padded` slots in all; `pattern` as in `AxisInfo`."""
 
     pattern: str
     size: int
@@ -223,20 +225,20 @@ class PaddedAxis:
 
 @dataclass(frozen=True, slots=True)
 class PlanSpec:
-    """What a `Plan` says, as fields; what is asked of a plan (costs, exports, texts) is functions over them.
+    """The fields of a `Plan`; functions over them compute costs, exports and texts.
 
     The plan of one model over `tp` ranks:
 
-    params: fqn → ParamPlan, in the model's order (tied names each). modules: what changes at which module. axes: the sharded
-    axes. traffic: the collectives before they are given a size. aliases: tied name → the first name of the same parameter.
-    products: names of the parameters that are operands of products (Linear and expert weights). notes: what the
-    reader should know (paths that were not traced). checked: what the plan passed besides its replay on fake tensors: `numbers` (the
-    model and its ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
-    boundaries: path of a module → what code outside of it does not see whole there (`autotp.planner.boundaries`). inside: path
-    of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is known. swapped:
-    (path, class) of each module that a forward put in place of another while tracing. untrained: why calls in training mode are refused,
-    "" where they were traced. copies: path of a module → its results that are gathered or summed for whoever calls it, while code inside
-    goes on with the part.
+    params: fqn → ParamPlan, in the model's order (tied names each). modules: the changes at each module. axes: the sharded axes.
+    traffic: the collectives before they are given a size. aliases: tied name → the first name of the same parameter. products:
+    names of the parameters that are operands of products (Linear and expert weights). notes: remarks for the reader (paths that
+    were not traced). checked: the checks that the plan passed besides its replay on fake tensors: `numbers` (the model and its
+    ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
+    boundaries: path of a module → its tensors that code outside of it does not get whole (`autotp.planner.boundaries`). inside:
+    path of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is
+    known. swapped: (path, class) of each module that a forward put in place of another while tracing. untrained: why calls in
+    training mode are refused, "" where they were traced. copies: path of a module → its results that callers get gathered or
+    summed, while code inside goes on with the part.
     """
 
     model: str
@@ -277,7 +279,7 @@ class PlanSpec:
 
     @property
     def replicated_products(self) -> tuple[str, ...]:
-        """Linear and expert parameters that stay replicated: what `strict=True` refuses."""
+        """Linear and expert parameters that stay replicated: `strict=True` refuses them."""
         return tuple(n for n in self.replicated if n in self.products)
 
     @property

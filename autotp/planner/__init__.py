@@ -1,1 +1,1 @@
-"""Graph → Plan: which dims are cut, where conversions stand, and the proof that it computes the same."""
+"""Makes a plan from a graph: which dims are sharded, where conversions stand, and the proof that the ranks compute the same."""

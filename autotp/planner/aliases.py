@@ -1,9 +1,9 @@
-"""Which values of a trace are one tensor, or parts of one, and who changes them in place.
+"""Finds which values of a trace are one tensor, or parts of one, and which nodes change them in place.
 
-Each value points to the one whose storage it was made of: a view to its source, what an in-place operator returns to what it changed,
-both sides of a module boundary to each other. At the end of such a path is the value that the storage was made for. A conversion
-makes a new tensor, so a change behind it does not reach what is before it; and what outlives a call (a buffer, an argument of the
-model, a constant) must be the same on every rank when the call ends.
+Each value points to the one whose storage it was made of. A view points to its source, the result of an in-place operator to the
+argument that it changed, and both sides of a module boundary to each other. At the end of such a path is the value that the storage
+was made for. A conversion makes a new tensor, so a change after it does not reach the tensor before it. And a tensor that outlives
+a call (a buffer, an argument of the model, a constant) must be the same on every rank when the call ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
 
 class Storage:
-    """The paths of all values, and the nodes that change something in place."""
+    """Knows the paths of all values, and the nodes that change something in place."""
 
     def __init__(self, graph: Graph) -> None:
         self._from: dict[int, Value] = {}
@@ -31,14 +31,14 @@ class Storage:
         self.changed = {v.id for _, target in self.changes for v in self.path(target)}
 
     def path(self, value: Value) -> list[Value]:
-        """`value`, what it is made of, and so on to the value that the storage was made for."""
+        """Returns `value`, the value that it is made of, and so on to the value that the storage was made for."""
         found = [value]
         while (source := self._from.get(found[-1].id)) is not None:
             found.append(source)
         return found
 
     def apart(self, update: Node) -> list[Value]:
-        """What lies between the alias that a WRITE node gives a new version and the tensor that was changed, on both ways."""
+        """Returns the values between the alias that a WRITE node gives a new version and the tensor that was changed, on both ways."""
         alias, new = update.args
         ways = self.path(alias), self.path(new)
         common = {v.id for v in ways[0]} & {v.id for v in ways[1]}
@@ -46,7 +46,7 @@ class Storage:
 
 
 def outlives(value: Value) -> bool:
-    """True for what is there before and after a call of the model."""
+    """True for a value that exists before and after a call of the model."""
     return value.origin is not Origin.NODE
 
 

@@ -1,4 +1,4 @@
-"""Choice and reductions → the values of a `Plan`."""
+"""Puts a choice of cuts and its reductions together into the values of a `Plan`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autotp.trace.graph import Value
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A plan with what is needed to check it: the labels and moves that it was made from."""
+    """A plan with the data that its check needs: the labels and moves that it was made from."""
 
     plan: Plan
     space: GraphIndex

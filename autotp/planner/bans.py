@@ -1,4 +1,4 @@
-"""What later attempts at a plan must not do, and which cuts are to blame for a failure."""
+"""Records what later attempts at a plan must not do, and which cuts caused a failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autotp.trace.graph import Node
 
 @dataclass(frozen=True, slots=True)
 class Accused:
-    """A module that computes something else on the ranks; None: it cannot be told which. `backward`: gradients show it, not results."""
+    """A module whose numbers differ on the ranks; None: it cannot be told which. `backward`: gradients differ, not results."""
 
     module: str | None
     reason: str
@@ -23,7 +23,7 @@ class Accused:
 
 @dataclass
 class Bans:
-    """What later attempts must not do: cuts with the reason, and nodes whose result stays whole."""
+    """Lists what later attempts must not do: cuts with the reason, and nodes whose result stays whole."""
 
     cuts: dict[Partition, str]
     whole: frozenset[int] = NONE  # type: ignore[assignment]
@@ -31,11 +31,11 @@ class Bans:
 
     @property
     def size(self) -> int:
-        """How much is banned."""
+        """Returns the number of bans."""
         return len(self.cuts) + len(self.whole)
 
     def blame(self, space: GraphIndex, choice: Choice, node: Node, reason: str) -> None:
-        """Forbid what made `node` fail: first that its result is made sharded, then the axes that meet it."""
+        """Ban what made `node` fail: first that its result is made sharded, then the axes that meet it."""
         values = (*space.inputs[node.index], *node.outputs) if node.index >= 0 else ()
         generated = {n.index for n in space.graph.nodes if n.index in choice.labels.generated and (n is node or _feeds(n, node))}
         if generated - self.whole:
@@ -50,7 +50,7 @@ class Bans:
         self.cuts.update(dict.fromkeys((choice.cuts[a] for a in guilty), f"{reason}: {node}"))
 
     def accuse(self, space: GraphIndex, choice: Choice, accused: Accused) -> None:
-        """Forbid the cuts that meet in a module, or nearest to it on the way that its numbers come; all where that is unknown."""
+        """Ban the cuts that meet in a module, or nearest to it on the way that its numbers come; all where the module is unknown."""
         guilty: frozenset[Atom] = choice.on
         if accused.module is not None:
             path = traced(accused.module, space.graph.repeats)

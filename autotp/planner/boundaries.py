@@ -1,8 +1,9 @@
-"""Which values at the boundaries of modules are not whole, as code outside of the module sees them, and which code computes on such values.
+"""Finds the values at module boundaries that code outside of the module does not get whole, and the code that computes on such values.
 
-Between regions every value is whole on every rank, and so is its gradient. Inside of one, what crosses a module's boundary may be a rank's
-part, a summand, or whole with a gradient that is a summand: a hook of a user or another module put there would compute something else.
-Conversions at a boundary are done inside of the module: outside of it the argument is the value before them, the result the one after.
+Between regions every value is whole on every rank, and so is its gradient. Inside of one, a value at a module's boundary may be a
+rank's part, a summand, or whole with a gradient that is a summand. A hook of a user or another module put there would compute other
+numbers. Conversions at a boundary happen inside of the module. So outside of it an argument is the value before them, and a result
+the one after.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from autotp.trace.forms import of_any_dims
 from autotp.trace.graph import Node, Pseudo, Value
 
 _CROSSINGS = (Pseudo.ENTER, Pseudo.EXIT)
-_ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # what says most first
+_ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # the most informative first
 
 
 def find_boundaries(
     space: GraphIndex, labels: Labels, moves: Moves, joints: Iterable[Joint], copied: Collection[SlotKey], repeats: Mapping[str, str]
 ) -> dict[str, tuple[Boundary, ...]]:
-    """Path of a module → its boundary values that are not whole; modules with none are left out.
+    """Returns path of a module → its boundary values that are not whole; modules with none are left out.
 
     `copied`: the slots with a COPY. `repeats`: block → the block that was traced in its place.
     """
@@ -52,7 +53,7 @@ def find_boundaries(
 def find_copies(
     space: GraphIndex, converted: Collection[SlotKey], repeats: Mapping[str, str]
 ) -> dict[str, tuple[tuple[str | int, ...], ...]]:
-    """Path of a module → its results that are gathered or summed for its caller while code inside goes on with the part.
+    """Returns path of a module → its results that are gathered or summed for its caller while code inside goes on with the part.
 
     The gradient of such a result lacks that of the uses inside. `converted`: the slots where something is gathered or summed.
     """
@@ -78,7 +79,7 @@ def _is_of(key: SlotKey, slot: SlotKey) -> bool:
 
 
 def _goes_on(space: GraphIndex, leaving: Node) -> bool:
-    """True where what a result is made of has another use through which gradients come: the tensor itself, in whatever module."""
+    """True where the tensor that a result is made of has another use through which gradients come, in any module."""
     value = leaving.args[0]
     if value.id not in space.flows:
         return False
@@ -98,9 +99,10 @@ def _goes_on(space: GraphIndex, leaving: Node) -> bool:
 def find_inside(
     space: GraphIndex, labels: Labels, moves: Moves, boundaries: Collection[str], repeats: Mapping[str, str]
 ) -> dict[str, Forms]:
-    """Paths of the modules whose own code holds parts or summands, and how they were called.
+    """Returns the paths of the modules whose own code holds parts or summands, and how they were called.
 
-    It runs operators on them, or calls a module with such a boundary: what it does in between for another argument is not in the trace.
+    Such code runs operators on them, or calls a module with such a boundary. The trace does not tell what it would do for another
+    argument.
     """
     graph = space.graph
     runs: dict[str, bool] = {}  # path → does all that it does work on any number of dims?
@@ -140,7 +142,7 @@ def _shown(
 
 
 def _taken_over(space: GraphIndex, moves: Moves, copied: Collection[SlotKey]) -> set[int]:
-    """Values whose gradients are reduced by the linears that take them, and not at the result that they are: they are whole there."""
+    """Returns results whose gradients are reduced by the linears that take them, not at the result: the gradients are whole there."""
     found: set[int] = set()
     for node in space.graph.nodes:
         key = slot_key(node)
@@ -152,7 +154,9 @@ def _taken_over(space: GraphIndex, moves: Moves, copied: Collection[SlotKey]) ->
 
 
 def _held(space: GraphIndex, joints: Iterable[Joint]) -> set[int]:
-    """Crossings of summands that are reduced together, from the modules that hold and join them to the sum where all of them meet."""
+    """Returns crossings of summands that are reduced together, from the modules that hold and join them to the sum where all of
+    them meet.
+    """
     found: set[int] = set()
     for joint in joints:
         trails = [(n, _trail(space, n)) for n in space.graph.nodes if slot_key(n) in joint.slots]
@@ -167,7 +171,7 @@ def _held(space: GraphIndex, joints: Iterable[Joint]) -> set[int]:
 
 
 def _trail(space: GraphIndex, node: Node) -> list[tuple[int, int]]:
-    """(value, node that gave it) of a result and of what is made of it, as long as that has one use."""
+    """Returns (value, node that gave it) of a result and of the values made of it, as long as each has one use."""
     trail = [(node.outputs[0].id, node.index)]
     while len(users := space.users.get(trail[-1][0], [])) == 1 and len(outputs := space.graph.nodes[users[0]].outputs) == 1:
         trail.append((outputs[0].id, users[0]))

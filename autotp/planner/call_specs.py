@@ -1,4 +1,4 @@
-"""What the calls from one place in the code want changed."""
+"""Collects the changes that the calls from one place in the code need."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CallSpec:
 
 
 def sites_of(space: GraphIndex, calls: Mapping[int, CallSpec]) -> dict[str, list[Site]]:
-    """One site for each place in a module; every call from there must want the same."""
+    """Returns one site for each place in a module; every call from there must need the same changes."""
     specs: dict[tuple[str, int], tuple[Node, CallSpec]] = {}
     for index, spec in calls.items():
         node = space.graph.nodes[index]
@@ -61,7 +61,7 @@ def sites_of(space: GraphIndex, calls: Mapping[int, CallSpec]) -> dict[str, list
 
 
 def _merge(space: GraphIndex, calls: Mapping[int, CallSpec], node: Node, into: CallSpec, spec: CallSpec) -> None:
-    """Add what one node needs to what its Python call does; all nodes of the call see the same arguments."""
+    """Add the changes that one node needs to those of its Python call; all nodes of the call have the same arguments."""
     nodes = space.calls.nodes(node)
     into.ints += spec.ints
     if len({position for position, _, _ in into.ints}) < len(set(into.ints)):

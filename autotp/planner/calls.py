@@ -1,7 +1,7 @@
-"""What a conversion at a call site reaches.
+"""Finds which values a conversion at a call site reaches.
 
-A site sees one call as the code wrote it: its arguments before, its result after. One such call may be several operators
-(`cosine_embedding_loss` is a dozen), and what passes between them is out of reach. So is the result of an operator that changes its
+A site handles one call as the code wrote it: its arguments before, its result after. One such call may be several operators
+(`cosine_embedding_loss` is a dozen), and values between them are out of reach. So is the result of an operator that changes its
 argument in place: the code goes on with the argument.
 """
 
@@ -14,7 +14,7 @@ from autotp.trace.graph import Graph, Node, Pseudo, Value
 
 
 class Calls:
-    """The nodes of a graph by the Python call that they belong to."""
+    """Groups the nodes of a graph by the Python call that they belong to."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -24,11 +24,13 @@ class Calls:
                 self._nodes.setdefault(node.call, []).append(node)
 
     def nodes(self, node: Node) -> list[Node]:
-        """All nodes of the node's Python call, itself included."""
+        """Returns all nodes of the node's Python call, itself included."""
         return self._nodes.get(node.call, [node])
 
     def results(self, node: Node, value: Value) -> tuple[int, ...]:
-        """Where among the tensors of the call's result the output `value` stands; () where a conversion of it is out of reach."""
+        """Returns the positions of the output `value` among the tensors of the call's result; () where a conversion of it is out of
+        reach.
+        """
         call = self.graph.python.get(node.call)
         if call is None or node.place is None or isinstance(node.op, Pseudo) or in_place(node):
             return ()
@@ -37,20 +39,22 @@ class Calls:
         return tuple(i for i, key in enumerate(call.results) if key == value.id)
 
     def arguments(self, node: Node, value: Value) -> tuple[int, ...]:
-        """Where among the tensors of the call's arguments `value` stands; () where it is none of them, or is changed in place."""
+        """Returns the positions of `value` among the tensors of the call's arguments; () where it is none of them, or is changed in
+        place.
+        """
         nodes = self.nodes(node)
         if node.place is None or isinstance(node.op, Pseudo) or any(v.id == value.id for other in nodes for v in writes(other)):
             return ()
         return tuple(i for i, key in enumerate(nodes[0].tensors) if key == value.id)
 
     def stands_for(self, node: Node, form: DistributedForm) -> bool:
-        """True where the Python call is the node alone, by a function that `form` can take the place of."""
+        """True where the node is the only one of its Python call, and `form` can replace the function called."""
         call = self.graph.python.get(node.call)
         return call is not None and not self.graph.sealed(node) and len(self.nodes(node)) == 1 and call.function in FORMS[form].functions
 
 
 def writes(node: Node) -> tuple[Value, ...]:
-    """The arguments that an operator changes in place."""
+    """Returns the arguments that an operator changes in place."""
     if isinstance(node.op, Pseudo):
         return ()
     found: list[Value] = []
@@ -64,5 +68,5 @@ def writes(node: Node) -> tuple[Value, ...]:
 
 
 def in_place(node: Node) -> bool:
-    """True for an operator that returns what it changed."""
+    """True for an operator that returns the argument that it changed."""
     return bool(writes(node)) and not isinstance(node.op, Pseudo) and any(r.alias_info is not None for r in node.op._schema.returns)

@@ -1,13 +1,13 @@
-"""The replay certificate: a rewritten model must do on a shard exactly what its plan says.
+"""Makes the replay certificate: a rewritten model must do on a shard exactly what its plan says.
 
-The model is rewritten on fake tensors with the plan of one rank (ranks have equal shapes, they differ in offsets only), run
-again, and compared with the trace node by node: the same operators in the same order, every result of the predicted local shape, every
-number among the arguments equal to what it was or to the local value that a rule demands, the same constants, the same results.
-Code that computes with the size of a shard (`x / x.shape[-1]`, `arange(x.shape[-1])`, a branch on a width) shows here.
+The model is rewritten on fake tensors with the plan of one rank: ranks have equal shapes and differ in offsets only. It is run again
+and compared with the trace node by node. The operators and their order, the constants and the results must be the same. Every
+result must have the predicted local shape. Every number among the arguments must be what it was, or the local value that a rule
+demands. This finds code that computes with the size of a shard (`x / x.shape[-1]`, `arange(x.shape[-1])`, a branch on a width).
 
-One other path is allowed: code may leave out what does nothing on a shard. Where each rank has one query head for its key/value
-head, `if groups > 1` repeats no keys, and attention is not told to group. The operators left out must keep every element and
-its place; their result then stands for their argument.
+One other path is allowed: code may leave out operators that do nothing on a shard. Where each rank has one query head for its
+key/value head, `if groups > 1` repeats no keys, and attention is not told to group. The operators left out must keep every element
+and its place; their result then stands for their argument.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def traced(examples: Sequence[Example], graph: Graph) -> tuple[Example, ...]:
 def replay(
     model: nn.Module, examples: Sequence[Example], draft: Draft, params: dict[str, ParamPlan], tp: int, known: Known | None = None
 ) -> Difference | None:
-    """Run the rewritten model on fake tensors; the first difference from the plan, None when it follows it. `known`: see `trace`."""
+    """Run the rewritten model on fake tensors. Return the first difference from the plan, or None when it follows it. `known`: see
+    `trace`.
+    """
     expected = draft.space.graph
     ran = traced(examples, expected)
 
@@ -171,7 +173,7 @@ def _without_copies(nodes: Iterable[Node], stands: dict[int, int]) -> list[Node]
 
 
 def _idle(draft: Draft, nodes: Sequence[Node], twins: _Twins) -> int:
-    """How many of `nodes`, from the first, together return their one argument as it is on a shard; 0 where they do not."""
+    """Counts how many of `nodes`, from the first, together return their one argument as it is on a shard; 0 where they do not."""
     acting = {(s.file, s.function, s.line, s.offset) for m in draft.plan.modules for s in m.sites if s.inputs or s.outputs or s.kernel}
     chain: list[Value] = []
     for n, node in enumerate(nodes, 1):

@@ -1,9 +1,9 @@
-"""Which axes to cut, and how.
+"""Chooses which axes to shard, and how.
 
-Each leaf atom that a parameter carries is a candidate, and each pair of neighbouring ones of which tp does not divide the first
-(kv heads and the query heads of each). A candidate's worth is the number of parameter elements that a rank saves over the
-elements that its collectives move; candidates are taken greedily from the best, each kept if the labels of all that are taken
-have no conflict. So heads beat head widths, and both beat the residual stream, whose every product would be a partial sum.
+Each leaf atom that a parameter carries is a candidate, and each pair of neighbouring ones of which tp does not divide the first (kv
+heads and the query heads of each). A candidate's worth is the number of parameter elements that a rank saves over the elements that
+its collectives move. Candidates are taken greedily from the best. Each is kept if the placements of all that are taken have no
+conflict. So heads beat head widths. Both beat the residual stream, whose every product would be a partial sum.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNREAD = "no traced call reads it"
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What is taken so far: where results are gathered, which nodes' results stay whole, and the labels, which hold the cuts."""
+    """The state so far: where results are gathered, which nodes' results stay whole, and the labels, which hold the cuts."""
 
     gathers: Mapping[SlotKey, Atoms]
     whole: frozenset[int]
@@ -37,19 +37,19 @@ class Taken:
 
     @property
     def cuts(self) -> Partitions:
-        """The cuts taken."""
+        """Returns the cuts taken."""
         return self.labels.cuts
 
 
 @dataclass(frozen=True, slots=True)
 class Choice(Taken):
-    """What is taken in the end, and why the other candidates were refused."""
+    """The candidates taken in the end, and why the other ones were refused."""
 
     refused: Mapping[Atom, Reason]
 
     @property
     def on(self) -> Atoms:
-        """The atoms that are sharded."""
+        """Returns the atoms that are sharded."""
         return frozenset(self.cuts)
 
 
@@ -161,7 +161,7 @@ def _within(major: Atom, minor: Atom, carriers: Mapping[Atom, list[Value]]) -> b
 
 
 def _held(space: GraphIndex, cut: Partition, carriers: Mapping[Atom, list[Value]]) -> float:
-    """Parameter elements on a rank of what carries the axis."""
+    """Counts the elements on a rank of the parameters that carry the axis."""
     values = {v.id: v for atom in cut.atoms for v in carriers[atom]}
     cuts = dict.fromkeys(cut.atoms, cut)
     return sum(prod(local_size(d, space.carried[v.id] & cut.atoms, cuts) for d in space.axes.dims[v.id]) for v in values.values())
@@ -186,9 +186,9 @@ def _worth(space: GraphIndex, cut: Partition, carriers: Mapping[Atom, list[Value
 
 
 def _try(space: GraphIndex, cuts: tuple[Partition, ...], state: Taken, carriers: Mapping[Atom, list[Value]]) -> Taken | Conflict:
-    """The state with `cuts` taken too, or what forbids it."""
+    """Returns the state with `cuts` taken too, or the conflict that forbids it."""
     fresh = {atom: cut for cut in cuts for atom in cut.atoms}
-    if state.cuts:  # what fails alone fails together, and a pass over one axis is short
+    if state.cuts:  # cuts that fail alone fail together, and a pass over one axis is short
         alone = _try(space, cuts, Taken({}, state.whole, Labels()), carriers)
         if isinstance(alone, Conflict):
             return alone
@@ -255,7 +255,7 @@ def _is_argument(space: GraphIndex, value: Value) -> bool:
 
 
 def _pays(space: GraphIndex, cut: Partition, labels: Labels, carriers: list[Value]) -> bool:
-    """An axis that no product sums over is worth a gather when it is the wide side (a vocabulary), not a bottleneck."""
+    """True where an axis that no product sums over is worth a gather: it is the wide side (a vocabulary), not a bottleneck."""
     atom = cut.major
     if not any(atom in atoms for atoms in labels.gathered.values()):
         return True

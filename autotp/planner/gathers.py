@@ -1,4 +1,4 @@
-"""Where a sharded value that the model returns is gathered."""
+"""Decides where a sharded value that the model returns is gathered."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GATHER_TRIES = 4
 
 
 def gather_slots(space: GraphIndex, atom: Atom, labels: Labels, carriers: list[Value]) -> list[SlotKey]:
-    """EXITs that a value sharded on `atom` leaves through on its way to a result of the model, in order."""
+    """Returns the EXITs that a value sharded on `atom` leaves through on its way to a result of the model, in order."""
     reaching: set[int] = set()
     for result in space.graph.results:
         reaching |= {v.id for _, v in result.leaves if isinstance(v, Value) and atom in space.carried.get(v.id, NONE)}
@@ -42,10 +42,10 @@ def head_gather(
     labels: Labels,
     carriers: list[Value],
 ) -> tuple[Mapping[SlotKey, Atoms], Labels] | Conflict:
-    """Results on an axis that nothing but a lookup sums over (a vocabulary) are gathered where their head returns.
+    """Gathers results on an axis that nothing but a lookup sums over (a vocabulary) where their head returns.
 
-    At the end of the model would do for what was traced. But losses are often computed behind a condition that no traced call
-    met, and take logits for whole. So the head has to be a module that calls no other: nothing follows the product there.
+    A gather at the end of the model would be right for the traced calls. But a loss behind a condition that no trace reached
+    assumes whole logits. So the head has to be a module that calls no other: nothing follows the product there.
     """
     if not all(is_a(space.graph.nodes[i], Is.LOOKUP) for i in space.summing.get(cut.major, ())) or not returned(space, labels, cut):
         return gathers, labels
@@ -67,10 +67,10 @@ def returned(space: GraphIndex, labels: Labels, cut: Partition) -> bool:
 def whole_results(
     space: GraphIndex, wanted: Partitions, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], labels: Labels, cut: Partition
 ) -> tuple[Mapping[SlotKey, Atoms], Labels] | Conflict:
-    """`gathers` extended so that no result of the model is sharded on `cut`, and the labels then.
+    """Returns `gathers` extended so that no result of the model is sharded on `cut`, and the labels then.
 
-    Results are gathered as near as can be to where they are made: the code between there and the model's end may have branches that
-    no traced call took (a loss behind a flag), and methods of the model may be called without it.
+    Results are gathered as near as possible to the place where they are made. The code between there and the model's end may have
+    branches that no traced call took (a loss behind a flag), and methods of the model may be called without it.
     """
     if not returned(space, labels, cut):
         return gathers, labels
@@ -89,7 +89,7 @@ def whole_results(
 
 
 def _exits_to_results(space: GraphIndex, labels: Labels, cut: Partition) -> list[list[Node]]:
-    """Sets of EXITs that everything sharded on `cut` passes on its way to a result of the model, the innermost set first.
+    """Returns sets of EXITs that everything sharded on `cut` passes on its way to a result of the model, the innermost set first.
 
     A set with an EXIT whose value nothing uses in some call (attention weights, most of the time) is left out: that call would
     gather in vain.
@@ -118,7 +118,7 @@ def _exits_to_results(space: GraphIndex, labels: Labels, cut: Partition) -> list
 
 
 def _exits_before(space: GraphIndex, labels: Labels, cut: Partition, node: Node) -> list[Node]:
-    """The EXITs that what is sharded on `cut` passed last on its way to `node`; none where some of it passed none."""
+    """Returns the EXITs that values sharded on `cut` passed last on their way to `node`; none where some of them passed none."""
     found: dict[int, Node] = {}
     seen: set[int] = set()
     queue = [node]

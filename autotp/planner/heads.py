@@ -1,4 +1,4 @@
-"""The widths of attention heads, which are not cut."""
+"""Finds the widths of attention heads, which are not sharded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from autotp.trace.graph import Node, Value
 
 
 def head_widths(space: GraphIndex) -> set[Atom]:
-    """Atoms inside of one attention head: what queries and keys are multiplied over, and the last dim of the values."""
+    """Returns the atoms inside of one attention head: the dim that a query·key product sums over, and the last dim of the values."""
     found: set[Atom] = set()
     for node in space.graph.nodes:
         if is_a(node, Is.ATTENTION):
@@ -26,7 +26,9 @@ def head_widths(space: GraphIndex) -> set[Atom]:
 
 
 def _source(space: GraphIndex, value: Value, traits: Is = Is.MAKES_SCORES) -> Node | None:
-    """The operator with one of `traits` that a value comes from through what scores pass; None for a product with a parameter."""
+    """Returns the operator with one of `traits` that a value comes from through operators that scores pass; None for a product with
+    a parameter.
+    """
     for _ in range(24):
         node = space.made.get(value.id)
         if node is None:

@@ -1,8 +1,8 @@
-"""What a plan may not do to tensors that are changed in place.
+"""Finds conversions that a plan may not make on tensors that are changed in place.
 
-A conversion makes a new tensor, so a change behind it does not reach what is before it. And what outlives a call (a buffer, an
-argument of the model, a constant) has to be the same on every rank when the call ends: no part, no summand. Running statistics are
-the exception: each rank updates its channels, and the module puts the parts together (`autotp.plan.spec.Written`).
+A conversion makes a new tensor, so a change after it does not reach the tensor before it. And a tensor that outlives a call (a
+buffer, an argument of the model, a constant) has to be the same on every rank when the call ends: no part, no summand. Running
+statistics are the exception: each rank updates its channels, and the module puts the parts together (`autotp.plan.spec.Written`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from autotp.trace.graph import Node, Value
 def wrongly_changed(
     space: GraphIndex, labels: Labels, partial: frozenset[int], converted: Callable[[Value], Sequence[Conversion]]
 ) -> tuple[Node, str] | None:
-    """The first node that changes something where the plan does not allow it, and why.
+    """Returns the first node that changes something where the plan does not allow it, and why.
 
-    `converted`: the conversions between a value and what it is made of. `partial`: values that are partial sums.
+    `converted`: the conversions between a value and the one that it is made of. `partial`: values that are partial sums.
     """
     storage = space.storage
     for node in storage.updates:
@@ -45,7 +45,7 @@ def wrongly_changed(
 
 
 def statistics(space: GraphIndex, labels: Labels) -> Iterator[tuple[Node, Value]]:
-    """Nodes that update statistics of which each rank has a part, and the statistics."""
+    """Yields the nodes that update statistics of which each rank has a part, and the statistics."""
     for node, target in space.storage.changes:
         if is_a(node, Is.UPDATES_STATISTICS) and (labels.of(target) | labels.slices.get((node.index, target.id), NONE)):
             yield node, target

@@ -1,4 +1,4 @@
-"""Partial sums of several modules that meet in one sum are reduced together, at the exit of the last module.
+"""Reduces the partial sums of several modules that meet in one sum together, at the exit of the last module.
 
 A block with a parallel residual adds the results of two row-parallel regions, `y = x + a(h) + b(h)`, in its own forward, where no
 conversion reaches the sum without an intervention at a call site. But
@@ -6,7 +6,7 @@ conversion reaches the sum without an intervention at a call site. But
     Σ_r a_r + Σ_r b_r  =  0 + Σ_r (a_r + b_r)
 
 so `a` holds its partial sum and returns zeros, and `b`, which runs later, all-reduces both. The sum is the same to the last place
-(0 + v = v), and so is its gradient, which reaches every summand whole. What only sees `a` or `b` by itself sees another number, so
+(0 + v = v), and so is its gradient, which reaches every summand whole. Code that reads `a` or `b` by itself gets another number, so
 
 - each result has one use, which adds it with coefficient 1 to something, and so on to the sum where all meet (`_follow`);
 - this holds for every traced call of the modules, training included, in the same order in one call of a common parent (`_joint`).
@@ -42,7 +42,7 @@ class Joint:
 
 @dataclass(frozen=True, slots=True)
 class _Trail:
-    """How far a result goes unchanged but for additions: the last value, and why no further."""
+    """The way that a result goes unchanged but for additions: the last value, and why no further."""
 
     exit: Node
     last: Value
@@ -50,7 +50,7 @@ class _Trail:
 
 
 def conversions_of(joints: Iterable[Joint], key: Key) -> tuple[Op, ...]:
-    """What realises the reduction at a key."""
+    """Returns the conversions that realise the reduction at a key."""
     for joint in joints:
         for slot in joint.slots:
             if key == AtSlot(slot):
@@ -59,7 +59,7 @@ def conversions_of(joints: Iterable[Joint], key: Key) -> tuple[Op, ...]:
 
 
 def members(joints: Iterable[Joint]) -> Mapping[str, tuple[tuple[str, ...], ...]]:
-    """Parent → the paths of its joint modules, relative to it."""
+    """Returns parent → the paths of its joint modules, relative to it."""
     out: dict[str, tuple[tuple[str, ...], ...]] = {}
     for joint in joints:
         start = len(joint.parent) + 1 if joint.parent else 0
@@ -68,7 +68,7 @@ def members(joints: Iterable[Joint]) -> Mapping[str, tuple[tuple[str, ...], ...]
 
 
 def find_joints(space: GraphIndex, moves: Moves) -> tuple[tuple[Joint, ...], tuple[str, ...]]:
-    """The reductions that become one, and notes about those that meet in a sum and stay apart."""
+    """Returns the reductions that become one, and notes about those that meet in a sum and stay apart."""
     reduced = {key.slot for key in moves.reduces - moves.copies if isinstance(key, AtSlot)}
     exits = [n for n in space.graph.nodes if n.op is Pseudo.EXIT and slot_key(n) in reduced]
     returned = {v.id for result in space.graph.results for _, v in result.leaves if isinstance(v, Value)}
@@ -115,7 +115,7 @@ def _follow(space: GraphIndex, exit: Node, returned: set[int]) -> _Trail:
 
 
 def _changed(node: Node, value: Value) -> str:
-    """How a node changes `value` other than by an addition; "" where it does not."""
+    """Says how a node changes `value` other than by an addition; "" where it does not."""
     if sum(v is value for v in node.inputs()) > 1:
         return f"is used twice in {node.opname}"
     if len(node.outputs) != 1 or _form(node.outputs[0]) != _form(value):
@@ -173,7 +173,9 @@ def _common_call(graph: Graph, frames: Iterable[int]) -> str | None:
 
 
 def _notes(space: GraphIndex, exits: Sequence[Node], trails: Mapping[int, _Trail], refused: Mapping[SlotKey, str]) -> tuple[str, ...]:
-    """One note for each pair of neighbours in one sum; what changes a result says more than that other calls differ."""
+    """Makes one note for each pair of neighbours in one sum. A node that changes a result explains more than a difference between
+    calls.
+    """
     found: dict[str, str] = {}
     for a, b in pairwise(exits):
         if _slot(a) == _slot(b) or b.outputs[0].id in _reached(space, a, b.index)[0]:

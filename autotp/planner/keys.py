@@ -1,4 +1,4 @@
-"""Where a conversion can stand."""
+"""Names the places where a conversion can stand."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from autotp.trace.graph import Node, Place, Pseudo
 
 @dataclass(frozen=True, slots=True)
 class AtSlot:
-    """A module boundary. A hook there treats every call of its module alike."""
+    """A conversion at a module boundary. A hook there treats every call of its module alike."""
 
     slot: SlotKey
 
 
 @dataclass(frozen=True, slots=True)
 class AtPlace:
-    """Result number `result` of the operator that a place in the code calls. An intervention treats every call from there alike."""
+    """A conversion of result number `result` of the operator that a place in the code calls. An intervention treats every call from
+    there alike.
+    """
 
     module: str
     place: Place | None
@@ -36,14 +38,14 @@ Key = AtSlot | AtPlace | AtValue
 
 
 def slot_key(node: Node) -> SlotKey | None:
-    """The boundary slot that an ENTER or EXIT node crosses."""
+    """Returns the boundary slot that an ENTER or EXIT node crosses."""
     if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
         return (node.op, *node.slot)
     return None
 
 
 def key_of(space: GraphIndex, node: Node, index: int) -> Key:
-    """What converts result `index` of a node."""
+    """Returns the place where a conversion of result `index` of a node stands."""
     slot = slot_key(node)
     if slot is not None:
         return AtSlot(slot)

@@ -1,11 +1,11 @@
-"""Which plain attributes become local, so that the code computes local sizes by itself.
+"""Decides which plain attributes become local, so that the code computes local sizes by itself.
 
-Every int that the code passed to an operator carries an expression over attributes and tensor sizes. On a shard, sizes of
-sharded tensors change by themselves; each int must then equal the local size that the axes demand, or its old value where
-nothing is demanded. Unknown are the attributes: a small constraint problem, solved by search.
+Every int that the code passed to an operator carries an expression over attributes and tensor sizes. On a shard, sizes of sharded
+tensors change by themselves. Each int must then equal the local size that the axes demand, or its old value where nothing is
+demanded. The attributes are the unknowns of a small constraint problem, solved by search.
 
-What no attribute solves is overridden at its call site, unless the number is a literal in the code or has no demand; then the
-axis it belongs to cannot be sharded.
+An int that no attribute solves is overridden at its call site, unless the number is a literal in the code or has no demand. Then
+the axis that it belongs to cannot be sharded.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Localised:
 
 
 def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
-    """The positions among a call's ints that may be int `number` of the ATen call (the `at`-th of a list of `listed`)."""
+    """Returns the positions among a call's ints that may be int `number` of the ATen call (the `at`-th of a list of `listed`)."""
     values = [e.value for e in node.ints]
     if listed:
         sizes = next(
@@ -59,7 +59,7 @@ def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
 
 
 def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
-    """Every constraint of the graph. Raises Refusal where a demanded int has no known origin."""
+    """Lists every constraint of the graph. Raises Refusal where a demanded int has no known origin."""
     out: list[Constraint] = []
     shapes: dict[int, Value] = {}
     for node in space.graph.nodes:
@@ -87,7 +87,9 @@ def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
 
 
 def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> Localised:
-    """Solve for the attributes, with the values of `hints` where they do. Raises Refusal where no attribute and no override helps."""
+    """Solve for the attributes, with the values of `hints` where these satisfy the constraints. Raises Refusal where no attribute
+    and no override helps.
+    """
     every = constraints(space, labels)
     shapes = {v.id: v for n in space.graph.nodes for v in (*n.inputs(), *n.outputs)}
 
@@ -128,7 +130,7 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
 
 
 def _scales(cuts: Partitions) -> frozenset[tuple[int, int]]:
-    """(size, local size) of everything that is cut: a number made of the one becomes a number made of the other."""
+    """Returns (size, local size) of everything that is cut: a number made of the size becomes one made of the local size."""
     found: set[tuple[int, int]] = set()
     for cut in cuts.values():
         found |= {(cut.size, cut.local_size), *((atom.size, cut.local(atom)) for atom in cut.atoms)}
@@ -138,7 +140,7 @@ def _scales(cuts: Partitions) -> frozenset[tuple[int, int]]:
 
 
 class _Search:
-    """Depth-first search over attributes, one module's at a time, given up for a module when it fails."""
+    """Searches depth-first over attributes, one module's at a time; it gives up a module where it fails."""
 
     def __init__(self, every: list[Constraint], size: object, cuts: Partitions, hints: Hints) -> None:
         self.size, self.hints = size, hints
@@ -165,11 +167,11 @@ class _Search:
         self.groups = list(by_module.values())
 
     def value(self, expr: IntExpr, solution: Mapping[AttrRef, int]) -> int | None:
-        """The local value of an expression under a solution."""
+        """Returns the local value of an expression under a solution."""
         return evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))  # type: ignore[operator]
 
     def run(self) -> dict[AttrRef, int]:
-        """Attributes to change; modules without a solution change nothing."""
+        """Returns the attributes to change; modules without a solution change nothing."""
         solution: dict[AttrRef, int] = {}
         for group in self.groups:
             self._steps = 0

@@ -1,4 +1,6 @@
-"""Model → Plan: trace, find the axes, choose and realise, replay; a region that fails its replay is un-sharded and planned again."""
+"""Makes the plan of a model: trace, find the axes, choose and realise, replay. A region that fails its replay is un-sharded and
+planned again.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ MAX_REPLAYS = 64
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """What an examination of a plan showed: `checked` as in `Plan.checked`, what is `wrong`, and whether the model or a twin was `run`."""
+    """The result of an examination of a plan: `checked` as in `Plan.checked`, the `wrong` modules, and whether the model or a twin
+    was `run`.
+    """
 
     checked: str
     wrong: tuple[Accused, ...] = ()
@@ -56,7 +60,7 @@ def _only_replayed(plan: Plan, examples: tuple[Example, ...]) -> Examined:
 
 @contextmanager
 def _lean() -> Iterator[None]:
-    """Without garbage collection and compilation.
+    """Runs its block without garbage collection and compilation.
 
     Planning makes many small objects and no cycles worth a pass over the whole model's objects, and runs compiled code a few times only.
     """

@@ -1,7 +1,7 @@
-"""A minimum cut with vertices that can be merged: where to place conversions at the least cost.
+"""Finds a minimum cut with vertices that can be merged, which places conversions at the least cost.
 
 Each value is two vertices, before and after a possible conversion. The source side is "not converted yet" (a partial sum, an
-unreduced gradient); what must be whole is on the sink side. An edge before → after has the conversion's cost; every other
+unreduced gradient); values that must be whole are on the sink side. An edge before → after has the conversion's cost; every other
 edge is a demand and infinite.
 """
 

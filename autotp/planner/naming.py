@@ -1,8 +1,8 @@
-"""Names for axes: labels that people read, derived from the sites of an axis. Nothing rests on them.
+"""Names the axes for people, from the sites of an axis. No decision uses the names.
 
-attention: a batch dim of a query·key product or of scaled_dot_product_attention; embedding and lm head: the rows of a looked-up
-table and of a product whose result leaves the model whole; moe: the width of a parameter with an experts dim; conv: channels
-that pass a depthwise convolution; mlp: everything between two products.
+attention: a batch dim of a query·key product or of scaled_dot_product_attention. embedding and lm head: the rows of a looked-up
+table and of a product whose result leaves the model whole. moe: the width of a parameter with an experts dim. conv: channels that
+pass a depthwise convolution. mlp: everything between two products.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What the padding of a cut holds in each value: padding must not reach a result, a gradient or a statistic.
+"""Follows the padding of a cut through the graph: padding must not reach a result, a gradient or a statistic.
 
-Padded parameter entries are zero, and stay zero because their gradients are set to zero. What an operator makes of them is
-followed through the graph: a known constant, some finite numbers, or anything (an infinity, a NaN, or an operator whose
-derivative is not finite there). Where an axis is summed over, the padding adds zero if one factor of the product is zero and the
-others are finite; then the gradients that come back are zero times something finite as well. Statistics leave the
-padding out by themselves, and a gathered value drops it; all they need is that it is finite.
+Padded parameter entries are zero, and stay zero because their gradients are set to zero. The analysis derives what each operator
+makes of them: a known constant, some finite numbers, or anything (an infinity, a NaN, or an operator whose derivative is not finite
+there). Where an axis is summed over, the padding adds zero if one factor of the product is zero and the others are finite. The
+gradients that come back are then zero times something finite as well. Statistics leave the padding out by themselves, and a
+gathered value drops it; for both it need only be finite.
 
-`ANY` relies on one thing: the model's own entries are finite.
+`ANY` relies on one assumption: the model's own entries are finite.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _WITHOUT_RULE = Operator(pointwise)
 
 
 def padding_conflict(space: GraphIndex, labels: Labels, cut: Partition) -> Conflict | None:
-    """Where the padding of `cut` would change a result, None where it cannot."""
+    """Says where the padding of `cut` would change a result, None where it cannot."""
     held: dict[int, Padding] = {v.id: ZERO for v in space.graph.params.values() if labels.of(v) & cut.atoms}
     lost: Node | None = None  # where it was first not known to be finite
     for node in space.graph.nodes:
@@ -92,10 +92,10 @@ def _ends(labels: Labels, node: Node, cut: Partition) -> bool:
 
 
 def _met(space: GraphIndex, labels: Labels, node: Node, cut: Partition, states: dict[int, Padding]) -> str:
-    """Why the node must not sum this padding; empty where it may."""
+    """Says why the node must not sum this padding; empty where it may."""
     summed = [states[c.value] for c, atoms in space.contracts[node.index] if atoms & cut.atoms and c.value in states]
     if not summed or node.index in labels.distributed or ZERO in summed or WILD in summed:
-        return ""  # distributed statistics count what is no padding
+        return ""  # distributed statistics leave padding out
     return "the padding would be summed"
 
 
@@ -189,7 +189,7 @@ def _branch(item: Any, states: dict[int, Padding], known: dict[int, float]) -> P
 
 
 def _computed(node: Node, known: dict[int, float]) -> Padding:
-    """What the operator itself makes of the numbers; WILD where it or its derivative is not finite."""
+    """Runs the operator itself on the numbers; WILD where the result or its derivative is not finite."""
     leaves: list[Tensor] = []
 
     def tensor(value: Value) -> Tensor:

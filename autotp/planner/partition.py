@@ -1,10 +1,10 @@
-"""How an axis is dealt over the ranks: which atoms are cut, and how many of their indices a rank holds.
+"""Deals an axis over the ranks: which atoms are cut, and how many of their indices a rank holds.
 
 A cut of one atom gives every rank ``ceil(size / tp)`` of its indices, the last ones filled up with padding. A cut of two
-neighbouring atoms, major and minor (kv heads and the query heads of each), cuts every group of the minor into `pieces` and
-deals the pieces: each rank holds ``ceil(major · pieces / tp)`` slots of the major atom and ``ceil(minor / pieces)`` of the minor
-one in each slot. What carries the major atom alone (k and v) is then held by as many slots as need it. With as many pieces as
-the minor atom has indices no rank does more than the next multiple of major · minor costs; fewer pieces repeat less of k and v.
+neighbouring atoms, major and minor (kv heads and the query heads of each), cuts every group of the minor into `pieces` and deals
+the pieces. Each rank then holds ``ceil(major · pieces / tp)`` slots of the major atom and ``ceil(minor / pieces)`` of the minor one
+in each slot. A tensor that carries the major atom alone (k and v) is then held by as many slots as need it. With as many pieces as
+the minor atom has indices, no rank does more than the next multiple of major · minor costs; fewer pieces repeat less of k and v.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Atoms = frozenset[Atom]
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """One axis over `tp` ranks; without `minor`, `pieces` is 1. A rank's part of a single atom is a multiple of `granule`."""
+    """Deals one axis over `tp` ranks; without `minor`, `pieces` is 1. A rank's part of a single atom is a multiple of `granule`."""
 
     major: Atom
     tp: int
@@ -30,22 +30,22 @@ class Partition:
 
     @property
     def atoms(self) -> Atoms:
-        """The atoms that are cut together."""
+        """Returns the atoms that are cut together."""
         return frozenset({self.major} if self.minor is None else {self.major, self.minor})
 
     @property
     def size(self) -> int:
-        """Number of indices of the axis."""
+        """Returns the number of indices of the axis."""
         return self.major.size * (1 if self.minor is None else self.minor.size)
 
     @property
     def slots(self) -> int:
-        """How many indices of the major atom a rank holds."""
+        """Counts the indices of the major atom that a rank holds."""
         return -(-self.major.size * self.pieces // (self.tp * self.granule)) * self.granule
 
     @property
     def local_size(self) -> int:
-        """How many entries of the axis a rank holds, padding included."""
+        """Counts the entries of the axis that a rank holds, padding included."""
         return self.slots * (1 if self.minor is None else self.local(self.minor))
 
     @property
@@ -54,7 +54,7 @@ class Partition:
         return self.local_size * self.tp != self.size
 
     def local(self, atom: Atom) -> int:
-        """How many indices of one of its atoms a rank holds."""
+        """Counts the indices of one of its atoms that a rank holds."""
         return self.slots if atom is self.major else -(-atom.size // self.pieces)
 
 
@@ -62,7 +62,7 @@ Partitions = Mapping[Atom, Partition]
 
 
 def local_size(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> int:
-    """Size of a dim on one rank, sharded on the atoms of `on`."""
+    """Returns the size of a dim on one rank, sharded on the atoms of `on`."""
     size = 1
     for atom in flat(list(dim)):
         if atom.segments is None:
@@ -85,7 +85,7 @@ def covers(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> bool:
 
 
 def uncovered(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> Iterable[tuple[Atom, ...]]:
-    """The segments of a dim that have no sharded atom, beside segments that do."""
+    """Yields the segments of a dim that have no sharded atom, beside segments that do."""
     for atom in flat(list(dim)):
         for segment in atom.segments or ():
             if not covers(segment, on, cuts):
@@ -132,7 +132,7 @@ def in_order(dim: Iterable[Atom], on: Atoms, cuts: Partitions) -> bool:
 
 
 def neighbours(dim: Iterable[Atom]) -> Iterable[tuple[Atom, Atom]]:
-    """Pairs of leaf atoms that stand behind each other in a dim."""
+    """Yields pairs of leaf atoms that stand behind each other in a dim."""
     before: Atom | None = None
     for atom in flat(list(dim)):
         if atom.segments is not None:
@@ -146,7 +146,7 @@ def neighbours(dim: Iterable[Atom]) -> Iterable[tuple[Atom, Atom]]:
 
 
 def last_atoms(dim: Iterable[Atom]) -> Iterable[Atom]:
-    """The leaf atoms that stand last on some index path through a dim: a part of them changes the dim's size in their units."""
+    """Yields the leaf atoms that stand last on some index path through a dim: a part of them changes the dim's size in their units."""
     atoms = flat(list(dim))
     if atoms and atoms[-1].segments is None:
         yield atoms[-1]

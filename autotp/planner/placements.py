@@ -1,8 +1,8 @@
-"""Placements of every value, given which atoms are sharded.
+"""Finds the placement of every value, given which atoms are sharded.
 
-For a set Σ of sharded atoms each value gets a label: the atoms of Σ that it is sharded on (none: whole on every rank, R), and
-whether it is a partial sum (P). Labels flow forward from the sharded parameters; a value that no parameter shards stays whole,
-and is sliced where it meets a sharded one. What cannot be is a `Conflict`; what needs a conversion is noted on its edge.
+For a set Σ of sharded atoms each value gets the atoms of Σ that it is sharded on (none: whole on every rank, R), and whether it is
+a partial sum (P). Placements flow forward from the sharded parameters. A value that no parameter shards stays whole, and is sliced
+where it meets a sharded one. An impossible choice raises a `Conflict`; a conversion that is needed is noted on its edge.
 
 Invariant: a value is sharded on at most one atom of each index path, and never both sharded and partial.
 """
@@ -29,7 +29,7 @@ SlotKey = tuple[Pseudo, str, tuple[str | int, ...]]
 
 @dataclass(slots=True)
 class Labels:
-    """The labels of one pass; edges are (node index, value id)."""
+    """The labels (placements) of one pass; edges are (node index, value id)."""
 
     cuts: Partitions = field(default_factory=dict)
     shard: dict[int, Atoms] = field(default_factory=dict)
@@ -44,18 +44,18 @@ class Labels:
     conflicts: list[Conflict] = field(default_factory=list)
 
     def of(self, value: Value) -> Atoms:
-        """The atoms that a value is sharded on."""
+        """Returns the atoms that a value is sharded on."""
         return self.shard.get(value.id, NONE)
 
 
 def differentiable(graph: Graph) -> set[int]:
-    """Values that a gradient can flow through: floats that depend on parameters or on float arguments of the model.
+    """Returns the values that a gradient can flow through: floats that depend on parameters or on float arguments of the model.
 
-    What a template returns and is given stands for all blocks alike, so its arguments count as those of every one of them: the first
-    block of a decoder may start from zeros or from something detached, and the next ones not.
+    The arguments and results of a template stand for those of all blocks alike. So its arguments count as those of every one of
+    them: the first block of a decoder may start from zeros or from something detached, and the next ones not.
     """
     found = {v.id for v in graph.params.values() if v.dtype.is_floating_point}
-    scopes: set[int] = set()  # autograd functions that a gradient reaches: what their forward detaches says nothing
+    scopes: set[int] = set()  # autograd functions that a gradient reaches, also where their forward detaches
     again = True
     while again:
         again = False
@@ -82,7 +82,7 @@ def differentiable(graph: Graph) -> set[int]:
 
 
 class GraphIndex:
-    """The axes in the form that labelling needs: leaf atoms of each dim, frozen."""
+    """Holds the axes in the form that labelling needs: leaf atoms of each dim, frozen."""
 
     def __init__(self, axes: Axes) -> None:
         self.axes = axes
@@ -119,7 +119,7 @@ class GraphIndex:
         return key in self.graph.fills
 
     def parameter_of(self, key: int) -> int | None:
-        """The parameter that a value is a view or a selection of, None for other values."""
+        """Returns the parameter that a value is a view or a selection of, None for other values."""
         while key not in self._params:
             node = self.made.get(key)
             if node is None or not is_a(node, Is.SELECTION):
@@ -128,7 +128,7 @@ class GraphIndex:
         return key
 
     def atoms(self, dim: Iterable[Atom]) -> Atoms:
-        """Leaf atoms of a dim, those inside concatenations included."""
+        """Returns the leaf atoms of a dim, those inside concatenations included."""
         key = tuple(a.id for a in dim)
         if key not in self._cache:
             self._cache[key] = frozenset(leaf_atoms(dim))
@@ -136,7 +136,7 @@ class GraphIndex:
 
 
 def leaf_atoms(dim: Iterable[Atom]) -> Iterable[Atom]:
-    """Leaf atoms of a dim, in order."""
+    """Yields the leaf atoms of a dim, in order."""
     for atom in flat(list(dim)):
         if atom.segments is None:
             yield atom
@@ -146,7 +146,7 @@ def leaf_atoms(dim: Iterable[Atom]) -> Iterable[Atom]:
 
 
 def label(space: GraphIndex, cuts: Partitions, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int] = frozenset()) -> Labels:
-    """Label every value, with the atoms of `cuts` sharded.
+    """Label every value with its placement, with the atoms of `cuts` sharded.
 
     `gathers`: results gathered at a module's EXIT; `whole`: nodes whose result is not made sharded.
 
@@ -291,16 +291,16 @@ def _node(
 
 
 def _parted(hit: Atoms, have: Atoms, crossed: Atoms, cuts: Partitions) -> Atoms:
-    """Atoms of the cuts that a value has both factors of and its statistic crosses one of.
+    """Returns the atoms of the cuts where a value has both factors and its statistic crosses only one.
 
-    Pieces of the groups are dealt, so an index of what is left is another group, or another part of one, on each rank.
+    Pieces of the groups are dealt. So an index of the remaining factor is another group, or another part of one, on each rank.
     """
     found = (cuts[atom].atoms & have for atom in hit)
     return NONE.union(*(both for both in found if len(both) > 1 and not both <= crossed))
 
 
 def _add_once(space: GraphIndex, meaning: Meaning, ids: frozenset[int], out: Labels) -> bool:
-    """True where the whole operands of a sum with partial ones all are parameters: those are then added on one rank."""
+    """True where all whole operands of a sum with partial ones are parameters: those are then added on one rank."""
     if any(_crossed(space, key, out) for key in ids):
         return False  # it can be reduced at the boundary that it crossed
     for group in meaning.linear:

@@ -1,7 +1,7 @@
-"""Labels and moves → the changes at each module.
+"""Turns placements and reductions into the changes at each module.
 
-Every conversion is realised at the cheapest place that reaches it: a slot of a module boundary, the read of a parameter or
-buffer, or a call site. Plans of blocks that were not traced are copies of their templates'.
+Every conversion is realised at the cheapest place that reaches it: a slot of a module boundary, the read of a parameter or buffer,
+or a call site. Plans of blocks that were not traced are copies of their templates'.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Builder:
         self.made = space.made
 
     def run(self) -> tuple[ModulePlan, ...]:
-        """The module plans of the traced modules, then of their repeats."""
+        """Returns the module plans of the traced modules, then of their repeats."""
         self._reduces()
         self._kernels()
         self._gathers()
@@ -64,7 +64,7 @@ class Builder:
         return self._modules()
 
     def _converted(self, value: Value) -> tuple[Conversion, ...]:
-        """Conversions between a value and what it is made of."""
+        """Returns the conversions between a value and the one that it is made of."""
         node = self.made.get(value.id)
         if node is None:
             return ()
@@ -75,7 +75,7 @@ class Builder:
         return tuple(c for table in (spec.inputs, spec.outputs) for conversions in table.values() for c in conversions)
 
     def _check_changes(self) -> None:
-        """Nothing is changed in place behind a conversion, and statistics that modules read in slices are marked as written."""
+        """Checks that nothing is changed in place behind a conversion, and marks statistics that modules read in slices as written."""
         error = wrongly_changed(self.space, self.labels, self.moves.partial, self._converted)
         if error is not None:
             raise Refusal(*error)
@@ -287,9 +287,9 @@ class Builder:
     # assembly -----------------------------------------------------------------------------------------------------------------
 
     def _merge_result_slots(self) -> None:
-        """Items of one list in a module's result that are all converted alike become one slot for every item.
+        """Merges the items of one list in a module's result that are all converted alike into one slot for every item.
 
-        Blocks that were not traced add items to such lists (attentions) that the trace has not seen.
+        Blocks that were not traced add items to such lists (attentions) that the trace does not have.
         """
         groups: dict[tuple[str, tuple[str | int, ...]], dict[tuple[str | int, ...], None]] = {}
         for node in self.graph.nodes:

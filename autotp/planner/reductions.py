@@ -1,10 +1,10 @@
-"""Where partial sums are reduced, forward and backward.
+"""Decides where partial sums are reduced, forward and backward.
 
 Forward: a value that is a partial sum must be whole where it meets an operator that does not commute with the sum.
-Backward: a whole value that is used inside a sharded region gets a partial gradient from there; it must be reduced before it
-meets gradients that are whole already, or reaches a parameter, exactly once on every path. Both are minimum cuts over the
-values of the graph. Conversions are cheap where a tensor crosses a module boundary, because hooks reach it there, and on
-parameters; anywhere else they need an intervention at a call site, which costs `SITE`.
+Backward: a whole value that is used inside a sharded region gets a partial gradient from there. It must be reduced before it meets
+gradients that are whole already, or reaches a parameter, exactly once on every path. Both are minimum cuts over the values of the
+graph. Conversions are cheap where a tensor crosses a module boundary, because hooks reach it there, and on parameters. Anywhere
+else they need an intervention at a call site, which costs `SITE`.
 
 Value and gradient types (forward → backward): P → its gradient is whole; S → sharded; R → whole (R) or partial (P).
 """
@@ -33,10 +33,9 @@ TOKENS_SCALE = 100.0  # examples are tiny: an activation stands for this many ti
 class Moves:
     """Conversions by where they happen.
 
-    reduces, copies: where (`keys`).
-    group_edges: (node index, value id) uses inside regions that are converted alone. grad_sums: parameters whose gradient is summed.
-    partial: values that are still partial sums where they are used. hanging: (side of a conversion, slot) whose gradient is
-    still a partial sum there.
+    reduces, copies: where (`keys`). group_edges: (node index, value id) uses inside regions that are converted alone. grad_sums:
+    parameters whose gradient is summed. partial: values that are still partial sums where they are used. hanging: (side of a
+    conversion, slot) whose gradient is still a partial sum there.
     """
 
     reduces: frozenset[Key]
@@ -48,17 +47,17 @@ class Moves:
 
 
 class Side(Enum):
-    """Which side of a possible conversion a vertex is: of a sum on its way, or of a gradient on its way back."""
+    """The side of a possible conversion that a vertex is on: of a sum on its way, or of a gradient on its way back."""
 
     BEFORE = "before"  # the value as it is made
     AFTER = "after"  # the value as it is used
     BELOW = "below"  # the gradient as the uses give it
-    ABOVE = "above"  # the gradient as what made the value gets it
+    ABOVE = "above"  # the gradient as it arrives at the node that made the value
 
 
 @dataclass(frozen=True, slots=True)
 class _At:
-    """The vertex of what one conversion acts on, on one side of it."""
+    """The vertex of the tensor that one conversion acts on, on one side of the conversion."""
 
     side: Side
     key: Key
@@ -107,9 +106,10 @@ def _elements(value: Value) -> float:
 
 
 def _cost(key: Key, elements: float, order: int, late: bool = False) -> float:
-    """Boundaries before places in the code, places where a value is made before `late` ones, and the model's own results last.
+    """Puts boundaries before places in the code, places where a value is made before `late` ones, and the model's own results last.
 
-    Code may have branches that no traced call took, and take a sum for whole: the less of it stands before the conversion the better.
+    Code may have branches that no traced call took, and assume a whole value there: the less of it stands before the conversion the
+    better.
     """
     base = elements * (1 + 1e-7 * order)
     if not isinstance(key, AtSlot):
@@ -118,7 +118,7 @@ def _cost(key: Key, elements: float, order: int, late: bool = False) -> float:
 
 
 def place_reductions(space: GraphIndex, labels: Labels, places: bool) -> tuple[frozenset[Key], frozenset[int]]:
-    """(where partial sums are reduced, values still partial after that)."""
+    """Returns (where partial sums are reduced, values still partial after that)."""
     cut, vertices = MinCut(), _Vertices(space, places)
     mixed = _mixed(space, vertices, lambda v: v.id in labels.partial, lambda v: True) | _sealed(space, vertices)
     stops, first = [result.stop for result in space.graph.results], dict[Key, int]()
@@ -131,7 +131,7 @@ def place_reductions(space: GraphIndex, labels: Labels, places: bool) -> tuple[f
                 continue
             key, born = vertices.of(o), o.id in labels.born
             weights[o.id] = _elements(o)
-            if not born and is_a(node, Is.SELECTION):  # what is left out is no gain: it was a sum too
+            if not born and is_a(node, Is.SELECTION):  # the entries left out are no gain: they were a sum too
                 weights[o.id] = max([weights[o.id], *(weights.get(v.id, 0.0) for v in partial_in)])
             if born:
                 cut.born(_At(Side.BEFORE, key))
@@ -173,9 +173,9 @@ def place_reductions(space: GraphIndex, labels: Labels, places: bool) -> tuple[f
 
 
 def _mixed(space: GraphIndex, vertices: _Vertices, holds: Callable[[Value], bool], matters: Callable[[Value], bool]) -> set[Key]:
-    """What no conversion reaches, and slots and places in the code that see both kinds of values in different calls.
+    """Returns the keys that no conversion reaches, and slots and places in the code that get both kinds of values in different calls.
 
-    `matters`: what a conversion at a place would do something to.
+    `matters`: tells the values that a conversion at a place would change.
     """
     seen: dict[Key, bool] = {}
     mixed = set(vertices.fixed)
@@ -194,12 +194,16 @@ def _mixed(space: GraphIndex, vertices: _Vertices, holds: Callable[[Value], bool
 
 
 def _sealed(space: GraphIndex, vertices: _Vertices) -> set[Key]:
-    """What no conversion can stand at: results of operators inside of autograd functions, and outside of the model's forward."""
+    """Returns the keys where no conversion can stand: results of operators inside of autograd functions, and outside of the model's
+    forward.
+    """
     return {vertices.of(o) for node in space.graph.nodes if space.graph.sealed(node) for o in node.outputs}
 
 
 def _seen_whole(space: GraphIndex, node: Node) -> tuple[Value, ...]:
-    """The values of a node whose gradient has to be whole as soon as it arrives: code sees it that need not be linear in it."""
+    """Returns the values of a node whose gradient has to be whole as soon as it arrives: it goes to code that need not be linear in
+    it.
+    """
     if node.op is Pseudo.HOOK:
         return tuple(node.inputs())
     if node.op is Pseudo.APPLY:
@@ -212,7 +216,9 @@ def _seen_whole(space: GraphIndex, node: Node) -> tuple[Value, ...]:
 def place_copies(
     space: GraphIndex, labels: Labels, partial: frozenset[int], reduces: frozenset[Key], places: bool
 ) -> tuple[frozenset[Key], frozenset[tuple[int, int]], frozenset[int], frozenset[tuple[Side, SlotKey]]]:
-    """(where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed, hanging slots)."""
+    """Returns (where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed,
+    hanging slots).
+    """
     cut, vertices = MinCut(), _Vertices(space, places)
     flows = space.flows
     sharded = labels.shard
@@ -313,7 +319,7 @@ def _ends(space: GraphIndex, cut: MinCut, vertices: _Vertices, seen: dict[int, V
         for _, leaf in result.leaves:
             if isinstance(leaf, Value) and leaf.id in seen:
                 cut.needed(vertices.at(Side.BELOW, leaf))
-    for values in space.graph.left.values():  # a loss may be made of what is whole
+    for values in space.graph.left.values():  # a loss may be made of whole values
         for v in values:
             if v.id in seen:
                 cut.needed(vertices.at(Side.BELOW, v))
@@ -333,7 +339,7 @@ def _added(space: GraphIndex, node: Node, value: Value) -> bool:
 
 
 def place(space: GraphIndex, labels: Labels) -> Moves:
-    """All reductions of a labelled graph.
+    """Places all reductions of a labelled graph.
 
     Raises:
         Refusal: no placement reduces every partial sum exactly once.

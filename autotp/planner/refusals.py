@@ -1,4 +1,4 @@
-"""Why a choice of cuts cannot become a plan."""
+"""Says why a choice of cuts cannot become a plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autotp.trace.graph import Node
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Atoms that cannot be sharded, and the node that forbids it."""
+    """A node forbids to shard these atoms."""
 
     atoms: Atoms
     node: Node | None
@@ -23,7 +23,7 @@ class Conflict:
 
 
 class Refusal(Exception):
-    """Something that a choice of cuts needs cannot be done: at a node, or None where it can only be told of the whole."""
+    """A choice of cuts needs something that cannot be done: at a node, or None where only the whole shows it."""
 
     def __init__(self, node: Node | None, reason: str) -> None:
         super().__init__(reason)

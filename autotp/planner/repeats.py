@@ -1,4 +1,4 @@
-"""Blocks that were not traced: what holds for their template holds for them, under other names."""
+"""Gives blocks that were not traced the results of their template, under other names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """Names under a template, as they are in a block that it stands for."""
+    """Renames under a template: its names become those of a block that it stands for."""
 
     template: str
     block: str
@@ -26,19 +26,19 @@ class Rename:
 
 
 def within(name: str, path: str) -> bool:
-    """True for the module at `path` and what is inside of it."""
+    """True for the module at `path` and the modules inside of it."""
     return name == path or name.startswith(path + ".")
 
 
 def traced(name: str, repeats: Mapping[str, str]) -> str:
-    """The name of what was traced in the place of `name`: under templates instead of blocks."""
+    """Returns the name that was traced in the place of `name`: under templates instead of blocks."""
     while (block := block_of(name, repeats)) is not None:
         name = repeats[block] + name[len(block) :]
     return name
 
 
 def block_of(name: str, repeats: Mapping[str, str]) -> str | None:
-    """The innermost block that was not traced and that a name is in, None where it is in none."""
+    """Returns the innermost block that was not traced and that a name is in, None where it is in none."""
     at = len(name)
     while at > 0:
         if name[:at] in repeats:
@@ -50,7 +50,7 @@ def block_of(name: str, repeats: Mapping[str, str]) -> str | None:
 def with_copies(
     entries: Iterable[tuple[str, T]], repeats: Mapping[str, str], move: Callable[[T, Rename], T] = lambda entry, _: entry
 ) -> list[tuple[str, T]]:
-    """Named `entries`, followed by a copy of those of its template for each block. `move` gives what an entry holds its new names.
+    """Returns named `entries`, followed by a copy of those of its template for each block. `move` renames the contents of an entry.
 
     Inner blocks come first, so that copies are copied with the block that they are in.
     """
@@ -68,7 +68,7 @@ def with_copies(
 
 
 def lift(plan: Plan, names: Iterable[str], repeats: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Plan:
-    """The plan with the parameters and axes of blocks that were not traced, the parameters in the order of `names`."""
+    """Returns the plan with the parameters and axes of blocks that were not traced, the parameters in the order of `names`."""
     params = dict(with_copies(plan.params.items(), repeats, _moved_param))
     for name in names:
         if name not in params:
@@ -93,7 +93,7 @@ def _moved_axis(axis: AxisInfo, rename: Rename) -> AxisInfo:
 
 
 def lift_modules(plans: dict[str, ModulePlan], repeats: Mapping[str, str]) -> tuple[ModulePlan, ...]:
-    """The plans of modules, followed by those of the blocks that were not traced."""
+    """Returns the plans of modules, followed by those of the blocks that were not traced."""
     return tuple((dict(with_copies(plans.items(), repeats, _moved_module)) | plans).values())
 
 
@@ -102,6 +102,6 @@ def _moved_module(plan: ModulePlan, rename: Rename) -> ModulePlan:
 
 
 def differing(block: str, template: str, layouts: Mapping[str, Layout], names: Iterable[str]) -> bool:
-    """True when what is wanted in a block is not what is wanted in the template that stands for it."""
+    """True when the layouts requested in a block differ from those requested in the template that stands for it."""
     inside = [n for n in names if n.startswith(block + ".")]
     return any(layouts.get(n) != layouts.get(template + n[len(block) :]) for n in inside)

@@ -1,8 +1,8 @@
-"""Layouts that are asked for: which cuts they want, and which they rule out.
+"""Finds the cuts that requested layouts ask for, and those that they rule out.
 
-A cut deals every parameter that carries its axis. It is asked for where each of these parameters that has a wanted layout would be dealt
-as that layout says, ruled out where one would not, and free where none has one. Layouts are compared by the elements that each
-rank holds, in order, not by the names of their factors.
+A cut shards every parameter that carries its axis. It is requested where each of these parameters that has a requested layout would
+be sharded as that layout says. It is ruled out where one would not, and free where none has one. Layouts are compared by the
+elements that each rank holds, in order, not by the names of their factors.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Wanted = Mapping[int, Layout]
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why an axis is not cut. ruled_out_by: the parameters whose wanted layouts rule it out, where that is why."""
+    """Why an axis is not cut. ruled_out_by: the parameters whose requested layouts rule it out, where that is why."""
 
     text: str
     ruled_out_by: tuple[str, ...] = ()
 
 
 def claimed(cut: Partition, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> list[Value]:
-    """The parameters on the axis of `cut` that have a wanted layout."""
+    """Returns the parameters on the axis of `cut` that have a requested layout."""
     values = {v.id: v for atom in cut.atoms for v in carriers[atom]}
     return [v for v in values.values() if v.id in wanted]
 
 
 def ruled_out(space: GraphIndex, cut: Partition, carriers: Mapping[Atom, list[Value]], wanted: Wanted) -> Reason | None:
-    """The wanted layout that rules `cut` out, None where none does."""
+    """Returns the requested layout that rules `cut` out, None where none does."""
     for value in claimed(cut, carriers, wanted):
         if not _fits(space, cut, value, wanted[value.id]):
             return Reason(f"as asked for, {value.name} is laid out as {wanted[value.id]}", (value.name,))
@@ -45,12 +45,12 @@ def ruled_out(space: GraphIndex, cut: Partition, carriers: Mapping[Atom, list[Va
 
 
 def granules(wanted: Wanted, length: int) -> set[int]:
-    """Granules that wanted layouts have for factors of a size."""
+    """Returns the granules that requested layouts have for factors of a size."""
     return {f.granule for layout in wanted.values() for d in layout.dims for f in factors(d) if f.sharded and f.size == length}
 
 
 def _fits(space: GraphIndex, cut: Partition, value: Value, layout: Layout) -> bool:
-    """True where `cut` deals its part of a parameter as `layout` does; what other axes deal is not looked at."""
+    """True where `cut` deals its part of a parameter as `layout` does; the parts that other axes deal do not count."""
     namer = Namer({}, dict.fromkeys(cut.atoms, cut))
     for dim, theirs in zip(space.axes.dims[value.id], layout.dims, strict=True):
         on = space.atoms(dim) & cut.atoms
@@ -64,7 +64,7 @@ def _alike(mine: Expr, theirs: Expr | None, tp: int) -> bool:
 
 
 def _beside(mine: Expr, theirs: Expr) -> Iterator[tuple[Expr, Expr | None]]:
-    """The segments of a dim that are cut, each with what the other expression has at its place."""
+    """Yields the segments of a dim that are cut, each with the segment at its place in the other expression."""
     if not isinstance(mine, Concat):
         yield mine, theirs
         return
@@ -93,5 +93,5 @@ def _between(expr: Expr, start: int, stop: int) -> Expr | None:
 
 
 def by_value(params: Mapping[str, Value], layouts: Mapping[str, Layout]) -> dict[int, Layout]:
-    """Wanted layouts by value, from those by name."""
+    """Returns requested layouts by value, from those by name."""
     return {v.id: layouts[n] for n, v in params.items() if n in layouts}

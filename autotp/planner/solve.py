@@ -1,4 +1,6 @@
-"""Axes → Plan: choose, localise, place the reductions, realise; whatever cannot be realised is un-sharded with its reason."""
+"""Turns axes into a plan: choose, make ints local, place the reductions, realise. An axis that cannot be realised is un-sharded
+with its reason.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,10 @@ MAX_ATTEMPTS = 128
 def solve(
     space: GraphIndex, tp: int, bans: Bans, model: str, linears: frozenset[str], wanted: Wanted | None = None, hints: Hints | None = None
 ) -> Draft:
-    """The best plan that avoids `bans`, with the `wanted` layouts as far as they can be had; adds to `bans` what turns out impossible.
+    """Finds the best plan that avoids `bans`, with as many `wanted` layouts as possible. Adds impossible choices to `bans`.
 
-    Each attempt that fails bans something more. After `MAX_ATTEMPTS`, and where nothing more was found to ban, everything is.
-    `hints`: see `localise`.
+    Each attempt that fails bans something more. After `MAX_ATTEMPTS`, and where nothing more was found to ban, everything is banned.
+    `hints`: see `autotp.planner.local_ints`.
 
     Raises:
         PlanError: a fault that stays where nothing is sharded.

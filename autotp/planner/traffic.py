@@ -1,4 +1,4 @@
-"""The collectives of a plan, with the elements that each moves."""
+"""Lists the collectives of a plan, with the elements that each moves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value, outside
 
 
 def traffic(graph: Graph, modules: Sequence[ModulePlan], params: Mapping[str, ParamPlan]) -> tuple[Traffic, ...]:
-    """The collectives of the first path's forward and of its backward. What enters regions from one tensor is reduced once."""
+    """Lists the collectives of the first path's forward and of its backward. Gradients that enter regions from one tensor are
+    reduced once.
+    """
     return tuple(chain(_Counted(graph, modules).run(), _gradients(graph, modules, params)))
 
 
@@ -30,7 +32,7 @@ def _gradients(graph: Graph, modules: Sequence[ModulePlan], params: Mapping[str,
 
 
 class _Counted:
-    """The collectives of activations: what the conversions and distributed forms of the plan run in the first path."""
+    """Counts the collectives of activations: those of the conversions and distributed forms that the plan runs in the first path."""
 
     def __init__(self, graph: Graph, modules: Sequence[ModulePlan]) -> None:
         self.graph, self.modules, self.sources = graph, modules, _Sources(graph, modules)
@@ -62,7 +64,7 @@ class _Counted:
                 if kind is Pseudo.ENTER and (path, slot.path) in again:
                     continue  # the same tensor as another argument
                 crossed = (kind.value, ".".join(map(str, (path, *(0 if step == "*" else step for step in slot.path)))))
-                if crossed in self.width:  # others are what other calls ask for alone (attention weights)
+                if crossed in self.width:  # only other calls ask for the others (attention weights)
                     yield from _run(path, slot.conversions, self.width[crossed], self.sources.entering.get(crossed))
 
     def _at_sites(self) -> Iterator[_Found]:
@@ -117,7 +119,7 @@ def _crossing(node: Node) -> tuple[str, str]:
 
 
 class _Sources:
-    """Which tensor a value is at run time: module boundaries without a conversion hand the same object on.
+    """Tells which tensor a value is at run time: module boundaries without a conversion hand the same object on.
 
     Copies of one tensor are one copy (`autotp.rewrite.collectives.copy_cache`), but for arguments of the model, which are leaves.
     """
@@ -136,7 +138,7 @@ class _Sources:
                 self.entering.setdefault(_crossing(node), self.of(node.args[0]))
 
     def of(self, value: Value) -> int | None:
-        """The id of the value that was made first of those that are one tensor; None for what is not shared."""
+        """Returns the id of the first value made among those that are one tensor; None for a tensor that is not shared."""
         while (node := self._made.get(value.id)) is not None and node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
             if _crossing(node) in self._converted or not isinstance(node.args[0], Value):
                 break

@@ -1,10 +1,10 @@
-"""Modules that no traced call runs, but that own a sharded parameter because it is another module's too.
+"""Plans modules that no traced call runs, but that own a sharded parameter because it is another module's too.
 
-The input embedding of an encoder-decoder model is the usual one: the encoder and the decoder have tables of their own, tied to it, and
-nothing calls it but its user. It has no plan, and would compute with this rank's part as if it were all.
+The input embedding of an encoder-decoder model is the usual one. The encoder and the decoder have tables of their own, tied to it,
+and only a user calls it. Without a plan it would compute with this rank's part as if it were all.
 
-Such a module takes the plan of a module of the same class and with the same attributes that owns the same parameters, if calls
-of that one are complete in themselves: what enters and leaves is whole. Any other is marked, and raises when it is called.
+Such a module takes the plan of a module of the same class and with the same attributes that owns the same parameters, if calls of
+that one are complete in themselves: their arguments and results are whole. Any other is marked, and raises when it is called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TABLES = frozenset(nn.Module().__dict__) - {"training"}
 
 
 def with_uncalled(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
-    """`plan` with something for each module that owns a sharded parameter and that no traced call ran."""
+    """Returns `plan` with an entry for each module that owns a sharded parameter and that no traced call ran."""
     called = _called(draft, model)
     plans = {m.path: m for m in plan.modules}
     complete = {path: module for path, module in called.items() if not module._modules and _complete(path, draft, plans)}
@@ -56,7 +56,7 @@ def _called(draft: Draft, model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _templates(path: str, repeats: Mapping[str, str]) -> Iterator[str]:
-    """`path`, and what stands for it: with each repeated block that it is inside of replaced by its template."""
+    """Yields `path`, and the paths that stand for it: with each repeated block that it is inside of replaced by its template."""
     yield path
     parts = path.split(".")
     for end in range(len(parts), 0, -1):

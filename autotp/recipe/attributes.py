@@ -1,4 +1,4 @@
-"""Int attributes that become local: which modules have them, their value and what a rank's part of it is."""
+"""Finds the int attributes that become local: their modules, their value and a rank's part of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bind_attributes(
     tp: int,
     problems: Problems,
 ) -> Iterator[BoundAttribute]:
-    """The attributes that `items` name; `cut` gives a layout with its factors sized and cut."""
+    """Finds the attributes that `items` name; `cut` gives a layout with its factors sized and cut."""
     found: dict[tuple[str, str], tuple[Pattern, BoundAttribute]] = {}
     for item in items:
         pattern = Pattern(item.key)
@@ -85,7 +85,7 @@ def _find(key: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str
 
 
 def reach(module: nn.Module, parts: Sequence[str]) -> Any:
-    """The value at an attribute path that does not lead through other modules; a marker where there is none."""
+    """Returns the value at an attribute path that does not lead through other modules; a marker where there is none."""
     found: Any = module
     for part in parts:
         if isinstance(found, list | tuple) and part.isdigit() and int(part) < len(found):

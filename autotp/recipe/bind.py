@@ -1,6 +1,6 @@
-"""Recipe × model × tp → the layout of every parameter that the recipe covers, and what changes at which module.
+"""Binds a recipe to a model and tp: the layout of every parameter that the recipe covers, and the changes at each module.
 
-Nothing is traced and nothing is changed. Everything that does not fit is found before any of it is raised.
+Binding traces nothing and changes nothing. It finds everything that does not fit before it raises.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from autotp.recipe.spec import Boundary, Entry, RecipeSpec, Role
 
 
 def bind(recipe: RecipeSpec, model: nn.Module, tp: int) -> Bound:
-    """The recipe fitted to the model.
+    """Fits the recipe to the model.
 
     Raises:
         RecipeError: everything in the recipe that does not fit, with its place.
@@ -135,7 +135,7 @@ class _Binder:
         return {n: found[n] for n in self.shapes if n in found}
 
     def _plain(self, matched: Mapping[str, Entry]) -> dict[tuple[str, tuple[int, ...]], tuple[Expr, ...]]:
-        """Sized dims by entry and shape, before anything is cut."""
+        """Returns sized dims by entry and shape, before anything is cut."""
         out: dict[tuple[str, tuple[int, ...]], tuple[Expr, ...]] = {}
         wrong: set[tuple[str, tuple[int, ...]]] = set()
         for name, entry in matched.items():
@@ -161,7 +161,7 @@ class _Binder:
     # what is cut --------------------------------------------------------------------------------------------------------------
 
     def _marked(self, expr: Expr, every: Iterable[tuple[Expr, ...]]) -> Expr:
-        """`expr` with the factors of `shard` cut; those that carry a mark of their own stay as they are."""
+        """Returns `expr` with the factors of `shard` cut; those that carry a mark of their own stay as they are."""
         own = {f.name: f for f in factors(expr)}
         marks: dict[str, Factor] = {}
         granules = dict(self.recipe.granules)
@@ -182,7 +182,7 @@ class _Binder:
         return mapped(expr, marks)
 
     def _size(self, name: str, beside: str, other: Factor | None, every: Iterable[tuple[Expr, ...]]) -> int:
-        """The size of a name in the parameters where `other`, called `beside`, has the size that it has here."""
+        """Returns the size of a name in the parameters where `other`, called `beside`, has the size that it has here."""
         for dims in every:
             found = {f.name: f.size for d in dims for f in factors(d)}
             if name in found and (other is None or found.get(beside) == other.size):
@@ -190,7 +190,7 @@ class _Binder:
         return self.sizes.get(name, 1)
 
     def _pieces(self, names: tuple[str, ...], major: int, minor: int, every: Iterable[tuple[Expr, ...]]) -> int:
-        """The number of pieces that leaves a rank the fewest elements; 1 pads the major names instead."""
+        """Returns the number of pieces that leaves a rank the fewest elements; 1 pads the major names instead."""
         key = (names[0], major, minor)
         if minor < 1:  # a size that could not be told, which is a problem already
             return 1
@@ -211,7 +211,9 @@ class _Binder:
         return held, own * (-(-minor // pieces)), pieces
 
     def _free(self, text: str, every: Iterable[tuple[Expr, ...]], values: Mapping[str, int]) -> tuple[Expr, ...]:
-        """Dims of an activation or an attribute: names of known size are cut as they are in parameters, others have any size (0)."""
+        """Returns the dims of an activation or an attribute: names of known size are cut as they are in parameters, others have any
+        size (0).
+        """
         dims = []
         for dim in parse(text):
             known = {f.name: replace(f, size=values.get(f.name, 0)) for f in factors(dim) if f.size < 0}
@@ -246,7 +248,9 @@ class _Binder:
                     yield BoundBoundary(path, parts, item, dims)
 
     def _gives(self, path: str, item: Boundary, params: Mapping[str, BoundParam]) -> bool:
-        """False for a module whose result may leave and does not: a row in it has summed what is cut, or nothing in it is."""
+        """False for a module whose result may leave and does not: a row in it has summed over the sharded dim, or nothing in it is
+        sharded.
+        """
         if not item.optional or item.value != "leave":
             return True
         inside = {p.role for p in params.values() if p.names and (p.module + ".").startswith(path + "." if path else "")}
@@ -267,7 +271,7 @@ def _names(recipe: RecipeSpec) -> str:
 
 
 def _product(expr: Expr) -> str:
-    """`expr` with the sizes in place of the names, and what they make."""
+    """Returns `expr` with the sizes in place of the names, and their product."""
     return f"{expr.name} = {expr.size}" if isinstance(expr, Factor) else f"{_text(expr)} = {size(expr)}"
 
 

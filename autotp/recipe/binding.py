@@ -1,4 +1,4 @@
-"""A recipe fitted to a model, as values."""
+"""Holds a recipe fitted to a model, as values."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class BoundParam:
 
     @property
     def role(self) -> Role:
-        """What it is to the ranks."""
+        """Returns the role that it plays for the ranks."""
         return self.entry.role
 
     @property
     def module(self) -> str:
-        """Path of the module that owns it."""
+        """Returns the path of the module that owns it."""
         return self.name.rpartition(".")[0]
 
     @property
     def names(self) -> frozenset[str]:
-        """Names of the factors that are cut."""
+        """Returns the names of the factors that are sharded."""
         return frozenset(f.name for d in self.layout.dims for f in factors(d) if f.sharded)
 
 
@@ -59,7 +59,7 @@ class BoundBoundary:
 
 @dataclass(frozen=True)
 class Bound:
-    """A recipe fitted to a model. `uncovered`: parameters that it says nothing of. `aliases`: tied name → first name."""
+    """A recipe fitted to a model. `uncovered`: parameters that the recipe does not name. `aliases`: tied name → first name."""
 
     recipe: RecipeSpec
     model: nn.Module
@@ -78,5 +78,5 @@ class Bound:
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
-        """Layouts of the covered parameters."""
+        """Returns the layouts of the covered parameters."""
         return {n: p.layout for n, p in self.params.items()}

@@ -1,4 +1,4 @@
-"""The recipes that come with autotp, and where a recipe's name leads."""
+"""Lists the recipes that come with autotp, and finds the file that a recipe's name means."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from autotp.textfile import is_file
 
 
 def folder() -> Path:
-    """Where the bundled recipes lie: inside the package when it is installed, beside it in a checkout."""
+    """Returns the folder of the bundled recipes: inside the package when it is installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
 
 
 def names() -> tuple[str, ...]:
-    """Names of the bundled recipes."""
+    """Returns the names of the bundled recipes."""
     return tuple(sorted(path.stem for path in folder().glob("*.yaml")))
 
 
 @cache
 def families() -> Mapping[str, str]:
-    """Model type → name of the bundled recipe that lists it."""
+    """Returns model type → name of the bundled recipe that lists it."""
     found: dict[str, str] = {}
     for name in names():
         data = yaml.safe_load((folder() / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def is_bundled(path: Path) -> bool:
 
 
 def find(source: str, *, beside: Path | None = None) -> Path:
-    """The file that a path, a bundled name or a model type means; relative paths are looked up in `beside`.
+    """Returns the file that a path, a bundled name or a model type means; relative paths are looked up in `beside`.
 
     Raises:
         RecipeError: there is none; lists the nearest names.

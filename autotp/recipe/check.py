@@ -1,7 +1,7 @@
-"""What can be wrong in a recipe that fits its model, found without tracing it.
+"""Finds mistakes in a recipe that fits its model, without tracing the model.
 
-Each rule is a function of the bound recipe that reports problems. They see names, layouts, roles and module types; whether the code
-of the model agrees is for the proof (`autotp.recipe.compare`), where the model can be traced.
+Each rule is a function of the bound recipe that reports problems. Rules know names, layouts, roles and module types. Where the
+model can be traced, the proof (`autotp.recipe.compare`) checks the recipe against the model's code.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Rule = Callable[[Bound, Problems], None]
 
 
 def check(bound: Bound, problems: Problems) -> None:
-    """Run every rule; the roles of a recipe that wants a trace are left to the proof."""
+    """Run every rule. For a recipe that needs a trace, the proof checks the roles."""
     for rule in _LAYOUT_RULES if bound.recipe.trace else (*_LAYOUT_RULES, *_ROLE_RULES):
         rule(bound, problems)
 
 
 def own_params(bound: Bound) -> dict[str, list[BoundParam]]:
-    """Covered parameters by the module that owns them."""
+    """Returns the covered parameters by the module that owns them."""
     out: dict[str, list[BoundParam]] = {}
     for p in bound.params.values():
         out.setdefault(p.module, []).append(p)
@@ -36,7 +36,7 @@ def own_params(bound: Bound) -> dict[str, list[BoundParam]]:
 
 
 def scopes(path: str) -> Iterator[str]:
-    """The numbered blocks that a module is in, innermost first; the whole model ("") for one that is in none.
+    """Yields the numbered blocks that a module is in, innermost first; the whole model ("") for one that is in none.
 
     A number that is the module's own name (in a Sequential) makes no block.
     """
@@ -51,12 +51,12 @@ def under(path: str, module: str) -> bool:
 
 
 def weights(params: Iterable[BoundParam]) -> list[BoundParam]:
-    """Those with two dims or more."""
+    """Returns those with two dims or more."""
     return [p for p in params if len(p.layout.shape) >= 2]
 
 
 def entered(bound: Bound) -> list[str]:
-    """Modules whose first argument enters a region, so that all that is in them is inside."""
+    """Returns the modules whose first argument enters a region, so that everything in them is inside."""
     return [
         b.module
         for b in bound.arguments
@@ -65,7 +65,7 @@ def entered(bound: Bound) -> list[str]:
 
 
 def first_argument(module: nn.Module) -> str:
-    """The first argument of a module's forward, "" where it takes none."""
+    """Returns the name of the first argument of a module's forward, "" where it takes none."""
     return next(iter(inspect.signature(module.forward).parameters), "")
 
 
@@ -95,8 +95,8 @@ def _cut_or_whole(bound: Bound, problems: Problems) -> None:
 def _pairs(bound: Bound, problems: Problems) -> None:
     """A column needs a row that sums over the same name in the same block, and a row a column.
 
-    The two may stand in neighbouring blocks that have nothing but the one and the other (convolutions in a row), and what a column makes
-    may be summed or gathered as the result of a module around it.
+    The two may stand in neighbouring blocks with only columns in the one and only rows in the other (convolutions in a row). The
+    result of a column may also be summed or gathered as the result of a module around it.
     """
     found: dict[tuple[str, str], set[str]] = {}  # (block, name) → the roles that meet there
     for p in weights(bound.params.values()):
@@ -121,7 +121,7 @@ def _pairs(bound: Bound, problems: Problems) -> None:
 
 
 def _neighbours(block: str) -> Iterator[str]:
-    """The blocks before and behind a numbered one."""
+    """Yields the blocks before and behind a numbered one."""
     around, _, number = block.rpartition(".")
     if number.isdigit():
         yield from (f"{around + '.' if around else ''}{n}" for n in (int(number) - 1, int(number) + 1))
@@ -172,7 +172,7 @@ _DIMS: tuple[tuple[type[nn.Module], dict[Role, int]], ...] = (
 
 
 def _dims(bound: Bound, problems: Problems) -> None:
-    """The dim that is cut fits the role and the module."""
+    """The sharded dim has to fit the role and the module."""
     for p in weights(bound.params.values()):
         module = bound.model.get_submodule(p.module)
         for cls, wanted in _DIMS:
@@ -193,7 +193,7 @@ def _dims(bound: Bound, problems: Problems) -> None:
 
 
 def _regions(bound: Bound, problems: Problems) -> None:
-    """Whole parameters that are used inside of a region say so."""
+    """Whole parameters that are used inside of a region have to say so."""
     regions = entered(bound)
     widths: dict[str, set[str]] = {}  # block → names that stand behind a cut one
     for p in bound.params.values():
@@ -237,7 +237,7 @@ def _behind(expr: Expr) -> Iterator[str]:
 
 
 def _twice(bound: Bound, problems: Problems) -> None:
-    """Nothing is reduced twice, and nothing enters a region from inside of one."""
+    """No value is reduced twice, and none enters a region from inside of one."""
     leaving = [b.module for b in bound.results if b.boundary.value == "leave" and not b.path]
     for p in bound.params.values():
         out = next((m for m in leaving if under(p.module, m)), None)
@@ -259,7 +259,7 @@ def _twice(bound: Bound, problems: Problems) -> None:
 
 
 def _entrance(bound: Bound, problems: Problems) -> None:
-    """A linear that is a part of a region is in one. What covers a part only gets its collectives from the planner."""
+    """A linear that is a part of a region has to be in one. A recipe that covers a part only gets its collectives from the planner."""
     if not bound.full:
         return
     regions = [b.module for b in bound.arguments if b.boundary.value == "enter"]
@@ -272,9 +272,10 @@ def _entrance(bound: Bound, problems: Problems) -> None:
 
 
 def _several(bound: Bound, problems: Problems) -> None:
-    """A module with several cut weights of its own is a region: which arguments enter and what leaves has to be said.
+    """A module with several sharded weights of its own is a region: the recipe has to say which arguments enter and which results
+    leave.
 
-    What covers a part only gets its collectives from the planner.
+    A recipe that covers a part only gets its collectives from the planner.
     """
     if not bound.full:
         return
@@ -304,7 +305,7 @@ _ROLE_RULES: tuple[Rule, ...] = (_pairs, _dims, _regions, _twice, _entrance, _se
 
 
 def cut_sizes(expr: Expr, tp: int) -> set[int]:
-    """Numbers of entries that `expr`, and what is in it, has and a rank has less of."""
+    """Returns the numbers of entries that `expr`, and the expressions in it, has and a rank has less of."""
     found = {size(expr)} if size(expr, tp) != size(expr) else set()
     if isinstance(expr, Product):
         runs = (Product(expr.parts[i:j]) for i in range(len(expr.parts)) for j in range(i + 1, len(expr.parts) + 1))

@@ -1,9 +1,9 @@
-"""A recipe against the axes of the model that it is for.
+"""Compares a recipe with the axes of the model that it is for.
 
-The planner works with the recipe's layouts as given, and what comes out is compared with them: a layout that the axes do not bear,
-heads cut in one place only, an attribute that nobody made local show as differences. What passes is the planner's own certified plan
-with the recipe's layouts in it; collectives are placed by the axes, not by the recipe's roles. Where the model cannot be traced nothing
-is proven, and a recipe that covers all of it makes the plan by its roles alone.
+The planner works with the recipe's layouts as given, and its result is compared with them. Differences are a layout that the axes
+do not allow, heads that are sharded in one place only, or an attribute that nobody made local. A recipe that passes gives the
+planner's own certified plan with the recipe's layouts in it. The axes place the collectives, not the recipe's roles. Where the
+model cannot be traced nothing is proven, and a recipe that covers all of it makes the plan by its roles alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from autotp.recipe.spec import Role
 
 
 def wanted_layouts(bound: Bound) -> dict[str, Layout]:
-    """The layouts of the bound recipe; in the words of the plan that it was made from, where it is one for as many ranks."""
+    """Returns the layouts of the bound recipe; in the words of the plan that it was made from, where that plan is for as many ranks."""
     pinned = bound.recipe.pinned
     if pinned is None or pinned.tp != bound.tp or set(pinned.params) != set(bound.params):
         return bound.layouts
@@ -46,7 +46,7 @@ def followed(planned: ParamPlan, p: BoundParam | None, layout: Layout | None, pi
 
 
 def differences(bound: Bound, planned: Plan, wanted: Mapping[str, Layout], free: Callable[[], Plan]) -> Problems:
-    """What is not proven. `free` plans without the recipe, to tell what is wrong from what only follows."""
+    """Returns everything that is not proven. `free` plans without the recipe, to tell mistakes from their consequences."""
     problems = Problems()
     by_path = {m.path: m for m in planned.modules}
     unproven = {n: p for n, p in bound.params.items() if not alike(planned.params[n].layout, wanted[n])}
@@ -78,7 +78,7 @@ def _unproven(
 
 
 def _role(p: BoundParam, module: ModulePlan | None) -> str:
-    """How the planner's collectives at a module contradict the role of its one weight."""
+    """Says how the planner's collectives at a module contradict the role of its one weight."""
     if module is None or not weights([p]):
         return ""
     reduced = any(c.row.sums for s in module.outputs if not s.path for c in s.conversions)

@@ -1,7 +1,7 @@
-"""Which field of a config a size is, so that a recipe written by a program fits the model at other sizes too.
+"""Finds the config field that gives a size, so that a recipe written by a program fits the model at other sizes too.
 
-Fields are told by their values and by what their names usually mean. A wrong guess cannot do harm: the sizes
-of a recipe are checked against the shapes of the parameters.
+Values and the usual meanings of names tell the fields. A wrong guess does no harm: the sizes of a recipe are checked against the
+shapes of the parameters.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
 
 
 def fields(config: object) -> dict[str, int]:
-    """Int fields of a config that may be sizes; ids of tokens and the like are none."""
+    """Returns the int fields of a config that may be sizes; ids of tokens and the like are none."""
     found = vars(config).items() if hasattr(config, "__dict__") else ()
     return {n: v for n, v in found if type(v) is int and v > 1 and not n.startswith("_") and not n.endswith(("_id", "_ids", "_idx"))}
 
 
 def expressions(sizes: Mapping[str, int], config: object) -> dict[str, int | str]:
-    """Name → field, or arithmetic over fields, or the number itself where neither is found."""
+    """Returns name → field, or arithmetic over fields, or the number itself where neither is found."""
     known = fields(config)
     same = {name: [n for n, v in known.items() if v == value] for name, value in sizes.items()}
     out: dict[str, int | str] = {}
@@ -42,7 +42,7 @@ def expressions(sizes: Mapping[str, int], config: object) -> dict[str, int | str
 
 
 def candidates(value: int | str, config: object) -> list[str]:
-    """The fields that have a number."""
+    """Returns the fields that have a number."""
     return [n for n, v in fields(config).items() if v == value]
 
 
@@ -51,7 +51,7 @@ def _base(name: str) -> str:
 
 
 def _arithmetic(name: str, value: int, found: Mapping[str, int | str], known: Mapping[str, int]) -> Iterator[str]:
-    """What some sizes usually are of others, where the numbers agree: groups, widths of heads, widths of an MLP."""
+    """Writes some sizes as the usual arithmetic of others, where the numbers agree: groups, widths of heads, widths of an MLP."""
     heads = [n for n in known if _likely("h", n) and "key_value" not in n and "kv" not in n]
     wide = [n for n in known if n == found.get("e")]
     base = _base(name)

@@ -1,4 +1,4 @@
-"""Recipe → YAML text. Sections stand in the order of the schema, layouts in quotes, one line for each parameter."""
+"""Writes a recipe as YAML text: sections in the order of the schema, layouts in quotes, one line for each parameter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WORDS = frozenset(("yes", "no", "on", "off", "y", "n", "true", "false", "null",
 
 
 def text_of(recipe: RecipeSpec, *, head: str = "", comments: Mapping[str, str] | None = None) -> str:
-    """The YAML text. `head`: comment lines in front; `comments`: key of an entry, attribute or size → what is said behind it."""
+    """Returns the YAML text. `head`: comment lines in front; `comments`: key of an entry, attribute or size → the comment behind it."""
     lines = [f"# {line}".rstrip() for line in head.splitlines()]
     data = data_of(recipe)
     notes = comments or {}
@@ -41,7 +41,7 @@ def text_of(recipe: RecipeSpec, *, head: str = "", comments: Mapping[str, str] |
 
 
 def data_of(recipe: RecipeSpec) -> dict[str, Any]:
-    """The data of the YAML text."""
+    """Returns the data of the YAML text."""
     out: dict[str, Any] = {}
     if recipe.name:
         out["recipe"] = recipe.name
@@ -94,7 +94,7 @@ def _key(text: str) -> str:
 
 
 def _flow(value: Any) -> str:
-    """A value on one line, in YAML that is JSON but for the quotes around simple keys."""
+    """Writes a value on one line, in YAML that is JSON but for the quotes around simple keys."""
     if isinstance(value, dict):
         return "{" + ", ".join(_pairs(value)) + "}"
     if isinstance(value, list):
@@ -109,7 +109,7 @@ def _pairs(value: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _word(value: Any) -> str:
-    """Text without quotes where it is safe without."""
+    """Writes text without quotes where it is safe without."""
     text = str(value)
     plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ ()/*+%.-]*", text) and text.lower() not in _WORDS and text == text.strip()
     return text if plain else json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Plan → Recipe: what a planner decided, in the words of a recipe.
+"""Makes a recipe of a plan.
 
-Roles are read off the collectives at the modules; collectives that no role implies are said under `arguments` and `results`; changes inside
-of forwards have no words, and make the recipe one that wants the traced model.
+Roles follow from the collectives at the modules. Collectives that no role implies stand under `arguments` and `results`. A recipe
+cannot express changes inside of forwards, so a plan with some makes a recipe that needs the traced model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from autotp.recipe.unnamed import unnamed
 
 
 def recipe_of(plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -> RecipeSpec:
-    """The recipe of a plan; see `Recipe.from_plan`."""
+    """Returns the recipe of a plan; see `Recipe.from_plan`."""
     made = _Writer(renamed(plan), model).run(plan if pin else None)
     if model is None:
         return made
@@ -45,7 +45,7 @@ def recipe_of(plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -
 
 
 def comments_of(plan: Plan, recipe: RecipeSpec) -> dict[str, str]:
-    """What the plan says beyond its recipe, by key: why a parameter is whole, what an axis is."""
+    """Returns the facts of the plan that its recipe does not hold, by key: why a parameter is whole, what an axis is."""
     out: dict[str, str] = {}
     for name, p in plan.params.items():
         tied = f"tied to {plan.aliases[name]}" if name in plan.aliases else ""
@@ -54,7 +54,7 @@ def comments_of(plan: Plan, recipe: RecipeSpec) -> dict[str, str]:
 
 
 def size_comments(recipe: RecipeSpec, config: object) -> dict[str, str]:
-    """For sizes: the fields of the config that have the number, where they are several or none was taken."""
+    """Returns for sizes the fields of the config that have the number, where they are several or none was taken."""
     out: dict[str, str] = {}
     for item in recipe.sizes:
         value = fields(config).get(item.value) if isinstance(item.value, str) else item.value
@@ -66,7 +66,7 @@ def size_comments(recipe: RecipeSpec, config: object) -> dict[str, str]:
 
 @dataclass
 class _Words:
-    """Names of factors: where they are cut, and which sizes they have."""
+    """Collects the names of factors: where they are sharded, and which sizes they have."""
 
     cut: dict[str, Factor] = field(default_factory=dict)
     mixed: set[str] = field(default_factory=set)
@@ -78,7 +78,7 @@ class _Words:
             self.sizes.setdefault(f.name, Counter())[f.size] += 1
 
     def settle(self, layouts: list[Layout]) -> None:
-        """Names that are cut in the same way wherever they stand can be listed once; the others are marked where they are cut."""
+        """Lists names once that are sharded in the same way wherever they stand; the others are marked where they are sharded."""
         ways: dict[str, set[tuple[bool, int, str, int]]] = {}
         for f in (f for layout in layouts for d in layout.dims for f in factors(d)):
             ways.setdefault(f.name, set()).add((f.sharded, f.pieces, f.of, f.granule))
@@ -127,7 +127,7 @@ class _Writer:
     # names and sizes ----------------------------------------------------------------------------------------------------------
 
     def _pairs(self) -> dict[str, str]:
-        """Major name → the minor one that is cut with it: as the plan does, or as it would where tp does not divide the major."""
+        """Returns major name → the minor one that is cut with it: as the plan does, or as it would where tp does not divide the major."""
         found = {f.of: f.name for f in self.words.cut.values() if f.of and f.name not in self.words.mixed}
         runs = [run for layout in self.layouts.values() for d in layout.dims for run in _products(d)]
         for major, f in self.words.cut.items():
@@ -141,10 +141,10 @@ class _Writer:
         return found
 
     def _named(self) -> dict[str, int | str]:
-        """Names whose sizes are written, with them.
+        """Returns the names whose sizes are written, with the sizes.
 
-        Fields of the config are written wherever they are found. A number ties the recipe to this size, so it is left out where the shape
-        tells it: where the name is the only one of its dim whose size is not known.
+        Fields of the config are written wherever they are found. A number ties the recipe to this size, so it is left out where the
+        shape tells it: where the name is the only one of its dim whose size is not known.
         """
         dims = [d for layout in self.layouts.values() for d in layout.dims]
         inside = {f.name for d in dims for f in factors(d) if not isinstance(d, Factor) or f.sharded}
@@ -161,7 +161,7 @@ class _Writer:
         return " ".join(self._dim(d) for d in layout.dims) or "()"
 
     def _dim(self, expr: Expr) -> str:
-        """As `notation`, with marks on the names only that are not listed under `shard`."""
+        """Writes a dim as `notation` does, with marks only on names that are not listed under `shard`."""
         return notation(expr, factor=lambda f: f.name + (marks(f) if f.sharded and f.name in self.words.mixed else ""))
 
     # parameters ---------------------------------------------------------------------------------------------------------------
@@ -222,12 +222,12 @@ class _Writer:
     # modules ------------------------------------------------------------------------------------------------------------------
 
     def _weight_role(self, path: str) -> Role | None:
-        """The role of the one weight of a module that implies collectives."""
+        """Returns the role of the one weight of a module that implies collectives."""
         found = {self._role(n) for n, p in self.plan.params.items() if n.rpartition(".")[0] == path and len(p.layout.shape) > 1}
         return next(iter(found)) if len(found) == 1 else None
 
     def _needs_trace(self, m: ModulePlan) -> bool:
-        """True for changes that a recipe has no words for."""
+        """True for changes that a recipe cannot express."""
         slots = [c.expr for s in (*m.inputs, *m.outputs) for c in s.conversions if c.expr is not None]
         unusual = any(not self._usual(e) for e in slots)
         other_uses = any(u.held or u.owner != m.path or any(c.op is not Op.ONCE for c in u.conversions) for u in m.uses)
@@ -249,7 +249,9 @@ class _Writer:
         yield from self._folded(found, self._gives)
 
     def _folded(self, items: list[tuple[str, str, str]], has: Callable[[str, str, str], bool]) -> Iterator[Boundary]:
-        """The boundaries with numbers as `*` where they can be; optional where `has` tells the modules that have one from the others."""
+        """Yields the boundaries with numbers as `*` where they can be; optional where `has` tells the modules that have one from
+        the others.
+        """
         done: set[tuple[str, str, str]] = set()
         for key, name, value in self._merged(items):
             fold, others = folded(key), {p for p, n, v in items if (folded(p), n, v) == (folded(key), name, value)}
@@ -271,7 +273,7 @@ class _Writer:
         return value == "leave" and Role.PART in inside and Role.ROW not in inside
 
     def _merged(self, items: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
-        """(module, name, value) with numbers as `*` where every block has the same, written out where not."""
+        """Yields (module, name, value) with numbers as `*` where every block has the same, written out where not."""
         ways: dict[tuple[str, str], dict[str, set[str]]] = {}
         for path, name, value in items:
             ways.setdefault((folded(path), name), {}).setdefault(value, set()).add(path)
@@ -300,7 +302,7 @@ class _Writer:
         return all(self.words.sizes[f.name].most_common(1)[0][0] == f.size for f in factors(expr) if f.name in self.named)
 
     def _attribute(self, path: str, value: int, local: int) -> str:
-        """A layout with the attribute's value and local value, from the parameters in and near its module."""
+        """Returns a layout with the attribute's value and local value, from the parameters in and near its module."""
         for around in (path, path.rpartition(".")[0], ""):
             for name, p in self.plan.params.items():
                 if around and not name.startswith(around + "."):

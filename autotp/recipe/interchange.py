@@ -1,7 +1,8 @@
-"""Recipes out of the plans of others: transformers' `tp_plan`, torch's `parallelize_module` dict.
+"""Makes recipes of transformers' `tp_plan` and of torch's `parallelize_module` dict.
 
-They name a style for each module and no sizes, so the factors of a recipe that is made of one are whole rows and columns, called after the
-module around. What they do not mention is left to the planner. `Plan.to_tp_plan` and `Plan.to_parallelize_module` go the other way.
+Both name a style for each module and no sizes. So the factors of such a recipe are whole rows and columns, called after the module
+around. Parameters that they do not mention are left to the planner. `Plan.to_tp_plan` and `Plan.to_parallelize_module` go the other
+way.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _STYLES = {
 
 
 def from_tp_plan(tp_plan: Mapping[str, str], model: nn.Module | None = None) -> RecipeSpec:
-    """The recipe of a transformers `tp_plan`; see `Recipe.from_tp_plan`."""
+    """Returns the recipe of a transformers `tp_plan`; see `Recipe.from_tp_plan`."""
     if not isinstance(tp_plan, Mapping) or not all(isinstance(k, str) for k in tp_plan):
         raise RecipeError(f"a tp_plan maps names of modules to styles, got {type(tp_plan).__name__}")
     problems: list[str] = []
@@ -60,7 +61,7 @@ def from_tp_plan(tp_plan: Mapping[str, str], model: nn.Module | None = None) -> 
 
 
 def from_parallelize_module(styles: Mapping[str, Any], model: nn.Module | None = None) -> RecipeSpec:
-    """The recipe of a dict of torch `ParallelStyle`s; see `Recipe.from_parallelize_module`."""
+    """Returns the recipe of a dict of torch `ParallelStyle`s; see `Recipe.from_parallelize_module`."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
@@ -92,7 +93,7 @@ def from_parallelize_module(styles: Mapping[str, Any], model: nn.Module | None =
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """What a key names: a module, or (`is_param`) a parameter of a mixture of experts, experts × out × in."""
+    """A key names this: a module, or (`is_param`) a parameter of a mixture of experts, experts × out × in."""
 
     key: str
     is_param: bool
@@ -106,7 +107,7 @@ def _find(key: str, model: nn.Module) -> _Place | None:
 
 
 def _lacking(keys: list[str], model: nn.Module | None) -> str:
-    """Keys that a model does not have, each with the nearest one."""
+    """Returns the keys that a model does not have, each with the nearest one."""
     names = [] if model is None else [n.rpartition(".")[0] for n, _ in model.named_parameters(remove_duplicate=False)]
     return ", ".join(f"{key}{nearest(key, names)}" for key in keys)
 

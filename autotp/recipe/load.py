@@ -1,4 +1,4 @@
-"""Recipes from where they are written: files with what they extend, names, mappings, text."""
+"""Loads recipes: files and those that they extend, names, mappings, text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autotp.textfile import read_text, reason
 
 
 def load(source: object) -> RecipeSpec:
-    """See `Recipe.load`."""
+    """Reads a recipe: see `Recipe.load`."""
     if isinstance(source, Mapping):
         return _of(from_data(source), None, ())
     if not isinstance(source, str | os.PathLike):
@@ -29,14 +29,14 @@ def load(source: object) -> RecipeSpec:
 
 
 def loads(text: str, file: str = "<text>") -> RecipeSpec:
-    """See `Recipe.loads`."""
+    """Reads a recipe: see `Recipe.loads`."""
     if not isinstance(text, str):
         raise RecipeError(f"loads takes YAML text, got {type(text).__name__}; load takes more")
     return _of(read(text, file), None, ())
 
 
 def merged(base: RecipeSpec, top: RecipeSpec) -> RecipeSpec:
-    """Everything that `top` says put over `base`; nothing is taken out."""
+    """Puts everything that `top` says over `base`; nothing is taken out."""
     return _merged(base, Layer(top, (), {}, bool(top.shard)), [])
 
 
@@ -49,7 +49,9 @@ def _read(path: Path, inside: tuple[Path, ...]) -> RecipeSpec:
 
 
 def _of(source: Source, path: Path | None, inside: tuple[Path, ...]) -> RecipeSpec:
-    """The recipe of a source: its layer over what it extends. `inside`: the files that are being read because they extend this one."""
+    """Returns the recipe of a source: its layer over the recipe that it extends. `inside`: the files that are being read because
+    they extend this one.
+    """
     found: list[Problem] = []
     layer = layer_of(source, found)
     wrong = {p.pos for p in source.problems}  # a text that is wrong itself is not blamed for its form as well

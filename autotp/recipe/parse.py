@@ -1,4 +1,4 @@
-"""A source's data → one layer of a recipe: what its own file says, before anything is inherited."""
+"""Parses a source's data into one layer of a recipe: the contents of its own file, before anything is inherited."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ ENTER, LEAVE = "enter", "leave"
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one file says. extends: (name, place). removed: table → inherited keys that are taken out. shards: it has its own list."""
+    """The contents of one file. extends: (name, place). removed: table → inherited keys that are taken out. shards: it has its own
+    list.
+    """
 
     recipe: RecipeSpec
     extends: tuple[tuple[str, Pos], ...]
@@ -29,7 +31,7 @@ class Layer:
 
 
 def layer_of(source: Source, problems: list[Problem]) -> Layer | None:
-    """The layer of a source; problems are added with their places, None where its form is wrong."""
+    """Returns the layer of a source; problems are added with their places, None where its form is wrong."""
     form = validated(source, problems)
     if form is None:
         return None

@@ -1,4 +1,4 @@
-"""What is wrong in a recipe, as values: the place and the text; they become text when a `RecipeError` lists them."""
+"""Holds the problems of a recipe as values, place and text; they become text when a `RecipeError` lists them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Pos:
         return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
     def after(self, characters: int) -> Pos:
-        """The place some characters on in the same line."""
+        """Returns the place some characters on in the same line."""
         return Pos(self.file, self.line, self.column + characters) if self.line else self
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong, and where."""
+    """One mistake, and its place."""
 
     pos: Pos
     text: str
@@ -37,14 +37,14 @@ class Problem:
 
 
 class Problems(list[Problem]):
-    """What is wrong, each problem once although many layers have it."""
+    """Collects mistakes, each once although many layers have it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[tuple[str, str], int] = {}
 
     def add(self, pos: Pos, name: str, text: str) -> None:
-        """`name` stands in front of the text; names that differ in their numbers only are reported once."""
+        """Adds a problem with `name` in front of the text; names that differ in their numbers only are reported once."""
         key = (str(pos), re.sub(r"\.\d+\b", ".*", f"{name}: {text}"))
         self.seen[key] = self.seen.get(key, 0) + 1
         if self.seen[key] == 1:
@@ -52,5 +52,5 @@ class Problems(list[Problem]):
 
 
 def error_of(problems: Iterable[Problem]) -> RecipeError:
-    """The error that lists problems, in their order."""
+    """Returns the error that lists problems, in their order."""
     return RecipeError([str(problem) for problem in problems])

@@ -1,4 +1,4 @@
-"""`Recipe`: a layout plan for a family of models, as a value that is read from YAML, merged, written and bound to a model."""
+"""A `Recipe` is a layout plan for a family of models: a value that is read from YAML, merged, written and bound to a model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from autotp.targets import check_ranks
 @final
 @dataclass(frozen=True)
 class Recipe(RecipeSpec):
-    """How the parameters of a family of models are laid out over tensor-parallel ranks: `autotp.recipe.spec.RecipeSpec` with its words.
+    """A recipe says how the parameters of a family of models are laid out over tensor-parallel ranks.
 
-    Made by `load`, `loads` and the `from_` methods. Recipes are equal when they say the same, wherever they were read from.
+    It has the fields of `autotp.recipe.spec.RecipeSpec`. `load`, `loads` and the `from_` methods make one. Recipes are equal when
+    they say the same, wherever they were read from.
     """
 
     @classmethod
@@ -31,7 +32,8 @@ class Recipe(RecipeSpec):
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
-        """A recipe from a path to a YAML file, the name of a bundled recipe or of a model type it is for, a mapping, or YAML text.
+        """Reads a recipe: a path to a YAML file, the name of a bundled recipe or of a model type that it covers, a mapping, or YAML
+        text.
 
         Raises:
             RecipeError: no such file or name, or problems in it: all of them at once, each as ``file:line:column: …``.
@@ -42,7 +44,7 @@ class Recipe(RecipeSpec):
 
     @classmethod
     def loads(cls, text: str, *, file: str = "<text>") -> Recipe:
-        """A recipe from YAML text; `file` is what its problems are reported under.
+        """Reads a recipe from YAML text; its problems are reported under the name `file`.
 
         Raises:
             RecipeError: as for `load`.
@@ -50,7 +52,7 @@ class Recipe(RecipeSpec):
         return cls._of(load.loads(text, file))
 
     def merge(self, other: Recipe) -> Recipe:
-        """This recipe with everything that `other` says put over it: what `extends` does. A key keeps the role that `other` gives it.
+        """Returns this recipe with all of `other` put over it, as `extends` does. A key keeps the role that `other` gives it.
 
         Raises:
             RecipeError: `other` is no Recipe.
@@ -60,7 +62,7 @@ class Recipe(RecipeSpec):
         return self._of(load.merged(self, other))
 
     def dump(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The YAML text, written to `path` where one is given: `Recipe.loads(recipe.dump()) == recipe`.
+        """Returns the YAML text, and writes it to `path` where one is given: `Recipe.loads(recipe.dump()) == recipe`.
 
         Raises:
             InputError: `path` cannot be written.
@@ -74,17 +76,17 @@ class Recipe(RecipeSpec):
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """The data of the YAML text: `Recipe.load(recipe.to_dict()) == recipe`."""
+        """Returns the data of the YAML text: `Recipe.load(recipe.to_dict()) == recipe`."""
         return dump.data_of(self)
 
     @classmethod
     def from_plan(cls, plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -> Recipe:
-        """The recipe of a plan. `pin` keeps the plan itself in it: `Recipe.from_plan(plan).to_plan() == plan`.
+        """Returns the recipe of a plan. `pin` keeps the plan itself in it: `Recipe.from_plan(plan).to_plan() == plan`.
 
         Args:
-            plan: what `autotp.plan` or `autotp.plan_of` returned.
-            model: the model that it was made for, before it was made parallel: sizes are written as fields of its config where a
-                likely one has the number, and attributes that stay whole are named.
+            plan: the result of `autotp.plan` or `autotp.plan_of`.
+            model: the model that the plan was made for, before it became parallel. Sizes are then written as fields of its config
+                where a likely field has the number, and attributes that stay whole are named.
             pin: False for a recipe to edit, or to use at other sizes and numbers of ranks.
 
         Raises:
@@ -96,12 +98,13 @@ class Recipe(RecipeSpec):
 
     @classmethod
     def from_tp_plan(cls, tp_plan: Mapping[str, str], model: nn.Module | None = None) -> Recipe:
-        """The recipe of a transformers `tp_plan` (`model.tp_plan`, `config.base_model_tp_plan`): layouts for what it names, no more.
+        """Returns the recipe of a transformers `tp_plan` (`model.tp_plan`, `config.base_model_tp_plan`), with layouts for the names
+        in it alone.
 
         Args:
             tp_plan: name of a module, or of an expert parameter, → style.
-            model: where given, names are looked up in it. Those that it does not have are left out and listed in `about`: a tp_plan is
-                written for a family, and its models do not have all that it names.
+            model: where given, names are looked up in it. Names that it does not have are left out and listed in `about`: a tp_plan
+                covers a family, and a model of the family need not have all of its names.
 
         Raises:
             RecipeError: a style without a counterpart, or no name that `model` has.
@@ -110,23 +113,25 @@ class Recipe(RecipeSpec):
 
     @classmethod
     def from_parallelize_module(cls, styles: Mapping[str, Any], model: nn.Module | None = None) -> Recipe:
-        """The recipe of a `parallelize_plan` of torch's `parallelize_module`: layouts for what it names, no more.
+        """Returns the recipe of a `parallelize_plan` of torch's `parallelize_module`, with layouts for the names in it alone.
 
         Raises:
-            RecipeError: a style other than Colwise- and RowwiseParallel with whole or last-dim layouts, a name that `model` does not have.
+            RecipeError: a style other than Colwise- and RowwiseParallel with whole or last-dim layouts, a name that `model` does
+                not have.
         """
         return cls._of(interchange.from_parallelize_module(styles, model))
 
     def to_plan(self, model: nn.Module | None = None, *, tp: int | None = None) -> Plan:
-        """The plan that the recipe alone makes, without tracing and without proof; `autotp.plan(model, tp=…, recipe=…)` proves it.
+        """Returns the plan that the recipe alone makes, without tracing and without proof; `autotp.plan(model, tp=…, recipe=…)`
+        proves it.
 
         Args:
-            model: what to plan for; None for a recipe that holds its plan (`from_plan`), which is then returned.
+            model: the model to plan for; None for a recipe that holds its plan (`from_plan`), which is then returned.
             tp: number of ranks.
 
         Raises:
-            RecipeError: it does not fit the model, does not cover it, or needs the traced model (`trace: required`). InputError: `model` is
-                no nn.Module, or `tp` no positive int.
+            RecipeError: it does not fit the model, does not cover it, or needs the traced model (`trace: required`). InputError:
+                `model` is no nn.Module, or `tp` no positive int.
         """
         if model is None:
             if self.pinned is None:

@@ -1,6 +1,6 @@
-"""The shape of a recipe file, as pydantic models: what `RecipeFile.model_json_schema()` tells editors.
+"""Defines the form of a recipe file as pydantic models; `RecipeFile.model_json_schema()` gives it to editors.
 
-Only form is checked here, by names and types. What a recipe means for a model is checked in `autotp.recipe.bind` and `check`.
+Only form is checked here, by names and types. `autotp.recipe.bind` and `check` check the recipe against a model.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class RecipeFile(BaseModel):
 
 
 def validated(source: Source, problems: list[Problem]) -> RecipeFile | None:
-    """The form of a source's data; what is wrong goes to `problems`, each with its place, what was found and what was wanted."""
+    """Returns the form of a source's data. Mistakes go to `problems`, each with its place, the value found and the value wanted."""
     try:
         return RecipeFile.model_validate(source.data)
     except ValidationError as error:
@@ -148,7 +148,7 @@ _WANTED: dict[tuple[str, ...], str] = {
 
 
 def json_schema() -> str:
-    """The JSON schema of recipe files, as text."""
+    """Returns the JSON schema of recipe files, as text."""
     schema = RecipeFile.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

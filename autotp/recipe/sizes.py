@@ -1,4 +1,4 @@
-"""Sizes of names: numbers, or arithmetic over the fields of a model's config.
+"""Evaluates the sizes of names: numbers, or arithmetic over the fields of a model's config.
 
     num_attention_heads // num_key_value_heads
     head_dim or hidden_size // num_attention_heads        # the first that is there and not zero
@@ -51,7 +51,7 @@ class _Missing(InputError):
 
 
 def parse_size(text: str) -> ast.expr:
-    """The expression of a size.
+    """Parses the expression of a size.
 
     Raises:
         InputError: it is none, or it has something that sizes may not have.
@@ -72,7 +72,7 @@ def parse_size(text: str) -> ast.expr:
 
 
 def size_of(value: int | str, model: nn.Module) -> int:
-    """The size that a number or an expression stands for in `model`.
+    """Returns the size that a number or an expression stands for in `model`.
 
     Raises:
         InputError: a field that the config does not have, with the nearest one, or a value that is no positive int.

@@ -1,4 +1,4 @@
-"""The parts of a recipe as plain values; each knows its place in the file, which does not count when recipes are compared."""
+"""The parts of a recipe are plain values. Each knows its place in the file, which does not count when recipes are compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autotp.recipe.problems import Pos
 
 
 class Role(Enum):
-    """What a parameter is to the ranks; the sections of a recipe."""
+    """The part that a parameter plays for the ranks; each role is a section of a recipe."""
 
     LOOKUP = "lookup"
     COLUMN = "column"
@@ -28,7 +28,7 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Parameters whose names match `key`: their role and layout. `optional`: there may be none. `at`: place of the layout."""
+    """Role and layout of the parameters whose names match `key`. `optional`: there may be none. `at`: place of the layout."""
 
     key: str
     role: Role
@@ -52,7 +52,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Names that are cut together: one, or a major one and the one that is cut in pieces with it."""
+    """Names that are sharded together: one, or a major one and the minor one that is cut in pieces with it."""
 
     names: tuple[str, ...]
     pos: Pos = field(default=Pos(), compare=False)
@@ -60,7 +60,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """An int attribute that becomes local: module pattern and attribute path in `key`, its value as a layout."""
+    """An int attribute that becomes local. `key` has the module pattern and attribute path, `layout` the value as a layout."""
 
     key: str
     layout: str
@@ -70,7 +70,7 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """An argument or a part of the result of modules: `value` is enter, leave or a layout."""
+    """An argument, or a part of the result, of modules; `value` is enter, leave or a layout."""
 
     module: str
     path: str
@@ -81,12 +81,12 @@ class Boundary:
 
 @dataclass(frozen=True)
 class RecipeSpec:
-    """What a `Recipe` says, as fields; what is done with one is functions over them.
+    """The fields of a `Recipe`; functions over them do the work.
 
-    entries: parameters by pattern, with role and layout. sizes: names and what they stand for. shard: names that are cut.
-    granules: name → number that local parts are multiples of. attributes, arguments, results: what changes at modules.
-    trace: only a traced model can be rewritten by it. unsafe: it is used without proof, for `reason`. pinned: the exact plan that it
-    was made from. See docs/recipes.md.
+    entries: parameters by pattern, with role and layout. sizes: names and the sizes that they stand for. shard: names that are
+    sharded. granules: name → number that local parts are multiples of. attributes, arguments, results: the changes at modules.
+    trace: only a traced model can be rewritten by it. unsafe: it is used without proof, for `reason`. pinned: the exact plan that
+    it was made from. See docs/recipes.md.
     """
 
     name: str = ""
@@ -106,7 +106,7 @@ class RecipeSpec:
     file: str = field(default="<recipe>", compare=False)
 
     def __post_init__(self) -> None:
-        # In the order in which they are written, so that a recipe equals what is read back.
+        # The order in which a dump writes them: a recipe then equals the one read back.
         object.__setattr__(self, "entries", tuple(e for role in Role for e in self.entries if e.role is role))
         for name in ("arguments", "results"):
             items: tuple[Boundary, ...] = getattr(self, name)
@@ -115,5 +115,5 @@ class RecipeSpec:
 
     @property
     def place(self) -> Pos:
-        """Where a problem is said to be that belongs to the whole file: its attributes, or its first line."""
+        """The place under which a problem of the whole file is reported: that of its first attribute, or the file's first line."""
         return self.attributes[0].pos if self.attributes else Pos(self.file, 0 if self.file.startswith("<") else 1, 1)

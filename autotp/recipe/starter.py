@@ -1,4 +1,4 @@
-"""A recipe to start from where nothing can be planned: every parameter, whole."""
+"""Makes a recipe to start from where nothing can be planned: every parameter, whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autotp.recipe.spec import Entry, RecipeSpec, Role, Size
 
 
 def skeleton(model: nn.Module) -> RecipeSpec:
-    """Every parameter of `model` under `whole`, its dims called after fields of the config where one has the size."""
+    """Puts every parameter of `model` under `whole`, its dims called after fields of the config where one has the size."""
     known = {value: name for name, value in reversed(fields(getattr(model, "config", None)).items())}
     names: dict[int, str] = {}
     sizes: dict[str, Size] = {}

@@ -1,7 +1,7 @@
-"""A plan's factors, called so that one name has one size: then a recipe can say every size once, as a field of the config.
+"""Renames a plan's factors so that one name has one size: then a recipe can give every size once, as a field of the config.
 
-In a plan a name is told apart within one parameter only: the widths of a dense MLP and of experts are both ``i``. Dims of which nothing is
-cut become one factor: how a whole dim is made up says nothing.
+In a plan a name is told apart within one parameter only: the widths of a dense MLP and of experts are both ``i``. Dims without a
+sharded factor become one factor: their own factors do not matter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Names = Mapping[tuple[str, int], str]
 
 
 def renamed(plan: Plan) -> Plan:
-    """The plan with the names of its factors changed; every element lies where it lay."""
+    """Returns the plan with the names of its factors changed; every element stays where it is."""
     params = {n: _param(p, _whole) for n, p in plan.params.items()}
     names = _names(e for p in params.values() for e in p.layout.dims)
     return replace(

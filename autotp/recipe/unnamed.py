@@ -1,7 +1,7 @@
-"""Attributes that look as if they had to become local: where no trace tells, every one has to be named.
+"""Finds attributes that look as if they had to become local. Where no trace tells, a recipe has to name every one of them.
 
-A module's forward that reads an int with the value of something that is cut (a number of heads, a width) may compute with it. Without a
-trace nobody knows, so the recipe has to say: its layout, or `whole`.
+A module's forward may compute with an int that has the value of a sharded size (a number of heads, a width). Without a trace nobody
+knows whether it does. So the recipe has to give the attribute's layout, or `whole`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from autotp.recipe.spec import Role
 
 
 def unnamed(bound: Bound) -> Iterator[tuple[str, str, int]]:
-    """(module path, attribute path, value) of every such attribute that the recipe does not name."""
+    """Yields (module path, attribute path, value) of every such attribute that the recipe does not name."""
     named = {(a.module, a.local.path) for a in bound.attributes}
     sizes: dict[str, set[int]] = {}
     for path, params in own_params(bound).items():
@@ -51,7 +51,7 @@ def _counters(model: nn.Module, paths: Iterable[str]) -> set[tuple[str, str]]:
 
 
 def unnamed_attributes(bound: Bound) -> list[Problem]:
-    """A problem for each of them."""
+    """Makes a problem for each of them."""
     problems = Problems()
     for path, name, value in unnamed(bound):
         kind = type(bound.model.get_submodule(path)).__name__
@@ -82,7 +82,7 @@ def _codes(cls: type) -> Iterator[CodeType]:
 
 
 def _chains(code: CodeType) -> Iterator[str]:
-    """What a method reads of its first argument: `num_heads`, `config`, `config.num_heads`."""
+    """Yields the attribute chains that a method reads of its first argument: `num_heads`, `config`, `config.num_heads`."""
     own = code.co_varnames[:1]
     chain: list[str] | None = None
     for step in dis.get_instructions(code):

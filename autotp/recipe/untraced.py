@@ -1,4 +1,4 @@
-"""Bound recipe → Plan, without a trace: the collectives that its roles imply.
+"""Makes the plan of a bound recipe without a trace, with the collectives that its roles imply.
 
     column     its input is copied into the region (backward: all-reduce); its result is the rank's part
     row        its result is all-reduced; a bias is added on one rank only
@@ -7,9 +7,9 @@
     part       nothing
     inside     the gradient is all-reduced
 
-What is asked of `arguments` and `results` is done at those module boundaries. This is right for every model in which each rank's result
-is a function of whole inputs and its own shards, and the sum over the ranks is the result: then the gradient of each whole input is
-the sum of the ranks' gradients, whatever the code between does. That the code is such a model is what the proof shows.
+The entries of `arguments` and `results` convert at those module boundaries. This is right for every model in which each rank's result
+is a function of whole inputs and its own shards, and the sum over the ranks is the result. Then the gradient of each whole input is
+the sum of the ranks' gradients, whatever the code between does. The proof shows that the code is such a model.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _LABEL = {Role.LOOKUP: "embedding", Role.GATHERED: "head"}
 
 
 def static_plan(recipe: RecipeSpec, model: nn.Module, tp: int) -> Plan:
-    """The plan that a recipe makes by itself.
+    """Returns the plan that a recipe makes by itself.
 
     Raises:
-        RecipeError: it does not fit the model, does not cover it, or wants the traced model.
+        RecipeError: it does not fit the model, does not cover it, or needs the traced model.
     """
     bound = bind(recipe, model, tp)
     return plan_of_bound(bound)
 
 
 def plan_of_bound(bound: Bound) -> Plan:
-    """The same for a recipe that is bound already."""
+    """Makes the same plan of a recipe that is bound already."""
     recipe = bound.recipe
     if recipe.trace:
         raise RecipeError(
@@ -72,7 +72,9 @@ def plan_of_bound(bound: Bound) -> Plan:
 
 
 def _inside(bound: Bound) -> Iterator[str]:
-    """Modules whose code may compute on parts: those that own some, those around them, and what is inside of a region that is asked for."""
+    """Yields the modules whose code may compute on parts: those that own some, those around them, and those inside of a requested
+    region.
+    """
     for path, params in own_params(bound).items():
         if any(p.names for p in params):
             yield from (path, path.rpartition(".")[0])
@@ -81,7 +83,9 @@ def _inside(bound: Bound) -> Iterator[str]:
 
 
 def _boundaries(bound: Bound) -> dict[str, tuple[Boundary, ...]]:
-    """What roles say of the boundaries of modules; all of what may run beside or inside of what is cut and has no role is unknown."""
+    """Returns the boundaries of modules that roles imply. For modules without a role, beside sharded ones or inside of a requested
+    region, they are unknown.
+    """
     unknown = (Boundary(False, (), Shown.UNKNOWN), Boundary(True, (), Shown.UNKNOWN))
     found: dict[str, tuple[Boundary, ...]] = {}
     own = own_params(bound)
@@ -101,7 +105,7 @@ def _boundaries(bound: Bound) -> dict[str, tuple[Boundary, ...]]:
 
 
 def _unclear(bound: Bound) -> list[Problem]:
-    """What only a trace could tell to be right: norms over what is cut, attributes whose local value nobody said."""
+    """Lists what only a trace could confirm: norms over sharded dims, attributes whose local value the recipe does not say."""
     problems = Problems()
     for path, params in own_params(bound).items():
         if not weights(params) and any(p.names for p in params):
@@ -171,7 +175,7 @@ def _cut(b: BoundBoundary, op: Op) -> tuple[Conversion, ...]:
 
 
 def _own(bound: Bound, path: str, params: list[BoundParam]) -> ModulePlan:
-    """What the roles of a module's own parameters imply."""
+    """Returns the conversions that the roles of a module's own parameters imply."""
     module = bound.model.get_submodule(path)
     inputs: tuple[Slot, ...] = ()
     outputs: tuple[Slot, ...] = ()
@@ -202,7 +206,7 @@ def _grad(p: BoundParam) -> GradSum:
 
 
 def _lookup() -> Site:
-    """The one call that `nn.Embedding.forward` makes."""
+    """Returns the site of the one call that `nn.Embedding.forward` makes."""
     code = nn.Embedding.forward.__code__
     offset = [i.offset for i in dis.get_instructions(code) if i.opname.startswith("CALL")][-1]
     return Site(code.co_filename, code.co_qualname, code.co_firstlineno, offset, kernel=DistributedForm.LOOKUP)

@@ -1,7 +1,8 @@
-"""YAML text → plain data whose every key and value knows where it stands.
+"""Reads YAML text into plain data whose every key and value knows its place in the text.
 
-Read by `yaml.compose`, which keeps positions, not by `yaml.load`. Caught here, because nothing later could see them: a key that
-stands twice in one mapping, and the words (`no`, `off`, `yes`, `on`) that YAML reads as booleans where text is meant.
+`yaml.compose` reads it, which keeps positions, not `yaml.load`. Two mistakes are caught here, because no later step could find
+them. One is a key that stands twice in one mapping. The other is a word (`no`, `off`, `yes`, `on`) that YAML reads as a boolean
+where text is meant.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MOST_REPEATED = 10_000
 
 @dataclass
 class Source:
-    """Data read from `file`, with the places of keys and of values by path, and what is wrong with the text."""
+    """Holds data read from `file`, the places of keys and of values by path, and the mistakes in the text."""
 
     file: str
     data: Any = None
@@ -37,7 +38,7 @@ class Source:
     repeated: int = 0
 
     def at(self, path: Sequence[object], *, key: bool = False) -> Pos:
-        """The place of a value (of its key), or of the nearest thing around it."""
+        """Returns the place of a value (of its key), or of the nearest thing around it."""
         found: Path = tuple(map(str, path))
         table = self.keys if key else self.values
         while found and found not in table:
@@ -45,13 +46,13 @@ class Source:
         return table.get(found, Pos(self.file, 1 if self.values else 0, 1))
 
     def inside(self, path: Sequence[object]) -> Pos:
-        """The place of the first character of a text."""
+        """Returns the place of the first character of a text."""
         found = tuple(map(str, path))
         return self.at(found).after(1 if found in self.quoted else 0)
 
 
 def read(text: str, file: str) -> Source:
-    """The data of a YAML text.
+    """Returns the data of a YAML text.
 
     Raises:
         RecipeError: the text is not YAML; says where.
@@ -74,7 +75,7 @@ def read(text: str, file: str) -> Source:
 
 
 def from_data(data: Mapping[Any, Any], file: str = "<dict>") -> Source:
-    """Data that a program made: its places are names, not lines.
+    """Wraps data that a program made: its places are names, not lines.
 
     Raises:
         RecipeError: it is nested deeper than any recipe.

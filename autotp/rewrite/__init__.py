@@ -1,1 +1,1 @@
-"""Plan × mesh → a model whose parameters are DTensors and whose modules run on local tensors."""
+"""Rewrites a model by a plan over a mesh: parameters become DTensors, and modules run on local tensors."""

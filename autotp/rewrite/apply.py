@@ -1,7 +1,7 @@
-"""Apply a plan's values to a model in place.
+"""Applies a plan's values to a model in place.
 
-Order: everything that can fail for a reason in the plan comes first (checks, attributes, classes); the parameters are
-replaced last. Whatever fails, the model is restored before the error leaves.
+Everything that can fail for a reason in the plan comes first (checks, attributes, classes). The parameters are replaced last.
+Whatever fails, the model is restored before the error leaves.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def apply(
     Args:
         model: The model; `type(model)` stays, submodules become instances of subclasses of their classes.
         params: A plan for every name in `model.named_parameters(remove_duplicate=False)`.
-        modules: What changes at which module.
+        modules: The changes at each module.
         comm: The group.
         skip: prefixes of module paths that are left as they are, parameters too (they do not run).
         make_param: `(fqn, old parameter, layout) → new parameter`, called once for each distinct parameter.
@@ -171,7 +171,7 @@ class _Rewriter:
             raise PlanError("the plan does not fit the model:\n  " + "\n  ".join(problems))
 
     def _reads(self, sub: nn.Module, uses: Sequence[Use]) -> tuple[Read, ...]:
-        """Reads of every own parameter, changed and extended by the plan's uses."""
+        """Returns the reads of every own parameter, changed and extended by the plan's uses."""
         path = self.paths[id(sub)]
         reads = {(id(sub), n): self._read(sub, Use(path, n)) for n, p in sub._parameters.items() if p is not None}
         for use in uses:
@@ -234,7 +234,7 @@ class _Rewriter:
 
 
 def _keep_hooks(old: nn.Parameter, new: LayoutDTensor, undo: Undo) -> None:
-    """The hooks on a parameter stay; their handles too."""
+    """Keeps the hooks on a parameter, and their handles too."""
     hooks = old._backward_hooks
     if hooks:
         before = dict(hooks)

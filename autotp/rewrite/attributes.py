@@ -1,6 +1,6 @@
-"""Plain attributes that become local: `num_heads`, `config.n_embd`, `split_sizes.0`.
+"""Makes plain attributes local: `num_heads`, `config.n_embd`, `split_sizes.0`.
 
-An object on the way (a config shared by all modules) is copied for the module, so nobody else sees the local value.
+An object on the way (a config shared by all modules) is copied for the module, so no other module reads the local value.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def localise(module: nn.Module, attributes: Sequence[LocalAttribute], undo: Undo
 
 
 def before(module: nn.Module, name: str, attributes: Sequence[LocalAttribute], where: str) -> Any:
-    """The attribute `name` of a module that was localised with `attributes`, with the global values; the module is left alone."""
+    """Returns the attribute `name` of a module that was localised with `attributes`, with the global values; the module is left alone."""
     copies: dict[int, Any] = {}
     value = getattr(module, name)
     for attribute in attributes:
@@ -69,7 +69,7 @@ def _changed(value: Any, path: list[str], attribute: LocalAttribute, copies: dic
 
 
 def _private(value: Any, copies: dict[int, Any], where: str, attribute: LocalAttribute) -> Any:
-    """This module's own shallow copy of `value`: made once, found again by the original or by the copy itself."""
+    """Returns this module's own shallow copy of `value`: made once, found again by the original or by the copy itself."""
     if id(value) not in copies:
         if not hasattr(value, "__dict__") or isinstance(value, nn.Module):
             raise PlanError(f"{where}: cannot copy the {type(value).__name__} that holds {attribute.path}")

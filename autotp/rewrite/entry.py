@@ -1,7 +1,7 @@
-"""What is done once for each call of a parallel model, where it is entered: at its root, an inner model, or a block.
+"""Runs the checks of each call of a parallel model once, where it is entered: at its root, an inner model, or a block.
 
-Every module that calls others has its forward wrapped. While one of them runs, those inside pass on; the outermost looks whether
-what the plan rests on is still there, and agrees on random numbers if it will draw some.
+Every module that calls others has its forward wrapped. While one of them runs, those inside pass on. The outermost one checks that
+the facts that the plan rests on still hold. It agrees on random numbers if it will draw some.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _in_backward = torch._C._current_graph_task_id
 
 
 class Entry:
-    """One module at which a call of the model may begin."""
+    """Guards one module at which a call of the model may begin."""
 
     __slots__ = ("alone", "comm", "copies", "dropouts", "forwards", "hooks", "running", "structure", "tensors", "untrained", "values")
 
@@ -68,10 +68,10 @@ class Entry:
         self.structure, self.values, self.tensors, self.hooks, self.dropouts = structure, values, tensors, hooks, dropouts
 
     def begin(self, module: nn.Module) -> None:
-        """What comes before the outermost module runs.
+        """Runs the checks before the outermost module runs.
 
         Raises:
-            AutoTPError: the model is not what it was, it is in training mode and was not traced so, the module does not run by itself, or
+            AutoTPError: the model has changed, it is in training mode and was not traced so, the module does not run by itself, or
                 it is called inside a transform of torch.func, a trace of torch.jit or an export with gradients.
         """
         refuse_transforms()
@@ -121,7 +121,7 @@ def _whole(value: Any) -> Any:
 
 
 def originals_of(model: nn.Module, plan: Plan) -> Originals:
-    """The objects (configs) of which `apply` makes local copies: to be asked before it does."""
+    """Returns the objects (configs) of which `apply` makes local copies; call this before `apply` makes them."""
     heads = {(m.path, a.path.partition(".")[0]) for m in plan.modules for a in m.attributes if "." in a.path}
     found = {(path, head): getattr(model.get_submodule(path), head, None) for path, head in heads}
     return {key: value for key, value in found.items() if hasattr(value, "__dict__")}
@@ -164,7 +164,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
 
 
 def _may_begin(model: nn.Module, module: nn.Module) -> bool:
-    """True for modules that call others, and for dropouts that are beside models: what people call by itself."""
+    """True for modules that people call by themselves: those that call others, and dropouts beside models."""
     if not module._modules:
         return isinstance(module, nn.modules.dropout._DropoutNd) and any(module is child for child in model.children())
     return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
@@ -182,7 +182,7 @@ def _places(plan: Plan) -> Places:
 
 
 def _floats(plan: Plan) -> frozenset[str]:
-    """Modules that summands of a joint sum pass: a dropout there that drops nothing must go on dropping nothing."""
+    """Returns the modules that summands of a joint sum pass: a dropout there that drops nothing must go on dropping nothing."""
     passed = {path for path, slots in plan.boundaries.items() if any(b.shown is Shown.HELD and not b.result for b in slots)}
     return frozenset(passed | {m.path for m in plan.modules if m.joint})
 

@@ -1,7 +1,7 @@
-"""Random numbers that must agree: sampling draws the same token on every rank, replicated dropout the same mask.
+"""Makes random numbers agree: sampling draws the same token on every rank, replicated dropout the same mask.
 
-Rank 0's generator states are broadcast before `generate`, and before a training forward of a model with active dropout: at the root, or at
-the inner model, block or dropout where a call begins (`autotp.rewrite.entry`).
+Rank 0's generator states are broadcast before `generate`, and before a training forward of a model with active dropout: at the
+root, or at the inner model, block or dropout where a call begins (`autotp.rewrite.entry`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def sync_rng(comm: Comm, device: torch.device) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are (the CPU for a model without any)."""
+    """Returns the device of the model's parameters (the CPU for a model without any)."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 class SyncedGenerate:
-    """`model.generate` that starts from rank 0's generator state, with the same arguments on all ranks.
+    """Replaces `model.generate`: it starts from rank 0's generator state, with the same arguments on all ranks.
 
     It looks like the original and survives deepcopy.
     """
@@ -57,7 +57,7 @@ class SyncedGenerate:
 
 
 class Dropouts:
-    """Whether modules will draw dropout masks in training: dropout modules, and configs with a dropout above zero."""
+    """Tells whether modules will draw dropout masks in training: dropout modules, and configs with a dropout above zero."""
 
     __slots__ = ("_configs", "_modules")
 

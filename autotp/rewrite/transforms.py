@@ -1,8 +1,8 @@
-"""What a parallel model does not run under: transforms of torch.func, batched gradients, forward-mode derivatives, torch.jit.trace.
+"""Refuses to run a parallel model under transforms of torch.func, batched gradients, forward-mode derivatives and torch.jit.trace.
 
-Collectives do not know of them: torch has no rule for one over a batch of vmap, and a sum over ranks changes a value but not its tangent.
-So a model, a read of a parameter that records gradients, and a collective refuse, on every rank at the same place. Inside of a forward,
-code that uses vmap for itself (transformers' masks do) meets none of the three.
+Collectives do not support them: torch has no rule for one over a batch of vmap, and a sum over ranks changes a value but not its
+tangent. So a model, a read of a parameter that records gradients, and a collective refuse, on every rank at the same place. Inside
+of a forward, code that uses vmap for itself (transformers' masks do) meets none of the three.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def refuse_transforms() -> None:
 
 
 def direct(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without its part in Python, which serves torch.func alone and costs as much as all the rest of an application.
+    """Returns `function.apply` without its part in Python, which serves torch.func alone and costs as much as all the rest of an
+    application.
 
     For callers that refuse transforms, give `unwrapped` tensors, and are not being compiled.
     """

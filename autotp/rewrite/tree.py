@@ -1,7 +1,7 @@
-"""The arguments of an operator call as leaves in order: what the positions of a `Site` count.
+"""Flattens the arguments of an operator call into leaves in order, which the positions of a `Site` count.
 
-Positional arguments come first, then keyword arguments in call order; lists, tuples (and `torch.Size`) and slices (start,
-stop, step) are flattened. Int positions count the ints among the leaves (bools are no ints), tensor positions the tensors.
+Positional arguments come first, then keyword arguments in call order; lists, tuples (and `torch.Size`) and slices (start, stop,
+step) are flattened. Int positions count the ints among the leaves (bools are no ints), tensor positions the tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def map_leaves(value: Any, fn: Callable[[Any], Any]) -> Any:
-    """`value` rebuilt with `fn` applied to each leaf, in the order that positions count."""
+    """Returns `value` rebuilt with `fn` applied to each leaf, in the order that positions count."""
     if isinstance(value, tuple):
         items = [map_leaves(item, fn) for item in value]
         if type(value).__module__ == "torch.return_types":  # the results of max, sort, …
@@ -25,7 +25,7 @@ def map_leaves(value: Any, fn: Callable[[Any], Any]) -> Any:
 
 
 def map_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], fn: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`map_leaves` over a call's arguments."""
+    """Applies `map_leaves` to a call's arguments."""
     return tuple(map_leaves(a, fn) for a in args), {k: map_leaves(v, fn) for k, v in kwargs.items()}
 
 

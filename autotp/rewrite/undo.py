@@ -1,4 +1,4 @@
-"""A journal of every change made to a model, played backwards to restore it."""
+"""Keeps a journal of every change made to a model, and plays it backwards to restore the model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Undo:
             self._steps.pop()()
 
     def at_release(self, step: Callable[[], None]) -> None:
-        """Add what is to be done when the rewrite is final."""
+        """Add a step to run when the rewrite is final."""
         self._last.append(step)
 
     def release(self) -> None:

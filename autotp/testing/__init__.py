@@ -1,12 +1,13 @@
-"""Prove that nothing moved: equivalence checks, mistakes made on purpose, and Hypothesis strategies, for models and recipes of your own.
+"""Checks that a parallel model equals the model itself, for models and recipes of your own.
 
     from autotp.testing import assert_equivalent
 
     def test_my_model():
         assert_equivalent(lambda: MyModel(), tp=2, inputs={"x": torch.randn(2, 5, 64)}, steps=3)
 
-`assert_equivalent` compares a model on one device with the model over `tp` ranks; `sabotage` makes mistakes that it must notice;
-`strategies` draws geometries, layouts, tensors, meshes, configs and whole architectures. docs/testing.md shows all of it.
+`assert_equivalent` compares a model on one device with the model over `tp` ranks. `sabotage` makes mistakes on purpose that it must
+find. `strategies` are Hypothesis strategies: they draw geometries, layouts, tensors, meshes, configs and whole architectures.
+docs/testing.md shows all of it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ __all__ = ["Equivalence", "NotEquivalent", "assert_equivalent", "sabotage", "str
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first asked for: strategies want hypothesis, and parts of this package serve those without it."""
+    """Imports the public names when they are first asked for. `strategies` needs hypothesis, and other parts of this package work
+    without it.
+    """
     from importlib import import_module
 
     if name in ("sabotage", "strategies"):

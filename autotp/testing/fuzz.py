@@ -1,8 +1,8 @@
-"""`python -m autotp.testing.fuzz --minutes 30`: draw models until the time is up, and write down every failure as a script.
+"""`python -m autotp.testing.fuzz --minutes 30` draws models until the time is up, and writes every failure down as a script.
 
 Three families take turns: architectures (transformer-like, must be equal), idioms (small, must be equal or refused) and configs of
-transformers. A failure is shrunk by Hypothesis first. What was covered is printed at the end: how many examples there were of each
-variant, number of ranks, model type and kind of layout, and how many idioms were refused. Another `--seed` draws other models.
+transformers. Hypothesis shrinks a failure first. A report at the end counts the examples of each variant, number of ranks, model
+type and kind of layout, and the refused idioms. Another `--seed` draws other models.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _SETTINGS = settings(
 
 
 class Fuzzer:
-    """Counts what is drawn, keeps what fails."""
+    """Counts the examples that it draws, and keeps those that fail."""
 
     def __init__(self, folder: Path, until: float, write: Callable[[str], None], certificate: str = "numbers") -> None:
         self.folder, self.until, self.write, self.certificate = folder, until, write, certificate
@@ -90,7 +90,7 @@ class Fuzzer:
         self._last: tuple[str, str] | None = None
 
     def architecture(self, seed: int) -> None:
-        """A batch of architectures."""
+        """Draws and checks a batch of architectures."""
 
         @seeded(seed)
         @_SETTINGS
@@ -101,7 +101,7 @@ class Fuzzer:
         self._batch(attempt)
 
     def idioms(self, seed: int) -> None:
-        """A batch of idioms."""
+        """Draws and checks a batch of idioms."""
 
         @seeded(seed)
         @_SETTINGS
@@ -112,7 +112,7 @@ class Fuzzer:
         self._batch(attempt)
 
     def config(self, model_type: str, seed: int) -> None:
-        """A batch of configs of one model type."""
+        """Draws and checks a batch of configs of one model type."""
 
         @seeded(seed)
         @_SETTINGS
@@ -155,7 +155,7 @@ class Fuzzer:
             attempt()
         except KeyboardInterrupt:
             self.stopped = True
-        except Exception as error:  # whatever it is, it is a find
+        except Exception as error:  # any error of an example is a failure to report
             text, why = self._last or ("", f"{type(error).__name__}: {error}")
             name = f"fuzz_{hashlib.sha1(text.encode()).hexdigest()[:10]}.py"
             if name not in self.failures:
@@ -165,7 +165,7 @@ class Fuzzer:
                 self.write(f"FAILED, see {self.folder / name}\n" + "\n".join(why.splitlines()[:12]))
 
     def report(self) -> str:
-        """What was covered, and what failed."""
+        """Returns the text that says how many examples of each kind there were, and which failed."""
         groups: dict[str, list[str]] = {}
         for name, count in sorted(self.covered.items()):
             group, _, value = name.partition("=" if "=" in name else ": ")
@@ -190,7 +190,7 @@ class Fuzzer:
 
 
 def script_of_architecture(architecture: Architecture, tp: int, certificate: str = "numbers") -> str:
-    """A script with the model's text that fails as the example did."""
+    """Returns a script with the model's text that fails as the example did."""
     trap = "".join(
         f"assert result.plan.params[{name!r}].layout.dim != {dim}  # {architecture.trap.value}\n" for name, dim in architecture.kept()
     )
@@ -205,7 +205,7 @@ def script_of_architecture(architecture: Architecture, tp: int, certificate: str
 
 
 def script_of_idioms(drawn: Idioms, tp: int, certificate: str = "numbers") -> str:
-    """A script with the model's text that fails as the example did."""
+    """Returns a script with the model's text that fails as the example did."""
     more = {name: {key: "1e6 * x" if isinstance(v, Tensor) else repr(v) for key, v in call.items()} for name, call in drawn.more().items()}
     calls = ", ".join(f"{name!r}: {{{', '.join(f'{key!r}: {v}' for key, v in call.items())}}}" for name, call in more.items())
     return (
@@ -218,7 +218,7 @@ def script_of_idioms(drawn: Idioms, tp: int, certificate: str = "numbers") -> st
 
 
 def script_of_config(config: Any, tp: int, certificate: str = "numbers") -> str:
-    """A script with the config that fails as the example did."""
+    """Returns a script with the config that fails as the example did."""
     fields = {n: v for n, v in config.to_diff_dict().items() if n not in ("model_type", "transformers_version")}
     attention = config._attn_implementation
     return (
@@ -231,7 +231,7 @@ def script_of_config(config: Any, tp: int, certificate: str = "numbers") -> str:
 def fuzz(
     minutes: float, folder: Path, seed: int = 0, family: str = "", write: Callable[[str], None] = print, certificate: str = "numbers"
 ) -> Fuzzer:
-    """Draw for `minutes`; `family`: one of `FAMILIES`, or all in turns. `certificate`: as for `assert_equivalent`."""
+    """Draws models for `minutes`; `family`: one of `FAMILIES`, or all in turns. `certificate`: as for `assert_equivalent`."""
     fuzzer = Fuzzer(folder, time.monotonic() + 60 * minutes, write, certificate)
     number = 0
     while time.monotonic() < fuzzer.until and not fuzzer.stopped:
@@ -248,7 +248,7 @@ def fuzz(
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m autotp.testing.fuzz", description=str(__doc__).split("\n\n")[1])
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to draw (10)")
     parser.add_argument("--seed", type=int, default=0, help="which models are drawn (0)")
@@ -259,7 +259,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of torch, about what is drawn
+    warnings.simplefilter("ignore")  # torch warns about the models drawn
     done = fuzz(given.minutes, given.out, given.seed, given.family, lambda text: print(text, flush=True), given.certificate)  # noqa: T201
     print(done.report())  # noqa: T201
     sys.exit(1 if done.failures else 0)

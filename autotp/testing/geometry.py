@@ -1,4 +1,4 @@
-"""The numbers of an attention block and an mlp."""
+"""Holds the sizes of an attention block and an mlp."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Inputs for a tiny transformers model, found from the signature of its `forward` and its config alone.
+"""Finds inputs for a tiny transformers model from the signature of its `forward` and its config alone.
 
-Several sets of arguments are possible for most models (text with images, text only, …). `tiny_inputs` proposes them from
-rich to plain and returns the first that the model runs on.
+Several sets of arguments are possible for most models (text with images, text only, …). `tiny_inputs` proposes them from rich to
+plain and returns the first that the model runs on.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def _with_placeholders(model: PreTrainedModel, m: _Maker, names: list[str], medi
 
 
 def _feature_count(getter: Callable[..., Any], made: Inputs) -> int:
-    """How many placeholder tokens these images or sounds want."""
+    """Counts the placeholder tokens that these images or sounds need."""
     taken = inspect.signature(getter).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     with torch.no_grad():

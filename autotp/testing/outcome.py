@@ -1,7 +1,7 @@
-"""Equal or refused: what may come of any model at all.
+"""Checks that autotp gives equal numbers for a model, or refuses it.
 
-A plan that cannot be proved is an error of autotp's own, from planning or from the first call that it is not made for; numbers that
-differ, an error of torch's and a hang are none of these.
+autotp refuses a model by an error of its own: from planning, or from the first call that the plan was not made for. Other numbers,
+an error of torch's and a hang are failures.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from autotp.testing.equivalence.subject import Inputs, make_subject
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`equal`: what was compared; None where the model was refused with the error `refused` (its type and text)."""
+    """`equal` is the comparison; None where autotp refused the model with the error `refused` (its type and text)."""
 
     equal: Equivalence | None
     refused: str = ""
 
     @property
     def sharded(self) -> bool:
-        """Is it equal, with less than all of it on a rank?"""
+        """True where the model is equal and each rank holds less than all of it."""
         return self.equal is not None and self.equal.plan.local_share < 1
 
     def __str__(self) -> str:
@@ -48,10 +48,10 @@ def equal_or_refused(
     timeout: float = 120.0,
     certificate: str = "numbers",
 ) -> Outcome:
-    """Check that the model over `tp` ranks is the model on one device, or that autotp refuses it.
+    """Check that the model over `tp` ranks equals the model on one device, or that autotp refuses it.
 
     Args:
-        factory, inputs, tp, steps, backend, timeout, certificate: as for `assert_equivalent`; `inputs` are what is planned with.
+        factory, inputs, tp, steps, backend, timeout, certificate: as for `assert_equivalent`; autotp plans with `inputs`.
         more: further calls after planning, which the plan has not seen: changes to the keyword arguments, by name.
 
     Raises:

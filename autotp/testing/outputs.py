@@ -1,4 +1,4 @@
-"""The tensors of what a call returns."""
+"""Finds the tensors in the result of a call."""
 
 from __future__ import annotations
 

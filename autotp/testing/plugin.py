@@ -1,4 +1,4 @@
-"""The pytest plugin: a `tp` fixture and two markers, so that a test of a model is three lines.
+"""The pytest plugin gives a `tp` fixture and two markers, so that a test of a model is three lines.
 
     @pytest.mark.tp(2, 3)
     def test_my_model(tp):
@@ -25,13 +25,13 @@ _BACKENDS = ("local", "threads", "gloo")  # `autotp.testing.ranks.run.BACKENDS`,
 
 @dataclass(frozen=True, slots=True)
 class TP:
-    """What the fixture `tp` gives: the number of ranks `size` and the `backend` of this run of the test."""
+    """The value of the fixture `tp`: the number of ranks `size` and the `backend` of this run of the test."""
 
     size: int
     backend: str
 
     def assert_equivalent(self, factory: Any, **options: Any) -> Equivalence:
-        """`autotp.testing.assert_equivalent` with this many ranks; options are its keyword arguments.
+        """Calls `autotp.testing.assert_equivalent` with this many ranks; options are its keyword arguments.
 
         Raises:
             NotEquivalent, InputError, TraceError, PlanError, RecipeError: as there.
@@ -41,7 +41,7 @@ class TP:
         return assert_equivalent(factory, **{"tp": self.size, "backend": self.backend, **options})
 
     def survey(self, factory: Any, **options: Any) -> Survey:
-        """`autotp.testing.sabotage.survey` with this many ranks: every mistake is made, and looked for.
+        """Calls `autotp.testing.sabotage.survey` with this many ranks: it makes every mistake and checks that it is caught.
 
         Raises:
             NotEquivalent, InputError, TraceError, PlanError: as there.
@@ -51,7 +51,7 @@ class TP:
         return survey(factory, **{"tp": self.size, "backend": self.backend, **options})
 
     def plan(self, target: Any, **options: Any) -> Plan:
-        """`autotp.plan` for this many ranks.
+        """Calls `autotp.plan` for this many ranks.
 
         Raises:
             InputError, TraceError, PlanError, RecipeError: as there.
@@ -61,19 +61,19 @@ class TP:
         return autotp.plan(target, tp=self.size, **options)
 
     def __index__(self) -> int:
-        """The fixture can stand where a number of ranks is wanted."""
+        """Returns the number of ranks: the fixture can stand where a number is wanted."""
         return self.size
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--tp` and `--tp-backend`."""
+    """Adds the options `--tp` and `--tp-backend`."""
     group = parser.getgroup("autotp", "tensor parallelism")
     group.addoption("--tp", default="2", metavar="N,…", help="numbers of ranks for tests with the tp fixture (2)")
     group.addoption("--tp-backend", default="local", choices=_BACKENDS, help="what these ranks are: see autotp.testing (local)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers, check the options.
+    """Registers the markers and checks the options.
 
     Raises:
         pytest.UsageError: `--tp` is no list of whole numbers.
@@ -84,7 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One run of the test for each number of ranks; a test with a `tp` of its own is left alone."""
+    """Runs the test once for each number of ranks; a test with a `tp` of its own is left alone."""
     if "tp" not in metafunc.fixturenames or _has_own(metafunc):
         return
     marker = metafunc.definition.get_closest_marker("tp")
@@ -96,7 +96,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _has_own(metafunc: pytest.Metafunc) -> bool:
-    """Is `tp` parametrized by the test, or a fixture that it defines?"""
+    """True where the test parametrizes `tp`, or defines it as a fixture."""
     named: list[str] = []
     for marker in metafunc.definition.iter_markers("parametrize"):
         names = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
@@ -117,7 +117,7 @@ def _sizes(values: Any, where: str) -> list[int]:
 
 @pytest.fixture
 def tp(request: pytest.FixtureRequest) -> TP:
-    """Ranks for this test: `tp.assert_equivalent(factory, inputs=…)`."""
+    """Gives the ranks for this test: `tp.assert_equivalent(factory, inputs=…)`."""
     marker = request.node.get_closest_marker("tp_backend")
     backend = request.config.getoption("--tp-backend") if marker is None else next(iter(marker.args), None)
     if backend not in _BACKENDS:

@@ -36,7 +36,7 @@ def prove(
 
 
 def variants(architecture: Architecture) -> Iterator[str]:
-    """What the example shows of each field that is a choice: `projection=latent`, `tied`."""
+    """Names the value of each field of the example that is a choice: `projection=latent`, `tied`."""
     for each in fields(architecture):
         value = getattr(architecture, each.name)
         if isinstance(value, Enum):
@@ -50,7 +50,7 @@ def variants(architecture: Architecture) -> Iterator[str]:
 
 
 def traits(idioms: Idioms) -> Iterator[str]:
-    """What the example shows of each idiom: `call=twice`, `around=gate`, `line=index`."""
+    """Names the value of each idiom in the example: `call=twice`, `around=gate`, `line=index`."""
     for each in fields(idioms):
         value = getattr(idioms, each.name)
         if isinstance(value, Enum):

@@ -1,10 +1,10 @@
-"""Mutation control: every mistake that a plan could have, made on purpose, must be caught by `assert_equivalent`.
+"""Mutation control: makes every mistake that a plan could have, each of which `assert_equivalent` must catch.
 
     for mutation in sabotage.mutations(plan):
         with pytest.raises(NotEquivalent):
             assert_equivalent(factory, tp=2, sabotage=mutation)
 
-`survey` does this for one model. A mistake that nothing catches is a hole in the check, or a collective that the plan does not need.
+`survey` does this for one model. A mistake that no check catches is a hole in the check, or a collective that the plan does not need.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Conversions = tuple[Conversion, ...]
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The mistakes that were made in one model: those caught (with what told), and those that nothing noticed."""
+    """The mistakes that were made in one model: those caught (with the aspects that differed), and those that passed every check."""
 
     model: str
     tp: int
@@ -43,7 +43,7 @@ class Survey:
     survived: tuple[Mutation, ...]
 
     def count(self, kind: Kind) -> tuple[int, int]:
-        """(caught, made) of one kind."""
+        """Returns (caught, made) of one kind."""
         caught = sum(m.kind is kind for m, _ in self.caught)
         return caught, caught + sum(m.kind is kind for m in self.survived)
 
@@ -56,7 +56,7 @@ class Survey:
 
 
 def mutations(plan: Plan, *, every: bool = False) -> tuple[Mutation, ...]:
-    """Every mistake that applies to `plan`; of those that differ in block numbers only the first, unless `every`.
+    """Lists every mistake that applies to `plan`; of those that differ in block numbers only the first, unless `every`.
 
     Raises:
         InputError: not a plan.
@@ -82,12 +82,12 @@ def survey(
     every: bool = False,
     on_mutation: Callable[[Mutation, str], None] | None = None,
 ) -> Survey:
-    """Make each mistake in turn, and see whether the check notices. The arguments are those of `assert_equivalent`.
+    """Make each mistake in turn, and record whether the check catches it. The arguments are those of `assert_equivalent`.
 
-    A mistake in what has no gradient here (the sum of a gradient that is zero) is left out: it is none.
+    A mistake that changes no number here is left out: the sum of a gradient that is zero, another slice of equal numbers.
 
     Args:
-        on_mutation: called with each mistake and what caught it ("" for nothing).
+        on_mutation: called with each mistake and the aspects that caught it ("" for none).
 
     Raises:
         NotEquivalent: the model without a mistake is not equal either. InputError, TraceError, PlanError: as for `assert_equivalent`.
@@ -130,7 +130,7 @@ def _matters(mutation: Mutation, subject: Subject, wanted: Observed, tp: int) ->
 
 
 def _slices_differ(model: nn.Module, one: Use, other: Use, tp: int) -> bool:
-    """Do two ways to slice a buffer give some rank other numbers?"""
+    """True where two ways to slice a buffer give some rank other numbers."""
     tensor = getattr(model.get_submodule(one.owner), one.name)
     for a, b in zip(one.conversions, other.conversions, strict=True):
         if a != b and a.dim is not None and a.expr is not None and b.expr is not None and tensor.shape[a.dim] == size(a.expr):
@@ -140,7 +140,7 @@ def _slices_differ(model: nn.Module, one: Use, other: Use, tp: int) -> bool:
 
 
 def _told(error: NotEquivalent) -> str:
-    """The aspects that failed, or the kind of error that a rank ended with."""
+    """Returns the aspects that failed, or the kind of error that a rank ended with."""
     lines = str(error).splitlines()
     aspects = [line.split(":")[0].strip() for line in lines if " differ, the most " in line]
     return ", ".join(aspects) or next(
@@ -201,7 +201,7 @@ def _with(value: Any, field: str, changed: Any) -> Any:
 
 
 def _of_conversions(conversions: Conversions) -> Iterator[tuple[Kind, str, Conversions]]:
-    """(kind, what, the conversions with the mistake)."""
+    """Yields (kind, name of the conversion, the conversions with the mistake)."""
     for i, c in enumerate(conversions):
         without = (*conversions[:i], *conversions[i + 1 :])
         if c.row.collectives:
@@ -215,7 +215,7 @@ def _of_conversions(conversions: Conversions) -> Iterator[tuple[Kind, str, Conve
 
 
 def _elsewhere(expr: Expr) -> Expr | None:
-    """`expr` with a sharded factor's every n-th index on a rank instead of a block of n; None where those are the same."""
+    """Returns `expr` with a sharded factor's every n-th index on a rank instead of a block of n; None where those are the same."""
     for cut in (f for f in factors(expr) if f.sharded and f.pieces == 1 and not f.of):
         for parts in range(2, cut.size):
             if cut.size % parts == 0:
@@ -233,7 +233,7 @@ def _replaced(expr: Expr, old: Factor, new: Expr) -> Expr:
 
 
 def _of_joints(parent: ModulePlan, plan: Plan) -> Iterator[Mutation]:
-    """A member of a joint sum whose partial sum is neither held nor reduced."""
+    """Yields, for each member of a joint sum, the mistake that its partial sum is neither held nor reduced."""
     modules = {m.path: m for m in plan.modules}
     for i, group in enumerate(parent.joint):
         for member in group[:-1]:

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for everything that autotp handles, in one place.
+"""These Hypothesis strategies draw everything that autotp handles: ranks, layouts, tensors, meshes, configs and models.
 
     from hypothesis import given
     from autotp.testing import assert_equivalent, strategies as tps
@@ -78,15 +78,15 @@ __all__ = [
 
 
 def degrees(*, most: int = 8) -> st.SearchStrategy[int]:
-    """Numbers of ranks from 2; those that users have come first."""
+    """Draws a number of ranks from 2 up; the common ones come first."""
     return st.sampled_from([n for n in (2, 4, 3, 8, 5, 6, 7) if n <= most] or [2])
 
 
 @st.composite
 def geometries(draw: st.DrawFn, *, heads: int = 12, even_size: bool = False) -> Geometry:
-    """Sizes of an attention block and an mlp, with at most `heads` query heads.
+    """Draws the sizes of an attention block and an mlp, with at most `heads` query heads.
 
-    Multi-head (group 1), grouped and multi-query (kv 1) are all likely, head counts that no usual tp divides too.
+    Multi-head (group 1), grouped and multi-query (kv 1) are all likely. So are head counts that no usual tp divides.
     """
     kv = draw(st.integers(1, min(6, heads)))
     group = draw(st.integers(1, max(1, min(7, heads // kv))))
@@ -96,9 +96,9 @@ def geometries(draw: st.DrawFn, *, heads: int = 12, even_size: bool = False) -> 
 
 @st.composite
 def exprs(draw: st.DrawFn, *, depth: int = 2, sharded: bool = True) -> Expr:
-    """One dim of a layout: at most one sharded factor on each index path, of any size (what tp does not divide is padded).
+    """Draws one dim of a layout: at most one sharded factor on each index path, of any size (padded where tp does not divide it).
 
-    Among them is what attention with few key/value heads makes: a factor cut together with a minor one, in pieces.
+    Some have the form that attention with few key/value heads gives: a factor cut together with a minor one, in pieces.
     """
     return draw(_nested(depth, sharded) | _in_pieces() if sharded else _nested(depth, False))
 
@@ -135,7 +135,7 @@ def _in_pieces(draw: st.DrawFn) -> Expr:
 
 @st.composite
 def layouts(draw: st.DrawFn, *, tp: int | None = None) -> Layout:
-    """A layout over `tp` ranks (drawn: 1 to 4): one dim of `exprs` among up to two whole ones."""
+    """Draws a layout over `tp` ranks (drawn: 1 to 4): one dim of `exprs` among up to two whole ones."""
     ranks = draw(st.sampled_from([1, 2, 3, 4])) if tp is None else tp
     expr = draw(exprs())
     others = draw(st.lists(st.integers(1, 3), max_size=2))
@@ -147,13 +147,13 @@ def layouts(draw: st.DrawFn, *, tp: int | None = None) -> Layout:
 
 @st.composite
 def notations(draw: st.DrawFn) -> str:
-    """The text of a layout in full: `autotp.plan.notation.parse` reads it back."""
+    """Draws the text of a layout in full: `autotp.plan.notation.parse` reads it back."""
     return " ".join(spelled(dim) for dim in draw(layouts()).dims)
 
 
 @st.composite
 def tensors(draw: st.DrawFn, shape: tuple[int, ...] | None = None, *, edges: bool = False) -> Tensor:
-    """A float64 tensor: normal numbers of a drawn seed. `edges` puts zeros, infinities and NaN in some places."""
+    """Draws a float64 tensor: normal numbers of a drawn seed. `edges` puts zeros, infinities and NaN in some places."""
     form = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))) if shape is None else shape
     made = torch.randn(form, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))), dtype=torch.float64)
     if edges and made.numel():
@@ -165,7 +165,7 @@ def tensors(draw: st.DrawFn, shape: tuple[int, ...] | None = None, *, edges: boo
 
 @st.composite
 def meshes(draw: st.DrawFn, *, ranks: int = 8) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(shape, dim names) for `init_device_mesh` of at most `ranks` ranks: a dim "tp", up to two others around it."""
+    """Draws (shape, dim names) for `init_device_mesh` of at most `ranks` ranks: a dim "tp", up to two others around it."""
     tp = draw(st.integers(1, ranks))
     others = draw(st.lists(st.sampled_from(["dp", "pp", "cp"]), max_size=2, unique=True))
     sizes: list[tuple[str, int]] = []
@@ -180,10 +180,10 @@ def meshes(draw: st.DrawFn, *, ranks: int = 8) -> tuple[tuple[int, ...], tuple[s
 
 @st.composite
 def configs(draw: st.DrawFn, /, model_type: str, **fixed: Any) -> Any:
-    """A valid tiny config of `model_type` (a key of transformers' `CONFIG_MAPPING`) with odd corners.
+    """Draws a valid tiny config of `model_type` (a key of transformers' `CONFIG_MAPPING`) with odd corners.
 
-    Heads, key/value heads, head size, widths and vocabulary need not divide anything; ties and biases that the config knows are
-    on or off. What the model class refuses is not drawn. `fixed` sets fields.
+    Heads, key/value heads, head size, widths and vocabulary need not divide anything. Ties and biases that the config has are on or
+    off. Configs that the model class refuses are not drawn. `fixed` sets fields.
 
     Raises:
         InputError: transformers has no such model type.
@@ -201,7 +201,7 @@ def configs(draw: st.DrawFn, /, model_type: str, **fixed: Any) -> Any:
 
 @st.composite
 def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> Architecture:
-    """A transformer-like model of any make; `traps` is about the share of those with one that must not be sharded.
+    """Draws a transformer-like model of any make. `traps` is about the share of those with a part that must not be sharded.
 
     Raises:
         InputError: `traps` is no share.
@@ -265,9 +265,9 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
 
 @st.composite
 def idioms(draw: st.DrawFn) -> Idioms:
-    """A small model of one or two idioms between its weights, and a few around them; groups × size need not fit any tp.
+    """Draws a small model of one or two idioms between its weights, and a few around them; groups × size need not fit any tp.
 
-    What does not run on one device (a view of what a convolution made) or is not finite is not drawn.
+    Models that do not run on one device (a view of a convolution's result) or are not finite are not drawn.
     """
     from hypothesis import assume
 
@@ -275,7 +275,7 @@ def idioms(draw: st.DrawFn) -> Idioms:
     lines = tuple(draw(st.sampled_from(list(KINDS[kind]))) for kind in kinds)
     least = 2 if any(name in STATISTICS for name in lines) else 1
     groups = draw(st.integers(least, 6))
-    mixed = draw(st.booleans())  # the other half differ in one more respect only
+    mixed = draw(st.booleans())  # the other half keep plain weights and calls, with at most one idiom around
     repeat = draw(st.sampled_from(Repeat))
     around = frozenset(draw(st.lists(st.sampled_from(Around), max_size=3 if mixed else 1)))  # shrinks better than sets
     if {Around.WEIGHT_HOOK, Around.MIXING_WEIGHT_HOOK} & around:

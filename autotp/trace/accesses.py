@@ -1,4 +1,4 @@
-"""How the code of modules gets at parameters: by which attribute, or as which object that it holds."""
+"""Records how the code of modules gets at parameters: by which attribute, or as which object that it holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autotp.trace.weights import Weights
 
 
 class Accesses:
-    """What each module's code was seen to do with parameters. `weights`: what it gets, by id."""
+    """Records what each module's code does with parameters. `weights`: the ways to get at them, by id."""
 
     def __init__(self, tape: Tape) -> None:
         self.weights = Weights()
@@ -21,7 +21,7 @@ class Accesses:
         self._tape = tape
 
     def note(self, tensor: Tensor, value: Value) -> None:
-        """The module that runs uses the parameter `value`, which it has as `tensor`.
+        """Notes that the module that runs uses the parameter `value`, which it has as `tensor`.
 
         Raises:
             Refused: it is the root, in a function that is checkpointed: the model keeps its class, which would see to it.
@@ -37,7 +37,7 @@ class Accesses:
         self.found.setdefault((module, value.id), {})[access] = None
 
     def fakes(self, tree: Any) -> Any:
-        """The arguments of a call with fake parameters instead of real ones that the code holds."""
+        """Returns the arguments of a call with fake parameters instead of real ones that the code holds."""
         if isinstance(tree, Tensor):
             found = self.weights.originals.get(id(tree))
             return tree if found is None else found[0][found[1]]
@@ -46,7 +46,7 @@ class Accesses:
         return tree
 
     def replaced(self, how: str) -> NoReturn:
-        """Code gives a tensor other data: where the tensor is a rank's part, or what stands for a parameter, they are lost."""
+        """Notes that code gives a tensor other data: where the tensor is a rank's part, or stands for a parameter, they are lost."""
         raise Refused(
             f"the forward of module {self._tape.module or '<root>'!r} puts other data into a tensor ({how}), which would be lost where "
             "that tensor is a rank's part: write into it in place (`with torch.no_grad(): w.copy_(…)`)"

@@ -1,6 +1,6 @@
-"""The ATen half of a recorder: a dispatch mode on the PreDispatch key records calls as operators that are not decomposed yet.
+"""Records calls as operators that are not decomposed yet: the ATen half of a recorder, a dispatch mode on the PreDispatch key.
 
-`linear` and `scaled_dot_product_attention` are whole there. An operator that nobody has a rule for is recorded in its parts instead.
+`linear` and `scaled_dot_product_attention` are whole there. An operator that has no rule is recorded in its parts instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _VIEW, _ALIAS = torch.ops.aten.view.default, torch.ops.aten.alias.default
 
 
 class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
-    """torch lets only a few classes of modes onto the PreDispatch key; SchemaCheckMode's slot is the plain one."""
+    """Records ATen calls. torch lets only a few classes of modes onto the PreDispatch key; SchemaCheckMode's slot is the plain one."""
 
     def __init__(self, keep: Callable[[Any], bool], tape: Tape, values: Values, accesses: Accesses, data: UnknownData) -> None:
         """`keep`: operators recorded whole."""
@@ -86,7 +86,9 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
         return result
 
     def _decomposed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of the operators that `func` is made of, which are recorded; `NotImplemented` where it is not made of others."""
+        """Returns the result of the operators that `func` is made of, which are recorded; `NotImplemented` where it is not made of
+        others.
+        """
         if not func._can_decompose():
             return NotImplemented
         func, args = with_tensors(func, args)
@@ -94,7 +96,9 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
             return func.decompose(*args, **kwargs)
 
     def _values_for(self, tree: Any) -> Any:
-        """The arguments of an ATen call with values in the place of tensors, which come alone or in lists; generators as they are now."""
+        """Returns the arguments of an ATen call with values in the place of tensors, which come alone or in lists; generators as
+        they are now.
+        """
         if isinstance(tree, Tensor):
             return self.values.of(tree)
         if isinstance(tree, torch.Generator):

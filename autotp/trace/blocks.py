@@ -1,9 +1,9 @@
-"""A recorder that runs a block alike to an earlier one only once for each form of its arguments.
+"""Runs a block alike to an earlier one only once for each form of its arguments.
 
-What the *template* returned stands for what every block alike to it returns. That holds only where all that happens to a block
-goes through calls of the block itself. So a trace is turned down (`NotAlike`) as soon as something else shows: a module inside of a
-block is called past it, a parameter or buffer of a block that did not run is looked at, a call has another form, the template wrote
-into its arguments or left something behind that cannot be given to the others. The next one runs every block of that kind.
+The results of the *template* stand for those of every block alike to it. That holds only where everything that happens to a block
+goes through calls of the block itself. So a trace is turned down (`NotAlike`) as soon as it finds an exception: a module inside of
+a block is called past it, a parameter or buffer of a block that did not run is read, a call has another form, or the template wrote
+into its arguments or left something behind that cannot be given to the others. The next trace runs every block of that kind.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _ABOUT = frozenset(
 
 
 class NotAlike(BaseException):
-    """Blocks are used in another way than their template: they must run. No Exception, so that code of the model does not catch it."""
+    """Blocks are used in another way than their template: they must run. It is no Exception, so that code of the model does not
+    catch it.
+    """
 
     def __init__(self, blocks: set[str]) -> None:
         super().__init__(", ".join(sorted(blocks)))
@@ -47,7 +49,7 @@ class NotAlike(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """Where a fake tensor lies: in which storage (of how many elements), and how."""
+    """Says where a fake tensor lies: in which storage (of how many elements), and how."""
 
     storage: Any
     elements: int
@@ -59,7 +61,7 @@ class _Memory:
 
     @staticmethod
     def of(tensor: Tensor) -> _Memory:
-        """The memory of `tensor`; it is read past the recorder's modes."""
+        """Returns the memory of `tensor`; it is read past the recorder's modes."""
         with torch._C.DisableTorchFunction():
             if tensor.layout is not torch.strided:  # a sparse tensor lies nowhere; it stands for itself
                 return _Memory(None, 0, tuple(tensor.shape), (), 0, tensor.dtype, tensor.requires_grad)
@@ -71,9 +73,9 @@ class _Memory:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What a call of the template gave: its arguments, its result, and the attributes (path inside, name, value) that it left.
+    """The answer of a call of the template: its arguments, its result, and the attributes (path inside, name, value) that it left.
 
-    `ins`, `lent`: its tensor arguments. `outs`: id(tensor of the result or of what was left) → what it was when the call ended.
+    `ins`, `lent`: its tensor arguments. `outs`: id(tensor of the result or of an attribute left) → its state when the call ended.
     """
 
     arguments: Any
@@ -85,7 +87,9 @@ class _Answer:
 
 
 class BlockRecorder(Recorder):
-    """See the module. `repeats`: path of a block that does not run → path of its template."""
+    """Records a run, with blocks answered from their templates: see the module. `repeats`: path of a block that does not run → path
+    of its template.
+    """
 
     repeats: Mapping[str, str]
 
@@ -112,21 +116,21 @@ class BlockRecorder(Recorder):
                     self._owner.update((id(t), block) for t in tensors if t is not None and not isinstance(t, FakeTensor))
 
     def within(self, path: str) -> str | None:
-        """The innermost block that the module at `path` is inside of."""
+        """Returns the innermost block that the module at `path` is inside of."""
         return self._within.get(path)
 
     def differ(self, block: str) -> None:
-        """`block` or one alike to it is used in a way of its own."""
+        """Notes that `block` or one alike to it is used in a way of its own."""
         template = self.templates[block]
         self.unlike |= {b for b, t in self.repeats.items() if t == template}
         raise NotAlike(self.unlike)
 
     def counted(self, path: str) -> None:
-        """Code of the module at `path` computes with the number of its block."""
+        """Notes that code of the module at `path` computes with the number of its block."""
         self.differ(next(b for b in self.templates if (path + ".").startswith(b + ".")))
 
     def check(self) -> None:
-        """At the end: were all blocks found alike, and has each of them been called where its template was?"""
+        """Checks at the end that all blocks were found alike, and that each of them was called where its template was."""
         ran = {t for t, *_ in self._done}
         unlike = self.unlike | {b for b, t in self.repeats.items() if t in ran and b not in self.answered}
         if unlike:
@@ -135,12 +139,12 @@ class BlockRecorder(Recorder):
     # what the model does with a block beside calling it -------------------------------------------------------------------------
 
     def missed(self, tensor: Tensor) -> None:
-        """Code uses a tensor that has no value yet; one of a block that did not run gets none."""
+        """Notes that code uses a tensor that has no value yet; one of a block that did not run gets none."""
         if id(tensor) in self._owner:
             self.differ(self._owner[id(tensor)])
 
     def met(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Code does something with tensors."""
+        """Notes that code does something with tensors."""
         if self._owner:
             for item in args:
                 if id(item) in self._owner and self.values.known(item) is None and func not in _ABOUT:
@@ -201,7 +205,9 @@ class BlockRecorder(Recorder):
         return tuple(self.values.of(t) for t in found.values()), tuple(found.values())
 
     def _form(self, tree: Any, seen: dict[int, int]) -> Any:
-        """The form of a call's arguments: what is known of each tensor and which are the same one, other plain values as they are."""
+        """Returns the form of a call's arguments: the facts known of each tensor and which are the same one, other plain values as
+        they are.
+        """
         if isinstance(tree, Tensor):
             value = self.values.of(tree)  # reading the tensor's own shape would go through the recorder's modes
             same = seen.setdefault(id(tree), len(seen))
@@ -215,7 +221,7 @@ class BlockRecorder(Recorder):
         return id(tree)
 
     def _known(self, value: Value) -> Any:
-        """The numbers of a tensor that is known."""
+        """Returns the numbers of a tensor that is known."""
         real = self.values.concrete.get(value.id)
         if real is None:
             return None
@@ -229,7 +235,7 @@ class BlockRecorder(Recorder):
     # what a call leaves behind ----------------------------------------------------------------------------------------------------
 
     def _attributes(self, module: nn.Module) -> dict[tuple[str, str], tuple[Any, Any]]:
-        """Every plain attribute inside of a block, with the items of those that are containers."""
+        """Returns every plain attribute inside of a block, with the items of those that are containers."""
         return {
             (path, name): (value, _items(value))
             for path, inner in module.named_modules()
@@ -238,7 +244,7 @@ class BlockRecorder(Recorder):
         }
 
     def _left(self, module: nn.Module, before: Mapping[tuple[str, str], tuple[Any, Any]]) -> tuple[tuple[str, str, Any], ...] | None:
-        """The attributes that changed, None where the other blocks cannot be given the same."""
+        """Returns the attributes that changed, None where the other blocks cannot be given the same."""
         after = self._attributes(module)
         if any(key not in after for key in before):
             return None
@@ -253,14 +259,14 @@ class BlockRecorder(Recorder):
         return tuple(left)
 
     def _shared(self, template: nn.Module, path: str, name: str, container: Any) -> bool:
-        """True where another block has the very same container: what all of them append to it would be there once."""
+        """True where another block has the very same container: an item that all of them append would be there once."""
         where = self.calls.paths[id(template)]
         blocks = (b for b, t in self.repeats.items() if t == where)
         return any(self.modules_at[b].get_submodule(path).__dict__.get(name) is container for b in blocks)
 
 
 class _Twins:
-    """Tensors for another block in place of those that its template made: own objects that mean the same value.
+    """Makes tensors for another block in place of those that its template made: own objects that mean the same value.
 
     A result that is a view of an argument becomes the same view of the block's own argument.
     """
@@ -271,7 +277,7 @@ class _Twins:
         self.made: dict[int, Tensor] = {}
 
     def of(self, tree: Any) -> Any:
-        """The twin of every tensor in `tree`."""
+        """Returns `tree` with the twin of every tensor in it."""
         return flatten_result(tree, lambda _, t: self._twin(t))
 
     def _twin(self, tensor: Tensor) -> Tensor:
@@ -307,7 +313,7 @@ def _each_tensor(tree: Any) -> Iterator[Tensor]:
 
 
 def _objects(tree: Any) -> set[int]:
-    """Ids of what is neither tensor nor walked into."""
+    """Returns the ids of items that are neither tensors nor walked into."""
     found: set[int] = set()
     flatten_result(tree, lambda _, t: t, lambda _, item: found.add(id(item)))
     return found

@@ -1,7 +1,7 @@
-"""What crosses a module boundary: the tensors among a call's arguments and in its result, each with a path.
+"""Finds the tensors that cross a module boundary, in a call's arguments and in its result, each with a path.
 
-A path of an argument starts with the parameter's name in `forward`; further steps are keys or indices. Containers that are
-walked into: tuples, lists, dicts, dataclasses and the dict-like outputs of transformers. Anything else (a KV cache) is opaque.
+A path of an argument starts with the parameter's name in `forward`; further steps are keys or indices. The walk enters tuples,
+lists, dicts, dataclasses and the dict-like outputs of transformers. Anything else (a KV cache) is opaque.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OnOther = Callable[[Path, Any], None]
 
 @lru_cache(maxsize=4096)
 def positional_names(forward: Callable[..., Any]) -> tuple[tuple[str, ...], str | None]:
-    """Names of the positional parameters of a class's `forward` without self, and of its *args parameter if it has one."""
+    """Returns the names of the positional parameters of a class's `forward` without self, and of its *args parameter if it has one."""
     try:
         parameters = list(inspect.signature(forward).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -33,24 +33,24 @@ def positional_names(forward: Callable[..., Any]) -> tuple[tuple[str, ...], str 
 
 
 def argument_path(module: nn.Module, position: int) -> Path:
-    """Path of the `position`-th positional argument of a call of `module`."""
+    """Returns the path of the `position`-th positional argument of a call of `module`."""
     names, rest = positional_names(type(module).forward)
     return (names[position],) if position < len(names) else (rest or "args", position - len(names))
 
 
 def flatten_arguments(module: nn.Module, args: Any, kwargs: Any, on_tensor: OnTensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with every tensor replaced by `on_tensor(path, tensor)`."""
+    """Returns the arguments of a call with every tensor replaced by `on_tensor(path, tensor)`."""
     new_args = tuple(_walk(argument_path(module, i), a, on_tensor, None) for i, a in enumerate(args))
     return new_args, {k: _walk((k,), v, on_tensor, None) for k, v in kwargs.items()}
 
 
 def flatten_result(result: Any, on_tensor: OnTensor, on_other: OnOther | None = None) -> Any:
-    """A call's result with every tensor replaced by `on_tensor(path, tensor)`; `on_other` sees the leaves that are no tensors."""
+    """Returns a call's result with every tensor replaced by `on_tensor(path, tensor)`; `on_other` gets the leaves that are no tensors."""
     return _walk((), result, on_tensor, on_other)
 
 
 class Handed:
-    """Lists and dicts of a call's arguments that were copied for the callee, to see what it does to them.
+    """Copies lists and dicts of a call's arguments for the callee, to find its changes to them.
 
     `before`, `after`: the arguments as the caller gave them, and as the callee gets them.
     """
@@ -82,7 +82,7 @@ class Handed:
             self._pairs.append((a, b, b.copy()))
 
     def back(self) -> bool:
-        """Do to the caller's containers what was done to the callee's; True where there was anything."""
+        """Repeats the callee's changes of its containers on the caller's; True where there were any."""
         changed = False
         for theirs, own, before in self._objects:
             for name, value in fields_of(own).items():
@@ -145,5 +145,5 @@ def _walk(path: Path, item: Any, on_tensor: OnTensor, on_other: OnOther | None) 
 
 
 def fields_of(item: Any) -> dict[str, Any]:
-    """The fields of a dataclass instance that are there."""
+    """Returns the fields of a dataclass instance that are there."""
     return {f.name: getattr(item, f.name) for f in fields(item) if hasattr(item, f.name)}

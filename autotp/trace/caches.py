@@ -1,8 +1,8 @@
-"""Functions behind `functools.lru_cache`, in a trace.
+"""Handles functions behind `functools.lru_cache` in a trace.
 
-A cache that is keyed by sizes would answer with what it made in another trace, or for other tensors of the same size: ints with the tags of
-those, fake tensors. So while a model is traced, calls with tagged ints, tensors or modules among their arguments run the
-function itself, and what other calls left in a cache is dropped after if it is more than plain data.
+A cache that is keyed by sizes would answer with the result of another trace, or of other tensors of the same size: ints with the
+tags of those, fake tensors. So while a model is traced, calls with tagged ints, tensors or modules among their arguments run the
+function itself. Entries that other calls left in a cache are dropped afterwards, unless they are plain data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Put = Callable[[], None]
 
 @contextmanager
 def uncached(model: nn.Module) -> Iterator[None]:
-    """Cached functions that code of a model may call behave as said above inside."""
+    """Makes the cached functions that code of a model may call behave inside as the module describes."""
     used: dict[int, Any] = {}
     twins: dict[int, Any] = {}
 
@@ -76,14 +76,16 @@ def _traced(item: Any) -> bool:
 
 
 def _plain(item: Any) -> bool:
-    """Data that says nothing of a trace. None is not: a function that returns it is called for what it does, once in a lifetime."""
+    """True for data that says nothing of a trace. None is not: a function that returns it is called for its effect, once in a
+    lifetime.
+    """
     if isinstance(item, tuple):
         return all(_plain(x) for x in item)
     return isinstance(item, _PLAIN) and not isinstance(item, TaggedInt)
 
 
 def _held(model: nn.Module) -> list[tuple[Any, str, Any]]:
-    """(holder, name, value) of cached functions: globals, attributes of classes and modules, and what wrappers of functions hold."""
+    """Returns (holder, name, value) of cached functions: globals, attributes of classes and modules, and functions inside of wrappers."""
     found: list[tuple[Any, str, Any]] = []
     for name, file in list(sys.modules.items()):
         if not isinstance(file, ModuleType) or (name != "__main__" and name.partition(".")[0] in _OTHERS):
@@ -102,7 +104,7 @@ def _held(model: nn.Module) -> list[tuple[Any, str, Any]]:
 
 
 def _wrapped(function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
-    """The cached function that a wrapper around one holds (`compile_compatible_method_lru_cache` of transformers)."""
+    """Yields the cached function that a wrapper around one holds (`compile_compatible_method_lru_cache` of transformers)."""
     for cell in (function.__closure__ or ()) if hasattr(function, "__wrapped__") else ():
         try:
             value = cell.cell_contents

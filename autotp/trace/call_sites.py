@@ -1,4 +1,4 @@
-"""The place of an operator call: the code object and instruction of the nearest frame that is not torch's own plumbing.
+"""Finds the place of an operator call: the code object and instruction of the nearest frame that is not torch's own plumbing.
 
 The recorder notes places while tracing, and interventions at run time find their calls by them, so both use this function.
 """
@@ -25,7 +25,7 @@ PLUMBING = frozenset(
 
 
 def call_place(depth: int = 1) -> tuple[CodeType, int]:
-    """(code, f_lasti) of the first frame at least `depth` above the caller that is not plumbing."""
+    """Returns (code, f_lasti) of the first frame at least `depth` above the caller that is not plumbing."""
     frame = sys._getframe(depth)
     while frame.f_code.co_filename in PLUMBING and frame.f_back is not None:
         frame = frame.f_back
@@ -62,9 +62,9 @@ class _Held:
 
 
 def call_of(code: CodeType, offset: int) -> int:
-    """The instruction of `code` that `offset` belongs to, the same for all offsets that one call can show.
+    """Returns the instruction of `code` that `offset` belongs to, the same for all offsets that one call can show.
 
-    The interpreter leaves `f_lasti` at the call's PRECALL, its CALL or the cache entries behind it, depending on whether the
-    callee is Python code and how warm the caller is.
+    The interpreter leaves `f_lasti` at the call's PRECALL, its CALL or the cache entries behind it, depending on whether the callee
+    is Python code and how warm the caller is.
     """
     return _starts(id(code), _Held(code)).get(offset, offset)

@@ -1,4 +1,4 @@
-"""Calls of a model that are traced, as values."""
+"""Holds the calls of a model that are traced, as values."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Given = Mapping[str, object] | Sequence[Mapping[str, object]]
 class Example:
     """One way to call a model.
 
-    name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states`, `images`, a flag of the forward (`return_loss`) or a
-        method (`get_text_features`); `user` for the caller's own, and `user 2`, `user with flag=True`; `text_decoder prefill` of an inner
-        model that a `generate` hands on to.
+    name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states`, `images`, a flag of the forward (`return_loss`) or
+    a method (`get_text_features`); `user` for the caller's own, and `user 2`, `user with flag=True`; `text_decoder prefill` of an
+    inner model that a `generate` hands on to.
     make: builds the keywords of the call, new tensors each time.
-    decode: from the outputs of that call, the keywords of the next one (the returned cache and one more token); it
-        answers None where the outputs hold no cache.
+    decode: from the outputs of that call, the keywords of the next one (the returned cache and one more token). It returns None
+    where the outputs hold no cache.
     optional: the model may turn this call down without harm.
     training: the call is made in training mode.
-    quiet: autotp made the call up: that the model turns it down says nothing.
+    quiet: autotp made the call up, so a model that turns it down is not reported.
     method: the method or inner model that is called, past the hooks of the model; "" for the model itself.
     """
 
@@ -42,9 +42,9 @@ class Example:
 
     @property
     def inputs(self) -> Inputs:
-        """The keywords of the call."""
+        """Returns the keywords of the call."""
         return self.make()
 
     def call(self, model: nn.Module, inputs: Inputs) -> Any:
-        """What `model` answers to this call with `inputs`."""
+        """Calls `model` with `inputs` in this way."""
         return attrgetter(self.method)(model)(**inputs) if self.method else model(**inputs)

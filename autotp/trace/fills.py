@@ -1,8 +1,8 @@
-"""Constants that are filled with one number, and what stays of them.
+"""Follows constants that are filled with one number.
 
-A value filled with one number may be cut or summed freely: zeros are whole and a partial sum at once. What a template is given stands
-for what every block alike to it is given, so a number counts inside only where all of them get it: the first block of a decoder may
-start from zeros, and the next ones not.
+A value filled with one number may be cut or summed freely: zeros are whole and a partial sum at once. The argument of a template
+stands for that of every block alike to it. So a number inside counts only where all of these blocks get it: the first block of a
+decoder may start from zeros, and the next ones not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KEEPING = frozenset(("to", "clone", "contiguous", "expand", "view", "reshape", "
 
 
 def filled(node: Node, fills: Mapping[int, float]) -> float | None:
-    """The number that the results of `node` are filled with, if those among its arguments are filled as `fills` say."""
+    """Returns the number that the results of `node` are filled with, if those among its arguments are filled as `fills` say."""
     name = node.opname
     number = FILLS.get(name)
     if number is None and name in FILL_AT:
@@ -35,7 +35,7 @@ def filled(node: Node, fills: Mapping[int, float]) -> float | None:
 
 
 def of_every_block(graph: Graph) -> Graph:
-    """The graph without the fills inside of templates that a block alike is not given too."""
+    """Returns the graph without the fills inside of templates that a block alike does not get too."""
     lost: set[int] = set()
     while True:
         differing = {

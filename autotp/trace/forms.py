@@ -1,8 +1,10 @@
-"""In which forms a forward was called: code may take another path for a flag that is on, or for a tensor where there was none.
+"""Describes the forms in which a forward was called: code may take another path for a flag that is on, or for a tensor where there
+was none.
 
-A form says of each argument what kind it is: a flag, a text, an enumeration's member or a whole number by its value, a function by its
-name and what it carries, a tensor by its number of dims and class of numbers, an object by its class and what it holds. Floats count as one
-kind, and so do tensors of any size, any number of tensors that are alike, and whole numbers that the traced code had from sizes.
+A form gives the kind of each argument. A flag, a text, an enumeration's member or a whole number counts by its value. A function
+counts by its name and what it carries, a tensor by its number of dims and class of numbers, an object by its class and what it
+holds. Floats count as one kind. So do tensors of any size, any number of tensors that are alike, and whole numbers that the traced
+code had from sizes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _DEEPEST = 3  # objects in objects in objects
 
 
 def kind_of(value: object, sizes: bool = False, depth: int = 0) -> str:
-    """What counts of an argument. `sizes`: whole numbers may be sizes, and count as such. `depth`: in how many objects it is."""
+    """Returns the kind of an argument. `sizes`: whole numbers may be sizes, and count as such. `depth`: in how many objects it is."""
     if isinstance(value, Enum):
         return f"{type(value).__qualname__}.{value.name}"
     if isinstance(value, numpy.generic):
@@ -65,7 +67,7 @@ def _key(item: tuple[Any, Any]) -> str:
 
 
 def _object(value: Any, sizes: bool, depth: int) -> str:
-    """An object by what it holds. Whole numbers in one that is no dataclass count as one kind: they are mostly counters."""
+    """Describes an object by its contents. Whole numbers in one that is no dataclass count as one kind: they are mostly counters."""
     name = f"a {type(value).__name__}"
     if depth >= _DEEPEST or type(value).__module__.partition(".")[0] in ("torch", "numpy"):
         return name
@@ -88,7 +90,7 @@ def _is_size(value: int) -> bool:
 
 
 def name_of(function: Any, depth: int = 0) -> str:
-    """A function by its name, by its place where others have that name, and by what it carries."""
+    """Describes a function by its name, by its place where others have that name, and by what it carries."""
     if isinstance(function, partial):
         return f"{name_of(function.func, depth)} with {kind_of(function.args, depth=depth)} and {kind_of(function.keywords, depth=depth)}"
     name = getattr(function, "__qualname__", type(function).__qualname__)
@@ -102,7 +104,9 @@ def name_of(function: Any, depth: int = 0) -> str:
 
 
 def _parts_of(function: Any) -> Iterator[Any]:
-    """What a function carries: its defaults, what it encloses, and the object that it is a method of, or that is called itself."""
+    """Yields the values that a function carries: its defaults, those it closes over, and the object that it is a method of, or
+    that is called itself.
+    """
     owner = getattr(function, "__self__", None)
     if owner is not None and not isinstance(owner, (ModuleType, nn.Module)):
         yield owner
@@ -116,17 +120,17 @@ def _parts_of(function: Any) -> Iterator[Any]:
 
 
 def class_name(kind: type) -> str:
-    """A class by its module and name: the same on every rank."""
+    """Describes a class by its module and name: the same on every rank."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def of_any_dims(forms: Forms) -> Forms:
-    """The forms with tensors of any number of dims for those of one."""
+    """Returns the forms with tensors of any number of dims for those of one."""
     return frozenset(frozenset((name, any_dims(kind)) for name, kind in call) for call in forms)
 
 
 def any_dims(kind: str) -> str:
-    """The kind of a tensor without its number of dims; another as it is."""
+    """Returns the kind of a tensor without its number of dims; another as it is."""
     return f"{TENSOR} {kind[kind.index('(') :]}" if kind.startswith(f"{TENSOR} of ") else kind
 
 
@@ -150,7 +154,7 @@ class Signature:
 
     @staticmethod
     def of(forward: Callable[..., Any]) -> Signature:
-        """The signature of a bound `forward`; without any names where Python knows none."""
+        """Returns the signature of a bound `forward`; without any names where Python knows none."""
         try:
             parameters = list(inspect.signature(forward).parameters.values())
         except (TypeError, ValueError):
@@ -163,7 +167,7 @@ class Signature:
         return Signature(tuple(p.name for p in parameters if p.kind in places), kinds, rest, more, frozenset(_texts(code)))
 
     def kinds_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: bool = False, *, shallow: bool = False) -> dict[str, str]:
-        """The kind of each argument of a call, those that are left out included. `shallow`: objects by their classes alone."""
+        """Returns the kind of each argument of a call, those that are left out included. `shallow`: objects by their classes alone."""
         depth = _DEEPEST if shallow else 0
         found = {**self.kinds, **{n: kind_of(v, sizes, depth) for n, v in zip(self.names, args, strict=False)}}
         if self.rest:

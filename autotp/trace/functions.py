@@ -1,10 +1,10 @@
-"""What is proven of an `autograd.Function` by running it on real numbers.
+"""Proves properties of an `autograd.Function` by running it on real numbers.
 
     shown    apply(x).backward(g)  =  forward(x).backward(g), differentiated by autograd through the forward's own operators
     local    parts of outputs and gradients along a dim  =  outputs and gradients of the parts along it
 
-In float64, for several draws of numbers and scales. What is shown can be planned as if the function were plain operators; what is
-local can be sharded along that dim whatever its backward computes. The rest has to stay whole.
+It runs in float64, for several draws of numbers and scales. A function with the first property is planned as if it were plain
+operators. One with the second can be sharded along that dim, whatever its backward computes. The rest has to stay whole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class TensorLike:
-    """A tensor argument of a call: its form, and its numbers where they are known."""
+    """Describes a tensor argument of a call: its form, and its numbers where they are known."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class Applied:
 
 
 def prove(call: Applied) -> Scope:
-    """What running the function shows; nothing where it cannot be run by itself."""
+    """Returns the properties that running the function shows; none where it cannot be run by itself."""
     name = call.function.__qualname__
     forms = [a for a in call.args if isinstance(a, TensorLike)]
     if call.function is BackwardHookFunction:  # an identity that hooks of a module hang on

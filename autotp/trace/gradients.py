@@ -1,4 +1,6 @@
-"""What a forward does with gradients, as nodes: calls of autograd functions (APPLY, and a `Scope` around what they run), hooks (HOOK)."""
+"""Records as nodes what a forward does with gradients: calls of autograd functions (APPLY, and a `Scope` around what they run),
+hooks (HOOK).
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,14 @@ ABOUT_GRADIENTS = frozenset((REQUIRES_GRAD, GRAD_FN, Tensor.is_inference, Tensor
 
 
 class Gradients:
-    """See the module."""
+    """Records what a forward does with gradients: see the module."""
 
     def __init__(self, tape: Tape, values: Values, questions: Questions) -> None:
         self._tape, self._values, self._questions = tape, values, questions
         self._applied: list[Applied] = []
 
     def apply(self, frame: FrameType, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The autograd function `function` is applied in `frame`: what is recorded until it returns is in its scope."""
+        """Opens a scope where `frame` applies the autograd function `function`: nodes recorded until it returns are in it."""
         caller = frame.f_back
         if self._tape.quiet or caller is None or self._tape.hidden(caller.f_code.co_filename):
             return
@@ -43,7 +45,7 @@ class Gradients:
         return TensorLike(value.shape, value.dtype, self._values.concrete.get(value.id))
 
     def proven(self) -> tuple[Scope, ...]:
-        """What running each function that was applied shows of it; one run for calls alike."""
+        """Returns the properties that a run of each applied function shows; one run for calls alike."""
         known: dict[object, Scope] = {}
         scopes: list[Scope] = []
         for call in self._applied:
@@ -54,7 +56,7 @@ class Gradients:
         return tuple(scopes)
 
     def answer(self, func: Any, file: str, args: Any, kwargs: Any) -> Any:
-        """The result of one of `ABOUT_GRADIENTS`, called in `file`: questions are noted, hooks recorded.
+        """Returns the result of one of `ABOUT_GRADIENTS`, called in `file`: questions are noted, hooks recorded.
 
         Raises:
             Refused: a hook on a parameter that is called when its gradient is complete, as the parameter is not there.
@@ -81,6 +83,6 @@ class Gradients:
         return func(*args, **kwargs)
 
     def _hooked(self, tensor: Tensor) -> None:
-        """Code of the model sees the gradient of `tensor`."""
+        """Notes that code of the model gets the gradient of `tensor`."""
         if not self._tape.quiet:
             self._tape.add(Pseudo.HOOK, (self._values.of(tensor),), {}, ())

@@ -1,8 +1,8 @@
-"""The traced graph: values, nodes and module boundaries, as plain data.
+"""Defines the traced graph, with values, nodes and module boundaries as plain data.
 
-A `Node` is one ATen operator call, or a pseudo-operator that keeps visible what operators do not show: ENTER and EXIT (a tensor
-crosses a module boundary, identity), REPEAT (a block alike to one already traced was called), APPLY and HOOK (gradients pass code that
-the forward does not show).
+A `Node` is one ATen operator call, or a pseudo-operator for an event that operators do not show. ENTER and EXIT: a tensor crosses a
+module boundary, identity. REPEAT: a block alike to one already traced was called. APPLY and HOOK: gradients pass code that the
+forward does not show.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Place:
 
     @staticmethod
     def of(code: CodeType, offset: int, lineno: int) -> Place:
-        """The place of instruction `offset` of `code`."""
+        """Returns the place of instruction `offset` of `code`."""
         return Place(code.co_filename, code.co_qualname, code.co_firstlineno, offset, lineno)
 
     def __str__(self) -> str:
@@ -77,7 +77,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Random:
-    """A `torch.Generator` among the arguments of a call, as it was when the call was made: equal ones draw the same numbers.
+    """Stands for a `torch.Generator` among the arguments of a call, as it was when the call was made: equal ones draw the same
+    numbers.
 
     The object itself says nothing: code may make a new one in every forward, or seed one again and again.
     """
@@ -87,7 +88,7 @@ class Random:
 
     @staticmethod
     def of(generator: torch.Generator) -> Random:
-        """What `generator` is now."""
+        """Returns the present state of `generator`."""
         with unset_fake_temporarily():
             return Random(str(generator.device), generator.get_state().numpy().tobytes())
 
@@ -129,7 +130,7 @@ class Node:
         object.__setattr__(self, "_inputs", (*values_in(self.args), *values_in(tuple(self.kwargs.values()))))
 
     def inputs(self) -> Iterator[Value]:
-        """Every value among the arguments, in order."""
+        """Returns every value among the arguments, in order."""
         return iter(self._inputs)
 
     def __str__(self) -> str:
@@ -137,7 +138,7 @@ class Node:
 
 
 def values_in(tree: Any) -> Iterator[Value]:
-    """The values in a nest of tuples, lists and dicts."""
+    """Yields the values in a nest of tuples, lists and dicts."""
     if isinstance(tree, Value):
         yield tree
     elif isinstance(tree, (tuple, list)):
@@ -152,8 +153,8 @@ def values_in(tree: Any) -> Iterator[Value]:
 class Scope:
     """One call of an autograd.Function: operators whose backward is code of its own.
 
-    shown: the backward was run, and gives what autograd makes of the forward's operators. local: dims, counted from the last (-1), along
-    which forward and backward were run and treat each element by itself.
+    shown: the backward was run, and gives the result of autograd on the forward's operators. local: dims, counted from the last
+    (-1), along which forward and backward were run and treat each element by itself.
     """
 
     name: str
@@ -163,7 +164,7 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one traced path returned to its caller: leaves with their paths (values, or plain Python scalars).
+    """One traced path returned this to its caller: leaves with their paths (values, or plain Python scalars).
 
     training: the path ran in training mode.
     """
@@ -176,7 +177,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class PythonCall:
-    """What the code called, of which one node or several are recorded: the function's name, ids of the tensors in its result in order."""
+    """A call of the code that one node or several were recorded for: the function's name, ids of the tensors in its result in order."""
 
     function: str
     results: tuple[int, ...]
@@ -184,7 +185,7 @@ class PythonCall:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How a module's code gets at a parameter: as the attribute `name` of its owner, or `held`: as the object that anyone may hold."""
+    """A module's code gets at a parameter so: as the attribute `name` of its owner, or `held`: as the object that anyone may hold."""
 
     name: str
     held: bool
@@ -219,7 +220,7 @@ class Graph:
     untrained: str = ""  # why no path in training mode could be traced, where one was tried
 
     def sealed(self, node: Node) -> str:
-        """Why no conversion can act inside or at the result of a node; "" where one can."""
+        """Says why no conversion can act inside or at the result of a node; "" where one can."""
         if node.scope >= 0:
             return f"{self.scopes[node.scope].name} has a backward of its own"
         if node.apart:

@@ -1,9 +1,9 @@
-"""Python integers that remember where they come from.
+"""Defines Python integers that remember where they come from.
 
 While a model is traced, its plain int attributes and the sizes it reads from tensors are `TaggedInt`s: ints whose arithmetic
-records an expression over *leaves*. Re-evaluating the expression with other leaf values tells what the code would have
-computed on a shard. A tag says something in its own trace only: what is still around after it (in a cache, in a dict of
-somebody's) counts as a plain number in the next one.
+records an expression over *leaves*. Re-evaluating the expression with other leaf values tells what the code would have computed on
+a shard. A tag is valid in its own trace only. A tagged int that outlives it (in a cache, in a dict) counts as a plain number in the
+next one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _OPS: dict[str, Callable[[int, int], int]] = {
 
 
 def leaves(expr: IntExpr) -> Iterator[AttrRef | SizeRef]:
-    """The attribute and size leaves of `expr`, literals left out."""
+    """Yields the attribute and size leaves of `expr`, literals left out."""
     if isinstance(expr, Arith):
         yield from leaves(expr.left)
         yield from leaves(expr.right)
@@ -72,7 +72,7 @@ def leaves(expr: IntExpr) -> Iterator[AttrRef | SizeRef]:
 
 
 def evaluate(expr: IntExpr, value_of: Callable[[AttrRef | SizeRef], int]) -> int | None:
-    """The value of `expr` with each leaf replaced by `value_of(leaf)`; None where a division by zero arises."""
+    """Returns the value of `expr` with each leaf replaced by `value_of(leaf)`; None where a division by zero arises."""
     if isinstance(expr, Literal):
         return expr.value
     if isinstance(expr, Arith):
@@ -84,7 +84,7 @@ def evaluate(expr: IntExpr, value_of: Callable[[AttrRef | SizeRef], int]) -> int
 
 
 def show(expr: IntExpr) -> str:
-    """`expr` as a person would write it."""
+    """Writes `expr` as a person would."""
     if isinstance(expr, Literal):
         return str(expr.value)
     if isinstance(expr, AttrRef):
@@ -95,7 +95,7 @@ def show(expr: IntExpr) -> str:
 
 
 class Life:
-    """The time that the tags of one trace mean something."""
+    """Lasts as long as the tags of one trace are valid."""
 
     __slots__ = ("over",)
 
@@ -128,7 +128,7 @@ class TaggedInt(int):
 
 
 def expr_of(value: int) -> IntExpr:
-    """The expression behind a Python int; a Literal for an untagged one, and for one of another trace."""
+    """Returns the expression behind a Python int; a Literal for an untagged one, and for one of another trace."""
     return value.expr if isinstance(value, TaggedInt) and not value.life.over else Literal(int(value))
 
 
@@ -156,15 +156,15 @@ for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordi
 class Counter(TaggedInt):
     """The number of a block among blocks alike to it, of which one runs for all.
 
-    To pass it on, and to index with it what is not the module's own (a cache), is the same in every block. Module code that
-    compares it or computes with it may do another thing in another block: `used` is called then.
+    Every block does the same with it where code passes it on, or indexes something with it that is not the module's own (a cache).
+    Module code that compares it or computes with it may do another thing in another block: it then calls `used`.
     """
 
     used: Callable[[], None]
 
     @classmethod
     def of(cls, value: int, expr: IntExpr, life: Life, used: Callable[[], None]) -> Counter:
-        """A counter that calls `used`."""
+        """Makes a counter that calls `used`."""
         self = cls(value, expr, life)
         self.used = used
         return self

@@ -1,8 +1,8 @@
-"""Everything a traced run may change besides tensors, remembered and put back.
+"""Remembers everything that a traced run may change besides tensors, and puts it back.
 
-Code caches masks in a dict of the module, appends to a list, counts in a class attribute, draws from a generator of its own. What it puts
-there while it is traced is made of fake tensors, so none of it may stay: attributes, tables and hooks of modules, contents of
-containers and plain objects they hold, attributes of their classes, globals of the files that define those, random generators.
+Code caches masks in a dict of the module, appends to a list, counts in a class attribute, draws from a generator of its own. During
+a trace it puts fake tensors there, so none of it may stay. Restored are attributes, tables and hooks of modules, contents of
+containers and plain objects they hold, attributes of their classes, globals of the files that define those, and random generators.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LONG = 4096
 
 @contextmanager
 def undone() -> Iterator[Undo]:
-    """What is pushed inside is undone, in reverse order."""
+    """Undoes at its end, in reverse order, the steps that were pushed inside."""
     undo: Undo = []
     try:
         yield undo
@@ -42,7 +42,7 @@ def undone() -> Iterator[Undo]:
 
 
 def keep_state(model: nn.Module, undo: Undo) -> None:
-    """Remember what the forwards of `model` may change; `undo` puts it back, every object in its place."""
+    """Remember everything that the forwards of `model` may change; `undo` puts it back, every object in its place."""
     keeper = _Keeper(undo)
     for module in model.modules():
         keeper.attributes(module)
@@ -60,7 +60,7 @@ class _Keeper:
         self.seen: dict[int, Any] = {}  # the objects are held, so that ids stay theirs
 
     def attributes(self, module: nn.Module) -> None:
-        """Attributes, tables and hooks of one module."""
+        """Keeps attributes, tables and hooks of one module."""
         attributes = module.__dict__
         self._table(attributes)
         for key, value in attributes.items():
@@ -70,13 +70,13 @@ class _Keeper:
                 self.value(value)
 
     def cls(self, cls: type) -> None:
-        """Attributes of a class: data that its code counts or caches in."""
+        """Keeps the attributes of a class: data that its code counts or caches in."""
         before = {k: v for k, v in vars(cls).items() if _is_data(k, v)}
         self.undo.append(partial(_restore_class, cls, before))
         self.values(v for k, v in vars(cls).items() if k != "__dict__")
 
     def file(self, module: ModuleType) -> None:
-        """Globals of a file."""
+        """Keeps the globals of a file."""
         if id(module) in self.seen:
             return
         self.seen[id(module)] = module
@@ -85,12 +85,12 @@ class _Keeper:
         self.values(v for v in space.values() if isinstance(v, (list, set, deque, Tensor, *_DICTS)))
 
     def values(self, items: Iterable[Any]) -> None:
-        """Each of `items`."""
+        """Keeps each of `items`."""
         for item in items:
             self.value(item)
 
     def value(self, value: Any) -> None:
-        """What `value` holds, if it is a container, a plain object, a generator or a function with things closed over."""
+        """Keeps the contents of `value`, if it is a container, a plain object, a generator or a function with things closed over."""
         if value is None or isinstance(value, (str, int, float, nn.Module, type, ModuleType)) or id(value) in self.seen:
             return
         self.seen[id(value)] = value
@@ -118,7 +118,7 @@ class _Keeper:
             self._object(value)
 
     def _tensor(self, tensor: Tensor) -> None:
-        """A tensor that no module has registered. Large ones are no counters, and copies of them would be dear."""
+        """Keeps a tensor that no module has registered. Large ones are no counters, and copies of them would be dear."""
         if type(tensor) is Tensor and tensor.layout is torch.strided and tensor.numel() <= _LONG and not tensor.is_meta:
             self.undo.append(partial(_restore_tensor, tensor, tensor._version, tensor.detach().clone(), tensor.requires_grad))
 
@@ -204,10 +204,11 @@ def _restore_class(cls: type, before: dict[str, Any]) -> None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """What the forwards of `model` may change, random states, torch's settings: as they were after. Nothing is printed inside.
+    """Restores afterwards all that the forwards of `model` may change: its state, random states, torch's settings. Nothing is
+    printed inside.
 
-    torch logs every refusal of a fake operator as an error with a traceback, and models warn of what they were called with. The paths
-    that are merely tried would fill the screen; what matters about them is in the plan's notes and in our errors.
+    torch logs every refusal of a fake operator as an error with a traceback, and models warn about their arguments. The paths that
+    are merely tried would fill the screen. The plan's notes and our errors tell all that matters about them.
     """
     numbers, host = np.random.get_state(), random.getstate()
     dtype, grad, precision = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()

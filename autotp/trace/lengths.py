@@ -1,7 +1,7 @@
-"""Operators whose result is as long as numbers in another argument say: packed sequences, the CTC loss, counts, distinct items.
+"""Runs operators whose result is as long as numbers in another argument say: packed sequences, the CTC loss, counts, distinct items.
 
-torch's fake forms of them do not know these numbers, the recorder mostly does. Where it does not either, each sequence counts as one of
-full length. What is made of lengths alone (the batch sizes of a packed sequence) is known again.
+torch's fake forms of them do not know these numbers, the recorder mostly does. Where it does not either, each sequence counts as
+one of full length. Values that are made of lengths alone (the batch sizes of a packed sequence) are known again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SOME = 2
 
 
 def like(source: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """A fake tensor that an operator makes of `source`: it has a gradient where `source` has one."""
+    """Makes the fake tensor that an operator makes of `source`: it has a gradient where `source` has one."""
     made = source.new_empty(tuple(shape), dtype=dtype)
     if source.requires_grad and torch.is_grad_enabled() and made.is_floating_point():
         return made.requires_grad_().clone()  # a clone, as leaves may not be changed in place
@@ -29,7 +29,7 @@ def like(source: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None)
 
 
 def _numbers(values: Values, lengths: Any) -> list[int] | None:
-    """The numbers in `lengths`; None where they are not known."""
+    """Returns the numbers in `lengths`; None where they are not known."""
     if not isinstance(lengths, Tensor):
         return [int(n) for n in lengths]
     known = values.real_of(lengths)
@@ -40,16 +40,16 @@ def _numbers(values: Values, lengths: Any) -> list[int] | None:
 
 
 def _pair(source: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A tensor of whole numbers: the fake one and the real one."""
+    """Returns a tensor of whole numbers: the fake one and the real one."""
     with unset_fake_temporarily():
         real = torch.tensor(list(numbers), dtype=torch.long)
     return source.new_empty((len(numbers),), dtype=torch.long, device="cpu"), real
 
 
 def with_tensors(func: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """A call that takes lengths in lists, as one that takes them in tensors; any other as it is.
+    """Turns a call that takes lengths in lists into one that takes them in tensors; any other stays as it is.
 
-    The former makes tensors of the lists where no mode sees it, and fills fake ones.
+    The former makes tensors of the lists where no mode gets the call, and fills fake ones.
     """
     if func is not torch.ops.aten.ctc_loss.IntList:
         return func, args
@@ -116,9 +116,9 @@ def _distinct(items: Tensor, found: Sequence[int], inverse: Sequence[int]) -> Ma
 def repeated(
     values: Values, items: Tensor, repeats: Tensor | None = None, dim: int | None = None, *, output_size: int | None = None
 ) -> Tensor:
-    """What `repeat_interleave` makes of `items`: each one as often as `repeats` say, once where they are not known.
+    """Returns the result of `repeat_interleave` on `items`: each one as often as `repeats` say, once where they are not known.
 
-    Without `repeats` these are the `items`, and what is repeated are their indices.
+    Without `repeats` these are the `items`, and their indices are repeated.
     """
     if repeats is None:
         return items.new_empty((items.shape[0] if output_size is None else output_size,), dtype=torch.long)

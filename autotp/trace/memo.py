@@ -1,9 +1,9 @@
-"""Remembers what operators give for fake tensors, by the form of their arguments.
+"""Remembers the results of operators on fake tensors, by the form of their arguments.
 
-torch's own cache for fake tensors stands behind the autograd and Python dispatch of each operator, and behind the decomposition of the
-composite ones. A trace runs the same few hundred operators over and over, one path after another, so most of its time went there. Only
-calls whose result depends on nothing but the form of the arguments are remembered: no gradients, no autocast, nothing written, no
-numbers in a tensor read. A result is then either new memory or a view of an argument's.
+torch's own cache for fake tensors stands behind the autograd and Python dispatch of each operator, and behind the decomposition of
+the composite ones. A trace runs the same few hundred operators over and over, one path after another, so without `memo` most of its
+time goes there. It remembers only calls whose result depends on nothing but the form of the arguments: no gradients, no autocast,
+nothing written, no numbers in a tensor read. A result is then either new memory or a view of an argument's.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Memo:
         self._fit: dict[OpOverload, bool] = {}
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of `func(*args, **kwargs)`."""
+        """Returns the result of `func(*args, **kwargs)`."""
         if not self._fits(func):
             return func(*args, **kwargs)
         tensors: list[FakeTensor] = []
@@ -110,7 +110,7 @@ class Memo:
         return (*form, where, tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
 
     def _seen(self, result: Any, tensors: list[FakeTensor]) -> tuple[_Result, ...] | _Result | None:
-        """How to make `result` again; None where it is not to be remembered."""
+        """Says how to make `result` again; None where it is not to be remembered."""
         if isinstance(result, Tensor):
             return self._one(result, tensors)
         if type(result) not in (tuple, list) or not all(isinstance(x, Tensor) for x in result):

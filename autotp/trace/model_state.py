@@ -1,7 +1,7 @@
-"""Puts a model into the state it is traced in, and back.
+"""Puts a model into the state that it is traced in, and back.
 
-Parameters and buffers are replaced by fake tensors, plain ints of modules and configs by `TaggedInt`s, and blocks alike are
-found so that only one of them runs. Everything is undone on exit, whatever happened inside.
+Parameters and buffers are replaced by fake tensors, plain ints of modules and configs by `TaggedInt`s, and blocks alike are found
+so that only one of them runs. Everything is undone on exit, whatever happened inside.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SKIP = frozenset(nn.Module().__dict__) | {"forward"}
 
 
 def set_item(mapping: dict[Any, Any], key: Any, value: Any, undo: Undo) -> None:
-    """`mapping[key] = value`, remembering how to go back."""
+    """Sets `mapping[key] = value`, and pushes the step back on `undo`."""
     had, old = key in mapping, mapping.get(key)
 
     def back() -> None:
@@ -41,7 +41,7 @@ def set_item(mapping: dict[Any, Any], key: Any, value: Any, undo: Undo) -> None:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in training or eval mode inside, each one's own mode restored after."""
+    """Puts all modules in training or eval mode inside; each one's own mode is restored after."""
     modes = [(m, m.training) for m in model.modules()]
     for module, _ in modes:
         module.training = training
@@ -54,7 +54,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def same_numbers() -> Iterator[None]:
-    """Host random numbers (masks drawn by numpy in training) are the same in every run inside; the caller's go on after."""
+    """Makes host random numbers (masks drawn by numpy in training) the same in every run inside; the caller's go on after."""
     numbers, host = np.random.get_state(), random.getstate()
     np.random.seed(0)
     random.seed(0)
@@ -69,9 +69,9 @@ def same_numbers() -> Iterator[None]:
 
 @contextmanager
 def moved_nowhere(recorder: Recorder) -> Iterator[None]:
-    """Inside, a module that its model's code moves to another device (`self.head.to(x.device)`) stays as it is: all is on one.
+    """Leaves a module inside as it is where its model's code moves it to another device (`self.head.to(x.device)`): all is on one.
 
-    To convert a module to another dtype in the middle of a forward is refused: what its parameters are would change from call to call.
+    A conversion of a module to another dtype in the middle of a forward is refused: its parameters would change from call to call.
     """
     original: Callable[..., nn.Module] = nn.Module._apply
 
@@ -95,7 +95,8 @@ def moved_nowhere(recorder: Recorder) -> Iterator[None]:
 def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], bool], undo: Undo) -> Weights:
     """Swap fake parameters and buffers in, on the CPU; tied tensors stay tied.
 
-    An attribute of a module gives another object than its table, as in a parallel model, so that the two ways to read it can be told apart.
+    An attribute of a module gives another object than its table, as in a parallel model, so that the two ways to read it can be
+    told apart.
     """
     made: dict[int, Tensor] = {}
     weights = Weights()
@@ -129,7 +130,7 @@ def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], b
 
 
 def _is_config(value: Any) -> bool:
-    """A plain bag of settings: an object with a `__dict__` of its own that is neither module, tensor, class nor function."""
+    """True for a plain bag of settings: an object with a `__dict__` of its own that is neither module, tensor, class nor function."""
     return (
         hasattr(value, "__dict__")
         and not isinstance(value, (nn.Module, Tensor, type, torch.device, torch.dtype))
@@ -140,13 +141,13 @@ def _is_config(value: Any) -> bool:
 
 
 class Tagger:
-    """Makes tagged ints of plain ones. `counters`: (module path, attribute) → what to call when module code computes with it."""
+    """Makes tagged ints of plain ones. `counters`: (module path, attribute) → the function to call when module code computes with it."""
 
     def __init__(self, life: Life, counters: Mapping[tuple[str, str], Callable[[], None]]) -> None:
         self.life, self.counters = life, counters
 
     def tag(self, value: Any, module: str, path: str, depth: int = 0) -> Any:
-        """`value` with its ints tagged; the object itself where it holds none."""
+        """Returns `value` with its ints tagged; the object itself where it holds none."""
         if type(value) is int:
             used = self.counters.get((module, path))
             ref = AttrRef(module, path, value)

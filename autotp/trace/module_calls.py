@@ -1,6 +1,6 @@
-"""Calls of modules: the `forward` of each is wrapped, to record what crosses its boundary and how it was called.
+"""Wraps the `forward` of each module, to record what crosses its boundary and how it was called.
 
-The wrapper lies inside the hooks of the call and where `module.forward(x)` finds it too: the rewritten modules act in the same place.
+The wrapper lies inside the hooks of the call, and `module.forward(x)` finds it too: the rewritten modules act in the same place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Forward = Callable[..., Any]
 
 
 class Untraceable(Exception):
-    """A module's forward failed on fake tensors; carries where."""
+    """A module's forward failed on fake tensors; the exception carries the place."""
 
     def __init__(self, module: str, cls: str, node: Node | None, error: BaseException) -> None:
         super().__init__(str(error))
@@ -42,7 +42,7 @@ class Untraceable(Exception):
 
 
 class ModuleCalls:
-    """What calls of modules showed. `call`: what each of them is handed to; it comes back to `run` where the forward is to run."""
+    """Records the calls of modules. `call` gets each of them, and calls `run` where the forward is to run."""
 
     def __init__(
         self,
@@ -70,7 +70,9 @@ class ModuleCalls:
 
     @contextmanager
     def wrapped(self) -> Iterator[None]:
-        """Inside, every module's `forward` records what crosses it, in the instance, where calls and `module.forward(x)` find it."""
+        """Wraps inside every module's `forward` in the instance, to record what crosses it; calls and `module.forward(x)` find it
+        there.
+        """
         placed: list[tuple[dict[str, Any], Any, Any]] = []
         try:
             for path, module in self._modules.items():
@@ -119,7 +121,7 @@ class ModuleCalls:
             raise Untraceable(path, type(module).__name__, self._tape.last(), error) from error
 
     def _enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """`args`, `kwargs` with each tensor replaced by its alias inside the module."""
+        """Returns `args`, `kwargs` with each tensor replaced by its alias inside the module."""
         seen: dict[int, tuple[Path, Tensor]] = {}
 
         def once(where: Path, tensor: Tensor) -> Tensor:
@@ -134,11 +136,11 @@ class ModuleCalls:
         return flatten_arguments(module, args, kwargs, once)
 
     def _leave(self, path: str, result: Any) -> Any:
-        """`result` with each tensor replaced by its alias outside the module, one alias for each place it is returned at."""
+        """Returns `result` with each tensor replaced by its alias outside the module, one alias for each place it is returned at."""
         return flatten_result(result, lambda where, t: self._cross(t, Pseudo.EXIT, path, where))
 
     def _cross(self, tensor: Tensor, kind: Pseudo, module: str, path: Path) -> Tensor:
-        """An alias of `tensor` on the other side of a module boundary."""
+        """Returns an alias of `tensor` on the other side of a module boundary."""
         with torch._C.DisableTorchFunction():
             differentiable = tensor.requires_grad
         with self._tape.paused(), torch.set_grad_enabled(differentiable):  # the alias of what requires a gradient does, whatever the mode
@@ -152,7 +154,8 @@ class ModuleCalls:
         return alias
 
     def check_forward(self, frame: FrameType | None) -> str:
-        """Why code between `frame` and the forward of the module that runs is apart from it when it is not traced; "" where it is not.
+        """Says why code between `frame` and the forward of the module that runs is apart from it when it is not traced; "" where it
+        is not.
 
         Raises where `frame` belongs to a forward that was called through a class, past the module's instance.
 
@@ -177,7 +180,8 @@ class ModuleCalls:
         return apart
 
     def _runs_later(self, frame: FrameType) -> bool:
-        """True for the body of a forward that yields or awaits: the call has returned, and whoever goes over its result runs the body.
+        """True for the body of a forward that yields or awaits: the call has returned, and whoever iterates over its result runs
+        the body.
 
         Then it runs as a part of that code, here as after the rewrite.
         """
@@ -190,21 +194,21 @@ class ModuleCalls:
     # what was found -----------------------------------------------------------------------------------------------------------
 
     def note_swaps(self) -> None:
-        """Take down which modules the forwards have put in place of others, before the trace puts those back."""
+        """Note which modules the forwards have put in place of others, before the trace puts those back."""
         for path, before in self._children.items():
             for name, module in self._modules[path]._modules.items():
                 if module is not None and before.get(name) not in (None, module):
                     self.swapped.add((f"{path}.{name}" if path else name, class_name(type(module))))
 
     def forms(self) -> dict[str, Forms]:
-        """Module → the forms that it was called in."""
+        """Returns module → the forms that it was called in."""
         found: dict[str, set[Call]] = {}
         for _, path, kinds in self._forms:
             found.setdefault(path, set()).add(frozenset(kinds.items()))
         return {path: frozenset(calls) for path, calls in found.items()}
 
     def one_slot(self, nodes: tuple[Node, ...]) -> tuple[tuple[Node, ...], dict[tuple[str, Path], tuple[Path, ...]]]:
-        """The nodes with one slot for all argument paths that were one tensor in some call, and the paths of each such slot."""
+        """Returns the nodes with one slot for all argument paths that were one tensor in some call, and the paths of each such slot."""
         members: dict[tuple[str, Path], tuple[Path, ...]] = {}
         for module, pairs in self._same.items():
             for path in dict.fromkeys((*pairs, *pairs.values())):

@@ -1,4 +1,4 @@
-"""Where the ints and tensors of a Python call come from, as the code wrote them."""
+"""Collects the ints and tensors of a Python call with their provenance, as the code wrote them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python half of a recorder: calls as the code wrote them, with their place; sizes are answered with tagged ints."""
+"""Records calls as the code wrote them, with their place: the Python half of a recorder. It answers sizes with tagged ints."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _SLOTS = ("__get__", "__set__")
 
 
 class TaggedSize(tuple[int, ...]):
-    """A tensor's shape in tagged ints; torch.Size would make plain ints of them."""
+    """Holds a tensor's shape in tagged ints; torch.Size would make plain ints of them."""
 
     __slots__ = ()
 
     def numel(self) -> int:
-        """The number of elements."""
+        """Returns the number of elements."""
         total: int = 1
         for n in self:
             total = total * n
@@ -49,7 +49,9 @@ class TaggedSize(tuple[int, ...]):
 
 
 class PythonMode(TorchFunctionMode):
-    """See the module. `met(func, args)` is told of each function of tensors, and each getter of a property, that code calls."""
+    """Records calls as the code wrote them: see the module. `met(func, args)` is called for each function of tensors, and each
+    getter of a property, that code calls.
+    """
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""What model code asks in a call, and what it is answered: whether gradients are recorded, and what holds of data that is not known.
+"""Records the questions of model code in a call, and answers them: whether gradients are recorded, and conditions on unknown data.
 
-Code may take another path for another answer. What it asked says which paths there are to trace.
+Code may take another path for another answer. So the questions tell which further paths to trace.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ Where = tuple[str, Place | None]
 
 
 class Questions:
-    """The questions of one recorder. `data_vary`: what holds of the inputs that are known may not hold of others."""
+    """Keeps the questions of one recorder. `data_vary`: facts about the known inputs may not hold for others."""
 
     def __init__(self, tape: Tape) -> None:
         self.asked: set[Question] = set()
         self.inference = self.contrary = False
         self.data_vary = False
-        self.turned: list[Where] = []  # where a condition was answered contrary to what is usual
-        self.settled: set[Where] = set()  # where it never is
+        self.turned: list[Where] = []  # where a condition got the contrary of the usual answer
+        self.settled: set[Where] = set()  # where it always gets the usual one
         self.conditions: list[Where] = []  # where a condition was asked in this call
         self.reversed: set[Where] = set()  # where the usual answer makes the code raise: the other one is usual there
         self._tape = tape
 
     def begin(self, inference: bool, contrary: bool) -> None:
-        """A call begins. `inference`: as if in inference mode. `contrary`: see `condition`."""
+        """Begins a call. `inference`: as if in inference mode. `contrary`: see `condition`."""
         self.inference, self.contrary = inference, contrary
         self.turned, self.conditions = [], []
 
     def ask(self, question: Question, file: str) -> None:
-        """Code in `file` asks about gradients: the path that it takes then may be another."""
+        """Notes that code in `file` asks about gradients: the path that it takes then may be another."""
         if not self._tape.quiet and is_model(file) and not self._tape.hidden(file):
             self.asked.add(question)
 
     def condition(self, usual: bool, node: Node | None) -> bool:
-        """What holds of data that is not known: the `usual`, or the contrary the first time that a module asks at some place."""
+        """Answers a condition on unknown data: the `usual` answer, or the contrary the first time that a module asks at some place."""
         self.asked.add(Question.CONDITION)
         where = self._tape.module, None if node is None else node.place
         self.conditions.append(where)

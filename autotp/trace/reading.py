@@ -1,6 +1,7 @@
-"""Which attributes the code of a forward reads: names in its bytecode, and in that of the methods and functions that it calls.
+"""Finds the attributes that the code of a forward reads: names in its bytecode, and in that of the methods and functions that it
+calls.
 
-What wraps the forward (a decorator that checkpoints the module) is not its code: it passes on.
+A wrapper of the forward (a decorator that checkpoints the module) is not its code: it passes on.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _NEAR = 3  # instructions after an attribute is read in which a test is one of i
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Names of attributes in some code.
+    """Holds the names of attributes in some code.
 
-    stored: that are stored or deleted, in other objects than the module itself. own: in the module itself. asked: that need not be there,
-    because it uses `getattr` and its like, or expects an AttributeError.
-    tested: that a condition is about, as far as can be told.
+    stored: that are stored or deleted, in other objects than the module itself. own: in the module itself. asked: that need not be
+    there, because it uses `getattr` and its like, or expects an AttributeError. tested: that a condition is about, as far as can be
+    told.
     """
 
     read: frozenset[str]
@@ -40,23 +41,23 @@ class Names:
 
 
 def has_forward_of(cls: type[nn.Module], base: type[nn.Module]) -> bool:
-    """True where a class has the forward that torch wrote for `base`, and not what a library has put there."""
+    """True where a class has the forward that torch wrote for `base`, and not one that a library has put there."""
     forward: Any = cls.forward
     return forward is base.forward and (forward.__module__, forward.__qualname__) == (base.__module__, f"{base.__qualname__}.forward")
 
 
 class Reading:
-    """The names in the code of classes; each class is looked at once."""
+    """Finds the names in the code of classes; each class is read once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[type, frozenset[str]], Names] = {}
 
     def of(self, cls: type[nn.Module]) -> Names:
-        """The names in the code of a module's forward."""
+        """Returns the names in the code of a module's forward."""
         return self.of_methods(cls, frozenset(("forward",)))
 
     def of_methods(self, cls: type, methods: frozenset[str]) -> Names:
-        """The names in the code of some methods and properties of a class; of those that it has."""
+        """Returns the names in the code of some methods and properties of a class; of those that it has."""
         if (cls, methods) not in self._known:
             found = (inspect.getattr_static(cls, name, None) for name in sorted(methods))
             self._known[cls, methods] = _names(cls, [_function_of(f) for f in found])
@@ -64,16 +65,16 @@ class Reading:
 
 
 def _function_of(found: Any) -> Any:
-    """The code behind what a class holds under a name."""
+    """Returns the code behind an entry of a class."""
     found = getattr(found, "fget", None) or getattr(found, "__func__", found)
     return inspect.unwrap(found) if callable(found) else found
 
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What the bytecode of one function names, that of the functions inside of it included.
+    """Holds the names in the bytecode of one function, and of the functions inside of it.
 
-    own: what it stores in its first argument. called: names of globals. asked: as in `Names`.
+    own: names that it stores in its first argument. called: names of globals. asked: as in `Names`.
     """
 
     read: tuple[str, ...]
@@ -136,7 +137,7 @@ def _names(cls: type, todo: list[Any]) -> Names:
 
 
 def _functions(function: FunctionType, cls: type, facts: _Facts) -> Iterator[Any]:
-    """The functions that `function` may call."""
+    """Yields the functions that `function` may call."""
     yield getattr(function, "__wrapped__", None)
     for cell in function.__closure__ or ():
         try:
@@ -153,7 +154,7 @@ def _functions(function: FunctionType, cls: type, facts: _Facts) -> Iterator[Any
 
 
 def _definitions(cls: type, name: str) -> Iterator[Any]:
-    """What a class and its bases hold under a name: a method may call that of a base."""
+    """Yields the entries of a class and its bases under a name: a method may call that of a base."""
     for base in cls.__mro__:
         if name in vars(base):
             yield vars(base)[name]
@@ -162,7 +163,7 @@ def _definitions(cls: type, name: str) -> Iterator[Any]:
 
 
 def _self_of(code: CodeType) -> tuple[str, str]:
-    """How a method loads its first argument."""
+    """Tells how a method loads its first argument."""
     return "LOAD_FAST", code.co_varnames[0] if code.co_argcount else ""
 
 

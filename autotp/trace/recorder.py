@@ -48,7 +48,8 @@ class Recorder:
     ) -> None:
         """`keep`: operators recorded whole (others are decomposed if they can be). `modules`: path → module, one path each.
 
-        `hidden(file)`: calls made from such a file are run but not recorded. `known`: what earlier recorders have seen, see `memo`.
+        `hidden(file)`: calls made from such a file are run but not recorded. `known`: results that earlier recorders remembered,
+        see `autotp.trace.memo`.
         """
         self.fake, self.every = fake, modules
         self.notes: list[str] = []
@@ -69,13 +70,13 @@ class Recorder:
     # for recorders that care --------------------------------------------------------------------------------------------------
 
     def missed(self, tensor: Tensor) -> None:
-        """Code uses a tensor that has no value yet."""
+        """Notes that code uses a tensor that has no value yet."""
 
     def met(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Code calls `func`, a function of tensors or the getter of a property."""
+        """Notes that code calls `func`, a function of tensors or the getter of a property."""
 
     def module_call(self, module: nn.Module, path: str, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Code calls the forward `inner` of a module."""
+        """Runs the forward `inner` of a module that code calls."""
         return self.calls.run(module, path, inner, args, kwargs)
 
     # --------------------------------------------------------------------------------------------------------------------------
@@ -100,14 +101,16 @@ class Recorder:
             yield
 
     def rewind(self, mark: int, done: int) -> None:
-        """Forget what follows the first `mark` nodes and `done` results, a path that the model turned down, and the values that it made."""
+        """Forget the recording after the first `mark` nodes and `done` results, a path that the model turned down, and the values
+        that it made.
+        """
         self.tape.rewind(mark)
         self.calls.rewind(mark)
         self.values.rewind(mark)
         self.results.rewind(done)
 
     def graph(self, repeats: dict[str, str]) -> Graph:
-        """Everything recorded so far, without versions of aliases that nothing reads."""
+        """Returns everything recorded so far, without versions of aliases that nothing reads."""
         tape, values, calls = self.tape, self.values, self.calls
         nodes, results = self.results.alive()
         constants = {

@@ -1,11 +1,12 @@
-"""Blocks that are alike, so that a trace costs the same at any depth.
+"""Finds blocks that are alike, so that a trace costs the same at any depth.
 
 Two children of a `ModuleList` or `Sequential` are alike when their trees have the same classes, parameter and buffer shapes, hooks
-and plain attributes; functions among those are equal when their code and what they close over are. What is also held outside of its
-block (a tied parameter, a shared module) has to be the very same for both. An attribute that counts the blocks (equal to the
-child's position in every child that has it, as `layer_idx` is in hybrids of two kinds of blocks) is left out of the comparison.
+and plain attributes. Functions among those are equal when their code and closed-over values are. A tensor or module that is also
+held outside of its block (a tied parameter, a shared module) has to be the very same for both. An attribute that counts the blocks
+is left out of the comparison. It equals the child's position in every child that has it, as `layer_idx` does in hybrids of two
+kinds of blocks.
 
-Being built alike is what this module looks at. Being used alike is seen while the model runs (`trace/blocks.py`).
+This module compares how blocks are built. `trace/blocks.py` compares how they are used, while the model runs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Key = tuple[str, str]
 
 
 class Holders:
-    """Who holds each tensor and each module of a model."""
+    """Knows who holds each tensor and each module of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.count: dict[int, int] = {}
@@ -39,7 +40,7 @@ class Holders:
                 self.count[id(item)] = self.count.get(id(item), 0) + 1
 
     def outside(self, block: nn.Module) -> set[int]:
-        """Ids of tensors and modules of `block` (but for itself) that something outside of it holds too."""
+        """Returns the ids of tensors and modules of `block` (but for itself) that something outside of it holds too."""
         inside: dict[int, int] = {}
         for module in block.modules():
             for item in _held(module):
@@ -47,7 +48,7 @@ class Holders:
         return {key for key, count in inside.items() if self.count[key] > count}
 
     def own(self, block: nn.Module) -> Iterator[nn.Module]:
-        """`block` and the modules inside of it that can be reached through it alone."""
+        """Yields `block` and the modules inside of it that can be reached through it alone."""
         outside = self.outside(block)
         queue, seen = [block], {id(block)}
         while queue:
@@ -64,7 +65,7 @@ def _held(module: nn.Module) -> list[Tensor | nn.Module]:
 
 
 class _Describer:
-    """Says what a block is, in values that are equal for blocks that are alike."""
+    """Describes a block in values that are equal for blocks that are alike."""
 
     def __init__(self, block: nn.Module, outside: set[int]) -> None:
         self.block, self.outside = block, outside
@@ -77,7 +78,7 @@ class _Describer:
                         self.tensors.setdefault(id(tensor), f"{path}.{name}")
 
     def describe(self) -> tuple[Hashable, dict[Key, Hashable]]:
-        """The tree, and its plain attributes by (path, name)."""
+        """Returns the tree, and its plain attributes by (path, name)."""
         parts: list[Hashable] = []
         attributes: dict[Key, Hashable] = {}
         for path, module in self.block.named_modules(remove_duplicate=False):
@@ -107,7 +108,7 @@ class _Describer:
         )
 
     def plain(self, value: Any, depth: int = 0) -> Hashable:
-        """A value to compare by: plain data and functions by what they are, anything else by which object it is."""
+        """Returns a value to compare by: plain data and functions by their contents, anything else by which object it is."""
         if isinstance(value, _PLAIN):
             return type(value), value
         below = depth + 1
@@ -150,7 +151,7 @@ def _content(cell: Any) -> Any:
 
 
 def _is_callable_object(value: Any) -> bool:
-    """An instance of a class in Python whose `__dict__` is all its state."""
+    """True for an instance of a class in Python whose `__dict__` is all its state."""
     kind = type(value)
     plain = callable(value) and any(isinstance(k.__dict__.get("__call__"), FunctionType) for k in kind.__mro__)
     return (
@@ -162,7 +163,7 @@ def _is_callable_object(value: Any) -> bool:
 
 
 def _counters(blocks: Sequence[Mapping[Key, Hashable]]) -> set[Key]:
-    """Attributes that are the block's position wherever they are, in two blocks at least."""
+    """Returns the attributes that are the block's position wherever they are, in two blocks at least."""
     holders: dict[Key, int] = {}
     others: set[Key] = set()
     for position, attributes in enumerate(blocks):
@@ -175,7 +176,7 @@ def _counters(blocks: Sequence[Mapping[Key, Hashable]]) -> set[Key]:
 
 
 def alike_blocks(model: nn.Module) -> dict[str, str]:
-    """Path of a block → path of the earlier block in the same container that it is alike to (templates are left out)."""
+    """Returns path of a block → path of the earlier block in the same container that it is alike to (templates are left out)."""
     found: dict[str, str] = {}
     holders = Holders(model)
     for path, container in model.named_modules():
@@ -202,7 +203,7 @@ def _can_be_called(block: nn.Module) -> bool:
 
 
 def counted(model: nn.Module, repeats: Mapping[str, str]) -> set[Key]:
-    """Int attributes (module path, name) of templates that are another number in a block alike to them."""
+    """Returns the int attributes (module path, name) of templates that are another number in a block alike to them."""
     found: set[Key] = set()
     modules = dict(model.named_modules())
     for block, template in repeats.items():

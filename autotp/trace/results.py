@@ -1,4 +1,4 @@
-"""Closing a path: what it returned and left behind, and which of the recorded nodes those and later ones need."""
+"""Closes a path: finds what it returned and left behind, and which of the recorded nodes those and later ones need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autotp.trace.values import Values
 
 
 class Results:
-    """The paths that are closed, in order, and what they left on modules: (module, attribute) → values by id."""
+    """Keeps the paths that are closed, in order, and the tensors that they left on modules: (module, attribute) → values by id."""
 
     def __init__(self, tape: Tape, values: Values) -> None:
         self.closed: list[Result] = []
@@ -24,9 +24,9 @@ class Results:
         self._tape, self._values = tape, values
 
     def close(self, name: str, training: bool, result: Any, left: Iterable[tuple[str, str, Value]] = ()) -> None:
-        """Close one path: note what it returned, and what it `left` on modules (see `stash`).
+        """Close one path: note its result, and the tensors that it `left` on modules (see `stash`).
 
-        What is left on the root is like a result: its class stays, so nothing keeps its user from reading it.
+        A tensor left on the root is like a result: its class stays, so nothing keeps its user from reading it.
         """
         found: list[tuple[tuple[str | int, ...], Any]] = []
 
@@ -47,7 +47,7 @@ class Results:
         del self.closed[done:]
 
     def alive(self) -> tuple[tuple[Node, ...], tuple[Result, ...]]:
-        """The nodes without versions of aliases that nothing reads, and the results as they lie among them."""
+        """Returns the nodes without versions of aliases that nothing reads, and the results as they lie among them."""
         used = {leaf.id for result in self.closed for _, leaf in result.leaves if isinstance(leaf, Value)}
         used.update(v.id for values in self.left.values() for v in values.values())
         kept: list[Node] = []

@@ -1,4 +1,4 @@
-"""nn.Module → Graph: runs every path that a user runs, on fake tensors."""
+"""Traces a model into a graph: runs every path that a user runs, on fake tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
 
 def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "") -> Any:
-    """`tree` with real tensors as fake inputs of the graph; small ones stay known."""
+    """Returns `tree` with real tensors as fake inputs of the graph; small ones stay known."""
 
     def convert(tensor: Tensor) -> Tensor:
         with fake:
@@ -148,21 +148,21 @@ def _trace(
 
 @dataclass(frozen=True, slots=True)
 class _Mode:
-    """How a call is made: with gradients, as if in inference mode, or where what it asks of unknown data is contrary to what is usual."""
+    """How a call is made: with gradients, as if in inference mode, or with answers about unknown data contrary to the usual ones."""
 
     grad: bool
     inference: bool = False
     contrary: bool = False
 
     def others(self, asked: set[Question]) -> tuple[_Mode, ...]:
-        """The modes in which code that asked may take another path."""
+        """Returns the modes in which code that asked may take another path."""
         grad = (_Mode(not self.grad),) if Question.GRAD in asked else ()
         inference = (_Mode(grad=False, inference=True),) if Question.INFERENCE in asked else ()
         contrary = (replace(self, contrary=True),) if Question.CONDITION in asked and not self.inference else ()
         return (*grad, *inference, *contrary)
 
     def name(self, example: Example) -> str:
-        """The name of an example's path in this mode."""
+        """Returns the name of an example's path in this mode."""
         usual = self.grad is example.training
         gradients = "-inference" if self.inference else "" if usual else "-grad" if self.grad else "-no-grad"
         return example.name + gradients + ("-contrary" if self.contrary else "")
@@ -216,7 +216,7 @@ class _LeftOut:
 
 
 def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, mode: _Mode) -> _LeftOut | None:
-    """Record one path and what it decodes to; what could not be run and was left out, None where all of it ran.
+    """Record one path and the one that it decodes to; return what could not be run and was left out, None where all of it ran.
 
     Raises:
         TraceError: the example is not optional.
@@ -270,7 +270,9 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
 
 
 def _own(error: BaseException) -> bool:
-    """True for what the model's code raises itself, or torch.distributions for it: a check that fails for such data fails on every rank."""
+    """True for an error that the model's code raises itself, or torch.distributions for it: a check that fails for such data fails
+    on every rank.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     file = frames[-1].filename if frames else ""
     return bool(frames) and (is_model(file) or file.startswith(_DISTRIBUTIONS)) and not file.startswith(_HERE)
@@ -278,7 +280,7 @@ def _own(error: BaseException) -> bool:
 
 @contextmanager
 def _failures(model: nn.Module, recorder: BlockRecorder) -> Iterator[None]:
-    """Whatever the model's code or torch raises outside of a module call is told like what they raise in one."""
+    """Reports an error that the model's code or torch raises outside of a module call like one inside."""
     try:
         yield
     except (Untraceable, AutoTPError):
@@ -290,7 +292,7 @@ def _failures(model: nn.Module, recorder: BlockRecorder) -> Iterator[None]:
 def _call(
     model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode
 ) -> tuple[Any, list[tuple[str, str, Value]]]:
-    """What the call returned, and what it left on modules and in its arguments."""
+    """Returns the result of the call, and the tensors that it left on modules and in its arguments."""
     fresh = {k: v if recorder.values.known(v) is not None else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
     with recorder.recording(mode.grad, mode.inference, mode.contrary):
         result = example.call(model, fresh)
@@ -305,7 +307,7 @@ def _call(
 
 
 def _in_higher_order(error: BaseException) -> bool:
-    """True for what torch raises when it dispatches a higher-order operator: the recorder's mode is not registered with it."""
+    """True for the error that torch raises when it dispatches a higher-order operator: the recorder's mode is not registered with it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_code is HigherOrderOperator.dispatch.__code__
 

@@ -1,4 +1,4 @@
-"""What forwards leave on modules and in their arguments: tensors that a later call or the model's user finds."""
+"""Finds the tensors that forwards leave on modules and in their arguments, where a later call or the model's user reads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DEPTH = 4
 
 
 def left_on_modules(recorder: BlockRecorder) -> Iterator[tuple[str, str, Value]]:
-    """(module path, attribute, value) of every tensor made by an operator that an attribute of a traced module holds now."""
+    """Yields (module path, attribute, value) of every tensor made by an operator that an attribute of a traced module holds now."""
     for path, module in recorder.every.items():
         if path in recorder.repeats or recorder.within(path) in recorder.repeats:
             continue
@@ -37,7 +37,7 @@ def left_on_modules(recorder: BlockRecorder) -> Iterator[tuple[str, str, Value]]
 
 
 def left_in(recorder: BlockRecorder, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str, Value]]:
-    """("", name, value) of every tensor made by an operator that an argument or an opaque result holds now.
+    """Yields ("", name, value) of every tensor made by an operator that an argument or an opaque result holds now.
 
     A cache of transformers is left out: its model alone reads it, and may keep parts there.
     """
@@ -50,7 +50,7 @@ def left_in(recorder: BlockRecorder, arguments: Mapping[str, Any]) -> Iterator[t
 
 
 def left_elsewhere(recorder: BlockRecorder) -> Iterator[tuple[str, str, Value]]:
-    """("", name, value) of what hooks and forwards put where they can reach: globals, closures, classes."""
+    """Yields ("", name, value) of the tensors that hooks and forwards put where they can reach: globals, closures, classes."""
     held: dict[int, Any] = {}
     for module in recorder.every.values():
         for table in (module._forward_hooks, module._forward_pre_hooks):
@@ -68,7 +68,9 @@ def left_elsewhere(recorder: BlockRecorder) -> Iterator[tuple[str, str, Value]]:
 
 
 def _reach(function: Any, depth: int) -> Iterator[Any]:
-    """What a function holds: cells, defaults, the object that it is bound to, globals by name; of functions among these too."""
+    """Yields the values that a function holds: cells, defaults, the object that it is bound to, globals by name; of functions among
+    these too.
+    """
     if isinstance(function, partial):
         parts = [function.func, *function.args, *function.keywords.values()]
     else:

@@ -1,4 +1,4 @@
-"""Which tensors share memory."""
+"""Tells which tensors share memory."""
 
 from __future__ import annotations
 
@@ -7,5 +7,7 @@ from torch import Tensor
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Equal for tensors that share memory. A sparse tensor has no storage to name; it counts as one that shares none."""
+    """Returns a number that is equal for tensors that share memory. A sparse tensor has no storage to name; it counts as one that
+    shares none.
+    """
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)

@@ -1,6 +1,6 @@
-"""What is recorded, and where the code is that runs right now: in which module, Python call and autograd function.
+"""Holds the recorded nodes, and knows where the running code is: in which module, Python call and autograd function.
 
-Everything that records appends to one `Tape`, so the order of its nodes is that of the run.
+Every part of the recorder appends to one `Tape`, so the order of its nodes is that of the run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Caller(NamedTuple):
 
 
 class Tape:
-    """Nodes in the order of the run."""
+    """Holds the nodes in the order of the run."""
 
     def __init__(self, hidden: Callable[[str], bool]) -> None:
         """`hidden(file)`: calls made from such a file are run but not recorded."""
@@ -44,7 +44,7 @@ class Tape:
 
     @property
     def module(self) -> str:
-        """The path of the innermost module whose forward runs."""
+        """Returns the path of the innermost module whose forward runs."""
         return self.modules[-1][0]
 
     def add(self, op: Any, args: Any, kwargs: Any, outputs: tuple[Value, ...], **more: Any) -> Node:
@@ -56,11 +56,11 @@ class Tape:
         return node
 
     def last(self) -> Node | None:
-        """The node that was recorded last."""
+        """Returns the node that was recorded last."""
         return self.nodes[-1] if self.nodes else None
 
     def inside(self, path: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The result of `run`, the forward of the module at `path`."""
+        """Returns the result of `run`, the forward of the module at `path`."""
         self._made += 1
         self.frames[self._made] = (path, self.modules[-1][1])
         self.modules.append((path, self._made))
@@ -72,7 +72,7 @@ class Tape:
             self.caller = held
 
     def scoped(self, frame: FrameType, scope: int) -> None:
-        """What is recorded until `frame` returns is in the scope of this number."""
+        """Puts the nodes that are recorded until `frame` returns into the scope of this number."""
         self._scopes.append((frame, scope))
 
     def _scope(self) -> int:
@@ -82,7 +82,7 @@ class Tape:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Operators run inside are not recorded."""
+        """Runs operators inside without recording them."""
         self.quiet += 1
         try:
             yield

@@ -1,10 +1,10 @@
-"""Running one operator on fake tensors, and what to do where its result depends on data.
+"""Runs one operator on fake tensors, and chooses a result where it depends on data.
 
-If all tensor arguments are known small tensors the operator is computed for real as well, and data-dependent results are the
-true ones. Where they are unknown, a choice is made: a mask selects `CHOSEN` rows (`nonzero` the first and the last), an unknown
-number is 0, an unknown condition is False (`all` is True). Where the last row is out of bounds for what it indexes (data never
-selects it), the path is traced again with the first row alone; where code divides by an unknown number or takes its logarithm, with 1.
-Choices are deterministic, so a second run makes the same ones.
+If all tensor arguments are known small tensors, the operator is computed for real as well, and data-dependent results are the true
+ones. Where they are unknown, a choice is made. A mask selects `CHOSEN` rows (`nonzero` the first and the last), an unknown number
+is 0, an unknown condition is False (`all` is True). Where the last row is out of bounds for the tensor that it indexes (data never
+selects it), the path is traced again with the first row alone. Where code divides by an unknown number or takes its logarithm, the
+path is traced again with 1. Choices are deterministic, so a second run makes the same ones.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def gives_tensors(func: Any) -> bool:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments of an ATen call, which come alone or in lists."""
+    """Yields the tensors among the arguments of an ATen call, which come alone or in lists."""
     for item in tree:
         if isinstance(item, Tensor):
             yield item
@@ -73,7 +73,8 @@ def _device(args: Any) -> torch.device:
 class UnknownData:
     """Runs the operators of one recorder, and makes its choices.
 
-    ends: an unknown mask selects its last row too. number: what stands for an unknown number. guessed: code has read one in this call.
+    ends: an unknown mask selects its last row too. number: the number that stands for an unknown one. guessed: code has read one in
+    this call.
     """
 
     def __init__(self, fake: FakeTensorMode, memo: Memo, tape: Tape, values: Values, questions: Questions) -> None:
@@ -85,7 +86,7 @@ class UnknownData:
     # running ------------------------------------------------------------------------------------------------------------------
 
     def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The fake result of a call and, where it is known, the real one.
+        """Returns the fake result of a call and, where it is known, the real one.
 
         Raises:
             Unfolded: the parts of the operator can be run, the operator cannot.
@@ -115,11 +116,11 @@ class UnknownData:
             return self._chosen_shape(func, args, kwargs), self._chosen_rows(func, args[0])
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        """The fake that stands for a real tensor: without one, an operator that writes does so for real."""
+        """Returns the fake that stands for a real tensor: without one, an operator that writes does so for real."""
         return tensor if isinstance(tensor, FakeTensor) else self._fake_mode.from_tensor(tensor, static_shapes=True)
 
     def _real(self, func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
-        """Whether the result is known, and the real result where it is."""
+        """Tells whether the result is known, and returns the real result where it is."""
         tensors = [*tensors_in(args), *tensors_in(kwargs.values())]
         name = func._schema.name.rsplit("::", 1)[-1]
         if name in ("expand_as", "view_as", "reshape_as") and len(tensors) == 2:  # the second gives its shape alone
@@ -151,7 +152,7 @@ class UnknownData:
         return True, result
 
     def _forget_written(self, func: Any, args: Any) -> None:
-        """What `func` writes into is no longer known."""
+        """Forgets the numbers of the tensors that `func` writes into."""
         for i, argument in enumerate(func._schema.arguments):
             if argument.alias_info and argument.alias_info.is_write and i < len(args) and isinstance(args[i], Tensor):
                 self._values.forget(args[i])
@@ -159,7 +160,9 @@ class UnknownData:
     # numbers ------------------------------------------------------------------------------------------------------------------
 
     def with_numbers(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call that makes a tensor of a nest of lists, with numbers in these: a fake tensor has no data to read."""
+        """Returns the arguments of a call that makes a tensor of a nest of lists, with numbers in these: a fake tensor has no data
+        to read.
+        """
         at = _OF_LISTS.get(func)
         if at is None:
             return args, kwargs
@@ -170,7 +173,7 @@ class UnknownData:
         return args, kwargs
 
     def _numbers(self, items: Any) -> Any:
-        """A nest of lists with numbers in the place of scalar tensors."""
+        """Returns a nest of lists with numbers in the place of scalar tensors."""
         if isinstance(items, (list, tuple)):
             return [self._numbers(item) for item in items]
         if not isinstance(items, FakeTensor):
@@ -193,7 +196,9 @@ class UnknownData:
     # shapes -------------------------------------------------------------------------------------------------------------------
 
     def _chosen_rows(self, func: Any, mask: Any) -> Tensor | None:
-        """The rows chosen for an unknown `nonzero`: the first index and the last, so that code that tells them apart shows both sides."""
+        """Returns the rows chosen for an unknown `nonzero`: the first index and the last, so that code that tells them apart shows
+        both sides.
+        """
         if func._schema.name != "aten::nonzero" or 0 in mask.shape:
             return None
         with unset_fake_temporarily():
@@ -224,7 +229,7 @@ class UnknownData:
         raise RuntimeError(f"the shape of {name}'s result depends on data that is not known without running the model")
 
     def _selected(self, mask: Tensor, shape: tuple[int, ...] | None = None) -> int:
-        """How many elements a mask selects, of a tensor of this shape where it is broadcast: the true number where it is known."""
+        """Counts the elements that a mask selects, of a tensor of this shape where it is broadcast: the true number where it is known."""
         known = self._values.real_of(mask)
         if known is None:
             return CHOSEN

@@ -1,7 +1,7 @@
-"""Which `Value` a tensor is, and what is known of its numbers.
+"""Maps tensors to their `Value`, and stores the numbers that are known of them.
 
-A tensor is one value until it is written in place: from then on it is another one, and so are its aliases. Small integer and constant
-tensors are computed for real beside the fake run, so that branches on masks and positions go the way they go for the user.
+A tensor is one value until it is written in place. From then on it is another one, and so are its aliases. Small integer and
+constant tensors are computed for real beside the fake run, so that branches on masks and positions go the way they go for the user.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def small(tensor: Tensor) -> bool:
 
 
 class Copies:
-    """Copies of real tensors that operators may write into: those of the model and of its caller are not touched.
+    """Makes copies of real tensors that operators may write into: those of the model and of its caller are not touched.
 
     Tensors that share memory still do so in their copies.
     """
@@ -36,7 +36,7 @@ class Copies:
         self._storages: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` on the CPU."""
+        """Returns a copy of `tensor` on the CPU."""
         with unset_fake_temporarily(), torch.no_grad():
             tensor = tensor.detach()
             plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.device.type == "cpu"
@@ -52,7 +52,7 @@ class Copies:
 class Values:
     """The table of one recorder.
 
-    `read(tensor, value)` is told when code uses a parameter, `missed(tensor)` when it uses a tensor never seen before.
+    It calls `read(tensor, value)` when code uses a parameter, and `missed(tensor)` when code uses a tensor never seen before.
     """
 
     def __init__(self, tape: Tape, read: Callable[[Tensor, Value], None], missed: Callable[[Tensor], None]) -> None:
@@ -71,7 +71,7 @@ class Values:
     # which value --------------------------------------------------------------------------------------------------------------
 
     def of(self, tensor: Tensor) -> Value:
-        """The current value of `tensor`; a tensor never seen before is a constant."""
+        """Returns the current value of `tensor`; a tensor never seen before is a constant."""
         known = self._of.get(id(tensor))
         if known is not None:
             if known.origin is Origin.PARAM:
@@ -85,29 +85,29 @@ class Values:
         return value
 
     def known(self, item: Any) -> Value | None:
-        """The value of `item`, where it is a tensor that has one; nobody is told."""
+        """Returns the value of `item`, where it is a tensor that has one, without calling `read` or `missed`."""
         return self._of.get(id(item))
 
     def bind(self, tensor: Tensor, origin: Origin, name: str = "") -> Value:
-        """A new value for `tensor` (a tensor that was written in place gets a fresh one each time)."""
+        """Makes a new value for `tensor` (a tensor that was written in place gets a fresh one each time)."""
         value = self._new(tuple(tensor.shape), tensor.dtype, origin, name)
         self.stands_for(tensor, value)
         return value
 
     def stands_for(self, tensor: Tensor, value: Value) -> None:
-        """`tensor` is another object for `value`."""
+        """Notes that `tensor` is another object for `value`."""
         self._set(tensor, value)
         self._alive.append(tensor)
         if isinstance(tensor, FakeTensor):
             self._aliases.setdefault(storage_of(tensor), []).append(tensor)
 
     def adopt(self, tensor: Tensor, node: Node) -> None:
-        """Factory functions return another Python object than the dispatcher did: it stands for the same value."""
+        """Notes the result of a factory function, which is another Python object than the dispatcher's: it stands for the same value."""
         if len(node.outputs) == 1 and node.outputs[0].shape == tuple(tensor.shape):
             self.stands_for(tensor, node.outputs[0])
 
     def shows(self, shown: Tensor, name: str) -> None:
-        """`shown` is what an attribute gives for the parameter `name`."""
+        """Notes that an attribute gives `shown` for the parameter `name`."""
         self._set(shown, self.params[name])
         self._alive.append(shown)
 
@@ -159,23 +159,23 @@ class Values:
     # which numbers ------------------------------------------------------------------------------------------------------------
 
     def know(self, value: Value, real: Tensor) -> None:
-        """The numbers of `value` are those of `real`, of which a copy is kept: operators may write into it."""
+        """Notes that the numbers of `value` are those of `real`, of which a copy is kept: operators may write into it."""
         with self._tape.paused():
             self.concrete[value.id] = self._copies.of(real)
 
     def real_of(self, tensor: Tensor) -> Tensor | None:
-        """The numbers of `tensor`; None where they are not known."""
+        """Returns the numbers of `tensor`; None where they are not known."""
         return self.concrete.get(self.of(tensor).id)
 
     def alike(self, before: Value, after: Value) -> None:
-        """What is known of the numbers of `before` holds of `after` too."""
+        """Copies the facts known of the numbers of `before` to `after`."""
         if before.id in self.concrete:
             self.concrete[after.id] = self.concrete[before.id]
         if before.id in self.fills:
             self.fills[after.id] = self.fills[before.id]
 
     def forget(self, tensor: Tensor) -> None:
-        """`tensor` is overwritten with unknown data: it and its aliases are no longer known."""
+        """Notes that `tensor` is overwritten with unknown data: it and its aliases are no longer known."""
         gone = self.concrete.pop(self.of(tensor).id, None)
         if gone is not None:
             storage = storage_of(gone)
@@ -183,7 +183,7 @@ class Values:
                 del self.concrete[key]
 
     def note_fill(self, node: Node) -> None:
-        """Take down the number that the results of `node` are filled with, if it is one."""
+        """Note the number that the results of `node` are filled with, if it is one."""
         number = filled(node, self.fills)
         if number is not None:
             for out in node.outputs:

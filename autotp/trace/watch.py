@@ -1,8 +1,8 @@
-"""What model code does with gradients that the operators of its forward do not show.
+"""Watches what model code does with gradients that the operators of its forward do not show.
 
 Code that asks whether gradients are recorded may take another path where they are: the trace then runs that path too. An
-`autograd.Function` has a backward of its own: the operators inside are told apart from the others. Users bind names early
-(`mix = Mix.apply`), so that nothing can be put in the place of `apply` itself: what it calls is watched.
+`autograd.Function` has a backward of its own: the operators inside are told apart from the others. Users bind names early (`mix =
+Mix.apply`), so that nothing can be put in the place of `apply` itself. The functions that `apply` calls are watched instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GRAD_FN, REQUIRES_GRAD = (getattr(Tensor, name).__get__ for name in ("grad_fn", 
 
 
 class Question(Enum):
-    """What model code asks about."""
+    """The questions that model code may ask."""
 
     GRAD = "whether gradients are recorded"
     INFERENCE = "whether inference mode is on"
@@ -43,7 +43,7 @@ class Question(Enum):
 
 
 class Refused(BaseException):
-    """The model does what no trace can show and no plan can be right for. No code of the model may catch it."""
+    """The model does something that no trace can show and no plan can be right for. No code of the model may catch this."""
 
 
 def is_model(file: str) -> bool:
@@ -52,7 +52,7 @@ def is_model(file: str) -> bool:
 
 
 def asking_file(depth: int) -> str:
-    """The file of the frame `depth` above the caller that is no method of a tensor."""
+    """Returns the file of the frame `depth` above the caller that is no method of a tensor."""
     frame: FrameType | None = sys._getframe(depth + 1)
     while frame is not None and frame.f_code.co_filename == _TORCH + "_tensor.py":
         frame = frame.f_back
@@ -68,10 +68,10 @@ def is_running(wanted: FrameType) -> bool:
 
 
 def has_backward_hooks(model: nn.Module) -> bool:
-    """True where a module has hooks that see its gradients: they are called where gradients are recorded.
+    """True where a module has hooks that get its gradients: they are called where gradients are recorded.
 
     Raises:
-        Refused: one is of the old kind, which sees the gradients of whatever operator a module happens to end with.
+        Refused: one is of the old kind, which gets the gradients of whatever operator a module happens to end with.
     """
     found = False
     for path, module in model.named_modules():
@@ -93,7 +93,7 @@ def watching(
 ) -> Iterator[None]:
     """Report questions, with the file that asks, and calls of autograd functions: (frame of `apply`, class, arguments).
 
-    `inference`: what the question for inference mode is answered with.
+    `inference`: the answer to the question for inference mode.
     """
     grad, unwrap = torch.is_grad_enabled, functorch.unwrap_dead_wrappers
     inferring, engine = torch.is_inference_mode_enabled, autograd._engine_run_backward  # type: ignore[attr-defined]
@@ -129,5 +129,5 @@ def watching(
 
 @cache
 def compiler_code() -> CodeType:
-    """The code of what `torch.compile` makes of a function: its frame is there when it runs, compiled or not."""
+    """Returns the code that `torch.compile` makes of a function: its frame is there when it runs, compiled or not."""
     return torch.compile(is_model, backend="eager").__code__

@@ -1,4 +1,4 @@
-"""How the traced code gets at its parameters."""
+"""Knows the ways in which the traced code gets at its parameters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Weights:
-    """How code gets at a parameter, by the id of what it gets.
+    """Knows how code gets at a parameter, by the id of the object that it gets.
 
-    attributes: what `module.name` gives → the parameter's fake, its name there. objects: the parameter in the module's table, which
-    `parameters()` and `state_dict` give, → a name. originals: the real parameter, which lists and closures hold, → the table and the name
-    of what stands for it.
+    attributes: the object that `module.name` gives → the parameter's fake, its name there. objects: the parameter in the module's
+    table, which `parameters()` and `state_dict` give, → a name. originals: the real parameter, which lists and closures hold, → the
+    table and the name of the object that stands for it.
     """
 
     attributes: dict[int, tuple[Tensor, str]] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""A small model that stands for a large one of transformers."""
+"""Builds a small model that stands for a large one of transformers."""

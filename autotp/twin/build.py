@@ -1,7 +1,7 @@
-"""The twin of a transformers model: the same classes from a smaller config, with weights.
+"""Builds the twin of a transformers model: the same classes from a smaller config, with weights.
 
-Widths, depths and vocabularies shrink, and what `tp` does not divide is not divided in the twin either. A model that was changed after
-its config built it (a replaced module, an adapter) has no twin.
+Widths, depths and vocabularies shrink. A size that `tp` does not divide is not divided in the twin either. A model that was changed
+after its config built it (a replaced module, an adapter) has no twin.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the name of a config field says about its role, and what happens to the role when a config shrinks.
+"""Tells the role of a config field from its name, and gives the rule that shrinks it.
 
 `ROLES` is a table: a pattern of field names and the rule for them. A rule gets the config's node (its fields and what is kept), the
 name and the value, and gives the small value.
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the large values become."""
+    """The small sizes that the large values become."""
 
     hidden: int = 64
     ffn: int = 128
@@ -32,7 +32,7 @@ class Sizes:
 
 @dataclass(slots=True)
 class Tree:
-    """What is shared by all configs nested in one model: sizes and the renumbering of token ids."""
+    """The state that all configs nested in one model share: sizes and the renumbering of token ids."""
 
     sizes: Sizes
     irregular: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

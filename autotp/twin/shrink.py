@@ -1,8 +1,8 @@
-"""Shrink a transformers config while keeping its structure.
+"""Shrinks a transformers config while keeping its structure.
 
 A config field plays a *role* (width, head count, layer count, vocabulary, token id, …) that its name tells. Each role has
 one small rule, listed in `autotp.twin.roles.ROLES`; the first that matches
-decides. What makes the small model a fair stand-in for the large one:
+decides. Three properties make the small model a fair stand-in for the large one:
 
 - a head count keeps its kind: multi-head, grouped (fewer key-value heads) or multi-query (one);
 - lists that go layer by layer (`layer_types`, …) are cut so that each kind of layer stays once, and the layer count follows;

@@ -1,4 +1,4 @@
-"""`verify`: start the ranks, gather what they found, write the report."""
+"""`verify` starts the ranks, gathers their findings and writes the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a verification found, as a value."""
+"""Holds the findings of a verification as a value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one rank does for `verify`."""
+"""Runs the work of one rank for `verify`."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _inputs(model: nn.Module, job: Mapping[str, Any], precision: Precision) -> d
 
 
 def _model_inputs(model: Any, precision: Precision) -> dict[str, Any]:
-    """What a transformers model takes, with labels where it generates."""
+    """Returns the inputs of a transformers model, with labels where it generates."""
     from autotp.testing.inputs import training_inputs
 
     try:

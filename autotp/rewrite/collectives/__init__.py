@@ -1,1 +1,1 @@
-"""The collectives of a rewritten model, and the conversions between placements."""
+"""Runs the collectives of a rewritten model, and the conversions between placements."""

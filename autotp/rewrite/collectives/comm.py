@@ -1,9 +1,9 @@
-"""The few collectives that a rewritten model runs.
+"""Runs the few collectives of a rewritten model.
 
-`all_reduce_` sums a tensor that the caller owns, in place where that is cheapest; `all_reduce` leaves its argument alone;
-both return the sum. Eager code uses plain c10d (4 µs a call, functional collectives cost 76 µs). Code being compiled uses
-functional collectives, so that a forward stays one graph, and so does code under a dispatch mode: what a mode has seen it may
-keep (selective activation checkpointing does), and it must not be changed afterwards.
+`all_reduce_` sums a tensor that the caller owns, in place where that is cheapest. `all_reduce` leaves its argument alone. Both
+return the sum. Eager code uses plain c10d (4 µs a call, functional collectives cost 76 µs). Code being compiled uses functional
+collectives, so that a forward stays one graph. So does code under a dispatch mode: the mode may keep a tensor that it got
+(selective activation checkpointing does), and that tensor must not be changed afterwards.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ _modes = torch._C._len_torch_dispatch_stack
 
 
 def keeps_results() -> bool:
-    """True where a dispatch mode sees results: nothing that an operator returned may be changed in place then."""
+    """True where a dispatch mode gets results: no result of an operator may be changed in place then."""
     return bool(_modes())
 
 
 class Comm(Protocol):
-    """A tensor-parallel group as seen by one rank."""
+    """The interface of a tensor-parallel group, from one rank."""
 
     rank: int
     size: int
     memo: CopyMemo
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks of a contiguous tensor owned by the caller; use the returned tensor."""
+        """Sums a contiguous tensor, owned by the caller, over the ranks; use the returned tensor."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks as a fresh contiguous tensor; `tensor` keeps its values."""
+        """Sums over the ranks into a fresh contiguous tensor; `tensor` keeps its values."""
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in rank order."""
+        """Returns every rank's tensor, in rank order."""
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, written into `tensor`."""
+        """Writes rank 0's values into `tensor`."""
 
 
 class GroupComm:
-    """Collectives over a process group."""
+    """Runs collectives over a process group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group

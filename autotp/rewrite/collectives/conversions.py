@@ -1,4 +1,4 @@
-"""Conversions between placements, each a function of one tensor (forward / backward):
+"""Runs the conversions between placements, each a function of one tensor (forward / backward):
 
     copy    identity / all-reduce            reduce  all-reduce / identity
     gather  all-gather / own part            slice   own part / zero-padded part
@@ -143,7 +143,7 @@ def once(x: Tensor, comm: Comm) -> Tensor:
 
 
 def bind(conversion: Conversion, comm: Comm) -> Convert:
-    """The function of one conversion of the plan.
+    """Returns the function of one conversion of the plan.
 
     Raises:
         PlanError: for a GATHER or SLICE without dim or expression.
@@ -157,7 +157,7 @@ def bind(conversion: Conversion, comm: Comm) -> Convert:
 
 
 def bind_all(conversions: Sequence[Conversion], comm: Comm) -> Convert:
-    """The function that does each of `conversions` in order."""
+    """Returns the function that does each of `conversions` in order."""
     steps = tuple(bind(c, comm) for c in conversions)
     if len(steps) == 1:
         return steps[0]

@@ -1,8 +1,8 @@
-"""One entering copy for all the linears that see the same tensor.
+"""Keeps one entering copy for all the linears that read the same tensor.
 
-The copy of `x` into a region is the identity; its backward all-reduces. If q, k and v each made their own copy, the backward
-would all-reduce three times; sharing one copy lets autograd add their gradients first. Entries are keyed by the tensor's
-identity and checked by weak reference and version, so that a miss costs one more collective and a wrong hit cannot happen.
+The copy of `x` into a region is the identity; its backward all-reduces. If q, k and v each made their own copy, the backward would
+all-reduce three times; with one shared copy, autograd adds their gradients first. Entries are keyed by the tensor's identity and
+checked by weak reference and version. So a miss costs one more collective and a wrong hit cannot happen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class CopyMemo:
-    """Tensor → its copy inside the region, for as long as the tensor lives."""
+    """Maps a tensor to its copy inside the region, for as long as the tensor lives."""
 
     __slots__ = ("_entries",)
 
@@ -29,7 +29,7 @@ class CopyMemo:
         return len(self._entries)
 
     def get(self, x: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """The copy of `x`, made with `make` unless one made from this very tensor and version is alive."""
+        """Returns the copy of `x`, made with `make` unless one made from this very tensor and version is alive."""
         key = id(x)
         entry = self._entries.get(key)
         if entry is not None and entry[0]() is x and entry[1] == x._version:

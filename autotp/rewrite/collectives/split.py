@@ -1,7 +1,7 @@
-"""One dim of a tensor cut over the ranks, as two pairs of maps, each the other's gradient:
+"""Splits one dim of a tensor over the ranks and joins it again, by two pairs of maps, each the other's gradient:
 
     take  [full] → [local]    the part with its copies of shared indices; padding repeats the last index, so that a padded head
-                              sees what a real one sees (a finite mask, a slope), and is a constant to gradients
+                              gets the values of a real one (a finite mask, a slope), and is a constant to gradients
     pad   [local] → [full]    the part where it belongs, zeros elsewhere; copies of one index add up, padding is dropped
     join  [local]s → [full]   each index from its owner: a shared one is taken once, padding is dropped
     own   [full] → [local]    the owned entries, zero where another copy is the owner and in padding
@@ -26,12 +26,12 @@ from autotp.rewrite.collectives.comm import Comm
 
 
 def split_of(dim: int, expr: Expr, comm: Comm) -> Split | FreeSplit:
-    """The split of a dim; one for each length where the layout leaves the length open."""
+    """Returns the split of a dim; one for each length where the layout leaves the length open."""
     return FreeSplit(dim, expr, comm) if is_free(expr) else Split(dim, expr, comm)
 
 
 class FreeSplit:
-    """Splits of a dim whose major factor (a batch) has the size that comes, made once for each length."""
+    """Splits a dim whose major factor (a batch) may have any size; the split is made once for each length."""
 
     __slots__ = ("_splits", "comm", "dim", "expr")
 
@@ -64,12 +64,12 @@ class FreeSplit:
         return self._for(x, self.comm.size).join(x)
 
     def own(self, x: Tensor) -> Tensor:
-        """[.., full, ..] → [.., local, ..], zero in what this rank does not own."""
+        """[.., full, ..] → [.., local, ..], zero at entries that this rank does not own."""
         return x if x.shape[self.dim] == 1 else self._for(x, 1).own(x)
 
 
 class Split:
-    """`dim` of full size `full` in the layout `expr`; `runs` and `owned` are this rank's, in local order."""
+    """Splits `dim` of full size `full` by the layout `expr`; `runs` and `owned` are this rank's, in local order."""
 
     __slots__ = ("comm", "dim", "distinct", "expr", "full", "local", "order", "owned", "runs")
 

@@ -1,4 +1,4 @@
-"""A module between whose boundaries and the others a value is a rank's part gives a part, or wants one: it is not called by itself."""
+"""Refuses to call a module by itself if it takes or returns a rank's part at its boundary with other modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _in_backward = torch._C._current_graph_task_id
 
 
 class Alone:
-    """What one module says when it is called by itself. `running`: whether a call of the model is open."""
+    """Refuses calls of one module by itself, with `text`. `running`: whether a call of the model is open."""
 
     __slots__ = ("running", "text")
 
@@ -39,7 +39,7 @@ class Alone:
 
 
 class Parts:
-    """What a module with children gives or wants of a rank's part, for when it is called by itself.
+    """Knows the rank's parts in the arguments and results of a module with children, for calls of it by itself.
 
     A result that has a name (in a dict, an output of transformers) may be absent: attention weights that nobody asked for.
     """
@@ -54,16 +54,16 @@ class Parts:
         self.text = "" if always is None else _text(self.where, always)
 
     def check(self) -> None:
-        """Before a call.
+        """Runs before a call.
 
         Raises:
-            AutoTPError: it would give or be given a part, whatever it is asked for.
+            AutoTPError: every call of the module takes or returns a part.
         """
         if self.text and _in_backward() == -1:
             raise AutoTPError(self.text)
 
     def check_result(self, result: Any) -> None:
-        """After a call.
+        """Runs after a call.
 
         Raises:
             AutoTPError: a part is in the result, or the result has no names to tell.

@@ -1,4 +1,4 @@
-"""Code that computes on parts is called only as it was traced: for another flag it may take a path of which nothing is known."""
+"""Refuses calls of code on parts in a form that was not traced: for another flag the code may take a path that no trace covers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _EXAMPLES = "Pass example_inputs of such a call to parallelize as well (a list o
 
 
 class Called:
-    """The forms in which one module was traced. `known`: the calls that were looked at and are right.
+    """The forms in which one module was traced. `known`: the calls that were checked and are right.
 
-    `only_switches`: only what switches something on is looked at, each argument by itself.
+    `only_switches`: only arguments that switch something on are checked, each by itself.
     """
 
     __slots__ = ("forms", "kinds", "known", "only_switches", "signature", "token", "where")
@@ -43,8 +43,8 @@ class Called:
         """Raise where an argument is of a kind that no traced call had, or where none had those of this call together.
 
         Returns:
-            What to raise when the call is through. A tensor of another class of numbers where one is required may be wrong for one device
-            too (flags for ids): then the code raises what it raises there.
+            The error to raise when the call is through. A tensor of another class of numbers where one is required may be wrong for
+                one device too (flags for ids): then the code raises its own error, as it does there.
 
         Raises:
             AutoTPError: names the arguments.
@@ -98,13 +98,13 @@ def _of_its_dims(kind: str, traced: frozenset[str]) -> bool:
 
 
 def _switch(value: Any) -> Hashable:
-    """As `_token`, where only switches count."""
+    """Returns a token as `_token` does, where only switches count."""
     kind = value.__class__
     return cast("Hashable", value) if kind is bool or kind is str else kind_of(value) if callable(value) else cast("Hashable", kind)
 
 
 def _token(value: Any) -> Hashable:
-    """Equal for values of one kind (`autotp.trace.forms.kind_of`), and cheap to make for the common ones."""
+    """Returns a token that is equal for values of one kind (`autotp.trace.forms.kind_of`), and cheap to make for the common ones."""
     kind = value.__class__
     if value is None or kind in _BY_VALUE:
         return kind, cast("Hashable", value)
@@ -120,7 +120,7 @@ def _token(value: Any) -> Hashable:
 
 
 def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
-    """Have the modules of `plan.inside` look at how they are called; journalled in `undo`."""
+    """Have the modules of `plan.inside` check how they are called; journalled in `undo`."""
     # transformers leaves out masks that change nothing, but not while it is traced; and its paths with and without are traced
     own = is_hugging_face(model)
     for path, forms in plan.inside.items():

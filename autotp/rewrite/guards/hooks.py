@@ -1,9 +1,9 @@
-"""Hooks that users put on modules of a parallel model.
+"""Guards the hooks that users put on modules of a parallel model.
 
-Between regions a hook sees what it would on one device. Inside of one (`Plan.boundaries`) it would see a rank's part, a summand, or a
-gradient that is a summand, and what it computes would be something else: it is refused when it is registered, at no cost to any call.
-Taken as they are: hooks that the model's own code registers while it runs (the trace has seen them), those of torch's own tools, and an
-`Observer`, which says that it knows.
+Between regions a hook gets the values that it would get on one device. Inside of one (`Plan.boundaries`) it would get a rank's
+part, a summand, or a gradient that is a summand, and would compute other numbers. Such a hook is refused when it is registered, at
+no cost to any call. Three kinds are accepted: hooks that the model's own code registers while it runs (the trace has seen them),
+those of torch's own tools, and an `Observer`, which declares that it expects such values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ _SAYS = {
 
 
 class Running:
-    """Whether a call of the parallel model is running: `open` while its outermost module runs. Shared by all modules of one model."""
+    """Tells whether a call of the parallel model is running: `open` while its outermost module runs. All modules of one model share
+    it.
+    """
 
     __slots__ = ("open",)
 
@@ -49,7 +51,7 @@ class Running:
 
 
 class Observer:
-    """A hook that takes values as they are, and changes none: parts and summands included."""
+    """A hook that accepts values as they are, and changes none: parts and summands included."""
 
     __slots__ = ("hook",)
 
@@ -61,7 +63,7 @@ class Observer:
 
 
 class InnerHooks(OrderedDict[int, Any]):
-    """One table of hooks of a module inside of a region: takes no hook that would not see whole values."""
+    """One table of hooks of a module inside of a region: it refuses hooks that would get other than whole values."""
 
     def __init__(self, refusal: str, running: Running) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ def _harmless(hook: Any) -> bool:
 
 
 def refused(table: str, boundaries: Iterable[Boundary]) -> list[Boundary]:
-    """What a hook in `table` would not see as on one device."""
+    """Names the values that a hook in `table` would not get as on one device."""
     return [
         b
         for b in boundaries
@@ -122,7 +124,7 @@ def refused(table: str, boundaries: Iterable[Boundary]) -> list[Boundary]:
 
 
 class Watch:
-    """What no table can refuse: hooks on all modules, and those beside hooks that were there before."""
+    """Checks the hooks that no table can refuse: hooks on all modules, and those beside hooks that were there before."""
 
     __slots__ = ("everywhere", "tables")
 
@@ -131,7 +133,7 @@ class Watch:
         self.tables: list[tuple[Mapping[int, Any], frozenset[int], str]] = []
 
     def check(self) -> None:
-        """Raise where a hook has come that would not see whole values.
+        """Raise where a hook was added that would get other than whole values.
 
         Raises:
             AutoTPError: says which.
@@ -165,7 +167,7 @@ def _guarded(path: str, table: str, plan: Plan, running: Running) -> GuardedHook
 
 
 def install_hooks(model: nn.Module, plan: Plan, running: Running, undo: Undo) -> Watch:
-    """Make modules inside of regions refuse hooks; journalled in `undo`. What is returned is to be asked at every call."""
+    """Make modules inside of regions refuse hooks; journalled in `undo`. Every call has to check the `Watch` returned."""
     watch = Watch()
     for path in dict.fromkeys((*plan.boundaries, *plan.copies)):
         module = model.get_submodule(path)

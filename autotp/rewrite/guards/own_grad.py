@@ -1,9 +1,9 @@
-"""Values that are whole while their gradient is not: what asks for that gradient raises.
+"""Guards values that are whole while their gradient is not: code that asks for that gradient gets an error.
 
-A module may return what it goes on computing with. Where the result is gathered or summed for the caller and the code inside goes on with
-this rank's part, the result's own gradient lacks that of the uses inside; everything computed from it is right (`Copied`). Where a gradient
-becomes whole only further back, that of a value on the way is a summand, and what a hook computes from the value would be counted once for
-each rank (`Summed`).
+A module may return a value and go on computing with it. The result may be gathered or summed for the caller, while the code inside
+goes on with this rank's part. The result's own gradient then lacks that of the uses inside. Everything computed from it is right
+(`Copied`). Where a gradient becomes whole only further back, the gradient of a value on the way is a summand. A term that a hook
+computes from the value would be counted once for each rank (`Summed`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _COUNTED = (
 
 
 class Copied(Tensor):
-    """A result that is a copy of what the code inside goes on with. Its operators give plain tensors."""
+    """A result that is a copy of the value that the code inside goes on with. Its operators give plain tensors."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,7 +60,7 @@ class Copied(Tensor):
 
 
 class Call:
-    """One call of a hook. `open` while it runs: what it computes may take the place of what it was given, or must not need gradients."""
+    """One call of a hook. `open` while it runs: a value that it computes may replace its argument, or must not need gradients."""
 
     __slots__ = ("open",)
 
@@ -69,7 +69,7 @@ class Call:
 
 
 class Summed(Copied):
-    """A value whose gradient is this rank's summand, as a hook is given it, and what the hook computes from it."""
+    """A value whose gradient is this rank's summand, as a hook gets it, and the values that the hook computes from it."""
 
     _call: Call
 
@@ -118,7 +118,7 @@ def is_torchs(hook: Any) -> bool:
 
 
 def mark_copied(result: Any, paths: Iterable[Path]) -> Any:
-    """The result of a call with those at `paths` as `Copied`."""
+    """Returns the result of a call with those at `paths` as `Copied`."""
     for path in paths:
         result = map_path(result, path, _copied)
     return result
@@ -131,11 +131,11 @@ def _copied(x: Tensor) -> Tensor:
 
 
 class Hook:
-    """A forward hook or pre-hook of a user on a module with such values.
+    """Wraps a forward hook or pre-hook of a user on a module with such values.
 
     Args:
-        argument, result: the class of what it is given; None where that is as on one device.
-        before: it is a pre-hook, and is given no result.
+        argument, result: the class of the values that it gets; None where these are as on one device.
+        before: it is a pre-hook, and gets no result.
     """
 
     __slots__ = ("argument", "before", "hook", "result")

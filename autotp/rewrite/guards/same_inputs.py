@@ -1,9 +1,9 @@
-"""Do the ranks see the same inputs?
+"""Checks that the ranks get the same inputs.
 
-Tensor-parallel ranks compute one model together, so they need one batch. A number that stands for the arguments is gathered from all ranks
-before `generate`, and before forwards of the model: the first ones, then every 256th. Of tensors of whole numbers and truth values it takes
-the values, of other tensors the shape and dtype, of plain Python values the value. `AUTOTP_CHECK_INPUTS` says how often: `first` (the
-default), `always` or `never`.
+Tensor-parallel ranks compute one model together, so they need one batch. A number that stands for the arguments is gathered from
+all ranks before `generate`, and before forwards of the model: the first ones, then every 256th. It covers the values of tensors of
+whole numbers and truth values, the shape and dtype of other tensors, and plain Python values. `AUTOTP_CHECK_INPUTS` says how often:
+`first` (the default), `always` or `never`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MODES = ("first", "always", "never")
 
 
 def mode_of_environment() -> str:
-    """What the environment variable says.
+    """Returns the mode that the environment variable sets.
 
     Raises:
         InputError: something else than `first`, `always` or `never`.
@@ -40,7 +40,7 @@ def mode_of_environment() -> str:
 
 
 def described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Argument → a text that is the same on two ranks where the argument may be taken for the same."""
+    """Returns argument → a text that is the same on two ranks where the argument may be taken for the same."""
     named = {f"argument {i}": a for i, a in enumerate(args)} | {f"argument {k!r}": v for k, v in kwargs.items()}
     return {name: _text(value) for name, value in named.items()}
 
@@ -79,7 +79,7 @@ def compare_inputs(comm: Comm, where: str, args: tuple[Any, ...], kwargs: Mappin
 
 
 def _texts(comm: Comm, own: dict[str, str], device: torch.device) -> list[dict[str, str]]:
-    """Every rank's `own`."""
+    """Returns every rank's `own`."""
     import json
 
     data = torch.tensor(list(json.dumps(own).encode()), dtype=torch.uint8, device=device)
@@ -108,7 +108,7 @@ class SameInputs:
 
 
 def install_same_inputs(model: nn.Module, comm: Comm, undo: Undo) -> None:
-    """Compare what `model` is called with between ranks; journalled in `undo`.
+    """Compare the arguments of `model` between ranks; journalled in `undo`.
 
     Raises:
         InputError: as `mode_of_environment`.

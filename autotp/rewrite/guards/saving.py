@@ -1,4 +1,4 @@
-"""transformers' own `save_pretrained` of a parallel model: it would write a rank's part of each weight."""
+"""Refuses transformers' own `save_pretrained` of a parallel model: it would write a rank's part of each weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autotp.rewrite.undo import Undo
 
 
 class SaveWhole:
-    """`model.save_pretrained`, for whole weights that it is given. It looks like the original and survives deepcopy."""
+    """Replaces `model.save_pretrained`, and accepts only whole weights. It looks like the original and survives deepcopy."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

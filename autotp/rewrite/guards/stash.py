@@ -1,7 +1,7 @@
-"""Attributes in which forwards leave what is a rank's part: the model's own code reads them, nobody else.
+"""Guards attributes in which forwards leave a rank's part: the model's own code may read them, no other code.
 
-A module may keep a value for its next call, or for another module: the plan knows what those read, and each rank goes on with its
-part. To whoever reads `module.kept` afterwards it would look like the value of one device. So the attribute becomes a descriptor that
+A module may keep a value for its next call, or for another module. The plan covers those reads, and each rank goes on with its
+part. Code that reads `module.kept` afterwards would take it for the value of one device. So the attribute becomes a descriptor that
 answers inside of forwards and raises elsewhere. The value itself stays in the instance's `__dict__`.
 """
 
@@ -23,7 +23,7 @@ HOLDS = "_autotp_holds"
 
 
 class Kept:
-    """The attribute `name` of a module."""
+    """The descriptor of the attribute `name` of a module."""
 
     __slots__ = ("name",)
 
@@ -76,7 +76,7 @@ def _keeping(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def guard(model: nn.Module, path: str, names: tuple[str, ...], undo: Undo) -> None:
-    """The attributes `names` of the module at `path` are for the model's own forwards from now on."""
+    """Keep the attributes `names` of the module at `path` for the model's own forwards from now on."""
     module = model
     undo.set_item(module.__dict__, HOLDS, "")
     parts = path.split(".")

@@ -1,13 +1,14 @@
-"""The modules that a plan was made for must still be there when they run.
+"""Checks that the modules that a plan was made for are still there when they run.
 
-Watched are the children of every module, its class and a forward of its own. A module that is replaced, wrapped, removed, or added inside
-of a region would compute on a rank's part as if it were whole. What stays right is taken as it comes, and watched from then on:
+The guard watches the children of every module, its class and a forward of its own. A module that is replaced, wrapped, removed, or
+added inside of a region would compute on a rank's part as if it were whole. Changes that stay right are accepted, and watched from
+then on:
 
 - wrappers that only pass on (checkpointing, compilation, FSDP), and any wrapper around a module whose boundary is whole;
 - modules that a forward itself put there while it was traced, made of the parameters of those before;
-- modules that replace what the plan did not touch, or that are added where every value is whole; their tensors must be the same on
-  all ranks, which is compared once. A module of the plan under another name, or a copy of one, is no such module: what it does rests on
-  the place that the plan saw it in.
+- modules that replace others that the plan did not touch, or that are added where every value is whole. Their tensors must be the
+  same on all ranks, which is compared once. A module of the plan under another name, or a copy of one, is no such module: its plan
+  depends on the place that it was traced in.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ _ADVICE = "Make the change before parallelize (build the model again), or take i
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """What the plan makes of modules, by path.
+    """Sorts modules, by path, by what the plan does with them.
 
-    inner: not every value at its boundary is whole. runs: its own code runs on parts. changed: that, or something is done around it.
-    touched: it, or something in it, is cut or rewritten. swapped: (path, class) of what its own forwards put there while tracing.
+    inner: not every value at its boundary is whole. runs: its own code runs on parts. changed: that, or something is done around
+    it. touched: it, or something in it, is sharded or rewritten. swapped: (path, class) of the modules that its own forwards put
+    there while tracing.
     """
 
     inner: Collection[str]
@@ -46,7 +48,7 @@ class Places:
 
 
 class Structure:
-    """The modules under one module, and what they were."""
+    """Remembers the modules under one module as they were."""
 
     def __init__(self, modules: Sequence[tuple[str, nn.Module]], places: Places, comm: Comm) -> None:
         self.paths = tuple(path for path, _ in modules)
@@ -70,7 +72,7 @@ class Structure:
         return made
 
     def check(self) -> None:
-        """Raise where a module is not what it was. Collective where a module with tensors was added.
+        """Raise where a module has changed. Collective where a module with tensors was added.
 
         Raises:
             AutoTPError: names the module.
@@ -143,9 +145,9 @@ class Structure:
         self._same_everywhere(path, old, new)
 
     def _made_parallel(self, new: nn.Module, known: Iterable[nn.Module] = ()) -> str:
-        """Why `new`, besides the modules `known`, is fit for one place of this plan alone; "" where it is not.
+        """Says why `new`, besides the modules `known`, is fit for one place of this plan alone; "" where it is not.
 
-        It is, or has in it, a module of the plan under another name, or the copy of one: what that does rests on where it was.
+        It is, or contains, a module of the plan under another name, or the copy of one: such a module's plan depends on its place.
         """
         if self.comm.size == 1:
             return ""
@@ -192,7 +194,7 @@ def _another(old: nn.Module, new: nn.Module) -> str:
 
 
 def _passes_on(new: nn.Module, old: nn.Module) -> bool:
-    """True for a wrapper of torch's (or several) that calls `old` with what it is called with, and returns what that returns."""
+    """True for a wrapper of torch's (or several) that calls `old` with its own arguments, and returns the result of `old`."""
     from torch._dynamo.eval_frame import OptimizedModule
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -211,7 +213,7 @@ def _passes_on(new: nn.Module, old: nn.Module) -> bool:
 
 
 def _calls(new: Any, old: Any, kind: type) -> bool:
-    """True for a forward that says of itself that it wraps the one that was there, and for that one itself. None: that of the class."""
+    """True for `old` itself, and for a forward that says of itself that it wraps `old`. `old` None: the forward of the class."""
     for _ in range(16):
         if new == old or (old is None and isinstance(new, MethodType) and new.__func__ is kind.forward):  # type: ignore[attr-defined]
             return True

@@ -1,7 +1,8 @@
-"""The tensors that code on parts reads stay there, and of their shape.
+"""Checks that the tensors that code on parts reads stay there, and keep their shape.
 
-A bias that was None when the plan was made is in no plan: it would be added on every rank before the sum. A tensor that comes where a
-number was, or that grows, meets a rank's part. Modules that run on parts are watched for both; new numbers are what a call reads anyway.
+A bias that was None when the plan was made is in no plan: it would be added on every rank before the sum. A tensor in place of a
+number, or one that grows, would meet a rank's part. Modules that run on parts are watched for both. New numbers in a tensor are
+fine: a call reads them anyway.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Held = torch.Size | str | None
 
 
 class Tensors:
-    """The tensors of some modules. One look at all of them is cheap; which it is, is found out when one is another object."""
+    """Watches the tensors of some modules. One check of all of them is cheap; only where it fails, the module is looked for."""
 
     __slots__ = ("kept", "places", "tables")
 
@@ -47,7 +48,7 @@ class Tensors:
         return now
 
     def check(self) -> None:
-        """Raise where a tensor came or went, or has another shape.
+        """Raise where a tensor was added or removed, or has another shape.
 
         Raises:
             AutoTPError: names it.
@@ -60,10 +61,10 @@ class Tensors:
 
 
 class Place:
-    """What is watched of one module: its tables of tensors and, among its other attributes, the `names` of tensors and numbers.
+    """Watches one module: its tables of tensors and, among its other attributes, the `names` of tensors and numbers.
 
-    `read`: the names that its code reads and that no forward stores. `laid`: those of parameters with a layout; what reads them looks at
-    their shapes.
+    `read`: the names that its code reads and that no forward stores. `laid`: those of parameters with a layout; the code that reads
+    them checks their shapes.
     """
 
     __slots__ = ("held", "laid", "module", "names", "read", "where")
@@ -81,7 +82,7 @@ class Place:
         return {name: _held(value) for name, value in (found | {n: attributes.get(n) for n in self.names}).items()}
 
     def check(self) -> None:
-        """As `Tensors.check`, for this module."""
+        """Checks this module as `Tensors.check` does."""
         found = self._look()
         for name in dict.fromkeys((*self.held, *found)):
             old, new = self.held.get(name), found.get(name)

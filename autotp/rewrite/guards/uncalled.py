@@ -1,4 +1,4 @@
-"""A module that no traced call ran and whose parameters are sharded for other modules: a call of it would compute with a part."""
+"""Refuses a call of a module that no traced call ran and whose parameters are sharded for other modules: it would compute with a part."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Uncalled(ModuleRun):
         self.where = where
 
     def __call__(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`forward(module, *args, **kwargs)` where the values that it reads are there.
+        """Runs `forward(module, *args, **kwargs)` where the values that it reads are there.
 
         Raises:
             PlanError: they are not.

@@ -1,9 +1,10 @@
-"""Plain values that code on parts reads (`config._attn_implementation`, a flag, a size) must stay what they were when the plan was made.
+"""Checks that plain values that code on parts reads (`config._attn_implementation`, a flag, a size) stay as they were when the plan
+was made.
 
-Only modules that run on parts are watched: code that sees whole values may take any path. Floats may change: no path depends on them,
-and they are read anew in each call. Where summands pass that are reduced together they may not: a dropout of 0 there has to stay 0. And
-where a module has a config of its own, with a local number in it, changes of the model's config do not reach it: any that it would have
-read is then an error, floats too.
+Only modules that run on parts are watched: code on whole values may take any path. Floats may change: no path depends on them, and
+each call reads them anew. They may not change where summands pass that are reduced together: a dropout of 0 there has to stay 0.
+Where a module has a config of its own, with a local number in it, changes of the model's config do not reach it. Any change that it
+would have read is then an error, floats too.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _kept(value: Any) -> Any:
 
 
 class _One:
-    """Some plain values of one object."""
+    """Watches some plain values of one object."""
 
     __slots__ = ("get", "names", "object", "values", "where", "wholes")
 
@@ -70,7 +71,9 @@ class _One:
         return any(type(v) in _FILLED for v in self.all(self.values))
 
     def again(self) -> Iterator[_One]:
-        """A list or set that a forward fills is there to be filled, and to be cleared: no longer watched. Of a dict, other items are."""
+        """Stops watching a list or set that a forward fills: it may be filled and cleared. A dict that a forward changes stays
+        watched for its other items.
+        """
         now = self.all(self.get(self.object))
         if now != (old := self.all(self.values)):
             for name, a, b in zip(self.names, old, now, strict=True):
@@ -82,7 +85,7 @@ class _One:
 
 
 class _Items(_One):
-    """Some items of a dict; a forward changes others."""
+    """Watches some items of a dict; a forward changes others."""
 
     __slots__ = ()
 
@@ -92,7 +95,7 @@ class _Items(_One):
         self.values = _kept(self.get(object))
 
     def again(self) -> Iterator[_One]:
-        """Those that a forward changes are no longer watched."""
+        """Stops watching the items that a forward changed."""
         now = self.get(self.object)
         if now != self.values:
             keys = tuple(k for k, v in self.values.items() if now[k] == v)
@@ -107,7 +110,7 @@ def _items(name: str, keys: tuple[Any, ...], object: Any) -> dict[Any, Any]:
 
 
 class _Kinds:
-    """Attributes that hold more than plain values (objects in a list, a method of an object): watched by what they hold."""
+    """Watches attributes that hold more than plain values (objects in a list, a method of an object) by their contents."""
 
     __slots__ = ("kinds", "names", "object", "where")
 
@@ -116,11 +119,11 @@ class _Kinds:
         self.kinds = self.now()
 
     def now(self) -> tuple[str, ...]:
-        """What they hold."""
+        """Returns their contents."""
         return tuple(kind_of(getattr(self.object, name, None)) for name in self.names)
 
     def again(self) -> None:
-        """What a forward has changed is its own to change."""
+        """Stops watching attributes that a forward has changed: they are its own to change."""
         kept = [(n, a) for n, a, b in zip(self.names, self.kinds, self.now(), strict=True) if a == b]
         self.names, self.kinds = tuple(n for n, _ in kept), tuple(a for _, a in kept)
 
@@ -135,7 +138,7 @@ class _Absent:
 
 
 class _Same:
-    """What `object` has under a name is another object, of which values are watched, and stays that one."""
+    """Watches that an attribute of `object` stays the same object, of which values are watched."""
 
     __slots__ = ("held", "names", "object", "where")
 
@@ -147,7 +150,7 @@ Watcher = _One | _Absent | _Same | _Kinds
 
 
 class Values:
-    """The plain values that the modules under one module rest on."""
+    """Watches the plain values that the modules under one module rest on."""
 
     __slots__ = ("absent", "found", "kinds", "lists", "same")
 
@@ -159,7 +162,7 @@ class Values:
         self.lists = tuple(one for one in self.found if one.holds_lists())
 
     def again(self) -> None:
-        """After a call: what its forwards put into lists is no change of the user's."""
+        """Runs after a call: items that its forwards put into lists are no change of the user's."""
         if more := tuple(chain.from_iterable([one.again() for one in self.lists])):
             self.found, self.lists = (*self.found, *more), (*self.lists, *more)
         for kinds in self.kinds:
@@ -217,10 +220,10 @@ def _changed(name: str, before: str, now: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """Which values to watch.
+    """Says which values to watch.
 
-    originals: (path, attribute) → the object that was there before a local copy of it was made. wholes: (path, attribute) → the model's own
-    value of one that is local now. floats: the paths where floats count too.
+    originals: (path, attribute) → the object that was there before a local copy of it was made. wholes: (path, attribute) → the
+    model's own value of one that is local now. floats: the paths where floats count too.
     """
 
     originals: Mapping[tuple[str, str], Any]
@@ -229,14 +232,16 @@ class Watched:
 
 
 def stored_names(reading: Reading, modules: Iterable[nn.Module]) -> frozenset[str]:
-    """What any forward of the model stores in another object is its own to change, wherever it is; `Names.own` is in the module alone."""
+    """Returns the names that any forward of the model stores in another object: they are its own to change. `Names.own` is in the
+    module alone.
+    """
     return frozenset(("training",)).union(*(reading.of(cls).stored for cls in {type(m) for m in modules}))
 
 
 def watched(
     modules: Iterable[tuple[str, nn.Module]], reading: Reading, stored: frozenset[str], what: Watched
 ) -> Iterator[tuple[str, Watcher]]:
-    """(path of a module, values of it or of what it holds) to watch. `modules`: those that run on parts."""
+    """Yields (path of a module, values of it or of its contents) to watch. `modules`: those that run on parts."""
     defaults: dict[tuple[type, bool], frozenset[str]] = {}
     for path, module in modules:
         code = reading.of(type(module))
@@ -319,7 +324,7 @@ def _holds_values(value: object) -> bool:
 def _of_object(
     path: str, where: str, value: Any, names: frozenset[str], tested: frozenset[str], reading: Reading, depth: int = 0
 ) -> Iterator[tuple[str, Watcher]]:
-    """The values in an object: what the code reads of it itself, and what those of its methods do that the code names."""
+    """Yields the values in an object: those that the code reads itself, and those that the methods read that the code names."""
     if isinstance(value, partial):
         names = names | {"keywords", "args"}
     elif not isinstance(value, nn.Module):

@@ -1,1 +1,1 @@
-"""Forwards of modules under a plan."""
+"""Runs the forwards of modules under a plan."""

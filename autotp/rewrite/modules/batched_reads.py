@@ -1,9 +1,9 @@
-"""Small parameters read together: one autograd function a forward instead of one a module.
+"""Reads small parameters together: one autograd function a forward instead of one a module.
 
 A norm's weight costs a Python function forward and one backward (70 µs a step of CPU time); a model has dozens. While the root's
-forward records gradients, all of them enter the graph through one function, whose backward also sums the partial gradients
-in one all-reduce. Its gradients arrive at the end of the backward, so only small parameters take part. A module that runs
-alone, or again for a checkpoint, reads for itself.
+forward records gradients, all of them enter the graph through one function, whose backward also sums the partial gradients in one
+all-reduce. Its gradients arrive at the end of the backward, so only small parameters take part. A module that runs alone, or again
+for a checkpoint, reads for itself.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def _sum_together(grads: list[Tensor | None], fixes: Sequence[GradFix]) -> list[
 
 
 class BatchReads:
-    """Hooks around the root's forward that read for all `runs` at once."""
+    """Hooks the root's forward to read for all `runs` at once."""
 
     def __init__(self, runs: Sequence[tuple[nn.Module, ModuleRun]]) -> None:
         self.runs = tuple(runs)
         self.active = False
 
     def before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook."""
+        """Runs as the forward pre-hook."""
         if is_dynamo_compiling() or self.active or not torch.is_grad_enabled():
             return
         refuse_transforms()
@@ -87,7 +87,7 @@ class BatchReads:
                 shared[name] = value
 
     def after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        """Forward hook, also after an error."""
+        """Runs as the forward hook, also after an error."""
         if not is_dynamo_compiling() and self.active:
             self.active = False
             for _, run in self.runs:

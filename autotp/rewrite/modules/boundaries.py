@@ -1,4 +1,4 @@
-"""Conversions of single tensors inside the arguments and results of a module call."""
+"""Converts single tensors inside the arguments and results of a module call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Path = tuple[str | int, ...]
 
 
 def map_path(value: Any, path: Path, fn: Convert) -> Any:
-    """`value` with `fn` applied to the tensor at `path`; containers on the way are copied, absent paths passed over."""
+    """Returns `value` with `fn` applied to the tensor at `path`; containers on the way are copied, absent paths passed over."""
     if not path:
         return fn(value) if isinstance(value, Tensor) else value
     key, rest = path[0], path[1:]
@@ -53,7 +53,7 @@ def map_path(value: Any, path: Path, fn: Convert) -> Any:
 
 
 class Binding:
-    """Where an argument named in a slot stands in a call of `forward`."""
+    """Finds where an argument named in a slot stands in a call of `forward`."""
 
     __slots__ = ("convert", "index", "name", "rest")
 
@@ -88,7 +88,7 @@ class Binding:
 
 
 class InputSlots:
-    """All input slots of one module."""
+    """Converts at all input slots of one module."""
 
     __slots__ = ("alike", "bindings")
 
@@ -99,7 +99,7 @@ class InputSlots:
         self.alike = tuple(kinds.index(kind) if kinds.count(kind) > 1 else None for kind in kinds)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's arguments after conversion; the caller's containers stay as they are."""
+        """Returns the call's arguments after conversion; the caller's containers stay as they are."""
         positional, keywords = list(args), dict(kwargs)
         made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # the argument is kept, so that its id stays its own
         for b, kind in zip(self.bindings, self.alike, strict=True):
@@ -112,7 +112,7 @@ class InputSlots:
 
 
 class _Once:
-    """Converts each tensor of a call once: what was one tensor in several arguments is one after."""
+    """Converts each tensor of a call once: one tensor in several arguments stays one."""
 
     __slots__ = ("convert", "kind", "made")
 
@@ -127,7 +127,7 @@ class _Once:
 
 
 class OutputSlots:
-    """All output slots of one module."""
+    """Converts at all output slots of one module."""
 
     __slots__ = ("slots",)
 
@@ -135,7 +135,7 @@ class OutputSlots:
         self.slots = tuple((slot.path, bind_all(slot.conversions, comm)) for slot in slots)
 
     def __call__(self, result: Any) -> Any:
-        """The module's result after conversion."""
+        """Returns the module's result after conversion."""
         for path, convert in self.slots:
             result = map_path(result, path, convert)
         return result

@@ -1,8 +1,8 @@
-"""Subclasses made at run time for modules whose forward changes, and forwards of single instances for those whose class stays.
+"""Makes subclasses at run time for modules whose forward changes, and forwards of single instances for those whose class stays.
 
-The subclass keeps the name of its base and is an instance of it; only `forward` is replaced. From outside, `module.weight`
-is the DTensor parameter; inside the forward the instance's `__dict__` holds the local tensor, which shadows the
-descriptor below (it has no `__set__`, so the instance dict comes first).
+The subclass keeps the name of its base and is an instance of it; only `forward` is replaced. From outside, `module.weight` is the
+DTensor parameter. Inside the forward the instance's `__dict__` holds the local tensor, which shadows the descriptor below (it has
+no `__set__`, so the instance dict comes first).
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ _ADVICE = "Prune, reparametrize, or take that back, before parallelize"
 
 
 def _keeping_names(base: type[nn.Module]) -> Callable[..., None]:
-    """`register_parameter` of a rewritten `base`: it refuses to give a parameter that the plan knows another name.
+    """Makes `register_parameter` of a rewritten `base`: it refuses to give a parameter that the plan knows another name.
 
-    Pruning and weight norms do that before they change anything else, so the module stays as it is.
+    Pruning and weight norms register before they change anything else, so the module stays as it is.
     """
     inner = base.register_parameter
 
@@ -109,7 +109,7 @@ MakeForward = Callable[[type[nn.Module]], Callable[..., Any]]
 
 
 def subclass(base: type[nn.Module], names: tuple[str, ...], make_forward: MakeForward) -> type[nn.Module]:
-    """The subclass of `base` whose forward is `make_forward(base)` and whose parameters `names` are views."""
+    """Makes the subclass of `base` whose forward is `make_forward(base)` and whose parameters `names` are views."""
     return _subclass(base, names, make_forward, base.forward)  # type: ignore[arg-type]
 
 
@@ -132,11 +132,11 @@ Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any
 def wrap_forward(module: nn.Module, around: Around, undo: Undo) -> None:
     """Give one module `around(module, forward, args, kwargs)` as its forward.
 
-    Its class stays, as code may ask for it (`type(self.mlp) is Mlp`). Those that the rewrite gives to modules are there in the replay too,
-    which shows such code; what guards a model is not.
+    Its class stays, as code may ask for it (`type(self.mlp) is Mlp`). The replay has the classes that the rewrite gives to modules,
+    so it finds such code; it does not have the guards.
 
-    It runs inside of the module's hooks, and `module.forward(x)` finds it too. What `around` needs of the module is to be in its
-    `__dict__`, as the forward that it had is: both are copied with the module.
+    The wrapper runs inside of the module's hooks, and `module.forward(x)` finds it too. The module's `__dict__` must hold
+    everything that `around` needs of the module, as it holds the forward that was there: both are copied with the module.
     """
     inner, own = module.forward, module.__dict__.get("forward")
     key = f"_autotp_forward_{sum(k.startswith('_autotp_forward') for k in module.__dict__)}"
@@ -170,9 +170,9 @@ def _checking_around(key: str) -> Around:
 
 
 def check_calls(module: nn.Module, key: str, check: Any, undo: Undo) -> None:
-    """Have `check.check(args, kwargs)` look at each call of a module; what it returns is raised when the forward is through.
+    """Have `check.check(args, kwargs)` check each call of a module; an error that it returns is raised when the forward is through.
 
-    It is kept in the module's `__dict__` as `key`, and goes with its copies.
+    The module's `__dict__` keeps it as `key`, so copies of the module have it too.
     """
     undo.set_item(module.__dict__, key, check)
     wrap_forward(module, _checking_around(key), undo)

@@ -1,4 +1,4 @@
-"""`nn.Embedding` with sharded rows: each rank looks up the ids it holds, zeros stand for the others, the sum is whole."""
+"""Runs `nn.Embedding` with sharded rows: each rank looks up the ids that it holds, with zeros for the others, and the sum is whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autotp.rewrite.transforms import refuse_transforms
 
 
 class EmbeddingRun:
-    """Which rows this rank holds and whether the lookup's partial sum is reduced here.
+    """Knows which rows this rank holds and whether the lookup's partial sum is reduced here.
 
     No id stands for a row of padding, so a lookup gives it no gradient and `weight.fix` has nothing to do.
     """
@@ -46,7 +46,7 @@ class EmbeddingRun:
             offset += b - a
 
     def composed(self, input: Tensor) -> Tensor:
-        """The lookup from separate differentiable steps."""
+        """Runs the lookup from separate differentiable steps."""
         weight = self.weight.value()  # first: a weight of other rows is told before ids that it alone would have
         ids, outside = local_ids(input, self.runs, self.rows)
         padding = None if self.padding < 0 else self.padding
@@ -56,7 +56,7 @@ class EmbeddingRun:
         return reduce(y, self.comm) if self.reduces else y
 
     def local(self, ids: Tensor, outside: Tensor | None, w: Tensor) -> Tensor:
-        """Rows [.., width] of local ids, zero where `outside`, summed over ranks; nothing recorded."""
+        """Returns rows [.., width] of local ids, zero where `outside`, summed over ranks; nothing is recorded."""
         y = F.embedding(ids, w)
         if outside is not None:
             outside = outside.unsqueeze(-1)
@@ -86,7 +86,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of an Embedding with sharded rows."""
+    """Makes the forward of an Embedding with sharded rows."""
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         run: EmbeddingRun = self.__dict__[STATE]
@@ -102,7 +102,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def embedding_run(module: nn.Embedding, plan: ModulePlan, own: tuple[Read, ...], comm: Comm) -> EmbeddingRun | None:
-    """The fast form of an Embedding under `plan`, None where the plan asks for something else.
+    """Returns the fast form of an Embedding under `plan`, None where the plan asks for something else.
 
     Raises:
         PlanError: for options that a sharded lookup does not support.

@@ -1,9 +1,9 @@
-"""Partial sums that are held back and all-reduced with a later one: HOLD and JOIN (`autotp.planner.joint_reductions`).
+"""Holds partial sums back and all-reduces them with a later one: HOLD and JOIN (`autotp.planner.joint_reductions`).
 
     held module   y_r → zeros, y_r is kept            last module   z_r → Σ_r (z_r + y_r)
     backward      the gradient of the sum goes, as it is, to z_r and to each y_r
 
-What is kept belongs to one call of the parent. The parent's forward opens a call before and closes it after, also after an error, so
+A sum that is kept belongs to one call of the parent. The parent's forward opens a call before and closes it after, also after an error, so
 that nothing stays for the next one; a member that runs outside of its parent (by itself, or again for a checkpoint of its own) finds no
 open call and reduces alone. Each wrapper is one more subclass around the module's rewritten forward, or a forward of the instance where
 the class must stay.
@@ -63,7 +63,7 @@ class _Call:
 
 
 class HeldSum:
-    """One joint sum of a parent. `calls`: the calls of the parent that are running, one inside the other."""
+    """Keeps one joint sum of a parent. `calls`: the calls of the parent that are running, one inside the other."""
 
     __slots__ = ("calls", "comm", "name")
 
@@ -72,15 +72,15 @@ class HeldSum:
         self.calls: list[_Call] = []
 
     def open(self) -> None:
-        """A call of the parent begins."""
+        """Begins a call of the parent."""
         self.calls.append(_Call())
 
     def close(self) -> None:
-        """A call of the parent ends."""
+        """Ends a call of the parent."""
         self.calls.pop()
 
     def check(self) -> None:
-        """Raise where something would be lost at the end of a call.
+        """Raise where a partial sum would be lost at the end of a call.
 
         Raises:
             AutoTPError: a module held its partial sum, and the one that reduces it did not run.
@@ -92,7 +92,7 @@ class HeldSum:
             )
 
     def hold(self, own: Tensor) -> Tensor:
-        """P → R: zeros, `own` is kept. The sum over ranks where no call of the parent would reduce it."""
+        """P → R: returns zeros and keeps `own`. Where no call of the parent would reduce it, returns the sum over ranks."""
         call = self.calls[-1] if self.calls else None
         if call is None or call.records is not torch.is_grad_enabled():
             return reduce(own, self.comm)
@@ -100,10 +100,10 @@ class HeldSum:
         return torch.zeros_like(own)
 
     def join(self, own: Tensor) -> Tensor:
-        """P → R: the sum over ranks of `own` and of all that is held.
+        """P → R: returns the sum over ranks of `own` and of all that is held.
 
         Raises:
-            AutoTPError: gradients are recorded for what is held and not for the sum.
+            AutoTPError: gradients are recorded for the held sums and not for the joint one.
         """
         call = self.calls[-1] if self.calls else None
         if call is None or not call.held:
@@ -124,7 +124,7 @@ class HeldSum:
 
 
 class _Part:
-    """What a member does to its results: (path, convert) each."""
+    """A member converts its results with this: (path, convert) each."""
 
     __slots__ = ("slots",)
 
@@ -138,7 +138,7 @@ class _Part:
 
 
 class _Calls:
-    """What a parent does around its forward."""
+    """A parent opens and closes these sums around its forward."""
 
     __slots__ = ("sums",)
 
@@ -164,14 +164,14 @@ def _is_part(slot: Slot) -> bool:
 
 
 def without_parts(plan: ModulePlan | None) -> ModulePlan | None:
-    """The plan of one module without what `install_joints` does."""
+    """Returns the plan of one module without the conversions that `install_joints` does."""
     if plan is None or not any(_is_part(s) for s in plan.outputs):
         return plan
     return replace(plan, outputs=tuple(s for s in plan.outputs if not _is_part(s)))
 
 
 def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The forward of a parent."""
+    """Runs the forward of a parent."""
     calls: _Calls = module.__dict__[CALLS]
     for held in calls.sums:
         held.open()
@@ -184,7 +184,7 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
 
 
 def _member(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The forward of a member."""
+    """Runs the forward of a member."""
     part: _Part = module.__dict__[PART]
     return part(forward(module, *args, **kwargs))
 

@@ -1,4 +1,4 @@
-"""`nn.Linear` on shards: one autograd function from DTensor parameters to the output.
+"""Runs `nn.Linear` on shards: one autograd function from DTensor parameters to the output.
 
     column-parallel  y_r = x W_rᵀ + b_r      W: dim 0 sharded; ∂x is a partial sum (the entering copy reduces it)
     row-parallel     y = Σ_r x_r W_rᵀ + b    W: dim 1 sharded; the bias is added once, after the sum
@@ -32,7 +32,7 @@ _autocast = torch._C._is_any_autocast_enabled
 
 
 class LinearRun:
-    """What one Linear does: copies its input in, sums or gathers its output, adds its bias once."""
+    """Runs one Linear: it copies its input in, sums or gathers its output, adds its bias once."""
 
     __slots__ = ("alone", "bias", "comm", "copies", "gathers", "once", "own", "reads", "reduces", "weight")
 
@@ -47,7 +47,7 @@ class LinearRun:
         self.alone: Any = None  # refuses calls outside of a call of the model, where a part would come or go
 
     def composed(self, x: Tensor) -> Tensor:
-        """The same computation from separate differentiable steps: for compilation, autocast and plain parameters."""
+        """Runs the same computation from separate differentiable steps: for compilation, autocast and plain parameters."""
         weight = self.weight.value()
         bias = None if self.bias is None else self.bias.value()
         if self.copies:
@@ -61,13 +61,13 @@ class LinearRun:
         return self.leave(y)
 
     def leave(self, y: Tensor) -> Tensor:
-        """`y` after the output's conversion."""
+        """Returns `y` after the output's conversion."""
         if self.reduces:
             return reduce(y, self.comm)
         return y if self.gathers is None else gather(y, self.gathers)
 
     def local(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        """Output without recording: `x` [.., in], `w` [out, in], `b` [out] local tensors."""
+        """Returns the output without recording: `x` [.., in], `w` [out, in], `b` [out] local tensors."""
         if self.reduces:
             if not self.once:
                 return self.comm.all_reduce_(F.linear(x, w, b))
@@ -123,7 +123,7 @@ class _Linear(torch.autograd.Function):
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a parallel Linear."""
+    """Makes the forward of a parallel Linear."""
     linear = direct(_Linear)
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def linear_run(plan: ModulePlan | None, own: tuple[Read, ...], comm: Comm) -> LinearRun | None:
-    """The fast form of a Linear under `plan`, None where the plan asks for something it cannot fuse."""
+    """Returns the fast form of a Linear under `plan`, None where the plan asks for something it cannot fuse."""
     reads = {r.name: r for r in own}
     weight, bias = reads.get("weight"), reads.get("bias")
     if weight is None or weight.convert is not None or set(reads) - {"weight", "bias"}:

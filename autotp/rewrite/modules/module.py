@@ -1,7 +1,7 @@
-"""Any module's forward under a plan: convert arguments, read local tensors, watch sites, convert results.
+"""Runs any module's forward under a plan: convert arguments, read local tensors, watch sites, convert results.
 
-`ModuleRun` is the state that a rewritten module carries. It runs either as the forward of a subclass or, where an object's
-class must stay, as a forward of the instance. Both are found by `module(x)`, inside of its hooks, and by `module.forward(x)`.
+`ModuleRun` is the state that a rewritten module carries. It runs either as the forward of a subclass or, where an object's class
+must stay, as a forward of the instance. Both are found by `module(x)`, inside of its hooks, and by `module.forward(x)`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _grad_enabled = torch.is_grad_enabled
 
 
 class ModuleRun:
-    """What one module does in a forward. `own` are the reads of its own tensors, `reads` all of them."""
+    """Runs the forward of one module. `own` are the reads of its own tensors, `reads` all of them."""
 
     __slots__ = ("frames", "inputs", "light", "outputs", "own", "parts", "reads", "shared", "sites")
 
@@ -86,7 +86,7 @@ class ModuleRun:
                 attributes[name] = old
 
     def __call__(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`forward(module, *args, **kwargs)` under the plan."""
+        """Runs `forward(module, *args, **kwargs)` under the plan."""
         if self.inputs is not None:
             args, kwargs = self.inputs(args, kwargs)
         if not is_dynamo_compiling():
@@ -98,7 +98,7 @@ class ModuleRun:
         return result if self.outputs is None else self.outputs(result)
 
     def inside(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`forward` with the local tensors in place and sites watched."""
+        """Runs `forward` with the local tensors in place and sites watched."""
         try:
             self.enter()
             if not self.parts:
@@ -115,7 +115,7 @@ class ModuleRun:
             read.put_back(read.owner.__dict__[read.name])
 
     def written(self, module: nn.Module) -> list[Read]:
-        """The buffers whose parts a forward changes in the mode that the module is in."""
+        """Returns the buffers whose parts a forward changes in the mode that the module is in."""
         return [read for read in self.parts if module.training or read.written is Written.ALWAYS]
 
     inside_eagerly = torch.compiler.disable(inside)  # type: ignore[no-untyped-call]
@@ -128,7 +128,9 @@ RUN = "_autotp_run"
 
 
 def run_instance(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The forward of a module whose class stays, under the plan. No view of the class reads its parameters: that is never compiled."""
+    """Runs the forward of a module whose class stays, under the plan. No view of the class reads its parameters: that is never
+    compiled.
+    """
     run: ModuleRun = module.__dict__[RUN]
     if run.reads and is_dynamo_compiling():
         return _run_eagerly(run, module, forward, args, kwargs)
@@ -139,7 +141,7 @@ _run_eagerly = torch.compiler.disable(ModuleRun.__call__)  # type: ignore[no-unt
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a rewritten `base`."""
+    """Makes the forward of a rewritten `base`."""
     inner = base.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

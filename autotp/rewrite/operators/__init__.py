@@ -1,1 +1,1 @@
-"""Operator calls inside the forward of a module: where one looks across a sharded dim, a distributed form runs."""
+"""Changes operator calls inside the forward of a module: an operator that looks across a sharded dim runs in its distributed form."""

@@ -1,8 +1,8 @@
-"""Interventions on single operator calls inside a module's forward.
+"""Changes single operator calls inside a module's forward.
 
-While a module with sites runs, a `TorchFunctionMode` sees each operator call, finds the line of model code that makes it,
-and acts if the plan lists that place. Modules without sites never pay for a mode. Each thread has a stack of the modules
-that run; only the innermost one's sites act, so that a listed module called inside another handles its own calls.
+While a module with sites runs, a `TorchFunctionMode` gets each operator call, finds the line of model code that makes it, and acts
+if the plan lists that place. Modules without sites never pay for a mode. Each thread has a stack of the modules that run. Only the
+innermost one's sites act, so that a listed module called inside another handles its own calls.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RUNNING = _Running()
 
 
 class SiteTable:
-    """The sites of one module, looked up by code object and offset."""
+    """Looks the sites of one module up by code object and offset."""
 
     def __init__(self, sites: Sequence[Site], comm: Comm, where: str) -> None:
         self.comm = comm
@@ -57,7 +57,7 @@ class SiteTable:
         self._codes: dict[int, tuple[CodeType, dict[int, Site], dict[int, Site | None]]] = {}
 
     def find(self, code: CodeType, offset: int) -> Site | None:
-        """The site at `offset` of `code`, if listed."""
+        """Returns the site at `offset` of `code`, if listed."""
         known = self._codes.get(id(code))
         if known is None:
             key = (code.co_filename, code.co_qualname, code.co_firstlineno)
@@ -78,7 +78,7 @@ class SiteTable:
 class SiteMode(TorchFunctionMode):
     """Acts on the calls that `table` lists; `layouts` gives the layout of the local tensors the module reads, by id.
 
-    held: parameters that the code takes from elsewhere than its module's attributes, by id → what it computes with instead.
+    held: parameters that the code takes from elsewhere than its module's attributes, by id → the tensor that it computes with instead.
     """
 
     def __init__(self, table: SiteTable, layouts: Mapping[int, Layout], held: Mapping[int, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Distributed forms of operators that look across a sharded dim.
+"""Runs the distributed forms of operators that look across a sharded dim.
 
 With `N` entries in all and `Σ` the sum over the ranks of the local sums, of each index once and without padding (see `statistics`):
 
@@ -35,10 +35,10 @@ Dims = int | Sequence[int] | None
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A distributed form: the functions that it can take the place of, by `__name__`, and what runs instead.
+    """A distributed form: the functions that it can replace, by `__name__`, and the function that runs instead.
 
-    `run` gets the layouts of the local tensors by id, what counts in a statistic, the function's name, and its arguments. `forward` and
-    `backward`: how many all-reduces of a number a token it runs on either way.
+    `run` gets the layouts of the local tensors by id, the entries that count in a statistic, the function's name, and its
+    arguments. `forward` and `backward`: how many all-reduces of a number a token it runs on either way.
     """
 
     functions: frozenset[str]
@@ -56,9 +56,9 @@ def run_form(
     layouts: Mapping[int, Layout],
     across: Across | None = None,
 ) -> Any:
-    """What a distributed form gives for `func(*args, **kwargs)`.
+    """Runs a distributed form for `func(*args, **kwargs)`.
 
-    `across` says what counts in a statistic; every local entry where it is None.
+    `across` says which entries count in a statistic; every local entry where it is None.
 
     Raises:
         PlanError: for an operator or an argument that the form does not know.
@@ -89,7 +89,7 @@ def _lookup(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Rows of the local shard; zeros for ids that other ranks hold: a partial sum."""
+    """Returns rows of the local shard, with zeros for ids that other ranks hold: a partial sum."""
     layout, comm = layouts.get(id(weight)), across.comm
     if layout is None:
         raise PlanError("a sharded lookup reads a weight that is no parameter of the module which the plan lists")
@@ -150,7 +150,7 @@ def _axes(x: Tensor, dims: Dims) -> tuple[int, ...]:
 
 
 def _root(total: Tensor) -> Tensor:
-    """√total, whose gradient is 0 where it is 0, as that of torch's own norms and deviations."""
+    """Returns √total, whose gradient is 0 where it is 0, as that of torch's own norms and deviations."""
     zero = total == 0
     return total.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
@@ -218,7 +218,7 @@ def _working(x: Tensor) -> Tensor:
 
 
 def _normalised(x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
-    """The dims that a norm is over; like the operator, it takes no other shape than that of `x`."""
+    """Returns the dims that a norm is over; like the operator, it takes no other shape than that of `x`."""
     own = tuple(x.shape[x.ndim - len(normalized_shape) :])
     if own != tuple(normalized_shape):
         raise PlanError(f"a norm over {list(normalized_shape)} got a local tensor that ends in {list(own)}")
@@ -226,7 +226,9 @@ def _normalised(x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _dtype(norm: Any, x: Tensor, weight: Tensor | None) -> torch.dtype:
-    """The dtype that torch's norm gives, which under autocast, and with weights in another dtype, is not that of its products."""
+    """Returns the dtype of torch's norm. Under autocast, and with weights in another dtype, it differs from that of the norm's
+    products.
+    """
     if (weight is None or weight.dtype == x.dtype) and not torch._C._is_any_autocast_enabled():
         return x.dtype
     with torch.no_grad():

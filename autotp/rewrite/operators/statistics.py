@@ -1,8 +1,8 @@
-"""What a statistic over a sharded dim counts: every index once, no padding.
+"""Selects the entries that a statistic over a sharded dim counts: every index once, no padding.
 
-Ranks hold equal parts, but not every entry of a part counts: padding stands for nothing, and a copy of a shared index is
-counted where its owner is. So `Σ x` over the full dim is the sum over the ranks of `Σ owned(x)`, and the number of entries is
-that of the full dim. Masked entries get no gradient through the statistic.
+Ranks hold equal parts, but not every entry of a part counts. Padding stands for no index, and a copy of a shared index is counted
+where its owner is. So `Σ x` over the full dim is the sum over the ranks of `Σ owned(x)`, and the number of entries is that of the
+full dim. Masked entries get no gradient through the statistic.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Across:
         self._masks: dict[torch.device, Tensor] = {}
 
     def count(self, x: Tensor, axes: Sequence[int]) -> int:
-        """How many entries of the whole tensor a statistic of `x` (this rank's part) over `axes` is made of.
+        """Counts the entries of the whole tensor that a statistic of `x` (this rank's part) over `axes` covers.
 
         Raises:
             PlanError: the sharded dim is none of `axes`, or has another size than the layout's part.
@@ -52,7 +52,7 @@ class Across:
         return count
 
     def owned(self, x: Tensor) -> Tensor:
-        """`x` with zeros at the entries that are not counted here; `x` itself where all are."""
+        """Returns `x` with zeros at the entries that are not counted here; `x` itself where all are."""
         return x if self.everything else x.masked_fill(self._ignored(x.device), 0)
 
     def _ignored(self, device: torch.device) -> Tensor:

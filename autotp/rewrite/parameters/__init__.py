@@ -1,4 +1,4 @@
-"""Parameters as DTensors over the tp mesh."""
+"""Makes and reads parameters as DTensors over the tp mesh."""
 
 from autotp.rewrite.parameters.dtensor_operators.dispatch import operate
 from autotp.rewrite.parameters.numbers import Numbers

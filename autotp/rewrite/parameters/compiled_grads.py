@@ -1,8 +1,8 @@
-"""What stays with the parameters of a module, whatever is done to the module.
+"""Keeps hooks on the parameters of a module, whatever is done to the module.
 
 Code being compiled reads a parameter as an ordinary DTensor, and its gradient is one, in an order that nothing says. A hook on the
-parameter gives it its layout. That hook and those of users are lost where parameters are made anew: `KeepHooks` sets them again after
-`model.to(…)`, and ours after `copy.deepcopy(model)`. Whole tensors that `load_state_dict` is given are cut.
+parameter gives the gradient its layout. That hook and those of users are lost where parameters are made anew. `KeepHooks` sets them
+again after `model.to(…)`, and ours after `copy.deepcopy(model)`. Whole tensors that `load_state_dict` is given are cut.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from autotp.rewrite.undo import Undo
 
 
 class _Ordered:
-    """The first hook of a parameter: its gradient has its layout, wherever it was made. A whole one is cut."""
+    """The first hook of a parameter: it gives the gradient the parameter's layout, wherever the gradient was made. It cuts a whole
+    one.
+    """
 
     __slots__ = ("layout", "mesh")
 
@@ -44,7 +46,7 @@ class _Ordered:
 
 
 class KeepHooks:
-    """The `_apply` (under `to`, `half`, `cuda`, …) of a module with parameters; sets their hooks again."""
+    """Replaces the `_apply` (under `to`, `half`, `cuda`, …) of a module with parameters; sets their hooks again."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -80,7 +82,7 @@ class KeepHooks:
 
 
 def cut_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Pre-hook of `load_state_dict`: whole tensors become parts of the parameters that they are for."""
+    """Pre-hook of `load_state_dict`: it cuts whole tensors to parts of the parameters that they are for."""
     for name, p in module._parameters.items():
         given = state.get(prefix + name)
         if (
@@ -94,7 +96,7 @@ def cut_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
 
 
 def keep_with(module: nn.Module, undo: Undo) -> None:
-    """Set all this on one module whose parameters are laid out."""
+    """Set all these hooks on one module whose parameters are laid out."""
     keep = KeepHooks(module)
     keep.attach(module._parameters)
     undo.set_attribute(module, "_apply", keep)

@@ -1,8 +1,8 @@
-"""What torch.distributed.checkpoint is told about one tensor: this rank's pieces, in the model's order and true shape.
+"""Tells torch.distributed.checkpoint (DCP) about one tensor: this rank's pieces, in the model's order and true shape.
 
 `Sharded` follows DCP's protocol for tensors (`torch/distributed/_checkpointable.py`). It writes the pieces that this rank owns and
-reads all that it holds, copies of an index too; DCP finds which parts of the saved boxes they overlap with, whatever number of ranks
-saved them.
+reads all that it holds, copies of an index too. DCP finds the saved boxes that they overlap with, whatever number of ranks saved
+them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from autotp.plan.layout import Layout
 
 
 class Sharded:
-    """`local` (shape `layout.local_shape`) as `rank`'s part of a tensor of shape `layout.shape`.
+    """Presents `local` (shape `layout.local_shape`) as `rank`'s part of a tensor of shape `layout.shape`.
 
-    most: pieces are written in boxes of at most so many bytes, so that whoever reads a part need not read all.
+    most: pieces are written in boxes of at most so many bytes, so that a reader of a part need not read all.
     """
 
     __slots__ = ("_most", "_pieces", "layout", "local")
@@ -33,7 +33,7 @@ class Sharded:
             self._pieces = [part for piece in self._pieces for part in shorter(piece, max(1, most // width))]
 
     def size(self) -> torch.Size:
-        """The shape of the model's tensor."""
+        """Returns the shape of the model's tensor."""
         return torch.Size(self.layout.shape)
 
     def __create_write_items__(self, fqn: str, object: object) -> list[Any]:  # the name is the protocol's
@@ -53,7 +53,9 @@ class Sharded:
         return [self._chunk(piece) for piece in self._pieces]
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
-        """The view of `local` that is the piece of `index`: the `index.index`-th where that one begins there, else the first that does."""
+        """Returns the view of `local` that is the piece of `index`: the `index.index`-th where that one begins there, else the
+        first that does.
+        """
         dim = piece_dim(self.layout)
         if not self.layout.shape:
             return self.local

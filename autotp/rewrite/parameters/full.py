@@ -1,4 +1,4 @@
-"""Full tensors of a rewritten model, in the model's own order, on every rank. Collective: call on all ranks."""
+"""Gathers the full tensors of a rewritten model, in the model's own order, on every rank. Collective: call on all ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
 @torch.no_grad()
 def unshard(tensor: Tensor, layout: Layout, comm: Comm) -> Tensor:
-    """The full tensor of shape `layout.shape`: of one in that layout, of every rank's part of it, or of one that is whole already."""
+    """Returns the full tensor of shape `layout.shape`: of one in that layout, of every rank's part of it, or of one that is whole
+    already.
+    """
     tensor = tensor.detach()
     if isinstance(tensor, LayoutDTensor):
         return tensor._whole()
@@ -30,7 +32,7 @@ def unshard(tensor: Tensor, layout: Layout, comm: Comm) -> Tensor:
 
 
 def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
-    """`model.state_dict()` (same keys and order, buffers too) with every parameter whole; tied names share one tensor."""
+    """Returns `model.state_dict()` (same keys and order, buffers too) with every parameter whole; tied names share one tensor."""
     whole: dict[int, Tensor] = {}
     tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     state: dict[str, Tensor] = {}
@@ -46,5 +48,5 @@ def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Com
 
 
 def full_grads(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
-    """Whole gradients by the names of `model.named_parameters()`; parameters without a gradient are left out."""
+    """Returns whole gradients by the names of `model.named_parameters()`; parameters without a gradient are left out."""
     return {name: unshard(p.grad, params[name].layout, comm) for name, p in model.named_parameters() if p.grad is not None}

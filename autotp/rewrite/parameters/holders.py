@@ -1,10 +1,10 @@
-"""Whoever holds a parameter besides its module holds the parallel one afterwards.
+"""Gives the parallel parameter to every holder of the old one besides its module.
 
 A parameter cannot become a DTensor in place (the classes' instances are laid out differently in memory), so a new object takes its
-place. Lists, dicts, closures, attributes and optimizers made before `parallelize` may hold the old one, and would go on computing with a
-whole tensor that nothing trains. They are found through the garbage collector and given the new one; only parameters with more references
-than their modules account for are looked for. What cannot be found or changed (a local variable, a C++ object) keeps the old object, which
-from then on raises at every use.
+place. Lists, dicts, closures, attributes and optimizers made before `parallelize` may hold the old one, and would go on computing
+with a whole tensor that nothing trains. The garbage collector finds these holders, and they get the new one. The search covers only
+parameters with more references than their modules account for. A holder that cannot be found or changed (a local variable, a C++
+object) keeps the old object, which from then on raises at every use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FIXED = (tuple, frozenset)
 
 
 class Pair:
-    """A parameter and what takes its place. `names`: those that it has in the model."""
+    """A parameter and the one that replaces it. `names`: those that it has in the model."""
 
     __slots__ = ("names", "new", "old")
 
@@ -35,7 +35,7 @@ class Pair:
 
 
 class Replaced(nn.Parameter):
-    """A parameter as it was before `parallelize`, held by someone who could not be given the new one. Every use of it raises."""
+    """A parameter as it was before `parallelize`, whose holder could not be given the new one. Every use of it raises."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +51,7 @@ class Replaced(nn.Parameter):
 
 
 def now(x: Any) -> Any:
-    """What took the place of `x`, where something did."""
+    """Returns the replacement of `x`, where there is one."""
     return vars(x)["_now"] if type(x) is Replaced else x
 
 

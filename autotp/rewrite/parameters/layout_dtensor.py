@@ -1,13 +1,13 @@
-"""A DTensor that knows its layout: what every parameter of a parallel model is.
+"""Every parameter of a parallel model is a `LayoutDTensor`, a DTensor that knows its layout.
 
-The parts of a fused parameter are in the layout's order, those with padding or shared indices are together larger than the model's tensor.
-Taken for an even `Shard` they would be read, saved and counted wrongly, and nothing would say so; and writes to views of an even one would
-go into a copy. So parameters, their gradients, and what is made from them element by element (a detached parameter, a clone, an
-optimizer's moments) are `LayoutDTensor`s:
+The parts of a fused parameter are in the layout's order. Those with padding or shared indices are together larger than the model's
+tensor. Code that took them for an even `Shard` would read, save and count them wrongly, and no error would say so; and writes to
+views of an even one would go into a copy. So parameters, their gradients, and tensors made from them element by element (a detached
+parameter, a clone, an optimizer's moments) are `LayoutDTensor`s:
 
 - `full_tensor` and `redistribute` to `Replicate` give the model's tensor, in its order and shape;
 - torch.distributed.checkpoint saves and loads them in the model's order (`Sharded`);
-- operators on them give what they give on one device (`autotp.rewrite.parameters.dtensor_operators`);
+- operators on them give the results of one device (`autotp.rewrite.parameters.dtensor_operators`);
 - `data = …` takes a whole tensor, or one in the same layout.
 
 Nothing here is called in a forward, which reads local tensors.
@@ -39,12 +39,12 @@ _DATA: Any = torch.Tensor.data
 
 
 def placements(layout: Layout) -> tuple[Any]:
-    """How a tensor of `layout` is placed on its mesh."""
+    """Returns how a tensor of `layout` is placed on its mesh."""
     return (Replicate() if layout.dim is None else Shard(layout.dim),)
 
 
 def plain(tensor: LayoutDTensor, local: Tensor | None = None) -> DTensor:
-    """The ordinary DTensor over the same local tensors (or others of their shape), end to end."""
+    """Returns the ordinary DTensor over the same local tensors (or others of their shape), end to end."""
     local = tensor._local_tensor if local is None else local
     spec, layout = tensor._spec, tensor._layout
     if layout.dim is not None and (layout.is_padded or layout.is_shared):
@@ -110,7 +110,7 @@ class LayoutDTensor(Numbers):
         return self._like(local.clone() if local is whole else local, spec)
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
-        """As on one device; what the hook returns, whole or not, becomes a gradient in this layout."""
+        """Registers a hook as on one device; the gradient that the hook returns, whole or not, becomes one in this layout."""
         return super().register_hook(GradHook(hook, self._layout))  # type: ignore[no-untyped-call]
 
     @property
@@ -154,11 +154,11 @@ class LayoutDTensor(Numbers):
         return layout.unshard(self._comm.all_gather(local))
 
     def _held(self) -> Tensor:
-        """What a checkpoint is written from and read into; see `_take_back_`."""
+        """Returns the tensor that a checkpoint is written from and read into; see `_take_back_`."""
         return self._local_tensor
 
     def _take_back_(self, held: Tensor) -> None:
-        """Values were read into `held`, which `_held` gave."""
+        """Takes values back that were read into `held`, which `_held` gave."""
 
     def _part(self, whole: Tensor) -> Tensor:
         """This rank's part of a plain whole tensor."""
@@ -181,14 +181,14 @@ class LayoutDTensor(Numbers):
             self._local_tensor.narrow(self._layout.dim or 0, a, b - a).zero_()
 
     def full_tensor(self, *, grad_placements: Sequence[Any] | None = None) -> Tensor:
-        """The whole tensor in the model's order and shape, differentiable. Collective."""
+        """Returns the whole tensor in the model's order and shape, differentiable. Collective."""
         if grad_placements is not None:
             raise AutoTPError("full_tensor(grad_placements=…) of a parameter that is not cut evenly takes gradients that are whole only")
         refuse_transforms()
         return _Whole.apply(self)  # type: ignore[no-any-return, no-untyped-call]
 
     def redistribute(self, device_mesh: Any = None, placements: Sequence[Any] | None = None, **options: Any) -> DTensor:
-        """To `Replicate`: the whole tensor in the model's order and shape. Collective.
+        """Returns the whole tensor in the model's order and shape for `Replicate`. Collective.
 
         Raises:
             AutoTPError: for other placements than its own and `Replicate`.
@@ -210,7 +210,7 @@ class LayoutDTensor(Numbers):
         return self._sharded().__get_tensor_shard__(index)
 
     def _sharded(self) -> Sharded:
-        """What torch.distributed.checkpoint is told."""
+        """Returns the `Sharded` that torch.distributed.checkpoint gets."""
         return Sharded(self._local_tensor, self._layout, self._rank)
 
     def __tensor_flatten__(self) -> Any:
@@ -266,17 +266,17 @@ class _Whole(torch.autograd.Function):
 
 
 def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
-    """The DTensor placed as `spec` over `local` (shape `layout.local_shape`), in the order of `layout`."""
+    """Returns the DTensor placed as `spec` over `local` (shape `layout.local_shape`), in the order of `layout`."""
     made: LayoutDTensor = new_dtensor(LayoutDTensor, local, spec, requires_grad=False)
     made._layout = layout
     return made
 
 
 def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> Tensor:
-    """The gradient `local` of a parameter, made of the gradient `given` that arrived, in memory of its own.
+    """Returns the gradient `local` of a parameter, made of the gradient `given` that arrived, in memory of its own.
 
-    Autograd keeps a gradient that nothing else refers to, and adds the next one in place. It counts the references to the DTensor, not to
-    what is in it, which may be the gradient of another parameter too (`u + v`), or one number for many entries (`w.sum()`).
+    Autograd keeps a gradient that nothing else refers to, and adds the next one in place. It counts the references to the DTensor,
+    not to its contents, which may be the gradient of another parameter too (`u + v`), or one number for many entries (`w.sum()`).
 
     A sparse gradient stays a plain tensor, whole on every rank: optimizers ask whether it is sparse, which a DTensor never is.
     """
@@ -290,7 +290,9 @@ def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> Ten
 
 
 def layout_of(tensor: Tensor, planned: Layout | None) -> Layout:
-    """How a parameter is laid out for which `planned` was planned (None: nothing). Someone may have put a whole tensor in its place."""
+    """Returns the layout of a parameter for which `planned` was planned (None: nothing). Someone may have put a whole tensor in its
+    place.
+    """
     if isinstance(tensor, LayoutDTensor):
         return tensor._layout
     whole = not isinstance(tensor, DTensor) or all(p.is_replicate() for p in tensor._spec.placements)
@@ -336,7 +338,7 @@ torch.serialization.add_safe_globals([_rebuilt, Layout, Factor, Product, Concat]
 
 
 class GradHook:
-    """A tensor hook on a parameter laid out as `layout`: what `hook` makes of its gradient is laid out so too."""
+    """A tensor hook on a parameter laid out as `layout`: it lays out the gradient that `hook` returns so too."""
 
     __slots__ = ("hook", "layout")
 

@@ -1,7 +1,7 @@
-"""Parameters as DTensors over the tp mesh.
+"""Makes parameters DTensors over the tp mesh.
 
-The local tensor is `layout.shard(full, rank)`. The DTensor has the model's shape and is placed as `Shard(dim)`, over the *layout's own
-order*: with padding or shared indices the ranks' parts together are larger than it is. The layout comes with it.
+The local tensor is `layout.shard(full, rank)`. The DTensor has the model's shape and is placed as `Shard(dim)`, over the *layout's
+own order*: with padding or shared indices the ranks' parts together are larger than it is. It carries the layout.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def shard_onto(mesh: DeviceMesh) -> MakeParam:
 
 
 def as_dtensor(local: Tensor, layout: Layout, mesh: DeviceMesh) -> LayoutDTensor:
-    """The DTensor of one rank's `local` (shape `layout.local_shape`); no communication."""
+    """Returns the DTensor of one rank's `local` (shape `layout.local_shape`); no communication."""
     stride = torch.empty(layout.shape, device="meta").stride()
     meta = TensorMeta(torch.Size(layout.shape), stride, local.dtype)
     return laid_out(DTensorSpec(mesh, placements(layout), tensor_meta=meta), local, layout)

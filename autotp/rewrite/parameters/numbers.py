@@ -1,4 +1,4 @@
-"""What all tensors that are laid out over ranks are for code outside of torch."""
+"""Defines how tensors that are laid out over ranks act for code outside of torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Numbers(DTensor):
     operate: ClassVar[Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]]
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The whole tensor as an array; one that was put together is read-only, since what is written there is in no part."""
+        """Returns the whole tensor as an array. One that was put together is read-only: a write to it would reach no part."""
         whole = self.full_tensor()
         array = whole.numpy(force=force)
         if not all(p.is_replicate() for p in self._spec.placements):
@@ -40,7 +40,7 @@ class Numbers(DTensor):
         return bool(self._local_tensor.is_shared())  # type: ignore[no-untyped-call]
 
     def tolist(self) -> Any:
-        """The whole tensor as nested lists."""
+        """Returns the whole tensor as nested lists."""
         return self.full_tensor().tolist()
 
     def __format__(self, spec: str) -> str:

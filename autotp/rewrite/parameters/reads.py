@@ -1,8 +1,8 @@
-"""How a module's forward reads parameters and buffers: as plain local tensors.
+"""Reads parameters and buffers for a module's forward, as plain local tensors.
 
-A parameter is a DTensor leaf; its local tensor enters the computation through one `autograd.Function` whose backward sums
-what is still partial and returns a DTensor gradient in the parameter's layout, so that no DTensor is dispatched on. A whole tensor that
-someone put where the parameter was (`functional_call`, an assignment) is cut at each read.
+A parameter is a DTensor leaf. Its local tensor enters the computation through one `autograd.Function`, so that no DTensor is
+dispatched on. The backward of that function sums gradients that are still partial, and returns a DTensor gradient in the
+parameter's layout. A whole tensor that someone put where the parameter was (`functional_call`, an assignment) is cut at each read.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from autotp.rewrite.transforms import direct, refuse_transforms
 
 
 class GradFix:
-    """What the gradient of one use of a parameter still needs before it is the parameter's.
+    """Finishes the gradient of one use of a parameter, before it is the parameter's.
 
-    A sum over the ranks (`GradSum.ALL`), a sum over the copies of shared indices (`GradSum.SHARED`: copies of this rank and of
-    others alike, so that they stay equal), and zeros in the padding of the layout, always: what padding gets from the
-    computation is of no use, and a padded entry that starts at zero and has no gradient stays zero under any optimizer.
+    It sums over the ranks (`GradSum.ALL`) or over the copies of shared indices (`GradSum.SHARED`: copies of this rank and of others
+    alike, so that they stay equal). It always puts zeros in the padding of the layout: the gradient that padding gets from the
+    computation is of no use. A padded entry that starts at zero and has no gradient stays zero under any optimizer.
     """
 
     __slots__ = ("comm", "dim", "grad", "layout", "needed", "padding", "shared")
@@ -46,7 +46,7 @@ class GradFix:
         self.needed = crosses or bool(self.padding)
 
     def __call__(self, grad: Tensor, *, owned: bool = False) -> Tensor:
-        """The finished gradient; `grad` itself is changed only if `owned`."""
+        """Returns the finished gradient; `grad` itself is changed only if `owned`."""
         if not self.needed:
             return grad
         if grad.layout is not torch.strided:
@@ -62,7 +62,8 @@ class GradFix:
         return grad
 
     def _sum_sparse(self, grad: Tensor) -> Tensor:
-        """The sum over the ranks of sparse gradients of a whole parameter, which name the same rows: the ids are whole on every rank.
+        """Returns the sum over the ranks of sparse gradients of a whole parameter, which name the same rows: the ids are whole on
+        every rank.
 
         Raises:
             AutoTPError: on every rank, where they do not, or the parameter is cut.
@@ -77,7 +78,7 @@ class GradFix:
         return torch.sparse_coo_tensor(rows, self.comm.all_reduce(values), grad.shape, is_coalesced=True)
 
     def _sum_copies_(self, grad: Tensor) -> None:
-        """Every copy of a shared index gets the sum of all of them; a rank without one takes part in the collective."""
+        """Gives every copy of a shared index the sum of all of them; a rank without one takes part in the collective."""
         dim, shape = self.dim, list(grad.shape)
         shape[dim] = self.shared.size
         total = grad.new_zeros(shape)
@@ -110,7 +111,7 @@ _read = direct(_Read)
 
 
 def read_param(p: DTensor, fix: GradFix) -> Tensor:
-    """The local tensor of `p`, recording gradients; not in code that is compiled."""
+    """Returns the local tensor of `p`, recording gradients; not in code that is compiled."""
     refuse_transforms()
     return _read(p, fix)  # type: ignore[no-any-return]
 
@@ -132,7 +133,9 @@ class _Cut(torch.autograd.Function):
 
 
 class _Fix(torch.autograd.Function):
-    """What `_Read` does to the gradient alone: for local tensors, and for compiled code, where `to_local` makes the DTensor gradient."""
+    """Does what `_Read` does to the gradient alone: for local tensors, and for compiled code, where `to_local` makes the DTensor
+    gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, fix: GradFix) -> Tensor:
@@ -147,7 +150,7 @@ class _Fix(torch.autograd.Function):
 class Read:
     """One use: how `name` of module `owner` is read. `value()` gives the tensor for one forward.
 
-    `held`: the code takes the parameter itself from somewhere, and is given the value instead. `of_parts`: the model's parameters are
+    `held`: the code takes the parameter itself from somewhere, and gets the value instead. `of_parts`: the model's parameters are
     plain tensors that hold a rank's part, no DTensors (a rehearsal without ranks).
     """
 
@@ -175,7 +178,7 @@ class Read:
 
     @property
     def tensor(self) -> Tensor | None:
-        """What the owner has under this name.
+        """Returns the tensor that the owner has under this name.
 
         Raises:
             AutoTPError: nothing any more.
@@ -189,7 +192,7 @@ class Read:
             ) from None
 
     def value(self) -> Tensor | None:
-        """The local tensor with gradient recording where it is needed; None for an absent parameter."""
+        """Returns the local tensor with gradient recording where it is needed; None for an absent parameter."""
         p = self.tensor
         if p is None:
             return None
@@ -221,7 +224,7 @@ class Read:
             whole.data.copy_(part)  # like the operator's own write, no new version: what was saved for a backward is not used in it
 
     def _put_there(self, p: Tensor, record: bool) -> Tensor:
-        """The part of a tensor that someone put where the parameter was: a whole one, or a DTensor placed as the parameter.
+        """Returns the part of a tensor that someone put where the parameter was: a whole one, or a DTensor placed as the parameter.
 
         Raises:
             AutoTPError: for any other.

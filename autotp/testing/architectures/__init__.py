@@ -1,1 +1,1 @@
-"""Transformer-like models as values, and the text of each."""
+"""Holds transformer-like models as values, and writes the text of each."""

@@ -1,4 +1,4 @@
-"""`Architecture`: a transformer-like model as a value that is written down, made and called."""
+"""An `Architecture` is a transformer-like model as a value that is written down, made and called."""
 
 from __future__ import annotations
 

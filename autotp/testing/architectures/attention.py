@@ -1,4 +1,4 @@
-"""The text of an attention: lines of `__init__` and of `forward`."""
+"""Writes the text of an attention: lines of `__init__` and of `forward`."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _turned(a: ArchitectureSpec, of: str = "z") -> str:
 
 
 def turning(a: ArchitectureSpec) -> list[str]:
-    """What of the code that turns stands outside of the attention."""
+    """Returns the code that turns queries and keys and stands outside of the attention."""
     if a.position not in ROTARY or a.projection is Projection.LATENT:
         return []
     body = ["t = z.shape[-2]", *_angles(a, "z"), f"return {_turned(a)}"]

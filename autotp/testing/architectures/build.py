@@ -1,4 +1,4 @@
-"""The text of a model → the model."""
+"""Builds a model from its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of an mlp, and of a mixture of experts."""
+"""Writes the text of an mlp, and of a mixture of experts."""
 
 from __future__ import annotations
 

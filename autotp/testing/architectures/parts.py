@@ -1,4 +1,4 @@
-"""What the text of an `Architecture` is put together from: modules, linears, sizes, positions, traps."""
+"""Gives the parts of an `Architecture`'s text: modules, linears, sizes, positions, traps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def takes_far(a: ArchitectureSpec) -> bool:
 
 
 class Said:
-    """How the code says sizes: as attributes of the module, as literals, or left to the shapes."""
+    """Says sizes as the code does: as attributes of the module, as literals, or left to the shapes."""
 
     def __init__(self, a: ArchitectureSpec) -> None:
         self.a = a
@@ -67,7 +67,7 @@ class Said:
 
 
 def steps() -> str:
-    """How far each key is from each query, [query, key]."""
+    """Writes the distance of each key from each query, [query, key]."""
     return "torch.arange(t, device=x.device)[None, :] - torch.arange(t, device=x.device)[:, None]"
 
 

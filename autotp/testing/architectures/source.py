@@ -1,4 +1,4 @@
-"""The text of an `Architecture`. `@name` in a template becomes a name without meaning."""
+"""Writes the text of an `Architecture`. `@name` in a template becomes a name without meaning."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a transformer-like model may be made of, as values.
+"""Lists the variants of a transformer-like model, as values.
 
-The models are Python text, as a person would write them, for two reasons: sizes can be literals in the code, and a failure is a script
-that stands by itself. Names of modules and parameters mean nothing on purpose: a plan can only come from what is computed.
+The models are Python text, as a person would write them, for two reasons: sizes can be literals in the code, and a failure is a
+script that stands by itself. Names of modules and parameters mean nothing on purpose: a plan can only follow from the computation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from autotp.errors import InputError
 
 
 class Projection(Enum):
-    """How queries, keys and values are made; the rows of a fused weight."""
+    """The ways to make queries, keys and values; the rows of a fused weight."""
 
     SEPARATE = "separate"
     CONCAT = "concat"  # (h d | kv d | kv d)
@@ -25,7 +25,7 @@ class Projection(Enum):
 
 
 class Position(Enum):
-    """What tells positions apart."""
+    """The ways to tell positions apart."""
 
     NONE = "none"
     LEARNED = "learned"
@@ -37,7 +37,7 @@ class Position(Enum):
 
 
 class QKNorm(Enum):
-    """What queries and keys are normalised over."""
+    """The dims that queries and keys are normalised over."""
 
     NONE = "none"
     HEAD = "head"
@@ -45,7 +45,7 @@ class QKNorm(Enum):
 
 
 class Product(Enum):
-    """How attention is computed."""
+    """The ways to compute attention."""
 
     FUSED = "fused"  # the fused operator, keys and values repeated
     FUSED_GROUPED = "fused_grouped"  # the fused operator told to group
@@ -80,7 +80,7 @@ class Norms(Enum):
 
 
 class Sizes(Enum):
-    """What the code says sizes with."""
+    """The ways in which the code says sizes."""
 
     ATTRIBUTES = "attributes"
     LITERALS = "literals"
@@ -88,7 +88,7 @@ class Sizes(Enum):
 
 
 class Turning(Enum):
-    """How the code that turns queries and keys is shared by them; rotary positions only."""
+    """The ways in which queries and keys share the code that turns them; rotary positions only."""
 
     GENERATOR = "generator"  # one line for both
     LINES = "lines"  # a line for each
@@ -148,21 +148,7 @@ ALIBI = (Position.ALIBI, Position.ALIBI_MODEL)
 
 @dataclass(frozen=True, slots=True)
 class ArchitectureSpec:
-    """What one decoder is made of. Any numbers will do: nothing needs to divide anything.
-
-    Args:
-        kv, group: key/value heads, and query heads for each of them (1: multi-head, kv = 1: multi-query).
-        size: entries of a head; even for rotary positions.
-        width: of the mlp. vocab: tokens. hidden: of the residual stream, 0 for heads · size. layers: blocks.
-        inline: blocks do everything themselves instead of calling attention and mlp modules.
-        parallel: attention and mlp read one value and are added together.
-        extras: what else there is. turning: how rotary positions are written.
-        loss: the forward returns a loss beside the logits.
-        names: seed of the meaningless names.
-
-    Raises:
-        InputError: variants that exclude each other.
-    """
+    """The choices that make one decoder. Any numbers will do: nothing needs to divide anything."""
 
     kv: int = 2
     group: int = 2

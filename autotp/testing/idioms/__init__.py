@@ -1,1 +1,1 @@
-"""Small models in the idioms of other people's code, as values, and the text of each."""
+"""Holds small models in the idioms of other people's code as values, and writes the text of each."""

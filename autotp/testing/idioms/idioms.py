@@ -1,4 +1,4 @@
-"""`Idioms`: a small model in the idioms of other people's code, as a value that is written down, made and called."""
+"""An `Idioms` is a small model in the idioms of other people's code, as a value that is written down, made and called."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What is done to values `h` of shape [2, 6, w] between two weights: lines of Python by name, each with a kind.
+"""Lists what may happen to values `h` of shape [2, 6, w] between two weights: lines of Python by name, each with a kind.
 
-`$g` groups of `$d` entries are the width `$w`. A template leaves the shape as it was, for every g ≥ 1 and d ≥ 1, has finite values and
-gradients, and draws nothing. Indices need not fit what a rank would hold.
+`$g` groups of `$d` entries are the width `$w`. A template leaves the shape as it was, for every g ≥ 1 and d ≥ 1, has finite values
+and gradients, and draws nothing. Indices need not fit a rank's part.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The text of `Idioms`."""
+"""Writes the text of `Idioms`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a small model in the idioms of other people's code may be made of, as values.
+"""Lists the variants of a small model in the idioms of other people's code, as values.
 
-A part makes values between its weights (`up`), does something to them (`lines`), and makes its result of them. Around that are ways to
-hold the weights, to call the part, to repeat it, and what is done to it from outside. Every combination is a model that runs on one
-device; a plan must be right for it, or autotp must refuse it (`autotp.testing.outcome`).
+A part makes values between its weights (`up`), changes them (`lines`), and makes its result of them. Further choices are ways to
+hold the weights, to call the part, to repeat it, and changes from outside. Every combination is a model that runs on one device. A
+plan must be right for it, or autotp must refuse it (`autotp.testing.outcome`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from autotp.testing.idioms.lines import LINES
 
 
 class Up(Enum):
-    """How the values between the weights are made."""
+    """The ways to make the values between the weights."""
 
     LINEAR = "linear"
     GATED = "gated"
@@ -29,7 +29,7 @@ class Up(Enum):
 
 
 class Weights(Enum):
-    """How the weights are read. With another `Up` than linear it says how the last one is."""
+    """The ways to read the weights. With another `Up` than linear it says how the last one is read."""
 
     MODULES = "modules"
     FUNCTIONAL = "functional"  # F.linear(x, self.a.weight)
@@ -45,7 +45,7 @@ class Weights(Enum):
 
 
 class Call(Enum):
-    """How the model calls a part."""
+    """The ways in which the model calls a part."""
 
     PLAIN = "plain"
     FORWARD = "forward"
@@ -63,7 +63,7 @@ class Call(Enum):
 
 
 class Repeat(Enum):
-    """How many parts there are, and what holds them."""
+    """The number of parts, and their container."""
 
     ONE = "one"
     LIST = "list"
@@ -84,7 +84,7 @@ class Differ(Enum):
 
 
 class Around(Enum):
-    """What else there is."""
+    """The idioms around the parts."""
 
     WEIGHT_HOOK = "weight_hook"
     MIXING_WEIGHT_HOOK = "mixing_weight_hook"

@@ -1,1 +1,1 @@
-"""Many ranks on one machine: threads of this process that take turns, threads that run freely, or processes of their own."""
+"""Runs many ranks on one machine: threads of this process that take turns, threads that run freely, or processes of their own."""

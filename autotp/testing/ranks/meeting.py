@@ -1,8 +1,8 @@
-"""Where ranks of one process meet, collective by collective: the last to come does the work for all.
+"""Lets the ranks of one process meet at each collective: the last to come does the work for all.
 
-    Meeting   every rank runs when the interpreter lets it; what does not end is found by the timeout
+    Meeting   every rank runs when the interpreter lets it; a run that does not end is found by the timeout
     Turns     one rank runs at a time, from collective to collective in rank order: the same order in every run, a random
-              generator for each rank, and a deadlock is known the moment it is there
+              generator for each rank, and a deadlock is found the moment it is there
 
 A collective that the ranks call with different arguments is an error at once.
 """

@@ -1,4 +1,4 @@
-"""Run a function on every rank, in one of three ways."""
+"""Runs a function on every rank, in one of three ways."""
 
 from __future__ import annotations
 
@@ -61,6 +61,6 @@ def _in_processes(function: Callable[[Any], Any], job: Any, world: int, timeout:
 
 
 def _in_process(emit: Callable[[Any], None], folder: str) -> None:
-    """What one process does; the result goes through a file, as it may hold tensors."""
+    """Runs the work of one process; the result goes through a file, as it may hold tensors."""
     function, job = torch.load(Path(folder) / "job", weights_only=False)
     torch.save(function(job), Path(folder) / f"rank{torch.distributed.get_rank()}")

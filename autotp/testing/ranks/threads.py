@@ -1,9 +1,9 @@
-"""Ranks as threads of one process, for many small examples: eight ready ranks cost milliseconds where processes cost seconds.
+"""Runs ranks as threads of one process, for many small examples: eight ready ranks cost milliseconds where processes cost seconds.
 
-Each thread has its own process groups (torch keeps the state of a backend called "threaded" apart by thread); all of them
-meet in one `Meeting`. What a process has once the ranks share: modules, class attributes, and with freely running ranks torch's
-random generator. A thread cannot be killed: one that hangs in Python code is stopped by an exception, one that hangs in C code
-(a sleep) is left behind, cut off from the others, until it returns.
+Each thread has its own process groups (torch keeps the state of a backend called "threaded" apart by thread). All of them meet in
+one `Meeting`. The ranks share everything that a process has once: modules, class attributes, and with freely running ranks torch's
+random generator. A thread cannot be killed. One that hangs in Python code is stopped by an exception. One that hangs in C code (a
+sleep) is left behind, cut off from the others, until it returns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiny models of every transformers architecture, without network or tokenizer."""
+"""Makes tiny models of every transformers architecture, without network or tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Odd corners of a transformers config: what can be switched, and whether a model of it runs."""
+"""Lists the odd corners of a transformers config: which fields can be switched, and whether a model of it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model types whose config needs a hand. Test data: the library itself knows no model by name.
+"""Lists model types whose default config is not enough. This is test data: the library itself knows no model by name.
 
 `DEFAULTS[model_type]`: arguments without which the default config is not whole.
 `FIELDS[model_type]`: fields to set after shrinking, wherever a config of that type stands in the tree.

@@ -1,4 +1,4 @@
-"""Tiny models of every transformers architecture: config, random weights and inputs, without network or tokenizer."""
+"""Makes tiny models of every transformers architecture: config, random weights and inputs, without network or tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which way an operator on tensors that are laid out over ranks goes."""
+"""Decides how an operator on tensors that are laid out over ranks runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _LISTS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_")
 
 
 def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`func(*args, **kwargs)`, some of whose arguments are laid out over ranks."""
+    """Runs `func(*args, **kwargs)`, some of whose arguments are laid out over ranks."""
     if func is _detach and type(args[0]) is not PartView:
         return args[0]._like(args[0]._local_tensor, args[0]._spec)
     if func.namespace in _COLLECTIVES:

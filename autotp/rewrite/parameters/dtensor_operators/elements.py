@@ -1,4 +1,4 @@
-"""Operators on elements: on the local parts, to which a whole tensor among the arguments is cut first."""
+"""Runs operators on elements on the local parts, to which a whole tensor among the arguments is cut first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
 
 def on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """On the local tensors; NotImplemented where they are not parts alike."""
+    """Runs an operator on the local tensors; NotImplemented where they are not parts alike."""
     like: LayoutDTensor | None = None
     for a in args:
         if isinstance(a, LayoutDTensor):
@@ -48,7 +48,7 @@ def on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 def in_dtype(spec: Any, dtype: torch.dtype) -> Any:
-    """`spec` for entries of another dtype."""
+    """Returns `spec` for entries of another dtype."""
     meta = spec.tensor_meta
     if dtype == meta.dtype:
         return spec
@@ -56,7 +56,7 @@ def in_dtype(spec: Any, dtype: torch.dtype) -> Any:
 
 
 def _local(x: Tensor, like: LayoutDTensor) -> Tensor | None:
-    """What goes with the local tensor of `like`; None where it must be whole."""
+    """Returns the operand that goes with the local tensor of `like`; None where it must be whole."""
     layout = like._layout
     if isinstance(x, LayoutDTensor):
         if x is like or same_layout(x, like):

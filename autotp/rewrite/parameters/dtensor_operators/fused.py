@@ -1,4 +1,4 @@
-"""Fused steps of optimizers, which work on each element."""
+"""Runs fused steps of optimizers, which work on each element."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = frozenset(
 
 
 def step_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """A fused step on plain tensors.
+    """Runs a fused step on plain tensors.
 
     Its kernels go through the memory of a parameter, its gradient and its moments together, whatever their strides. On one device
     autograd and the optimizer make the latter in the strides of the parameter; here they may be made in others.

@@ -1,4 +1,4 @@
-"""Operators on lists of tensors: on the local parts where each element counts alone, DTensor's own for norms."""
+"""Runs operators on lists of tensors: on the local parts where each element counts alone, DTensor's own for norms."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def in_step(args: tuple[Any, ...]) -> bool:
 
 
 def on_lists(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], counts: bool) -> Any:
-    """DTensor's own, of what each rank owns where an entry counts as often as it is there."""
+    """Runs DTensor's own operator, on the entries that each rank owns where an entry counts as often as it is there."""
     change = owned if counts else plain
     result = func(*tree_map_only(LayoutDTensor, change, args), **tree_map_only(LayoutDTensor, change, dict(kwargs)))
     return summed(result) if counts else result
 
 
 def on_each(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """On the local tensors of lists that are in step; NotImplemented where the results are no parts (a maximum)."""
+    """Runs an operator on the local tensors of lists that are in step; NotImplemented where the results are no parts (a maximum)."""
     local, options = tree_map_only(DTensor, _held, args), tree_map_only(DTensor, _held, dict(kwargs))
     result = step_of(func, local, options) if func.overloadpacket in STEPS else func(*local, **options)
     for t in written_in(func, args, kwargs):
@@ -80,7 +80,7 @@ def on_each(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _held(x: DTensor) -> Tensor:
-    """What this rank holds of a tensor in a list, or of a number that goes with one."""
+    """Returns the rank's part of a tensor in a list, or of a number that goes with one."""
     return x.full_tensor() if any(p.is_partial() for p in x._spec.placements) else x._local_tensor
 
 

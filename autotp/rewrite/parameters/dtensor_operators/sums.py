@@ -25,14 +25,14 @@ _ON_PARTS = (_aten.detach.default, _aten.stack.default)
 
 
 def owned(x: LayoutDTensor) -> DTensor:
-    """The ordinary DTensor over what each rank owns of `x`."""
+    """Returns the ordinary DTensor over the entries of `x` that each rank owns."""
     return plain(x, x._owned())
 
 
 class Summed(Numbers):
-    """A sum or a norm, which every rank may hold its part of until someone needs the number: then it is reduced.
+    """A sum or a norm, of which every rank may hold a part until someone needs the number: then it is reduced.
 
-    Several are stacked as parts (a norm of norms costs one collective); any other operator is given the reduced ones. DTensor's own
+    Several are stacked as parts (a norm of norms costs one collective); any other operator gets the reduced ones. DTensor's own
     operators are not asked: on parts of a norm some are wrong, and others raise.
     """
 
@@ -58,7 +58,7 @@ class Summed(Numbers):
         return tree_map_only(LayoutDTensor, lambda t: own.get(id(t), t), result)
 
     def _reduced(self) -> LayoutDTensor:
-        """The number itself, on every rank; it is reduced once."""
+        """Returns the number itself, on every rank; it is reduced once."""
         mesh = self._spec.mesh
         if not all(p.is_replicate() for p in self._spec.placements):
             whole = _ordinary(self).full_tensor()
@@ -78,7 +78,7 @@ def _ordinary(x: DTensor) -> DTensor:
 
 
 def summed(result: Any) -> Any:
-    """The ordinary DTensors in `result` as sums."""
+    """Returns the ordinary DTensors in `result` as sums."""
     return tree_map_only(
         DTensor, lambda x: new_dtensor(Summed, x._local_tensor, x._spec, requires_grad=False) if type(x) is DTensor else x, result
     )
@@ -100,14 +100,14 @@ def counts_once(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 def order_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-    """The order of a norm; below 0, zeros count as the least entries do."""
+    """Returns the order of a norm; below 0, zeros count as the least entries do."""
     given = named(func, args, kwargs)
     order = given.get("ord", given.get("p"))
     return 2.0 if order is None else float(order)
 
 
 def with_dims(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with all dims named where no dim is: torch reduces all then, DTensor none."""
+    """Returns the arguments with all dims named where no dim is: torch reduces all then, DTensor none."""
     kwargs = dict(kwargs)
     for i, argument in enumerate(func._schema.arguments):
         if argument.name == "dim":

@@ -1,4 +1,4 @@
-"""Views of tensors that are cut, and how they are made anew."""
+"""Records how views of sharded tensors are made, and makes them anew."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, new_dtensor
 
 
 class PartView(LayoutDTensor):
-    """A view of a tensor that is cut: `source`, and the operators that make the view of the whole tensor.
+    """A view of a tensor that is sharded: `source`, and the operators that make the view of the whole tensor.
 
-    What it holds is what the view was when it was made. Each operator makes it anew, and a write goes back into every rank's part.
+    It holds the entries that the view had when it was made. Each operator makes it anew, and a write goes back into every rank's part.
     """
 
     _source: LayoutDTensor
@@ -66,14 +66,14 @@ class PartView(LayoutDTensor):
 
 
 def view(of: LayoutDTensor, now: Tensor, step: Callable[[Tensor], Tensor]) -> PartView:
-    """The view that `step` makes of `of`, a tensor that is cut or a view of one; `now`: what it holds."""
+    """Returns the view that `step` makes of `of`, a sharded tensor or a view of one; `now`: the entries that it holds."""
     if isinstance(of, PartView):
         return viewing(of._source, now, (*of._steps, step))
     return viewing(of, now, (step,))
 
 
 def viewing(source: LayoutDTensor, now: Tensor, steps: tuple[Callable[[Tensor], Tensor], ...]) -> PartView:
-    """The view of `source` that `steps` make; `now`: what it holds."""
+    """Returns the view of `source` that `steps` make; `now`: the entries that it holds."""
     whole = source._everywhere(now)
     made: PartView = new_dtensor(PartView, now, whole._spec, requires_grad=False)
     made._layout, made._source, made._steps = whole._layout, source, steps

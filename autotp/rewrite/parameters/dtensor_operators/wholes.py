@@ -1,4 +1,4 @@
-"""Any other operator: on whole tensors, on every rank alike; what is written goes back into the parts."""
+"""Runs any other operator on whole tensors, on every rank alike; entries that it writes go back into the parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
 
 class _Wholes:
-    """The whole tensors of one call's arguments, each made once."""
+    """Makes the whole tensors of one call's arguments, each once."""
 
     def __init__(self) -> None:
         self._sources: dict[Any, tuple[LayoutDTensor, Tensor]] = {}  # by what they hold: two may be one, as views are of one memory
@@ -48,7 +48,7 @@ class _Wholes:
         return self._sources[key][1]
 
     def write_back(self, x: Tensor) -> None:
-        """The values of `x`, which was changed in place, go into the parts."""
+        """Writes the values of `x`, which was changed in place, into the parts."""
         if isinstance(x, LayoutDTensor):
             source = x._source if isinstance(x, PartView) else x
             source._fill_(self._source(source))
@@ -65,7 +65,7 @@ def _memory(x: LayoutDTensor) -> Any:
 
 
 def on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], random: bool) -> Any:
-    """On whole tensors, on every rank alike."""
+    """Runs an operator on whole tensors, on every rank alike."""
     written = list(written_in(func, args, kwargs))
     one = next(t for t in tree_iter((args, dict(kwargs))) if isinstance(t, LayoutDTensor))
     wholes = _Wholes()
