@@ -70,9 +70,7 @@ class ModuleCalls:
 
     @contextmanager
     def wrapped(self) -> Iterator[None]:
-        """Wraps inside every module's `forward` in the instance, to record what crosses it; calls and `module.forward(x)` find it
-        there.
-        """
+        """Wraps inside every module's `forward` in the instance, to record what crosses it; calls and `module.forward(x)` find it there."""
         placed: list[tuple[dict[str, Any], Any, Any]] = []
         try:
             for path, module in self._modules.items():
