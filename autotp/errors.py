@@ -31,9 +31,7 @@ class InputError(AutoTPError):
 
 
 class PlanError(AutoTPError):
-    """No plan satisfies the request (for example `strict=True` with replicated parameters), or the model is parallel already or not
-    yet.
-    """
+    """No plan satisfies the request (for example `strict=True` with replicated parameters), or the model is parallel already or not yet."""
 
 
 class CheckpointError(AutoTPError):

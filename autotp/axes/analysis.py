@@ -84,8 +84,9 @@ class Context:
         return self.dims[value.id]
 
     def set(self, value: Value, dims: Sequence[Dim]) -> None:
-        """Give the node's result its dims, joined with those that it already had. Raises ValueError where they are not those of its
-        shape.
+        """Give the node's result its dims, joined with those that it already had.
+
+        Raises ValueError where they are not those of its shape.
         """
         if tuple(atoms.dim_size(d) for d in dims) != value.shape:
             raise ValueError(f"its result of shape {list(value.shape)} would get other dims")

@@ -25,7 +25,9 @@ def find_axes(graph: Graph) -> Axes:
 
 
 def rule_of(node: Node) -> Rule:
-    """Returns the rule of a node's operator. Elementwise operators without one run in parallel; others forbid to shard their tensors."""
+    """Returns the rule of a node's operator. Elementwise operators without one run in parallel; any other forbids to shard its
+    tensors.
+    """
     if not (isinstance(node.op, Pseudo) or is_a(node, Is.MAY_BE_EMPTY) or is_pointwise(node.op)) and any(
         0 in v.shape for v in node.outputs
     ):

@@ -124,8 +124,9 @@ def _placed(nodes: Mapping[int, Node], shard: Callable[[str, Node, Layout], Tens
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A checkpoint whose headers were read. part: (name, node, layout, device) → this rank's part. plan: the given plan, or that in
-    the directory.
+    """A checkpoint whose headers were read.
+
+    part: (name, node, layout, device) → this rank's part. plan: the given plan, or that in the directory.
     """
 
     skeleton: Skeleton

@@ -133,8 +133,9 @@ def unshard(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _WayBack:
-    """Leads from the model's tensors back to the checkpoint's. `direct`: key → name. `rest`: keys of those that do not follow from
-    the model. `used`: keys in the model.
+    """Leads from the model's tensors back to the checkpoint's.
+
+    `direct`: key → name. `rest`: keys of those that do not follow from the model. `used`: keys in the model.
     """
 
     direct: Mapping[str, str]

@@ -166,8 +166,9 @@ def _stacked(node: Op, box: Box, out: Tensor, read: Read) -> None:
 
 
 def _viewed(node: Op, box: Box, out: Tensor, read: Read) -> None:
-    """Fills the box of a view, which joins or splits neighbouring dims. A box that is not one before the view is read in the
-    smallest box that holds it.
+    """Fills the box of a view, which joins or splits neighbouring dims.
+
+    A box that is not one before the view is read in the smallest box that holds it.
     """
     x = node.args[0]
     before: list[tuple[int, int]] = []

@@ -103,9 +103,7 @@ def find_class(config: Any, directory: Path, wanted: Any, trusted: bool) -> Any:
 
 
 def known_class(path: str) -> Any:
-    """Returns the model class at `path` (module and name) in transformers; None elsewhere: code of a checkpoint is not imported by
-    name.
-    """
+    """Returns the model class at `path` (module and name) in transformers; None elsewhere: code of a checkpoint is not imported by name."""
     module, _, name = path.rpartition(".")
     if module.partition(".")[0] != "transformers":
         return None

@@ -136,8 +136,9 @@ def _differences(a: Recipe, b: Recipe) -> Iterator[str]:
 
 
 def _flat(data: dict[str, object]) -> dict[str, str]:
-    """Returns one line for each entry of a recipe. A parameter stands under its name alone, so that another role is a difference of
-    one name.
+    """Returns one line for each entry of a recipe.
+
+    A parameter stands under its name alone, so that another role is a difference of one name.
     """
     from autotp.recipe.spec import Role
 

@@ -127,9 +127,7 @@ def _pattern(plan: PlanSpec, param: str, factor: str) -> str:
 
 
 def summed(grad: GradSum, param: ParamPlan | None) -> int:
-    """Counts the elements of a gradient that are summed over the ranks: all of a whole parameter's, the shared ones of a sharded
-    one's.
-    """
+    """Counts the elements of a gradient that are summed over the ranks: all of a whole parameter's, the shared ones of a sharded one's."""
     if grad is GradSum.NONE or param is None:
         return 0
     layout = param.layout

@@ -64,8 +64,9 @@ def traced(examples: Sequence[Example], graph: Graph) -> tuple[Example, ...]:
 def replay(
     model: nn.Module, examples: Sequence[Example], draft: Draft, params: dict[str, ParamPlan], tp: int, known: Known | None = None
 ) -> Difference | None:
-    """Run the rewritten model on fake tensors. Return the first difference from the plan, or None when it follows it. `known`: see
-    `trace`.
+    """Run the rewritten model on fake tensors.
+
+    Return the first difference from the plan, or None when it follows it. `known`: see `trace`.
     """
     expected = draft.space.graph
     ran = traced(examples, expected)

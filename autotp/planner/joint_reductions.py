@@ -173,9 +173,7 @@ def _common_call(graph: Graph, frames: Iterable[int]) -> str | None:
 
 
 def _notes(space: GraphIndex, exits: Sequence[Node], trails: Mapping[int, _Trail], refused: Mapping[SlotKey, str]) -> tuple[str, ...]:
-    """Makes one note for each pair of neighbours in one sum. A node that changes a result explains more than a difference between
-    calls.
-    """
+    """Makes one note for each pair of neighbours in one sum. A node that changes a result explains more than a difference between calls."""
     found: dict[str, str] = {}
     for a, b in pairwise(exits):
         if _slot(a) == _slot(b) or b.outputs[0].id in _reached(space, a, b.index)[0]:

@@ -17,8 +17,9 @@ class AtSlot:
 
 @dataclass(frozen=True, slots=True)
 class AtPlace:
-    """A conversion of result number `result` of the operator that a place in the code calls. An intervention treats every call from
-    there alike.
+    """A conversion of result number `result` of the operator that a place in the code calls.
+
+    An intervention treats every call from there alike.
     """
 
     module: str

@@ -87,8 +87,9 @@ def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
 
 
 def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> Localised:
-    """Solve for the attributes, with the values of `hints` where these satisfy the constraints. Raises Refusal where no attribute
-    and no override helps.
+    """Solve for the attributes, with the values of `hints` where these satisfy the constraints.
+
+    Raises Refusal where no attribute and no override helps.
     """
     every = constraints(space, labels)
     shapes = {v.id: v for n in space.graph.nodes for v in (*n.inputs(), *n.outputs)}

@@ -201,9 +201,7 @@ def _sealed(space: GraphIndex, vertices: _Vertices) -> set[Key]:
 
 
 def _seen_whole(space: GraphIndex, node: Node) -> tuple[Value, ...]:
-    """Returns the values of a node whose gradient has to be whole as soon as it arrives: it goes to code that need not be linear in
-    it.
-    """
+    """Returns the values of a node whose gradient has to be whole as soon as it arrives: it goes to code that need not be linear in it."""
     if node.op is Pseudo.HOOK:
         return tuple(node.inputs())
     if node.op is Pseudo.APPLY:

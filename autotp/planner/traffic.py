@@ -16,8 +16,9 @@ from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value, outside
 
 
 def traffic(graph: Graph, modules: Sequence[ModulePlan], params: Mapping[str, ParamPlan]) -> tuple[Traffic, ...]:
-    """Lists the collectives of the first path's forward and of its backward. Gradients that enter regions from one tensor are
-    reduced once.
+    """Lists the collectives of the first path's forward and of its backward.
+
+    Gradients that enter regions from one tensor are reduced once.
     """
     return tuple(chain(_Counted(graph, modules).run(), _gradients(graph, modules, params)))
 

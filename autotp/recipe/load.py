@@ -49,8 +49,9 @@ def _read(path: Path, inside: tuple[Path, ...]) -> RecipeSpec:
 
 
 def _of(source: Source, path: Path | None, inside: tuple[Path, ...]) -> RecipeSpec:
-    """Returns the recipe of a source: its layer over the recipe that it extends. `inside`: the files that are being read because
-    they extend this one.
+    """Returns the recipe of a source: its layer over the recipe that it extends.
+
+    `inside`: the files that are being read because they extend this one.
     """
     found: list[Problem] = []
     layer = layer_of(source, found)

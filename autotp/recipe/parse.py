@@ -20,9 +20,7 @@ ENTER, LEAVE = "enter", "leave"
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The contents of one file. extends: (name, place). removed: table → inherited keys that are taken out. shards: it has its own
-    list.
-    """
+    """The contents of one file. extends: (name, place). removed: table → inherited keys that are taken out. shards: it has its own list."""
 
     recipe: RecipeSpec
     extends: tuple[tuple[str, Pos], ...]

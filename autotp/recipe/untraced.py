@@ -83,8 +83,9 @@ def _inside(bound: Bound) -> Iterator[str]:
 
 
 def _boundaries(bound: Bound) -> dict[str, tuple[Boundary, ...]]:
-    """Returns the boundaries of modules that roles imply. For modules without a role, beside sharded ones or inside of a requested
-    region, they are unknown.
+    """Returns the boundaries of modules that roles imply.
+
+    For modules without a role, beside sharded ones or inside of a requested region, they are unknown.
     """
     unknown = (Boundary(False, (), Shown.UNKNOWN), Boundary(True, (), Shown.UNKNOWN))
     found: dict[str, tuple[Boundary, ...]] = {}

@@ -25,8 +25,9 @@ __all__ = ["Equivalence", "NotEquivalent", "assert_equivalent", "sabotage", "str
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the public names when they are first asked for. `strategies` needs hypothesis, and other parts of this package work
-    without it.
+    """Imports the public names when they are first asked for.
+
+    `strategies` needs hypothesis, and other parts of this package work without it.
     """
     from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""The property that every drawn architecture must have, and what an example is an example of."""
+"""Checks the property that every drawn architecture must have, and says what an example is an example of."""
 
 from __future__ import annotations
 

@@ -38,8 +38,9 @@ _ABOUT = frozenset(
 
 
 class NotAlike(BaseException):
-    """Blocks are used in another way than their template: they must run. It is no Exception, so that code of the model does not
-    catch it.
+    """Blocks are used in another way than their template: they must run.
+
+    It is no Exception, so that code of the model does not catch it.
     """
 
     def __init__(self, blocks: set[str]) -> None:
@@ -87,8 +88,9 @@ class _Answer:
 
 
 class BlockRecorder(Recorder):
-    """Records a run, with blocks answered from their templates: see the module. `repeats`: path of a block that does not run → path
-    of its template.
+    """Records a run, with blocks answered from their templates: see the module.
+
+    `repeats`: path of a block that does not run → path of its template.
     """
 
     repeats: Mapping[str, str]

@@ -76,9 +76,7 @@ def _traced(item: Any) -> bool:
 
 
 def _plain(item: Any) -> bool:
-    """True for data that says nothing of a trace. None is not: a function that returns it is called for its effect, once in a
-    lifetime.
-    """
+    """True for data that says nothing of a trace. None is not: a function that returns it is called for its effect, once in a lifetime."""
     if isinstance(item, tuple):
         return all(_plain(x) for x in item)
     return isinstance(item, _PLAIN) and not isinstance(item, TaggedInt)

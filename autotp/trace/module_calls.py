@@ -70,9 +70,7 @@ class ModuleCalls:
 
     @contextmanager
     def wrapped(self) -> Iterator[None]:
-        """Wraps inside every module's `forward` in the instance, to record what crosses it; calls and `module.forward(x)` find it
-        there.
-        """
+        """Inside, wraps every module's `forward` in the instance, to record what crosses it. Calls and `module.forward(x)` find it."""
         placed: list[tuple[dict[str, Any], Any, Any]] = []
         try:
             for path, module in self._modules.items():

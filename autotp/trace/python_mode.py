@@ -49,8 +49,9 @@ class TaggedSize(tuple[int, ...]):
 
 
 class PythonMode(TorchFunctionMode):
-    """Records calls as the code wrote them: see the module. `met(func, args)` is called for each function of tensors, and each
-    getter of a property, that code calls.
+    """Records calls as the code wrote them: see the module.
+
+    `met(func, args)` is called for each function of tensors, and each getter of a property, that code calls.
     """
 
     def __init__(

@@ -36,9 +36,7 @@ _SAYS = {
 
 
 class Running:
-    """Tells whether a call of the parallel model is running: `open` while its outermost module runs. All modules of one model share
-    it.
-    """
+    """Tells whether a call of the parallel model is running: `open` while its outermost module runs. All modules of one model share it."""
 
     __slots__ = ("open",)
 

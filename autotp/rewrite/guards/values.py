@@ -71,8 +71,9 @@ class _One:
         return any(type(v) in _FILLED for v in self.all(self.values))
 
     def again(self) -> Iterator[_One]:
-        """Stops watching a list or set that a forward fills: it may be filled and cleared. A dict that a forward changes stays
-        watched for its other items.
+        """Stops watching a list or set that a forward fills: it may be filled and cleared.
+
+        A dict that a forward changes stays watched for its other items.
         """
         now = self.all(self.get(self.object))
         if now != (old := self.all(self.values)):
@@ -232,8 +233,9 @@ class Watched:
 
 
 def stored_names(reading: Reading, modules: Iterable[nn.Module]) -> frozenset[str]:
-    """Returns the names that any forward of the model stores in another object: they are its own to change. `Names.own` is in the
-    module alone.
+    """Returns the names that any forward of the model stores in another object: they are its own to change.
+
+    `Names.own` is in the module alone.
     """
     return frozenset(("training",)).union(*(reading.of(cls).stored for cls in {type(m) for m in modules}))
 

@@ -128,9 +128,7 @@ RUN = "_autotp_run"
 
 
 def run_instance(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs the forward of a module whose class stays, under the plan. No view of the class reads its parameters: that is never
-    compiled.
-    """
+    """Runs the forward of a module whose class stays, under the plan. No view of the class reads its parameters: that is never compiled."""
     run: ModuleRun = module.__dict__[RUN]
     if run.reads and is_dynamo_compiling():
         return _run_eagerly(run, module, forward, args, kwargs)

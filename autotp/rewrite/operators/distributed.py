@@ -226,9 +226,7 @@ def _normalised(x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _dtype(norm: Any, x: Tensor, weight: Tensor | None) -> torch.dtype:
-    """Returns the dtype of torch's norm. Under autocast, and with weights in another dtype, it differs from that of the norm's
-    products.
-    """
+    """Returns the dtype of torch's norm. Under autocast, and with weights in another dtype, it differs from that of the norm's products."""
     if (weight is None or weight.dtype == x.dtype) and not torch._C._is_any_autocast_enabled():
         return x.dtype
     with torch.no_grad():

@@ -23,9 +23,7 @@ from autotp.rewrite.undo import Undo
 
 
 class _Ordered:
-    """The first hook of a parameter: it gives the gradient the parameter's layout, wherever the gradient was made. It cuts a whole
-    one.
-    """
+    """The first hook of a parameter: it gives the gradient the parameter's layout, wherever the gradient was made. It cuts a whole one."""
 
     __slots__ = ("layout", "mesh")
 

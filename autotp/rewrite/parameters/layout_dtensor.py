@@ -290,8 +290,9 @@ def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> Ten
 
 
 def layout_of(tensor: Tensor, planned: Layout | None) -> Layout:
-    """Returns the layout of a parameter for which `planned` was planned (None: nothing). Someone may have put a whole tensor in its
-    place.
+    """Returns the layout of a parameter for which `planned` was planned (None: nothing).
+
+    Someone may have put a whole tensor in its place.
     """
     if isinstance(tensor, LayoutDTensor):
         return tensor._layout
