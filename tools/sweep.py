@@ -199,8 +199,9 @@ def page(records: dict[str, Record], tp: int) -> str:
         [
             "# Coverage",
             "",
-            f"Every architecture of transformers, built tiny with random weights, on {tp} ranks; written by `tools/sweep.py`.",
-            "*Equal* means a relative error of at most 1e-9 in float64 (2e-5 where an operator has only float32).",
+            f"Every architecture of transformers, built tiny with random weights, on {tp} ranks; written by",
+            "`tools/sweep.py`. *Equal* means a relative error of at most 1e-9 in float64 (2e-5 where an operator",
+            "has only float32).",
             "",
             "| | |",
             "|---|---|",
