@@ -388,7 +388,6 @@ def test_every_rule_has_a_case() -> None:
         lambda x, y: (x * 1).addbmm_(y[None], x[None]),
         lambda x, y: torch.isin(x, y),
         lambda x, y: F.grouped_mm(x[None].float(), y[None].float()).sum(0),
-        lambda x, y: F.prelu(x, y[0]),
     ],
 )
 def test_what_once_had_a_wrong_rule_or_has_none(function: Callable[..., Any]) -> None:

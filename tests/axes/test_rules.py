@@ -36,6 +36,7 @@ from autotp.planner.naming import Namer
 from autotp.planner.padding import padding_conflict
 from autotp.planner.partition import Atoms, Partition, Partitions, in_order, local_size, neighbours
 from autotp.planner.placements import NONE, GraphIndex, Labels, label
+from autotp.testing import assert_equivalent
 from autotp.trace.example import Example
 from autotp.trace.graph import Node, Pseudo, Value
 from autotp.trace.run import trace
@@ -404,6 +405,13 @@ def same_twice(d: Draw) -> Any:
 def activation(d: Draw) -> Any:
     f = d.data.draw(st.sampled_from([F.silu, F.gelu, F.relu, torch.tanh, F.softplus, torch.exp, torch.abs, torch.rsqrt]))
     return (lambda x: f(x.square() + 0.1)), [d.x(*d.lead(), d.n())], []
+
+
+@case
+def prelu(d: Draw) -> Any:
+    """One slope a channel, or one for all; dims behind the channels or none."""
+    m, n = d.n(), d.n()
+    return F.prelu, [d.x(m, n, *d.lead()), d.x(n if d.yes() else 1)], []
 
 
 @case
@@ -838,6 +846,7 @@ LIES: list[tuple[str, str, Callable[[Rule], Rule]]] = [
     ("add_number", "add", too_linear),
     ("glu", "glu", lambda rule: pointwise),
     ("triangle", "tril", lambda rule: pointwise),
+    ("prelu", "prelu", lambda rule: pointwise),
 ]
 
 
@@ -892,6 +901,8 @@ def test_atoms_are_told_apart() -> None:
         (lambda x, w: (x / x.abs()) @ w, False),
         (lambda x, w: x.sort(0).indices[-1].to(x.dtype).sum(-1), False),  # where zeros came from is not zero
         (lambda x, w: x.sqrt() @ w, False),  # finite, but its derivative is not
+        (lambda x, w: F.prelu(x, w[:, 0]).sum(-1), True),
+        (lambda x, w: F.prelu(x.exp(), w[:, 0]).sum(-1), False),
     ],
 )
 def test_padding_that_would_be_summed_is_refused(function: Callable[..., Tensor], harmless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -905,3 +916,18 @@ def test_padding_that_would_be_summed_is_refused(function: Callable[..., Tensor]
         monkeypatch.setattr(sys.modules[__name__], "padding_conflict", lambda *_: None)
         with pytest.raises(AssertionError):
             subject.check(width)
+
+
+# end to end ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("slopes", [1, 6])
+def test_prelu_between_products(tp: int, slopes: int) -> None:
+    """Equal on two ranks, on three, and on four, where two channels of eight are padding."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Conv1d(4, 6, 3), nn.PReLU(slopes), nn.Conv1d(6, 4, 3))
+
+    found = assert_equivalent(model, tp=tp, inputs=torch.randn(2, 4, 9), steps=2)
+    assert set(found.plan.replicated) == {"2.bias", *(["1.weight"] if slopes == 1 else [])}

@@ -58,6 +58,7 @@ MODELS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "t5": [("t5", {"feed_forward_proj": "gated-gelu"}), ("t5", {}), ("mt5", {})],
     "vit": [("vit", {})],
     "whisper": [("whisper", {})],
+    "starcoder2": [("starcoder2", {}), ("starcoder2", {"use_bias": False})],
 }
 CASES = [(recipe, *model) for recipe, models in MODELS.items() for model in models]
 NAMES = [f"{recipe}-{kind}-{i}" for i, (recipe, kind, _) in enumerate(CASES)]

@@ -117,6 +117,15 @@ rule(
 # fmt: on
 
 
+@rule("prelu", padded=Padded.NORMED)
+def prelu(context: Context, node: Node) -> None:
+    """Channels have a slope each, or all share one."""
+    x, slopes = node.args
+    if slopes.shape not in ((), (1,)):
+        context.join(slopes, context.of(slopes)[0], x, context.of(x)[1])
+    context.set(node.outputs[0], context.of(x))
+
+
 @rule("isin", padded=Padded.TOTAL)
 def isin(context: Context, node: Node) -> None:
     """Membership in a set that every rank must see whole."""

@@ -146,14 +146,16 @@ def bind(conversion: Conversion, comm: Comm) -> Convert:
     """Returns the function of one conversion of the plan.
 
     Raises:
-        PlanError: for a GATHER or SLICE without dim or expression.
+        PlanError: for a GATHER or SLICE without dim or expression, and for what is more than a function of one tensor.
     """
     op = conversion.op
     if op in _WHOLE:
         return partial(_WHOLE[op], comm=comm)  # type: ignore[call-arg]
+    if op not in _ALONG:
+        raise PlanError(f"conversion {op.value} is no function of one tensor")
     if conversion.dim is None or conversion.expr is None:
         raise PlanError(f"conversion {op.value} needs a dim and a layout expression, got {conversion}")
-    return partial(gather if op is Op.GATHER else slice_part, split=split_of(conversion.dim, conversion.expr, comm))
+    return partial(_ALONG[op], split=split_of(conversion.dim, conversion.expr, comm))  # type: ignore[call-arg]
 
 
 def bind_all(conversions: Sequence[Conversion], comm: Comm) -> Convert:
@@ -170,4 +172,6 @@ def bind_all(conversions: Sequence[Conversion], comm: Comm) -> Convert:
     return run
 
 
+#: The functions of conversions of whole tensors, and of those along a dim. Every one has to stand here: none falls to another's.
 _WHOLE: dict[Op, Callable[[Tensor, Comm], Tensor]] = {Op.COPY: copy, Op.REDUCE: reduce, Op.ONCE: once}
+_ALONG: dict[Op, Callable[[Tensor, Split | FreeSplit], Tensor]] = {Op.GATHER: gather, Op.SLICE: slice_part}

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autotp.errors import PlanError
+from autotp.plan.conversions import Conversion, Op
 from autotp.plan.expressions import Concat, Expr, Factor, Product, size
 from autotp.plan.layout import Layout, padding
 from autotp.plan.spec import DistributedForm
 from autotp.rewrite.collectives.comm import DryComm, GroupComm
-from autotp.rewrite.collectives.conversions import copy, gather, once, reduce, slice_part
+from autotp.rewrite.collectives.conversions import bind, copy, gather, once, reduce, slice_part
 from autotp.rewrite.collectives.split import Split
 from autotp.rewrite.operators.distributed import run_form
 from autotp.rewrite.operators.statistics import Across
@@ -196,6 +197,18 @@ def second_derivatives() -> None:
 @pytest.mark.parametrize("check", [irregular_conversions, second_derivatives])
 def test_conversions_with_padding_and_shared_indices(pool: Pool, check: Callable[[], None]) -> None:
     pool.run(check)
+
+
+@pytest.mark.parametrize("op", Op)
+def test_every_conversion_is_bound_to_its_own_function_or_to_none(op: Op) -> None:
+    """HOLD and JOIN are halves of a sum of several tensors; a new conversion must not run as an old one."""
+    conversion = Conversion(op, -1, DIMS["even"])
+    if op in (Op.HOLD, Op.JOIN):
+        with pytest.raises(PlanError, match="no function of one tensor"):
+            bind(conversion, DryComm(2))
+        return
+    functions = {Op.COPY: copy, Op.REDUCE: reduce, Op.GATHER: gather, Op.SLICE: slice_part, Op.ONCE: once}
+    assert bind(conversion, DryComm(2)).func is functions[op]
 
 
 def test_conversions(pool: Pool) -> None:
