@@ -117,7 +117,7 @@ rule(
 # fmt: on
 
 
-@rule("prelu", padded=Padded.NORMED)
+@rule("prelu", padded=Padded.AS_FIRST)
 def prelu(context: Context, node: Node) -> None:
     """Channels have a slope each, or all share one."""
     x, slopes = node.args

@@ -9,7 +9,7 @@ from autotp.plan.spec import DistributedForm
 from autotp.trace.graph import Node, values_in
 
 
-@rule("layer_norm", padded=Padded.NORMED, at=3)
+@rule("layer_norm", padded=Padded.AS_FIRST, at=3)
 @rule("rms_norm", padded=Padded.ZERO)
 def norm(context: Context, node: Node) -> None:
     """The last dims are normalised: their statistic crosses ranks."""
@@ -27,7 +27,7 @@ def norm(context: Context, node: Node) -> None:
     context.set(out, context.of(x))
 
 
-@rule("group_norm", padded=Padded.NORMED, at=3)
+@rule("group_norm", padded=Padded.AS_FIRST, at=3)
 def group_norm(context: Context, node: Node) -> None:
     """Channels in groups: groups are parallel, what is inside one is mixed."""
     x, groups = node.args[0], node.args[1]

@@ -22,7 +22,7 @@ class Padded(Enum):
 
     MOVED = "the result's is the arguments': elements are chosen, moved or copied"
     PRODUCT = "zero where that of one factor is, and nothing else is added"
-    NORMED = "zero where that of the first argument is, and nothing else is added"
+    AS_FIRST = "zero where that of the first argument is, and nothing else is added"
     ATTENDED = "zero where that of the third argument is: values of an attention"
     SOLVED = "zero where that of the right side is, if the matrix has ones on its diagonal"
     ZERO = "zero for zeros, finite for finite numbers"
