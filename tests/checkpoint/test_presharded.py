@@ -157,14 +157,14 @@ def loading_cut(folder: str) -> list[Any]:
         seen.add(file.name)
         return opened(file)
 
-    from autotp import api
+    from autotp import planning
 
-    planned, api.checked_plan = api.checked_plan, None  # type: ignore[assignment]
+    planned, planning.checked_plan = planning.checked_plan, None  # type: ignore[assignment]
     files.open_file = noted
     try:
         model = autotp.from_pretrained(cut, mesh(), dtype=torch.float64)
     finally:
-        files.open_file, api.checked_plan = opened, planned
+        files.open_file, planning.checked_plan = opened, planned
     out: list[Any] = [sorted(seen), str(model.dtype), autotp.plan_of(model).tp]
     out.append(failure(lambda: autotp.from_pretrained(cut, mesh(), plan=autotp.plan_of(model))))
     out.append(failure(lambda: autotp.from_pretrained(cut, mesh(), recipe="llama")))
