@@ -37,15 +37,15 @@ def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Given | None 
         return replace(plan_of_bound(bound), notes=(f"UNSAFE: the recipe {recipe.name or recipe.file} is not proven: {recipe.reason}",))
     wanted = wanted_layouts(bound)
     try:
-        planned = checked_plan(model, tp, inputs, wanted, _hints(bound), check=check)
+        made = checked_plan(model, tp, inputs, wanted, _hints(bound), check=check)
     except (TraceError, InputError) as error:
         if isinstance(error, InputError) and inputs is not None:
             raise
         return _untraced(bound, error)
-    problems = differences(bound, planned, wanted, lambda: checked_plan(model, tp, inputs, check=check))
+    problems = differences(bound, made, wanted, lambda: checked_plan(model, tp, inputs, check=check))
     if problems:
         raise error_of(problems)
-    return replace(planned, params={n: followed(p, bound.params.get(n), wanted.get(n), recipe.pinned) for n, p in planned.params.items()})
+    return replace(made, params={n: followed(p, bound.params.get(n), wanted.get(n), recipe.pinned) for n, p in made.params.items()})
 
 
 def _hints(bound: Bound) -> dict[tuple[str, str], int]:
@@ -69,12 +69,22 @@ RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, Any]
 
 
 def planned(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Given | None, check: Check) -> Plan:
+    """Plans with or without a recipe.
+
+    Raises:
+        AutoTPError: as for `checked_plan` and `recipe_plan`.
+    """
     if recipe is None:
         return checked_plan(model, tp, inputs, check=check)
     return recipe_plan(Recipe.load(recipe), model, tp, inputs, check)
 
 
 def prepared(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Given | None, strict: bool, check: Check) -> Plan:
+    """As `planned`; `strict` refuses a plan in which operands of products stay replicated.
+
+    Raises:
+        PlanError: they do. AutoTPError: as for `planned`.
+    """
     made = planned(model, tp, recipe, inputs, check)
     if strict and made.replicated_products:
         listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)

@@ -10,7 +10,6 @@ from autotp.axes.operators.table import Is, is_a
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
 from autotp.plan.spec import AxisInfo, ModulePlan, ParamPlan
-from autotp.planner.bans import Bans
 from autotp.planner.choice import Choice
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
@@ -33,10 +32,12 @@ class Draft:
 
 
 def param_dims(space: GraphIndex) -> list[tuple[tuple[Atom, ...], ...]]:
+    """Returns the dims of each parameter, tied ones once."""
     return [space.axes.dims[v.id] for v in dict.fromkeys(space.graph.params.values())]
 
 
-def assemble(space: GraphIndex, choice: Choice, modules: tuple[ModulePlan, ...], namer: Namer, tp: int, model: str, bans: Bans) -> Plan:
+def assemble(space: GraphIndex, choice: Choice, modules: tuple[ModulePlan, ...], namer: Namer, tp: int, model: str) -> Plan:
+    """Makes the plan of the class `model` over `tp` ranks: layouts with reasons, the plans of `modules`, axes and traffic."""
     graph = space.graph
     axes, axis_of = _axes(space, choice, namer)
     own: dict[str, ParamPlan] = {}

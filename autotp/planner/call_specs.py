@@ -15,6 +15,8 @@ from autotp.trace.graph import Node, Place, outside
 
 @dataclass
 class CallSpec:
+    """Changes at one operator call: its ints, its tensors by position, its distributed form and the dim that this crosses."""
+
     ints: list[tuple[int, int, int]] = field(default_factory=list)
     inputs: dict[int, list[Conversion]] = field(default_factory=dict)
     outputs: dict[int, list[Conversion]] = field(default_factory=dict)
@@ -23,6 +25,7 @@ class CallSpec:
     over_dim: int = -1
 
     def freeze(self) -> tuple[object, ...]:
+        """Returns the fields of a `Site` after its place."""
         return (
             tuple(sorted(set(self.ints))),
             tuple((k, tuple(v)) for k, v in sorted(self.inputs.items())),

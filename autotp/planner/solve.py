@@ -55,7 +55,7 @@ def solve(
             else:
                 bans.blame(space, choice, error.node, error.reason)
         else:
-            plan = assemble(space, choice, modules, namer, tp, model, bans)
+            plan = assemble(space, choice, modules, namer, tp, model)
             copied = {slot for slot, conversions in builder.slots.items() if any(c.op is Op.COPY for c in conversions)}
             boundaries = find_boundaries(space, choice.labels, moves, joints, copied, space.graph.repeats)
             inside = find_inside(space, choice.labels, moves, boundaries, space.graph.repeats)

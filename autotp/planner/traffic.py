@@ -38,8 +38,11 @@ class _Counted:
     def __init__(self, graph: Graph, modules: Sequence[ModulePlan]) -> None:
         self.graph, self.modules, self.sources = graph, modules, _Sources(graph, modules)
         self.nodes = graph.nodes[: graph.results[0].stop if graph.results else len(graph.nodes)]
+        self.again = {(at, p) for (at, where), members in graph.members.items() for p in members if p != where}
         self.width: dict[tuple[str, str], int] = {}
+        self.calls: dict[int, list[Node]] = {}
         for node in self.nodes:
+            self.calls.setdefault(node.call, []).append(node)
             if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
                 self.width.setdefault(_crossing(node), _per_token(node.outputs[0]))
 
@@ -59,10 +62,9 @@ class _Counted:
                 yield replace(found.traffic, module=m.path)
 
     def _at_boundaries(self, m: ModulePlan, path: str) -> Iterator[_Found]:
-        again = {(at, p) for (at, where), members in self.graph.members.items() for p in members if p != where}
         for kind, slots in ((Pseudo.ENTER, m.inputs), (Pseudo.EXIT, m.outputs)):
             for slot in slots:
-                if kind is Pseudo.ENTER and (path, slot.path) in again:
+                if kind is Pseudo.ENTER and (path, slot.path) in self.again:
                     continue  # the same tensor as another argument
                 crossed = (kind.value, ".".join(map(str, (path, *(0 if step == "*" else step for step in slot.path)))))
                 if crossed in self.width:  # only other calls ask for the others (attention weights)
@@ -77,7 +79,7 @@ class _Counted:
             if site is None or node.call in seen:
                 continue
             seen.add(node.call)
-            call = [n for n in self.nodes[node.index :] if n.call == node.call]
+            call = self.calls[node.call]
             made = {o.id: o for n in call for o in n.outputs}
             given = {v.id: v for n in call for v in n.inputs()}
             python, arguments = self.graph.python.get(node.call), node.tensors

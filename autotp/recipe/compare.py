@@ -37,6 +37,7 @@ def wanted_layouts(bound: Bound) -> dict[str, Layout]:
 
 
 def followed(planned: ParamPlan, p: BoundParam | None, layout: Layout | None, pinned: Plan | None) -> ParamPlan:
+    """Returns a planned parameter in the words of the recipe (`p`, `layout`) or of its `pinned` plan, as it is where neither has any."""
     if p is None or layout is None:
         return planned
     if pinned is not None and planned.name in pinned.params and pinned.params[planned.name].layout is layout:

@@ -49,7 +49,7 @@ def compare(
     Raises:
         NotEquivalent, AutoTPError: as for `assert_equivalent`.
     """
-    training = Training(1, optimizer)
+    training = Training(1, optimizer, least=0.0 if optimizer is sgd else 0.01)
     try:
         subject = make_subject(factory, inputs, torch.float64, 0)
     except InputError as error:

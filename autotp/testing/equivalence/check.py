@@ -268,7 +268,7 @@ def _rank(job: _Job) -> _Found:
                 raise
             found.refused = type(error).__name__, f"{error}\n(raised when {name} of the parallel model were computed)"
             return found
-        found.aspects[name] = compare(name, watch.answered(wanted), got, job.subject.precision)
+        found.aspects[name] = compare(name, watch.answered(wanted), got, job.subject.precision, job.training.least)
     found.alone = watch.refused
     return found
 

@@ -2,8 +2,8 @@
 
 The error of a tensor is  max|a − b| / max(max|b|, floor); in float64 only the order of sums differs between a right parallel
 model and the model itself, so an error above 1e-9 is a bug. A gradient counts as at least a millionth of the model's largest,
-a parameter after a step as at least 0.01, a buffer in training as at least 1e-6: some are zero but for rounding. The state dict must be
-equal bit by bit.
+a parameter after a step as at least `Training.least`, a buffer in training as at least 1e-6: some are zero but for rounding. The
+state dict must be equal bit by bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from autotp.numeric.exact import Precision, largest, relative_error
 GRADIENT = "gradient of "
 #: What paths of buffers begin with.
 BUFFER = "buffer "
-_LEAST_PARAMETER = 0.01
 _LEAST_BUFFER = 1e-6
 
 
@@ -46,18 +45,18 @@ class Aspect:
         return Aspect(self.name, self.paths, first.error, first.where, tuple(dict.fromkeys((*self.wrong, *other.wrong))))
 
 
-def compare(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision) -> Aspect:
-    """Compare one aspect. A tensor that only one side has is an error, but for a gradient of zeros."""
+def compare(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision, least: float = 0.0) -> Aspect:
+    """Compare one aspect. A tensor that only one side has is an error, but for a gradient of zeros. `least`: see `Training`."""
     gradient = precision.floor * max((largest(t) for path, t in wanted.items() if _is_gradient(name, path)), default=0.0)
-    errors = {path: _error(name, path, wanted, got, gradient) for path in {**wanted, **got}}
+    errors = {path: _error(name, path, wanted, got, gradient, least) for path in {**wanted, **got}}
     limit = 0.0 if name == "state" else precision.tolerance
     wrong = tuple(path for path, error in errors.items() if not error <= limit)
     where = max(errors, key=lambda path: errors[path], default="")
     return Aspect(name, tuple(errors), errors.get(where, 0.0), where, wrong)
 
 
-def _error(name: str, path: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], gradient: float) -> float:
-    """`gradient`: as how large a gradient counts at least."""
+def _error(name: str, path: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], gradient: float, least: float) -> float:
+    """`gradient`, `least`: as how large a gradient, and a parameter after a step, count at least."""
     a, b = wanted.get(path), got.get(path)
     if a is None or b is None:
         there = b if a is None else a
@@ -68,7 +67,7 @@ def _error(name: str, path: str, wanted: Mapping[str, Tensor], got: Mapping[str,
         a, b = a.to_dense(), b.to_dense()
     if name == "state":
         return 0.0 if a.shape == b.shape and torch.equal(_bits(a), _bits(b)) else max(relative_error(b, a), 1e-300)
-    return error_of(a, b, gradient if _is_gradient(name, path) else _floor(name, path))
+    return error_of(a, b, gradient if _is_gradient(name, path) else _floor(name, path, least))
 
 
 def error_of(wanted: Tensor, got: Tensor, floor: float = 0.0) -> float:
@@ -86,7 +85,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _floor(name: str, path: str) -> float:
+def _floor(name: str, path: str, least: float) -> float:
     if path.startswith(BUFFER):
         return _LEAST_BUFFER
-    return _LEAST_PARAMETER if name == "steps" and " of step " not in path else 0.0
+    return least if name == "steps" and " of step " not in path else 0.0

@@ -51,10 +51,15 @@ PLAIN = Access(lambda m: m.state_dict(), lambda m: {n: p.grad for n, p in m.name
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """`steps` steps of what `optimizer` makes; gradients are clipped to the norm 1 before each."""
+    """`steps` steps of what `optimizer` makes; gradients are clipped to the norm 1 before each.
+
+    least: as how large a parameter counts at least after a step. AdamW divides a gradient by its own size, so one that is zero but for
+        rounding moves its parameter by the whole learning rate; steps in proportion to the gradient need no such floor.
+    """
 
     steps: int
     optimizer: MakeOptimizer
+    least: float = 0.01
 
 
 @dataclass(frozen=True, slots=True)
