@@ -114,9 +114,9 @@ def test_the_mistakes_of_two_linears() -> None:
     assert mutations(plan)[0].change(plan) != plan
 
 
-def blind(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision) -> Aspect:
+def blind(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision, least: float) -> Aspect:
     """Sees outputs only."""
-    return equivalence_compare(name, wanted, got if name == "outputs" else wanted, precision)
+    return equivalence_compare(name, wanted, got if name == "outputs" else wanted, precision, least)
 
 
 equivalence_compare = check.compare
@@ -147,9 +147,9 @@ def test_bad_input(plan: Any) -> None:
 
 
 def test_a_model_that_is_wrong_already_has_no_survey(monkeypatch: pytest.MonkeyPatch) -> None:
-    def worse(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision) -> Aspect:
-        return replace(equivalence_compare(name, wanted, got, precision), wrong=("x",))
+    def worse(name: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision, least: float) -> Aspect:
+        return replace(equivalence_compare(name, wanted, got, precision, least), wrong=("x",))
 
     monkeypatch.setattr(check, "compare", worse)
-    with pytest.raises(check.NotEquivalent):
+    with pytest.raises(check.NotEquivalent, match="outputs"):
         survey(Two, tp=2, inputs=X)
