@@ -59,6 +59,12 @@ def _edges(layout: Layout) -> list[int]:
     return sorted({edge for rank in range(layout.tp) for run in layout.runs(rank) if run[0] >= 0 for edge in run})
 
 
+def within(piece: Piece, start: int, stop: int) -> list[Piece]:
+    """Returns the part of `piece` that is in ``[start, stop)`` of a rank's part, counted there; nothing where there is none."""
+    lo, hi = max(piece.at, start), min(piece.at + piece.length, stop)
+    return [Piece(lo - start, piece.start + lo - piece.at, hi - lo, piece.owned)] if hi > lo else []
+
+
 def shorter(piece: Piece, most: int) -> list[Piece]:
     """Returns `piece` in parts of at most `most` indices."""
     return [

@@ -65,7 +65,7 @@ class KeepHooks:
     def attach(self, params: Mapping[str, Tensor | None]) -> None:
         """Give the hook to those of `params` that need it and have it not."""
         for p in params.values():
-            if isinstance(p, LayoutDTensor) and p.requires_grad:
+            if type(p) is LayoutDTensor and p.requires_grad:
                 hooks: Any = p._backward_hooks or OrderedDict()
                 if not any(type(h) is _Ordered for h in hooks.values()):
                     handle = DTensor.register_hook(p, _Ordered(p._layout, p._spec.mesh))  # type: ignore[no-untyped-call]

@@ -43,18 +43,6 @@ def placements(layout: Layout) -> tuple[Any]:
     return (Replicate() if layout.dim is None else Shard(layout.dim),)
 
 
-def plain(tensor: LayoutDTensor, local: Tensor | None = None) -> DTensor:
-    """Returns the ordinary DTensor over the same local tensors (or others of their shape), end to end."""
-    local = tensor._local_tensor if local is None else local
-    spec, layout = tensor._spec, tensor._layout
-    if layout.dim is not None and (layout.is_padded or layout.is_shared):
-        shape = list(local.shape)
-        shape[layout.dim] *= layout.tp
-        meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
-        spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
-    return new_dtensor(DTensor, local, spec, requires_grad=False)  # type: ignore[no-any-return]
-
-
 class LayoutDTensor(Numbers):
     """A DTensor in the order of its layout, which is in its `__dict__` (`__slots__` of a subclass would hide those of DTensor)."""
 
@@ -64,7 +52,7 @@ class LayoutDTensor(Numbers):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is _detach and type(args[0]) is LayoutDTensor:
+        if func is _detach and type(args[0]) is cls:
             return args[0]._like(args[0]._local_tensor, args[0]._spec)
         return cls.operate(func, args, kwargs or {})
 
@@ -103,11 +91,7 @@ class LayoutDTensor(Numbers):
     def _cut(self, whole: Tensor) -> LayoutDTensor:
         """A plain whole tensor in this layout; a copy."""
         local = self._part(whole)
-        spec, meta = self._spec, self._spec.tensor_meta
-        assert meta is not None
-        if local.dtype != meta.dtype:
-            spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, local.dtype))
-        return self._like(local.clone() if local is whole else local, spec)
+        return self._like(local.clone() if local is whole else local, in_dtype(self._spec, local.dtype))
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
         """Registers a hook as on one device; the gradient that the hook returns, whole or not, becomes one in this layout."""
@@ -115,21 +99,48 @@ class LayoutDTensor(Numbers):
 
     @property
     def _rank(self) -> int:
-        return self._spec.mesh.get_local_rank()
+        mesh = self._spec.mesh
+        return mesh.get_local_rank(mesh.ndim - 1)
 
     @property
     def _comm(self) -> GroupComm:
-        return GroupComm(self._spec.mesh.get_group())
+        mesh = self._spec.mesh
+        return GroupComm(mesh.get_group(mesh.ndim - 1))
+
+    @property
+    def _is_whole(self) -> bool:
+        """True where every rank holds all of it."""
+        return self._layout.dim is None
+
+    def _plain(self, local: Tensor | None = None) -> DTensor:
+        """Returns the ordinary DTensor over the same local tensors (or others of their shape), end to end."""
+        local = self._local_tensor if local is None else local
+        spec, layout = self._spec, self._layout
+        if layout.dim is not None and (layout.is_padded or layout.is_shared):
+            spec = end_to_end(spec, local)
+        return new_dtensor(DTensor, local, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+    def _placed(self, spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
+        """Returns a tensor of this kind."""
+        return laid_out(spec, local, layout)
 
     def _like(self, local: Tensor, spec: Any) -> LayoutDTensor:
         """`local` placed and laid out as this tensor."""
-        return laid_out(spec, local, self._layout)
+        return self._placed(spec, local, self._layout)
 
     def _everywhere(self, whole: Tensor) -> LayoutDTensor:
         """`whole` as a tensor of this mesh that every rank holds."""
+        mesh = self._spec.mesh
         meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
-        spec = DTensorSpec(self._spec.mesh, (Replicate(),), tensor_meta=meta)
-        return laid_out(spec, whole, replicated(whole.shape, self._layout.tp))
+        spec = DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta)
+        return self._placed(spec, whole, replicated(whole.shape, self._layout.tp))
+
+    def _broadcast_(self, whole: Tensor) -> Tensor:
+        """Gives every rank of the mesh the first rank's `whole`, contiguous, in place; or returns another tensor with it."""
+        mesh = self._spec.mesh
+        for dim in range(mesh.ndim):
+            whole = GroupComm(mesh.get_group(dim)).broadcast_(whole)
+        return whole
 
     def _owned(self) -> Tensor:
         """The local tensor with zeros in padding and where another copy of the index is the owner."""
@@ -147,11 +158,15 @@ class LayoutDTensor(Numbers):
     def _whole(self) -> Tensor:
         """The plain whole tensor in the model's order and shape; the local tensor itself where every rank holds all. Collective."""
         layout, local = self._layout, self._local_tensor
-        if layout.dim is None:
+        if self._is_whole:
             return local
         if local.is_meta:
             return local.new_empty(layout.shape)
-        return layout.unshard(self._comm.all_gather(local))
+        return layout.unshard(self._comm.all_gather(self._tp_part()))
+
+    def _tp_part(self) -> Tensor:
+        """Returns what this tp rank holds (shape `layout.local_shape`), whichever data-parallel ranks hold it. Collective over them."""
+        return self._local_tensor
 
     def _held(self) -> Tensor:
         """Returns the tensor that a checkpoint is written from and read into; see `_take_back_`."""
@@ -166,7 +181,7 @@ class LayoutDTensor(Numbers):
 
     def _fill_(self, whole: Tensor) -> None:
         """Take the values of a plain whole tensor."""
-        if whole is self._local_tensor and self._layout.dim is None:
+        if whole is self._local_tensor and self._is_whole:
             if whole.shape != self.shape or whole.stride() != self.stride():
                 self._become(self._everywhere(whole))
             return
@@ -255,14 +270,16 @@ class _Meta(TensorMeta):
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: LayoutDTensor) -> Tensor:
-        ctx.layout, ctx.spec, ctx.rank = p._layout, p._spec, p._rank
+        ctx.of = p.detach()
         whole = p._whole()
         return whole.detach() if whole is p._local_tensor else whole
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         # The gradient is whole on every rank, and so is that of each copy.
-        return own_gradient(ctx.spec, ctx.layout.shard(grad, ctx.rank).contiguous(), grad, ctx.layout)
+        of: LayoutDTensor = ctx.of
+        local = own_memory(of._part(grad).contiguous(), grad, of._is_whole)
+        return local if local.layout is not torch.strided else of._like(local, in_dtype(of._spec, local.dtype))
 
 
 def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
@@ -270,6 +287,17 @@ def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
     made: LayoutDTensor = new_dtensor(LayoutDTensor, local, spec, requires_grad=False)
     made._layout = layout
     return made
+
+
+def end_to_end(spec: Any, local: Tensor) -> DTensorSpec:
+    """Returns the placements of `spec` for the tensor that the ranks' tensors, each as large as `local`, make when laid end to end."""
+    shape = list(local.shape)
+    placed = tuple(p if p.is_replicate() else Shard(p.dim) for p in spec.placements)
+    for dim, p in enumerate(placed):
+        if not p.is_replicate():
+            shape[p.dim] *= spec.mesh.size(dim)
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
+    return DTensorSpec(spec.mesh, placed, tensor_meta=meta)
 
 
 def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> Tensor:
@@ -280,13 +308,27 @@ def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> Ten
 
     A sparse gradient stays a plain tensor, whole on every rank: optimizers ask whether it is sparse, which a DTensor never is.
     """
+    local = own_memory(local, given, layout.dim is None)
+    return laid_out(spec, local, layout) if local.layout is torch.strided else local
+
+
+def own_memory(local: Tensor, given: Tensor, whole: bool) -> Tensor:
+    """Returns the gradient `local`, see `own_gradient`, in memory of its own."""
     if local.layout is not torch.strided:
-        if layout.dim is not None:
+        if not whole:
             refuse_sparse()
         return local.clone() if local is given else local
     if local.untyped_storage()._cdata == given.untyped_storage()._cdata:
-        local = local.clone(memory_format=torch.contiguous_format)
-    return laid_out(spec, local, layout)
+        return local.clone(memory_format=torch.contiguous_format)
+    return local
+
+
+def in_dtype(spec: Any, dtype: torch.dtype) -> Any:
+    """Returns `spec` for entries of another dtype."""
+    meta = spec.tensor_meta
+    if dtype == meta.dtype:
+        return spec
+    return DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, dtype))
 
 
 def layout_of(tensor: Tensor, planned: Layout | None) -> Layout:

@@ -7,7 +7,7 @@ parameter's layout. A whole tensor that someone put where the parameter was (`fu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from autotp.plan.spec import GradSum, Written
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import bind_all
 from autotp.rewrite.collectives.split import split_of
+from autotp.rewrite.parameters.data_parallel import DataParallelDTensor
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout, own_gradient, refuse_sparse
 from autotp.rewrite.transforms import direct, refuse_transforms
 
@@ -147,6 +148,18 @@ class _Fix(torch.autograd.Function):
         return ctx.fix(grad), None
 
 
+def refuse_sharded_read(module: str, name: str) -> NoReturn:
+    """Refuse a forward that trains a parameter while only FSDP's shard of it is there: its gradient would be one rank's.
+
+    Raises:
+        AutoTPError: always.
+    """
+    raise AutoTPError(
+        f"{module}.{name} is read while FSDP holds only a shard of it: a forward that reads the parameter of another module must be in "
+        "one unit with it. Pass both modules to one call, fully_shard([a, b], mesh=…), or leave both to the unit that encloses them"
+    )
+
+
 class Read:
     """One use: how `name` of module `owner` is read. `value()` gives the tensor for one forward.
 
@@ -232,6 +245,8 @@ class Read:
         layout = self.layout
         if layout is None:
             return p
+        if isinstance(p, DataParallelDTensor) and record:
+            refuse_sharded_read(type(self.owner).__name__, self.name)
         if isinstance(p, LayoutDTensor):
             p = p.full_tensor() if record else p._whole()
         if isinstance(p, DTensor):

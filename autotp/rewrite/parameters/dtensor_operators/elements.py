@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from autotp.errors import AutoTPError
 from autotp.plan import layout as layouts
 from autotp.plan.boxes import is_even
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_dtype
 
 
 def on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -24,7 +23,7 @@ def on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         if isinstance(a, LayoutDTensor):
             if type(a) is PartView:
                 return NotImplemented
-            if like is None or (like._layout.dim is None and a._layout.dim is not None):
+            if like is None or (like._is_whole and not a._is_whole):
                 like = a
     if like is None or any(isinstance(v, Tensor) for v in kwargs.values()):
         return NotImplemented
@@ -40,19 +39,11 @@ def on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             like._clear_padding_() if args[0] is like else args[0]._clear_padding_()
         return args[0]
     if not isinstance(result, Tensor) or result.shape != like._local_tensor.shape:
-        return like._everywhere(result) if like._layout.dim is None and isinstance(result, Tensor) else NotImplemented
+        return like._everywhere(result) if like._is_whole and isinstance(result, Tensor) else NotImplemented
     made = like._like(result, in_dtype(like._spec, result.dtype))
     if like._layout.is_padded:  # it is not what it was made from: cos of it is 1, and a gradient would move the parameter's
         made._clear_padding_()
     return made
-
-
-def in_dtype(spec: Any, dtype: torch.dtype) -> Any:
-    """Returns `spec` for entries of another dtype."""
-    meta = spec.tensor_meta
-    if dtype == meta.dtype:
-        return spec
-    return DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, dtype))
 
 
 def _local(x: Tensor, like: LayoutDTensor) -> Tensor | None:
@@ -61,7 +52,7 @@ def _local(x: Tensor, like: LayoutDTensor) -> Tensor | None:
     if isinstance(x, LayoutDTensor):
         if x is like or same_layout(x, like):
             return x._local_tensor
-        if x._layout.dim is not None:
+        if not x._is_whole:
             return None
         x = x._local_tensor
     elif isinstance(x, DTensor):
@@ -72,15 +63,17 @@ def _local(x: Tensor, like: LayoutDTensor) -> Tensor | None:
             return x._local_tensor  # a gradient that compiled code made
         else:
             x = x.full_tensor()
-    if x.ndim == 0 or layout.dim is None:
+    if x.ndim == 0 or like._is_whole:
         return x
     return like._part(x) if tuple(x.shape) == layout.shape else None
 
 
 def same_layout(a: LayoutDTensor, b: LayoutDTensor) -> bool:
     """True for tensors whose parts go together."""
-    x, y = a._layout, b._layout
-    return (x is y or x == y or layouts.alike(x, y)) and (a._spec.mesh is b._spec.mesh or a._spec.mesh == b._spec.mesh)
+    (x, one), (y, other) = (a._layout, a._spec), (b._layout, b._spec)
+    if not (x is y or x == y or layouts.alike(x, y)):
+        return False
+    return one is other or ((one.mesh is other.mesh or one.mesh == other.mesh) and one.placements == other.placements)
 
 
 def known_order(into: Any, source: Any) -> None:
@@ -94,7 +87,7 @@ def known_order(into: Any, source: Any) -> None:
                 f"a tensor in the order of the layout {layout} is not filled from a DTensor that says nothing of its order: load whole "
                 "tensors, a parallel model's own state_dict, or what autotp.checkpoint.save wrote"
             )
-    elif tuple(source.shape) not in ((), layout.shape) and tuple(source.shape) == layout.local_shape:
+    elif tuple(source.shape) not in ((), layout.shape) and tuple(source.shape) in (layout.local_shape, tuple(into._local_tensor.shape)):
         raise AutoTPError(
             f"a tensor of shape {layout.shape} that is laid out over ranks is filled from whole tensors, got {tuple(source.shape)}, the "
             "shape of a rank's part: write a part into to_local() of the parameter"

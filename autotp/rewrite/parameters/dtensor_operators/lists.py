@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from autotp.rewrite.parameters.dtensor_operators.arguments import written_in
-from autotp.rewrite.parameters.dtensor_operators.elements import in_dtype, same_layout
+from autotp.rewrite.parameters.dtensor_operators.elements import same_layout
 from autotp.rewrite.parameters.dtensor_operators.fused import STEPS, step_of
 from autotp.rewrite.parameters.dtensor_operators.sums import owned, summed
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, new_dtensor, plain
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_dtype, new_dtensor
 
 _aten = torch.ops.aten
 # Of `_foreach_…`: on each element too, though torch does not tag them so.
@@ -40,7 +40,7 @@ def _lists(args: tuple[Any, ...]) -> list[Any]:
 
 def in_step(args: tuple[Any, ...]) -> bool:
     """True for lists whose tensors at one position are placed alike, as an optimizer's are."""
-    if any(type(t) is PartView for t in tree_iter(args)) or any(isinstance(a, LayoutDTensor) and a._layout.dim is not None for a in args):
+    if any(type(t) is PartView for t in tree_iter(args)) or any(isinstance(a, LayoutDTensor) and not a._is_whole for a in args):
         return False
     lists = _lists(args)
     if any(len(a) != len(lists[0]) for a in lists):
@@ -59,7 +59,7 @@ def in_step(args: tuple[Any, ...]) -> bool:
 
 def on_lists(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], counts: bool) -> Any:
     """Runs DTensor's own operator, on the entries that each rank owns where an entry counts as often as it is there."""
-    change = owned if counts else plain
+    change = owned if counts else LayoutDTensor._plain
     result = func(*tree_map_only(LayoutDTensor, change, args), **tree_map_only(LayoutDTensor, change, dict(kwargs)))
     return summed(result) if counts else result
 

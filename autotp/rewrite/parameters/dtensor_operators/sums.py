@@ -16,7 +16,7 @@ from autotp.plan.boxes import is_even
 from autotp.plan.layout import replicated
 from autotp.rewrite.parameters.dtensor_operators.arguments import named
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, laid_out, new_dtensor, plain
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, laid_out, new_dtensor
 from autotp.rewrite.parameters.numbers import Numbers
 
 _aten = torch.ops.aten
@@ -26,7 +26,7 @@ _ON_PARTS = (_aten.detach.default, _aten.stack.default)
 
 def owned(x: LayoutDTensor) -> DTensor:
     """Returns the ordinary DTensor over the entries of `x` that each rank owns."""
-    return plain(x, x._owned())
+    return x._plain(x._owned())
 
 
 class Summed(Numbers):
@@ -41,8 +41,8 @@ class Summed(Numbers):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = (args, dict(kwargs or {}))
-        if func in _ON_PARTS and _are_parts_alike(args[0]):
-            return summed(func(*tree_map_only(Summed, _ordinary, args), **given[1]))
+        if func in _ON_PARTS and (parts := _parts_alike(args[0])) is not None:
+            return summed(func(parts, *args[1:], **given[1]))
         known: dict[int, tuple[Summed, LayoutDTensor]] = {}
 
         def reduced(x: Summed) -> LayoutDTensor:
@@ -61,16 +61,48 @@ class Summed(Numbers):
         """Returns the number itself, on every rank; it is reduced once."""
         mesh = self._spec.mesh
         if not all(p.is_replicate() for p in self._spec.placements):
-            whole = _ordinary(self).full_tensor()
+            whole = _reduced(_ordinary(self))
             meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
-            self._local_tensor, self._spec = whole, DTensorSpec(mesh, (Replicate(),), tensor_meta=meta)
-        return laid_out(self._spec, self._local_tensor, replicated(self._local_tensor.shape, mesh.size()))
+            self._local_tensor, self._spec = whole, DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta)
+        return laid_out(self._spec, self._local_tensor, replicated(self._local_tensor.shape, mesh.size(mesh.ndim - 1)))
 
 
-def _are_parts_alike(given: Any) -> bool:
-    xs = given if isinstance(given, list | tuple) else [given]
-    placements = [x._spec.placements if isinstance(x, Summed) else None for x in xs]
-    return placements[0] is not None and all(p.is_partial() for p in placements[0]) and all(p == placements[0] for p in placements)
+def _reduced(x: DTensor) -> Tensor:
+    """Returns the number of which every rank holds a part, reduced over one dim of the mesh after the other."""
+    placed = list(x._spec.placements)
+    for dim in reversed(range(len(placed))):
+        if not placed[dim].is_replicate():
+            placed[dim] = Replicate()
+            x = x.redistribute(placements=placed)
+    return x.full_tensor()
+
+
+def _parts_alike(given: Any) -> Any:
+    """Returns ordinary DTensors that are parts of the same kind on all dims of one mesh; None where `given` cannot be taken so.
+
+    What is the same on all ranks of a dim is a part there too: the first rank's, beside zeros, which change neither a sum nor a norm.
+    """
+    if isinstance(given, Summed):
+        return _ordinary(given) if all(p.is_partial() for p in given._spec.placements) else None
+    if not isinstance(given, list | tuple) or not all(isinstance(x, Summed) for x in given):
+        return None
+    mesh = given[0]._spec.mesh
+    kinds = {repr(p): p for x in given for p in x._spec.placements if not p.is_replicate()}
+    if len(kinds) != 1 or any(x._spec.mesh is not mesh and x._spec.mesh != mesh for x in given):
+        return None
+    (kind,) = kinds.values()
+    return [_as_part(x, kind) for x in given] if kind.is_partial() else None
+
+
+def _as_part(x: Summed, kind: Any) -> DTensor:
+    spec, mesh = x._spec, x._spec.mesh
+    whole_on = [dim for dim, p in enumerate(spec.placements) if p.is_replicate()]
+    if not whole_on:
+        return _ordinary(x)
+    first = all(mesh.get_local_rank(dim) == 0 for dim in whole_on)
+    local = x._local_tensor if first else torch.zeros_like(x._local_tensor)
+    placed = DTensorSpec(mesh, (kind,) * mesh.ndim, tensor_meta=spec.tensor_meta)
+    return new_dtensor(DTensor, local, placed, requires_grad=False)  # type: ignore[no-any-return]
 
 
 def _ordinary(x: DTensor) -> DTensor:
@@ -93,10 +125,10 @@ def counts_once(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     order, dims = order_of(func, args, kwargs), given.get("dim")
     if order < 0 or (isinf(order) and not layout.shape):
         return False
-    if is_even(layout) or not dims:
+    if not dims or (is_even(layout) and args[0]._spec.mesh.ndim == 1):
         return True
-    dims = [dims] if isinstance(dims, int) else dims
-    return layout.dim in [d % args[0].ndim for d in dims] and not given.get("keepdim")
+    dims = {d % args[0].ndim for d in ([dims] if isinstance(dims, int) else dims)}
+    return {p.dim for p in args[0]._spec.placements if not p.is_replicate()} <= dims and not given.get("keepdim")
 
 
 def order_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:

@@ -85,7 +85,7 @@ def on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], random
             return wholes.made[id(x)][1]
         if any(x is t for t in tree_iter(args)):
             return x  # a plain tensor that was written
-        if func.is_view and isinstance(args[0], LayoutDTensor) and (isinstance(args[0], PartView) or args[0]._layout.dim is not None):
+        if func.is_view and isinstance(args[0], LayoutDTensor) and (isinstance(args[0], PartView) or not args[0]._is_whole):
             return view(args[0], x, partial(_step, func, args[1:], dict(kwargs), at))
         return one._everywhere(x)
 
@@ -106,6 +106,6 @@ def _step(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: int, x: 
 def _same_everywhere(x: Any, one: LayoutDTensor) -> None:
     """Rank 0's random numbers."""
     if isinstance(x, Tensor) and not x.is_meta and x.numel():
-        sent = one._comm.broadcast_(x.contiguous())
+        sent = one._broadcast_(x.contiguous())
         if sent is not x:
             x.copy_(sent)

@@ -1,0 +1,106 @@
+"""A parameter that data parallelism manages beside tensor parallelism is a `DataParallelDTensor`.
+
+Its mesh has the data-parallel dims first and tp last. Of the part that a tp rank holds by the layout, a rank holds its `Chunk` where
+FSDP shards it, and all of it where it is replicated. Everything that a `LayoutDTensor` does holds: numbers are those of the model's
+tensor, in its order and shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from autotp.errors import AutoTPError
+from autotp.plan.layout import Layout, take
+from autotp.rewrite.collectives.comm import GroupComm
+from autotp.rewrite.parameters.chunk import Chunk
+from autotp.rewrite.parameters.dcp import Sharded
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, end_to_end, new_dtensor
+
+
+class DataParallelDTensor(LayoutDTensor):
+    """A tensor in the order of its layout over the last dim of its mesh, sharded or replicated over the dims before."""
+
+    @property
+    def _sharded_over(self) -> int | None:
+        """The mesh dim over which the tp rank's part is cut in chunks; None: it is replicated."""
+        found = [i for i, p in enumerate(self._spec.placements[:-1]) if not p.is_replicate()]
+        if len(found) > 1:
+            raise AutoTPError(f"a parameter is sharded over {len(found)} dims of the mesh {self._spec.mesh} beside tp: shard it over one")
+        return found[0] if found else None
+
+    @property
+    def _chunk(self) -> Chunk | None:
+        over = self._sharded_over
+        if over is None:
+            return None
+        mesh, placed = self._spec.mesh, self._spec.placements[over]
+        return Chunk.of(placed.dim, self._layout.local_shape[placed.dim], mesh.get_local_rank(over), mesh.size(over))  # type: ignore[attr-defined]
+
+    @property
+    def _is_whole(self) -> bool:
+        return self._layout.dim is None and self._sharded_over is None
+
+    def _placed(self, spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
+        return placed(spec, local, layout)
+
+    def _plain(self, local: Tensor | None = None) -> DTensor:
+        local = self._local_tensor if local is None else local
+        return new_dtensor(DTensor, local, end_to_end(self._spec, local), requires_grad=False)  # type: ignore[no-any-return]
+
+    def _owned(self) -> Tensor:
+        layout, local, chunk = self._layout, self._local_tensor, self._chunk
+        if not local.numel():  # norms of some orders want an entry
+            return local.new_zeros([max(n, 1) for n in local.shape])
+        if layout.dim is None or not (layout.is_shared or layout.is_padded):
+            return local
+        dim, at = layout.dim, 0
+        owned = layout.owned(self._rank)
+        parts: list[tuple[int, int]] = []
+        for a, b in chunk.within(owned) if chunk is not None and chunk.dim == dim else owned:
+            parts += [(at - a, 0), (a, b)] if a > at else [(a, b)]
+            at = b
+        end = local.shape[dim]
+        return take(local, dim, [*parts, (at - end, 0)] if at < end or not parts else parts)
+
+    def _tp_part(self) -> Tensor:
+        chunk, over = self._chunk, self._sharded_over
+        if chunk is None or over is None:
+            return self._local_tensor
+        comm = GroupComm(self._spec.mesh.get_group(over))
+        return chunk.joined(comm.all_gather(chunk.padded(self._local_tensor)))
+
+    def _part(self, whole: Tensor) -> Tensor:
+        part, chunk = super()._part(whole), self._chunk
+        return part if chunk is None else chunk.cut(part).clone(memory_format=torch.contiguous_format)
+
+    def _clear_padding_(self) -> None:
+        dim, chunk = self._layout.dim or 0, self._chunk
+        padding = self._layout.padding(self._rank)
+        for a, b in chunk.within(padding) if chunk is not None and chunk.dim == dim else padding:
+            self._local_tensor.narrow(dim, a, b - a).zero_()
+
+    def _sharded(self) -> Sharded:
+        return Sharded(self._local_tensor, self._layout, self._rank, chunk=self._chunk)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        ordinary = new_dtensor(DTensor, self._local_tensor, self._spec, requires_grad=False)
+        return _rebuilt, (ordinary, self._layout, self.requires_grad)
+
+
+def placed(spec: Any, local: Tensor, layout: Layout) -> DataParallelDTensor:
+    """Returns the tensor over `local`, this rank's chunk of its tp rank's part, placed as `spec`, whose last mesh dim is tp."""
+    made: DataParallelDTensor = new_dtensor(DataParallelDTensor, local, spec, requires_grad=False)
+    made._layout = layout
+    return made
+
+
+def _rebuilt(tensor: DTensor, layout: Layout, requires_grad: bool) -> LayoutDTensor:
+    made: LayoutDTensor = placed(tensor._spec, tensor._local_tensor, layout)
+    return made.requires_grad_(requires_grad)  # type: ignore[return-value]
+
+
+torch.serialization.add_safe_globals([_rebuilt])

@@ -1,0 +1,71 @@
+"""Keeps the layouts of parameters that FSDP2, HSDP or `replicate` take over.
+
+torch's `fully_shard` makes a 2-D DTensor of a parameter that is a DTensor over the tp mesh. It does not know that the parameter has a
+layout, and has no protocol to be told: what it makes would be read as if it were cut evenly. So `FSDPParam`, which holds one parameter
+for FSDP, becomes a `LayoutFSDPParam` where the parameter has a layout. It gives the layout to every tensor that FSDP makes of it.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+from autotp.errors import MeshError
+from autotp.plan.layout import Layout
+from autotp.rewrite.parameters.data_parallel import DataParallelDTensor, placed
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, laid_out
+
+
+class LayoutFSDPParam(FSDPParam):
+    """Holds one parameter that has a layout for FSDP."""
+
+    _layout: Layout
+
+    def to_sharded_dtensor(self, tensor: Tensor) -> DataParallelDTensor:
+        """Returns the sharded parameter, or its gradient, of this rank's chunk `tensor`."""
+        made = super().to_sharded_dtensor(tensor)
+        return placed(made._spec, made._local_tensor, self._layout)
+
+    def init_unsharded_param(self) -> None:
+        """Makes the parameter that the module's forward reads: the tp rank's part."""
+        super().init_unsharded_param()
+        made: Any = self._unsharded_param
+        if type(made) is not LayoutDTensor:
+            unsharded = laid_out(made._spec, made._local_tensor, self._layout)
+            self._unsharded_param = nn.Parameter(unsharded, requires_grad=made.requires_grad)
+
+
+def _keeps_layouts(init: Any) -> Any:
+    @wraps(init)
+    def init_sharded_param(self: FSDPParam, param: nn.Parameter, *args: Any, **kwargs: Any) -> None:
+        if isinstance(param, LayoutDTensor):
+            self.__class__ = LayoutFSDPParam
+            self._layout = param._layout
+            mesh = next((a.mesh for a in (*args, *kwargs.values()) if hasattr(a, "mesh")), None)
+            if mesh is not None:
+                _refuse_tp_ranks(mesh, param)
+        init(self, param, *args, **kwargs)
+
+    return init_sharded_param
+
+
+def _refuse_tp_ranks(mesh: Any, param: LayoutDTensor) -> None:
+    """Refuse to shard over ranks that hold different tp parts.
+
+    Raises:
+        MeshError: the mesh has more than one rank of the parameter's tp group.
+    """
+    tp = set(dist.get_process_group_ranks(param._spec.mesh.get_group()))
+    if len(both := tp & set(mesh.mesh.flatten().tolist())) > 1:
+        raise MeshError(
+            f"fully_shard would shard a tensor-parallel model over the ranks {sorted(both)}, which hold different parts of it: pass the "
+            'mesh of the data-parallel ranks, as in fully_shard(model, mesh=mesh["dp"]) of init_device_mesh(device, (dp, tp), '
+            'mesh_dim_names=("dp", "tp"))'
+        )
+
+
+FSDPParam._init_sharded_param = _keeps_layouts(FSDPParam._init_sharded_param)  # type: ignore[method-assign]
