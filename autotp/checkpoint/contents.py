@@ -24,10 +24,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autotp.errors import CheckpointError
+from autotp.plan.boxes import piece_dim
 from autotp.plan.layout import Layout, replicated
 from autotp.plan.spec import ParamPlan
+from autotp.rewrite.parameters.chunk import Chunk
+from autotp.rewrite.parameters.data_parallel import chunk_of
 from autotp.rewrite.parameters.dcp import Sharded
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, layout_of
+from autotp.rewrite.parameters.names import own_name
 
 #: Tensors are written in boxes of at most so many bytes: who reads a part holds no more than that of the rest.
 BOX = 64 << 20
@@ -42,12 +46,19 @@ class Param:
     tensor: Tensor
     layout: Layout
     rank: int
-    local: Tensor  # this rank's part, of shape `layout.local_shape`
+    local: Tensor  # this rank's part, of shape `layout.local_shape`, or the chunk of it that FSDP gave the rank
+    chunk: Chunk | None = None
 
     @property
     def is_cut(self) -> bool:
         """True when no rank holds all of it."""
-        return self.layout.dim is not None
+        return self.layout.dim is not None or self.chunk is not None
+
+    def clear_padding_(self, local: Tensor) -> None:
+        """Writes zeros to the padding of `local`, the rank's part of this parameter or of a moment of it."""
+        dim, padding = piece_dim(self.layout), self.layout.padding(self.rank)
+        for a, b in self.chunk.within(padding) if self.chunk is not None and self.chunk.dim == dim else padding:
+            local.narrow(dim, a, b - a).zero_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,7 @@ class Contents:
 
     def model(self, box: int | None = None) -> dict[str, Sharded]:
         """Returns parameters and buffers by name, as DCP takes them."""
-        found = {name: Sharded(p.local, p.layout, p.rank, box) for name, p in self.params.items()}
+        found = {name: Sharded(p.local, p.layout, p.rank, box, p.chunk) for name, p in self.params.items()}
         return found | {name: whole(buffer, box) for name, buffer in self.buffers.items()}
 
 
@@ -90,7 +101,9 @@ def moment(param: Param, value: Tensor, box: int | None = None) -> Sharded:
     """Wraps a tensor of the optimizer's state of `param`: in the parameter's layout where it has its shape."""
     if value.shape != param.tensor.shape:
         return whole(value, box)
-    return Sharded(local_of(value), value._layout if isinstance(value, LayoutDTensor) else param.layout, param.rank, box)
+    if isinstance(value, LayoutDTensor):
+        return Sharded(local_of(value), value._layout, param.rank, box, chunk_of(value))
+    return Sharded(local_of(value), param.layout, param.rank, box, param.chunk)
 
 
 def contents_of(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, optimizer: Any) -> Contents:
@@ -121,18 +134,20 @@ def _params(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, problem
     params: dict[str, Param] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for called, p in model.named_parameters(remove_duplicate=False):
+        name = own_name(called)
         if first.setdefault(id(p), name) != name:
             aliases[name] = first[id(p)]
             continue
         known = plans.get(name)
         layout = layout_of(p, None if known is None else known.layout)
-        param = Param(name, p, layout, rank, local_of(p))
+        param = Param(name, p, layout, rank, local_of(p), chunk_of(p))
+        wanted = layout.local_shape if param.chunk is None else param.chunk.shape(layout.local_shape)
         if p.is_meta:
             problems.append(f"{name} is on the meta device and has no values: load weights into the model first")
-        elif tuple(param.local.shape) != layout.local_shape or (not isinstance(p, DTensor) and tuple(p.shape) != layout.shape):
+        elif tuple(param.local.shape) != wanted or (not isinstance(p, DTensor) and tuple(p.shape) != layout.shape):
             problems.append(
-                f"{name}: this rank holds a part of shape {tuple(param.local.shape)}, autotp's plan says {layout.local_shape}: another "
+                f"{name}: this rank holds a part of shape {tuple(param.local.shape)}, autotp's plan says {wanted}: another "
                 "parallelism has sharded it further, or a tensor of another shape was put there; put a whole one there, of shape "
                 f"{layout.shape}"
             )
@@ -149,7 +164,7 @@ def _buffers(model: nn.Module, aliases: dict[str, str], problems: list[str]) -> 
                 f"{path or type(module).__name__} has extra state (get_extra_state), of which nothing is known: save it yourself"
             )
         for leaf, buffer in module._buffers.items():
-            name = f"{path}.{leaf}" if path else leaf
+            name = own_name(f"{path}.{leaf}" if path else leaf)
             if buffer is None or leaf in module._non_persistent_buffers_set:
                 continue
             if first.setdefault(id(buffer), name) != name:
@@ -200,7 +215,7 @@ def unfit(param: Param, key: str, value: Tensor) -> str | None:
         return f"state {key!r} of {param.name} is on the meta device and has no values"
     if not param.is_cut or value.numel() == 1:
         return None
-    if isinstance(value, DTensor) and value.shape == param.tensor.shape and tuple(held.shape) == param.layout.local_shape:
+    if isinstance(value, DTensor) and value.shape == param.tensor.shape and held.shape == param.local.shape:
         return None
     return (
         f"state {key!r} of {param.name} has shape {tuple(value.shape)}, the parameter {param.layout.shape}, cut over {param.layout.tp} "

@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from autotp.checkpoint.contents import Contents, Group, Param, is_scalar_state, moment
 from autotp.checkpoint.fit_state import Stored
-from autotp.plan.boxes import piece_dim
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
 
@@ -54,7 +53,7 @@ class Resume:
     def finish(self) -> None:
         """Sets padding to zero, and state and hyperparameters to those of the checkpoint."""
         for param in self._contents.params.values():
-            _clear_padding(param, param.local)
+            param.clear_padding_(param.local)
             if isinstance(param.tensor, LayoutDTensor):
                 with torch.no_grad():
                     param.tensor._take_back_(param.local)
@@ -62,7 +61,7 @@ class Resume:
             state = self._states[param.name]
             for value in state.values():
                 if isinstance(value, Tensor) and value.shape == param.tensor.shape:
-                    _clear_padding(param, moment(param, value).local)
+                    param.clear_padding_(moment(param, value).local)
             if state:
                 self._optimizer.state[param.tensor] = {
                     key: self.values[value.key] if isinstance(value, _Later) else value for key, value in state.items()
@@ -95,10 +94,5 @@ def _fresh(param: Param, options: dict[str, Any], key: str, known: TensorStorage
     on_cpu = key == "step" and not (options.get("capturable") or options.get("fused"))  # torch's own rule, in Optimizer.load_state_dict
     made = torch.zeros(known.size, dtype=dtype, device="cpu" if on_cpu else param.local.device)
     if known.size and isinstance(p, DTensor):
-        return DTensor.from_local(made, p.device_mesh, (Replicate(),), run_check=False)
+        return DTensor.from_local(made, p.device_mesh, (Replicate(),) * p.device_mesh.ndim, run_check=False)
     return made
-
-
-def _clear_padding(param: Param, local: Tensor) -> None:
-    for a, b in param.layout.padding(param.rank):
-        local.narrow(piece_dim(param.layout), a, b - a).zero_()

@@ -30,6 +30,7 @@ from autotp.checkpoint.nodes import Box, Node, sizes
 from autotp.checkpoint.progress import bar
 from autotp.checkpoint.pullback import fill
 from autotp.checkpoint.read_shard import Counting
+from autotp.checkpoint.over_data_parallel import agree_along, gather_tp_parts
 from autotp.checkpoint.safetensors_writer import PIECE, FilePlan, OutputFile, Piece, lay_out, pieces
 from autotp.errors import CheckpointError, InputError
 from autotp.parallel_state import state_of
@@ -37,12 +38,14 @@ from autotp.plan.plan import Plan
 from autotp.plan.spec import ParamPlan
 from autotp.rewrite.collectives.comm import Comm, GroupComm
 from autotp.rewrite.parameters.layout_dtensor import layout_of
+from autotp.rewrite.parameters.names import own_name
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
-    """Write a parallel model as a checkpoint of Hugging Face form. Collective: call on every rank of one tp group.
+    """Write a parallel model as a checkpoint of Hugging Face form. Collective: call on every rank of one tp group, and of the whole
+    mesh where FSDP shards the model.
 
     The directory equals what transformers' `save_pretrained` writes of the unsharded model, bit by bit, also where transformers
     stores weights otherwise than the model holds them. `AutoModel.from_pretrained` loads it. For a module that is not of
@@ -51,7 +54,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, max_shard
     The rank that writes a piece of a tensor puts it together. No rank holds more than its part of the model and a few pieces (16
     MiB, or one row of a tensor). The ranks share the writing: parts of every file on one machine, whole files on several. They
     write beside `path`; the complete checkpoint takes its place in one step. Other files there stay. On a mesh of several dims call
-    this where the other coordinates are 0.
+    this where the other coordinates are 0; on all ranks where FSDP shards the model: those at coordinate 0 then gather their tp parts
+    to main memory, and write.
 
     Args:
         path: the directory; it is made, or its checkpoint replaced. Every rank must see the same file system.
@@ -61,21 +65,32 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, max_shard
         AutoTPError: the same on every rank, with an old checkpoint as it was. CheckpointError: the file system refuses (no space,
             no permission), a rank is gone. PlanError: `model` is not parallel. InputError: wrong arguments.
     """
+    state_of(model)
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path: got {type(path).__name__}, wanted a directory")
+    gathered = gather_tp_parts(model)
+    write = lambda: _write_all(model, Path(path), max_shard_size, gathered.parts)  # noqa: E731
+    agree_along(gathered.groups, write if gathered.first else lambda: None)
+
+
+def _write_all(model: nn.Module, path: Path, max_shard_size: int | str, parts: Mapping[int, Tensor]) -> None:
     parallel = state_of(model)
     comm = parallel.comm
     group = comm.group if isinstance(comm, GroupComm) else None
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"path: got {type(path).__name__}, wanted a directory")
-    state, identity = agree(group, lambda: held_state(model, parallel.plan.params))
+    state, identity = agree(group, lambda: held_state(model, parallel.plan.params, parts))
     files, metadata = agree(group, lambda: _files(model, state, identity, max_shard_size))
     with written_beside(path, group, replaces=_replaced) as directory:
         first = comm.rank == 0
         agree(group, lambda: _begin(directory, model, parallel.plan, state, files) if first else None)
-        write_files(directory, files, metadata, comm, f"Saving {Path(path).name}")
+        write_files(directory, files, metadata, comm, f"Saving {path.name}")
 
 
-def held_state(model: nn.Module, params: Mapping[str, ParamPlan]) -> tuple[dict[str, Node], dict[str, int]]:
+def held_state(
+    model: nn.Module, params: Mapping[str, ParamPlan], parts: Mapping[int, Tensor]
+) -> tuple[dict[str, Node], dict[str, int]]:
     """Returns the model's `state_dict` as nodes, and a number for each name that tied tensors share.
+
+    `parts`: the tp rank's part of the parameters (by id) that FSDP shards.
 
     Raises:
         CheckpointError: a tensor has no values.
@@ -83,12 +98,13 @@ def held_state(model: nn.Module, params: Mapping[str, ParamPlan]) -> tuple[dict[
     state: dict[str, Node] = {}
     identity: dict[str, int] = {}
     made: dict[int, Held] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        name = own_name(key)
         if not isinstance(tensor, Tensor):
             continue  # a module's extra state that is no tensor: transformers does not write it either
         plan = params.get(name)
         if id(tensor) not in made:
-            local = local_of(tensor)
+            local = parts[id(tensor)] if id(tensor) in parts else local_of(tensor)
             if local.is_meta:
                 raise CheckpointError(f"{name} is on the meta device and has no values: load weights into the model first")
             if plan is not None:
@@ -110,7 +126,7 @@ def _files(
 
 
 def _begin(directory: Path, model: nn.Module, plan: Plan, state: Mapping[str, Node], files: Mapping[str, Mapping[str, Node]]) -> None:
-    parameters = {id(state[name]): prod(state[name].shape) for name, _ in model.named_parameters() if name in state}
+    parameters = {id(state[name]): prod(state[name].shape) for name in (own_name(key) for key, _ in model.named_parameters()) if name in state}
     if pretrained.is_pretrained(model):
         pretrained.write_config(directory, model, [a for m in plan.modules if not m.path for a in m.attributes])
     pretrained.write_index(directory, files, sum(parameters.values()))

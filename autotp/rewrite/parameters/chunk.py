@@ -32,6 +32,10 @@ class Chunk:
         most = -(-size // ranks)
         return cls(dim, min(rank * most, size), min((rank + 1) * most, size), size, most, ranks)
 
+    def shape(self, part: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of this chunk of a tp rank's part of shape `part`."""
+        return (*part[: self.dim], self.stop - self.start, *part[self.dim + 1 :])
+
     def cut(self, part: Tensor) -> Tensor:
         """Returns this chunk of a tp rank's part: a view."""
         return part.narrow(self.dim, self.start, self.stop - self.start)

@@ -21,6 +21,11 @@ from autotp.rewrite.parameters.dcp import Sharded
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, end_to_end, new_dtensor
 
 
+def chunk_of(tensor: Tensor) -> Chunk | None:
+    """Returns the chunk of its tp rank's part that this rank holds of `tensor`; None for all of it."""
+    return tensor._chunk if isinstance(tensor, DataParallelDTensor) else None
+
+
 class DataParallelDTensor(LayoutDTensor):
     """A tensor in the order of its layout over the last dim of its mesh, sharded or replicated over the dims before."""
 

@@ -12,6 +12,7 @@ from autotp.plan.layout import Layout
 from autotp.plan.spec import ParamPlan
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+from autotp.rewrite.parameters.names import own_name
 
 
 @torch.no_grad()
@@ -32,16 +33,20 @@ def unshard(tensor: Tensor, layout: Layout, comm: Comm) -> Tensor:
 
 
 def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
-    """Returns `model.state_dict()` (same keys and order, buffers too) with every parameter whole; tied names share one tensor."""
+    """Returns `model.state_dict()` (same keys and order, buffers too) with every parameter whole; tied names share one tensor.
+
+    Wrappers of torch's (`checkpoint_wrapper`, `torch.compile`) add nothing to a key.
+    """
     whole: dict[int, Tensor] = {}
-    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    tied = {own_name(name): id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     state: dict[str, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for key, value in model.state_dict(keep_vars=True).items():
+        name = own_name(key)
         if name in params:
-            key = tied[name]
-            if key not in whole:
-                whole[key] = unshard(value, params[name].layout, comm)
-            state[name] = whole[key]
+            one = tied[name]
+            if one not in whole:
+                whole[one] = unshard(value, params[name].layout, comm)
+            state[name] = whole[one]
         else:
             state[name] = value.detach() if isinstance(value, Tensor) else value
     return state
@@ -49,4 +54,5 @@ def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Com
 
 def full_grads(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
     """Returns whole gradients by the names of `model.named_parameters()`; parameters without a gradient are left out."""
-    return {name: unshard(p.grad, params[name].layout, comm) for name, p in model.named_parameters() if p.grad is not None}
+    grads = {own_name(name): p.grad for name, p in model.named_parameters()}
+    return {name: unshard(grad, params[name].layout, comm) for name, grad in grads.items() if grad is not None}
