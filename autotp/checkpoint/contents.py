@@ -102,7 +102,7 @@ def moment(param: Param, value: Tensor, box: int | None = None) -> Sharded:
     if value.shape != param.tensor.shape:
         return whole(value, box)
     if isinstance(value, LayoutDTensor):
-        return Sharded(local_of(value), value._layout, param.rank, box, chunk_of(value))
+        return Sharded(local_of(value), value._layout, param.rank, box, chunk_of(value, value._layout))
     return Sharded(local_of(value), param.layout, param.rank, box, param.chunk)
 
 
@@ -141,7 +141,7 @@ def _params(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, problem
             continue
         known = plans.get(name)
         layout = layout_of(p, None if known is None else known.layout)
-        param = Param(name, p, layout, rank, local_of(p), chunk_of(p))
+        param = Param(name, p, layout, rank, local_of(p), chunk_of(p, layout))
         wanted = layout.local_shape if param.chunk is None else param.chunk.shape(layout.local_shape)
         if p.is_meta:
             problems.append(f"{name} is on the meta device and has no values: load weights into the model first")
@@ -208,7 +208,7 @@ def _states(optimizer: Any, params: Mapping[str, Param], groups: list[Group], pr
 
 def unfit(param: Param, key: str, value: Tensor) -> str | None:
     """Says why the tensor `value` of the optimizer's state of `param` has no place in a checkpoint; None where it has."""
-    if isinstance(value, DTensor) and any(p.is_partial() for p in value.placements):
+    if isinstance(value, DTensor) and any(p.is_partial() for p in value._spec.placements):
         return f"state {key!r} of {param.name} is a sum over ranks that was not taken yet"
     held = local_of(value)
     if value.is_meta:

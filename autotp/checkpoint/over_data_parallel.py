@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from autotp.agree import agree
 from autotp.rewrite.parameters.data_parallel import DataParallelDTensor
@@ -28,15 +29,17 @@ class TpParts:
 @torch.no_grad()
 def gather_tp_parts(model: nn.Module) -> TpParts:
     """Gathers the tp parts of the parameters that FSDP manages. Collective over the data-parallel ranks; nothing without FSDP."""
-    managed = [p for p in model.parameters() if isinstance(p, DataParallelDTensor)]
+    # Where there is one tp rank, FSDP makes ordinary DTensors.
+    managed = [p for p in model.parameters() if isinstance(p, DTensor) and (type(p) is DTensor or isinstance(p, DataParallelDTensor))]
     if not managed:
         return TpParts({})
     mesh = managed[0]._spec.mesh
-    groups = tuple(mesh.get_group(dim) for dim in range(mesh.ndim - 1))
-    first = all(mesh.get_local_rank(dim) == 0 for dim in range(mesh.ndim - 1))
+    dims = range(mesh.ndim - isinstance(managed[0], DataParallelDTensor))
+    groups = tuple(mesh.get_group(dim) for dim in dims)
+    first = all(mesh.get_local_rank(dim) == 0 for dim in dims)
     parts: dict[int, Tensor] = {}
     for p in managed:
-        part = p._tp_part().detach()
+        part = (p._tp_part() if isinstance(p, DataParallelDTensor) else p.full_tensor()).detach()
         if first:
             parts[id(p)] = part.cpu()
     return TpParts(parts, groups, first)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from autotp.errors import AutoTPError
+from autotp.plan.boxes import is_even
 from autotp.plan.layout import Layout, take
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.chunk import Chunk
@@ -21,9 +22,21 @@ from autotp.rewrite.parameters.dcp import Sharded
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, end_to_end, new_dtensor
 
 
-def chunk_of(tensor: Tensor) -> Chunk | None:
-    """Returns the chunk of its tp rank's part that this rank holds of `tensor`; None for all of it."""
-    return tensor._chunk if isinstance(tensor, DataParallelDTensor) else None
+def chunk_of(tensor: Tensor, layout: Layout) -> Chunk | None:
+    """Returns the chunk of its tp rank's part that this rank holds of `tensor`; None for all of it.
+
+    Where there is one tp rank, FSDP makes ordinary DTensors.
+    """
+    if isinstance(tensor, DataParallelDTensor):
+        return tensor._chunk
+    if type(tensor) is not DTensor or layout.tp > 1:
+        return None
+    mesh, shape = tensor._spec.mesh, tensor.shape
+    found = [(i, p) for i, p in enumerate(tensor._spec.placements) if isinstance(p, Shard)]
+    if len(found) != 1 or any(p.is_partial() for p in tensor._spec.placements):
+        return None
+    ((over, placed),) = found
+    return Chunk.of(placed.dim, shape[placed.dim], mesh.get_local_rank(over), mesh.size(over))
 
 
 class DataParallelDTensor(LayoutDTensor):
@@ -48,6 +61,11 @@ class DataParallelDTensor(LayoutDTensor):
     @property
     def _is_whole(self) -> bool:
         return self._layout.dim is None and self._sharded_over is None
+
+    @property
+    def _is_even(self) -> bool:
+        chunk = self._chunk
+        return is_even(self._layout) and (chunk is None or chunk.dim != self._layout.dim or chunk.size % chunk.ranks == 0)
 
     def _placed(self, spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
         return placed(spec, local, layout)

@@ -24,6 +24,8 @@ def unshard(tensor: Tensor, layout: Layout, comm: Comm) -> Tensor:
     if isinstance(tensor, LayoutDTensor):
         return tensor._whole()
     if isinstance(tensor, DTensor):
+        if layout.tp == 1:  # FSDP made it
+            return tensor.full_tensor()
         if layout.dim is not None and all(p.is_replicate() for p in tensor._spec.placements):
             return tensor._local_tensor
         tensor = tensor._local_tensor

@@ -25,22 +25,19 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from autotp.errors import AutoTPError
 from autotp.plan import layout as layouts
+from autotp.plan.boxes import is_even
 from autotp.plan.expressions import Concat, Factor, Product
 from autotp.plan.layout import Layout, replicated, take
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.dcp import Sharded
 from autotp.rewrite.parameters.numbers import Numbers
+from autotp.rewrite.parameters.placements import InLayout
 from autotp.rewrite.transforms import refuse_transforms
 
 _detach = torch.ops.aten.detach.default
 # DTensor's own constructor spends 3 µs in Python before it comes to this one.
 new_dtensor: Callable[..., Any] = torch.Tensor._dtensor__new__
 _DATA: Any = torch.Tensor.data
-
-
-def placements(layout: Layout) -> tuple[Any]:
-    """Returns how a tensor of `layout` is placed on its mesh."""
-    return (Replicate() if layout.dim is None else Shard(layout.dim),)
 
 
 class LayoutDTensor(Numbers):
@@ -96,6 +93,19 @@ class LayoutDTensor(Numbers):
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
         """Registers a hook as on one device; the gradient that the hook returns, whole or not, becomes one in this layout."""
         return super().register_hook(GradHook(hook, self._layout))  # type: ignore[no-untyped-call]
+
+    @property
+    def placements(self) -> tuple[Any, ...]:
+        """The placements on the dims of the mesh; `InLayout` where the parts are not even slices."""
+        placed = self._spec.placements
+        if self._is_even:
+            return placed
+        return tuple(p if p.is_replicate() else InLayout.of(p.dim, self._layout) for p in placed)  # type: ignore[attr-defined]
+
+    @property
+    def _is_even(self) -> bool:
+        """True where a plain DTensor of these placements would be cut as this one is."""
+        return is_even(self._layout)
 
     @property
     def _rank(self) -> int:
