@@ -5,6 +5,7 @@ from autotp.api import full_grads, full_state_dict, parallelize, plan, plan_of
 from autotp.checkpoint.loading import from_pretrained
 from autotp.checkpoint.presharded import shard, unshard
 from autotp.checkpoint.saving import save_pretrained
+from autotp.data_parallel import fully_shard
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.recipe.recipe import Recipe
@@ -16,6 +17,7 @@ __all__ = [
     "from_pretrained",
     "full_grads",
     "full_state_dict",
+    "fully_shard",
     "parallelize",
     "plan",
     "plan_of",

@@ -1,8 +1,9 @@
-"""What autotp costs over hand-written tensor parallelism: `python -m benchmarks.overhead [--fake] [--size small medium] [--json F]`.
+"""What autotp costs over hand-written tensor parallelism: `python -m benchmarks.overhead [--fake] [--fsdp] [--size small medium]`.
 
 Every way runs the same llama in the same processes, one after the other in each round, so that a busy machine hits all of
 them; the figure is the median over rounds of the ratio to the hand-written one. `--fake` replaces gloo by a process group
-that does nothing: the ratio of CPU times, which is what a GPU has to hide.
+that does nothing: the ratio of CPU times, which is what a GPU has to hide. `--fsdp` trains each of them under FSDP2 too, on a mesh of
+2 data-parallel × tp ranks: a forward and backward, and clipping with a step of AdamW.
 """
 
 from __future__ import annotations
@@ -28,9 +29,25 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.subjects import SUBJECTS
+from benchmarks.subjects import SUBJECTS, sharded
 
 Job = Callable[[], None]
+
+
+def sharded_jobs(model: nn.Module, prompt: int) -> dict[str, Job]:
+    """The two things that are timed under FSDP2."""
+    ids = torch.arange(prompt).remainder(model.config.vocab_size).view(1, -1)  # type: ignore[union-attr, arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def train() -> None:
+        model.zero_grad(set_to_none=True)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return {"train": train, "step": step}
 
 
 def jobs(model: nn.Module, prompt: int) -> dict[str, Job]:
@@ -75,23 +92,25 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measure(size: str, names: list[str], rounds: int, prompt: int, fake: bool) -> dict[str, Any]:
+def measure(size: str, names: list[str], rounds: int, prompt: int, fake: bool, fsdp: bool) -> dict[str, Any]:
     """On one rank: {job: {name: {"ms", "ratio", "collectives", "bytes"}}}."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    dp = 2 if fsdp else 1
+    mesh = init_device_mesh("cpu", (dp, dist.get_world_size() // dp), mesh_dim_names=("dp", "tp"))
     work: dict[str, dict[str, Job]] = {}
     for name in names:
         try:
-            work[name] = jobs(SUBJECTS[name](size, mesh), prompt)
+            model = SUBJECTS[name](size, mesh["tp"])
+            work[name] = sharded_jobs(sharded(model, mesh["dp"]), prompt) if fsdp else jobs(model, prompt)
             for job in work[name].values():
                 job()
         except Exception as error:
             work.pop(name, None)
             if not fake:
                 raise
-            print(f"{name}: not measured: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{name}: not measured: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
     clock = time.process_time if fake else time.perf_counter
     result: dict[str, Any] = {}
-    for kind in ("prefill", "decode", "train"):
+    for kind in ("train", "step") if fsdp else ("prefill", "decode", "train"):
         times: dict[str, list[float]] = {name: [] for name in work}
         for i in range(rounds):
             order = list(work) if i % 2 else list(reversed(work))
@@ -129,7 +148,7 @@ def _rank(rank: int, world: int, store: str, out: str, options: argparse.Namespa
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     else:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    results = {s: measure(s, options.only, options.rounds, options.prompt, options.fake) for s in options.size}
+    results = {s: measure(s, options.only, options.rounds, options.prompt, options.fake, options.fsdp) for s in options.size}
     if rank == 0:
         with open(out, "w") as f:
             json.dump(results, f)
@@ -154,6 +173,7 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fake", action="store_true", help="CPU time with collectives that do nothing")
+    parser.add_argument("--fsdp", action="store_true", help="a training step under FSDP2 over 2 data-parallel ranks as well")
     parser.add_argument("--size", nargs="+", default=["small"], choices=["small", "medium"])
     parser.add_argument("--only", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--rounds", type=int, default=15)
@@ -161,6 +181,7 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
+    options.world *= 2 if options.fsdp else 1
     if "by hand" not in options.only:
         options.only.insert(0, "by hand")
     with tempfile.TemporaryDirectory() as folder:

@@ -82,6 +82,15 @@ def transformers_plan(size: str, mesh: DeviceMesh) -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
+def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """The model under FSDP2 over the data-parallel `mesh`, a unit a layer; in training mode."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model.train(), mesh=mesh)  # type: ignore[return-value]
+
+
 SUBJECTS: dict[str, Callable[[str, DeviceMesh], nn.Module]] = {
     "by hand": by_hand,
     "autotp": autotp,

@@ -27,10 +27,10 @@ from autotp.checkpoint.directory import written_beside
 from autotp.checkpoint.exchange import Held, round_of
 from autotp.checkpoint.files import INDEX
 from autotp.checkpoint.nodes import Box, Node, sizes
+from autotp.checkpoint.over_data_parallel import agree_along, gather_tp_parts
 from autotp.checkpoint.progress import bar
 from autotp.checkpoint.pullback import fill
 from autotp.checkpoint.read_shard import Counting
-from autotp.checkpoint.over_data_parallel import agree_along, gather_tp_parts
 from autotp.checkpoint.safetensors_writer import PIECE, FilePlan, OutputFile, Piece, lay_out, pieces
 from autotp.errors import CheckpointError, InputError
 from autotp.parallel_state import state_of
@@ -85,9 +85,7 @@ def _write_all(model: nn.Module, path: Path, max_shard_size: int | str, parts: M
         write_files(directory, files, metadata, comm, f"Saving {path.name}")
 
 
-def held_state(
-    model: nn.Module, params: Mapping[str, ParamPlan], parts: Mapping[int, Tensor]
-) -> tuple[dict[str, Node], dict[str, int]]:
+def held_state(model: nn.Module, params: Mapping[str, ParamPlan], parts: Mapping[int, Tensor]) -> tuple[dict[str, Node], dict[str, int]]:
     """Returns the model's `state_dict` as nodes, and a number for each name that tied tensors share.
 
     `parts`: the tp rank's part of the parameters (by id) that FSDP shards.
@@ -126,7 +124,9 @@ def _files(
 
 
 def _begin(directory: Path, model: nn.Module, plan: Plan, state: Mapping[str, Node], files: Mapping[str, Mapping[str, Node]]) -> None:
-    parameters = {id(state[name]): prod(state[name].shape) for name in (own_name(key) for key, _ in model.named_parameters()) if name in state}
+    parameters = {
+        id(state[name]): prod(state[name].shape) for name in (own_name(key) for key, _ in model.named_parameters()) if name in state
+    }
     if pretrained.is_pretrained(model):
         pretrained.write_config(directory, model, [a for m in plan.modules if not m.path for a in m.attributes])
     pretrained.write_index(directory, files, sum(parameters.values()))

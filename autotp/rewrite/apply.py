@@ -103,7 +103,8 @@ class _Rewriter:
                 stash.guard(self.model, plan.path, plan.stashed, self.undo)
         install_joints(self.model, list(self.plans.values()), self.comm, self.undo)
         runs = [(m, m.__dict__.get(STATE)) for m in self.modules.values()]
-        install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and r.light], self.undo)
+        reads = [(m, read) for m, run in runs for read in getattr(run, "reads", ()) if read.owner is not m]
+        install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and r.light], reads, self.undo)
         self._replace_params(make_param)
 
     def _replace_params(self, make_param: MakeParam) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.nn.modules.module as torch_module
@@ -21,6 +21,7 @@ from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.plan.spec import Boundary, Shown
 from autotp.rewrite.guards.own_grad import Copied, Hook, Summed, is_torchs
+from autotp.rewrite.observer import Observer
 from autotp.rewrite.undo import Undo
 
 _FORWARD, _FORWARD_PRE, _BACKWARD, _BACKWARD_PRE = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -46,18 +47,6 @@ class Running:
     def __deepcopy__(self, memo: dict[int, Any]) -> Running:
         made: Running = memo.setdefault(id(self), Running())
         return made
-
-
-class Observer:
-    """A hook that accepts values as they are, and changes none: parts and summands included."""
-
-    __slots__ = ("hook",)
-
-    def __init__(self, hook: Callable[..., None]) -> None:
-        self.hook = hook
-
-    def __call__(self, *args: Any) -> None:
-        self.hook(*args)
 
 
 class InnerHooks(OrderedDict[int, Any]):

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+from autotp.rewrite.parameters.placements import NO_DDP
 
 _TABLES = ("_parameters", "_buffers")
 _ADVICE = "Make the change before parallelize (build the model again), or take it back"
@@ -88,6 +90,8 @@ class Place:
             old, new = self.held.get(name), found.get(name)
             if old == new or (name in self.laid and new is not None) or (_NUMBER in (old, new) and (_is_one(old) or _is_one(new))):
                 continue
+            if new is None and isinstance(self.module.__dict__.get(name), DTensor):
+                raise AutoTPError(f"{self.where}{name} is no parameter of its module any more. {NO_DDP}")
             raise AutoTPError(
                 f"{self.where}{name} was {_told(old)} when the model was made parallel and is {_told(new)} now; the code that reads it "
                 f"runs on a rank's part, by a plan made for what was there. {_ADVICE}"

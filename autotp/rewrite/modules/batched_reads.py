@@ -4,25 +4,33 @@ A norm's weight costs a Python function forward and one backward (70 µs a step 
 forward records gradients, all of them enter the graph through one function, whose backward also sums the partial gradients in one
 all-reduce. Its gradients arrive at the end of the backward, so only small parameters take part. A module that runs alone, or again
 for a checkpoint, reads for itself.
+
+FSDP gathers the parameters of a unit just before the unit runs, and reduces their gradients when its backward ends. So the modules of
+each unit are read together at the unit's forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.distributed.fsdp import FSDPModule
 
+from autotp.errors import AutoTPError
 from autotp.plan.spec import GradSum
 from autotp.rewrite.modules.module import ModuleRun
+from autotp.rewrite.observer import Observer
+from autotp.rewrite.parameters.data_parallel import is_managed
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout, own_gradient
-from autotp.rewrite.parameters.reads import GradFix
+from autotp.rewrite.parameters.reads import GradFix, Read
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 
 SMALL = 1 << 16  # elements; larger gradients should not wait for the end of the backward
+Runs = Sequence[tuple[nn.Module, ModuleRun]]
 
 
 class _ReadMany(torch.autograd.Function):
@@ -58,9 +66,9 @@ def _sum_together(grads: list[Tensor | None], fixes: Sequence[GradFix]) -> list[
 
 
 class BatchReads:
-    """Hooks the root's forward to read for all `runs` at once."""
+    """Reads for all `runs` at once when the forward of the module that encloses them begins."""
 
-    def __init__(self, runs: Sequence[tuple[nn.Module, ModuleRun]]) -> None:
+    def __init__(self, runs: Runs) -> None:
         self.runs = tuple(runs)
         self.active = False
 
@@ -94,9 +102,77 @@ class BatchReads:
                 run.shared = None
 
 
-def install_batch(model: nn.Module, runs: Sequence[tuple[nn.Module, ModuleRun]], undo: Undo) -> None:
+class RootReads(BatchReads):
+    """The batch of the root, which gives the modules of each FSDP unit to the unit once FSDP has taken parameters over.
+
+    `reads`: everything that forwards read, as (module that reads, read).
+    """
+
+    def __init__(self, runs: Runs, reads: Sequence[tuple[nn.Module, Read]]) -> None:
+        super().__init__(runs)
+        self.reads = tuple(reads)
+        self.divided = False
+
+    def before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self.divided and not is_dynamo_compiling() and any(is_managed(p) for p in self._params()):
+            self._divide(model)
+        super().before(model, args)
+
+    def _params(self) -> Iterator[Tensor]:
+        for module, run in self.runs:
+            for name, _ in run.light or ():
+                if (p := module._parameters.get(name)) is not None:
+                    yield p
+
+    def _divide(self, model: nn.Module) -> None:
+        names: dict[int, str] = {}
+        units: dict[int, list[nn.Module]] = {}
+        for path, enclosing in _enclosing(model, ()):
+            names[id(enclosing[-1])] = path
+            units[id(enclosing[-1])] = [m for m in enclosing if isinstance(m, FSDPModule)]
+        for module, read in self.reads:
+            _refuse_outside(names, units, module, read)
+        runs: dict[int, list[tuple[nn.Module, ModuleRun]]] = {}
+        for module, run in self.runs:
+            unit = next(iter(reversed(units.get(id(module), []))), model)
+            runs.setdefault(id(unit), []).append((module, run))
+        for unit in (m for m in model.modules() if m is not model and len(runs.get(id(m), ())) > 1):
+            _hook(unit, BatchReads(runs[id(unit)]))
+        self.runs = tuple(runs.get(id(model), ()))
+        self.divided = True
+
+
+def _enclosing(module: nn.Module, above: tuple[nn.Module, ...], path: str = "") -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
+    """Yields the path of each module, and the modules that enclose it, itself last."""
+    yield path, (*above, module)
+    for name, child in module.named_children():
+        yield from _enclosing(child, (*above, module), f"{path}.{name}" if path else name)
+
+
+def _refuse_outside(names: dict[int, str], units: dict[int, list[nn.Module]], module: nn.Module, read: Read) -> None:
+    """Refuse a read of a parameter of another unit that does not enclose the reader: FSDP may have reduced its gradient before.
+
+    Raises:
+        AutoTPError: names both modules.
+    """
+    own, owners = units.get(id(module)), units.get(id(read.owner))
+    if read.is_buffer or not own or not owners or owners[-1] in own:
+        return
+    raise AutoTPError(
+        f"{names[id(module)]} reads {read.name} of {names[id(read.owner)]}, which is in another unit of FSDP: its gradient would be "
+        "reduced without this use. Pass both modules to one call, fully_shard([a, b], mesh=…), leave both to the unit that encloses "
+        "them, or let autotp.fully_shard(model, mesh) pick the units"
+    )
+
+
+def _hook(module: nn.Module, batch: BatchReads) -> None:
+    module.register_forward_pre_hook(Observer(batch.before))
+    module.register_forward_hook(Observer(batch.after), always_call=True)
+
+
+def install_batch(model: nn.Module, runs: Runs, reads: Sequence[tuple[nn.Module, Read]], undo: Undo) -> None:
     """Hook `model` so that its forwards read the small parameters of `runs` together."""
     if len(runs) > 1:
-        batch = BatchReads(runs)
+        batch = RootReads(runs, reads)
         undo.push(model.register_forward_pre_hook(batch.before, prepend=True).remove)
         undo.push(model.register_forward_hook(batch.after, always_call=True).remove)

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from autotp.plan.layout import Layout, alike
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
-from autotp.rewrite.parameters.placements import placements
 from autotp.rewrite.parameters.make import as_dtensor
+from autotp.rewrite.parameters.placements import placements
 from autotp.rewrite.undo import Undo
 
 

@@ -21,6 +21,14 @@ from autotp.rewrite.parameters.chunk import Chunk
 from autotp.rewrite.parameters.dcp import Sharded
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, end_to_end, new_dtensor
 
+#: Set on the parameter that FSDP gathers for a forward, which is an ordinary `LayoutDTensor`.
+MANAGED = "_autotp_managed"
+
+
+def is_managed(tensor: Tensor) -> bool:
+    """True for a parameter that FSDP has taken over, sharded or gathered."""
+    return isinstance(tensor, DataParallelDTensor) or getattr(tensor, MANAGED, False)
+
 
 def chunk_of(tensor: Tensor, layout: Layout) -> Chunk | None:
     """Returns the chunk of its tp rank's part that this rank holds of `tensor`; None for all of it.

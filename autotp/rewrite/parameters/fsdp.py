@@ -16,7 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from autotp.errors import MeshError
 from autotp.plan.layout import Layout
-from autotp.rewrite.parameters.data_parallel import DataParallelDTensor, placed
+from autotp.rewrite.parameters.data_parallel import MANAGED, DataParallelDTensor, placed
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, laid_out
 
 
@@ -37,6 +37,7 @@ class LayoutFSDPParam(FSDPParam):
         if type(made) is not LayoutDTensor:
             unsharded = laid_out(made._spec, made._local_tensor, self._layout)
             self._unsharded_param = nn.Parameter(unsharded, requires_grad=made.requires_grad)
+            setattr(self._unsharded_param, MANAGED, True)
 
 
 def _keeps_layouts(init: Any) -> Any:

@@ -46,3 +46,10 @@ class InLayout(Shard):
 
     def __repr__(self) -> str:
         return f"InLayout({self.layout})"
+
+
+#: What a user of DistributedDataParallel is told, which replicates plain tensors only.
+NO_DDP = (
+    'DistributedDataParallel does not take a tensor-parallel model: use replicate(model, mesh=mesh["dp"]) of '
+    "torch.distributed._composable.replicate_with_fsdp, or autotp.fully_shard(model, mesh)"
+)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp.numeric.exact import TOLERANCE, relative_error
-from autotp.rewrite.guards.hooks import Observer
+from autotp.rewrite.observer import Observer
 from autotp.trace.boundary import flatten_result
 
 #: (module path, number of the call, path inside the result) → output.

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import autotp
 from autotp.plan.codec import decode, encode
 from autotp.plan.spec import Shown
-from autotp.rewrite.guards.hooks import Observer
+from autotp.rewrite.observer import Observer
 from tests.rewrite.guards.guarded import Use, forward, gradients, inputs, outcome, planned
 from tests.support.ranks import Pool, mesh
 

@@ -18,8 +18,8 @@ from autotp.errors import AutoTPError, PlanError
 from autotp.plan.conversions import Conversion, Op
 from autotp.plan.spec import ModulePlan, Slot
 from autotp.rewrite.collectives.comm import DryComm
-from autotp.rewrite.guards.hooks import Observer
 from autotp.rewrite.modules.joint import HeldSum, install_joints
+from autotp.rewrite.observer import Observer
 from autotp.rewrite.undo import Undo
 from tests.models.custom import WIDTH
 from tests.models.parallel import APART, JOINT, OneTwice, ParallelBlock, Residual, Returned, SharedExit, Stack, ThreeBlock, Twins

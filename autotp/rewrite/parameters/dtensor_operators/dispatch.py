@@ -15,6 +15,7 @@ from autotp.rewrite.parameters.dtensor_operators.sums import counts_once, order_
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
 from autotp.rewrite.parameters.dtensor_operators.wholes import on_whole
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+from autotp.rewrite.parameters.placements import NO_DDP
 
 _aten = torch.ops.aten
 _detach, _copy_ = _aten.detach.default, _aten.copy_.default
@@ -47,7 +48,7 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if func.namespace in _COLLECTIVES:
         raise AutoTPError(
             f"{func} on a tensor that is laid out over tensor-parallel ranks: give it to_local(), this rank's part, over a group that does "
-            "not hold other parts of it"
+            f"not hold other parts of it. {NO_DDP}"
         )
     if func is _copy_:
         known_order(args[0], args[1])
