@@ -19,8 +19,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,11 +223,12 @@ def shared(expr: Expr, rank: int, tp: int) -> Shared:
     return Shared(total, tuple(merged))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """Layout of one parameter over `tp` ranks: `dims[i]` describes dim i of the full tensor of shape `shape`.
 
-    At most one dim holds sharded factors.
+    At most one dim holds sharded factors. What follows from the fields is worked out once: operators on parameters ask for it on every
+    step.
     """
 
     shape: tuple[int, ...]
@@ -241,27 +243,27 @@ class Layout:
         for expr in self.dims:
             _check_pieces(expr, {})
 
-    @property
+    @cached_property
     def dim(self) -> int | None:
         """The sharded dim, None for a replicated parameter."""
         return next((i for i, e in enumerate(self.dims) if is_sharded(e)), None)
 
-    @property
+    @cached_property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of one rank's shard, padding included (the same on every rank)."""
         return tuple(size(e, self.tp) for e in self.dims)
 
-    @property
+    @cached_property
     def expr(self) -> Expr | None:
         """The expression of the sharded dim, None for a replicated parameter."""
         return None if self.dim is None else self.dims[self.dim]
 
-    @property
+    @cached_property
     def is_shared(self) -> bool:
         """True when some index of the sharded dim is held more than once."""
         return self.expr is not None and shared(self.expr, 0, self.tp).size > 0
 
-    @property
+    @cached_property
     def is_padded(self) -> bool:
         """True when some rank's shard has padding."""
         return self.expr is not None and is_padded(self.expr, self.tp)
@@ -316,6 +318,9 @@ class Layout:
                     full.narrow(dim, a, b - a).copy_(local.narrow(dim, offset, b - a))
                 offset += b - a
         return full
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shape": self.shape, "dims": self.dims, "tp": self.tp}
 
     def __str__(self) -> str:
         return " ".join(notation(e) for e in self.dims) or "()"

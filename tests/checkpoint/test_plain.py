@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor
 import autotp
 from autotp.checkpoint.state import save
 from autotp.rewrite.parameters.dtensor_operators import dispatch
-from autotp.rewrite.parameters.layout_dtensor import plain
 from benchmarks.optimizers import build
 from tests.checkpoint.training import OPTIMIZERS, apart, barrier, grouped, mesh_of, moments, parallel, plain_moments, train
 from tests.support.ranks import Pool

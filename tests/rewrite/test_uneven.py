@@ -21,7 +21,7 @@ from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.modules import linear
 from autotp.rewrite.parameters import reads
 from autotp.rewrite.parameters.full import full_grads, full_state_dict
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, plain
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from tests.rewrite.plans import error, rewrite, worst_grad
 from tests.rewrite.uneven import Uneven, uneven_plan
 from tests.support.ranks import Pool
@@ -183,7 +183,7 @@ def life_of_a_gradient() -> None:
     assert k.grad is before and type(before) is LayoutDTensor and error(2 * first, before.full_tensor()) < 1e-9
     assert k.grad.mul_(0.5) is k.grad and error(first, k.grad.full_tensor()) < 1e-9
     assert type(k.grad.clone()) is type(k.grad.detach()) is type(k.grad * 2) is type(k.grad.float()) is LayoutDTensor
-    assert [type(t) for t in torch._foreach_mul([k.grad, k.detach(), plain(k)], 2)] == [LayoutDTensor, LayoutDTensor, DTensor]
+    assert [type(t) for t in torch._foreach_mul([k.grad, k.detach(), k._plain()], 2)] == [LayoutDTensor, LayoutDTensor, DTensor]
     assert (k.grad.float()).dtype == torch.float32 and k.grad.sum(1).shape == first.shape[:1]
 
     twin = copy.deepcopy(k.grad)

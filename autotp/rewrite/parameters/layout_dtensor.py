@@ -49,7 +49,7 @@ class LayoutDTensor(Numbers):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is _detach and type(args[0]) is cls:
+        if func is _detach and type(args[0]) is LayoutDTensor:
             return args[0]._like(args[0]._local_tensor, args[0]._spec)
         return cls.operate(func, args, kwargs or {})
 

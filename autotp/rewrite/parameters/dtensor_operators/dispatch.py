@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from autotp.errors import AutoTPError
 from autotp.rewrite.parameters.dtensor_operators.elements import known_order, on_elements
 from autotp.rewrite.parameters.dtensor_operators.fused import STEPS
 from autotp.rewrite.parameters.dtensor_operators.lists import in_step, is_on_each, on_each, on_lists
-from autotp.rewrite.parameters.dtensor_operators.sums import counts_once, order_of, owned, summed, with_dims
+from autotp.rewrite.parameters.dtensor_operators.sums import counts_once, norms_of, order_of, owned, summed, with_dims
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
 from autotp.rewrite.parameters.dtensor_operators.wholes import on_whole
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
@@ -25,6 +26,7 @@ _COUNTING = frozenset(
     for name in ("linalg_vector_norm", "norm", "_foreach_norm", "linalg__powsum", "_foreach_powsum", "sum")
     if hasattr(_aten, name)
 )
+_NORMS = frozenset((_aten.linalg_vector_norm, _aten._foreach_norm))
 # On elements too, though torch does not tag them so.
 _ON_ELEMENTS = frozenset(
     getattr(_aten, name)
@@ -41,6 +43,13 @@ _COLLECTIVES = frozenset(("c10d", "_c10d_functional", "_c10d_functional_autograd
 _LISTS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_")
 
 
+@lru_cache(maxsize=4096)
+def _kind(func: Any) -> tuple[bool, bool]:
+    """Returns whether an operator draws random numbers, and whether it works on each element alone."""
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    return random, (torch.Tag.pointwise in func.tags and not random) or func.overloadpacket in _ON_ELEMENTS
+
+
 def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Runs `func(*args, **kwargs)`, some of whose arguments are laid out over ranks."""
     if func is _detach and type(args[0]) is not PartView:
@@ -52,14 +61,16 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         )
     if func is _copy_:
         known_order(args[0], args[1])
-    packet, tags = func.overloadpacket, func.tags
-    random = torch.Tag.nondeterministic_seeded in tags
-    if (torch.Tag.pointwise in tags and not random) or packet in _ON_ELEMENTS:
+    packet = func.overloadpacket
+    random, works_on_elements = _kind(func)
+    if works_on_elements:
         if (result := on_elements(func, args, kwargs)) is not NotImplemented:
             return result
     elif packet in _RESHAPES and isinstance(x := args[0], LayoutDTensor) and type(x) is not PartView and tuple(args[1]) == tuple(x.shape):
         return x._like(x._local_tensor, x._spec)
     counts = packet in _COUNTING
+    if packet in _NORMS and type(args[0]) is not PartView and (result := norms_of(func, args, kwargs)) is not NotImplemented:
+        return result
     if func._schema.name.startswith(_LISTS) and in_step(args):
         if (packet in STEPS or is_on_each(packet)) and (result := on_each(func, args, kwargs)) is not NotImplemented:
             return result

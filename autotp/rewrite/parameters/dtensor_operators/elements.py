@@ -17,32 +17,58 @@ from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_dtype
 
 def on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Runs an operator on the local tensors; NotImplemented where they are not parts alike."""
-    like: LayoutDTensor | None = None
-    for a in args:
-        if isinstance(a, LayoutDTensor):
-            if type(a) is PartView:
-                return NotImplemented
-            if like is None or (like._is_whole and not a._is_whole):
-                like = a
-    if like is None or any(isinstance(v, Tensor) for v in kwargs.values()):
-        return NotImplemented
-    in_place = func._schema.name.endswith("_")
-    if in_place and not (isinstance(args[0], LayoutDTensor) and same_layout(args[0], like)):
-        return NotImplemented
-    local = [_local(a, like) if isinstance(a, Tensor) else a for a in args]
-    if any(x is None and a is not None for x, a in zip(local, args, strict=True)):
+    like, local = _one_spec(args)
+    if like is None or kwargs:
+        like, local = _parts(func, args, kwargs)
+    if like is None:
         return NotImplemented
     result = func(*local, **kwargs)
-    if in_place:
+    if func._schema.name.endswith("_"):
         if like._layout.is_padded:
-            like._clear_padding_() if args[0] is like else args[0]._clear_padding_()
+            args[0]._clear_padding_()
         return args[0]
     if not isinstance(result, Tensor) or result.shape != like._local_tensor.shape:
-        return like._everywhere(result) if like._is_whole and isinstance(result, Tensor) else NotImplemented
+        return like._everywhere(result) if isinstance(result, Tensor) and like._is_whole else NotImplemented
     made = like._like(result, in_dtype(like._spec, result.dtype))
     if like._layout.is_padded:  # it is not what it was made from: cos of it is 1, and a gradient would move the parameter's
         made._clear_padding_()
     return made
+
+
+def _one_spec(args: tuple[Any, ...]) -> tuple[LayoutDTensor | None, list[Any]]:
+    """Returns one of the tensors and the local arguments where all tensors share one placement, as an optimizer's do."""
+    one: LayoutDTensor | None = None
+    local: list[Any] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            if one is None:
+                if not isinstance(a, LayoutDTensor) or type(a) is PartView:
+                    return None, local
+                one = a
+            elif type(a) is not type(one) or a._spec is not one._spec or a._layout is not one._layout:
+                return None, local
+            a = a._local_tensor  # type: ignore[attr-defined]
+        local.append(a)
+    return one, local
+
+
+def _parts(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[LayoutDTensor | None, list[Any]]:
+    """Returns the tensor in whose layout the operator runs, and the local arguments; None where they are not parts alike."""
+    like: LayoutDTensor | None = None
+    for a in args:
+        if isinstance(a, LayoutDTensor):
+            if type(a) is PartView:
+                return None, []
+            if like is None or (like._is_whole and not a._is_whole):
+                like = a
+    if like is None or any(isinstance(v, Tensor) for v in kwargs.values()):
+        return None, []
+    if func._schema.name.endswith("_") and not (isinstance(args[0], LayoutDTensor) and same_layout(args[0], like)):
+        return None, []
+    local = [_local(a, like) if isinstance(a, Tensor) else a for a in args]
+    if any(x is None and a is not None for x, a in zip(local, args, strict=True)):
+        return None, []
+    return like, local
 
 
 def _local(x: Tensor, like: LayoutDTensor) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from math import isinf
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._ops._math_ops import _NormPartial
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from autotp.plan.boxes import is_even
@@ -107,6 +109,30 @@ def _as_part(x: Summed, kind: Any) -> DTensor:
 
 def _ordinary(x: DTensor) -> DTensor:
     return new_dtensor(DTensor, x._local_tensor, x._spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def norms_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Returns the norms of whole tensors without DTensor's dispatch, which costs more than the norms; NotImplemented for others."""
+    given, xs = named(func, args, kwargs), args[0]
+    order = order_of(func, args, kwargs)
+    if given.get("dim") or given.get("keepdim") or order <= 0 or isinf(order):
+        return NotImplemented
+    if isinstance(xs, LayoutDTensor):
+        return _norm(xs, func(xs._owned(), *args[1:], **kwargs), order)
+    if not all(isinstance(x, LayoutDTensor) for x in xs):
+        return NotImplemented
+    return [_norm(x, n, order) for x, n in zip(xs, func([x._owned() for x in xs], *args[1:], **kwargs), strict=True)]
+
+
+def _norm(x: LayoutDTensor, local: Tensor, order: float) -> Summed:
+    spec = _spec_of_norm(x._spec.mesh, tuple(p.is_replicate() for p in x._spec.placements), order, local.dtype)
+    return new_dtensor(Summed, local, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=256)
+def _spec_of_norm(mesh: Any, whole: tuple[bool, ...], order: float, dtype: torch.dtype) -> DTensorSpec:
+    placed = tuple(Replicate() if w else _NormPartial(order) for w in whole)
+    return DTensorSpec(mesh, placed, tensor_meta=TensorMeta(torch.Size(()), (), dtype))
 
 
 def summed(result: Any) -> Any:
