@@ -24,7 +24,9 @@ from torch.distributed.tensor import DTensor
 
 import autotp
 from autotp.checkpoint.state import save
+from autotp.errors import AutoTPError
 from autotp.rewrite.parameters.dtensor_operators import dispatch
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from benchmarks.optimizers import build
 from tests.checkpoint.training import OPTIMIZERS, apart, barrier, grouped, mesh_of, moments, parallel, plain_moments, train
 from tests.support.ranks import Pool
@@ -45,7 +47,7 @@ def by_torch(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 def as_dtensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The control: the same tensors, without their layouts."""
     state = by_hand(model, optimizer)
-    state["model"] = {n: plain(t) if isinstance(t, DTensor) else t for n, t in state["model"].items()}
+    state["model"] = {n: t._plain() if isinstance(t, DTensor) else t for n, t in state["model"].items()}
     return state
 
 
@@ -155,25 +157,26 @@ def test_whole_states(pool: Pool, kind: str) -> None:
         assert all(error <= 1e-9 for error in errors.values()), errors
 
 
-def foreign(check: bool = True) -> str:
+def foreign(check: bool, from_rank_0: bool) -> str:
     """Whole weights into a parallel model through torch's helper, which cuts them as if they were even."""
     model, before = parallel("fused", 2), {n: p.detach().clone() for n, p in build("fused").state_dict().items()}
-    own, dispatch.known_order = (
-        dispatch.known_order,
-        dispatch.known_order if check else lambda into, source: None,
-    )
-    try:
-        set_model_state_dict(model, {n: t * 2 for n, t in before.items()}, options=StateDictOptions(full_state_dict=True))
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        dispatch.known_order = own
-    return f"{apart({n: t * 2 for n, t in before.items()}, autotp.full_state_dict(model))}"
+    wanted = {n: t * 2 for n, t in before.items()}
+    given = {n: t.clone() for n, t in wanted.items()} if not from_rank_0 or dist.get_rank() == 0 else {}
+    with pytest.MonkeyPatch.context() as patch:
+        if not check:
+            patch.setattr(dispatch, "known_order", lambda into, source: None)
+            patch.setattr(LayoutDTensor, "placements", property(lambda self: self._spec.placements))
+        try:
+            set_model_state_dict(model, given, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_rank_0))
+        except AutoTPError as error:
+            return str(error)
+    return f"{apart(wanted, autotp.full_state_dict(model))}"
 
 
-def test_whole_weights_are_not_cut_in_another_order(pool: Pool) -> None:
-    assert all("says nothing of its order" in text for text in pool.run(foreign))
-    assert all(float(text) > 1e-2 for text in pool.run(foreign, check=False))  # what it would have been
+@pytest.mark.parametrize("from_rank_0", [False, True])
+def test_whole_weights_are_not_cut_in_another_order(pool: Pool, from_rank_0: bool) -> None:
+    assert all("load whole tensors on every rank" in text for text in pool.run(foreign, True, from_rank_0))
+    assert all(float(text) > 1e-2 for text in pool.run(foreign, False, from_rank_0))  # what it would have been
 
 
 def own_state(kind: str) -> None:
