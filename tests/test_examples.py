@@ -124,3 +124,30 @@ def test_finetune_of_a_pretrained_model(tmp_path):
     lines = run(*TORCHRUN, 2, "examples/finetune.py", "--model", STORIES, "--out", tmp_path, "--steps", "3")
     assert 2.6 < losses(lines)[0] < 2.8 and losses(lines)[2] < 1
     assert tokens(lines) == by_transformers(tmp_path / "model", tokens(lines))
+
+
+def test_train_2d_resumes_on_another_mesh(tmp_path):
+    """Three steps on 2 × 2 ranks, three more on 1 × 4, are six on 4 × 1."""
+    run(*TORCHRUN, 4, "examples/train_2d.py", "--tp", 2, "--steps", 3, "--out", tmp_path / "a")
+    later = run(*TORCHRUN, 4, "examples/train_2d.py", "--tp", 4, "--steps", 6, "--resume", "--out", tmp_path / "a")
+    wanted = run(*TORCHRUN, 4, "examples/train_2d.py", "--tp", 1, "--steps", 6, "--out", tmp_path / "b")
+    assert list(losses(later)) == [3, 4, 5] and list(losses(wanted)) == list(range(6))
+    assert later == wanted[3:]
+    assert weights_apart(tmp_path / "a" / "model", tmp_path / "b" / "model") < 1e-5
+    assert weights_apart(tmp_path / "a" / "start", tmp_path / "b" / "model") > 1e-3
+
+
+def weights_apart(one, other):
+    from safetensors.torch import load_file
+
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_stages_of_a_pipeline_train_as_one():
+    program = ("examples/pipeline.py", "--steps", 3)
+    wanted = run(*TORCHRUN, 1, *program, "--pp", 1, "--tp", 1)
+    assert list(losses(wanted)) == [0, 1, 2]
+    assert run(*TORCHRUN, 4, *program) == wanted
+    assert run(*TORCHRUN, 8, *program, "--dp", 2) == wanted
