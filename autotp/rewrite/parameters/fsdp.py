@@ -32,7 +32,7 @@ class LayoutFSDPParam(FSDPParam):
 
     def init_unsharded_param(self) -> None:
         """Makes the parameter that the module's forward reads: the tp rank's part."""
-        super().init_unsharded_param()
+        super().init_unsharded_param()  # type: ignore[no-untyped-call]
         made: Any = self._unsharded_param
         if type(made) is not LayoutDTensor:
             unsharded = laid_out(made._spec, made._local_tensor, self._layout)
@@ -45,7 +45,7 @@ def _keeps_layouts(init: Any) -> Any:
     def init_sharded_param(self: FSDPParam, param: nn.Parameter, *args: Any, **kwargs: Any) -> None:
         if isinstance(param, LayoutDTensor):
             self.__class__ = LayoutFSDPParam
-            self._layout = param._layout
+            self._layout = param._layout  # type: ignore[attr-defined]
             mesh = next((a.mesh for a in (*args, *kwargs.values()) if hasattr(a, "mesh")), None)
             if mesh is not None:
                 _refuse_tp_ranks(mesh, param)

@@ -32,7 +32,7 @@ class InLayout(Shard):
         return made
 
     @property
-    def dim(self) -> int:
+    def dim(self) -> int:  # type: ignore[override]  # that it raises is what it is for
         """Nothing.
 
         Raises:

@@ -47,7 +47,7 @@ def _one_spec(args: tuple[Any, ...]) -> tuple[LayoutDTensor | None, list[Any]]:
                 one = a
             elif type(a) is not type(one) or a._spec is not one._spec or a._layout is not one._layout:
                 return None, local
-            a = a._local_tensor  # type: ignore[attr-defined]
+            a = a._local_tensor
         local.append(a)
     return one, local
 

@@ -154,7 +154,7 @@ def counts_once(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     if not dims or (is_even(layout) and args[0]._spec.mesh.ndim == 1):
         return True
     dims = {d % args[0].ndim for d in ([dims] if isinstance(dims, int) else dims)}
-    return {p.dim for p in args[0]._spec.placements if not p.is_replicate()} <= dims and not given.get("keepdim")
+    return {p.dim for p in args[0]._spec.placements if not p.is_replicate()} <= dims and not given.get("keepdim")  # type: ignore[attr-defined]
 
 
 def order_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
