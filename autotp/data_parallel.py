@@ -27,12 +27,16 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module
 
     Raises:
         PlanError: `model` is not parallel. MeshError: no data-parallel dim, more than two, or one that has ranks of one tp group.
-        InputError: keywords that torch's `fully_shard` does not have.
+        InputError: keywords that torch's `fully_shard` does not have, or that it does not take for tensor-parallel parameters.
     """
     from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
     plan = state_of(model).plan
     over = _data_parallel(mesh)
+    if type(after := options.get("reshard_after_forward")) is int:
+        raise InputError(
+            f"reshard_after_forward={after}: FSDP does not reshard tensor-parallel parameters to part of its ranks; True or False"
+        )
     try:
         for path in units(model, plan):
             torch_fully_shard(model.get_submodule(path), mesh=over, **options)

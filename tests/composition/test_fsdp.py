@@ -262,6 +262,7 @@ def refused() -> dict[str, str]:
         "ddp of the mesh": lambda m: DistributedDataParallel(m, device_mesh=mesh["dp"])(input_ids=ids),
         "no mesh": lambda m: autotp.fully_shard(m, 2),  # type: ignore[arg-type]
         "no dim": lambda m: autotp.fully_shard(m, mesh["tp"]),
+        "part of the ranks": lambda m: autotp.fully_shard(m, mesh, reshard_after_forward=2),
         "keyword": lambda m: autotp.fully_shard(m, mesh, reshard=True),
         "not parallel": lambda m: autotp.fully_shard(build("even"), mesh),
     }
@@ -283,6 +284,7 @@ def test_wrong_uses_are_told(pool: Pool) -> None:
         "ddp of the mesh": (AutoTPError, 'use replicate(model, mesh=mesh["dp"])'),
         "no mesh": (MeshError, "got int"),
         "no dim": (MeshError, "got dims ('tp',)"),
+        "part of the ranks": (InputError, "True or False"),
         "keyword": (InputError, "reshard"),
         "not parallel": (PlanError, "call autotp.parallelize"),
     }

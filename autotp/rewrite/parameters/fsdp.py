@@ -46,9 +46,9 @@ def _keeps_layouts(init: Any) -> Any:
         if isinstance(param, LayoutDTensor):
             self.__class__ = LayoutFSDPParam
             self._layout = param._layout  # type: ignore[attr-defined]
-            mesh = next((a.mesh for a in (*args, *kwargs.values()) if hasattr(a, "mesh")), None)
-            if mesh is not None:
-                _refuse_tp_ranks(mesh, param)
+            # Newer versions pass it.
+            over = getattr(self, "mesh_info", None) or next(a for a in (*args, *kwargs.values()) if hasattr(a, "mesh"))
+            _refuse_tp_ranks(over.mesh, param)
         init(self, param, *args, **kwargs)
 
     return init_sharded_param
