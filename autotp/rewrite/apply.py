@@ -27,6 +27,7 @@ from autotp.rewrite.modules.joint import install_joints, without_parts
 from autotp.rewrite.modules.linear import LinearRun, linear_run
 from autotp.rewrite.modules.module import RUN, ModuleRun, run_instance
 from autotp.rewrite.operators.call_sites import SiteTable
+from autotp.rewrite.parameters import fsdp  # noqa: F401  # FSDP keeps the layouts of what is made here
 from autotp.rewrite.parameters.compiled_grads import keep_with
 from autotp.rewrite.parameters.holders import Pair, give_new, retire
 from autotp.rewrite.parameters.layout_dtensor import GradHook, LayoutDTensor

@@ -172,7 +172,7 @@ def with_option(kind: str, option: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(pool: Pool, option: str) -> None:
-    for found in pool.run(with_option, "padded" if "accumulation" in option else "even", option, world=4):
+    for found in pool.run(with_option, "padded" if "accumulation" in option or "compile" in option else "even", option, world=4):
         assert max(found.values()) <= 1e-9, found
 
 

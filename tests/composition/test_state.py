@@ -14,13 +14,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
 import autotp
 from autotp.errors import AutoTPError, CheckpointError
 from autotp.rewrite.parameters.data_parallel import DataParallelDTensor
-from tests.composition.training import Data, adamw, apart, build, by_block, mesh_of, same_on_all_ranks, sharded, train
+from tests.composition.training import Data, adamw, apart, build, by_block, grads_of, mesh_of, parallel, same_on_all_ranks, sharded, train
 from tests.support.ranks import Pool
 from tests.support.slow import few
 
@@ -161,6 +162,26 @@ def arithmetic(kind: str, path: str) -> float:
     return worst
 
 
+def wrapped(kind: str, path: str) -> float:
+    """Blocks in torch's wrappers: their names are in no key."""
+    mesh = mesh_of(2, 2)
+    model, alone = parallel(kind, mesh), build(kind)
+    layers: Any = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    layers[0] = checkpoint_wrapper(layers[0])
+    layers[1] = torch.compile(layers[1], backend="eager")
+    by_block(model, mesh)
+    optimizer, other = adamw(model), adamw(alone)
+    train(model, optimizer, Data.here(mesh), range(2))
+    train(alone, other, Data(2), range(2))
+    worst = max(error(alone, model), apart(grads_of(alone), autotp.full_grads(model)))
+    autotp.checkpoint.save(model, optimizer, f"{path}/state")
+    autotp.save_pretrained(model, f"{path}/files")
+    again = sharded(kind, mesh, seed=5)
+    autotp.checkpoint.load(again, adamw(again), f"{path}/state")
+    one: nn.Module = type(alone).from_pretrained(f"{path}/files", dtype=torch.float64)  # type: ignore[attr-defined]
+    return max(worst, error(alone, again), apart(alone.state_dict(), one.state_dict()))
+
+
 def generated(kind: str, path: str) -> float:
     """Tokens of a model over tp and FSDP."""
     model, _, alone, _ = both(kind, 1)
@@ -170,7 +191,7 @@ def generated(kind: str, path: str) -> float:
     return 0.0 if torch.equal(*tokens) else 1.0
 
 
-WAYS: dict[str, Way] = {way.__name__: way for way in (resumed, by_dcp, read_whole, loaded, files, arithmetic, generated)}
+WAYS: dict[str, Way] = {way.__name__: way for way in (resumed, by_dcp, read_whole, loaded, files, arithmetic, generated, wrapped)}
 
 
 def run(way: str, kind: str, path: str) -> float:

@@ -44,6 +44,15 @@ class _Ordered:
         return as_dtensor(self.layout.shard(whole.detach(), self.mesh.get_local_rank()).clone(), self.layout, self.mesh)
 
 
+def order_gradient(p: LayoutDTensor) -> None:
+    """Gives a parameter that requires a gradient the hook that lays the gradient out, as the first one, unless it has the hook."""
+    hooks: Any = p._backward_hooks or OrderedDict()
+    if not any(type(h) is _Ordered for h in hooks.values()):
+        handle = DTensor.register_hook(p, _Ordered(p._layout, p._spec.mesh))  # type: ignore[no-untyped-call]
+        hooks = p._backward_hooks
+        hooks.move_to_end(handle.id, last=False)
+
+
 class KeepHooks:
     """Replaces the `_apply` (under `to`, `half`, `cuda`, …) of a module with parameters; sets their hooks again."""
 
@@ -67,11 +76,7 @@ class KeepHooks:
         """Give the hook to those of `params` that need it and have it not."""
         for p in params.values():
             if type(p) is LayoutDTensor and p.requires_grad:
-                hooks: Any = p._backward_hooks or OrderedDict()
-                if not any(type(h) is _Ordered for h in hooks.values()):
-                    handle = DTensor.register_hook(p, _Ordered(p._layout, p._spec.mesh))  # type: ignore[no-untyped-call]
-                    hooks = p._backward_hooks
-                    hooks.move_to_end(handle.id, last=False)
+                order_gradient(p)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeepHooks:
         # A module is in `memo` before its attributes are copied, and its parameters are the first of them.

@@ -16,6 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from autotp.errors import MeshError
 from autotp.plan.layout import Layout
+from autotp.rewrite.parameters.compiled_grads import order_gradient
 from autotp.rewrite.parameters.data_parallel import MANAGED, DataParallelDTensor, placed
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, laid_out
 
@@ -38,6 +39,13 @@ class LayoutFSDPParam(FSDPParam):
             unsharded = laid_out(made._spec, made._local_tensor, self._layout)
             self._unsharded_param = nn.Parameter(unsharded, requires_grad=made.requires_grad)
             setattr(self._unsharded_param, MANAGED, True)
+
+    def to_unsharded(self) -> None:
+        """Puts the gathered parameter where forwards read it."""
+        super().to_unsharded()
+        unsharded: Any = self._unsharded_param
+        if unsharded.requires_grad:  # which users may change between steps
+            order_gradient(unsharded)
 
 
 def _keeps_layouts(init: Any) -> Any:

@@ -15,7 +15,6 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from autotp.errors import MeshError
 from autotp.plan.layout import Layout
-from autotp.rewrite.parameters import fsdp  # noqa: F401  # FSDP keeps the layouts of what is made here
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, laid_out
 from autotp.rewrite.parameters.placements import placements
 
