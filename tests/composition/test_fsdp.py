@@ -176,6 +176,22 @@ def test_options(pool: Pool, option: str) -> None:
         assert max(found.values()) <= 1e-9, found
 
 
+def in_one_graph(kind: str) -> float:
+    """A whole compiled model, whose ranks differ in what they do to gradients: padding is the last rank's."""
+    torch._dynamo.reset()
+    model, alone = parallel(kind, mesh_of(2, 2)), build(kind)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss_of(alone, Data(1).ids(0)).backward()  # type: ignore[no-untyped-call]
+    logits = run(input_ids=Data(1).ids(0), use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), Data(1).ids(0)[:, 1:].flatten()).backward()
+    return apart(grads_of(alone), autotp.full_grads(model))
+
+
+@pytest.mark.parametrize("kind", few(["padded", "shared"], "padded"))
+def test_padding_breaks_no_graph(pool: Pool, kind: str) -> None:
+    assert max(pool.run(in_one_graph, kind, world=4)) <= 1e-9
+
+
 def without_units() -> dict[str, float]:
     """The control: the root reads for all modules, whose units were gathered before."""
     with pytest.MonkeyPatch.context() as patch:

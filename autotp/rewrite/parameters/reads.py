@@ -50,7 +50,7 @@ class GradFix:
         """Returns the finished gradient; `grad` itself is changed only if `owned`."""
         if not self.needed:
             return grad
-        if grad.layout is not torch.strided:
+        if not is_dynamo_compiling() and grad.layout is not torch.strided:  # asked in code being compiled, it would break the graph
             return self._sum_sparse(grad)
         if self.grad is GradSum.ALL:
             return self.comm.all_reduce_(grad) if owned and grad.is_contiguous() else self.comm.all_reduce(grad)
