@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from autotp.errors import MeshError
+from autotp.plan.boxes import is_even
 from autotp.plan.layout import Layout
 from autotp.rewrite.parameters.compiled_grads import order_gradient
 from autotp.rewrite.parameters.data_parallel import MANAGED, DataParallelDTensor, placed
@@ -44,7 +45,8 @@ class LayoutFSDPParam(FSDPParam):
         """Puts the gathered parameter where forwards read it."""
         super().to_unsharded()
         unsharded: Any = self._unsharded_param
-        if unsharded.requires_grad:  # which users may change between steps
+        # FSDP itself takes a gradient that compiled code made, an ordinary DTensor, where that is as large as the parameter says.
+        if not is_even(self._layout) and unsharded.requires_grad:  # which users may change between steps
             order_gradient(unsharded)
 
 
