@@ -7,11 +7,11 @@ elements that each rank holds, in order, not by the names of their factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from autotp.axes.atoms import Atom
-from autotp.plan.expressions import Concat, Expr, factors, is_sharded, size
+from autotp.plan.expressions import Concat, Expr, Factor, factors, size
 from autotp.plan.layout import Layout, runs
 from autotp.planner.naming import Namer
 from autotp.planner.partition import Partition
@@ -54,42 +54,51 @@ def _fits(space: GraphIndex, cut: Partition, value: Value, layout: Layout) -> bo
     namer = Namer({}, dict.fromkeys(cut.atoms, cut))
     for dim, theirs in zip(space.axes.dims[value.id], layout.dims, strict=True):
         on = space.atoms(dim) & cut.atoms
-        if on and not all(_alike(a, b, cut.tp) for a, b in _beside(namer.expr(dim, on), theirs)):
+        if on and not _alike(namer.expr(dim, on), theirs, cut.tp):
             return False
     return True
 
 
-def _alike(mine: Expr, theirs: Expr | None, tp: int) -> bool:
-    return theirs is not None and all(runs(mine, rank, tp) == runs(theirs, rank, tp) for rank in range(tp))
+def _alike(mine: Expr, theirs: Expr, tp: int) -> bool:
+    """True where both place every index of a dim alike, once `theirs` cuts nothing that `mine` leaves whole for another axis to cut."""
+    dealt = _dealt(mine)
+    if _ZERO in dealt:
+        theirs = _within(theirs, dealt)
+    return all(runs(mine, rank, tp) == runs(theirs, rank, tp) for rank in range(tp))
 
 
-def _beside(mine: Expr, theirs: Expr) -> Iterator[tuple[Expr, Expr | None]]:
-    """Yields the segments of a dim that are cut, each with the segment at its place in the other expression."""
-    if not isinstance(mine, Concat):
-        yield mine, theirs
-        return
-    at = 0
-    for part in mine.parts:
-        if is_sharded(part):
-            yield part, _between(theirs, at, at + size(part))
-        at += size(part)
+_ZERO, _ONE = b"\0", b"\1"
 
 
-def _between(expr: Expr, start: int, stop: int) -> Expr | None:
-    """The segments of `expr` from index `start` to `stop`, None where they do not begin and end there."""
-    if (start, stop) == (0, size(expr)):
-        return expr
-    if not isinstance(expr, Concat):
-        return None
-    found: list[Expr] = []
-    at = 0
+def _dealt(expr: Expr) -> bytes:
+    """For each index of a dim, 1 where it lies in a sharded factor, 0 where it lies in whole ones only."""
+    if isinstance(expr, Factor):
+        return (_ONE if expr.sharded else _ZERO) * expr.size
+    parts = [_dealt(part) for part in expr.parts]
+    if isinstance(expr, Concat):
+        return b"".join(parts)
+    out = _ZERO
+    for part in reversed(parts):
+        out = b"".join(_ONE * len(out) if index else out for index in part)
+    return out
+
+
+def _within(expr: Expr, dealt: bytes) -> Expr:
+    """Returns `expr` with those factors whole in which no index of `dealt` is 1."""
+    if isinstance(expr, Factor):
+        return expr if 1 in dealt else Factor(expr.name, expr.size)
+    parts: list[Expr] = []
+    at, inner = 0, size(expr)
     for part in expr.parts:
-        if start <= at and at + size(part) <= stop:
-            found.append(part)
-        elif at < stop and start < at + size(part):
-            return _between(part, start - at, stop - at) if at <= start and stop <= at + size(part) else None
-        at += size(part)
-    return found[0] if len(found) == 1 else Concat(tuple(found))
+        n = size(part)
+        if isinstance(expr, Concat):
+            parts.append(_within(part, dealt[at : at + n]))
+            at += n
+            continue
+        outer, inner = inner, inner // max(n, 1)
+        places = ([dealt[i + j * inner : i + (j + 1) * inner] for i in range(0, len(dealt), outer or 1)] for j in range(n))
+        parts.append(_within(part, bytes(any(1 in place for place in found) for found in places)))
+    return replace(expr, parts=tuple(parts))
 
 
 def by_value(params: Mapping[str, Value], layouts: Mapping[str, Layout]) -> dict[int, Layout]:

@@ -56,3 +56,23 @@ def test_pieces_that_are_asked_for():
         wanted = Layout((96, 96), dims, 2)
         plan = make_plan(model, 2, None, {f"model.layers.{i}.self_attn.q_proj.weight": wanted for i in range(2)})
         assert alike(plan.params["model.layers.0.self_attn.q_proj.weight"].layout, wanted)
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_heads_in_two_cuts_that_stand_inside_a_product(pin):
+    """Slopes of ALiBi for 6 heads are those for 4 and those for 2: the heads are a concatenation, cut twice, and a factor of a product."""
+    model = transformer("bloom", n_head=6, hidden_size=48)
+    plan = autotp.plan(model, tp=2, check="graph")
+    fused = plan.params["transformer.h.0.self_attention.query_key_value.weight"].layout
+    assert str(fused) == "((h* | h2*) 3 n) e"
+    again = autotp.plan(model, tp=2, check="graph", recipe=autotp.Recipe.from_plan(plan, pin=pin))
+    assert again.params == plan.params
+
+
+@pytest.mark.parametrize(("text", "cut"), [("((4* | 2*) 3 8) 48", True), ("(6* 3 8) 48", False), ("(6 3 8*) 48", False)])
+def test_two_cuts_inside_a_product_are_not_one(text, cut):
+    model = transformer("bloom", n_head=6, hidden_size=48)
+    name = "transformer.h.0.self_attention.query_key_value.weight"
+    wanted = Layout((144, 48), sized(parse(text), (144, 48), {}), 2)
+    plan = make_plan(model, 2, None, {name: wanted})
+    assert alike(plan.params[name].layout, wanted) is cut
