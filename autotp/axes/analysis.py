@@ -130,8 +130,12 @@ class Context:
                 self.meaning.linear.append(frozenset(v.id for v in group))
 
     def demand(self, number: Any, value: Value, dims: Sequence[Dim], at: int = -1, listed: int = 0) -> None:
-        """Demands that the int `number` is the local size of `dims` (summed) of `value`."""
+        """Demands that the int `number` is the local size of `dims` (summed) of `value`; blocks them where it is not the whole size."""
         if isinstance(number, int) and not isinstance(number, bool) and number != -1:
+            if number != sum(map(atoms.dim_size, dims)):
+                for dim in dims:
+                    self.block(value, dim, f"{self.node.opname} takes {int(number)}, which is not the size of the dim")
+                return
             self.meaning.demands.append(Demand(int(number), value.id, tuple(tuple(d) for d in dims), at, listed))
 
     def opaque(self, reason: str | None = None) -> None:

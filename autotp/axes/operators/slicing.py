@@ -47,7 +47,7 @@ def split(context: Context, node: Node) -> None:
     elif isinstance(wanted, (list, tuple)):
         for i, n in enumerate(wanted):
             context.demand(n, node.outputs[i], [pieces[i]], i, len(wanted))
-    elif node.opname in ("split", "unsafe_split"):
+    elif node.opname in ("split", "unsafe_split") and wanted == sizes[0]:  # a larger number gives one piece, of any shard too
         context.demand(wanted, node.outputs[0], [pieces[0]])
 
 
@@ -77,14 +77,19 @@ def slice_(context: Context, node: Node) -> None:
     start = 0 if start is None else max(start + n, 0) if start < 0 else min(start, n)
     stop = n if stop is None else max(stop + n, 0) if stop < 0 else min(stop, n)
     context.linear([x])
+    if stop <= start:
+        _empty(context, node, x, d, raw)
+        return
     if step != 1:
         _strided(context, x, out, d, step)
         return
     if (start, stop) == (0, n):
         context.set(out, context.of(x))
+        if node.opname == "narrow":
+            context.demand(node.args[3], x, [context.of(x)[d]])
         return
     sizes = [start, stop - start, n - stop]
-    before, piece, after = _cut(context, node, x, d, sizes) if stop > start else (atoms.new(n), atoms.new(0), [])
+    before, piece, after = _cut(context, node, x, d, sizes)
     context.set(out, _with(context, x, d, piece))
     if node.opname == "narrow":
         if node.args[2] < 0:
@@ -99,6 +104,19 @@ def slice_(context: Context, node: Node) -> None:
             context.demand(number, x, [d for d, s in pieces[:at] if s])
         elif isinstance(number, int) and -n < number < 0:
             context.meaning.demands.append(_negative(number, x, [d for d, s in pieces[at:] if s]))
+
+
+def _empty(context: Context, node: Node, x: Value, d: int, bounds: tuple[int | None, int | None]) -> None:
+    """No index of a dim. No number has to follow the dim's size: the run is empty on a shard, or the call fails there.
+
+    Only from an end to a place counted from the start (``x[-6:6]`` of 12) there may be something on a shard.
+    """
+    start, stop = bounds
+    if start is not None and start < 0 and stop is not None and stop > 0:
+        context.block(x, context.of(x)[d], "the ends of an empty slice would cross on a shard")
+    if node.opname == "narrow" and node.args[2] == x.shape[d]:
+        context.demand(node.args[2], x, [context.of(x)[d]])
+    context.set(node.outputs[0], _with(context, x, d, atoms.new(0)))
 
 
 def _negative(number: int, x: Value, dims: list[Dim]) -> Any:
