@@ -20,11 +20,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from pickle import PicklingError
 from types import ModuleType
 from typing import Any
 
-from autotp.errors import AutoTPError
+from autotp.arguments import seconds, whole_number
+from autotp.errors import AutoTPError, InputError
 
 _GRACE = 5.0  # seconds that the other ranks get after one has failed
 
@@ -61,21 +64,30 @@ def run_ranks(
         timeout: seconds for everything together.
         with_main: import the calling program's main module in each process, as multiprocessing does; without, a script that
             has no `if __name__ == "__main__"` does not run again.
+
+    Raises:
+        InputError: `world_size` is no whole number of at least 1, `timeout` no number of seconds, or `function` and `args` cannot be
+            sent to a process.
     """
+    whole_number("run_ranks: world_size", world_size)
+    seconds("run_ranks: timeout", timeout)
+    for name, value in (("function", function), *([("on_event", on_event)] if on_event is not None else [])):
+        if not callable(value):
+            raise InputError(f"run_ranks: {name} is {value!r}, wanted a function")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="autotp-") as scratch:
         pipes: list[Connection] = []
-        processes = []
-        for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            job = (function, args, rank, world_size, scratch, timeout, sender)
-            process = context.Process(target=_rank_main, args=job, daemon=True, name=f"rank {rank}")
-            with nullcontext() if with_main else _without_main():
-                process.start()
-            sender.close()
-            pipes.append(receiver)
-            processes.append(process)
+        processes: list[SpawnProcess] = []
         try:
+            for rank in range(world_size):
+                receiver, sender = context.Pipe(duplex=False)
+                job = (function, args, rank, world_size, scratch, timeout, sender)
+                process = context.Process(target=_rank_main, args=job, daemon=True, name=f"rank {rank}")
+                with nullcontext() if with_main else _without_main():
+                    _start(process, function)
+                sender.close()
+                pipes.append(receiver)
+                processes.append(process)
             return _collect(pipes, timeout, on_event, lambda rank: _stack(processes[rank].pid, _stack_file(scratch, rank)))
         finally:
             for process in processes:
@@ -83,6 +95,15 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def _start(process: SpawnProcess, function: Callable[..., Any]) -> None:
+    try:
+        process.start()
+    except (PicklingError, AttributeError, TypeError, ValueError) as error:  # what a pickle refuses, it refuses in many ways
+        name = getattr(function, "__qualname__", repr(function))
+        text = f"run_ranks: {name} or its arguments cannot be sent to a process: {error}; both must be importable by name"
+        raise InputError(text) from error
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def save(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, grou
 
     Raises:
         CheckpointError: something cannot be saved, or a rank failed; on every rank that is left. PlanError: `model` is not parallel.
-        InputError: `path` is no path.
+        InputError: `path` is no path, or `group` no process group.
     """
     _save(model, optimizer, _folder(path), _everyone(group))
 
@@ -64,7 +64,7 @@ def load(model: nn.Module, optimizer: Any, path: str | os.PathLike[str], *, grou
     Raises:
         CheckpointError: on every rank: the checkpoint is not there, damaged, or of another model or optimizer. Damage that is only
             found while tensors are read leaves some of them loaded; the message says so. PlanError: `model` is not parallel.
-        InputError: `path` is no path.
+        InputError: `path` is no path, or `group` no process group.
     """
     _load(model, optimizer, _folder(path), _everyone(group))
 
@@ -89,6 +89,8 @@ def _load(model: nn.Module, optimizer: Any, path: Path, group: dist.ProcessGroup
 
 def _everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """Returns `group`, or all ranks by default; None on one process that has no group."""
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise InputError(f"group is {group!r}, wanted a ProcessGroup of the ranks that call, as mesh.get_group() is, or None for all")
     return group if group is not None or not (dist.is_available() and dist.is_initialized()) else dist.group.WORLD
 
 

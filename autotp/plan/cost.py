@@ -23,6 +23,7 @@ from math import prod
 
 import torch
 
+from autotp.arguments import whole_number
 from autotp.errors import InputError
 from autotp.plan.expressions import factors, size
 from autotp.plan.layout import Layout
@@ -81,10 +82,11 @@ def collectives(plan: PlanSpec, tokens: int, dtype: torch.dtype) -> tuple[Collec
     """Lists the collectives: see `Plan.collectives`.
 
     Raises:
-        InputError: tokens < 1.
+        InputError: tokens is no whole number of at least 1, or dtype no torch.dtype.
     """
-    if tokens < 1:
-        raise InputError(f"tokens must be at least 1, got {tokens}")
+    whole_number("tokens", tokens)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype is {dtype!r}, wanted a torch.dtype, as torch.bfloat16")
     item = dtype.itemsize
     return tuple(Collective(t.module, t.kind, t.when, (t.width * tokens + t.elements) * item) for t in plan.traffic)
 

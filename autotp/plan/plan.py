@@ -16,6 +16,8 @@ from autotp.plan.spec import Collective, PaddedAxis, PlanSpec
 class Plan(PlanSpec):
     """The plan of a model over `tp` ranks: the fields of `autotp.plan.spec.PlanSpec`, and methods that answer questions about them."""
 
+    __hash__ = PlanSpec.__hash__  # the fields of mappings have no hash of their own
+
     @property
     def padding_waste(self) -> float:
         """Elements of padding over all ranks ÷ elements of the model: 0.067 means 6.7 %. See `autotp.plan.cost`."""
@@ -49,7 +51,7 @@ class Plan(PlanSpec):
         Bytes are those of the collective's result: hidden 16,384, 8 tokens, float16 → 262,144 for an all-reduce.
 
         Raises:
-            InputError: tokens < 1.
+            InputError: tokens is no whole number of at least 1, or dtype no torch.dtype.
         """
         return cost.collectives(self, tokens, dtype)
 
@@ -57,7 +59,7 @@ class Plan(PlanSpec):
         """Says why a parameter, or everything under a module, has its layout.
 
         Raises:
-            InputError: the plan knows no such parameter or module; names the nearest ones.
+            InputError: the plan knows no such parameter or module; names the nearest ones. Or `name` is no text.
         """
         return report.explain(self, name)
 

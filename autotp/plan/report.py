@@ -169,12 +169,18 @@ def _module(plan: ModulePlan) -> dict[str, Any]:
 
 
 def explain(plan: PlanSpec, name: str) -> str:
-    """Writes the text of `autotp explain`."""
+    """Writes the text of `autotp explain`.
+
+    Raises:
+        InputError: see `Plan.explain`.
+    """
+    if not isinstance(name, str):
+        raise InputError(f'explain: got {name!r}, wanted the name of a parameter or module ("" for all)')
     names = [n for n in plan.params if n == name or n.startswith(name + ".") or name == ""]
     modules = [m for m in plan.modules if m.path == name or m.path.startswith(name + ".") or _owns(m, name)]
     if not names and not modules:
-        near = difflib.get_close_matches(name, [*plan.params, *(n.rpartition(".")[0] for n in plan.params)], n=3)
-        raise InputError(f"the plan has no parameter or module {name!r}" + (f"; near it: {', '.join(dict.fromkeys(near))}" if near else ""))
+        near = difflib.get_close_matches(name, dict.fromkeys([*plan.params, *(n.rpartition(".")[0] for n in plan.params)]), n=3)
+        raise InputError(f"the plan has no parameter or module {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
     lines: list[str] = []
     for n in names:
         p = plan.params[n]

@@ -261,6 +261,10 @@ class PlanSpec:
         for name in _MAPPINGS:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
+    def __hash__(self) -> int:
+        """Equal plans have one hash: a plan can stand in a set, or be a key."""
+        return hash((self.model, self.tp, frozenset(self.params.items())))
+
     def __reduce__(self) -> Any:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return type(self), tuple(dict(value) if name in _MAPPINGS else value for name, value in found.items())

@@ -65,14 +65,16 @@ class Recipe(RecipeSpec):
         """Returns the YAML text, and writes it to `path` where one is given: `Recipe.loads(recipe.dump()) == recipe`.
 
         Raises:
-            InputError: `path` cannot be written.
+            InputError: `path` is none, or cannot be written.
         """
         text = dump.text_of(self)
         if path is not None:
             try:
                 Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+            except TypeError as error:
+                raise InputError(f"dump: path is {path!r}, wanted a path in str") from error
+            except (OSError, ValueError) as error:
+                raise InputError(f"{str(path)!r}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,10 +92,11 @@ class Recipe(RecipeSpec):
             pin: False for a recipe to edit, or to use at other sizes and numbers of ranks.
 
         Raises:
-            InputError: `plan` is no Plan. RecipeError: `model` is not the one that it was made for.
+            InputError: `plan` is no Plan, or `model` no nn.Module. RecipeError: `model` is not the one that it was made for.
         """
         if not isinstance(plan, Plan):
             raise InputError(f"from_plan takes an autotp.Plan, got {type(plan).__name__}")
+        _check_model("from_plan", model)
         return cls._of(from_plan.recipe_of(plan, model=model, pin=pin))
 
     @classmethod
@@ -107,8 +110,9 @@ class Recipe(RecipeSpec):
                 covers a family, and a model of the family need not have all of its names.
 
         Raises:
-            RecipeError: a style without a counterpart, or no name that `model` has.
+            InputError: `model` is no nn.Module. RecipeError: a style without a counterpart, or no name that `model` has.
         """
+        _check_model("from_tp_plan", model)
         return cls._of(interchange.from_tp_plan(tp_plan, model))
 
     @classmethod
@@ -116,9 +120,10 @@ class Recipe(RecipeSpec):
         """Returns the recipe of a `parallelize_plan` of torch's `parallelize_module`, with layouts for the names in it alone.
 
         Raises:
-            RecipeError: a style other than Colwise- and RowwiseParallel with whole or last-dim layouts, a name that `model` does
-                not have.
+            InputError: `model` is no nn.Module. RecipeError: a style other than Colwise- and RowwiseParallel with whole or last-dim
+                layouts, a name that `model` does not have.
         """
+        _check_model("from_parallelize_module", model)
         return cls._of(interchange.from_parallelize_module(styles, model))
 
     def to_plan(self, model: nn.Module | None = None, *, tp: int | None = None) -> Plan:
@@ -127,15 +132,18 @@ class Recipe(RecipeSpec):
 
         Args:
             model: the model to plan for; None for a recipe that holds its plan (`from_plan`), which is then returned.
-            tp: number of ranks.
+            tp: number of ranks; with no model, that of the plan or None.
 
         Raises:
-            RecipeError: it does not fit the model, does not cover it, or needs the traced model (`trace: required`). InputError:
+            RecipeError: it does not fit the model, does not cover it, or needs the traced model (`trace: required`); without a
+                model, it holds no plan for so many ranks. InputError:
                 `model` is no nn.Module, or `tp` no positive int.
         """
         if model is None:
             if self.pinned is None:
                 raise RecipeError(f"{self.file}: holds no plan of its own: give the model and tp=")
+            if tp is not None and tp != self.pinned.tp:
+                raise RecipeError(f"{self.file}: holds a plan for tp {self.pinned.tp}, not for {tp!r}: give the model as well")
             return self.pinned
         if not isinstance(model, nn.Module):
             raise InputError(f"to_plan takes an nn.Module, got {type(model).__name__}")
@@ -143,3 +151,8 @@ class Recipe(RecipeSpec):
             raise InputError(f"to_plan(model) needs tp=, the number of ranks; got {tp!r}")
         check_ranks(tp)
         return untraced.static_plan(self, model, tp)
+
+
+def _check_model(caller: str, model: object) -> None:
+    if model is not None and not isinstance(model, nn.Module):
+        raise InputError(f"{caller}: model is {type(model).__name__}, wanted an nn.Module")

@@ -23,7 +23,7 @@ from autotp.plan.layout import runs, take
 from autotp.plan.names import folded
 from autotp.plan.plan import Plan
 from autotp.plan.spec import GradSum, ModulePlan, Site, Slot, Use
-from autotp.testing.equivalence.check import NotEquivalent, check
+from autotp.testing.equivalence.check import NotEquivalent, check, check_arguments
 from autotp.testing.equivalence.mutation import Damage, Kind, Mutation
 from autotp.testing.equivalence.observe import Observed, Training, adamw, observe_model
 from autotp.testing.equivalence.subject import Factory, Inputs, Subject, make_subject
@@ -92,6 +92,9 @@ def survey(
     Raises:
         NotEquivalent: the model without a mistake is not equal either. InputError, TraceError, PlanError: as for `assert_equivalent`.
     """
+    check_arguments("survey", tp, backend, timeout)
+    if on_mutation is not None and not callable(on_mutation):
+        raise InputError(f"survey: on_mutation is {on_mutation!r}, wanted a function of a mistake and the aspects that caught it")
     with torch.random.fork_rng(devices=()):
         subject = make_subject(factory, inputs, dtype, 0)
         training = Training(0, adamw)

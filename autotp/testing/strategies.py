@@ -37,6 +37,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autotp.arguments import whole_number
 from autotp.errors import InputError
 from autotp.plan.expressions import Concat, Expr, Factor, Product, size
 from autotp.plan.layout import Layout
@@ -78,8 +79,13 @@ __all__ = [
 
 
 def degrees(*, most: int = 8) -> st.SearchStrategy[int]:
-    """Draws a number of ranks from 2 up; the common ones come first."""
-    return st.sampled_from([n for n in (2, 4, 3, 8, 5, 6, 7) if n <= most] or [2])
+    """Draws a number of ranks from 2 up; the common ones come first.
+
+    Raises:
+        InputError: `most` is no whole number of at least 2.
+    """
+    whole_number("degrees: most", most, least=2)
+    return st.sampled_from([n for n in (2, 4, 3, 8, 5, 6, 7) if n <= most])
 
 
 @st.composite
@@ -87,7 +93,11 @@ def geometries(draw: st.DrawFn, *, heads: int = 12, even_size: bool = False) -> 
     """Draws the sizes of an attention block and an mlp, with at most `heads` query heads.
 
     Multi-head (group 1), grouped and multi-query (kv 1) are all likely. So are head counts that no usual tp divides.
+
+    Raises:
+        InputError: `heads` is no whole number of at least 1.
     """
+    whole_number("geometries: heads", heads)
     kv = draw(st.integers(1, min(6, heads)))
     group = draw(st.integers(1, max(1, min(7, heads // kv))))
     sizes = (2, 4, 6) if even_size else (1, 2, 3, 4)
@@ -99,7 +109,11 @@ def exprs(draw: st.DrawFn, *, depth: int = 2, sharded: bool = True) -> Expr:
     """Draws one dim of a layout: at most one sharded factor on each index path, of any size (padded where tp does not divide it).
 
     Some have the form that attention with few key/value heads gives: a factor cut together with a minor one, in pieces.
+
+    Raises:
+        InputError: `depth` is no whole number of at least 0.
     """
+    whole_number("exprs: depth", depth, least=0)
     return draw(_nested(depth, sharded) | _in_pieces() if sharded else _nested(depth, False))
 
 
@@ -135,7 +149,13 @@ def _in_pieces(draw: st.DrawFn) -> Expr:
 
 @st.composite
 def layouts(draw: st.DrawFn, *, tp: int | None = None) -> Layout:
-    """Draws a layout over `tp` ranks (drawn: 1 to 4): one dim of `exprs` among up to two whole ones."""
+    """Draws a layout over `tp` ranks (drawn: 1 to 4): one dim of `exprs` among up to two whole ones.
+
+    Raises:
+        InputError: `tp` is no whole number of at least 1.
+    """
+    if tp is not None:
+        whole_number("layouts: tp", tp)
     ranks = draw(st.sampled_from([1, 2, 3, 4])) if tp is None else tp
     expr = draw(exprs())
     others = draw(st.lists(st.integers(1, 3), max_size=2))
@@ -153,7 +173,13 @@ def notations(draw: st.DrawFn) -> str:
 
 @st.composite
 def tensors(draw: st.DrawFn, shape: tuple[int, ...] | None = None, *, edges: bool = False) -> Tensor:
-    """Draws a float64 tensor: normal numbers of a drawn seed. `edges` puts zeros, infinities and NaN in some places."""
+    """Draws a float64 tensor: normal numbers of a drawn seed. `edges` puts zeros, infinities and NaN in some places.
+
+    Raises:
+        InputError: `shape` is no sequence of sizes.
+    """
+    if shape is not None and (not isinstance(shape, list | tuple) or not all(isinstance(n, int) and n >= 0 for n in shape)):
+        raise InputError(f"tensors: shape is {shape!r}, wanted a tuple of sizes")
     form = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))) if shape is None else shape
     made = torch.randn(form, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))), dtype=torch.float64)
     if edges and made.numel():
@@ -165,7 +191,12 @@ def tensors(draw: st.DrawFn, shape: tuple[int, ...] | None = None, *, edges: boo
 
 @st.composite
 def meshes(draw: st.DrawFn, *, ranks: int = 8) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Draws (shape, dim names) for `init_device_mesh` of at most `ranks` ranks: a dim "tp", up to two others around it."""
+    """Draws (shape, dim names) for `init_device_mesh` of at most `ranks` ranks: a dim "tp", up to two others around it.
+
+    Raises:
+        InputError: `ranks` is no whole number of at least 1.
+    """
+    whole_number("meshes: ranks", ranks)
     tp = draw(st.integers(1, ranks))
     others = draw(st.lists(st.sampled_from(["dp", "pp", "cp"]), max_size=2, unique=True))
     sizes: list[tuple[str, int]] = []
@@ -204,9 +235,10 @@ def architectures(draw: st.DrawFn, *, traps: float = 0.25, layers: int = 2) -> A
     """Draws a transformer-like model of any make. `traps` is about the share of those with a part that must not be sharded.
 
     Raises:
-        InputError: `traps` is no share.
+        InputError: `traps` is no share, or `layers` no whole number of at least 1.
     """
-    if not 0 <= traps <= 1:
+    whole_number("architectures: layers", layers)
+    if not isinstance(traps, int | float) or not 0 <= traps <= 1:
         raise InputError(f"architectures: traps is {traps!r}, wanted a share from 0 to 1")
     projection = draw(st.sampled_from(Projection))
     one = projection in (Projection.INTERLEAVED, Projection.LATENT)

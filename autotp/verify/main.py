@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from autotp import targets
+from autotp.arguments import seconds, whole_number
 from autotp.errors import InputError
 from autotp.launch import Outcome, RankError, run_ranks, values
 from autotp.numeric.exact import DOUBLE, SINGLE
@@ -51,11 +52,17 @@ def verify(
         on_event: called with what the ranks are doing now.
 
     Raises:
-        InputError: the target or `tp` is no good. A model that fails is a report, not an exception.
+        InputError: the target or another argument is no good. A model that fails is a report, not an exception.
     """
-    if tp < 1:
-        raise InputError(f"verify: tp is {tp}, wanted at least 1")
+    whole_number("verify: tp", tp)
     targets.check_ranks(tp)
+    whole_number("verify: max_parameters", max_parameters, least=0)
+    whole_number("verify: seed", seed, least=0, most=2**64 - 1)
+    seconds("verify: timeout", timeout)
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise InputError(f"verify: recipe is {type(recipe).__name__}, wanted an autotp.Recipe; Recipe.load reads one")
+    if not callable(parallelizer):
+        raise InputError(f"verify: parallelizer is {parallelizer!r}, wanted a function")
     started = time.monotonic()
     loaded = targets.load(target)
     if isinstance(loaded, nn.Module) and any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers())):

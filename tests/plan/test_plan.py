@@ -26,6 +26,12 @@ def test_copies_are_plans(plan, again):
     assert repr(made).startswith("Plan(model='LlamaForCausalLM', tp=2, params=mappingproxy(")
 
 
+def test_equal_plans_have_one_hash(plan):
+    again = pickle.loads(pickle.dumps(plan))
+    assert {plan: 1}[again] == 1 and len({plan, again, replace(plan, tp=3)}) == 2
+    assert hash(autotp.Recipe.from_plan(plan)) == hash(autotp.Recipe.from_plan(again))
+
+
 def test_a_plan_has_the_fields_of_its_spec_and_no_others(plan):
     assert fields(Plan) == fields(PlanSpec)
     with pytest.raises(TypeError):

@@ -5,7 +5,6 @@ observe the model → start the ranks → parallelize a copy on each → observe
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 import autotp
 from autotp import errors
 from autotp.api import parallelize_as
+from autotp.arguments import seconds, whole_number
 from autotp.errors import AutoTPError, InputError
 from autotp.launch import RankError
 from autotp.plan.plan import Plan
@@ -154,7 +154,7 @@ def assert_equivalent(
         InputError: arguments that make no sense, a model that does not run by itself. TraceError, PlanError, RecipeError: as for
             `autotp.parallelize`. Any other AutoTPError: that with which every rank refuses a call.
     """
-    _check_arguments(tp, steps, seed, backend, timeout)
+    check_arguments("assert_equivalent", tp, backend, timeout, steps, seed)
     if sabotage is not None and not isinstance(sabotage, Mutation):
         raise InputError(f"assert_equivalent: sabotage is {sabotage!r}, wanted a Mutation (autotp.testing.sabotage.mutations)")
     if not callable(optimizer):
@@ -210,15 +210,19 @@ def check(
     return result
 
 
-def _check_arguments(tp: int, steps: int, seed: int, backend: str, timeout: float) -> None:
-    for name, value, least in (("tp", tp, 1), ("steps", steps, 0), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"assert_equivalent: {name} is {value!r}, wanted a whole number of at least {least}")
+def check_arguments(caller: str, tp: int, backend: str, timeout: float, steps: int = 0, seed: int = 0) -> None:
+    """Refuse what no ranks can be started with.
+
+    Raises:
+        InputError: an argument out of its range; names it and the function that was called.
+    """
+    whole_number(f"{caller}: tp", tp)
+    whole_number(f"{caller}: steps", steps, least=0)
+    whole_number(f"{caller}: seed", seed, least=0, most=2**64 - 1)
     check_ranks(tp)
     if backend not in BACKENDS:
-        raise InputError(f"assert_equivalent: backend is {backend!r}, wanted one of {', '.join(BACKENDS)}")
-    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
-        raise InputError(f"assert_equivalent: timeout is {timeout!r}, wanted seconds above 0")
+        raise InputError(f"{caller}: backend is {backend!r}, wanted one of {', '.join(BACKENDS)}")
+    seconds(f"{caller}: timeout", timeout)
 
 
 def _on_ranks(job: _Job, tp: int, backend: str | Running, timeout: float, name: str) -> list[_Found]:
