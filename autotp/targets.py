@@ -78,6 +78,8 @@ def load(target: object) -> Any:
     text = os.fspath(target)
     if not isinstance(text, str):
         raise InputError(f"target: got a path in {type(text).__name__}, wanted one in str")
+    if not text.strip():
+        raise InputError(f"target: got {text!r}, wanted a path, a model type, package.module:callable, a config or a module")
     path = Path(text)
     if is_file(path) or is_file(path / "config.json"):
         return _load_config(path if is_file(path) else path / "config.json")

@@ -55,7 +55,7 @@ def test_a_whole_number_is_an_int_of_at_least_one(value):
 
 @pytest.mark.parametrize("value", [0, -1.0, "a", True, None, float("nan"), float("inf"), 1e300])
 def test_seconds_are_a_number_that_a_thread_can_wait(value):
-    with pytest.raises(InputError, match="timeout is .*wanted seconds above 0"):
+    with pytest.raises(InputError, match=r"timeout is .*wanted seconds above 0"):
         seconds("timeout", value)
     seconds("timeout", 0.5)
 

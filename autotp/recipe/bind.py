@@ -57,6 +57,7 @@ class _Binder:
         matched = self._match(aliases)
         params: dict[str, BoundParam] = {}
         plain = self._plain(matched)
+        self._granules(plain.values())
         for name, entry in matched.items():
             dims = plain.get((entry.key, self.shapes[name]))
             if dims is None:
@@ -97,6 +98,13 @@ class _Binder:
             for name in shard.names:
                 if name not in used:
                     self.problems.add(shard.pos, "shard", f"{name} stands in no layout{nearest(name, used)}")
+        majors = {shard.names[0] for shard in self.recipe.shard}
+        for granule in (g for g in self.recipe.granules if g.pos.file == self.recipe.file):
+            if granule.name not in used:
+                self.problems.add(granule.pos, f"granules.{granule.name}", f"stands in no layout{nearest(granule.name, used)}")
+            elif granule.name not in majors:
+                text = f"is not cut, so that it has no parts (shard: {_names(self.recipe)})"
+                self.problems.add(granule.pos, f"granules.{granule.name}", text)
 
     def _match(self, aliases: Mapping[str, str]) -> dict[str, Entry]:
         entries = self.recipe.entries
@@ -158,13 +166,24 @@ class _Binder:
             out[key] = dims
         return out
 
+    def _granules(self, every: Iterable[tuple[Expr, ...]]) -> None:
+        """Report granules that are larger than everything of their name."""
+        largest: dict[str, int] = {}
+        for f in (f for dims in every for d in dims for f in factors(d)):
+            largest[f.name] = max(f.size, largest.get(f.name, 0))
+        for granule in self.recipe.granules:
+            most = largest.get(granule.name, granule.value)
+            if most < granule.value and granule.pos.file == self.recipe.file:
+                text = f"got {granule.value}, wanted at most the size of {granule.name}, which is {most}"
+                self.problems.add(granule.pos, f"granules.{granule.name}", text)
+
     # what is cut --------------------------------------------------------------------------------------------------------------
 
     def _marked(self, expr: Expr, every: Iterable[tuple[Expr, ...]]) -> Expr:
         """Returns `expr` with the factors of `shard` cut; those that carry a mark of their own stay as they are."""
         own = {f.name: f for f in factors(expr)}
         marks: dict[str, Factor] = {}
-        granules = dict(self.recipe.granules)
+        granules = {g.name: g.value for g in self.recipe.granules}
         for shard in self.recipe.shard:
             major, minor = own.get(shard.names[0]), own.get(shard.names[-1])
             if (major or minor) is None or (major or minor).sharded:  # type: ignore[union-attr]  # one of them is there

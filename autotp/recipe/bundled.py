@@ -54,7 +54,7 @@ def find(source: str, *, beside: Path | None = None) -> Path:
         return path
     name = source if source in names() else families().get(source)
     if name is None:
-        near = difflib.get_close_matches(source, [*names(), *families()], n=3)
+        near = difflib.get_close_matches(source, dict.fromkeys([*names(), *families()]), n=3)
         hint = f"near it: {', '.join(near)}" if near else f"bundled are {', '.join(names())}"
         raise RecipeError(f"no recipe {source!r}: {hint}; a path ends in .yaml")
     return folder() / f"{name}.yaml"

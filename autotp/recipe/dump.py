@@ -58,7 +58,7 @@ def data_of(recipe: RecipeSpec) -> dict[str, Any]:
     if recipe.shard:
         out["shard"] = [" ".join(s.names) for s in recipe.shard]
     if recipe.granules:
-        out["granules"] = dict(recipe.granules)
+        out["granules"] = {g.name: g.value for g in recipe.granules}
     for role in Role:
         entries = [e for e in recipe.entries if e.role is role]
         if entries:

@@ -25,7 +25,7 @@ from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Slot
 from autotp.recipe.attributes import LOCAL, WHOLE
 from autotp.recipe.bind import bind
 from autotp.recipe.config_fields import candidates, expressions, fields
-from autotp.recipe.spec import Attribute, Boundary, Entry, RecipeSpec, Role, Shard, Size
+from autotp.recipe.spec import Attribute, Boundary, Entry, Granule, RecipeSpec, Role, Shard, Size
 from autotp.recipe.unify_names import renamed
 from autotp.recipe.unnamed import unnamed
 
@@ -115,7 +115,7 @@ class _Writer:
             name=self.plan.model,
             sizes=tuple(Size(name, value) for name, value in self.named.items()),
             shard=tuple(Shard((n, self.pairs[n]) if n in self.pairs else (n,)) for n in listed),
-            granules=tuple((n, self.words.cut[n].granule) for n in listed if self.words.cut[n].granule > 1),
+            granules=tuple(Granule(n, self.words.cut[n].granule) for n in listed if self.words.cut[n].granule > 1),
             entries=entries,
             attributes=attributes,
             arguments=arguments,

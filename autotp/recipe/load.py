@@ -99,7 +99,7 @@ def _merged(base: RecipeSpec, layer: Layer, problems: list[Problem]) -> RecipeSp
         about=top.about or base.about,
         sizes=_over(base.sizes, top.sizes, lambda s: s.name),
         shard=top.shard if layer.shards else base.shard,
-        granules=tuple({**dict(base.granules), **dict(top.granules)}.items()),
+        granules=_over(base.granules, top.granules, lambda g: g.name),
         entries=_over(pruned("parameters", base.entries, lambda e: e.key), top.entries, lambda e: e.key),
         attributes=_over(pruned("attributes", base.attributes, lambda a: a.key), top.attributes, lambda a: a.key),
         arguments=_over(pruned("arguments", base.arguments, lambda b: b.module), top.arguments, lambda b: (b.module, b.path)),

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autotp.errors import InputError
+from autotp.errors import InputError, RecipeError
 from autotp.plan.codec import decode
 from autotp.plan.notation import NotationError, parse
+from autotp.plan.plan import Plan
 from autotp.recipe.problems import Pos, Problem
 from autotp.recipe.schema import EntryForm, RecipeFile, validated
 from autotp.recipe.sizes import parse_size
-from autotp.recipe.spec import Attribute, Boundary, Entry, RecipeSpec, Role, Shard, Size
+from autotp.recipe.spec import Attribute, Boundary, Entry, Granule, RecipeSpec, Role, Shard, Size
 from autotp.recipe.yaml_source import Source
 
 ENTER, LEAVE = "enter", "leave"
+_NOTHING_BEHIND = re.compile(r"\|\s*\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ def layer_of(source: Source, problems: list[Problem]) -> Layer | None:
         trace=form.trace is not None,
         unsafe=form.unsafe,
         reason=form.reason,
-        pinned=None if form.plan is None else decode(form.plan),
+        pinned=read.plan(form),
         file=source.file,
     )
     return Layer(recipe, tuple((name, source.at(("extends",))) for name in extends), read.removed, form.shard is not None)
@@ -74,8 +77,17 @@ class _Reading:
         """Report a text that is no layout."""
         try:
             parse(text)
+            if (cut := _NOTHING_BEHIND.search(text)) is not None:  # an exact plan may hold a concatenation of one
+                raise NotationError(text, cut.start(), "nothing stands behind the |")
         except NotationError as error:
             self.report(self.source.inside(path).after(error.at), f"{'.'.join(path[1:])}: layout {text!r}: {error.problem}")
+
+    def plan(self, form: RecipeFile) -> Plan | None:
+        try:
+            return None if form.plan is None else decode(form.plan)
+        except RecipeError as error:
+            self.report(self.source.at(("plan",), key=True), str(error))
+            return None
 
     def sizes(self, form: RecipeFile) -> list[Size]:
         for name, value in form.sizes.items():
@@ -104,11 +116,11 @@ class _Reading:
             out.append(Shard(names, pos))
         return out
 
-    def granules(self, form: RecipeFile) -> list[tuple[str, int]]:
+    def granules(self, form: RecipeFile) -> list[Granule]:
         for name, value in form.granules.items():
             if value < 1:
                 self.report(self.source.at(("granules", name)), f"granules.{name}: got {value}, wanted a positive number")
-        return list(form.granules.items())
+        return [Granule(name, value, self.source.at(("granules", name))) for name, value in form.granules.items()]
 
     def entries(self, form: RecipeFile) -> list[Entry]:
         out: dict[str, Entry] = {}

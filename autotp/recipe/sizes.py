@@ -63,11 +63,11 @@ def parse_size(text: str) -> ast.expr:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(f"size {text!r} is no expression: {getattr(error, 'msg', error)}") from error
     for node in ast.walk(tree):
-        constant = not isinstance(node, ast.Constant) or node.value is None or isinstance(node.value, int | str)
-        if not isinstance(node, _NODES) or not constant:
-            raise InputError(
-                f"size {text!r}: {ast.unparse(node)} may not stand in a size; names, whole numbers, + - * // % and or if else may"
-            )
+        for part in (node, *(p for p in ast.iter_child_nodes(node) if isinstance(p, ast.operator | ast.unaryop | ast.cmpop))):
+            constant = not isinstance(part, ast.Constant) or part.value is None or isinstance(part.value, int | str)
+            if not isinstance(part, _NODES) or not constant:  # an operator has no text of its own
+                shown = ast.unparse(node)
+                raise InputError(f"size {text!r}: {shown} may not stand in a size; names, whole numbers, + - * // % and or if else may")
     return tree
 
 
@@ -81,10 +81,13 @@ def size_of(value: int | str, model: nn.Module) -> int:
     if isinstance(value, str):
         try:
             found = _value(parse_size(value), model)
-        except (TypeError, ZeroDivisionError, IndexError, KeyError) as error:
+        except (TypeError, ZeroDivisionError, IndexError, KeyError, RuntimeError, ValueError) as error:  # tensors raise the last two
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"size {value!r} cannot be computed: {error}") from error
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise InputError(f"size {value!r} is {found!r}, wanted a positive int")
+        shown = repr(found) if found is None or isinstance(found, int | float | str) else f"of type {type(found).__name__}"
+        raise InputError(f"size {value!r} is {shown if len(shown) < 60 else type(found).__name__}, wanted a positive int")
     return found
 
 

@@ -59,6 +59,15 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Granule:
+    """The number that each rank's part of a name is a multiple of."""
+
+    name: str
+    value: int
+    pos: Pos = field(default=Pos(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Attribute:
     """An int attribute that becomes local. `key` has the module pattern and attribute path, `layout` the value as a layout."""
 
@@ -84,7 +93,7 @@ class RecipeSpec:
     """The fields of a `Recipe`; functions over them do the work.
 
     entries: parameters by pattern, with role and layout. sizes: names and the sizes that they stand for. shard: names that are
-    sharded. granules: name → number that local parts are multiples of. attributes, arguments, results: the changes at modules.
+    sharded. granules: names and the numbers that local parts are multiples of. attributes, arguments, results: the changes at modules.
     trace: only a traced model can be rewritten by it. unsafe: it is used without proof, for `reason`. pinned: the exact plan that
     it was made from. See docs/recipes.md.
     """
@@ -94,7 +103,7 @@ class RecipeSpec:
     families: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
     shard: tuple[Shard, ...] = ()
-    granules: tuple[tuple[str, int], ...] = ()
+    granules: tuple[Granule, ...] = ()
     entries: tuple[Entry, ...] = ()
     attributes: tuple[Attribute, ...] = ()
     arguments: tuple[Boundary, ...] = ()
