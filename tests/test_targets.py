@@ -85,6 +85,8 @@ def test_modules_and_configs_are_themselves():
     ("target", "message"),
     [
         ("lama", r"no such model type; near names: llama, "),
+        ("", r"target: got '', wanted a path, a model type"),
+        (" ", r"target: got ' ', wanted a path, a model type"),
         ("qqq", "and is neither a path nor package.module:callable"),
         ("no/such/dir", "no such directory with a config.json, and nothing is downloaded"),
         ("tests.test_targets:liner", "has no 'liner'; near names: linear"),

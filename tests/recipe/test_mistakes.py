@@ -164,6 +164,24 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]], tuple[str, str], list[str]
         ("shard", "hh"),
         ["hh stands in no layout"],
     ),
+    "granule of no layout": (
+        "mixtral",
+        [("granules: { i: 8 }", "granules: { ii: 8 }")],
+        ("granules:", "8 }"),
+        ["granules.ii: stands in no layout"],
+    ),
+    "granule of a name that is not cut": (
+        "mixtral",
+        [("granules: { i: 8 }", "granules: { e: 8 }")],
+        ("granules:", "8 }"),
+        ["granules.e: is not cut, so that it has no parts (shard: kv group, i, v)"],
+    ),
+    "granule larger than the dim": (
+        "mixtral",
+        [("granules: { i: 8 }", "granules: { i: 4096 }")],
+        ("granules:", "4096"),
+        ["granules.i: got 4096, wanted at most the size of i, which is "],
+    ),
     "argument that the module does not have": (
         "bloom",
         [("alibi:", "aliby:")],

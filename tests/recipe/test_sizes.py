@@ -20,6 +20,7 @@ class Model(nn.Module):
             heads=8, kv=4, none=None, new=True, width=64, text=SimpleNamespace(width=32), per_layer=[3, 5], odd=2.5
         )
         self.own = 7
+        self.layer = nn.Linear(4, 40)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,8 @@ def test_none_counts_as_missing():
         ("heads // 0", "cannot be computed"),
         ("text", "wanted a positive int"),
         ("per_layer[9]", "cannot be computed"),
+        ("layer.weight", "size 'layer.weight' is of type Parameter, wanted a positive int"),
+        ("1 if layer.weight else 2", "size '1 if layer.weight else 2' cannot be computed: .*Boolean value"),
     ],
 )
 def test_bad_values(text, message):

@@ -38,6 +38,19 @@ def test_it(tp):
     result.stdout.fnmatch_lines(["*test_it?tp2?*PASSED*", "*test_it?tp3?*PASSED*"])
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_plugin_is_asked_for_by_its_name(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    if alone:
+        monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    else:
+        monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", raising=False)
+    pytester.makepyfile("def test_it(tp): assert tp.size == 2")
+    pytester.runpytest_subprocess("-p", "autotp", "-p", "no:cacheprovider").assert_outcomes(passed=1)
+    without = pytester.runpytest_subprocess("-p", "no:autotp", "-p", "no:cacheprovider")
+    without.assert_outcomes(errors=1)
+    without.stdout.fnmatch_lines(["*fixture 'tp' not found*"])
+
+
 def test_a_difference_fails_the_test(pytester: pytest.Pytester) -> None:
     text = """
 import torch.distributed as dist
