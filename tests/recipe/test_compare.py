@@ -197,7 +197,7 @@ def test_ranks_raise_the_same_error(pool: Pool):
 
 def test_bad_recipes():
     model = transformer("llama")
-    with pytest.raises(RecipeError, match="no recipe 'lama': near it: llama(?!, llama)"):
+    with pytest.raises(RecipeError, match=r"no recipe 'lama': near it: llama(?!, llama)"):
         autotp.plan(model, tp=2, recipe="lama")
     with pytest.raises(RecipeError, match="no such recipe file"):
         autotp.plan(model, tp=2, recipe="lama.yaml")
