@@ -1,6 +1,7 @@
 """Makes any PyTorch model tensor-parallel, by a plan that it works out from the model's graph."""
 
 from autotp import checkpoint as checkpoint
+from autotp import integrations as integrations
 from autotp.api import full_grads, full_state_dict, parallelize, plan, plan_of
 from autotp.checkpoint.loading import from_pretrained
 from autotp.checkpoint.presharded import shard, unshard

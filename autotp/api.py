@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -28,6 +29,9 @@ from autotp.rewrite.parameters import full
 from autotp.rewrite.parameters.make import MakeParam, shard_onto
 from autotp.rewrite.undo import Undo
 from autotp.trace.example import Given
+
+ANSWERS: list[Callable[[nn.Module, DeviceMesh, Undo], None]] = []
+"""Called with each model that becomes parallel, before it changes: `autotp.integrations` puts on it what other libraries ask for."""
 
 
 def plan(
@@ -106,7 +110,7 @@ def parallelize(
             model.__dict__[_STATE] = ParallelState(whole_plan(model, "the mesh has one rank"), DryComm(1))
         return model
     comm = _ready(model, group)
-    return _install(model, line, comm, _planned(model, comm, recipe, example_inputs, strict, checked))
+    return _install(model, mesh, comm, _planned(model, comm, recipe, example_inputs, strict, checked))
 
 
 def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
@@ -115,8 +119,7 @@ def parallelize_as(model: nn.Module, mesh: DeviceMesh, made: Plan) -> nn.Module:
     Raises:
         AutoTPError: as for `parallelize`; PlanError where the plan does not fit the model or the mesh.
     """
-    line = tp_mesh(mesh)
-    return _install(model, line, _ready(model, line.get_group()), made)
+    return _install(model, mesh, _ready(model, tp_mesh(mesh).get_group()), made)
 
 
 def _ready(model: nn.Module, group: dist.ProcessGroup) -> GroupComm:
@@ -141,8 +144,7 @@ def assemble(
     Raises:
         AutoTPError: as for `parallelize`; also the errors that `make_param` raises on any rank.
     """
-    line = tp_mesh(mesh)
-    comm = _ready(model, line.get_group())
+    comm = _ready(model, tp_mesh(mesh).get_group())
     if made is not None and made.tp != comm.size:
         raise PlanError(f"the plan is for tp {made.tp}, the mesh has {comm.size} ranks along its tp dim: make one with autotp.plan")
     if comm.size == 1:
@@ -150,7 +152,7 @@ def assemble(
         return parallelize(model, mesh, recipe=recipe)
     if made is None:
         made = _planned(model, comm, recipe, None, False, Check.NUMBERS)
-    return _install(model, line, comm, made, make_param)
+    return _install(model, mesh, comm, made, make_param)
 
 
 def _replace_all(model: nn.Module, make_param: MakeParam) -> None:
@@ -173,11 +175,13 @@ def _planned(
     return parcel[0]  # type: ignore[no-any-return]
 
 
-def _install(model: nn.Module, line: DeviceMesh, comm: GroupComm, made: Plan, make_param: MakeParam | None = None) -> nn.Module:
+def _install(model: nn.Module, mesh: DeviceMesh, comm: GroupComm, made: Plan, make_param: MakeParam | None = None) -> nn.Module:
     """Rewrite `model` on every rank, or on none."""
-    undo = Undo()
+    undo, line = Undo(), tp_mesh(mesh)
 
     def rewrite() -> None:
+        for answer in ANSWERS:
+            answer(model, mesh, undo)
         originals = originals_of(model, made)
         done = apply(model, made.params, made.modules, comm=comm, make_param=make_param or shard_onto(line))
         undo.push(done.undo)

@@ -231,10 +231,19 @@ def by_transformers(folder: str) -> list[str]:
     whole = transformer("gpt2")
     model = autotp.parallelize(transformer("gpt2"), mesh(), check="graph")
     ids = torch.arange(8)[None]
-    for arguments in ({}, {"state_dict": model.state_dict()}):
-        text = failure(lambda arguments=arguments: model.save_pretrained(Path(folder) / "parts", **arguments))
-        if "call autotp.save_pretrained(model, directory) on every rank" not in text:
-            wrong.append(f"not refused: {text}")
+    refused = (
+        (model, {"state_dict": model.state_dict()}, "call autotp.save_pretrained(model, directory) on every rank"),
+        (model.transformer, {}, "call autotp.save_pretrained(model, directory) on every rank"),
+        (model, {"variant": "fp16", "max_shard_size": "1GB"}, "save_pretrained(variant=…) is not possible for a parallel model"),
+        (model, {"distributed_checkpoint": True}, "save_pretrained(distributed_checkpoint=…) is not possible"),
+    )
+    for which, arguments, text in refused:
+        said = failure(lambda which=which, arguments=arguments: which.save_pretrained(Path(folder) / "parts", **arguments))
+        if text not in said:
+            wrong.append(f"not refused: {said}")
+    model.save_pretrained(Path(folder) / "together", is_main_process=dist.get_rank() == 0)  # all ranks write
+    again = type(whole).from_pretrained(Path(folder) / "together")
+    wrong += differing(again.state_dict(), whole.state_dict())
     path = Path(folder) / "whole"
     model.save_pretrained(path, state_dict=autotp.full_state_dict(model))  # transformers writes on rank 0
     dist.barrier()

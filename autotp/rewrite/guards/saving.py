@@ -41,7 +41,10 @@ class SaveWhole:
 
 
 def install_saving(model: nn.Module, undo: Undo) -> None:
-    """Have `save_pretrained` of the model, and of models inside of it, refuse parts; journalled in `undo`."""
+    """Have `save_pretrained` of the model, and of models inside of it, refuse parts; journalled in `undo`.
+
+    A model that has one of its own already (`autotp.integrations.transformers`) keeps it.
+    """
     for module in model.modules():
-        if callable(getattr(type(module), "save_pretrained", None)):
+        if callable(getattr(type(module), "save_pretrained", None)) and "save_pretrained" not in module.__dict__:
             undo.set_attribute(module, "save_pretrained", SaveWhole(module))
