@@ -1,6 +1,7 @@
 """What other libraries ask of a model is answered here for a parallel one."""
 
 from autotp.api import ANSWERS
+from autotp.integrations.accelerate import install_accelerate
 from autotp.integrations.transformers import install_answers
 
-ANSWERS.append(install_answers)
+ANSWERS.extend((install_answers, install_accelerate))
