@@ -5,7 +5,8 @@ otherwise. Where that gives other results than one device, without an error of i
 
 - dataloaders are dealt to all processes, and not to tp groups;
 - a scheduler steps once for each process, tp ranks too. accelerate never takes them out, so it must be told to step once;
-- it has data-parallel ranks, and nobody averages their gradients.
+- it has data-parallel ranks, and nobody averages their gradients;
+- `save_state` writes one rank's part.
 
 Importing this module also lets `prepare(model, optimizer, …)` match the optimizer's parameters with the model's: accelerate finds
 DTensors again by the address of their local part, and subclasses of DTensor by `data_ptr()`.
@@ -54,6 +55,8 @@ class Accelerated:
         for accelerator in _accelerators(accelerate.Accelerator):
             if accelerator.num_processes > 1 and _is_for(accelerator, model):
                 check(accelerator, model, self._tp)
+                accelerator.register_save_state_pre_hook(_refuse_state)
+                accelerator.register_load_state_pre_hook(_refuse_state)
 
 
 def install_accelerate(model: nn.Module, mesh: DeviceMesh, undo: Undo) -> None:
@@ -88,6 +91,14 @@ def check(accelerator: Any, model: nn.Module, tp: int) -> None:
             f"accelerate has {data_parallel} data-parallel ranks, but the model is sharded over {copies * shards}, so nobody averages "
             "their gradients: call autotp.fully_shard(model, mesh) before prepare, and make the optimizer after it"
         )
+
+
+def _refuse_state(*_: Any) -> None:
+    """Raise in `save_state` and `load_state`: one rank writes its part of weights and moments, and all would read it as their own."""
+    raise AutoTPError(
+        "accelerate's save_state and load_state know one rank's part of weights and moments: call autotp.checkpoint.save(model, optimizer, "
+        "path) and autotp.checkpoint.load(model, optimizer, path) on every rank, and keep schedule and random states beside it"
+    )
 
 
 def _accelerators(cls: type[Any]) -> Iterator[Any]:
