@@ -151,3 +151,27 @@ def test_stages_of_a_pipeline_train_as_one():
     assert list(losses(wanted)) == [0, 1, 2]
     assert run(*TORCHRUN, 4, *program) == wanted
     assert run(*TORCHRUN, 8, *program, "--dp", 2) == wanted
+
+
+SFT = ("examples/sft_trainer.py", "--lr", "5e-3", "--save-every", "2", "--out")
+ON_CPUS = ("-m", "tests.integrations.on_cpus")
+
+
+def test_sft_trainer_goes_on_on_another_mesh(tmp_path):
+    """Two steps at tp 2 over two data-parallel ranks, two at tp 2 alone: the losses of one rank."""
+    from transformers import AutoModelForCausalLM
+
+    wanted = losses(run(*TORCHRUN, 1, *SFT, tmp_path / "one", "--steps", "4"))
+    first = losses(run(*TORCHRUN, 4, *ON_CPUS, *SFT, tmp_path / "more", "--tp", "2", "--steps", "2"))
+    rest = losses(run(*TORCHRUN, 2, *ON_CPUS, *SFT, tmp_path / "more", "--tp", "2", "--steps", "4", "--resume"))
+    assert list(first) == [0, 1] and rest == pytest.approx(wanted, abs=2e-4) and wanted[3] < wanted[0]
+    assert {step: rest[step] for step in first} == first
+    found, one = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("more", "one"))
+    assert all(torch.allclose(found[name], one[name], atol=1e-3) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the pretrained stories15m is not beside this checkout")
+def test_sft_trainer_of_a_pretrained_model(tmp_path):
+    found = losses(run(*TORCHRUN, 4, *ON_CPUS, *SFT, tmp_path, "--model", STORIES, "--tp", "2", "--steps", "4"))
+    assert found[3] < found[0] < 4

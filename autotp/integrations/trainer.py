@@ -67,6 +67,10 @@ class ParallelTrainer(_Base):  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not _is_parallel(self.model):
+            if checkpoint is not None and (Path(checkpoint) / STATE).is_dir():
+                raise CheckpointError(
+                    f"{checkpoint} has the state of a parallel model: call autotp.parallelize first, a mesh of one rank will do"
+                )
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         load(self.model, self.optimizer, _state_in(checkpoint))
@@ -81,7 +85,7 @@ class ParallelTrainer(_Base):  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own, with the rows of each tp group counted once."""
-        if _is_parallel(self.model):
+        if getattr(self.model, "_tp_size", None) is not None:
             if self.args.eval_use_gather_object:
                 raise InputError("eval_use_gather_object=True is not possible for a parallel model: leave it out")
             self.gather_function = self._gather_once
@@ -103,9 +107,9 @@ class ParallelTrainer(_Base):  # type: ignore[misc]
 
 
 def _is_parallel(model: object) -> bool:
-    """Whether more than one tp rank has a part of `model`."""
+    """Whether `model` went through `parallelize`, be it on one rank."""
     try:
-        return isinstance(model, nn.Module) and state_of(model).plan.tp > 1
+        return isinstance(model, nn.Module) and state_of(model).plan.tp > 0
     except PlanError:
         return False
 
