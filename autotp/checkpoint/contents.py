@@ -10,7 +10,7 @@ optimizer's as in `torch.distributed.checkpoint.state_dict.get_optimizer_state_d
 | `optimizer.param_groups.I.params`     | the names of the parameters of group I                                         |
 | `optimizer.param_groups.I.OPTION`     | a hyperparameter of it                                                         |
 
-This module reads a model and an optimizer; it changes neither.
+This module reads a model and an optimizer; it changes neither, but has FSDP let go of what it gathered.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from autotp.plan.spec import ParamPlan
 from autotp.rewrite.parameters.chunk import Chunk
 from autotp.rewrite.parameters.data_parallel import chunk_of
 from autotp.rewrite.parameters.dcp import Sharded
+from autotp.rewrite.parameters.fsdp import reshard
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, layout_of
 from autotp.rewrite.parameters.names import own_name
 
@@ -113,6 +114,7 @@ def contents_of(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, opt
         CheckpointError: names everything that cannot be saved.
     """
     problems: list[str] = []
+    reshard(model)
     params, aliases = _params(model, plans, rank, problems)
     buffers = _buffers(model, aliases, problems)
     found = Contents(params, buffers, aliases)

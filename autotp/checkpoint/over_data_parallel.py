@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from autotp.agree import agree
 from autotp.rewrite.parameters.data_parallel import DataParallelDTensor
+from autotp.rewrite.parameters.fsdp import reshard
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class TpParts:
 @torch.no_grad()
 def gather_tp_parts(model: nn.Module) -> TpParts:
     """Gathers the tp parts of the parameters that FSDP manages. Collective over the data-parallel ranks; nothing without FSDP."""
+    reshard(model)
     # Where there is one tp rank, FSDP makes ordinary DTensors.
     managed = [p for p in model.parameters() if isinstance(p, DTensor) and (type(p) is DTensor or isinstance(p, DataParallelDTensor))]
     if not managed:

@@ -7,9 +7,6 @@ otherwise. Where that gives other results than one device, without an error of i
 - a scheduler steps once for each process, tp ranks too. accelerate never takes them out, so it must be told to step once;
 - it has data-parallel ranks, and nobody averages their gradients;
 - `save_state` writes one rank's part.
-
-Importing this module also lets `prepare(model, optimizer, …)` match the optimizer's parameters with the model's: accelerate finds
-DTensors again by the address of their local part, and subclasses of DTensor by `data_ptr()`.
 """
 
 from __future__ import annotations
@@ -27,16 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autotp.errors import AutoTPError
 from autotp.integrations.transformers import data_parallel_sizes
 from autotp.preflight import tp_mesh
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.rewrite.undo import Undo
-
-
-def _address(tensor: LayoutDTensor) -> int:
-    """Returns the address of the rank's part, as accelerate takes it of a plain DTensor."""
-    return tensor._local_tensor.data_ptr()
-
-
-LayoutDTensor.data_ptr = _address  # type: ignore[assignment, method-assign]
 
 
 class Accelerated:

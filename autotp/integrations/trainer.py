@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from autotp.checkpoint.state import load, save
 from autotp.errors import CheckpointError, InputError, PlanError
-from autotp.integrations.transformers import reshard
 from autotp.parallel_state import state_of
 
 STATE = "training_state"
@@ -54,7 +53,6 @@ class ParallelTrainer(_Base):  # type: ignore[misc]
         if not _is_parallel(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        reshard(self.model)
         save(self.model, self.optimizer, Path(output_dir) / STATE)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -80,7 +78,6 @@ class ParallelTrainer(_Base):  # type: ignore[misc]
         if not _is_parallel(self.model):
             super()._load_best_model()
             return
-        reshard(self.model)
         load(self.model, None, _state_in(self.state.best_model_checkpoint))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

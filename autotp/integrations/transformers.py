@@ -27,7 +27,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from autotp.checkpoint.saving import save_pretrained
@@ -78,13 +77,6 @@ def data_parallel_sizes(model: nn.Module) -> tuple[int, int]:
             sizes = [mesh.size(i) for i, name in enumerate(mesh.mesh_dim_names or ()) if name != "tp"]
             return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[-1])
     return 1, 1
-
-
-def reshard(model: nn.Module) -> None:
-    """Have FSDP let go of what it gathered for a forward without a backward (an evaluation): the root keeps its parameters until then."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 @functools.cache
@@ -160,7 +152,6 @@ class SaveTogether:
             size = wanted.pop("max_shard_size", inspect.signature(self._save).parameters["max_shard_size"].default)
             _refuse_others(type(self._model).__qualname__, wanted, inspect.signature(self._save).parameters)
             if self._first or data_parallel_sizes(self._model) != (1, 1):
-                reshard(self._model)
                 save_pretrained(self._model, directory, max_shard_size=size)
             return None
 

@@ -182,6 +182,25 @@ def wrapped(kind: str, path: str) -> float:
     return max(worst, error(alone, again), apart(alone.state_dict(), one.state_dict()))
 
 
+def evaluated(kind: str, path: str) -> float:
+    """After a forward without a backward, FSDP holds gathered parameters of the root."""
+    model, optimizer, alone, _ = both(kind, 1)
+    uses: list[Callable[[], float]] = [
+        lambda: error(alone, model),
+        lambda: apart(grads_of(alone), autotp.full_grads(model)),
+        lambda: autotp.save_pretrained(model, f"{path}/files") or 0.0,  # type: ignore[func-returns-value]
+        lambda: autotp.checkpoint.save(model, optimizer, f"{path}/state") or 0.0,  # type: ignore[func-returns-value]
+        lambda: autotp.checkpoint.load(model, optimizer, f"{path}/state") or error(alone, model),  # type: ignore[func-returns-value]
+    ]
+    worst = 0.0
+    for use in uses:
+        with torch.no_grad():
+            model(input_ids=Data(1).ids(3))
+        worst = max(worst, use())
+    one: nn.Module = type(alone).from_pretrained(f"{path}/files", dtype=torch.float64)  # type: ignore[attr-defined]
+    return max(worst, apart(alone.state_dict(), one.state_dict()))
+
+
 def generated(kind: str, path: str) -> float:
     """Tokens of a model over tp and FSDP."""
     model, _, alone, _ = both(kind, 1)
@@ -191,7 +210,9 @@ def generated(kind: str, path: str) -> float:
     return 0.0 if torch.equal(*tokens) else 1.0
 
 
-WAYS: dict[str, Way] = {way.__name__: way for way in (resumed, by_dcp, read_whole, loaded, files, arithmetic, generated, wrapped)}
+WAYS: dict[str, Way] = {
+    way.__name__: way for way in (resumed, by_dcp, read_whole, loaded, files, arithmetic, generated, wrapped, evaluated)
+}
 
 
 def run(way: str, kind: str, path: str) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from autotp.errors import MeshError
@@ -48,6 +49,13 @@ class LayoutFSDPParam(FSDPParam):
         # FSDP itself takes a gradient that compiled code made, an ordinary DTensor, where that is as large as the parameter says.
         if not is_even(self._layout) and unsharded.requires_grad:  # which users may change between steps
             order_gradient(unsharded)
+
+
+def reshard(model: nn.Module) -> None:
+    """Has FSDP let go of the parameters that it gathered for a forward: a root keeps them where no backward came (an evaluation)."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _keeps_layouts(init: Any) -> Any:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from autotp.plan.layout import Layout
 from autotp.plan.spec import ParamPlan
 from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.parameters.fsdp import reshard
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.rewrite.parameters.names import own_name
 
@@ -39,6 +40,7 @@ def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Com
 
     Wrappers of torch's (`checkpoint_wrapper`, `torch.compile`) add nothing to a key.
     """
+    reshard(model)
     whole: dict[int, Tensor] = {}
     tied = {own_name(name): id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     state: dict[str, Tensor] = {}
@@ -56,5 +58,6 @@ def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Com
 
 def full_grads(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
     """Returns whole gradients by the names of `model.named_parameters()`; parameters without a gradient are left out."""
+    reshard(model)
     grads = {own_name(name): p.grad for name, p in model.named_parameters()}
     return {name: unshard(grad, params[name].layout, comm) for name, grad in grads.items() if grad is not None}

@@ -30,6 +30,10 @@ class Numbers(DTensor):
     def __dlpack__(self, **options: Any) -> Any:
         raise AutoTPError("a tensor that is laid out over ranks has no memory of its own to be shared: share that of full_tensor()")
 
+    def data_ptr(self) -> int:
+        """Returns the address of this rank's part, by which accelerate tells tensors apart."""
+        return self._local_tensor.data_ptr()
+
     def share_memory_(self) -> Numbers:
         """Moves this rank's part to shared memory."""
         self._local_tensor.share_memory_()  # type: ignore[no-untyped-call]
