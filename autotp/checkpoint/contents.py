@@ -32,7 +32,7 @@ from autotp.rewrite.parameters.data_parallel import chunk_of
 from autotp.rewrite.parameters.dcp import Sharded
 from autotp.rewrite.parameters.fsdp import reshard
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, layout_of
-from autotp.rewrite.parameters.names import own_name
+from autotp.rewrite.parameters.names import Names
 
 #: Tensors are written in boxes of at most so many bytes: who reads a part holds no more than that of the rest.
 BOX = 64 << 20
@@ -116,7 +116,7 @@ def contents_of(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, opt
     problems: list[str] = []
     reshard(model)
     params, aliases = _params(model, plans, rank, problems)
-    buffers = _buffers(model, aliases, problems)
+    buffers = _buffers(model, Names(plans), aliases, problems)
     found = Contents(params, buffers, aliases)
     if optimizer is not None and not problems:
         groups = list(_groups(optimizer, params, problems))
@@ -133,6 +133,7 @@ def listed(problems: list[str], most: int = 6) -> str:
 
 
 def _params(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, problems: list[str]) -> tuple[dict[str, Param], dict[str, str]]:
+    own_name = Names(plans)
     params: dict[str, Param] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -157,7 +158,7 @@ def _params(model: nn.Module, plans: Mapping[str, ParamPlan], rank: int, problem
     return params, aliases
 
 
-def _buffers(model: nn.Module, aliases: dict[str, str], problems: list[str]) -> dict[str, Tensor]:
+def _buffers(model: nn.Module, own_name: Names, aliases: dict[str, str], problems: list[str]) -> dict[str, Tensor]:
     buffers: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -38,7 +38,7 @@ from autotp.plan.plan import Plan
 from autotp.plan.spec import ParamPlan
 from autotp.rewrite.collectives.comm import Comm, GroupComm
 from autotp.rewrite.parameters.layout_dtensor import layout_of
-from autotp.rewrite.parameters.names import own_name
+from autotp.rewrite.parameters.names import Names
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -93,6 +93,7 @@ def held_state(model: nn.Module, params: Mapping[str, ParamPlan], parts: Mapping
     Raises:
         CheckpointError: a tensor has no values.
     """
+    own_name = Names(params)
     state: dict[str, Node] = {}
     identity: dict[str, int] = {}
     made: dict[int, Held] = {}
@@ -125,7 +126,7 @@ def _files(
 
 def _begin(directory: Path, model: nn.Module, plan: Plan, state: Mapping[str, Node], files: Mapping[str, Mapping[str, Node]]) -> None:
     parameters = {
-        id(state[name]): prod(state[name].shape) for name in (own_name(key) for key, _ in model.named_parameters()) if name in state
+        id(state[name]): prod(state[name].shape) for name in map(Names(plan.params), dict(model.named_parameters())) if name in state
     }
     if pretrained.is_pretrained(model):
         pretrained.write_config(directory, model, [a for m in plan.modules if not m.path for a in m.attributes])

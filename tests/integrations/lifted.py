@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 @contextmanager
 def several_devices() -> Iterator[None]:
-    """As `torchrun` starts a process, with accelerate taking CPUs for devices; its state ends with the block."""
+    """As `torchrun` starts a process, with accelerate taking CPUs for devices; its state begins and ends with the block."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -29,6 +30,9 @@ def several_devices() -> Iterator[None]:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "0",
     }
+    states: tuple[Any, ...] = (AcceleratorState, GradientState, PartialState)
+    for state in states:
+        state._reset_state()
     try:
         with (
             mock.patch.dict(os.environ, names),
@@ -36,5 +40,5 @@ def several_devices() -> Iterator[None]:
         ):
             yield
     finally:
-        for state in (AcceleratorState, GradientState, PartialState):
+        for state in states:
             state._reset_state()

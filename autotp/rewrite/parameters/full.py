@@ -13,7 +13,7 @@ from autotp.plan.spec import ParamPlan
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.parameters.fsdp import reshard
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
-from autotp.rewrite.parameters.names import own_name
+from autotp.rewrite.parameters.names import Names
 
 
 @torch.no_grad()
@@ -41,6 +41,7 @@ def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Com
     Wrappers of torch's (`checkpoint_wrapper`, `torch.compile`) add nothing to a key.
     """
     reshard(model)
+    own_name = Names(params)
     whole: dict[int, Tensor] = {}
     tied = {own_name(name): id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     state: dict[str, Tensor] = {}
@@ -59,5 +60,6 @@ def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Com
 def full_grads(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
     """Returns whole gradients by the names of `model.named_parameters()`; parameters without a gradient are left out."""
     reshard(model)
+    own_name = Names(params)
     grads = {own_name(name): p.grad for name, p in model.named_parameters()}
     return {name: unshard(grad, params[name].layout, comm) for name, grad in grads.items() if grad is not None}

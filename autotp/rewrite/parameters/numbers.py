@@ -31,8 +31,11 @@ class Numbers(DTensor):
         raise AutoTPError("a tensor that is laid out over ranks has no memory of its own to be shared: share that of full_tensor()")
 
     def data_ptr(self) -> int:
-        """Returns the address of this rank's part, by which accelerate tells tensors apart."""
-        return self._local_tensor.data_ptr()
+        """Returns the address of a parameter's part on this rank, by which accelerate tells parameters apart.
+
+        It is 0 for any other tensor, as for every DTensor: torch takes it as the sign that a tensor has no memory to be copied from.
+        """
+        return self._local_tensor.data_ptr() if getattr(self, "_is_param", False) else 0
 
     def share_memory_(self) -> Numbers:
         """Moves this rank's part to shared memory."""

@@ -245,7 +245,9 @@ class TrainingOnly(Two):
             self.seen += 1 + (wrong and self.what == "buffer")
         if wrong and self.what == "gradient" and y.requires_grad:
             y.register_hook(lambda g: 2 * g)
-        return y * 1.5 if wrong and (self.what == "output" or (self.what == "second" and self.calls > 1)) else y * 1
+        if wrong and (self.what == "output" or (self.what == "second" and self.calls > 1)):
+            return y * 1.5 + y.detach()  # the gradient is less wrong than the result
+        return y * 1
 
 
 @pytest.mark.parametrize(
