@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import autotp
 from tests.integrations.lifted import several_devices
 from tests.integrations.subjects import Recording, Rows, furthest, subject, whole
+from tests.support.slow import swept
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore")]
 
@@ -135,7 +136,7 @@ def refusals() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", swept([2, 4], 4))
 def test_refused(pool, world):
     for found in pool.run(refusals, world=world):
         assert f"would step the scheduler {world} times a step" in found["scheduler"]

@@ -12,6 +12,7 @@ import autotp
 from autotp.integrations.trainer import ParallelTrainer
 from tests.integrations.lifted import several_devices
 from tests.integrations.subjects import Recording, Rows, furthest, subject, whole
+from tests.support.slow import swept
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore")]  # the reference is trained here, and upstream warns
 
@@ -80,7 +81,7 @@ def alone(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("name", "world"), [("llama", 2), ("gpt2", 2), ("llama", 4), ("gpt2", 4)])
+@pytest.mark.parametrize(("name", "world"), swept([("llama", 2), ("gpt2", 2), ("llama", 4), ("gpt2", 4)], ("llama", 2), ("gpt2", 4)))
 def test_trainer(pool, alone, tmp_path, name, world):
     """Over tp 2, and over tp 2 and two data-parallel ranks, with no line for it; the directory that it saves is one device's."""
     from transformers import AutoModelForCausalLM
@@ -104,7 +105,7 @@ def test_another_learning_rate_is_seen(pool, alone, tmp_path):
         same(pool.run(trained, "llama", 2, str(tmp_path), world=2, learning_rate=1.001e-2)[0], alone("llama"))
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2)])
+@pytest.mark.parametrize(("first", "then"), swept([(2, 4), (4, 2)], (4, 2)))
 def test_parallel_trainer_resumes_on_another_mesh_and_evaluates(pool, alone, tmp_path, first, then):
     """Two steps are trained again, from a checkpoint of other ranks: the figures and weights of a training without a break."""
     options = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps"}
@@ -210,6 +211,7 @@ def _tuned(tp: int | None, out: str, parallel: bool, resume: str | None = None, 
     return {"logs": trainer.state.log_history, "weights": whole(model, tp)}
 
 
+@pytest.mark.sweep  # examples/sft_trainer.py runs as a program
 @pytest.mark.parametrize("world", [2, 4])
 def test_sft_trainer(pool, tmp_path, world):
     wanted = tuned(None, str(tmp_path / "one"), False)
