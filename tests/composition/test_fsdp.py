@@ -267,6 +267,27 @@ def test_readers_of_other_units(pool: Pool) -> None:
             assert "readers.0 reads weight of blocks.1" in text and "fully_shard([a, b], mesh=…)" in text
 
 
+def _stepped(model: nn.Module, gathered: bool) -> None:
+    """Steps an optimizer that was made before FSDP, or after a forward that leaves the root's parameters gathered."""
+    early = adamw(model)
+    by_block(model, mesh_of(2, 2))
+    with torch.no_grad():
+        model(input_ids=Data(1).ids(0))
+    late = adamw(model)
+    for p in model.parameters():
+        p.grad = None
+    (late if gathered else early).step()
+
+
+def _resharded(model: nn.Module) -> None:
+    """The control."""
+    by_block(model, mesh_of(2, 2))
+    with torch.no_grad():
+        model(input_ids=Data(1).ids(0))
+    model.reshard()  # type: ignore[operator]
+    adamw(model).step()
+
+
 def refused() -> dict[str, str]:
     """What each wrong use is told."""
     mesh = mesh_of(2, 2)
@@ -278,6 +299,9 @@ def refused() -> dict[str, str]:
         "ddp of the mesh": lambda m: DistributedDataParallel(m, device_mesh=mesh["dp"])(input_ids=ids),
         "no mesh": lambda m: autotp.fully_shard(m, 2),  # type: ignore[arg-type]
         "no dim": lambda m: autotp.fully_shard(m, mesh["tp"]),
+        "early optimizer": lambda m: _stepped(m, False),
+        "late optimizer": lambda m: _stepped(m, True),
+        "optimizer in time": _resharded,
         "part of the ranks": lambda m: autotp.fully_shard(m, mesh, reshard_after_forward=2),
         "keyword": lambda m: autotp.fully_shard(m, mesh, reshard=True),
         "not parallel": lambda m: autotp.fully_shard(build("even"), mesh),
@@ -300,10 +324,13 @@ def test_wrong_uses_are_told(pool: Pool) -> None:
         "ddp of the mesh": (AutoTPError, 'use replicate(model, mesh=mesh["dp"])'),
         "no mesh": (MeshError, "got int"),
         "no dim": (MeshError, "got dims ('tp',)"),
+        "early optimizer": (AutoTPError, "the optimizer was made before fully_shard"),
+        "late optimizer": (AutoTPError, "while FSDP held gathered parameters"),
         "part of the ranks": (InputError, "True or False"),
         "keyword": (InputError, "reshard"),
         "not parallel": (PlanError, "call autotp.parallelize"),
     }
     for found in pool.run(refused, world=4):
+        assert found["optimizer in time"] == "fine"
         for name, (kind, text) in wanted.items():
             assert found[name].startswith(kind.__name__ + ":") and text in found[name], found[name]

@@ -260,7 +260,7 @@ def told(path: str) -> dict[str, str]:
 def test_told(pool: Pool, tmp_path: Path) -> None:
     for found in pool.run(told, str(tmp_path), world=4):
         for name in ("cut by placements", "cut by placements on rank 0", "cut by placements, uneven"):
-            assert "load whole tensors on every rank with model.load_state_dict" in found[name], found[name]
+            assert "load whole tensors on every rank by model.load_state_dict" in found[name], found[name]
         assert found["another model"].startswith(CheckpointError.__name__)
         assert found["no folder"].startswith(CheckpointError.__name__)
 

@@ -23,6 +23,8 @@ from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, end_to_end, 
 
 #: Set on the parameter that FSDP gathers for a forward, which is an ordinary `LayoutDTensor`.
 MANAGED = "_autotp_managed"
+#: Set on the parameter that FSDP replaced.
+REPLACED = "_autotp_replaced"
 
 
 def is_managed(tensor: Tensor) -> bool:

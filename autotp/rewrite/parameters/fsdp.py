@@ -3,6 +3,9 @@
 torch's `fully_shard` makes a 2-D DTensor of a parameter that is a DTensor over the tp mesh. It does not know that the parameter has a
 layout, and has no protocol to be told: what it makes would be read as if it were cut evenly. So `FSDPParam`, which holds one parameter
 for FSDP, becomes a `LayoutFSDPParam` where the parameter has a layout. It gives the layout to every tensor that FSDP makes of it.
+
+FSDP has its own parameters, sharded ones; those of before, and the gathered ones that stay after a forward without a backward, get no
+gradients. An optimizer that has such a one is told so when it steps.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from autotp.errors import MeshError
+from autotp.errors import AutoTPError, MeshError
 from autotp.plan.boxes import is_even
 from autotp.plan.layout import Layout
 from autotp.rewrite.parameters.compiled_grads import order_gradient
-from autotp.rewrite.parameters.data_parallel import MANAGED, DataParallelDTensor, placed
+from autotp.rewrite.parameters.data_parallel import MANAGED, REPLACED, DataParallelDTensor, placed
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, laid_out
 
 
@@ -68,6 +72,8 @@ def _keeps_layouts(init: Any) -> Any:
             over = getattr(self, "mesh_info", None) or next(a for a in (*args, *kwargs.values()) if hasattr(a, "mesh"))
             _refuse_tp_ranks(over.mesh, param)
         init(self, param, *args, **kwargs)
+        if isinstance(param, LayoutDTensor):
+            setattr(param, REPLACED, True)
 
     return init_sharded_param
 
@@ -87,4 +93,21 @@ def _refuse_tp_ranks(mesh: Any, param: LayoutDTensor) -> None:
         )
 
 
+def _refuse_stale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuse to step parameters that have no gradients under FSDP, and would never be trained.
+
+    Raises:
+        AutoTPError: the optimizer has parameters of before `fully_shard`, or gathered ones of after a forward without a backward.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if type(p) is LayoutDTensor and (REPLACED in p.__dict__ or MANAGED in p.__dict__):
+                when = "before fully_shard" if REPLACED in p.__dict__ else "while FSDP held gathered parameters, after a forward"
+                raise AutoTPError(
+                    f"the optimizer was made {when}: its parameter of shape {tuple(p.shape)} is not the model's any more, and would never "
+                    "be trained. Make the optimizer after fully_shard and before the first forward, or after model.reshard()"
+                )
+
+
+register_optimizer_step_pre_hook(_refuse_stale)
 FSDPParam._init_sharded_param = _keeps_layouts(FSDPParam._init_sharded_param)  # type: ignore[method-assign]

@@ -40,8 +40,8 @@ class InLayout(Shard):
         """
         raise AutoTPError(
             f"a tensor with the layout {self.layout} is not cut in even slices, so its placements do not tell how to cut another one "
-            "(set_model_state_dict of whole tensors, distribute_tensor): load whole tensors on every rank with model.load_state_dict, or "
-            "use autotp.checkpoint.load or autotp.from_pretrained"
+            "(set_model_state_dict and set_optimizer_state_dict of whole tensors, distribute_tensor): load whole tensors on every rank by "
+            "model.load_state_dict, or use autotp.checkpoint.load or autotp.from_pretrained"
         )
 
     def __repr__(self) -> str:
