@@ -192,6 +192,51 @@ def test_padding_breaks_no_graph(pool: Pool, kind: str) -> None:
     assert max(pool.run(in_one_graph, kind, world=4)) <= 1e-9
 
 
+def inside_of_a_joint_sum(model: nn.Module) -> None:
+    """Units that are members of a joint sum, and Linears inside of them."""
+    for block in blocks(model):
+        inner: Any = block
+        fully_shard(inner.attention, mesh=mesh_of(2, 2)["dp"])
+        fully_shard(inner.mlp.dense_4h_to_h, mesh=mesh_of(2, 2)["dp"])
+
+
+def of_each_linear(model: nn.Module) -> None:
+    """A unit for each Linear."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            fully_shard(module, mesh=mesh_of(2, 2)["dp"])
+
+
+def of_several(model: nn.Module) -> None:
+    """The embedding, and the last norm with the head, as torchtitan has them."""
+    inner: Any = model
+    fully_shard(inner.model.embed_tokens, mesh=mesh_of(2, 2)["dp"])
+    fully_shard([inner.model.norm, inner.lm_head], mesh=mesh_of(2, 2)["dp"], reshard_after_forward=False)
+
+
+UNITS: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
+    "inside of a joint sum": ("joint", inside_of_a_joint_sum),
+    "each Linear": ("padded", of_each_linear),
+    "several modules": ("shared", of_several),
+}
+
+
+def in_units(name: str) -> float:
+    """As `trained`, with other units inside of the blocks, or beside them."""
+    kind, apply = UNITS[name]
+    model, alone = parallel(kind, mesh_of(2, 2)), build(kind)
+    apply(model)
+    by_block(model, mesh_of(2, 2))
+    train(model, adamw(model), Data.here(mesh_of(2, 2)), range(2))
+    train(alone, adamw(alone), Data(2), range(2))
+    return apart(alone.state_dict(), autotp.full_state_dict(model))
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_other_units(pool: Pool, name: str) -> None:
+    assert max(pool.run(in_units, name, world=4)) <= 1e-9
+
+
 def without_units() -> dict[str, float]:
     """The control: the root reads for all modules, whose units were gathered before."""
     with pytest.MonkeyPatch.context() as patch:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from autotp.errors import AutoTPError
 from autotp.plan.spec import GradSum
+from autotp.rewrite.modules.joint import CALLS, separate
 from autotp.rewrite.modules.module import ModuleRun
 from autotp.rewrite.observer import Observer
 from autotp.rewrite.parameters.data_parallel import is_managed
@@ -114,11 +115,13 @@ class RootReads(BatchReads):
         self.divided = False
 
     def before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self.divided and not is_dynamo_compiling() and any(is_managed(p) for p in self._params()):
+        if not self.divided and not is_dynamo_compiling() and any(is_managed(p) for p in self._params(model)):
             self._divide(model)
         super().before(model, args)
 
-    def _params(self) -> Iterator[Tensor]:
+    def _params(self, model: nn.Module) -> Iterator[Tensor]:
+        if not self.runs:
+            yield from model.parameters()
         for module, run in self.runs:
             for name, _ in run.light or ():
                 if (p := module._parameters.get(name)) is not None:
@@ -132,10 +135,14 @@ class RootReads(BatchReads):
             units[id(enclosing[-1])] = [m for m in enclosing if isinstance(m, FSDPModule)]
         for module, read in self.reads:
             _refuse_outside(names, units, module, read)
+
+        def unit_of(module: nn.Module) -> nn.Module:
+            return next(iter(reversed(units.get(id(module), []))), model)
+
+        separate(model, unit_of)
         runs: dict[int, list[tuple[nn.Module, ModuleRun]]] = {}
         for module, run in self.runs:
-            unit = next(iter(reversed(units.get(id(module), []))), model)
-            runs.setdefault(id(unit), []).append((module, run))
+            runs.setdefault(id(unit_of(module)), []).append((module, run))
         for unit in (m for m in model.modules() if m is not model and len(runs.get(id(m), ())) > 1):
             _hook(unit, BatchReads(runs[id(unit)]))
         self.runs = tuple(runs.get(id(model), ()))
@@ -172,7 +179,7 @@ def _hook(module: nn.Module, batch: BatchReads) -> None:
 
 def install_batch(model: nn.Module, runs: Runs, reads: Sequence[tuple[nn.Module, Read]], undo: Undo) -> None:
     """Hook `model` so that its forwards read the small parameters of `runs` together."""
-    if len(runs) > 1:
-        batch = RootReads(runs, reads)
+    if len(runs) > 1 or reads or any(CALLS in m.__dict__ for m in model.modules()):
+        batch = RootReads(runs if len(runs) > 1 else (), reads)
         undo.push(model.register_forward_pre_hook(batch.before, prepend=True).remove)
         undo.push(model.register_forward_hook(batch.after, always_call=True).remove)

@@ -63,17 +63,22 @@ class _Call:
 
 
 class HeldSum:
-    """Keeps one joint sum of a parent. `calls`: the calls of the parent that are running, one inside the other."""
+    """Keeps one joint sum of a parent. `calls`: the calls of the parent that are running, one inside the other.
 
-    __slots__ = ("calls", "comm", "name")
+    apart: each member reduces for itself.
+    """
+
+    __slots__ = ("apart", "calls", "comm", "name")
 
     def __init__(self, name: str, comm: Comm) -> None:
         self.name, self.comm = name, comm
         self.calls: list[_Call] = []
+        self.apart = False
 
     def open(self) -> None:
         """Begins a call of the parent."""
-        self.calls.append(_Call())
+        if not self.apart:
+            self.calls.append(_Call())
 
     def close(self) -> None:
         """Ends a call of the parent."""
@@ -85,7 +90,7 @@ class HeldSum:
         Raises:
             AutoTPError: a module held its partial sum, and the one that reduces it did not run.
         """
-        if self.calls[-1].held:
+        if self.calls and self.calls[-1].held:
             raise AutoTPError(
                 f"{self.name}: a partial sum was held back for the last of these modules, which did not run in this call. "
                 "The plan was made from calls that run all of them; plan with example_inputs= that take this path."
@@ -126,9 +131,10 @@ class HeldSum:
 class _Part:
     """A member converts its results with this: (path, convert) each."""
 
-    __slots__ = ("slots",)
+    __slots__ = ("held", "slots")
 
     def __init__(self, slots: Iterable[Slot], held: HeldSum) -> None:
+        self.held = held
         self.slots: tuple[tuple[Path, Convert], ...] = tuple((s.path, held.hold if _holds(s) else held.join) for s in slots)
 
     def __call__(self, result: Any) -> Any:
@@ -222,6 +228,19 @@ def install_joints(model: nn.Module, plans: Iterable[ModulePlan], comm: Comm, un
             _wrap_calls(model, model.get_submodule(plan.path), _Calls(tuple(sums)), undo)
     if left:
         raise PlanError(f"no module of the plan says with what these are summed: {sorted(left)}")
+
+
+def separate(model: nn.Module, unit_of: Callable[[nn.Module], nn.Module]) -> None:
+    """Has members reduce for themselves where one is in another unit of FSDP than their parent.
+
+    FSDP gathers the parameters of a unit for the backward when a gradient reaches the unit's result, and a held result is zeros, which no
+    gradient reaches.
+    """
+    parents = {id(held): m for m in model.modules() if CALLS in m.__dict__ for held in m.__dict__[CALLS].sums}
+    for module in model.modules():
+        part: _Part | None = module.__dict__.get(PART)
+        if part is not None and unit_of(module) is not unit_of(parents[id(part.held)]):
+            part.held.apart = True
 
 
 def _keeps_class(model: nn.Module, module: nn.Module) -> bool:
