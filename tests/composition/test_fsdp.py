@@ -214,6 +214,32 @@ def of_several(model: nn.Module) -> None:
     fully_shard([inner.model.norm, inner.lm_head], mesh=mesh_of(2, 2)["dp"], reshard_after_forward=False)
 
 
+def between_backward_and_step() -> tuple[float, float]:
+    """An evaluation after the backward: the norm and the step are of all gradients. Then values that are put in place of others."""
+    mesh, data = mesh_of(2, 2), Data.here(mesh_of(2, 2))
+    model, alone = by_block(parallel("padded", mesh), mesh), build("padded")
+    norms = []
+    for which, part in ((model, data), (alone, Data(2))):
+        optimizer = adamw(which)
+        loss_of(which, part.ids(0)).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            which.eval()(input_ids=Data(1).ids(5))
+            which.train()
+        norms.append(float(nn.utils.clip_grad_norm_(which.parameters(), 0.1)))
+        optimizer.step()
+        for p in which.parameters():
+            p.data.mul_(0.9)
+            p.data = p.data * 1.1
+        optimizer.zero_grad()
+        loss_of(which, part.ids(1)).backward()  # type: ignore[no-untyped-call]
+    return abs(norms[0] - norms[1]), apart(grads_of(alone), autotp.full_grads(model))
+
+
+def test_an_evaluation_between_backward_and_step(pool: Pool) -> None:
+    for found in pool.run(between_backward_and_step, world=4):
+        assert max(found) <= 1e-9, found
+
+
 UNITS: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
     "inside of a joint sum": ("joint", inside_of_a_joint_sum),
     "each Linear": ("padded", of_each_linear),
@@ -313,11 +339,10 @@ def test_readers_of_other_units(pool: Pool) -> None:
 
 
 def _stepped(model: nn.Module, gathered: bool) -> None:
-    """Steps an optimizer that was made before FSDP, or after a forward that leaves the root's parameters gathered."""
+    """Steps an optimizer that was made before FSDP, or after a forward whose backward has not come: the root's parameters are gathered."""
     early = adamw(model)
     by_block(model, mesh_of(2, 2))
-    with torch.no_grad():
-        model(input_ids=Data(1).ids(0))
+    model(input_ids=Data(1).ids(0))
     late = adamw(model)
     for p in model.parameters():
         p.grad = None
@@ -327,8 +352,7 @@ def _stepped(model: nn.Module, gathered: bool) -> None:
 def _resharded(model: nn.Module) -> None:
     """The control."""
     by_block(model, mesh_of(2, 2))
-    with torch.no_grad():
-        model(input_ids=Data(1).ids(0))
+    model(input_ids=Data(1).ids(0))
     model.reshard()  # type: ignore[operator]
     adamw(model).step()
 

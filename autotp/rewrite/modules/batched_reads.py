@@ -25,6 +25,7 @@ from autotp.rewrite.modules.joint import CALLS, separate
 from autotp.rewrite.modules.module import ModuleRun
 from autotp.rewrite.observer import Observer
 from autotp.rewrite.parameters.data_parallel import is_managed
+from autotp.rewrite.parameters.fsdp import reshard
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout, own_gradient
 from autotp.rewrite.parameters.reads import GradFix, Read
 from autotp.rewrite.transforms import refuse_transforms
@@ -147,6 +148,7 @@ class RootReads(BatchReads):
             _hook(unit, BatchReads(runs[id(unit)]))
         self.runs = tuple(runs.get(id(model), ()))
         self.divided = True
+        model.register_forward_hook(Observer(_let_go))  # after FSDP's own
 
 
 def _enclosing(module: nn.Module, above: tuple[nn.Module, ...], path: str = "") -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
@@ -170,6 +172,15 @@ def _refuse_outside(names: dict[int, str], units: dict[int, list[nn.Module]], mo
         "reduced without this use. Pass both modules to one call, fully_shard([a, b], mesh=…), leave both to the unit that encloses "
         "them, or let autotp.fully_shard(model, mesh) pick the units"
     )
+
+
+def _let_go(model: nn.Module, args: Any, result: Any) -> None:
+    """Has FSDP let go of what it gathered for a forward without a backward.
+
+    Until then `model.parameters()` are gathered ones for the root, without the gradients that the sharded ones have.
+    """
+    if not is_dynamo_compiling() and not torch.is_grad_enabled():
+        reshard(model)
 
 
 def _hook(module: nn.Module, batch: BatchReads) -> None:

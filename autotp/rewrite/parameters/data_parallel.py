@@ -80,6 +80,14 @@ class DataParallelDTensor(LayoutDTensor):
     def _placed(self, spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
         return placed(spec, local, layout)
 
+    def _become(self, other: LayoutDTensor) -> None:
+        # FSDP gathers from the memory that it knows.
+        mine, its = self._local_tensor, other._local_tensor
+        if (mine.shape, mine.dtype, mine.device) == (its.shape, its.dtype, its.device):
+            mine.copy_(its)
+        else:
+            super()._become(other)
+
     def _plain(self, local: Tensor | None = None) -> DTensor:
         local = self._local_tensor if local is None else local
         return new_dtensor(DTensor, local, end_to_end(self._spec, local), requires_grad=False)  # type: ignore[no-any-return]
