@@ -1,5 +1,7 @@
 """Fine-tune with trl's SFTTrainer over tensor parallelism and FSDP2: the model is loaded in parts, the rest is the trainer's.
 
+With GPUs; on CPUs accelerate takes one process only (docs/accelerate.md), which is the same command with 1 and without --tp:
+
     torchrun --standalone --nproc-per-node 4 examples/sft_trainer.py --tp 2 --model path/to/a/model --out tuned --steps 20
     torchrun --standalone --nproc-per-node 8 examples/sft_trainer.py --tp 4 --model path/to/a/model --out tuned --steps 40 --resume
 
@@ -8,8 +10,7 @@ OUT/checkpoint-N is what Trainer writes (OUT/checkpoint-N/training_state for any
 `AutoModelForCausalLM.from_pretrained` loads without autotp.
 
 Without --model (or AUTOTP_MODEL) a tiny Llama with random weights is written to OUT/start. Where a model has no tokenizer beside it, the
-words of the text below are taken for tokens of Llama's vocabulary. accelerate takes tensor parallelism with GPUs only
-(docs/accelerate.md); one process runs anywhere.
+words of the text below are taken for tokens of Llama's vocabulary.
 """
 
 from __future__ import annotations
@@ -114,7 +115,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     options = parser.parse_args()
 
-    cuda = torch.cuda.is_available()
+    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and options.tp == 1:
+        parser.error(f"{world} processes with --tp 1 are data parallelism alone, which Trainer does without autotp: give --tp")
+    if world > 1 and not cuda and "ACCELERATE_TAKES_CPUS" not in os.environ:
+        parser.error("accelerate takes tensor parallelism with GPUs only: start one process, or see examples/finetune.py")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo")

@@ -91,7 +91,7 @@ class Place:
             if old == new or (name in self.laid and new is not None) or (_NUMBER in (old, new) and (_is_one(old) or _is_one(new))):
                 continue
             if new is None and isinstance(self.module.__dict__.get(name), DTensor):
-                raise AutoTPError(f"{self.where}{name} is no parameter of its module any more. {NO_DDP}")
+                raise AutoTPError(f"{NO_DDP} ({self.where}{name} is no parameter of its module any more)")
             raise AutoTPError(
                 f"{self.where}{name} was {_told(old)} when the model was made parallel and is {_told(new)} now; the code that reads it "
                 f"runs on a rank's part, by a plan made for what was there. {_ADVICE}"

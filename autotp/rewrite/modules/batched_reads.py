@@ -41,7 +41,8 @@ class _ReadMany(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.fixes = fixes
         ctx.specs = [p._spec for p in params]
-        return tuple(p._local_tensor.detach() for p in params)
+        # Of a list: a tuple that grows is not safe from a search of references in another thread, and ranks may be threads.
+        return tuple([p._local_tensor.detach() for p in params])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

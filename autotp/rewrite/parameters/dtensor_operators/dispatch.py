@@ -56,8 +56,8 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return args[0]._like(args[0]._local_tensor, args[0]._spec)
     if func.namespace in _COLLECTIVES:
         raise AutoTPError(
-            f"{func} on a tensor that is laid out over tensor-parallel ranks: give it to_local(), this rank's part, over a group that does "
-            f"not hold other parts of it. {NO_DDP}"
+            f"{NO_DDP}. Other collectives ({func}) on a tensor that is laid out over tensor-parallel ranks: give them to_local(), this "
+            "rank's part, over a group that does not hold other parts of it"
         )
     if func is _copy_:
         known_order(args[0], args[1])
