@@ -27,7 +27,7 @@ from autotp.errors import CheckpointError
 from autotp.plan.boxes import piece_dim
 from autotp.plan.layout import Layout, replicated
 from autotp.plan.spec import ParamPlan
-from autotp.rewrite.parameters.chunk import Chunk
+from autotp.rewrite.parameters.chunk import Chunk, held_of
 from autotp.rewrite.parameters.data_parallel import chunk_of
 from autotp.rewrite.parameters.dcp import Sharded
 from autotp.rewrite.parameters.fsdp import reshard
@@ -57,9 +57,8 @@ class Param:
 
     def clear_padding_(self, local: Tensor) -> None:
         """Writes zeros to the padding of `local`, the rank's part of this parameter or of a moment of it."""
-        dim, padding = piece_dim(self.layout), self.layout.padding(self.rank)
-        for a, b in self.chunk.within(padding) if self.chunk is not None and self.chunk.dim == dim else padding:
-            local.narrow(dim, a, b - a).zero_()
+        for a, b in held_of(self.chunk, self.layout.dim, self.layout.padding(self.rank)):
+            local.narrow(piece_dim(self.layout), a, b - a).zero_()
 
 
 @dataclass(frozen=True, slots=True)

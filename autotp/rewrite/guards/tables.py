@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
+from autotp.rewrite.parameters.data_parallel import NO_DDP
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
-from autotp.rewrite.parameters.placements import NO_DDP
 
 _TABLES = ("_parameters", "_buffers")
 _ADVICE = "Make the change before parallelize (build the model again), or take it back"

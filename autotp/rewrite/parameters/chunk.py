@@ -59,3 +59,8 @@ class Chunk:
         """Returns those of `runs`, or the parts of them, that are in this chunk, counted from its start."""
         inside = ((max(a, self.start) - self.start, min(b, self.stop) - self.start) for a, b in runs)
         return tuple((a, b) for a, b in inside if b > a)
+
+
+def held_of(chunk: Chunk | None, dim: int | None, runs: Sequence[Interval]) -> Sequence[Interval]:
+    """Returns those of `runs` of dim `dim` of a tp rank's part that the rank with `chunk` of it holds (None: all), counted there."""
+    return runs if chunk is None or chunk.dim != dim else chunk.within(runs)

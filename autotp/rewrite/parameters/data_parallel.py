@@ -7,6 +7,7 @@ tensor, in its order and shape.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,23 @@ from torch.distributed.tensor import DTensor, Shard
 
 from autotp.errors import AutoTPError
 from autotp.plan.boxes import is_even
-from autotp.plan.layout import Layout, take
+from autotp.plan.layout import Interval, Layout
 from autotp.rewrite.collectives.comm import GroupComm
-from autotp.rewrite.parameters.chunk import Chunk
+from autotp.rewrite.parameters.chunk import Chunk, held_of
 from autotp.rewrite.parameters.dcp import Sharded
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, end_to_end, new_dtensor
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, new_dtensor
+from autotp.rewrite.parameters.placements import end_to_end
 
 #: Set on the parameter that FSDP gathers for a forward, which is an ordinary `LayoutDTensor`.
 MANAGED = "_autotp_managed"
 #: Set on the parameter that FSDP replaced.
 REPLACED = "_autotp_replaced"
+
+#: What a user of DistributedDataParallel is told, which replicates plain tensors only.
+NO_DDP = (
+    'DistributedDataParallel does not take a tensor-parallel model: use replicate(model, mesh=mesh["dp"]) of '
+    "torch.distributed._composable.replicate_with_fsdp, or autotp.fully_shard(model, mesh)"
+)
 
 
 def is_managed(tensor: Tensor) -> bool:
@@ -92,20 +100,14 @@ class DataParallelDTensor(LayoutDTensor):
         local = self._local_tensor if local is None else local
         return new_dtensor(DTensor, local, end_to_end(self._spec, local), requires_grad=False)  # type: ignore[no-any-return]
 
+    def _held_of(self, runs: Sequence[Interval]) -> Sequence[Interval]:
+        return held_of(self._chunk, self._layout.dim, runs)
+
     def _owned(self) -> Tensor:
-        layout, local, chunk = self._layout, self._local_tensor, self._chunk
+        local = self._local_tensor
         if not local.numel():  # norms of some orders want an entry
             return local.new_zeros([max(n, 1) for n in local.shape])
-        if layout.dim is None or not (layout.is_shared or layout.is_padded):
-            return local
-        dim, at = layout.dim, 0
-        owned = layout.owned(self._rank)
-        parts: list[tuple[int, int]] = []
-        for a, b in chunk.within(owned) if chunk is not None and chunk.dim == dim else owned:
-            parts += [(at - a, 0), (a, b)] if a > at else [(a, b)]
-            at = b
-        end = local.shape[dim]
-        return take(local, dim, [*parts, (at - end, 0)] if at < end or not parts else parts)
+        return super()._owned()
 
     def _tp_part(self) -> Tensor:
         chunk, over = self._chunk, self._sharded_over
@@ -117,12 +119,6 @@ class DataParallelDTensor(LayoutDTensor):
     def _part(self, whole: Tensor) -> Tensor:
         part, chunk = super()._part(whole), self._chunk
         return part if chunk is None else chunk.cut(part).clone(memory_format=torch.contiguous_format)
-
-    def _clear_padding_(self) -> None:
-        dim, chunk = self._layout.dim or 0, self._chunk
-        padding = self._layout.padding(self._rank)
-        for a, b in chunk.within(padding) if chunk is not None and chunk.dim == dim else padding:
-            self._local_tensor.narrow(dim, a, b - a).zero_()
 
     def _sharded(self) -> Sharded:
         return Sharded(self._local_tensor, self._layout, self._rank, chunk=self._chunk)

@@ -20,18 +20,18 @@ from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from autotp.errors import AutoTPError
 from autotp.plan import layout as layouts
 from autotp.plan.boxes import is_even
 from autotp.plan.expressions import Concat, Factor, Product
-from autotp.plan.layout import Layout, replicated, take
+from autotp.plan.layout import Interval, Layout, replicated, take
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.dcp import Sharded
 from autotp.rewrite.parameters.numbers import Numbers
-from autotp.rewrite.parameters.placements import InLayout
+from autotp.rewrite.parameters.placements import InLayout, end_to_end, in_dtype
 from autotp.rewrite.transforms import refuse_transforms
 
 _detach = torch.ops.aten.detach.default
@@ -152,6 +152,10 @@ class LayoutDTensor(Numbers):
             whole = GroupComm(mesh.get_group(dim)).broadcast_(whole)
         return whole
 
+    def _held_of(self, runs: Sequence[Interval]) -> Sequence[Interval]:
+        """Returns what this rank holds of runs of its tp rank's part, counted in the local tensor."""
+        return runs
+
     def _owned(self) -> Tensor:
         """The local tensor with zeros in padding and where another copy of the index is the owner."""
         layout, local = self._layout, self._local_tensor
@@ -159,7 +163,7 @@ class LayoutDTensor(Numbers):
             return local
         dim, at = layout.dim or 0, 0
         parts: list[tuple[int, int]] = []
-        for a, b in layout.owned(self._rank):
+        for a, b in self._held_of(layout.owned(self._rank)):
             parts += [(at - a, 0), (a, b)] if a > at else [(a, b)]
             at = b
         end = local.shape[dim]
@@ -202,7 +206,7 @@ class LayoutDTensor(Numbers):
         self._local_tensor.copy_(self._part(whole))
 
     def _clear_padding_(self) -> None:
-        for a, b in self._layout.padding(self._rank):
+        for a, b in self._held_of(self._layout.padding(self._rank)):
             self._local_tensor.narrow(self._layout.dim or 0, a, b - a).zero_()
 
     def full_tensor(self, *, grad_placements: Sequence[Any] | None = None) -> Tensor:
@@ -299,17 +303,6 @@ def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
     return made
 
 
-def end_to_end(spec: Any, local: Tensor) -> DTensorSpec:
-    """Returns the placements of `spec` for the tensor that the ranks' tensors, each as large as `local`, make when laid end to end."""
-    shape = list(local.shape)
-    placed = tuple(p if p.is_replicate() else Shard(p.dim) for p in spec.placements)
-    for dim, p in enumerate(placed):
-        if not p.is_replicate():
-            shape[p.dim] *= spec.mesh.size(dim)
-    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
-    return DTensorSpec(spec.mesh, placed, tensor_meta=meta)
-
-
 def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> Tensor:
     """Returns the gradient `local` of a parameter, made of the gradient `given` that arrived, in memory of its own.
 
@@ -331,14 +324,6 @@ def own_memory(local: Tensor, given: Tensor, whole: bool) -> Tensor:
     if local.untyped_storage()._cdata == given.untyped_storage()._cdata:
         return local.clone(memory_format=torch.contiguous_format)
     return local
-
-
-def in_dtype(spec: Any, dtype: torch.dtype) -> Any:
-    """Returns `spec` for entries of another dtype."""
-    meta = spec.tensor_meta
-    if dtype == meta.dtype:
-        return spec
-    return DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, dtype))
 
 
 def layout_of(tensor: Tensor, planned: Layout | None) -> Layout:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from autotp.errors import AutoTPError
 from autotp.plan.layout import Layout
@@ -13,6 +16,25 @@ from autotp.plan.layout import Layout
 def placements(layout: Layout) -> tuple[Any]:
     """Returns how a tensor of `layout` is placed on its mesh."""
     return (Replicate() if layout.dim is None else Shard(layout.dim),)
+
+
+def in_dtype(spec: Any, dtype: torch.dtype) -> Any:
+    """Returns `spec` for entries of another dtype."""
+    meta = spec.tensor_meta
+    if dtype == meta.dtype:
+        return spec
+    return DTensorSpec(spec.mesh, spec.placements, tensor_meta=TensorMeta(meta.shape, meta.stride, dtype))
+
+
+def end_to_end(spec: Any, local: Tensor) -> DTensorSpec:
+    """Returns the placements of `spec` for the tensor that the ranks' tensors, each as large as `local`, make when laid end to end."""
+    shape = list(local.shape)
+    placed = tuple(p if p.is_replicate() else Shard(p.dim) for p in spec.placements)
+    for dim, p in enumerate(placed):
+        if not p.is_replicate():
+            shape[p.dim] *= spec.mesh.size(dim)
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
+    return DTensorSpec(spec.mesh, placed, tensor_meta=meta)
 
 
 class InLayout(Shard):
@@ -46,10 +68,3 @@ class InLayout(Shard):
 
     def __repr__(self) -> str:
         return f"InLayout({self.layout})"
-
-
-#: What a user of DistributedDataParallel is told, which replicates plain tensors only.
-NO_DDP = (
-    'DistributedDataParallel does not take a tensor-parallel model: use replicate(model, mesh=mesh["dp"]) of '
-    "torch.distributed._composable.replicate_with_fsdp, or autotp.fully_shard(model, mesh)"
-)

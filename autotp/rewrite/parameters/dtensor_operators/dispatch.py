@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from autotp.errors import AutoTPError
+from autotp.rewrite.parameters.data_parallel import NO_DDP
 from autotp.rewrite.parameters.dtensor_operators.elements import known_order, on_elements
 from autotp.rewrite.parameters.dtensor_operators.fused import STEPS
 from autotp.rewrite.parameters.dtensor_operators.lists import in_step, is_on_each, on_each, on_lists
@@ -16,7 +17,6 @@ from autotp.rewrite.parameters.dtensor_operators.sums import counts_once, norms_
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
 from autotp.rewrite.parameters.dtensor_operators.wholes import on_whole
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
-from autotp.rewrite.parameters.placements import NO_DDP
 
 _aten = torch.ops.aten
 _detach, _copy_ = _aten.detach.default, _aten.copy_.default

@@ -12,7 +12,8 @@ from autotp.errors import AutoTPError
 from autotp.plan import layout as layouts
 from autotp.plan.boxes import is_even
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_dtype
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+from autotp.rewrite.parameters.placements import in_dtype
 
 
 def on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -16,7 +16,8 @@ from autotp.rewrite.parameters.dtensor_operators.elements import same_layout
 from autotp.rewrite.parameters.dtensor_operators.fused import STEPS, step_of
 from autotp.rewrite.parameters.dtensor_operators.sums import owned, summed
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_dtype, new_dtensor
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, new_dtensor
+from autotp.rewrite.parameters.placements import in_dtype
 
 _aten = torch.ops.aten
 # Of `_foreach_…`: on each element too, though torch does not tag them so.
