@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,7 @@ from autotp.parallel_state import state_of
 
 STATE = "training_state"
 
-if TYPE_CHECKING:
-    _Base: Any = object
-else:
-    _Base = object
+_Base: Any = object  # whatever trainer comes after it
 
 
 class ParallelTrainer(_Base):  # type: ignore[misc]
