@@ -117,9 +117,15 @@ class RootReads(BatchReads):
         self.divided = False
 
     def before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self.divided and not is_dynamo_compiling() and any(is_managed(p) for p in self._params(model)):
+        if not self.divided and not is_dynamo_compiling() and self._is_taken_over(model):
             self._divide(model)
         super().before(model, args)
+
+    def _is_taken_over(self, model: nn.Module) -> bool:
+        """True once FSDP manages parameters; a forward without gradients, which may be one token's, asks for the root alone."""
+        if not torch.is_grad_enabled():
+            return isinstance(model, FSDPModule)
+        return any(is_managed(p) for p in self._params(model))
 
     def _params(self, model: nn.Module) -> Iterator[Tensor]:
         if not self.runs:
