@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
-from autotp.errors import InputError, MeshError
+from autotp.errors import InputError, MeshError, PlanError
 from autotp.parallel_state import state_of
 from autotp.plan.plan import Plan
 
@@ -26,12 +28,13 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module
         options: keywords of torch's `fully_shard`: reshard_after_forward, mp_policy, offload_policy, shard_placement_fn, …
 
     Raises:
-        PlanError: `model` is not parallel. MeshError: no data-parallel dim, more than two, or one that has ranks of one tp group.
-        InputError: keywords that torch's `fully_shard` does not have, or that it does not take for tensor-parallel parameters.
+        PlanError: `model` is not parallel, or sharded already. MeshError: no data-parallel dim, more than two, or one that has ranks
+            of one tp group. InputError: keywords that torch's `fully_shard` does not have, or that it does not take for
+            tensor-parallel parameters.
     """
-    from torch.distributed.fsdp import fully_shard as torch_fully_shard
-
     plan = state_of(model).plan
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise PlanError(f"{type(model).__name__} is sharded by FSDP already, or a part of it is: give the units to torch's fully_shard")
     over = _data_parallel(mesh)
     if type(after := options.get("reshard_after_forward")) is int:
         raise InputError(

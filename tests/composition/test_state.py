@@ -56,13 +56,12 @@ def resumed(kind: str, path: str) -> float:
         its = adamw(again)
         autotp.checkpoint.load(again, its, f"{path}/state")
         worst = max(worst, error(alone, again))
-        one, ones = copy.deepcopy(alone), adamw(alone)
+        one = copy.deepcopy(alone)
         ones = adamw(one)
         ones.load_state_dict(copy.deepcopy(other.state_dict()))
         data = Data.here(mesh)
-        train(again, its, Data(2) if data.of == 1 else data, range(2, 3)) if data.of <= 2 else None
-        if data.of <= 2:
-            train(one, ones, Data(2), range(2, 3))
+        train(again, its, data, range(2, 3))
+        train(one, ones, Data(data.of), range(2, 3))
         worst = max(worst, error(one, again))
     return worst
 
