@@ -372,6 +372,7 @@ def refused() -> dict[str, str]:
         "late optimizer": lambda m: _stepped(m, True),
         "optimizer in time": _resharded,
         "part of the ranks": lambda m: autotp.fully_shard(m, mesh, reshard_after_forward=2),
+        "inner model": lambda m: by_block(m, mesh).model(input_ids=ids),  # type: ignore[operator]
         "twice": lambda m: autotp.fully_shard(autotp.fully_shard(m, mesh), mesh),
         "keyword": lambda m: autotp.fully_shard(m, mesh, reshard=True),
         "not parallel": lambda m: autotp.fully_shard(build("even"), mesh),
@@ -397,6 +398,7 @@ def test_wrong_uses_are_told(pool: Pool) -> None:
         "early optimizer": (AutoTPError, "the optimizer was made before fully_shard"),
         "late optimizer": (AutoTPError, "while FSDP held gathered parameters"),
         "part of the ranks": (InputError, "True or False"),
+        "inner model": (AutoTPError, "give the inner one to it as well"),
         "twice": (PlanError, "sharded by FSDP already"),
         "keyword": (InputError, "reshard"),
         "not parallel": (PlanError, "call autotp.parallelize"),

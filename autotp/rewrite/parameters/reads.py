@@ -155,8 +155,9 @@ def refuse_sharded_read(module: str, name: str) -> NoReturn:
         AutoTPError: always.
     """
     raise AutoTPError(
-        f"{module}.{name} is read while FSDP holds only a shard of it: a forward that reads the parameter of another module must be in "
-        "one unit with it. Pass both modules to one call, fully_shard([a, b], mesh=…), or leave both to the unit that encloses them"
+        f"{module}.{name} is read while FSDP holds only a shard of it. Either its unit was not called: call the model that was given to "
+        "fully_shard, or give the inner one to it as well. Or another module reads it, which must be in one unit with it: pass both to one "
+        "call, fully_shard([a, b], mesh=…), or leave both to the unit that encloses them"
     )
 
 
