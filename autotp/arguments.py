@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from threading import TIMEOUT_MAX
-from typing import Any
+from typing import Any, Literal
 
 from autotp.errors import InputError
 
@@ -17,6 +17,30 @@ def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = No
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} is {value!r}, wanted a whole number {wanted}")
+
+
+def truth(name: str, value: Any) -> bool:
+    """Returns a bool, and refuses anything else.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}, wanted True or False")
+    return value
+
+
+def truth_or_auto(name: str, value: Any) -> bool | Literal["auto"]:
+    """Returns a bool or "auto", and refuses anything else.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if value == "auto" and isinstance(value, str):
+        return "auto"
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}, wanted True, False or 'auto'")
+    return value
 
 
 def seconds(name: str, value: Any) -> None:

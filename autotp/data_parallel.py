@@ -10,9 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
+from autotp.adapters import base_of
 from autotp.errors import InputError, MeshError, PlanError
 from autotp.parallel_state import state_of
 from autotp.plan.plan import Plan
+from autotp.replan import plan_adapters
 
 
 def fully_shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
@@ -32,17 +34,18 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module
             of one tp group. InputError: keywords that torch's `fully_shard` does not have, or that it does not take for
             tensor-parallel parameters.
     """
-    plan = state_of(model).plan
+    state_of(model)
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise PlanError(f"{type(model).__name__} is sharded by FSDP already, or a part of it is: give the units to torch's fully_shard")
     over = _data_parallel(mesh)
+    plan_adapters(base_of(model))
     if type(after := options.get("reshard_after_forward")) is int:
         raise InputError(
             f"reshard_after_forward={after}: FSDP does not reshard tensor-parallel parameters to part of its ranks; True or False"
         )
     try:
-        for path in units(model, plan):
-            torch_fully_shard(model.get_submodule(path), mesh=over, **options)
+        for path in units(base_of(model), state_of(model).plan):
+            torch_fully_shard(base_of(model).get_submodule(path), mesh=over, **options)
         torch_fully_shard(model, mesh=over, **options)
     except TypeError as error:
         raise InputError(f"fully_shard: {error}") from error

@@ -26,6 +26,14 @@ class TraceError(AutoTPError):
     module: str = ""
 
 
+class ChangedError(AutoTPError):
+    """The model is no longer what its plan was made for: a module, a setting or a tensor was changed after `parallelize`."""
+
+
+class LostRankError(AutoTPError):
+    """Another rank did not come to a collective within its group's timeout, or is gone."""
+
+
 class InputError(AutoTPError):
     """An argument of a public entry point has the wrong type or value."""
 

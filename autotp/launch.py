@@ -138,9 +138,13 @@ def _stack(pid: int | None, file: Path) -> str:
     if pid is None or not file.exists():
         return "the start of its process"
     os.kill(pid, signal.SIGUSR1)
-    deadline = time.monotonic() + 2
-    while not (text := file.read_text(errors="replace")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    deadline = time.monotonic() + 5
+    text = ""
+    while time.monotonic() < deadline:
+        time.sleep(0.25)
+        before, text = text, file.read_text(errors="replace")
+        if text and text == before:  # it is written word by word
+            break
     return text.strip() or "code that cannot be looked into"
 
 

@@ -11,7 +11,10 @@ from torch import nn
 
 from autotp.errors import InputError, PlanError, TraceError
 from autotp.examine import Check, checked_plan
+from autotp.experts.place import with_experts
+from autotp.plan.experts import with_cut_width
 from autotp.plan.notation import UNKNOWN
+from autotp.plan.placements import AS_PLANNED, Placements, placed
 from autotp.plan.plan import Plan
 from autotp.planner.make_plan import whole_plan
 from autotp.recipe.bind import bind
@@ -45,7 +48,8 @@ def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Given | None 
     problems = differences(bound, made, wanted, lambda: checked_plan(model, tp, inputs, check=check))
     if problems:
         raise error_of(problems)
-    return replace(made, params={n: followed(p, bound.params.get(n), wanted.get(n), recipe.pinned) for n, p in made.params.items()})
+    pinned = None if recipe.pinned is None else with_cut_width(recipe.pinned)
+    return replace(made, params={n: followed(p, bound.params.get(n), wanted.get(n), pinned) for n, p in made.params.items()})
 
 
 def _hints(bound: Bound) -> dict[tuple[str, str], int]:
@@ -68,24 +72,42 @@ def _untraced(bound: Bound, error: Exception) -> Plan:
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, Any]
 
 
-def planned(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Given | None, check: Check) -> Plan:
-    """Plans with or without a recipe.
+def planned(
+    model: nn.Module,
+    tp: int,
+    recipe: RecipeLike | None,
+    inputs: Given | None,
+    check: Check,
+    placements: Placements = AS_PLANNED,
+) -> Plan:
+    """Plans with or without a recipe, with the placements that either asks for.
 
     Raises:
         AutoTPError: as for `checked_plan` and `recipe_plan`.
     """
     if recipe is None:
-        return checked_plan(model, tp, inputs, check=check)
-    return recipe_plan(Recipe.load(recipe), model, tp, inputs, check)
+        made = checked_plan(model, tp, inputs, check=check)
+    else:
+        read = Recipe.load(recipe)
+        made, placements = recipe_plan(read, model, tp, inputs, check), read.placements | placements
+    return placed(with_experts(made, model, inputs, check, placements.experts), placements)
 
 
-def prepared(model: nn.Module, tp: int, recipe: RecipeLike | None, inputs: Given | None, strict: bool, check: Check) -> Plan:
+def prepared(
+    model: nn.Module,
+    tp: int,
+    recipe: RecipeLike | None,
+    inputs: Given | None,
+    strict: bool,
+    check: Check,
+    placements: Placements = AS_PLANNED,
+) -> Plan:
     """As `planned`; `strict` refuses a plan in which operands of products stay replicated.
 
     Raises:
         PlanError: they do. AutoTPError: as for `planned`.
     """
-    made = planned(model, tp, recipe, inputs, check)
+    made = planned(model, tp, recipe, inputs, check, placements)
     if strict and made.replicated_products:
         listed = "\n  ".join(f"{n}: {made.replicated[n]}" for n in made.replicated_products)
         raise PlanError(f"strict=True, and these Linear or expert parameters stay replicated:\n  {listed}")

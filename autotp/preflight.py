@@ -14,7 +14,8 @@ from autotp.digest import digest, plain_text, tensor_digest
 from autotp.errors import MeshError, PlanError
 
 STATE = "_autotp"
-_OWN = frozenset(nn.Module().__dict__) - {"training"}
+#: transformers' loader stays on a model that it quantized; it is no part of its computation, and lists its files in any order.
+_OWN = frozenset((*nn.Module().__dict__, "hf_quantizer")) - {"training"}
 
 
 def tp_mesh(mesh: object) -> DeviceMesh:
@@ -108,5 +109,7 @@ def _description(model: nn.Module) -> dict[str, str]:
             if text is not None:
                 own[f"the attribute {name} of {at}"] = text
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        own[f"the tensor {name}"] = f"{tensor_digest(t) if isinstance(t, Tensor) else type(t)}{t.requires_grad}"
+        # of a parameter that is parallel already each rank has a part of its own
+        text = str(tuple(t.shape)) if isinstance(t, DTensor) else tensor_digest(t) if isinstance(t, Tensor) else str(type(t))
+        own[f"the tensor {name}"] = f"{text}{t.requires_grad}"
     return own

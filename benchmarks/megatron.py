@@ -58,6 +58,32 @@ class GatherOut(torch.autograd.Function):
         return grad.narrow(-1, ctx.rank * ctx.size, ctx.size), None
 
 
+class VocabLoss(torch.autograd.Function):
+    """[N, V / tp] logits of this rank, [N] targets → [N] losses; Megatron's: three all-reduces, the softmax is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+        start = dist.get_rank(group) * logits.shape[-1]
+        most = logits.amax(-1)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        logits = logits - most.unsqueeze(-1)
+        outside = (targets < start) | (targets >= start + logits.shape[-1])
+        local = (targets - start).masked_fill(outside, 0)
+        of_target = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(outside, 0)
+        dist.all_reduce(of_target, group=group)
+        exponentials = logits.exp_()
+        total = exponentials.sum(-1)
+        dist.all_reduce(total, group=group)
+        ctx.save_for_backward(exponentials.div_(total.unsqueeze(-1)), local, outside)
+        return total.log() - of_target
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        softmax, local, outside = ctx.saved_tensors
+        softmax.scatter_add_(-1, local.unsqueeze(-1), outside.logical_not().unsqueeze(-1).to(softmax.dtype).neg_())
+        return softmax.mul_(grad.unsqueeze(-1)), None, None
+
+
 class Shared:
     """The entering copy that several linears share within one block."""
 
@@ -111,8 +137,11 @@ class VocabEmbedding(nn.Module):
         return SumOut.apply(y.masked_fill(outside.unsqueeze(-1), 0), self.group)
 
 
-def parallelize_by_hand(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
-    """Replace the linears and the embedding of a LlamaForCausalLM by their local forms."""
+def parallelize_by_hand(model: nn.Module, group: dist.ProcessGroup, *, loss_parallel: bool = False) -> nn.Module:
+    """Replace the linears and the embedding of a LlamaForCausalLM by their local forms.
+
+    `loss_parallel`: the logits stay local, and the loss is computed from them.
+    """
     rank, tp = dist.get_rank(group), dist.get_world_size(group)
 
     def part(weight: Tensor, dim: int) -> Tensor:
@@ -131,5 +160,13 @@ def parallelize_by_hand(model: nn.Module, group: dist.ProcessGroup) -> nn.Module
     table: Any = model.model.embed_tokens  # type: ignore[union-attr]
     rows = table.weight.shape[0] // tp
     model.model.embed_tokens = VocabEmbedding(part(table.weight, 0), rank * rows, group)  # type: ignore[union-attr]
-    model.lm_head = Colwise(part(model.lm_head.weight, 0), Shared(group), gather=True)  # type: ignore[union-attr, arg-type]
+    model.lm_head = Colwise(part(model.lm_head.weight, 0), Shared(group), gather=not loss_parallel)  # type: ignore[union-attr, arg-type]
+    if loss_parallel:
+
+        def loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+            targets = F.pad(labels, (0, 1), value=-100)[..., 1:].flatten()
+            losses = VocabLoss.apply(logits.float().flatten(0, 1), targets.clamp(min=0), group)
+            return losses.masked_fill(targets == -100, 0).sum() / (targets != -100).sum()
+
+        model.loss_function = loss  # type: ignore[assignment]
     return model

@@ -3,7 +3,8 @@
 Every way runs the same llama in the same processes, one after the other in each round, so that a busy machine hits all of
 them; the figure is the median over rounds of the ratio to the hand-written one. `--fake` replaces gloo by a process group
 that does nothing: the ratio of CPU times, which is what a GPU has to hide. `--fsdp` trains each of them under FSDP2 too, on a mesh of
-2 data-parallel × tp ranks: a forward and backward, and clipping with a step of AdamW.
+2 data-parallel × tp ranks: a forward and backward, and clipping with a step of AdamW. `--loss-parallel` and `--sequence-parallel` give both
+that choice of placement.
 """
 
 from __future__ import annotations
@@ -28,10 +29,16 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.subjects import SUBJECTS, sharded
+from benchmarks.megatron_sequence import SequenceParallel
+from benchmarks.subjects import LOSS_PARALLEL, SEQUENCE_PARALLEL, SUBJECTS, sharded
 
 Job = Callable[[], None]
+
+
+#: What both are made with → how.
+PLACED = {"loss-parallel": LOSS_PARALLEL, "sequence-parallel": SEQUENCE_PARALLEL}
 
 
 def sharded_jobs(model: nn.Module, prompt: int) -> dict[str, Job]:
@@ -50,8 +57,8 @@ def sharded_jobs(model: nn.Module, prompt: int) -> dict[str, Job]:
     return {"train": train, "step": step}
 
 
-def jobs(model: nn.Module, prompt: int) -> dict[str, Job]:
-    """The three things that are timed."""
+def jobs(model: nn.Module, prompt: int, placed: str) -> dict[str, Job]:
+    """The three things that are timed; training alone where a choice of placement is about that."""
     vocab = model.config.vocab_size  # type: ignore[union-attr]
     ids = torch.arange(prompt).remainder(vocab).view(1, -1)
     token = ids[:, :1]
@@ -72,8 +79,10 @@ def jobs(model: nn.Module, prompt: int) -> dict[str, Job]:
     def train() -> None:
         model.zero_grad(set_to_none=True)
         model(ids, labels=ids, use_cache=False).loss.backward()
+        if isinstance(model, SequenceParallel):
+            model.finish()
 
-    return {"prefill": prefill, "decode": decode, "train": train}
+    return {"prefill": prefill, "decode": decode, "train": train} if not placed else {"train": train}
 
 
 class Count(TorchDispatchMode):
@@ -87,20 +96,22 @@ class Count(TorchDispatchMode):
         name = str(func)
         if "c10d" in name and "wait" not in name and "barrier" not in name:
             self.calls += 1
-            tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
-            self.bytes += max((t.numel() * t.element_size() for t in tensors), default=0)
+            result = func(*args, **(kwargs or {}))
+            self.bytes += max(sum(t.nbytes for t in tree_leaves(a) if isinstance(t, torch.Tensor)) for a in (*args, result))
+            return result
         return func(*args, **(kwargs or {}))
 
 
-def measure(size: str, names: list[str], rounds: int, prompt: int, fake: bool, fsdp: bool) -> dict[str, Any]:
+def measure(size: str, names: list[str], rounds: int, prompt: int, fake: bool, fsdp: bool, placed: str) -> dict[str, Any]:
     """On one rank: {job: {name: {"ms", "ratio", "collectives", "bytes"}}}."""
+    subjects = PLACED.get(placed, SUBJECTS)
     dp = 2 if fsdp else 1
     mesh = init_device_mesh("cpu", (dp, dist.get_world_size() // dp), mesh_dim_names=("dp", "tp"))
     work: dict[str, dict[str, Job]] = {}
     for name in names:
         try:
-            model = SUBJECTS[name](size, mesh["tp"])
-            work[name] = sharded_jobs(sharded(model, mesh["dp"]), prompt) if fsdp else jobs(model, prompt)
+            model = subjects[name](size, mesh["tp"])
+            work[name] = sharded_jobs(sharded(model, mesh["dp"]), prompt) if fsdp else jobs(model, prompt, placed)
             for job in work[name].values():
                 job()
         except Exception as error:
@@ -110,7 +121,7 @@ def measure(size: str, names: list[str], rounds: int, prompt: int, fake: bool, f
             print(f"{name}: not measured: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
     clock = time.process_time if fake else time.perf_counter
     result: dict[str, Any] = {}
-    for kind in ("train", "step") if fsdp else ("prefill", "decode", "train"):
+    for kind in ("train", "step") if fsdp else ("train",) if placed else ("prefill", "decode", "train"):
         times: dict[str, list[float]] = {name: [] for name in work}
         for i in range(rounds):
             order = list(work) if i % 2 else list(reversed(work))
@@ -148,7 +159,9 @@ def _rank(rank: int, world: int, store: str, out: str, options: argparse.Namespa
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     else:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    results = {s: measure(s, options.only, options.rounds, options.prompt, options.fake, options.fsdp) for s in options.size}
+    results = {
+        s: measure(s, options.only, options.rounds, options.prompt, options.fake, options.fsdp, options.placed) for s in options.size
+    }
     if rank == 0:
         with open(out, "w") as f:
             json.dump(results, f)
@@ -174,6 +187,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fake", action="store_true", help="CPU time with collectives that do nothing")
     parser.add_argument("--fsdp", action="store_true", help="a training step under FSDP2 over 2 data-parallel ranks as well")
+    for name in PLACED:
+        parser.add_argument(f"--{name}", dest="placed", action="store_const", const=name, default="", help="by hand and autotp alone")
     parser.add_argument("--size", nargs="+", default=["small"], choices=["small", "medium"])
     parser.add_argument("--only", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--rounds", type=int, default=15)
@@ -181,6 +196,7 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
+    options.only = list(PLACED.get(options.placed, options.only))
     options.world *= 2 if options.fsdp else 1
     if "by hand" not in options.only:
         options.only.insert(0, "by hand")

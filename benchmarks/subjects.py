@@ -16,6 +16,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from benchmarks.megatron import parallelize_by_hand
+from benchmarks.megatron_sequence import SequenceParallel
 
 SIZES = {
     "small": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -91,6 +92,32 @@ def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return fully_shard(model.train(), mesh=mesh)  # type: ignore[return-value]
 
 
+def by_hand_loss_parallel(size: str, mesh: DeviceMesh) -> nn.Module:
+    """(A) with a loss of local logits."""
+    return parallelize_by_hand(llama(size), mesh.get_group(), loss_parallel=True)
+
+
+def autotp_loss_parallel(size: str, mesh: DeviceMesh) -> nn.Module:
+    """autotp, without a plan, with logits in parts."""
+    import autotp as library
+
+    return library.parallelize(llama(size), mesh, loss_parallel=True)
+
+
+def by_hand_sequence_parallel(size: str, mesh: DeviceMesh) -> nn.Module:
+    """(A) with hidden states between regions in token parts."""
+    return SequenceParallel(llama(size), mesh.get_group())
+
+
+def autotp_sequence_parallel(size: str, mesh: DeviceMesh) -> nn.Module:
+    """autotp, without a plan, with hidden states in token parts."""
+    import autotp as library
+
+    return library.parallelize(llama(size), mesh, sequence_parallel=True)
+
+
+LOSS_PARALLEL = {"by hand": by_hand_loss_parallel, "autotp": autotp_loss_parallel}
+SEQUENCE_PARALLEL = {"by hand": by_hand_sequence_parallel, "autotp": autotp_sequence_parallel}
 SUBJECTS: dict[str, Callable[[str, DeviceMesh], nn.Module]] = {
     "by hand": by_hand,
     "autotp": autotp,

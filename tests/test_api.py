@@ -397,16 +397,16 @@ def test_refusals_leave_the_model_alone_on_every_rank(pool: Pool) -> None:
 def fails_on_one(rank: int) -> tuple[str, str, bool]:
     model = seeded()
     if dist.get_rank() == rank:
-        import autotp.api
+        import autotp.install
 
         def broken(*args: Any, **kwargs: Any) -> Any:
             raise ZeroDivisionError("on purpose")
 
-        original, autotp.api.apply = autotp.api.apply, broken
+        original, autotp.install.apply = autotp.install.apply, broken
         try:
             return attempt(model, **doubles())
         finally:
-            autotp.api.apply = original
+            autotp.install.apply = original
     return attempt(model, **doubles())
 
 

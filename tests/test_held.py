@@ -350,6 +350,23 @@ def test_an_optimizer_made_before(pool: Pool, kind: str) -> None:
         assert max(pool.run(optimizer_before, kind, world=world)) < 1e-12
 
 
+def graph_before() -> str:
+    """The backward of a penalty that was computed of a parameter before it was replaced."""
+    model = Hooked().double()
+    penalty = model.a.weight.pow(2).sum()
+    model = autotp.parallelize(model, mesh(), example_inputs={"x": X.double()})
+    try:
+        (model(X.double()).pow(2).sum() + penalty).backward()
+    except AutoTPError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_gradient_is_not_lost(pool: Pool) -> None:
+    for said in pool.run(graph_before):
+        assert "'a.weight' was used before it was replaced" in said
+
+
 def failed_attempt() -> None:
     """Where parallelize fails everyone holds what they held."""
     m = InTuple()

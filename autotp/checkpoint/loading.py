@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from autotp.checkpoint.nodes import Node, whole_box
 from autotp.checkpoint.presharded import hollow_skeleton
 from autotp.checkpoint.progress import bar
 from autotp.checkpoint.pullback import value
+from autotp.checkpoint.quantized import Quantized, checked, joined, mark, quantize_loaded, settled, taken
 from autotp.checkpoint.rank_files import RankFile
 from autotp.checkpoint.read_shard import read_shard
 from autotp.checkpoint.skeleton import Skeleton, build, find_class, load_config
@@ -30,9 +32,12 @@ from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
 from autotp.planning import RecipeLike
 from autotp.preflight import tp_mesh
+from autotp.replan import plan_adapters
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.make import MakeParam, as_dtensor, keep_attributes
+from autotp.rewrite.parameters.quantized import quantized_param
 from autotp.rewrite.rng import sync_rng
+from autotp.textfile import read_text, reason
 
 
 def from_pretrained(
@@ -43,6 +48,7 @@ def from_pretrained(
     recipe: RecipeLike | None = None,
     plan: Plan | None = None,
     model_class: Any = None,
+    quantization_config: Any = None,
     **config_overrides: Any,
 ) -> nn.Module:
     """Load the model of a checkpoint, parallel over `mesh`. Collective: call on every rank of the mesh.
@@ -54,11 +60,14 @@ def from_pretrained(
 
     Args:
         path: a directory with a `config.json` and safetensors files (one, or several with an index), one that `autotp.shard` made
-            (loaded by the plan beside it), or a name on the model hub, which transformers downloads.
+            (loaded by the plan beside it), one with an adapter of PEFT (`adapter_config.json`, which names the base model), or a
+            name on the model hub, which transformers downloads.
         mesh: as for `parallelize`.
         dtype: of the parameters, a `torch.dtype` or its name; None or "auto": as the config says, else that of the first tensor.
         recipe, plan: used instead of planning: a recipe as `autotp.plan` takes it, or a ready plan for this tp.
         model_class: a model class or an Auto class of transformers; None: the config's `architectures`.
+        quantization_config: a `TorchAoConfig` of transformers: plain weights are quantized when they are loaded, those that transformers
+            quantizes on one device. A checkpoint that torchao quantized needs none.
         config_overrides: values of the config; also `attn_implementation`, `trust_remote_code` and the like.
 
     Returns:
@@ -72,12 +81,16 @@ def from_pretrained(
     line = tp_mesh(mesh)
     comm = GroupComm(line.get_group())
     agree(comm.group, lambda: _check(path, dtype, recipe, plan, config_overrides))
+    quantization = agree(comm.group, lambda: checked(quantization_config))
     sync_rng(comm, torch.device(line.device_type))
     directory = local_directory(path, comm)
+    if (base := agree(comm.group, lambda: _adapted(directory))) is not None:
+        model = from_pretrained(base, mesh, dtype=dtype, recipe=recipe, plan=plan, model_class=model_class, **config_overrides)
+        return _with_adapter(model, directory, comm)
     read = Reader()
     device = device_of(line)
     rank = comm.rank
-    found = agree(comm.group, lambda: _found(directory, read, dtype, recipe, plan, model_class, config_overrides, comm))
+    found = agree(comm.group, lambda: _found(directory, read, dtype, recipe, plan, model_class, config_overrides, comm, quantization))
     skeleton = found.skeleton
     total = sum(prod(p.shape) * p.dtype.itemsize for p in skeleton.model.parameters() if id(p) in skeleton.nodes)
 
@@ -97,7 +110,36 @@ def from_pretrained(
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
+    if quantization is not None:
+        quantize_loaded(model, quantization)
     return model
+
+
+def _adapted(directory: Path) -> str | None:
+    """The model that the adapter in a directory is for; None where there is no adapter.
+
+    Raises:
+        CheckpointError: the adapter does not say.
+    """
+    file = directory / "adapter_config.json"
+    if not file.is_file():
+        return None
+    try:
+        base = json.loads(read_text(file)).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {reason(error)}") from error
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{file} names no base_model_name_or_path: load the base model, and then call model.load_adapter(directory)")
+    return base
+
+
+def _with_adapter(model: nn.Module, directory: Path, comm: GroupComm) -> nn.Module:
+    load: Any = getattr(model, "load_adapter", None)
+    if load is None:
+        raise CheckpointError(f"{directory} holds an adapter, and {type(model).__name__} takes none")
+    agree(comm.group, lambda: load(str(directory)))
+    plan_adapters(model)
+    return model.eval()
 
 
 def device_of(mesh: DeviceMesh) -> torch.device:
@@ -115,6 +157,8 @@ def _placed(nodes: Mapping[int, Node], shard: Callable[[str, Node, Layout], Tens
         with torch.no_grad():
             node = nodes.get(id(old))
             local = layout.shard(old.detach(), rank).to(device) if node is None else shard(name, node, layout)
+            if isinstance(node, Quantized) and layout.tp > 1:
+                return quantized_param(local, node.form, layout, line, old)
             new = nn.Parameter(local if layout.tp == 1 else as_dtensor(local, layout, line), requires_grad=old.requires_grad)
         keep_attributes(old, new)
         return new
@@ -143,16 +187,32 @@ def _found(
     model_class: Any,
     overrides: Mapping[str, Any],
     comm: GroupComm,
+    quantization: Any,
 ) -> _Found:
     report = comm.rank == 0
     manifest = read_manifest(directory)
     if manifest is None:
         config, options = load_config(directory, overrides, model_class)
+        quantized = taken(config, directory)
+        if quantized is not None and quantization is not None:
+            raise InputError(f"quantization_config=: {directory} is quantized already; leave it out")
         cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
-        tensors = checkpoint_tensors(directory, getattr(config, "transformers_weights", None))
+        files = checkpoint_tensors(directory, getattr(config, "transformers_weights", None))
+        tensors = files if quantized is None else joined(files, directory)
         skeleton = build(directory, tensors, read, config=config, cls=cls, dtype=dtype, options=options, report=report)
+        if quantized is not None:
+            skeleton = settled(skeleton, directory)
+            mark(skeleton.model, quantized, loaded=True)
         skeleton.fill_buffers(lambda name, node: value(node, whole_box(node.shape), read))
-        return _Found(skeleton, plan, lambda name, node, layout, device: read_shard(node, layout, comm.rank, read, device))
+
+        def part(name: str, node: Node, layout: Layout, device: torch.device) -> Tensor:
+            if isinstance(node, Quantized):
+                return node.part(name, layout, comm.rank, read, device)
+            return read_shard(node, layout, comm.rank, read, device)
+
+        return _Found(skeleton, plan, part)
+    if quantization is not None:
+        raise InputError(f"quantization_config=: {directory} is cut ahead; call autotp.quantize_(model, config) after from_pretrained")
     if plan is not None or recipe is not None:
         raise InputError(f"{directory} is cut by the plan in it: plan= and recipe= cannot change that")
     tp = manifest.plan.tp
@@ -181,6 +241,6 @@ def _check(path: object, dtype: object, recipe: object, plan: object, overrides:
         raise InputError(f"plan: got {type(plan).__name__}, wanted an autotp.Plan (see autotp.plan)")
     if plan is not None and recipe is not None:
         raise InputError("plan= and recipe= both say how the model is cut: give one of them")
-    for name in ("device_map", "tp_plan", "tp_size", "quantization_config", "state_dict", "device_mesh", "torch_dtype", "config"):
+    for name in ("device_map", "tp_plan", "tp_size", "state_dict", "device_mesh", "torch_dtype", "config"):
         if name in overrides:
             raise InputError(f"{name}=: autotp.from_pretrained has no such argument; the mesh says where the model goes")

@@ -23,6 +23,7 @@ from autotp.checkpoint.manifest import NAME, REST, Manifest, rank_file, read_man
 from autotp.checkpoint.nodes import Box, Node, Read, sizes, sources, uncast
 from autotp.checkpoint.progress import bar
 from autotp.checkpoint.pullback import moves_only, value
+from autotp.checkpoint.quantized import method_of, refuse_any
 from autotp.checkpoint.rank_files import AllRanks, CutTensor
 from autotp.checkpoint.read_shard import read_shard
 from autotp.checkpoint.safetensors_writer import OutputFile, lay_out, pieces
@@ -72,6 +73,7 @@ def shard(
         raise CheckpointError(f"{directory}: cut already; autotp unshard turns it back into a checkpoint that can be cut")
     read = Reader()
     config, options = load_config(directory, config_overrides, model_class)
+    refuse_any(method_of(config), str(directory))
     cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
     files = {file: tensors_of(file) for file in checkpoint_files(directory, getattr(config, "transformers_weights", None))}
     tensors = {key: tensor for found in files.values() for key, tensor in found.items()}
@@ -224,6 +226,7 @@ def hollow_skeleton(
     given = {**manifest.overrides, **overrides}
     model_class = model_class or known_class(manifest.model)
     config, options = load_config(directory, given, model_class)
+    refuse_any(method_of(config), str(directory))
     cls = find_class(config, directory, model_class, bool(options.get("trust_remote_code")))
     tensors = {key: Node(shape, DTYPES[dtype]) for key, (dtype, shape) in manifest.sources.items()}
     return build(directory, tensors, _zeros, config=config, cls=cls, dtype=dtype, options=options, report=report)

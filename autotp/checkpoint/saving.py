@@ -15,11 +15,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from autotp import adapters
+from autotp.adapters import base_of
 from autotp.agree import agree
 from autotp.checkpoint import pretrained
 from autotp.checkpoint.contents import local_of
@@ -32,7 +36,7 @@ from autotp.checkpoint.progress import bar
 from autotp.checkpoint.pullback import fill
 from autotp.checkpoint.read_shard import Counting
 from autotp.checkpoint.safetensors_writer import PIECE, FilePlan, OutputFile, Piece, lay_out, pieces
-from autotp.errors import CheckpointError, InputError
+from autotp.errors import CheckpointError, InputError, PlanError
 from autotp.parallel_state import state_of
 from autotp.plan.plan import Plan
 from autotp.plan.spec import ParamPlan
@@ -66,16 +70,42 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, max_shard
             no permission), a rank is gone. PlanError: `model` is not parallel. InputError: wrong arguments.
     """
     state_of(model)
+    if base_of(model) is not model:
+        raise PlanError(
+            f"{type(model).__name__} is a wrapper of PEFT: model.save_pretrained(path), on every rank, writes its adapters. To write the "
+            "weights with the adapters in them, pass model.merge_and_unload()"
+        )
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path: got {type(path).__name__}, wanted a directory")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        _save_adapters(model, Path(path))
+        return
     gathered = gather_tp_parts(model)
     write = lambda: _write_all(model, Path(path), max_shard_size, gathered.parts)  # noqa: E731
     agree_along(gathered.groups, write if gathered.first else lambda: None)
 
 
+def _save_adapters(model: nn.Module, path: Path) -> None:
+    """Write the adapters that `model.add_adapter` or `load_adapter` of transformers put on a model, as transformers does."""
+    comm = state_of(model).comm
+    comm.ask()
+    group = comm.group if isinstance(comm, GroupComm) else None
+    mine = {f"{at}." for at, _ in adapters.layers(model)}
+    state = {
+        name: t.full_tensor() if isinstance(t, DTensor) else t.detach()
+        for name, t in model.state_dict(keep_vars=True).items()
+        if any(name.startswith(at) for at in mine) and ".base_layer." not in name
+    }
+    meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
+    first = not any(at for mesh in meshes[:1] for at in mesh.get_coordinate() or ())  # of the tp ranks, and where FSDP shards of all
+    kind: Any = type(model)
+    agree(group, lambda: kind.save_pretrained(model, path, state_dict=state, is_main_process=True) if first else None)
+
+
 def _write_all(model: nn.Module, path: Path, max_shard_size: int | str, parts: Mapping[int, Tensor]) -> None:
     parallel = state_of(model)
     comm = parallel.comm
+    comm.ask()
     group = comm.group if isinstance(comm, GroupComm) else None
     state, identity = agree(group, lambda: held_state(model, parallel.plan.params, parts))
     files, metadata = agree(group, lambda: _files(model, state, identity, max_shard_size))

@@ -68,10 +68,6 @@ def load_config(directory: Path, overrides: Mapping[str, Any], model_class: Any 
     if unknown:
         hint = targets.near(unknown[0], config.to_dict())
         raise InputError(f"{unknown[0]}={unused[unknown[0]]!r}: {type(config).__name__} has no such value{hint}")
-    method = getattr(config, "quantization_config", None)
-    if method is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
-        raise CheckpointError(f"{directory}: the checkpoint is quantized ({getattr(name, 'value', name)}); autotp loads plain weights only")
     return config, passed
 
 
@@ -150,7 +146,7 @@ def build(
             raise
         except Exception as error:
             raise CheckpointError(f"{directory}: transformers cannot load it as {cls.__name__}: {_reason(error, said)}") from error
-    model.config.name_or_path = str(directory)
+    model.config.name_or_path = model.name_or_path = str(directory)
     if options.get("trust_remote_code") and hasattr(model, "load_custom_generate"):
         with suppress(OSError):  # the checkpoint has none
             custom = model.load_custom_generate(directory, trust_remote_code=True)

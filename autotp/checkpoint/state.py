@@ -23,7 +23,7 @@ from autotp.checkpoint.fit_state import Stored, fit_model, fit_optimizer
 from autotp.checkpoint.resume import Resume
 from autotp.checkpoint.storage import failures, read, read_index, write
 from autotp.errors import CheckpointError, InputError
-from autotp.parallel_state import state_of
+from autotp.parallel_state import params_of, state_of
 from autotp.rewrite.collectives.comm import GroupComm
 
 
@@ -101,7 +101,7 @@ def _contents(model: nn.Module, optimizer: Any, group: dist.ProcessGroup | None)
         raise CheckpointError(
             f"the model is cut over ranks {sorted(ranks)}, and {sorted(missing)} of them are not in the group that was passed"
         )
-    return contents_of(model, state.plan.params, state.comm.rank, optimizer)
+    return contents_of(model, params_of(model), state.comm.rank, optimizer)
 
 
 def _resume(contents: Contents, optimizer: Any, path: Path) -> Resume:

@@ -1,4 +1,4 @@
-"""The command line: `autotp plan | explain | verify | shard | unshard | recipe | demo`.
+"""The command line: `autotp plan | explain | verify | advise | calibrate | shard | unshard | recipe | demo`.
 
 Exit codes: 0 done, 1 a verification or the demo failed, 2 bad input. Errors are lines on stderr, `error: ...`; results go to
 stdout, progress to stderr. The commands that need torch import it; `--help` does not.
@@ -6,22 +6,37 @@ stdout, progress to stderr. The commands that need torch import it; `--help` doe
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from autotp.cli.advise import advise, calibrate
 from autotp.cli.checkpoint import shard, unshard
-from autotp.cli.options import CheckOption, InputsOption, RecipeOption, TargetArgument, TpOption, examples, status
+from autotp.cli.options import (
+    CheckOption,
+    ExpertsOption,
+    InputsOption,
+    LossParallelOption,
+    RecipeOption,
+    SequenceParallelOption,
+    TargetArgument,
+    TpOption,
+    examples,
+    placements,
+    status,
+)
+from autotp.cli.output import print_json
 from autotp.cli.recipe import app as recipe_app
 from autotp.errors import AutoTPError, RecipeError
 
 app = typer.Typer(name="autotp", help="Tensor parallelism for any PyTorch model.", add_completion=False, rich_markup_mode=None)
 app.add_typer(recipe_app, name="recipe")
+app.command()(advise)
+app.command()(calibrate)
 app.command()(shard)
 app.command()(unshard)
 
@@ -39,10 +54,13 @@ def plan(
     inputs: InputsOption = None,
     recipe: RecipeOption = None,
     check: CheckOption = "numbers",
+    loss_parallel: LossParallelOption = False,
+    sequence_parallel: SequenceParallelOption = "off",
+    experts: ExpertsOption = "width",
     tokens: Annotated[int | None, typer.Option(min=1, help="also print the bytes moved for so many tokens, in bfloat16")] = None,
 ) -> None:
     """Print how TARGET would be sharded, what stays whole and why, and what each token costs in bytes moved."""
-    made = _plan(target, tp, inputs, recipe, check)
+    made = _plan(target, tp, inputs, recipe, check, placements(loss_parallel, sequence_parallel, experts))
     if as_json:
         print_json(made.to_dict())
         return
@@ -61,9 +79,12 @@ def explain(
     inputs: InputsOption = None,
     recipe: RecipeOption = None,
     check: CheckOption = "numbers",
+    loss_parallel: LossParallelOption = False,
+    sequence_parallel: SequenceParallelOption = "off",
+    experts: ExpertsOption = "width",
 ) -> None:
     """Say why one parameter or module of TARGET is sharded as it is, or why it is not."""
-    typer.echo(_plan(target, tp, inputs, recipe, check).explain(name))
+    typer.echo(_plan(target, tp, inputs, recipe, check, placements(loss_parallel, sequence_parallel, experts)).explain(name))
 
 
 @app.command()
@@ -100,25 +121,12 @@ def demo(
     raise typer.Exit(run_demo(question, tokens))
 
 
-def _plan(target: str, tp: int, inputs: str | None, recipe: str | None, check: str) -> Any:
+def _plan(target: str, tp: int, inputs: str | None, recipe: str | None, check: str, placed: Mapping[str, Any]) -> Any:
     import autotp
     from autotp import targets
 
-    given: dict[str, Any] = {"recipe": recipe, "example_inputs": examples(inputs), "check": check}
+    given: dict[str, Any] = {"recipe": recipe, "example_inputs": examples(inputs), "check": check, **placed}
     return autotp.plan(targets.resolve(target), tp=tp, **{name: value for name, value in given.items() if value is not None})
-
-
-def print_json(value: Any) -> None:
-    """Prints `value` on stdout; infinite numbers become null, since JSON cannot write them."""
-    typer.echo(json.dumps(_finite(value), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _version(wanted: bool) -> None:

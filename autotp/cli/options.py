@@ -23,6 +23,29 @@ CheckOption = Annotated[
 ]
 
 
+LossParallelOption = Annotated[
+    bool, typer.Option("--loss-parallel", help="leave the logits in parts over the ranks, for losses that need no more")
+]
+
+ExpertsOption = Annotated[
+    str, typer.Option("--experts", metavar="width|whole|auto", help="cut the width inside each expert, or give each rank whole experts")
+]
+
+
+SequenceParallelOption = Annotated[
+    str,
+    typer.Option(
+        "--sequence-parallel", metavar="on|off|auto", help="leave hidden states between regions in parts over the tokens while training"
+    ),
+]
+
+
+def placements(loss_parallel: bool, sequence_parallel: str, experts: str) -> Mapping[str, Any]:
+    """Returns the choices of placement as `autotp.plan` takes them."""
+    asked = {"on": True, "true": True, "off": False, "false": False}.get(sequence_parallel, sequence_parallel)
+    return {"loss_parallel": loss_parallel, "sequence_parallel": asked, "experts": experts}
+
+
 def examples(inputs: str | None) -> Mapping[str, Any] | None:
     """Returns the keyword arguments that the callable named by `--inputs` makes; None without one."""
     from autotp import targets

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from autotp.adapters import settings
 from autotp.errors import InputError
 from autotp.hugging_face import is_hugging_face
 from autotp.inputs.facts import Facts, forward_keywords, takes_any_keyword
@@ -269,8 +270,18 @@ def calls_to_trace(model: nn.Module, inputs: Given | None) -> tuple[Example, ...
     """The caller's example first; a transformers model's own paths are traced too, as far as they can be."""
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
     if inputs is None:
-        return tuple(_in_dtype(e, dtype) for e in example_inputs(model))
-    given = user_examples(model, inputs)
+        return _in_settings(model, tuple(_in_dtype(e, dtype) for e in example_inputs(model)))
+    return _in_settings(model, _with_own(model, user_examples(model, inputs), inputs, dtype))
+
+
+def _in_settings(model: nn.Module, examples: tuple[Example, ...]) -> tuple[Example, ...]:
+    """The examples, and the first of them in each setting of the model's adapters."""
+    first = replace(examples[0], decode=None, optional=True)
+    return (*examples, *(replace(first, name=f"{first.name} with {s.name}", setting=s) for s in settings(model)))
+
+
+def _with_own(model: nn.Module, given: tuple[Example, ...], inputs: Given, dtype: torch.dtype) -> tuple[Example, ...]:
+    """The caller's examples, and those of a transformers model."""
     if not is_hugging_face(model):
         return given
     try:
@@ -284,7 +295,7 @@ def calls_to_trace(model: nn.Module, inputs: Given | None) -> tuple[Example, ...
 
 def settled(examples: tuple[Example, ...]) -> Iterator[Example]:
     """The examples with their inputs made once, so that every run sees the same; the first, or all of the caller's, in training too."""
-    first = [e for e in examples if e is examples[0] or not e.optional]
+    first = [e for e in examples if e is examples[0] or not e.optional or e.setting is not None]
     for example in (*examples, *(replace(e, name=e.name + "-training", decode=None, optional=True, training=True) for e in first)):
         try:
             made = example.make()

@@ -7,8 +7,10 @@
 | `model._tp_size` (`model.tp_size`) | the ranks of the mesh's tp dim |
 | `model._device_mesh` | the 1-D mesh of these ranks, its dim named "tp" |
 | `model.config.distributed_config` | a `DistributedConfig` with the tp size, and the sizes of the dims that FSDP shards the model over |
+| `model.tp_plan` | no plan of transformers (`autotp.integrations.peft`) |
 | `model._is_distributed_loading_by_transformers` | True: do not wrap the model, and let every rank take part in saving |
 | `model.save_pretrained(directory)` | `autotp.save_pretrained`, a collective |
+| `model.init_continuous_batching(…)` | a manager whose cache has a rank's heads (`autotp.integrations.continuous`), a collective |
 
 They are attributes of the instance, so nothing of transformers changes. What is written, pickled, or copied from the config alone has
 none of them: a config that says "parallel" beside a whole model would make `save_pretrained` wait for ranks that do not come.
@@ -32,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from autotp.checkpoint.saving import save_pretrained
 from autotp.errors import AutoTPError, PlanError
 from autotp.hugging_face import is_hugging_face
+from autotp.integrations.continuous import install_continuous
 from autotp.preflight import tp_mesh
 from autotp.rewrite.guards.saving import SaveWhole
 from autotp.rewrite.undo import Undo
@@ -51,6 +54,7 @@ def install_answers(model: nn.Module, mesh: DeviceMesh, undo: Undo) -> None:
     undo.set_item(vars(model.config), _CONFIG, _config_class()(model, line.size()))
     others = [at for at, name in zip(mesh.get_coordinate() or (), mesh.mesh_dim_names or (), strict=False) if name != "tp"]
     undo.set_attribute(model, "save_pretrained", SaveTogether(model, mesh.ndim == 1 or not any(others)))
+    install_continuous(model, undo)
 
 
 def _own_config(model: nn.Module, undo: Undo) -> None:

@@ -16,8 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from autotp.rewrite.collectives.comm import Waits
 from autotp.rewrite.collectives.copy_cache import CopyMemo
+from autotp.rewrite.running import Running
 
 T = TypeVar("T")
 _Numbers = tuple[Tensor, Any, Any]
@@ -115,11 +118,15 @@ class LocalComm:
 
     def __init__(self, turns: Turns, rank: int) -> None:
         self.size, self.rank = turns.size, rank
-        self.memo = CopyMemo()
+        self.memo, self.running = CopyMemo(), Running()
+        self.mesh: DeviceMesh | None = None
         self._turns = turns
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalComm:
         return self
+
+    def ask(self) -> None:
+        """See `Comm`."""
 
     def _join(self, name: str, tensor: Tensor) -> list[Tensor]:
         return self._turns.join(self.rank, f"{name} of {tensor.dtype} {tuple(tensor.shape)}", tensor)
@@ -139,6 +146,29 @@ class LocalComm:
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """See `Comm`."""
         return [part.clone(memory_format=torch.contiguous_format) for part in self._join("all_gather", tensor)]
+
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
+        """See `Comm`."""
+        return torch.cat(self.all_gather(rows))
+
+    def reduce_scatter(self, rows: Tensor) -> Tensor:
+        """See `Comm`."""
+        return self.all_reduce(rows).chunk(self.size)[self.rank]
+
+    def begin_sum(self, tensor: Tensor) -> Waits:
+        """See `Comm`."""
+        total = self.all_reduce_(tensor)
+        return lambda: total
+
+    def begin_gather(self, rows: Tensor) -> Waits:
+        """See `Comm`."""
+        found = self.all_gather_rows(rows)
+        return lambda: found
+
+    def begin_scatter(self, rows: Tensor) -> Waits:
+        """See `Comm`."""
+        found = self.reduce_scatter(rows)
+        return lambda: found
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """See `Comm`."""

@@ -2,7 +2,10 @@
 
     COPY    R → R   identity / all-reduce                     (enters a region)
     REDUCE  P → R   all-reduce / identity                     (leaves a region)
+    SCATTER P → R, kept in parts over tokens: reduce-scatter / all-gather    (leaves a region, `autotp.rewrite.sequence`)
+    ENTER   R, kept in parts over tokens → R: all-gather / reduce-scatter    (enters a region; products gather again for weights)
     GATHER  S → R   all-gather, model order / own part, zero where another copy of a shared index is the owner
+    LAZY_GATHER  S → R, kept in parts: gathered by the first operator that needs the whole (`autotp.rewrite.logits`)
     SLICE   R → S   own part / zero-padded part (a P gradient: COPY stands before it where a gradient is needed)
     ONCE    R → P   value on rank 0, zeros elsewhere / identity   (a bias added to a partial sum)
     HOLD    P → R   zeros, the partial sum itself is kept for a JOIN / none
@@ -27,7 +30,10 @@ class Op(Enum):
 
     COPY = "copy"
     REDUCE = "reduce"
+    SCATTER = "scatter"
+    ENTER = "enter"
     GATHER = "gather"
+    LAZY_GATHER = "lazy gather"
     SLICE = "slice"
     ONCE = "once"
     HOLD = "hold"
@@ -38,6 +44,7 @@ class CollectiveKind(StrEnum):
     """The kinds of collective."""
 
     ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
     ALL_GATHER = "all_gather"
 
 
@@ -69,8 +76,11 @@ CONVERSIONS: Mapping[Op, ConversionRow] = MappingProxyType(
         Op.JOIN: ConversionRow(sums=True),
         Op.HOLD: ConversionRow(sums=True),
         Op.REDUCE: ConversionRow(forward=CollectiveKind.ALL_REDUCE, sums=True),
+        Op.SCATTER: ConversionRow(CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_GATHER, sums=True),
         Op.GATHER: ConversionRow(forward=CollectiveKind.ALL_GATHER),
+        Op.LAZY_GATHER: ConversionRow(),
         Op.COPY: ConversionRow(backward=CollectiveKind.ALL_REDUCE),
+        Op.ENTER: ConversionRow(CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER),
         Op.SLICE: ConversionRow(),
         Op.ONCE: ConversionRow(),
     }

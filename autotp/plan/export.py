@@ -83,6 +83,8 @@ class _Exporter:
                 out = {n: word for n, word in out.items() if word != INSIDE or not n.startswith(m.path + ".")}
             for a in m.attributes:
                 self.problems.append(f"{m.path}: the attribute {a.path} becomes local ({a.value} → {a.local})")
+            if m.pairs is not None:
+                self.problems.append(f"{m.path}: its experts are dealt whole (experts='whole'): no style")
             for s in m.sites:
                 if s.kernel is not DistributedForm.LOOKUP:
                     self.problems.append(f"{m.path}: a call in {s.function} is changed")
@@ -143,10 +145,14 @@ class _Exporter:
 
     def _word(self, module: ModulePlan) -> str:
         result = [c for s in module.outputs if not s.path for c in s.conversions]
+        if any(c.op is Op.SCATTER for c in result):
+            self.problems.append(f"{module.path}: its result stays in parts over the tokens (sequence_parallel): no style")
         if any(s.kernel is DistributedForm.LOOKUP for s in module.sites):
             return LOOKUP
         if any(c.row.sums for c in result):
             return ROW
+        if any(c.op is Op.LAZY_GATHER for c in result):
+            self.problems.append(f"{module.path}: its result stays in parts over the ranks (loss_parallel): no style")
         return GATHERED if any(c.op is Op.GATHER for c in result) else COLUMN
 
     def _expert_words(self, path: str, cut: Mapping[str, Layout]) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from autotp.errors import InputError
 from autotp.plan.cost import busiest_work, collectives, padded_axes, padding_waste, repeated_share
 from autotp.plan.expressions import factors, size
 from autotp.plan.names import folded
+from autotp.plan.sequence_parallel import kept_less, tokens_in_parts
 from autotp.plan.spec import GradSum, ModulePlan, ParamPlan, PlanSpec
 
 #: What the indices of an axis are, by its pattern.
@@ -21,6 +22,7 @@ _NOUN = {
     "attention": "attention heads or groups",
     "mlp": "mlp width",
     "moe": "expert width",
+    "experts": "experts",
     "embedding": "vocabulary",
     "lm head": "vocabulary",
     "conv": "conv channels",
@@ -68,6 +70,14 @@ def render(plan: PlanSpec) -> str:
     traffic = _traffic(plan)
     if traffic:
         lines += ["", "collectives (bytes a token in bfloat16, or a step for gradients of parameters):", *traffic]
+    if parts := tokens_in_parts(plan):
+        lines += [
+            "",
+            f"hidden states stay in token parts after {len(parts)} sums while training; of the inputs of regions alone a rank keeps",
+        ]
+        lines += [
+            f"  {2 * kept_less(plan)} B a token less for the backward (bfloat16), and 1/{plan.tp} of norms and residuals between them"
+        ]
     joint = [(m.path, (folded(", ".join(g[:-1])), g[-1])) for m in plan.modules for g in m.joint]
     if joint:
         lines += ["", "results all-reduced as one sum (to a hook the held ones are zeros, the last one is the whole sum):"]
@@ -159,12 +169,14 @@ def to_dict(plan: PlanSpec) -> dict[str, Any]:
 
 
 def _module(plan: ModulePlan) -> dict[str, Any]:
+    pairs = {} if plan.pairs is None else {"tokens": plan.pairs.tokens, "experts": plan.pairs.index, "weights": plan.pairs.weights}
     return {
         "path": plan.path,
         "inputs": {".".join(map(str, s.path)): [c.op.value for c in s.conversions] for s in plan.inputs},
         "outputs": {".".join(map(str, s.path)): [c.op.value for c in s.conversions] for s in plan.outputs},
         "joint": [list(group) for group in plan.joint],
         "sites": [f"{s.file.rsplit('site-packages/', 1)[-1]}:{s.function}" for s in plan.sites],
+        **({"pairs": pairs} if pairs else {}),
     }
 
 
@@ -216,6 +228,11 @@ def _explain_module(m: ModulePlan) -> list[str]:
     for group in m.joint:
         out.append(f"  {', '.join(group)}: partial sums all-reduced together by the last; to a hook it returns the sum, the others zeros")
     out += [f"  attribute {a.path}: {a.value} → {a.local}" for a in m.attributes]
+    if m.pairs is not None:
+        out.append(
+            f"  its experts are whole: a rank runs those of its own, on the rows of {m.pairs.tokens} that {m.pairs.index} routes to them"
+        )
+        out += [f"  attribute {a.path}: {a.value} → {a.local}, while it runs" for a in m.pairs.attributes]
     for u in m.uses:
         what = [c.op.value for c in u.conversions] + ([f"gradient summed ({u.grad.value})"] if u.grad is not GradSum.NONE else [])
         what += ["wherever the code holds it"] if u.held else []

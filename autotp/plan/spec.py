@@ -102,6 +102,25 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """A module of experts gets the (token, slot) pairs whose experts the rank holds (`autotp.rewrite.experts`).
+
+    tokens, index, weights: the names of the arguments of its forward. Tokens are [T, H]; `index` and `weights` are [T, k], the experts
+    of each token and what their results are multiplied with. experts: how the experts are dealt over the ranks; each parameter's dim 0
+    is cut so. attributes: those that hold the number of experts, local while the forward runs. width: the module's plan as it was
+    proven with the width of each expert cut, and `layouts` its parameters' then.
+    """
+
+    tokens: str
+    index: str
+    weights: str
+    experts: Expr
+    attributes: tuple[LocalAttribute, ...] = ()
+    width: ModulePlan | None = None
+    layouts: tuple[ParamPlan, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModulePlan:
     """Everything that changes at one module; `path` is "" for the root.
 
@@ -109,7 +128,7 @@ class ModulePlan:
     during a call of this module. All but the last HOLD their partial sums, and the last one JOINs them
     (`autotp.planner.joint_reductions`). `uncalled`: no traced call runs the module, and its parameters are sharded for others; a
     call of it is an error. `stashed`: attributes in which its forward leaves a part or a summand of a value, for the model's own
-    code to read.
+    code to read. `pairs`: it is called with the pairs of this rank's experts alone.
     """
 
     path: str
@@ -121,6 +140,7 @@ class ModulePlan:
     joint: tuple[tuple[str, ...], ...] = ()
     uncalled: bool = False
     stashed: tuple[str, ...] = ()
+    pairs: Pairs | None = None
 
 
 class Shown(Enum):
@@ -170,6 +190,24 @@ class DistributedForm(Enum):
     VECTOR_NORM = "vector_norm"  # 2-norm over a sharded dim
 
 
+#: a tensor at a module's boundary: (path of the module, path in its arguments or result)
+SlotKey = tuple[str, tuple[str | int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What is known of hidden states between regions, for sequence parallelism.
+
+    by_token: modules whose forward treats tokens one by one. left: results of regions that code outside treats token by token.
+    entered: arguments of regions that such code made. again: modules that gather such an argument once more in the backward.
+    """
+
+    by_token: frozenset[str] = frozenset()
+    left: frozenset[SlotKey] = frozenset()
+    entered: frozenset[SlotKey] = frozenset()
+    again: frozenset[str] = frozenset()
+
+
 #: one call: (argument, its kind) of each
 Call = frozenset[tuple[str, str]]
 
@@ -195,13 +233,17 @@ class AxisInfo:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """A collective of the plan: it moves `width` elements a token, or `elements` for any number of tokens (a parameter's gradient)."""
+    """A collective of the plan: it moves `width` elements a token, or `elements` for any number of tokens (a parameter's gradient).
+
+    tokens: it is there because hidden states are in token parts.
+    """
 
     module: str
     kind: CollectiveKind
     when: When
     width: int = 0
     elements: int = 0
+    tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +280,10 @@ class PlanSpec:
     path of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is
     known. swapped: (path, class) of each module that a forward put in place of another while tracing. untrained: why calls in
     training mode are refused, "" where they were traced. copies: path of a module → its results that callers get gathered or
-    summed, while code inside goes on with the part.
+    summed, while code inside goes on with the part. settings: names of settings of the model's adapters that were traced beside
+    the one that it has. tokens: where hidden states may stay in token
+    parts. together: groups of Linears that read one tensor. least_scattered: bytes of a sum from which a SCATTER scatters it; a
+    smaller one is all-reduced.
     """
 
     model: str
@@ -256,6 +301,10 @@ class PlanSpec:
     swapped: frozenset[tuple[str, str]] = frozenset()
     untrained: str = ""
     copies: Mapping[str, tuple[tuple[str | int, ...], ...]] = field(default_factory=dict)
+    settings: frozenset[str] = frozenset()
+    tokens: Tokens = Tokens()
+    together: tuple[tuple[str, ...], ...] = ()
+    least_scattered: int = 0
 
     def __post_init__(self) -> None:
         for name in _MAPPINGS:

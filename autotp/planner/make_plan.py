@@ -139,7 +139,7 @@ def _certified(
             if difference is not None and not found.run:  # nothing is sharded, and no run says that all is well
                 raise PlanError(f"{name} {_NOT_EVEN_WHOLE}: {difference.reason}: {difference.node}")
             if not found.wrong:
-                return replace(plan, checked=found.checked)
+                return replace(plan, checked=found.checked, settings=_settings(traced(examples, graph)))
             if not draft.choice.on:
                 raise PlanError(f"{name} {_NOT_EVEN_WHOLE}: {found.wrong[0].reason}")
             for accused in found.wrong:
@@ -148,6 +148,12 @@ def _certified(
         if bans.size == before or attempt == MAX_REPLAYS - 1:
             bans.all = reason
     raise PlanError(f"{name}: {bans.all}, and nothing is sharded")
+
+
+def _settings(ran: tuple[Example, ...]) -> frozenset[str]:
+    """The settings that were traced in eval and in training mode."""
+    modes = [{e.setting.name for e in ran if e.setting is not None and e.training is training} for training in (False, True)]
+    return frozenset(modes[0] & modes[1])
 
 
 def whole_plan(model: nn.Module, reason: str) -> Plan:

@@ -20,6 +20,8 @@ from autotp.planner.realise import Builder
 from autotp.planner.reductions import place
 from autotp.planner.refusals import Refusal
 from autotp.planner.requested import Wanted
+from autotp.planner.together import find_together
+from autotp.planner.tokens import find_tokens
 
 #: How many drafts are tried before everything stays whole.
 MAX_ATTEMPTS = 128
@@ -64,6 +66,7 @@ def solve(
             whole = {slot for slot, conversions in builder.slots.items() if any(c.op in (Op.GATHER, Op.REDUCE) for c in conversions)}
             copies = find_copies(space, whole, graph.repeats)
             plan = replace(plan, untrained=graph.untrained if plan.local_share < 1 else "", copies=copies)
+            plan = replace(plan, tokens=find_tokens(graph, plan.modules, linears), together=find_together(graph, plan.modules, linears))
             return Draft(plan, space, choice, moves, local)
         if bans.size == before or attempt == MAX_ATTEMPTS - 1:
             bans.all = reason

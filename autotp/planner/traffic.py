@@ -36,7 +36,7 @@ class _Counted:
     """Counts the collectives of activations: those of the conversions and distributed forms that the plan runs in the first path."""
 
     def __init__(self, graph: Graph, modules: Sequence[ModulePlan]) -> None:
-        self.graph, self.modules, self.sources = graph, modules, _Sources(graph, modules)
+        self.graph, self.modules, self.sources = graph, modules, Sources(graph, modules)
         self.nodes = graph.nodes[: graph.results[0].stop if graph.results else len(graph.nodes)]
         self.again = {(at, p) for (at, where), members in graph.members.items() for p in members if p != where}
         self.width: dict[tuple[str, str], int] = {}
@@ -121,7 +121,7 @@ def _crossing(node: Node) -> tuple[str, str]:
     return node.op.value, ".".join(map(str, (node.slot[0], *node.slot[1])))
 
 
-class _Sources:
+class Sources:
     """Tells which tensor a value is at run time: module boundaries without a conversion hand the same object on.
 
     Copies of one tensor are one copy (`autotp.rewrite.collectives.copy_cache`), but for arguments of the model, which are leaves.

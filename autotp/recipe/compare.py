@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from autotp.plan.conversions import Op
+from autotp.plan.experts import with_cut_width
 from autotp.plan.layout import Layout, alike
 from autotp.plan.notation import UNKNOWN
 from autotp.plan.plan import Plan
@@ -23,7 +24,7 @@ from autotp.recipe.spec import Role
 
 def wanted_layouts(bound: Bound) -> dict[str, Layout]:
     """Returns the layouts of the bound recipe; in the words of the plan that it was made from, where that plan is for as many ranks."""
-    pinned = bound.recipe.pinned
+    pinned = None if bound.recipe.pinned is None else with_cut_width(bound.recipe.pinned)
     if pinned is None or pinned.tp != bound.tp or set(pinned.params) != set(bound.params):
         return bound.layouts
     problems = Problems()

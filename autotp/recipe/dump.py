@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from enum import Enum
 from typing import Any
 
 import yaml
 
 from autotp.plan.codec import encode
+from autotp.plan.placements import AS_PLANNED, Placements
 from autotp.recipe.spec import Boundary, Entry, RecipeSpec, Role
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*\??")
@@ -68,9 +71,16 @@ def data_of(recipe: RecipeSpec) -> dict[str, Any]:
     for name, items in (("arguments", recipe.arguments), ("results", recipe.results)):
         if items:
             out[name] = _boundaries(items)
+    if placements := _placements(recipe.placements):
+        out["placements"] = placements
     if recipe.pinned is not None:
         out["plan"] = encode(recipe.pinned)
     return out
+
+
+def _placements(chosen: Placements) -> dict[str, Any]:
+    asked = {name: value for name, value in asdict(chosen).items() if value != getattr(AS_PLANNED, name)}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in asked.items()}
 
 
 def _entry(e: Entry) -> Any:

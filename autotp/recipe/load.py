@@ -104,6 +104,7 @@ def _merged(base: RecipeSpec, layer: Layer, problems: list[Problem]) -> RecipeSp
         attributes=_over(pruned("attributes", base.attributes, lambda a: a.key), top.attributes, lambda a: a.key),
         arguments=_over(pruned("arguments", base.arguments, lambda b: b.module), top.arguments, lambda b: (b.module, b.path)),
         results=_over(pruned("results", base.results, lambda b: b.module), top.results, lambda b: (b.module, b.path)),
+        placements=base.placements | top.placements,
         trace=top.trace or base.trace,
         unsafe=top.unsafe or base.unsafe,
         reason=top.reason or base.reason,

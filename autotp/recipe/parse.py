@@ -10,6 +10,7 @@ from typing import Any
 from autotp.errors import InputError, RecipeError
 from autotp.plan.codec import decode
 from autotp.plan.notation import NotationError, parse
+from autotp.plan.placements import Experts, Placements
 from autotp.plan.plan import Plan
 from autotp.recipe.problems import Pos, Problem
 from autotp.recipe.schema import EntryForm, RecipeFile, validated
@@ -55,6 +56,7 @@ def layer_of(source: Source, problems: list[Problem]) -> Layer | None:
         attributes=tuple(read.attributes(form)),
         arguments=tuple(read.boundaries("arguments", form.arguments)),
         results=tuple(read.boundaries("results", form.results)),
+        placements=Placements(**dict(form.placements) | {"experts": Experts(form.placements.experts)}),
         trace=form.trace is not None,
         unsafe=form.unsafe,
         reason=form.reason,

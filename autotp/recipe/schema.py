@@ -29,6 +29,20 @@ class EntryForm(BaseModel):
     reason: StrictStr = Field("", description="why it stays whole")
 
 
+class PlacementsForm(BaseModel):
+    """Choices of placement beside layouts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loss_parallel: StrictBool = Field(False, description="leave logits in parts over the ranks, for losses that need no more")
+    sequence_parallel: StrictBool | Literal["auto"] = Field(
+        False, description="leave hidden states between regions in parts over the tokens; `auto` does so in calls of many tokens"
+    )
+    experts: Literal["width", "whole", "auto"] = Field(
+        "width", description="what of a mixture of experts is cut: the width inside each, or their number (whole); auto: the better one"
+    )
+
+
 Section = dict[StrictStr, Text | EntryForm | None]
 _SECTION = (
     "parameter name or its last parts (* for any characters, ? at the end: may be missing) → layout; null takes an inherited key out. "
@@ -67,6 +81,10 @@ class RecipeFile(BaseModel):
     results: dict[StrictStr, dict[StrictStr, Text] | None] = Field(
         {}, description="module → part of its result ('' for all of it) → `leave` (all-reduced), `enter`, or the layout it is gathered from"
     )
+    placements: PlacementsForm = Field(
+        PlacementsForm(loss_parallel=False, sequence_parallel=False, experts="width"),
+        description="choices beside layouts: `loss_parallel: true`",
+    )
     trace: Literal["required"] | None = Field(
         None, description="`required`: calls inside of forwards have to be changed, which only the traced model tells"
     )
@@ -99,7 +117,8 @@ def _explained(path: tuple[str, ...], item: Mapping[str, Any], source: Source) -
     got = item["input"]
     name = ".".join(known)
     if item["type"] == "extra_forbidden":
-        fields = EntryForm.model_fields if len(known) > 1 else RecipeFile.model_fields
+        form = RecipeFile if len(known) == 1 else PlacementsForm if known[0] == "placements" else EntryForm
+        fields = form.model_fields
         near = difflib.get_close_matches(known[-1], fields, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; wanted one of {', '.join(fields)}"
         return known, Problem(source.at(known, key=True), f"unknown key {known[-1]!r}{hint}")
@@ -111,6 +130,12 @@ def _explained(path: tuple[str, ...], item: Mapping[str, Any], source: Source) -
 def _wanted(path: tuple[str, ...]) -> str:
     if len(path) == 2 and path[0] in _SECTIONS:
         return 'a layout, as in "(h d) e"'
+    if path == ("placements", "experts"):
+        return "width, whole or auto"
+    if path == ("placements", "sequence_parallel"):
+        return "true, false or auto"
+    if len(path) > 1 and path[0] == "placements":
+        return "true or false"
     if len(path) > 1 and path[0] in ("attributes", "arguments", "results"):
         return "a layout or one of its words"
     return _WANTED.get(path[:1], "a mapping")
@@ -141,6 +166,7 @@ _WANTED: dict[tuple[str, ...], str] = {
     ("arguments",): "modules with their arguments, each with `enter` or a layout",
     ("results",): "modules with their results, each with `leave`, `enter` or a layout",
     ("unsafe",): "true or false",
+    ("placements",): "choices of placement, as in `loss_parallel: true`",
     ("trace",): "`required`, or no such key",
     **{(s,): "text" for s in ("recipe", "about", "reason")},
     ("extends",): "a recipe's name or path, or a list of them",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from autotp.plan.placements import AS_PLANNED, Placements
 from autotp.plan.plan import Plan
 from autotp.recipe.problems import Pos
 
@@ -94,8 +95,8 @@ class RecipeSpec:
 
     entries: parameters by pattern, with role and layout. sizes: names and the sizes that they stand for. shard: names that are
     sharded. granules: names and the numbers that local parts are multiples of. attributes, arguments, results: the changes at modules.
-    trace: only a traced model can be rewritten by it. unsafe: it is used without proof, for `reason`. pinned: the exact plan that
-    it was made from. See docs/recipes.md.
+    placements: choices beside layouts. trace: only a traced model can be rewritten by it. unsafe: it is used without proof, for
+    `reason`. pinned: the exact plan that it was made from. See docs/recipes.md.
     """
 
     name: str = ""
@@ -108,6 +109,7 @@ class RecipeSpec:
     attributes: tuple[Attribute, ...] = ()
     arguments: tuple[Boundary, ...] = ()
     results: tuple[Boundary, ...] = ()
+    placements: Placements = AS_PLANNED
     trace: bool = False
     unsafe: bool = False
     reason: str = ""

@@ -26,6 +26,7 @@ from autotp.plan.cost import summed
 from autotp.plan.expressions import factors, freed, is_sharded
 from autotp.plan.layout import Layout
 from autotp.plan.notation import UNKNOWN
+from autotp.plan.placements import placed
 from autotp.plan.plan import Plan
 from autotp.plan.spec import AxisInfo, Boundary, DistributedForm, GradSum, ModulePlan, ParamPlan, Shown, Site, Slot, Traffic, Use
 from autotp.recipe.bind import bind
@@ -46,7 +47,7 @@ def static_plan(recipe: RecipeSpec, model: nn.Module, tp: int) -> Plan:
         RecipeError: it does not fit the model, does not cover it, or needs the traced model.
     """
     bound = bind(recipe, model, tp)
-    return plan_of_bound(bound)
+    return placed(plan_of_bound(bound), recipe.placements)
 
 
 def plan_of_bound(bound: Bound) -> Plan:

@@ -12,8 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autotp.errors import PlanError
+from autotp.plan.conversions import Op
 from autotp.plan.layout import Layout, alike
-from autotp.plan.spec import ModulePlan, ParamPlan, Use
+from autotp.plan.spec import GradSum, ModulePlan, ParamPlan, Use
 from autotp.rewrite.attributes import localise
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.guards import stash
@@ -25,14 +26,17 @@ from autotp.rewrite.modules.classes import STATE, subclass, wrap_forward
 from autotp.rewrite.modules.embedding import EmbeddingRun, embedding_run
 from autotp.rewrite.modules.joint import install_joints, without_parts
 from autotp.rewrite.modules.linear import LinearRun, linear_run
+from autotp.rewrite.modules.linears import Together
 from autotp.rewrite.modules.module import RUN, ModuleRun, run_instance
+from autotp.rewrite.modules.pairs import PairsRun
 from autotp.rewrite.operators.call_sites import SiteTable
 from autotp.rewrite.parameters import fsdp  # noqa: F401  # FSDP keeps the layouts of what is made here
 from autotp.rewrite.parameters.compiled_grads import keep_with
 from autotp.rewrite.parameters.holders import Pair, give_new, retire
 from autotp.rewrite.parameters.layout_dtensor import GradHook, LayoutDTensor
 from autotp.rewrite.parameters.make import MakeParam
-from autotp.rewrite.parameters.reads import Read
+from autotp.rewrite.parameters.reads import GradFix, Read
+from autotp.rewrite.sequence.scatter import Scatter
 from autotp.rewrite.undo import Undo
 from autotp.trace.reading import has_forward_of
 
@@ -47,6 +51,9 @@ def apply(
     comm: Comm,
     make_param: MakeParam,
     skip: tuple[str, ...] = (),
+    scatter: Scatter | None = None,
+    by_token: frozenset[str] = frozenset(),
+    together: Sequence[Sequence[str]] = (),
 ) -> Undo:
     """Rewrite `model` in place so that this rank runs its part.
 
@@ -56,6 +63,9 @@ def apply(
         modules: The changes at each module.
         comm: The group.
         skip: prefixes of module paths that are left as they are, parameters too (they do not run).
+        scatter: Scatters sums over tokens where the plan does; all-reduced without it.
+        by_token: Modules that run on a rank's tokens, given such.
+        together: Groups of Linears that read one tensor.
         make_param: `(fqn, old parameter, layout) → new parameter`, called once for each distinct parameter.
 
     Returns:
@@ -66,7 +76,7 @@ def apply(
     """
     undo = Undo()
     try:
-        _Rewriter(model, params, modules, comm, undo, skip).run(make_param)
+        _Rewriter(model, params, modules, comm, undo, skip, scatter, by_token).run(make_param, together)
     except BaseException:
         undo.undo()
         raise
@@ -82,7 +92,10 @@ class _Rewriter:
         comm: Comm,
         undo: Undo,
         skip: tuple[str, ...],
+        scatter: Scatter | None,
+        by_token: frozenset[str],
     ) -> None:
+        self.scatter, self.by_token = scatter, by_token
         self.model, self.params, self.comm, self.undo = model, params, comm, undo
         named = dict(model.named_parameters(remove_duplicate=False))
         self.unknown = [n for n in params if n not in named]
@@ -94,19 +107,32 @@ class _Rewriter:
                 self.paths[id(sub)], self.modules[id(sub)] = path, sub
         self.plans = self._plans(modules)
         self.runs: list[ModuleRun | LinearRun | EmbeddingRun] = []
+        self.originals = Undo()  # of the parameters, which are freed where the rest may still be taken back
+        undo.push(self.originals.undo)
+        undo.at_release(self.originals.release)
 
-    def run(self, make_param: MakeParam) -> None:
+    def run(self, make_param: MakeParam, together: Sequence[Sequence[str]]) -> None:
         self._check_params()
         for sub in self.modules.values():
             plan = self.plans.get(id(sub))
             self._rewrite(sub, without_parts(plan))
             if plan is not None and plan.stashed:
                 stash.guard(self.model, plan.path, plan.stashed, self.undo)
-        install_joints(self.model, list(self.plans.values()), self.comm, self.undo)
+        for group in together:
+            self._join(group)
+        install_joints(self.model, list(self.plans.values()), self.comm, self.undo, self.scatter)
         runs = [(m, m.__dict__.get(STATE)) for m in self.modules.values()]
         reads = [(m, read) for m, run in runs for read in getattr(run, "reads", ()) if read.owner is not m]
-        install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and r.light], reads, self.undo)
+        install_batch(self.model, [(m, r) for m, r in runs if isinstance(r, ModuleRun) and (r.light or r.by_token)], reads, self.undo)
         self._replace_params(make_param)
+
+    def _join(self, group: Sequence[str]) -> None:
+        members = [self.model.get_submodule(path) for path in group]
+        runs = [m.__dict__.get(STATE) for m in members]
+        if all(isinstance(r, LinearRun) and r.copies and not (r.reduces or r.gathers or r.shows or r.once) for r in runs):
+            joined = Together(members, self.comm)
+            for r in runs:
+                r.together = joined  # type: ignore[union-attr]
 
     def _replace_params(self, make_param: MakeParam) -> None:
         names: dict[int, list[str]] = {}
@@ -117,17 +143,17 @@ class _Rewriter:
             old = self.named[tied[0]]
             new = make_param(tied[0], old, self.params[tied[0]].layout)
             pairs.append(Pair(tuple(tied), old, new))
-            if isinstance(new, LayoutDTensor):
-                _keep_hooks(old, new, self.undo)
+            if isinstance(new, LayoutDTensor) and new is not old:
+                _keep_hooks(old, new, self.originals)
         del old
         laid_out = [p for p in pairs if isinstance(p.new, LayoutDTensor)]
         real = [p for p in pairs if p.new is not p.old and not isinstance(p.old, FakeTensor)]
-        give_new(real, {id(t): t for m in self.modules.values() for t in (m._parameters,)}, [self.named], self.undo)
+        give_new(real, {id(t): t for m in self.modules.values() for t in (m._parameters,)}, [self.named], self.originals)
         owners: dict[int, nn.Module] = {}
         for pair in pairs:
             for name in pair.names:
                 owner, leaf = self._owner(name)
-                self.undo.set_item(owner._parameters, leaf, pair.new)
+                self.originals.set_item(owner._parameters, leaf, pair.new)
                 owners[id(owner)] = owner
         for owner in owners.values():
             if any(isinstance(p, LayoutDTensor) for p in owner._parameters.values()):
@@ -135,7 +161,7 @@ class _Rewriter:
         for run in self.runs:
             for read in run.reads:
                 read.of_parts = read.is_buffer or not isinstance(read.owner._parameters[read.name], LayoutDTensor)
-        self.undo.at_release(lambda: retire(laid_out))
+        self.originals.at_release(lambda: retire(laid_out))
 
     def _plans(self, modules: Sequence[ModulePlan]) -> dict[int, ModulePlan]:
         plans: dict[int, ModulePlan] = {}
@@ -217,22 +243,41 @@ class _Rewriter:
             return Uncalled(sub, reads, where), module.make_forward
         own = all(r.owner is sub and not r.held for r in reads)
         if own and not self._keeps_class(sub):
-            if has_forward_of(type(sub), nn.Linear) and (fast := linear_run(plan, reads, self.comm)) is not None:
+            if has_forward_of(type(sub), nn.Linear) and (fast := linear_run(plan, reads, self.comm, self.scatter)) is not None:
+                if self._is_by_token(sub, plan, reads):
+                    fast.by_token = tuple(GradFix(GradSum.ALL, r.layout, self.comm) for r in fast.own)
                 return fast, linear.make_forward
             if isinstance(sub, nn.Embedding) and has_forward_of(type(sub), nn.Embedding) and plan is not None:
-                found = embedding_run(sub, plan, reads, self.comm)
+                found = embedding_run(sub, plan, reads, self.comm, self.scatter)
                 if found is not None:
                     return found, embedding.make_forward
         if plan is None:
-            return ModuleRun(sub, reads), module.make_forward
+            return self._given_tokens(ModuleRun(sub, reads), sub, plan), module.make_forward
         inputs = InputSlots(plan.inputs, sub.forward, self.comm, where) if plan.inputs else None
-        outputs = OutputSlots(plan.outputs, self.comm) if plan.outputs else None
+        outputs = OutputSlots(plan.outputs, self.comm, self.scatter) if plan.outputs else None
         watched = plan.sites or any(r.held for r in reads)
         sites = SiteTable(plan.sites, self.comm, where) if watched else None
-        return ModuleRun(sub, reads, inputs, outputs, sites), module.make_forward
+        pairs = PairsRun(plan.pairs, sub.forward, self.comm, where) if plan.pairs is not None else None
+        return self._given_tokens(ModuleRun(sub, reads, inputs, outputs, sites, pairs), sub, plan), module.make_forward
+
+    def _given_tokens(self, run: ModuleRun, sub: nn.Module, plan: ModulePlan | None) -> ModuleRun:
+        simple = len(run.own) == len(run.reads) and not any(r.convert or r.is_buffer or r.held for r in run.reads)
+        if simple and run.inputs is None and run.sites is None and run.pairs is None and self._is_by_token(sub, plan, run.reads):
+            run.by_token = tuple((r, GradFix(GradSum.ALL, r.layout, self.comm)) for r in run.own)
+        return run
+
+    def _is_by_token(self, sub: nn.Module, plan: ModulePlan | None, reads: tuple[Read, ...]) -> bool:
+        """True for a module, whole on every rank, that can run on a rank's tokens."""
+        enters = plan is None or (not (plan.uses or plan.attributes or plan.joint or plan.stashed) and _only_enters(plan))
+        whole = enters and all(r.fix.grad is GradSum.NONE and r.layout is not None and r.layout.dim is None for r in reads)
+        return whole and self.scatter is not None and self.paths[id(sub)] in self.by_token
 
     def _keeps_class(self, sub: nn.Module) -> bool:
         return sub is self.model or "forward" in sub.__dict__
+
+
+def _only_enters(plan: ModulePlan) -> bool:
+    return all(c.op in (Op.COPY, Op.ENTER) for s in plan.outputs for c in s.conversions)
 
 
 def _keep_hooks(old: nn.Parameter, new: LayoutDTensor, undo: Undo) -> None:
@@ -253,4 +298,4 @@ def _keep_hooks(old: nn.Parameter, new: LayoutDTensor, undo: Undo) -> None:
 
 
 def _without_path(plan: ModulePlan) -> tuple[object, ...]:
-    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint, plan.uncalled, plan.stashed
+    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint, plan.uncalled, plan.stashed, plan.pairs

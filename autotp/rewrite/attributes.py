@@ -6,7 +6,8 @@ An object on the way (a config shared by all modules) is copied for the module, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,9 @@ from autotp.errors import PlanError
 from autotp.plan.spec import LocalAttribute
 from autotp.rewrite.undo import Undo
 
+#: In the `__dict__` of a module with local attributes: what they are.
+LOCAL = "_autotp_local"
+
 
 def localise(module: nn.Module, attributes: Sequence[LocalAttribute], undo: Undo, where: str) -> None:
     """Set every attribute in `attributes` of `module` to its local value.
@@ -24,6 +28,7 @@ def localise(module: nn.Module, attributes: Sequence[LocalAttribute], undo: Undo
         PlanError: if an attribute is absent or does not hold the plan's global value.
     """
     copies: dict[int, Any] = {}
+    undo.set_attribute(module, LOCAL, tuple(attributes))
     for attribute in attributes:
         head, *rest = attribute.path.split(".")
         if not hasattr(module, head):
@@ -32,6 +37,28 @@ def localise(module: nn.Module, attributes: Sequence[LocalAttribute], undo: Undo
         if isinstance(getattr(module, head), nn.Module):
             raise PlanError(f"{where}: {attribute.path} belongs to the module {head!r}; plan it there")
         undo.set_attribute(module, head, value)
+
+
+@contextmanager
+def localised(module: nn.Module, attributes: Sequence[LocalAttribute], where: str) -> Iterator[None]:
+    """The attributes of `module` have their local values inside; whoever reads them outside gets the global ones.
+
+    Raises:
+        PlanError: as for `localise`.
+    """
+    copies: dict[int, Any] = {}
+    held = module.__dict__
+    saved = [(head, held[head]) for a in attributes if (head := a.path.partition(".")[0]) in held]
+    try:
+        for attribute in attributes:
+            head, *rest = attribute.path.split(".")
+            if head not in held:
+                raise PlanError(f"{where}: no attribute {head!r} to make local ({attribute.path})")
+            held[head] = _changed(held[head], rest, attribute, copies, where)
+        yield
+    finally:
+        for head, value in reversed(saved):
+            held[head] = value
 
 
 def before(module: nn.Module, name: str, attributes: Sequence[LocalAttribute], where: str) -> Any:

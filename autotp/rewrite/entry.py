@@ -7,31 +7,40 @@ the facts that the plan rests on still hold. It agrees on random numbers if it w
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.distributed.tensor import DTensor
 
-from autotp.errors import AutoTPError
+from autotp.adapters import settings
+from autotp.errors import AutoTPError, ChangedError, LostRankError
 from autotp.hugging_face import is_hugging_face
+from autotp.plan.loss_parallel import logits_in_parts
 from autotp.plan.plan import Plan
+from autotp.plan.sequence_parallel import tokens_in_parts
 from autotp.plan.spec import Shown
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.guards.alone import Parts, install_alone
+from autotp.rewrite.guards.caches import mark_own, not_of_this_rank, refuse_trained
 from autotp.rewrite.guards.called import install_called
-from autotp.rewrite.guards.hooks import Running, Watch, install_hooks
+from autotp.rewrite.guards.hooks import Watch, install_hooks
+from autotp.rewrite.guards.other_leaves import OtherLeaves
 from autotp.rewrite.guards.own_grad import mark_copied
 from autotp.rewrite.guards.saving import install_saving
 from autotp.rewrite.guards.structure import Places, Structure
 from autotp.rewrite.guards.tables import Place, Tensors
 from autotp.rewrite.guards.values import Values, Watched, stored_names, watched
+from autotp.rewrite.in_parts.calls import whole_results
 from autotp.rewrite.modules.boundaries import Path
 from autotp.rewrite.modules.classes import BASE, wrap_forward
 from autotp.rewrite.rng import Dropouts, device_of, install_generate, sync_rng
+from autotp.rewrite.running import Running
+from autotp.rewrite.sequence.tokens import ParallelTokens
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
+from autotp.trace.example import Setting
 from autotp.trace.reading import Reading
 
 ENTRY = "_autotp_entry"
@@ -44,10 +53,40 @@ Originals = Mapping[tuple[str, str], Any]
 _in_backward = torch._C._current_graph_task_id
 
 
+class Follow(Protocol):
+    """Plans a changed model again, where its kind of change is meant to be followed."""
+
+    def begin(self) -> None:
+        """Look at the model, which is parallel now."""
+
+    def wants(self) -> bool:
+        """True where a change that every guard would accept needs another plan all the same."""
+
+    def __call__(self, change: ChangedError) -> bool:
+        """Make the model parallel by another plan, collectively; False where `change` is not to be followed."""
+
+
+def _while_compiled(follow: Follow | None) -> Callable[[], None]:
+    """Makes the check of calls in code that is being compiled, which runs while it is compiled and leaves nothing there."""
+
+    def check() -> None:
+        if follow is not None and follow.wants():
+            raise AutoTPError(
+                "adapters were put on the model after parallelize, and code that is being compiled cannot plan it again: call "
+                "autotp.parallelize(model, mesh) again, or the model once, before it is compiled"
+            )
+
+    check._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result, which imports dynamo
+    return check
+
+
 class Entry:
     """Guards one module at which a call of the model may begin."""
 
-    __slots__ = ("alone", "comm", "copies", "dropouts", "forwards", "hooks", "running", "structure", "tensors", "untrained", "values")
+    __slots__ = (
+        "alone", "comm", "compiled", "copies", "dropouts", "follow", "forwards", "hooks",
+        "is_root", "leaves", "running", "scatters", "shows", "structure", "tensors", "untrained", "values",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -62,8 +101,16 @@ class Entry:
         untrained: str,
         copies: Sequence[Path],
         forwards: Sequence[tuple[type[nn.Module], Any]],
+        follow: Follow | None,
+        shows: bool,
+        scatters: bool,
+        is_root: bool,
+        leaves: OtherLeaves,
     ) -> None:
-        self.untrained, self.copies, self.forwards = untrained, copies, forwards
+        self.leaves = leaves
+        self.scatters, self.is_root = scatters, is_root
+        self.untrained, self.copies, self.forwards, self.follow, self.shows = untrained, copies, forwards, follow, shows
+        self.compiled = _while_compiled(follow)
         self.running, self.comm, self.alone = running, comm, alone
         self.structure, self.values, self.tensors, self.hooks, self.dropouts = structure, values, tensors, hooks, dropouts
 
@@ -86,9 +133,13 @@ class Entry:
                     "part: patch the class before parallelize"
                 )
         self.alone.check()
-        self.structure.check()
+        if self.structure.differs():
+            if self.follow is not None and self.follow.wants():
+                raise ChangedError("adapters were put on the model, or taken off, after parallelize")
+            self.structure.judge()
         self.values.check()
         self.tensors.check()
+        self.leaves.check()
         self.hooks.check()
         # A block that runs again for a checkpoint, in the backward, has the random state of its first run.
         if module.training and _in_backward() == -1 and self.dropouts.active():
@@ -96,21 +147,46 @@ class Entry:
 
 
 def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if is_dynamo_compiling():
-        return forward(module, *args, **kwargs)
     entry: Entry = module.__dict__[ENTRY]
+    if is_dynamo_compiling():
+        entry.compiled()
+        return forward(module, *args, **kwargs)
     running = entry.running
     if running.open:
         return forward(module, *args, **kwargs)
-    running.open = True
+    running.open, running.records = True, torch.is_grad_enabled()
     try:
         entry.begin(module)
+    except ChangedError as change:
+        running.open = False
+        if entry.follow is None or not entry.follow(change):
+            raise
+        return module.forward(*args, **kwargs)  # the plan, its guards and this forward are new
+    except BaseException:
+        running.open = False
+        raise
+    try:
         if any(isinstance(v, DTensor) for v in (*args, *kwargs.values())):  # rows of a weight, say: whole from here on
             args = tuple(map(_whole, args))
             kwargs = {name: _whole(v) for name, v in kwargs.items()}
+        recording = torch.is_grad_enabled()
+        if recording:
+            refuse_trained((*args, *kwargs.values()))
         result = forward(module, *args, **kwargs)
+        if recording:
+            mark_own((*args, *kwargs.values(), *(result.values() if isinstance(result, Mapping) else ())))
+        elif entry.shows:
+            result = whole_results(result)
+        if recording and entry.scatters and (entry.is_root or _in_backward() == -1):  # a block that runs again for a checkpoint is inside
+            result = whole_results(result, ParallelTokens)
         entry.alone.check_result(result)
-        return mark_copied(result, entry.copies) if entry.copies and torch.is_grad_enabled() else result
+        return mark_copied(result, entry.copies) if entry.copies and recording else result
+    except LostRankError as error:
+        raise LostRankError(f"a call of {type(module).__name__} could not be completed: {error}") from error
+    except RuntimeError as error:
+        if text := not_of_this_rank((*args, *kwargs.values()), error):
+            raise AutoTPError(text) from error
+        raise
     finally:
         running.open = False
         entry.values.again()
@@ -127,12 +203,12 @@ def originals_of(model: nn.Module, plan: Plan) -> Originals:
     return {key: value for key, value in found.items() if hasattr(value, "__dict__")}
 
 
-def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Originals, undo: Undo) -> None:
-    """Guard a model that `plan` was applied to; journalled in `undo`."""
+def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Originals, undo: Undo, follow: Follow | None = None) -> None:
+    """Guard a model that `plan` was applied to; journalled in `undo`. `follow` is asked before a change is refused."""
     modules = [(path, m) for path, m in model.named_modules()]
     install_called(model, plan, undo)
-    places, floats = _places(plan), _floats(plan)
-    running = Running()
+    places, floats = _places(plan), _floats(plan, [path for path, _ in modules])
+    running = comm.running
     install_alone(model, plan, running, undo)
     hooks = install_hooks(model, plan, running, undo)
     runs = [(p, m) for p, m in modules if p in places.runs or p in floats]
@@ -156,9 +232,23 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
         alone = Parts(path, module, plan.boundaries.get(path, ()) if path else ())
         structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
         held = Tensors([t for p, t in tensors if _within(p, path)])
-        more = plan.untrained, plan.copies.get(path, ()), forwards
+        more = (
+            plan.untrained,
+            plan.copies.get(path, ()),
+            forwards,
+            follow,
+            bool(logits_in_parts(plan)),
+            bool(tokens_in_parts(plan)),
+            module is model,
+            OtherLeaves(under),
+        )
         entry = Entry(running, comm, structure, Values(list(own.values())), held, hooks, dropouts, alone, *more)
         undo.set_item(module.__dict__, ENTRY, entry)
+    if plan.settings:
+        for setting in (Setting("as it is", {}), *(s for s in settings(model) if s.name in plan.settings)):
+            with setting.on(model):
+                for _, module in entered:
+                    module.__dict__[ENTRY].values.learn()
     install_generate(model, comm, undo)
     install_saving(model, undo)
 
@@ -178,12 +268,17 @@ def _places(plan: Plan) -> Places:
     touched: set[str] = set()
     for path in changed | inner | {u.owner for m in plan.modules for u in m.uses}:
         touched.update(_above(path))
-    return Places(inner, runs, frozenset(changed | runs), frozenset(touched), plan.swapped)
+    local = frozenset((m.path, a.path.rpartition(".")[2]) for m in plan.modules for a in m.attributes)
+    return Places(inner, runs, frozenset(changed | runs), frozenset(touched), plan.swapped, local)
 
 
-def _floats(plan: Plan) -> frozenset[str]:
-    """Returns the modules that summands of a joint sum pass: a dropout there that drops nothing must go on dropping nothing."""
+def _floats(plan: Plan, paths: Collection[str]) -> frozenset[str]:
+    """Returns the modules that summands of a joint sum pass, and those that run a rank's pairs alone: a dropout there that drops nothing
+    must go on dropping nothing.
+    """
+    dealt = [m.path for m in plan.modules if m.pairs is not None]
     passed = {path for path, slots in plan.boundaries.items() if any(b.shown is Shown.HELD and not b.result for b in slots)}
+    passed |= {path for path in paths if any(_within(path, module) for module in dealt)}
     return frozenset(passed | {m.path for m in plan.modules if m.joint})
 
 

@@ -7,11 +7,12 @@ root, or at the inner model, block or dropout where a call begins (`autotp.rewri
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.guards.same_inputs import compare_inputs, mode_of_environment
@@ -36,6 +37,22 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+class Deadline:
+    """A stopping criterion of transformers: it ends a generation on every rank at the token at which rank 0's time is up."""
+
+    def __init__(self, comm: Comm, seconds: float, device: torch.device) -> None:
+        self._comm, self._device, self._end = comm, device, time.monotonic() + seconds
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Returns whether each row is done: [batch] truth values. Collective."""
+        late = torch.tensor([time.monotonic() > self._end], dtype=torch.uint8, device=self._device)
+        return self._comm.broadcast_(late).bool().expand(input_ids.shape[0])
+
+
+#: Seconds that no generation takes: `max_time=None` would be filled up from the model's `generation_config`.
+_NEVER = 1e9
+
+
 class SyncedGenerate:
     """Replaces `model.generate`: it starts from rank 0's generator state, with the same arguments on all ranks.
 
@@ -51,9 +68,18 @@ class SyncedGenerate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         device = device_of(self._model)
         if self._compare and self._comm.size > 1 and device.type != "meta":
-            compare_inputs(self._comm, f"{type(self._model).__name__}.generate", args, kwargs, device)
+            compare_inputs(self._comm, f"{type(self._model).__name__}.generate", args, kwargs, device, self._model)
         sync_rng(self._comm, device)
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        seconds = next((s for c in (config, self._own_config()) if (s := getattr(c, "max_time", None)) is not None), None)
+        seconds = kwargs.get("max_time", seconds)
+        if seconds is not None and self._comm.size > 1:
+            own = Deadline(self._comm, seconds, device)
+            kwargs |= {"max_time": _NEVER, "stopping_criteria": [*(kwargs.get("stopping_criteria") or ()), own]}
         return self._generate(*args, **kwargs)
+
+    def _own_config(self) -> Any:
+        return getattr(self._model, "generation_config", None)
 
 
 class Dropouts:

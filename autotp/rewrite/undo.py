@@ -59,5 +59,9 @@ class Undo:
     def release(self) -> None:
         """Forget the originals (and free the full parameters): the rewrite is final."""
         self._steps.clear()
+        self.settle()
+
+    def settle(self) -> None:
+        """Run the steps of `at_release`, and keep the journal: what they free, it can no longer restore."""
         while self._last:
             self._last.pop(0)()

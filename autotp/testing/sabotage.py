@@ -23,6 +23,7 @@ from autotp.plan.layout import runs, take
 from autotp.plan.names import folded
 from autotp.plan.plan import Plan
 from autotp.plan.spec import GradSum, ModulePlan, Site, Slot, Use
+from autotp.planning import RecipeLike
 from autotp.testing.equivalence.check import NotEquivalent, check, check_arguments
 from autotp.testing.equivalence.mutation import Damage, Kind, Mutation
 from autotp.testing.equivalence.observe import Observed, Training, adamw, observe_model
@@ -81,6 +82,7 @@ def survey(
     timeout: float = 120.0,
     every: bool = False,
     on_mutation: Callable[[Mutation, str], None] | None = None,
+    recipe: RecipeLike | None = None,
 ) -> Survey:
     """Make each mistake in turn, and record whether the check catches it. The arguments are those of `assert_equivalent`.
 
@@ -99,7 +101,7 @@ def survey(
         subject = make_subject(factory, inputs, dtype, 0)
         training = Training(0, adamw)
         wanted = observe_model(subject, training)
-    plan = check(subject, wanted, training, tp, backend, timeout).plan
+    plan = check(subject, wanted, training, tp, backend, timeout, recipe).plan
     caught: list[tuple[Mutation, str]] = []
     survived: list[Mutation] = []
     for mutation in mutations(plan, every=every):
@@ -180,6 +182,8 @@ def _of_module(m: ModulePlan, plan: Plan) -> Iterator[Mutation]:
     for i, attribute in enumerate(m.attributes):
         new = replace(m, attributes=(*m.attributes[:i], *m.attributes[i + 1 :]))
         yield Mutation(Kind.FORGET, f"attribute {attribute.path} of {place}", m, (new,))
+    if m.pairs is not None:
+        yield Mutation(Kind.DROP, f"the choice of pairs of {place}", m, (replace(m, pairs=None),))
     for i, site in enumerate(m.sites):
 
         def put(changed: Site, i: int = i) -> ModulePlan:
@@ -207,7 +211,7 @@ def _of_conversions(conversions: Conversions) -> Iterator[tuple[Kind, str, Conve
     """Yields (kind, name of the conversion, the conversions with the mistake)."""
     for i, c in enumerate(conversions):
         without = (*conversions[:i], *conversions[i + 1 :])
-        if c.row.collectives:
+        if c.row.collectives or c.op is Op.LAZY_GATHER:
             yield Kind.DROP, c.op.value, without
         if c.op in (Op.COPY, Op.REDUCE):
             yield Kind.DOUBLE, c.op.value, (*conversions[:i], c, *conversions[i:])

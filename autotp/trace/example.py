@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -10,10 +12,35 @@ from typing import Any
 from torch import nn
 
 Inputs = dict[str, object]
+_ABSENT: Any = object()
 
 
 #: One call by its keywords, or several.
 Given = Mapping[str, object] | Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Attributes of modules that users switch together (another adapter, none at all). `values`: (path, attribute) → value."""
+
+    name: str
+    values: Mapping[tuple[str, str], object]
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """The attributes of `model` have these values inside."""
+        tables = {path: model.get_submodule(path).__dict__ for path, _ in self.values}
+        before = [(tables[path], name, tables[path].get(name, _ABSENT)) for path, name in self.values]
+        for (path, name), value in self.values.items():
+            tables[path][name] = copy.copy(value)
+        try:
+            yield
+        finally:
+            for table, name, value in before:
+                if value is _ABSENT:
+                    table.pop(name, None)
+                else:
+                    table[name] = value
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +57,7 @@ class Example:
     training: the call is made in training mode.
     quiet: autotp made the call up, so a model that turns it down is not reported.
     method: the method or inner model that is called, past the hooks of the model; "" for the model itself.
+    setting: the model is called in this setting; None for the one that it has.
     """
 
     name: str
@@ -39,6 +67,7 @@ class Example:
     training: bool = False
     quiet: bool = False
     method: str = ""
+    setting: Setting | None = None
 
     @property
     def inputs(self) -> Inputs:
@@ -47,4 +76,5 @@ class Example:
 
     def call(self, model: nn.Module, inputs: Inputs) -> Any:
         """Calls `model` with `inputs` in this way."""
-        return attrgetter(self.method)(model)(**inputs) if self.method else model(**inputs)
+        with nullcontext() if self.setting is None else self.setting.on(model):
+            return attrgetter(self.method)(model)(**inputs) if self.method else model(**inputs)

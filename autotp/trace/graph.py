@@ -216,6 +216,7 @@ class Graph:
     left: Mapping[tuple[str, str], tuple[Value, ...]] = field(default_factory=dict)  # (module, attribute) → what forwards leave there
     forms: Mapping[str, Forms] = field(default_factory=dict)  # module → how it was called
     asks_dims: frozenset[str] = frozenset()  # modules whose code reads sizes or numbers of dims
+    sized: frozenset[int] = frozenset()  # ids of the values whose sizes code has read
     swapped: frozenset[tuple[str, str]] = frozenset()  # (path, class) of each module that a forward put in place of another
     untrained: str = ""  # why no path in training mode could be traced, where one was tried
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
+from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, GeneratorType
 from typing import Any
 from weakref import WeakSet
 
@@ -57,6 +57,7 @@ class ModuleCalls:
         self.refilled: set[str] = set()  # modules that change a list or dict that they are called with
         self.asks_dims: set[str] = set()
         self.swapped: set[tuple[str, str]] = set()
+        self.start: CodeType | None = None  # what calls the model: a forward that is further out is another one's
         self._modules, self._call = modules, call
         self._tape, self._values, self._memo, self._questions = tape, values, memo, questions
         self._compiler = compiler_code()
@@ -160,8 +161,8 @@ class ModuleCalls:
         Raises:
             Refused: it does. The rewritten module may act there or not, which the trace cannot know.
         """
-        here, stop, compiler, apart = self._tape.module, Tape.inside.__code__, self._compiler, ""
-        while frame is not None and frame.f_code is not stop:
+        here, stops, compiler, apart = self._tape.module, (Tape.inside.__code__, self.start), self._compiler, ""
+        while frame is not None and frame.f_code not in stops:
             code = frame.f_code
             if code.co_name == "forward" and code.co_argcount:
                 path = self.paths.get(id(frame.f_locals.get(code.co_varnames[0])))

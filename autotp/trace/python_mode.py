@@ -67,6 +67,7 @@ class PythonMode(TorchFunctionMode):
     ) -> None:
         self.tape, self.values, self.accesses, self.gradients = tape, values, accesses, gradients
         self.calls, self.data, self.life, self.met = calls, data, life, met
+        self.sized: set[int] = set()  # ids of values whose sizes code has read
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tape = self.tape
@@ -111,6 +112,7 @@ class PythonMode(TorchFunctionMode):
         if self.values.known(tensor) is None or self.tape.quiet:
             return plain
         value = self.values.of(tensor)
+        self.sized.add(value.id)
         if isinstance(plain, torch.Size):
             return TaggedSize(TaggedInt(n, SizeRef(value.id, i, n), self.life) for i, n in enumerate(plain))
         if func is _NUMEL:

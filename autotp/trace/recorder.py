@@ -139,6 +139,7 @@ class Recorder:
             left={key: tuple(found.values()) for key, found in self.results.left.items()},
             forms=calls.forms(),
             asks_dims=frozenset(calls.asks_dims),
+            sized=frozenset(self._python.sized),
             swapped=frozenset(calls.swapped),
             untrained="" if any(result.training for result in results) else self.untrained,
         )

@@ -129,7 +129,8 @@ class _Describer:
         if isinstance(value, functools.partial):
             return type(value), self.plain((value.func, value.args, value.keywords), below)
         if isinstance(value, (MethodType, BuiltinFunctionType)):
-            return type(value), value.__name__, self.plain(value.__self__, below), self.plain(getattr(value, "__func__", None), below)
+            name = getattr(value, "__name__", "")  # a method may be made of a partial
+            return type(value), name, self.plain(value.__self__, below), self.plain(getattr(value, "__func__", None), below)
         if type(value) is FunctionType:
             inner = tuple(_content(cell) for cell in value.__closure__ or ())
             parts = (value.__defaults__, value.__kwdefaults__, value.__dict__, inner)

@@ -114,6 +114,7 @@ def _trace(
         return bool(skipped) and (path + ".").startswith(skipped)
 
     recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden, known)
+    recorder.calls.start = _call.__code__
     recorder.questions.data_vary = not is_hugging_face(model)  # for those there are examples of either kind
     evaluating = in_mode(model, training=False)
     try:

@@ -19,6 +19,7 @@ import torch
 import torch.autograd as autograd
 from torch import Tensor, nn
 from torch._functorch import utils as functorch
+from torch.distributions import Distribution
 
 _TORCH = torch.__file__.rsplit("__init__", 1)[0]
 FUNCTION = _TORCH + "autograd/function.py"
@@ -130,4 +131,8 @@ def watching(
 @cache
 def compiler_code() -> CodeType:
     """Returns the code that `torch.compile` makes of a function: its frame is there when it runs, compiled or not."""
-    return torch.compile(is_model, backend="eager").__code__
+    checks = Distribution._validate_args  # torch.compile turns them off for the whole process
+    try:
+        return torch.compile(is_model, backend="eager").__code__
+    finally:
+        Distribution.set_default_validate_args(checks)

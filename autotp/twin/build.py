@@ -1,7 +1,7 @@
 """Builds the twin of a transformers model: the same classes from a smaller config, with weights.
 
 Widths, depths and vocabularies shrink. A size that `tp` does not divide is not divided in the twin either. A model that was changed
-after its config built it (a replaced module, an adapter) has no twin.
+after its config built it (a replaced module) has no twin; adapters of PEFT are put on the twin too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autotp.adapters import copy_onto
 from autotp.hugging_face import is_hugging_face
 from autotp.plan.names import folded
 
@@ -38,6 +39,7 @@ def twin_of(model: nn.Module, tp: int, *, smaller: bool) -> nn.Module:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)
             twin: nn.Module = build(made)
+            copy_onto(model, twin)
     except Exception as error:  # a config class, or a model's constructor, may refuse in any way
         raise NoTwin(f"its config gives no smaller one ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
     if _structure(twin) != _structure(model):

@@ -41,6 +41,7 @@ def run(capsys):
         (("verify", "lama", "--tp", "2"), "near names: llama"),
         (("verify", "no/such/config.json", "--tp", "2"), "nothing is downloaded"),
         (("plan", "gpt2", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
+        (("plan", "gpt2", "--tp", "2", "--experts", "all"), "experts is 'all', wanted one of 'width', 'whole', 'auto'"),
         (("explain", "gpt2", "x", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
         (("verify", "gpt2", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
         (("recipe", "init", "gpt2", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
@@ -132,7 +133,7 @@ class FakePlan:
 
 @pytest.fixture
 def planned(monkeypatch):
-    monkeypatch.setattr(autotp, "plan", lambda target, *, tp, check: FakePlan(), raising=False)
+    monkeypatch.setattr(autotp, "plan", lambda target, *, tp, check, **placements: FakePlan(), raising=False)
 
 
 @pytest.mark.usefixtures("planned")

@@ -33,9 +33,21 @@ def gpt2() -> Any:
 SUBJECTS = {"llama": llama, "gpt2": gpt2}
 
 
-def subject(name: str, tp: int | None, *, shard: bool = True) -> tuple[Any, int]:
+def lora() -> Any:
+    """The settings of an adapter on all Linears."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+def subject(name: str, tp: int | None, *, shard: bool = True, adapters: bool = False) -> tuple[Any, int]:
     """The model, parallel over `tp` ranks (None: whole), and sharded over the others; and how many these are."""
     model = SUBJECTS[name]()
+    if adapters:
+        from peft import get_peft_model
+
+        torch.manual_seed(1)
+        model = get_peft_model(model, lora(), autocast_adapter_dtype=False)
     if tp is None:
         return model, 1
     dp = dist.get_world_size() // tp

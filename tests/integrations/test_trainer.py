@@ -11,7 +11,7 @@ import torch
 import autotp
 from autotp.integrations.trainer import ParallelTrainer
 from tests.integrations.lifted import several_devices
-from tests.integrations.subjects import Recording, Rows, furthest, subject, whole
+from tests.integrations.subjects import Recording, Rows, furthest, lora, subject, whole
 from tests.support.slow import swept
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore")]  # the reference is trained here, and upstream warns
@@ -187,7 +187,7 @@ def tuned(tp: int | None, out: str, parallel: bool, **options: Any) -> dict[str,
     return _tuned(tp, out, parallel, **options)
 
 
-def _tuned(tp: int | None, out: str, parallel: bool, resume: str | None = None, **options: Any) -> dict[str, Any]:
+def _tuned(tp: int | None, out: str, parallel: bool, resume: str | None = None, adapters: str = "", **options: Any) -> dict[str, Any]:
     import datasets
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -201,14 +201,18 @@ def _tuned(tp: int | None, out: str, parallel: bool, resume: str | None = None, 
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     texts = [{"text": " ".join(f"w{(7 * i + j * j) % 62}" for j in range(5 + i % 6))} for i in range(24)]
-    model, dp = subject("llama", tp)
+    model, dp = subject("llama", tp, adapters=adapters == "first")
     rows = {"per_device_train_batch_size": 4 // dp, "gradient_accumulation_steps": 2, "max_steps": 5, "max_grad_norm": 0.5}
     logs = {"logging_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False, "seed": 1, "learning_rate": 1e-2}
     settings = SFTConfig(out, activation_checkpointing=True, **(rows | logs | {"save_strategy": "no", "save_steps": 3} | options))
+    more: dict[str, Any] = {}
+    if adapters and adapters == "trainer's":
+        more = {"peft_config": lora()}
+        torch.manual_seed(1)
     cls: Any = type("Tuner", (ParallelTrainer, SFTTrainer), {}) if parallel else SFTTrainer
-    trainer = cls(model, settings, train_dataset=datasets.Dataset.from_list(texts), processing_class=wrapped)
+    trainer = cls(model, settings, train_dataset=datasets.Dataset.from_list(texts), processing_class=wrapped, **more)
     trainer.train(resume_from_checkpoint=resume)
-    return {"logs": trainer.state.log_history, "weights": whole(model, tp)}
+    return {"logs": trainer.state.log_history, "weights": whole(trainer.model, tp)}
 
 
 @pytest.mark.sweep  # examples/sft_trainer.py runs as a program
@@ -221,3 +225,13 @@ def test_sft_trainer(pool, tmp_path, world):
     checkpoint = str(tmp_path / "first" / "checkpoint-3")
     for result in pool.run(tuned, 2, str(tmp_path / "then"), True, world=world, resume=checkpoint, save_strategy="steps"):
         same(result, wanted, FIGURES[:-1])  # trl counts tokens from the resume on
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("adapters", "world"), [("trainer's", 2), ("first", 4)])
+def test_sft_trainer_of_adapters(pool, tmp_path, adapters, world):
+    """`peft_config=` of a parallel model; with FSDP beside it the adapters are there before."""
+    pytest.importorskip("peft", reason="adapters are tested with PEFT installed")
+    wanted = tuned(None, str(tmp_path / "one"), False, adapters=adapters)
+    for result in pool.run(tuned, 2, str(tmp_path / "more"), False, world=world, adapters=adapters):
+        same(result, wanted)

@@ -21,6 +21,7 @@ from autotp.testing.architectures.spec import Position, Projection, QKNorm
 from autotp.testing.equivalence.observe import weighted
 from autotp.testing.outputs import tensors_of
 from autotp.testing.ranks.threads import ThreadRanks
+from tests.support.collectives import noted
 
 SMALL = Architecture(kv=4, group=1, vocab=64, loss=False)
 
@@ -51,27 +52,26 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [*CASES, *STATISTICS])
-def test_what_is_counted_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran, phase = Counter[tuple[str, str]](), ["forward"]
+#: Drawn models whose hidden states are in token parts too.
+IN_TOKENS = ["llama", "one_tensor_for_both"]
+
+
+@pytest.mark.parametrize(("name", "tokens"), [*((name, False) for name in (*CASES, *STATISTICS)), *((name, True) for name in IN_TOKENS)])
+def test_what_is_counted_is_what_runs(name: str, tokens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each collective, and each byte that tokens in parts send: no more than without, but for what products gather again."""
+    ran, phase, sent = Counter[tuple[str, str]](), ["forward"], Counter[str]()
     build, inputs = (CASES[name].build, CASES[name].inputs()) if name in CASES else (partial(Statistic, STATISTICS[name]), X)
-    reduce, gather = GroupComm.all_reduce_, GroupComm.all_gather
 
-    def all_reduce(self: GroupComm, tensor: torch.Tensor) -> torch.Tensor:
-        ran["all_reduce", phase[0]] += self.rank == 0
-        return reduce(self, tensor)
-
-    def all_gather(self: GroupComm, tensor: torch.Tensor) -> list[torch.Tensor]:
-        ran["all_gather", phase[0]] += self.rank == 0
-        return gather(self, tensor)
+    def note(comm: GroupComm, kind: str, given: torch.Tensor, nbytes: int) -> None:
+        ran[kind, phase[0]] += comm.rank == 0
+        if given.ndim == 2:  # a message of rows
+            sent[kind] += nbytes * (comm.rank == 0)
 
     monkeypatch.setenv("AUTOTP_CHECK_INPUTS", "never")  # comparing inputs gathers too
-    monkeypatch.setattr(GroupComm, "all_reduce_", all_reduce)
-    monkeypatch.setattr(GroupComm, "all_gather", all_gather)
 
     def train() -> Plan:
         mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-        model = autotp.parallelize(build(), mesh, example_inputs=inputs)
+        model = autotp.parallelize(build(), mesh, example_inputs=inputs, sequence_parallel=tokens)
         dist.barrier()
         ran.clear()
         dist.barrier()
@@ -84,7 +84,14 @@ def test_what_is_counted_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch
         return autotp.plan_of(model)
 
     ranks = ThreadRanks(2, turns=True)
-    plan = ranks.run(train)[0]
+    with noted(note):
+        plan = ranks.run(train)[0]
     assert plan.local_share < 0.6
     ranks.stop()
     assert Counter((c.kind, c.when) for c in plan.collectives()) == +ran
+    if tokens:
+        count = next(iter(inputs.values())).numel()
+        found = plan.collectives(tokens=count, dtype=torch.float64)
+        width = {kind: sum(c.bytes for c in found if c.kind == kind) for kind in ("all_gather", "reduce_scatter")}
+        logits = sum(t.width for t in plan.traffic if t.kind == "all_gather" and not t.tokens) * count * 8
+        assert {k: n for k, n in sent.items() if k in width} == {k: n - logits * (k == "all_gather") for k, n in width.items()}

@@ -18,6 +18,13 @@ def swept(cases: Iterable[Any], *quick: Any) -> list[Any]:
     return _marked(cases, quick, pytest.mark.sweep)
 
 
+def thinned(cases: Iterable[Any], often: Iterable[Any], *quick: Any) -> list[Any]:
+    """`cases`, of which those in `often` run in `make sweeps`, and the rest but those in `quick` with `--slow` alone."""
+    found, more = list(cases), [case for case in often if case not in quick]
+    assert all(case in found for case in (*more, *quick)), (more, quick)
+    return [*swept([*more, *quick], *quick), *few([case for case in found if case not in more and case not in quick])]
+
+
 def halved(cases: Iterable[Any]) -> list[Any]:
     """The values of one argument, of which every second runs in `make sweeps`."""
     return [pytest.param(case, marks=pytest.mark.sweep) if at % 2 else case for at, case in enumerate(cases)]

@@ -1,12 +1,13 @@
 """Runs the conversions between placements, each a function of one tensor (forward / backward):
 
     copy    identity / all-reduce            reduce  all-reduce / identity
+    (of a tensor in parts: all-gather / reduce-scatter)
     gather  all-gather / own part            slice   own part / zero-padded part
     once    value on rank 0, zeros elsewhere / identity
 
 Each backward is written with the dual conversion, so gradients of gradients are right too: that of `gather` is `own`, whose
-own backward gathers again; that of `slice` is made of local operators. See `split` for padding and shared indices. Without a
-gradient to record no `autograd.Function` is made.
+own backward gathers again; that of `slice` is made of local operators; that of `once`, taken again, counts on rank 0 alone. See `split`
+for padding and shared indices. Without a gradient to record no `autograd.Function` is made.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from torch.compiler import is_dynamo_compiling
 from autotp.errors import PlanError
 from autotp.plan.conversions import Conversion, Op
 from autotp.rewrite.collectives.comm import Comm
-from autotp.rewrite.collectives.split import FreeSplit, Split, split_of
+from autotp.rewrite.collectives.split import Dealing, split_of
 from autotp.rewrite.transforms import direct, refuse_transforms, unwrapped
 
 Convert = Callable[[Tensor], Tensor]
+#: The attribute of a tensor that was gathered for a region (`enter`): it is a copy already.
+ENTERED = "_autotp_entered"
 
 
 def _records(x: Tensor) -> bool:
@@ -60,19 +63,18 @@ class _Reduce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, split: Split | FreeSplit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, split: Dealing) -> Tensor:
         ctx.split = split
         return split.join(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        split = ctx.split
-        return _Own.apply(grad, split) if _records(grad) else split.own(grad), None  # type: ignore[no-untyped-call]
+        return own(grad, ctx.split), None
 
 
 class _Own(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, split: Split | FreeSplit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, split: Dealing) -> Tensor:
         ctx.split = split
         return split.own(x)
 
@@ -83,7 +85,7 @@ class _Own(torch.autograd.Function):
 
 class _Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, split: Split | FreeSplit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, split: Dealing) -> Tensor:
         ctx.split = split
         part = split.take(x)
         ctx.whole = part is x  # it broadcasts: nothing was cut
@@ -97,27 +99,51 @@ class _Slice(torch.autograd.Function):
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
         return x.detach() if comm.rank == 0 else torch.zeros_like(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        return taken_once(grad, ctx.comm), None
+
+
+class _TakenOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return once(grad, ctx.comm), None
 
 
 _copy, _reduce = direct(_Copy), direct(_Reduce)
 
 
+def _plain(x: Tensor) -> Tensor:
+    """The whole tensor of one that is kept in parts."""
+    if type(x) is Tensor or (full := getattr(x, "gathered", None)) is None:
+        return x
+    return full()  # type: ignore[no-any-return]
+
+
 def copy(x: Tensor, comm: Comm) -> Tensor:
-    """R → R with an all-reduced gradient; consumers of the same tensor share one copy."""
+    """R → R with an all-reduced gradient; consumers of the same tensor share one copy. A tensor in parts is gathered for it."""
+    if type(x) is not Tensor and (enter := getattr(x, "enter", None)) is not None:
+        return enter()  # type: ignore[no-any-return]
     if not _records(x):
         return x
     if is_dynamo_compiling():
         return _Copy.apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
+    if ENTERED in x.__dict__:
+        return x
     return comm.memo.get(x, lambda t: _copy(unwrapped(t), comm))
 
 
 def reduce(x: Tensor, comm: Comm) -> Tensor:
     """P → R."""
+    x = _plain(x)
     if not _records(x):
         return comm.all_reduce(x)
     if is_dynamo_compiling():
@@ -125,21 +151,35 @@ def reduce(x: Tensor, comm: Comm) -> Tensor:
     return _reduce(unwrapped(x), comm)  # type: ignore[no-any-return]
 
 
-def gather(x: Tensor, split: Split | FreeSplit) -> Tensor:
+def gather(x: Tensor, split: Dealing) -> Tensor:
     """S → R: the full dim in the model's order."""
+    x = _plain(x)
     return _Gather.apply(x, split) if _records(x) else split.join(x)  # type: ignore[no-untyped-call]
 
 
-def slice_part(x: Tensor, split: Split | FreeSplit) -> Tensor:
+def slice_part(x: Tensor, split: Dealing) -> Tensor:
     """R → S: this rank's part of the full dim."""
+    x = _plain(x)
     return _Slice.apply(x, split) if _records(x) else split.take(x)  # type: ignore[no-untyped-call]
 
 
 def once(x: Tensor, comm: Comm) -> Tensor:
     """R → P: the value on rank 0, zeros elsewhere."""
+    x = _plain(x)
     if _records(x):
         return _Once.apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
     return x if comm.rank == 0 else torch.zeros_like(x)
+
+
+def taken_once(x: Tensor, comm: Comm) -> Tensor:
+    """R → R, the dual of `once`: the gradient counts on rank 0 alone."""
+    return _TakenOnce.apply(x, comm) if _records(x) else x  # type: ignore[no-untyped-call]
+
+
+def own(x: Tensor, split: Dealing) -> Tensor:
+    """R → S, the dual of `gather`: this rank's part, with zeros at what it does not own."""
+    x = _plain(x)
+    return _Own.apply(x, split) if _records(x) else split.own(x)  # type: ignore[no-untyped-call]
 
 
 def bind(conversion: Conversion, comm: Comm) -> Convert:
@@ -173,5 +213,5 @@ def bind_all(conversions: Sequence[Conversion], comm: Comm) -> Convert:
 
 
 #: The functions of conversions of whole tensors, and of those along a dim. Every one has to stand here: none falls to another's.
-_WHOLE: dict[Op, Callable[[Tensor, Comm], Tensor]] = {Op.COPY: copy, Op.REDUCE: reduce, Op.ONCE: once}
-_ALONG: dict[Op, Callable[[Tensor, Split | FreeSplit], Tensor]] = {Op.GATHER: gather, Op.SLICE: slice_part}
+_WHOLE: dict[Op, Callable[[Tensor, Comm], Tensor]] = {Op.COPY: copy, Op.ENTER: copy, Op.REDUCE: reduce, Op.ONCE: once}
+_ALONG: dict[Op, Callable[[Tensor, Dealing], Tensor]] = {Op.GATHER: gather, Op.SLICE: slice_part}

@@ -13,7 +13,7 @@ carries nothing and is left as it is.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,22 @@ from autotp.plan import layout
 from autotp.plan.expressions import Expr, fitted, is_free, notation, size
 from autotp.plan.layout import owned_runs, owners, runs
 from autotp.rewrite.collectives.comm import Comm
+
+
+class Dealing(Protocol):
+    """The four maps of one dim; see the module."""
+
+    def take(self, x: Tensor) -> Tensor:
+        """[.., full, ..] → [.., local, ..]."""
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[.., local, ..] → [.., full, ..], zeros elsewhere."""
+
+    def join(self, x: Tensor) -> Tensor:
+        """[.., local, ..] of every rank → [.., full, ..]."""
+
+    def own(self, x: Tensor) -> Tensor:
+        """[.., full, ..] → [.., local, ..], zero where another rank is the owner."""
 
 
 def split_of(dim: int, expr: Expr, comm: Comm) -> Split | FreeSplit:

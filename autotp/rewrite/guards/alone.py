@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.plan.spec import Boundary, Shown
-from autotp.rewrite.guards.hooks import Running
 from autotp.rewrite.modules.classes import STATE, check_calls
 from autotp.rewrite.modules.linear import LinearRun
+from autotp.rewrite.running import Running
 from autotp.rewrite.undo import Undo
 from autotp.trace.boundary import flatten_result
 

@@ -22,6 +22,7 @@ from autotp.plan.plan import Plan
 from autotp.plan.spec import Boundary, Shown
 from autotp.rewrite.guards.own_grad import Copied, Hook, Summed, is_torchs
 from autotp.rewrite.observer import Observer
+from autotp.rewrite.running import Running
 from autotp.rewrite.undo import Undo
 
 _FORWARD, _FORWARD_PRE, _BACKWARD, _BACKWARD_PRE = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -36,25 +37,17 @@ _SAYS = {
 }
 
 
-class Running:
-    """Tells whether a call of the parallel model is running: `open` while its outermost module runs. All modules of one model share it."""
-
-    __slots__ = ("open",)
-
-    def __init__(self) -> None:
-        self.open = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Running:
-        made: Running = memo.setdefault(id(self), Running())
-        return made
-
-
 class InnerHooks(OrderedDict[int, Any]):
     """One table of hooks of a module inside of a region: it refuses hooks that would get other than whole values."""
 
     def __init__(self, refusal: str, running: Running) -> None:
         super().__init__()
         self.refusal, self.running = refusal, running
+
+    def let_go(self) -> None:
+        """Accept any hook from now on: the model is parallel no more."""
+        self.running = Running()
+        self.running.open = True
 
     def __setitem__(self, key: int, hook: Any) -> None:
         if not (self.running.open or _harmless(hook)):
@@ -78,6 +71,14 @@ class GuardedHooks(OrderedDict[int, Any]):
     def __init__(self, argument: type[Copied] | None, result: type[Copied] | None, before: bool, running: Running) -> None:
         super().__init__()
         self.given, self.running = (argument, result, before), running
+
+    def let_go(self) -> None:
+        """Keep hooks as they are given from now on: the model is parallel no more."""
+        self.running = Running()
+        self.running.open = True
+        for key, hook in self.items():
+            if isinstance(hook, Hook):
+                super().__setitem__(key, hook.hook)
 
     def __setitem__(self, key: int, hook: Any) -> None:
         plain = self.running.open or _harmless(hook) or isinstance(hook, Hook)
@@ -169,7 +170,7 @@ def install_hooks(model: nn.Module, plan: Plan, running: Running, undo: Undo) ->
                     )
                     watch.tables.append((before, frozenset(before), refusal))
                 elif guarded is not None:
-                    undo.set_item(module.__dict__, table, guarded)
+                    _put(module, table, guarded, undo)
                 continue
             refusal = (
                 f"{path}: no {word} can be put here after parallelize: {inner[0]} is {_SAYS[inner[0].shown]}. Hook a module whose "
@@ -179,5 +180,18 @@ def install_hooks(model: nn.Module, plan: Plan, running: Running, undo: Undo) ->
             if before:  # handles of these hooks know their table
                 watch.tables.append((before, frozenset(before), refusal))
             else:
-                undo.set_item(module.__dict__, table, InnerHooks(refusal, running))
+                _put(module, table, InnerHooks(refusal, running), undo)
     return watch
+
+
+def _put(module: nn.Module, table: str, guarded: GuardedHooks | InnerHooks, undo: Undo) -> None:
+    """Have a module keep its hooks in `guarded`; hooks that come stay in it, as their handles know no other table."""
+    before = module.__dict__[table]
+
+    def back() -> None:
+        guarded.let_go()
+        if not guarded:
+            module.__dict__[table] = before
+
+    module.__dict__[table] = guarded
+    undo.push(back)

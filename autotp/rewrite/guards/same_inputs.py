@@ -9,6 +9,7 @@ whole numbers and truth values, the shape and dtype of other tensors, and plain 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from autotp.adapters import setting_of
 from autotp.digest import digest, plain_text, tensor_digest
-from autotp.errors import AutoTPError, InputError
+from autotp.errors import AutoTPError, InputError, LostRankError
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 
 VARIABLE = "AUTOTP_CHECK_INPUTS"
+ADAPTERS = "the setting of the adapters (set_adapter, disable_adapter, merge_adapter)"
 _FIRST, _EVERY = 4, 256
 _MODES = ("first", "always", "never")
 
@@ -57,23 +60,38 @@ def _text(value: Any, depth: int = 0) -> str:
     return (plain_text(value) if plain else None) or type(value).__name__
 
 
-def compare_inputs(comm: Comm, where: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> None:
-    """Raise on every rank where the arguments of a call differ between ranks. Collective.
+def compare_inputs(
+    comm: Comm, where: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device, model: nn.Module | None = None
+) -> None:
+    """Raise on every rank where the arguments of a call, or the settings of the adapters of `model`, differ between ranks. Collective.
 
     Raises:
-        AutoTPError: names the first argument that differs, and the ranks.
+        AutoTPError: names the first argument that differs, and the ranks. LostRankError: another rank did not make this call.
     """
     own = described(args, kwargs)
-    numbers = [int(t) for t in comm.all_gather(torch.tensor([digest(repr(own))], dtype=torch.int64, device=device))]
+    if model is not None and (setting := setting_of(model)):
+        own[ADAPTERS] = setting
+    began = time.monotonic()
+    try:
+        numbers = [int(t) for t in comm.all_gather(torch.tensor([digest(repr(own))], dtype=torch.int64, device=device))]
+    except LostRankError as error:
+        waited = f"{where} was called on rank {comm.rank}, and {time.monotonic() - began:.0f} s later not on every rank"
+        raise LostRankError(f"{waited}: {error}") from error
     if len(set(numbers)) == 1:
         return
     everyone = _texts(comm, own, device)
     names = list(dict.fromkeys(name for each in everyone for name in each))
     first = next((n for n in names if len({each.get(n) for each in everyone}) > 1), names[0] if names else "the arguments")
+    if len({each.get(ADAPTERS) for each in everyone}) > 1:  # then other arguments may differ because of it
+        first = ADAPTERS
     other = next((r for r, each in enumerate(everyone) if each.get(first) != everyone[0].get(first)), 1)
+    advice = (
+        "Put adapters on, switch and merge them on every rank"
+        if first == ADAPTERS
+        else "The ranks of one tensor-parallel group need the same batch: give data loaders the data-parallel rank, not the global one"
+    )
     raise AutoTPError(
-        f"{where} was called with different inputs on different ranks: {first} on rank {other} is not what it is on rank 0. The ranks of "
-        f"one tensor-parallel group need the same batch: give data loaders the data-parallel rank, not the global one. "
+        f"{where} was called with different inputs on different ranks: {first} on rank {other} is not what it is on rank 0. {advice}. "
         f"{VARIABLE}=never turns this check off."
     )
 
@@ -93,18 +111,18 @@ class SameInputs:
 
     def __init__(self, comm: Comm, always: bool, name: str) -> None:
         self._comm, self._always, self._name = comm, always, name
-        self._calls = 0
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():  # an exporter takes a comparison for a part of the model
             return
-        calls = self._calls
-        self._calls = calls + 1
+        running = self._comm.running
+        calls = running.compared
+        running.compared = calls + 1
         if calls < _FIRST or self._always or calls % _EVERY == 0:
             p = next(model.parameters(), None)
             if p is not None and not p.is_meta and self._comm.size > 1:
                 refuse_transforms()
-                compare_inputs(self._comm, self._name, args, kwargs, p.device)
+                compare_inputs(self._comm, self._name, args, kwargs, p.device, model)
 
 
 def install_same_inputs(model: nn.Module, comm: Comm, undo: Undo) -> None:

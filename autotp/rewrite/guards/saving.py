@@ -11,6 +11,7 @@ from torch import nn
 
 from autotp.errors import AutoTPError
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+from autotp.rewrite.parameters.quantized_form import is_quantized
 from autotp.rewrite.undo import Undo
 
 
@@ -28,6 +29,11 @@ class SaveWhole:
             raise AutoTPError(
                 f"{type(self._model).__qualname__}.save_pretrained would write parts of the weights: call autotp.save_pretrained(model, "
                 "directory) on every rank, or give it state_dict=autotp.full_state_dict(model), which every rank has to make"
+            )
+        if any(is_quantized(t) for t in state.values()):
+            raise AutoTPError(
+                f"{type(self._model).__qualname__}.save_pretrained would write a rank's part of quantized weights: save the state with "
+                "torch.save, or quantize and save the model on one device"
             )
         # It writes the dtype into the config, and a plan rests on what the config says.
         configs = {id(c): c for m in self._model.modules() if hasattr(c := m.__dict__.get("config"), "__dict__")}

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 from autotp.digest import digest, tensor_digest
-from autotp.errors import AutoTPError
+from autotp.errors import AutoTPError, ChangedError
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.trace.forms import class_name
+from autotp.trace.reading import Reading
 
 _ADVICE = "Make the change before parallelize (build the model again), or take it back"
 
@@ -37,7 +38,7 @@ class Places:
 
     inner: not every value at its boundary is whole. runs: its own code runs on parts. changed: that, or something is done around
     it. touched: it, or something in it, is sharded or rewritten. swapped: (path, class) of the modules that its own forwards put
-    there while tracing.
+    there while tracing. local: (path, name) of attributes that have this rank's value.
     """
 
     inner: Collection[str]
@@ -45,6 +46,13 @@ class Places:
     changed: Collection[str]
     touched: Collection[str]
     swapped: Collection[tuple[str, str]] = ()
+    local: Collection[tuple[str, str]] = ()
+
+    def parts_of(self, path: str) -> set[str]:
+        """Returns the names by which code around the module at `path` would reach what is a rank's own in it."""
+        under = path + "."
+        modules = {inner.rpartition(".")[2] for inner in self.inner if inner.startswith(under)}
+        return modules | {name for at, name in self.local if at == path or at.startswith(under)}
 
 
 class Structure:
@@ -71,20 +79,23 @@ class Structure:
         made._look()
         return made
 
-    def check(self) -> None:
-        """Raise where a module has changed. Collective where a module with tensors was added.
-
-        Raises:
-            AutoTPError: names the module.
-        """
+    def differs(self) -> bool:
+        """True where a module has changed, be it right or wrong."""
         attributes = self.attributes
-        if (
+        return (
             [d["_modules"] for d in attributes] != self.children
             or [*map(type, self.modules)] != self.kinds
             or [d.get("forward") for d in attributes] != self.forwards
-        ):
-            for i in range(len(self.modules)):
-                self._judge(i)
+        )
+
+    def judge(self) -> None:
+        """Raise where a change is not right. Collective where a module with tensors was added.
+
+        Raises:
+            ChangedError: names the module. AutoTPError: ranks have different ones.
+        """
+        for i in range(len(self.modules)):
+            self._judge(i)
 
     def _judge(self, i: int) -> None:
         path, module, before = self.paths[i], self.modules[i], self.children[i]
@@ -99,13 +110,13 @@ class Structure:
             passes = issubclass(now, kind) and _calls(now.forward, kind.forward, kind)  # type: ignore[attr-defined]
             if not passes and path in self.places.touched:
                 where = path or "the model"
-                raise AutoTPError(f"{where} was a {_name(kind)} when the model was made parallel, is a {_name(now)} now. {_ADVICE}")
+                raise ChangedError(f"{where} was a {_name(kind)} when the model was made parallel, is a {_name(now)} now. {_ADVICE}")
             self.kinds[i] = now
         old_forward, new_forward = self.forwards[i], module.__dict__.get("forward")
         if old_forward != new_forward:
             if path in self.places.changed and not _calls(new_forward, old_forward, kind):
                 where = f"{path or 'the model'} ({_name(now)})"
-                raise AutoTPError(
+                raise ChangedError(
                     f"{where} was given another forward after parallelize, which knows nothing of this rank's part. {_ADVICE}"
                 )
             self.forwards[i] = new_forward
@@ -113,13 +124,13 @@ class Structure:
     def _judge_child(self, parent: str, path: str, old: nn.Module | None, new: nn.Module | None) -> None:
         places = self.places
         if new is None:
-            raise AutoTPError(f"{path}, a {_name(type(old))} when the model was made parallel, is gone. {_ADVICE}")
+            raise ChangedError(f"{path}, a {_name(type(old))} when the model was made parallel, is gone. {_ADVICE}")
         if old is None:
             while parent and _is_container(self.modules[self.paths.index(parent)]):  # whose code goes over it
                 parent = parent.rpartition(".")[0]
             if parent in places.runs:
                 why = self._made_parallel(new) or "would compute as if it were whole"
-                raise AutoTPError(
+                raise ChangedError(
                     f"{path}, a {_name(type(new))}, was added after parallelize to a module that runs on a rank's part, and {why}. "
                     f"{_ADVICE}"
                 )
@@ -133,15 +144,20 @@ class Structure:
             return  # the plan is made for it
         elif not _passes_on(new, old):
             wraps = path not in places.inner and any(m is old for m in new.modules())
+            if wraps and (name := _reached(new, old, places.parts_of(path))):
+                raise ChangedError(
+                    f"{path} was a {_name(type(old))} when the model was made parallel, is {_another(old, new)} now, whose code reads "
+                    f"{name} of what it wraps: that is this rank's own. {_ADVICE}"
+                )
             if not wraps and (path in places.inner or path in places.touched):
                 why = self._made_parallel(new, old.modules()) or "knows nothing of this rank's part"
-                raise AutoTPError(
+                raise ChangedError(
                     f"{path} was a {_name(type(old))} when the model was made parallel, is {_another(old, new)} now, which {why}. {_ADVICE}"
                 )
         else:
             return
         if why := self._made_parallel(new, () if old is None else old.modules()):
-            raise AutoTPError(f"{path}, a {_name(type(new))} that came after parallelize, {why}. {_ADVICE}")
+            raise ChangedError(f"{path}, a {_name(type(new))} that came after parallelize, {why}. {_ADVICE}")
         self._same_everywhere(path, old, new)
 
     def _made_parallel(self, new: nn.Module, known: Iterable[nn.Module] = ()) -> str:
@@ -191,6 +207,24 @@ def _is_container(module: nn.Module) -> bool:
 
 def _another(old: nn.Module, new: nn.Module) -> str:
     return f"another {_name(type(new))}" if _name(type(new)) == _name(type(old)) else f"a {_name(type(new))}"
+
+
+def _reached(new: nn.Module, old: nn.Module, parts: Collection[str]) -> str:
+    """Returns one of the names `parts` that the code of a wrapper reads, or may read by `getattr`; "" where it reads none."""
+    if not parts:
+        return ""
+    reading, known = Reading(), {*map(id, old.modules())}
+    for module in new.modules():
+        if id(module) not in known and not _is_container(module):
+            read = reading.of(type(module)).read
+            if clash := sorted(read.intersection(parts)):
+                return clash[0]
+            if "getattr" in getattr(type(module).forward, "__code__", _no_code).co_names:
+                return f"something (by getattr, {', '.join(sorted(parts)[:3])} perhaps)"
+    return ""
+
+
+_no_code = (lambda: None).__code__
 
 
 def _passes_on(new: nn.Module, old: nn.Module) -> bool:

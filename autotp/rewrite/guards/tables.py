@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autotp.errors import AutoTPError
+from autotp.errors import AutoTPError, ChangedError
 from autotp.rewrite.parameters.data_parallel import NO_DDP
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
@@ -92,7 +92,7 @@ class Place:
                 continue
             if new is None and isinstance(self.module.__dict__.get(name), DTensor):
                 raise AutoTPError(f"{NO_DDP} ({self.where}{name} is no parameter of its module any more)")
-            raise AutoTPError(
+            raise ChangedError(
                 f"{self.where}{name} was {_told(old)} when the model was made parallel and is {_told(new)} now; the code that reads it "
                 f"runs on a rank's part, by a plan made for what was there. {_ADVICE}"
             )

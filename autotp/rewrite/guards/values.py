@@ -25,7 +25,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from autotp.errors import AutoTPError
+from autotp.errors import ChangedError
 from autotp.trace.forms import kind_of
 from autotp.trace.reading import Reading
 
@@ -153,7 +153,7 @@ Watcher = _One | _Absent | _Same | _Kinds
 class Values:
     """Watches the plain values that the modules under one module rest on."""
 
-    __slots__ = ("absent", "found", "kinds", "lists", "same")
+    __slots__ = ("absent", "found", "kinds", "lists", "same", "settings")
 
     def __init__(self, found: Sequence[Watcher]) -> None:
         self.kinds = tuple(one for one in found if isinstance(one, _Kinds))
@@ -161,6 +161,23 @@ class Values:
         self.found = tuple(one for one in found if isinstance(one, _One))
         self.absent = tuple(one for one in found if isinstance(one, _Absent))
         self.lists = tuple(one for one in self.found if one.holds_lists())
+        self.settings: list[list[Any]] = []
+
+    def learn(self) -> None:
+        """Accept the values that are there now, all together, in later calls: the plan is made for them."""
+        try:
+            self.settings.append([_kept(one.get(one.object)) for one in self.found])
+        except AttributeError:
+            return
+
+    def _switched(self) -> bool:
+        """True where the values are those of another setting, which become those to watch for."""
+        for values in self.settings:
+            if [one.get(one.object) for one in self.found[: len(values)]] == values:
+                for one, value in zip(self.found, values, strict=False):  # entries share these: another one's may be current
+                    one.values = value
+                return True
+        return False
 
     def again(self) -> None:
         """Runs after a call: items that its forwards put into lists are no change of the user's."""
@@ -173,21 +190,21 @@ class Values:
         """Raise where one has changed.
 
         Raises:
-            AutoTPError: names it.
+            ChangedError: names it.
         """
         for none in self.absent:
             if not none.names.isdisjoint(none.object.__dict__):
                 name = next(n for n in none.names if n in none.object.__dict__)
-                raise AutoTPError(_changed(none.where + name, "not there", _brief(none.object.__dict__[name])))
-        if not self._are_as_before():
+                raise ChangedError(_changed(none.where + name, "not there", _brief(none.object.__dict__[name])))
+        if not self._are_as_before() and not self._switched():
             self._compare()
         for kinds in self.kinds:
             for name, old, new in zip(kinds.names, kinds.kinds, kinds.now(), strict=True):
                 if old != new:
-                    raise AutoTPError(_changed(kinds.where + name, old, new))
+                    raise ChangedError(_changed(kinds.where + name, old, new))
         for same in self.same:
             if same.object.__dict__.get(same.names[0]) is not same.held:
-                raise AutoTPError(
+                raise ChangedError(
                     f"{same.where}, which code on a rank's part reads, is another object than when the model was made parallel. Change it "
                     "before parallelize (build the model again), or put the values into the one that was there"
                 )
@@ -205,7 +222,7 @@ class Values:
                 if name in one.wholes and new == one.wholes[name]:  # the model's own value, of which this rank has a part
                     setattr(one.object, name, old)
                 elif new is _MISSING or new != old:
-                    raise AutoTPError(_changed(one.where + name, _brief(old), "gone" if new is _MISSING else _brief(new)))
+                    raise ChangedError(_changed(one.where + name, _brief(old), "gone" if new is _MISSING else _brief(new)))
 
 
 def _brief(value: Any) -> str:

@@ -11,7 +11,7 @@ each unit are read together at the unit's forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from autotp.rewrite.observer import Observer
 from autotp.rewrite.parameters.data_parallel import is_managed
 from autotp.rewrite.parameters.fsdp import reshard
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout, own_gradient
-from autotp.rewrite.parameters.reads import GradFix, Read
+from autotp.rewrite.parameters.reads import GradFix, Read, given
 from autotp.rewrite.transforms import refuse_transforms
 from autotp.rewrite.undo import Undo
 
@@ -47,6 +47,9 @@ class _ReadMany(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_transforms()
+        if torch.is_grad_enabled():  # for second derivatives
+            each = zip(grads, ctx.fixes, ctx.specs, strict=True)
+            return None, *(None if g is None else given(g, fix, spec) for g, fix, spec in each)
         done = _sum_together(list(grads), ctx.fixes)
         parts = zip(done, grads, ctx.specs, ctx.fixes, strict=True)
         return None, *(None if g is None or was is None else own_gradient(s, g, was, fix.layout) for g, was, s, fix in parts)
@@ -85,8 +88,12 @@ class BatchReads:
         fixes: list[GradFix] = []
         for module, run in self.runs:
             shared: dict[str, Tensor] = {}
-            run.shared = shared
-            for name, fix in run.light or ():
+            each: Iterable[tuple[str, GradFix]] = run.light or ()
+            if run.by_token is None:
+                run.shared = shared
+            else:
+                run.rows, each = shared, ((read.name, fix) for read, fix in run.by_token)
+            for name, fix in each:
                 p: Tensor | None = module._parameters.get(name)
                 if p is not None and p.requires_grad and p.numel() <= SMALL and in_layout(p, fix.layout):
                     wanted.append((shared, name))
@@ -102,7 +109,7 @@ class BatchReads:
         if not is_dynamo_compiling() and self.active:
             self.active = False
             for _, run in self.runs:
-                run.shared = None
+                run.shared = run.rows = None
 
 
 class RootReads(BatchReads):

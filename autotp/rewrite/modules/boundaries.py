@@ -11,9 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from autotp.errors import PlanError
+from autotp.plan.conversions import Conversion, Op
 from autotp.plan.spec import Slot
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, bind_all
+from autotp.rewrite.collectives.split import Split
+from autotp.rewrite.logits.logits import Show
+from autotp.rewrite.sequence.scatter import Scatter
 
 Path = tuple[str | int, ...]
 
@@ -126,13 +130,23 @@ class _Once:
         return self.made[key][1]
 
 
+def _bound(conversions: Sequence[Conversion], comm: Comm, scatter: Scatter | None) -> Convert:
+    if [c.op for c in conversions] == [Op.SCATTER]:
+        return scatter or bind_all((Conversion(Op.REDUCE),), comm)
+    if [c.op for c in conversions] == [Op.LAZY_GATHER]:
+        (lazy,) = conversions
+        assert lazy.expr is not None
+        return Show(Split(-1, lazy.expr, comm))
+    return bind_all(conversions, comm)
+
+
 class OutputSlots:
     """Converts at all output slots of one module."""
 
     __slots__ = ("slots",)
 
-    def __init__(self, slots: Sequence[Slot], comm: Comm) -> None:
-        self.slots = tuple((slot.path, bind_all(slot.conversions, comm)) for slot in slots)
+    def __init__(self, slots: Sequence[Slot], comm: Comm, scatter: Scatter | None = None) -> None:
+        self.slots = tuple((slot.path, _bound(slot.conversions, comm, scatter)) for slot in slots)
 
     def __call__(self, result: Any) -> Any:
         """Returns the module's result after conversion."""

@@ -22,6 +22,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import AutoTPError
+from autotp.rewrite.parameters.quantized_form import is_quantized, refuse_quantized
 from autotp.rewrite.undo import Undo
 
 STATE = "_autotp"
@@ -69,7 +70,8 @@ _ADVICE = "Prune, reparametrize, or take that back, before parallelize"
 def _keeping_names(base: type[nn.Module]) -> Callable[..., None]:
     """Makes `register_parameter` of a rewritten `base`: it refuses to give a parameter that the plan knows another name.
 
-    Pruning and weight norms register before they change anything else, so the module stays as it is.
+    Pruning and weight norms register before they change anything else, so the module stays as it is. A weight that torchao's own
+    `quantize_` computed of a part, as of a whole one, is refused too.
     """
     inner = base.register_parameter
 
@@ -83,6 +85,8 @@ def _keeping_names(base: type[nn.Module]) -> Callable[..., None]:
             raise AutoTPError(
                 f"{moved or lost!r} of a parallel {kind} would get the name {name!r}, which the plan does not know. {_ADVICE}"
             )
+        if is_quantized(param) and STATE in self.__dict__:
+            refuse_quantized(type(self).__qualname__, name)
         inner(self, name, param)
 
     return register_parameter
@@ -126,6 +130,7 @@ def _subclass(base: type[nn.Module], names: tuple[str, ...], make_forward: MakeF
     return kind(base.__name__, (base,), body)  # type: ignore[no-any-return]
 
 
+TAKEN_BACK: Any = "taken back"  # in place of a forward: the wrapper does nothing any more
 Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -140,17 +145,29 @@ def wrap_forward(module: nn.Module, around: Around, undo: Undo) -> None:
     """
     inner, own = module.forward, module.__dict__.get("forward")
     key = f"_autotp_forward_{sum(k.startswith('_autotp_forward') for k in module.__dict__)}"
-    undo.set_item(module.__dict__, key, own)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         before = self.__dict__[key]
+        if before is TAKEN_BACK:
+            return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
         return around(self, type(self).forward if before is None else _of_instance(before), args, kwargs)
 
     functools.update_wrapper(forward, getattr(inner, "__func__", inner))
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     signature = inspect.Signature([this, *inspect.signature(inner).parameters.values()])
     forward.__signature__ = signature  # type: ignore[attr-defined]  # a forward of the instance's own need not take a self
-    undo.set_item(module.__dict__, "forward", MethodType(forward, module))
+    attributes, mine = module.__dict__, MethodType(forward, module)
+    attributes[key], attributes["forward"] = own, mine
+
+    def back() -> None:
+        if attributes.get("forward") is not mine:  # somebody wrapped it since, and goes on calling it
+            attributes[key] = TAKEN_BACK
+            return
+        del attributes[key], attributes["forward"]
+        if own is not None:
+            attributes["forward"] = own
+
+    undo.push(back)
 
 
 def _of_instance(forward: Callable[..., Any]) -> Callable[..., Any]:

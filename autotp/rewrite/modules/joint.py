@@ -26,6 +26,9 @@ from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, copy, reduce
 from autotp.rewrite.modules.boundaries import Path, map_path
 from autotp.rewrite.modules.classes import subclass, wrap_forward
+from autotp.rewrite.sequence.rows import Rows
+from autotp.rewrite.sequence.scatter import Scatter
+from autotp.rewrite.sequence.tokens import ParallelTokens, entered_rows, tokens_of
 from autotp.rewrite.undo import Undo
 
 CALLS, PART = "_autotp_calls", "_autotp_part"
@@ -35,15 +38,18 @@ class _SumOf(torch.autograd.Function):
     """One all-reduce of several partial sums."""
 
     @staticmethod
-    def forward(ctx: Any, comm: Comm, own: Tensor, *held: Tensor) -> Tensor:
+    def forward(ctx: Any, comm: Comm, kind: Rows | None, own: Tensor, *held: Tensor) -> Tensor:
         ctx.comm, ctx.count = comm, 1 + len(held)
-        return comm.all_reduce_(_added(own, held))
+        ctx.kind = kind
+        return comm.all_reduce_(_added(own, held)) if kind is None else kind.sum(_added(own, held))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if grad.requires_grad and torch.is_grad_enabled():
+        if ctx.kind is not None:
+            grad = entered_rows(grad, ctx.kind)
+        elif grad.requires_grad and torch.is_grad_enabled():
             grad = copy(grad, ctx.comm)
-        return None, *(grad for _ in range(ctx.count))
+        return None, None, *(grad for _ in range(ctx.count))
 
 
 def _added(own: Tensor, held: Iterable[Tensor]) -> Tensor:
@@ -65,13 +71,13 @@ class _Call:
 class HeldSum:
     """Keeps one joint sum of a parent. `calls`: the calls of the parent that are running, one inside the other.
 
-    apart: each member reduces for itself.
+    apart: each member reduces for itself. scatter: scatters the sums over tokens, where the plan does.
     """
 
-    __slots__ = ("apart", "calls", "comm", "name")
+    __slots__ = ("apart", "calls", "comm", "name", "scatter")
 
-    def __init__(self, name: str, comm: Comm) -> None:
-        self.name, self.comm = name, comm
+    def __init__(self, name: str, comm: Comm, scatter: Scatter | None) -> None:
+        self.name, self.comm, self.scatter = name, comm, scatter
         self.calls: list[_Call] = []
         self.apart = False
 
@@ -100,9 +106,16 @@ class HeldSum:
         """P → R: returns zeros and keeps `own`. Where no call of the parent would reduce it, returns the sum over ranks."""
         call = self.calls[-1] if self.calls else None
         if call is None or call.records is not torch.is_grad_enabled():
-            return reduce(own, self.comm)
+            return self._sum(own)
         call.held = (*call.held, own)
-        return torch.zeros_like(own)
+        kind = self._rows(own)
+        return torch.zeros_like(own) if kind is None else ParallelTokens.of(kind.own(torch.zeros_like(own)), kind)
+
+    def _rows(self, own: Tensor) -> Rows | None:
+        return None if self.scatter is None else self.scatter.rows(own)
+
+    def _sum(self, own: Tensor) -> Tensor:
+        return reduce(own, self.comm) if self.scatter is None else self.scatter(own)
 
     def join(self, own: Tensor) -> Tensor:
         """P → R: returns the sum over ranks of `own` and of all that is held.
@@ -112,7 +125,7 @@ class HeldSum:
         """
         call = self.calls[-1] if self.calls else None
         if call is None or not call.held:
-            return reduce(own, self.comm)
+            return self._sum(own)
         held = tuple(part if part.shape == own.shape else part.reshape(own.shape) for part in call.held)
         call.held = ()
         records = torch.is_grad_enabled()
@@ -123,9 +136,12 @@ class HeldSum:
             )
         if is_dynamo_compiling():
             return reduce(_added(own, held), self.comm)
+        kind = self._rows(own)
         if records and (own.requires_grad or any(part.requires_grad for part in held)):
-            return _SumOf.apply(self.comm, own, *held)  # type: ignore[no-any-return, no-untyped-call]
-        return self.comm.all_reduce_(_added(own, held))
+            total: Tensor = _SumOf.apply(self.comm, kind, own, *held)  # type: ignore[no-untyped-call]
+        else:
+            total = self.comm.all_reduce_(_added(own, held)) if kind is None else kind.sum(_added(own, held))
+        return total if kind is None else tokens_of(total, kind)
 
 
 class _Part:
@@ -205,7 +221,7 @@ def _part_forward(base: type[nn.Module]) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: _member(self, inner, args, kwargs)
 
 
-def install_joints(model: nn.Module, plans: Iterable[ModulePlan], comm: Comm, undo: Undo) -> None:
+def install_joints(model: nn.Module, plans: Iterable[ModulePlan], comm: Comm, undo: Undo, scatter: Scatter | None = None) -> None:
     """Wrap the members of each joint sum and their parents; everything else of their plans is in place.
 
     Raises:
@@ -220,7 +236,9 @@ def install_joints(model: nn.Module, plans: Iterable[ModulePlan], comm: Comm, un
             if not left.issuperset(paths):
                 raise PlanError(f"{plan.path or '<root>'}: not all of {', '.join(paths)} hold or join a partial sum")
             left.difference_update(paths)
-            held = HeldSum(", ".join(paths), comm)
+            held = HeldSum(
+                ", ".join(paths), comm, scatter if any(c.op is Op.SCATTER for p in paths for c in slots[p][0].conversions) else None
+            )
             sums.append(held)
             for path in paths:
                 _wrap_part(model, model.get_submodule(path), _Part(slots[path], held), undo)

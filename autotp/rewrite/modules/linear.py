@@ -20,11 +20,18 @@ from autotp.errors import AutoTPError
 from autotp.plan.conversions import Op
 from autotp.plan.spec import ModulePlan
 from autotp.rewrite.collectives.comm import Comm, keeps_results
-from autotp.rewrite.collectives.conversions import copy, gather, once, reduce
+from autotp.rewrite.collectives.conversions import ENTERED, copy, gather, once, own, reduce, taken_once
 from autotp.rewrite.collectives.split import Split
+from autotp.rewrite.in_parts.tensor import part
+from autotp.rewrite.logits.logits import Show
 from autotp.rewrite.modules.classes import STATE
+from autotp.rewrite.modules.linears import Together
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout, laid_out
-from autotp.rewrite.parameters.reads import Read
+from autotp.rewrite.parameters.quantized_form import Form, is_quantized
+from autotp.rewrite.parameters.reads import GradFix, Read, given, read_by_token, read_param, refuse_second
+from autotp.rewrite.sequence.rows import Rows
+from autotp.rewrite.sequence.scatter import Scatter
+from autotp.rewrite.sequence.tokens import Again, ParallelTokens, entered_rows, tokens_of
 from autotp.rewrite.transforms import direct, refuse_transforms, unwrapped
 
 _grad_enabled = torch.is_grad_enabled
@@ -34,16 +41,27 @@ _autocast = torch._C._is_any_autocast_enabled
 class LinearRun:
     """Runs one Linear: it copies its input in, sums or gathers its output, adds its bias once."""
 
-    __slots__ = ("alone", "bias", "comm", "copies", "gathers", "once", "own", "reads", "reduces", "weight")
+    __slots__ = (
+        "alone", "bias", "by_token", "comm", "copies", "gathers", "once", "own", "reads", "reduces", "scatters", "seen", "shows",
+        "together", "weight",
+    )  # fmt: skip
 
-    def __init__(self, weight: Read, bias: Read | None, comm: Comm, *, copies: bool, reduces: bool, gathers: Split | None) -> None:
+    def __init__(
+        self, weight: Read, bias: Read | None, comm: Comm, *, copies: bool, reduces: bool, leaves: Split | Show | Scatter | None
+    ) -> None:
         self.comm = comm
         self.weight, self.bias = weight, bias
         self.once = bias is not None and bias.convert is not None
         if bias is not None and self.once:
             bias.convert = None
         self.own = self.reads = (weight,) if bias is None else (weight, bias)
-        self.copies, self.reduces, self.gathers = copies, reduces, gathers
+        self.copies, self.reduces = copies, reduces
+        self.gathers = leaves if isinstance(leaves, Split) else None
+        self.shows = leaves if isinstance(leaves, Show) else None
+        self.scatters = leaves if isinstance(leaves, Scatter) else None
+        self.by_token: tuple[GradFix, ...] | None = None  # runs on the rows of tokens, with weights whose gradients are then summed
+        self.together: Together | None = None
+        self.seen: Any = None  # the quantized weight that was looked at last
         self.alone: Any = None  # refuses calls outside of a call of the model, where a part would come or go
 
     def composed(self, x: Tensor) -> Tensor:
@@ -54,21 +72,42 @@ class LinearRun:
             x = copy(x, self.comm)
         if bias is not None and self.once:
             if self.reduces:
-                y = reduce(F.linear(x, weight), self.comm)  # type: ignore[arg-type]
+                y = self.leave(self.product(x, weight))
                 return y + bias.to(y.dtype)  # autocast gives another dtype than the bias has
             bias = once(bias, self.comm)
-        y = F.linear(x, weight, bias)  # type: ignore[arg-type]
-        return self.leave(y)
+        return self.leave(self.product(x, weight, bias))
+
+    def product(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """Returns this rank's output before any conversion.
+
+        Raises:
+            AutoTPError: the weight rounds its input, and nobody has seen to it that all ranks round alike.
+        """
+        if is_quantized(weight) and weight is not self.seen and not is_dynamo_compiling():
+            layout = self.weight.layout
+            if layout is not None and layout.dim == 1 and Form.of(weight, "weight").quantizes_activations:
+                raise AutoTPError(
+                    f"a weight of shape {layout.shape} that quantizes its input was put into a row-parallel Linear, where each rank would "
+                    "round its part by a scale of its own: call autotp.quantize_(model, config), or quantize before parallelize"
+                )
+            self.seen = weight
+        return F.linear(x, weight, bias)
 
     def leave(self, y: Tensor) -> Tensor:
         """Returns `y` after the output's conversion."""
+        if self.scatters is not None:
+            return self.scatters(y)
         if self.reduces:
             return reduce(y, self.comm)
-        return y if self.gathers is None else gather(y, self.gathers)
+        y = y if self.gathers is None else gather(y, self.gathers)
+        return y if self.shows is None else self.shows(y)
 
-    def local(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        """Returns the output without recording: `x` [.., in], `w` [out, in], `b` [out] local tensors."""
+    def local(self, x: Tensor, w: Tensor, b: Tensor | None, kind: Rows | None = None) -> Tensor:
+        """Returns the output without recording: `x` [.., in], `w` [out, in], `b` [out] local tensors; for a `kind` this rank's rows."""
         if self.reduces:
+            if kind is not None:
+                rows = kind.sum(F.linear(x, w, None if self.once else b))
+                return rows if b is None or not self.once else rows + b.to(rows.dtype)
             if not self.once:
                 return self.comm.all_reduce_(F.linear(x, w, b))
             y = self.comm.all_reduce_(F.linear(x, w))
@@ -83,22 +122,28 @@ class LinearRun:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: LayoutDTensor, bias: LayoutDTensor | None, run: LinearRun) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: LayoutDTensor, bias: LayoutDTensor | None, run: LinearRun, kind: Rows | None) -> Tensor:
         w = weight._local_tensor
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None)
-        ctx.run = run
-        ctx.specs = weight._spec, None if bias is None else bias._spec
-        y = run.local(x, w, None if bias is None else bias._local_tensor)
+        again: Again | None = x.__dict__.get(ENTERED) if needs[1] else None
+        if again is not None:  # a rank keeps its rows, and gathers those of others in the backward
+            again.users += 1
+        ctx.again = again
+        ctx.save_for_backward((x if again is None else again.local) if needs[1] else None, w if needs[0] else None)
+        ctx.run, ctx.kind = run, kind
+        ctx.weight, ctx.bias = weight, bias
+        y = run.local(x, w, None if bias is None else bias._local_tensor, kind)
         return y.data if y._is_view() else y  # a view made in here could not be changed in place; nothing else holds its base
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        if _grad_enabled():
-            raise AutoTPError("a parallel Linear has no second derivative; run without create_graph=True")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_transforms()
+        if _grad_enabled():
+            return _recorded(ctx, grad)
         x, w = ctx.saved_tensors
         run: LinearRun = ctx.run
+        if ctx.kind is not None:
+            grad = ctx.kind.join(grad)
         if run.gathers is not None:
             grad = run.gathers.own(grad)
         rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
@@ -109,17 +154,47 @@ class _Linear(torch.autograd.Function):
             if grad.dim() != 2:
                 grad_x = grad_x.view(*grad.shape[:-1], w.shape[1])
         if needs[1]:
+            if ctx.again is not None:
+                x = ctx.again.gathered(x)
             grad_w = rows.t().mm(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
             if run.weight.fix.needed:
                 grad_w = run.weight.fix(grad_w, owned=True)
-            grad_w = laid_out(ctx.specs[0], grad_w, run.weight.fix.layout)  # type: ignore[arg-type]
+            grad_w = laid_out(ctx.weight._spec, grad_w, run.weight.fix.layout)  # type: ignore[arg-type]
         if needs[2]:
             grad_b = rows.sum(0)
             fix = run.bias.fix  # type: ignore[union-attr]  # it needs a gradient, so it is there
             if fix.needed:
                 grad_b = fix(grad_b, owned=True)
-            grad_b = laid_out(ctx.specs[1], grad_b, fix.layout)  # type: ignore[arg-type]
-        return grad_x, grad_w, grad_b, None
+            grad_b = laid_out(ctx.bias._spec, grad_b, fix.layout)  # type: ignore[arg-type]
+        return grad_x, grad_w, grad_b, None, None
+
+
+def _recorded(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Does what the backward of `_Linear` does from differentiable steps: for second derivatives."""
+    run: LinearRun = ctx.run
+    weight, bias, x = ctx.weight, ctx.bias, ctx.saved_tensors[0]
+    if ctx.again is not None:
+        x = entered_rows(x, ctx.again.kind)
+    refuse_second(weight)
+    needs = ctx.needs_input_grad
+    grad_x = grad_w = grad_b = None
+    after = grad  # the gradient of the sum over the ranks, to which the bias is added
+    if ctx.kind is not None:
+        after, grad = gather(grad, ctx.kind), entered_rows(grad, ctx.kind)
+    elif run.reduces:
+        grad = copy(grad, run.comm)
+    if run.gathers is not None:
+        grad = own(grad, run.gathers)
+    if needs[0]:
+        grad_x = grad.matmul(read_param(weight, run.weight.fix) if needs[1] else weight._local_tensor)
+    rows = grad.reshape(-1, grad.shape[-1])
+    if needs[1]:
+        grad_w = given(rows.t().mm(x.reshape(-1, x.shape[-1])), run.weight.fix, weight._spec)
+    if needs[2]:
+        if run.once:
+            rows = after.reshape(-1, after.shape[-1]) if run.reduces else taken_once(rows, run.comm)
+        grad_b = given(rows.sum(0), run.bias.fix, bias._spec)  # type: ignore[union-attr]  # it needs a gradient, so it is there
+    return grad_x, grad_w, grad_b, None, None
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -133,6 +208,18 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
             return run.composed(input)
         if run.alone is not None and not run.alone.running.open:
             run.alone.check()
+        if type(input) is ParallelTokens:
+            if run.by_token is not None:
+                weights: Any = [read_by_token(read, fix) for read, fix in zip(run.own, run.by_token, strict=True)]
+                return tokens_of(F.linear(part(input), *weights), input._kind)
+            if run.together is None or not _grad_enabled() or _autocast():
+                input = input.enter() if run.copies else input.gathered()
+        if run.together is not None and _grad_enabled() and not _autocast():
+            output = run.together.output(self, input)
+            if output is not None:
+                return output
+            if type(input) is ParallelTokens:
+                input = input.enter()
         parameters = attributes["_parameters"]
         try:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -142,19 +229,24 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
             ) from None
         if not in_layout(weight, run.weight.layout) or (bias is not None and not in_layout(bias, run.bias.layout)):  # type: ignore[union-attr]
             return run.composed(input)
+        kind = None if run.scatters is None else run.scatters.rows(input, weight._local_tensor.shape[0])
         if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             if _autocast():
                 return run.composed(input)
             refuse_transforms()
             if run.copies and input.requires_grad:
                 input = copy(input, run.comm)
-            return linear(unwrapped(input), weight, bias, run)  # type: ignore[no-any-return]
-        return run.local(input, weight._local_tensor, None if bias is None else bias._local_tensor)
+            y: Tensor = linear(unwrapped(input), weight, bias, run, kind)
+        else:
+            y = run.local(input, weight._local_tensor, None if bias is None else bias._local_tensor, kind)
+        if kind is not None:
+            return tokens_of(y, kind)
+        return y if run.shows is None else run.shows(y)
 
     return forward
 
 
-def linear_run(plan: ModulePlan | None, own: tuple[Read, ...], comm: Comm) -> LinearRun | None:
+def linear_run(plan: ModulePlan | None, own: tuple[Read, ...], comm: Comm, scatter: Scatter | None) -> LinearRun | None:
     """Returns the fast form of a Linear under `plan`, None where the plan asks for something it cannot fuse."""
     reads = {r.name: r for r in own}
     weight, bias = reads.get("weight"), reads.get("bias")
@@ -163,23 +255,26 @@ def linear_run(plan: ModulePlan | None, own: tuple[Read, ...], comm: Comm) -> Li
     if bias is not None and [c.op for c in bias.conversions] not in ([], [Op.ONCE]):
         return None
     if plan is None:
-        return LinearRun(weight, bias, comm, copies=False, reduces=False, gathers=None)
+        return LinearRun(weight, bias, comm, copies=False, reduces=False, leaves=None)
     if plan.sites or plan.attributes or len(plan.inputs) > 1 or len(plan.outputs) > 1:
         return None
     copies, reduces = False, False
-    gathers: Split | None = None
+    leaves: Split | Show | Scatter | None = None
     for slot in plan.inputs:
-        if slot.path != ("input",) or [c.op for c in slot.conversions] != [Op.COPY]:
+        if slot.path != ("input",) or [c.op for c in slot.conversions] not in ([Op.COPY], [Op.ENTER]):
             return None
         copies = True
     for slot in plan.outputs:
         if slot.path or len(slot.conversions) != 1:
             return None
         conversion = slot.conversions[0]
-        if conversion.op is Op.REDUCE:
+        if conversion.op in (Op.REDUCE, Op.SCATTER):
             reduces = True
+            leaves = scatter if conversion.op is Op.SCATTER else None
         elif conversion.op is Op.GATHER and conversion.dim is not None and conversion.expr is not None:
-            gathers = Split(conversion.dim, conversion.expr, comm)
+            leaves = Split(conversion.dim, conversion.expr, comm)
+        elif conversion.op is Op.LAZY_GATHER and conversion.expr is not None:
+            leaves = Show(Split(-1, conversion.expr, comm))
         else:
             return None
-    return LinearRun(weight, bias, comm, copies=copies, reduces=reduces, gathers=gathers)
+    return LinearRun(weight, bias, comm, copies=copies, reduces=reduces, leaves=leaves)

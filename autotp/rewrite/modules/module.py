@@ -15,11 +15,14 @@ from torch.compiler import is_dynamo_compiling
 
 from autotp.plan.layout import Layout
 from autotp.plan.spec import Written
+from autotp.rewrite.in_parts.tensor import part
 from autotp.rewrite.modules.boundaries import InputSlots, OutputSlots
 from autotp.rewrite.modules.classes import STATE
+from autotp.rewrite.modules.pairs import PairsRun
 from autotp.rewrite.operators.call_sites import RUNNING, SiteMode, SiteTable
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout
-from autotp.rewrite.parameters.reads import Read, read_param
+from autotp.rewrite.parameters.reads import GradFix, Read, read_by_token, read_param
+from autotp.rewrite.sequence.tokens import ParallelTokens, tokens_of
 
 _ABSENT: Any = object()
 _grad_enabled = torch.is_grad_enabled
@@ -28,7 +31,7 @@ _grad_enabled = torch.is_grad_enabled
 class ModuleRun:
     """Runs the forward of one module. `own` are the reads of its own tensors, `reads` all of them."""
 
-    __slots__ = ("frames", "inputs", "light", "outputs", "own", "parts", "reads", "shared", "sites")
+    __slots__ = ("by_token", "frames", "inputs", "light", "outputs", "own", "pairs", "parts", "reads", "rows", "shared", "sites")
 
     def __init__(
         self,
@@ -37,15 +40,35 @@ class ModuleRun:
         inputs: InputSlots | None = None,
         outputs: OutputSlots | None = None,
         sites: SiteTable | None = None,
+        pairs: PairsRun | None = None,
     ) -> None:
-        self.reads = reads
+        self.reads, self.pairs = reads, pairs
         self.own = tuple(r for r in reads if r.owner is module)
         self.inputs, self.outputs, self.sites = inputs, outputs, sites
         self.parts = tuple(r for r in reads if r.written is not Written.NEVER)
         self.shared: dict[str, Tensor] | None = None  # values read by the root for all modules
+        #: The reads of a module that can run on a rank's tokens, with what sums their gradients then.
+        self.by_token: tuple[tuple[Read, GradFix], ...] | None = None
+        self.rows: dict[str, Tensor] | None = None  # values read by the root for calls on tokens
         self.frames: list[tuple[list[tuple[dict[str, Any], str, Any]], SiteMode | None]] = []
         simple = len(self.own) == len(reads) and all(r.convert is None and not r.is_buffer for r in reads)
-        self.light = tuple((r.name, r.fix) for r in reads) if simple and inputs is None and outputs is None and sites is None else None
+        simple = simple and inputs is None and outputs is None and sites is None and pairs is None
+        self.light = tuple((r.name, r.fix) for r in reads) if simple else None
+
+    def on_tokens(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: ParallelTokens
+    ) -> Any:
+        """Runs `forward` on the rows of `x`, the one tensor among its arguments."""
+        attributes, local, shared = module.__dict__, part(x), self.rows or {}
+        try:
+            for read, fix in self.by_token or ():
+                attributes[read.name] = shared[read.name] if read.name in shared else read_by_token(read, fix)
+            result = forward(module, *(local if a is x else a for a in args), **{n: local if a is x else a for n, a in kwargs.items()})
+        finally:
+            for read, _ in self.by_token or ():
+                attributes.pop(read.name, None)
+        result = tokens_of(result, x._kind)
+        return result if self.outputs is None else self.outputs(result)
 
     def enter(self) -> None:
         """Put the local tensors where the forward reads them and start watching sites."""
@@ -91,14 +114,16 @@ class ModuleRun:
             args, kwargs = self.inputs(args, kwargs)
         if not is_dynamo_compiling():
             result = self.inside(module, forward, args, kwargs)
-        elif self.sites is None and not self.written(module):  # the class's views read local values
+        elif self.sites is None and self.pairs is None and not self.written(module):  # the class's views read local values
             result = forward(module, *args, **kwargs)
-        else:  # the lines of code that make calls are known in eager code only: a break in the graph
+        else:  # the lines of code that make calls, and how many pairs a rank has, are known in eager code only: a break in the graph
             result = self.inside_eagerly(module, forward, args, kwargs)
         return result if self.outputs is None else self.outputs(result)
 
     def inside(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `forward` with the local tensors in place and sites watched."""
+        if self.pairs is not None:
+            forward = self.pairs.around(forward)
         try:
             self.enter()
             if not self.parts:
@@ -138,6 +163,12 @@ def run_instance(module: nn.Module, forward: Callable[..., Any], args: tuple[Any
 _run_eagerly = torch.compiler.disable(ModuleRun.__call__)  # type: ignore[no-untyped-call]
 
 
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelTokens | None:
+    """The tokens that a call is about, where they are the only tensor among its arguments."""
+    found = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    return found[0] if len(found) == 1 and type(found[0]) is ParallelTokens else None
+
+
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """Makes the forward of a rewritten `base`."""
     inner = base.forward
@@ -146,6 +177,8 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
         attributes = self.__dict__
         run: ModuleRun = attributes[STATE]
         light = run.light
+        if run.by_token is not None and not is_dynamo_compiling() and (x := _tokens(args, kwargs)) is not None:
+            return run.on_tokens(self, inner, args, kwargs, x)
         if light is None or is_dynamo_compiling():
             return run(self, inner, args, kwargs)
         parameters = attributes["_parameters"]

@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autotp.plan.layout import Layout, alike
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+from autotp.rewrite.parameters.data_parallel import DataParallelDTensor, placed
+from autotp.rewrite.parameters.laying import lay_out
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, same_layout
 from autotp.rewrite.parameters.make import as_dtensor
 from autotp.rewrite.parameters.placements import placements
 from autotp.rewrite.undo import Undo
@@ -40,15 +42,36 @@ class _Ordered:
             return None
         if type(grad) is DTensor and grad._spec.placements == placements(self.layout):
             return as_dtensor(grad._local_tensor.clone(), self.layout, self.mesh)  # compiled code made it, for others too perhaps
-        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        return lay_out(grad.full_tensor() if isinstance(grad, DTensor) else grad, self._laid)
+
+    def _laid(self, whole: Tensor) -> Tensor:
         return as_dtensor(self.layout.shard(whole.detach(), self.mesh.get_local_rank()).clone(), self.layout, self.mesh)
+
+
+class _Averaged:
+    """The first hook of a parameter that FSDP shards, for a gradient that comes of a use outside of its unit; FSDP's own pass it by."""
+
+    __slots__ = ("like",)
+
+    def __init__(self, like: DataParallelDTensor) -> None:
+        self.like = like
+
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        if grad is None or (isinstance(grad, LayoutDTensor) and same_layout(grad, self.like)):
+            return None
+        return lay_out(grad.full_tensor() if isinstance(grad, DTensor) else grad, self.like._laid)
 
 
 def order_gradient(p: LayoutDTensor) -> None:
     """Gives a parameter that requires a gradient the hook that lays the gradient out, as the first one, unless it has the hook."""
     hooks: Any = p._backward_hooks or OrderedDict()
-    if not any(type(h) is _Ordered for h in hooks.values()):
-        handle = DTensor.register_hook(p, _Ordered(p._layout, p._spec.mesh))  # type: ignore[no-untyped-call]
+    if not any(type(h) is _Ordered or type(h) is _Averaged for h in hooks.values()):
+        hook: Any = (
+            _Averaged(placed(p._spec, p._local_tensor.new_empty(0), p._layout))
+            if isinstance(p, DataParallelDTensor)
+            else _Ordered(p._layout, p._spec.mesh)
+        )
+        handle = DTensor.register_hook(p, hook)  # type: ignore[no-untyped-call]
         hooks = p._backward_hooks
         hooks.move_to_end(handle.id, last=False)
 

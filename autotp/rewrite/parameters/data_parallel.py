@@ -7,7 +7,7 @@ tensor, in its order and shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.chunk import Chunk, held_of
 from autotp.rewrite.parameters.dcp import Sharded
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, new_dtensor
+from autotp.rewrite.parameters.own_memory import refuse_sparse
 from autotp.rewrite.parameters.placements import end_to_end
 
 #: Set on the parameter that FSDP gathers for a forward, which is an ordinary `LayoutDTensor`.
@@ -28,6 +29,11 @@ MANAGED = "_autotp_managed"
 #: Set on the parameter that FSDP replaced.
 REPLACED = "_autotp_replaced"
 
+#: What a user is told of hooks on parameters that FSDP manages.
+NO_HOOKS = (
+    "FSDP calls no hook that register_hook puts on a parameter: change p.grad in a hook of register_post_accumulate_grad_hook, set after "
+    "fully_shard, or between backward and step"
+)
 #: What a user of DistributedDataParallel is told, which replicates plain tensors only.
 NO_DDP = (
     'DistributedDataParallel does not take a tensor-parallel model: use replicate(model, mesh=mesh["dp"]) of '
@@ -91,7 +97,7 @@ class DataParallelDTensor(LayoutDTensor):
     def _become(self, other: LayoutDTensor) -> None:
         # FSDP gathers from the memory that it knows.
         mine, its = self._local_tensor, other._local_tensor
-        if (mine.shape, mine.dtype, mine.device) == (its.shape, its.dtype, its.device):
+        if mine is not its and (mine.shape, mine.dtype, mine.device) == (its.shape, its.dtype, its.device):
             mine.copy_(its)
         else:
             super()._become(other)
@@ -108,6 +114,25 @@ class DataParallelDTensor(LayoutDTensor):
         if not local.numel():  # norms of some orders want an entry
             return local.new_zeros([max(n, 1) for n in local.shape])
         return super()._owned()
+
+    def _laid(self, whole: Tensor) -> Tensor:
+        # It comes of the data of this rank. FSDP's gradients are means over the data-parallel ranks, and so is this one.
+        if whole.layout is not torch.strided:
+            refuse_sparse()
+        mesh = self._spec.mesh
+        for dim in range(mesh.ndim - 1):
+            whole = GroupComm(mesh.get_group(dim)).all_reduce(whole) / mesh.size(dim)
+        return super()._laid(whole)
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        """Registers a hook as on one device, except on a parameter.
+
+        Raises:
+            AutoTPError: this is a parameter: FSDP gives it its gradient without calling hooks.
+        """
+        if self.is_leaf:
+            raise AutoTPError(NO_HOOKS)
+        return super().register_hook(hook)
 
     def _tp_part(self) -> Tensor:
         chunk, over = self._chunk, self._sharded_over

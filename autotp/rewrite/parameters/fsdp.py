@@ -11,20 +11,21 @@ gradients. An optimizer that has such a one is told so when it steps.
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ShardedState
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from autotp.errors import AutoTPError, MeshError
 from autotp.plan.boxes import is_even
 from autotp.plan.layout import Layout
 from autotp.rewrite.parameters.compiled_grads import order_gradient
-from autotp.rewrite.parameters.data_parallel import MANAGED, REPLACED, DataParallelDTensor, placed
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, laid_out
+from autotp.rewrite.parameters.data_parallel import MANAGED, NO_HOOKS, REPLACED, DataParallelDTensor, placed
+from autotp.rewrite.parameters.layout_dtensor import GradHook, LayoutDTensor, laid_out, same_layout
+from autotp.rewrite.parameters.quantized import QuantizedDTensor
 
 
 class LayoutFSDPParam(FSDPParam):
@@ -46,13 +47,57 @@ class LayoutFSDPParam(FSDPParam):
             self._unsharded_param = nn.Parameter(unsharded, requires_grad=made.requires_grad)
             setattr(self._unsharded_param, MANAGED, True)
 
+    def reset_sharded_param(self) -> None:
+        """Takes the parameter over that its module has now: `model.to(…)` and `load_state_dict(assign=True)` make another."""
+        now, *tied = self._holders()
+        taken = isinstance(now, DataParallelDTensor) and same_layout(now, self.sharded_param)  # type: ignore[arg-type]
+        if now is not self.sharded_param and not taken:
+            _refuse_replaced(self)
+        if any(p is not now for p in tied):  # `assign=True` comes to them in turn; `to_unsharded` refuses what stays so
+            return
+        super().reset_sharded_param()  # type: ignore[no-untyped-call]
+        self._hook()
+
     def to_unsharded(self) -> None:
         """Puts the gathered parameter where forwards read it."""
+        if self.sharded_state is ShardedState.SHARDED and any(p is not self.sharded_param for p in self._holders()):
+            _refuse_replaced(self)
         super().to_unsharded()
+        self._hook()
         unsharded: Any = self._unsharded_param
         # FSDP itself takes a gradient that compiled code made, an ordinary DTensor, where that is as large as the parameter says.
         if not is_even(self._layout) and unsharded.requires_grad:  # which users may change between steps
             order_gradient(unsharded)
+
+    def _holders(self) -> list[Any]:
+        info = self._module_info
+        places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
+        return [module._parameters.get(name) for module, name in places]
+
+    def _hook(self) -> None:
+        if self.sharded_param.requires_grad and isinstance(self.sharded_param, LayoutDTensor):
+            order_gradient(self.sharded_param)
+
+
+def _refuse_replaced(held: LayoutFSDPParam) -> NoReturn:
+    """Refuse a parameter that a user put where FSDP had its own, which would take its place again.
+
+    Raises:
+        AutoTPError: always.
+    """
+    info = held._module_info
+    whose = f"{type(info.module).__name__}.{info.param_name}"
+    tied = [f"{type(m).__name__}.{name}" for m, name in zip(info.shared_modules, info.shared_param_names, strict=True)]
+    if len({id(p) for p in held._holders()}) > 1:
+        raise AutoTPError(
+            f"{' and '.join([whose, *tied])} were one parameter in fully_shard and are not now: one was replaced (assigned, or by "
+            "load_state_dict(assign=True), which unties). Tie them again (model.tie_weights()) before the next forward, or untie them "
+            "before fully_shard"
+        )
+    raise AutoTPError(
+        f"{whose} was replaced (assigned, tied, reparametrized, or given by functional_call) after fully_shard, which goes on with the "
+        "parameter that it knows: replace it before fully_shard, or copy_ into it"
+    )
 
 
 def reshard(model: nn.Module) -> None:
@@ -65,15 +110,23 @@ def reshard(model: nn.Module) -> None:
 def _keeps_layouts(init: Any) -> Any:
     @wraps(init)
     def init_sharded_param(self: FSDPParam, param: nn.Parameter, *args: Any, **kwargs: Any) -> None:
+        if isinstance(param, QuantizedDTensor):
+            raise AutoTPError(
+                "FSDP does not shard quantized weights: call fully_shard(…, ignored_params={p for p in model.parameters() if not "
+                "p.requires_grad}), and each data-parallel rank keeps its tp part of the frozen weights"
+            )
         if isinstance(param, LayoutDTensor):
             self.__class__ = LayoutFSDPParam
             self._layout = param._layout  # type: ignore[attr-defined]
+            if any(isinstance(hook, GradHook) for hook in (param._backward_hooks or {}).values()):
+                raise AutoTPError(f"a parameter of shape {tuple(param.shape)} has a hook: {NO_HOOKS}")
             # Newer versions pass it.
             over = getattr(self, "mesh_info", None) or next(a for a in (*args, *kwargs.values()) if hasattr(a, "mesh"))
             _refuse_tp_ranks(over.mesh, param)
         init(self, param, *args, **kwargs)
         if isinstance(param, LayoutDTensor):
             setattr(param, REPLACED, True)
+            self._hook()  # type: ignore[attr-defined]
 
     return init_sharded_param
 

@@ -40,6 +40,7 @@ def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Com
 
     Wrappers of torch's (`checkpoint_wrapper`, `torch.compile`) add nothing to a key.
     """
+    comm.ask()
     reshard(model)
     own_name = Names(params)
     whole: dict[int, Tensor] = {}
@@ -53,13 +54,19 @@ def full_state_dict(model: nn.Module, params: Mapping[str, ParamPlan], comm: Com
                 whole[one] = unshard(value, params[name].layout, comm)
             state[name] = whole[one]
         else:
-            state[name] = value.detach() if isinstance(value, Tensor) else value
+            # a module that an adapter wraps since has a name that the plan does not know
+            state[name] = _whole(value.detach()) if isinstance(value, Tensor) else value
     return state
 
 
 def full_grads(model: nn.Module, params: Mapping[str, ParamPlan], comm: Comm) -> dict[str, Tensor]:
     """Returns whole gradients by the names of `model.named_parameters()`; parameters without a gradient are left out."""
+    comm.ask()
     reshard(model)
     own_name = Names(params)
     grads = {own_name(name): p.grad for name, p in model.named_parameters()}
-    return {name: unshard(grad, params[name].layout, comm) for name, grad in grads.items() if grad is not None}
+    return {n: unshard(g, params[n].layout, comm) if n in params else _whole(g) for n, g in grads.items() if g is not None}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor._whole() if isinstance(tensor, LayoutDTensor) else tensor

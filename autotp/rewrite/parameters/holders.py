@@ -187,6 +187,13 @@ def _give_slots(holder: Any, by_old: Mapping[int, Pair]) -> bool:
     return done
 
 
+def _refuse_gradient(name: str, _: Tensor) -> None:
+    raise AutoTPError(
+        f"the parameter {name!r} was used before it was replaced (by parallelize, or by the first call after adapters were put on the "
+        "model): its gradient would be lost. Compute with it afterwards, taken from the model again"
+    )
+
+
 @torch.no_grad()
 def retire(pairs: Iterable[Pair]) -> None:
     """Free the old parameters' memory; those that someone still holds raise from now on."""
@@ -194,6 +201,9 @@ def retire(pairs: Iterable[Pair]) -> None:
         old, pair.old = pair.old, None
         if sys.getrefcount(old) > 2 and type(old) is nn.Parameter:
             old.grad = None
-            old.data = old.new_empty(0)
+            if old.requires_grad:  # a graph of it may be there already, whose gradient would be lost
+                old._backward_hooks = None  # the new one has these
+                old.register_hook(functools.partial(_refuse_gradient, pair.names[0]))  # type: ignore[no-untyped-call]
+            old.data = old.new_zeros(()).expand(old.shape)
             vars(old).update(_name=pair.names[0], _now=pair.new)
             old.__class__ = Replaced

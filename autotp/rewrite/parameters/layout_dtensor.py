@@ -16,7 +16,7 @@ Nothing here is called in a forward, which reads local tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,13 @@ from autotp.plan import layout as layouts
 from autotp.plan.boxes import is_even
 from autotp.plan.expressions import Concat, Factor, Product
 from autotp.plan.layout import Interval, Layout, replicated, take
-from autotp.rewrite.collectives.comm import GroupComm
+from autotp.rewrite.collectives.comm import GroupComm, Watches
 from autotp.rewrite.parameters.dcp import Sharded
+from autotp.rewrite.parameters.laying import Whole
 from autotp.rewrite.parameters.numbers import Numbers
+from autotp.rewrite.parameters.own_memory import own_memory
 from autotp.rewrite.parameters.placements import InLayout, end_to_end, in_dtype
+from autotp.rewrite.parameters.quantized_form import is_quantized, refuse_quantized
 from autotp.rewrite.transforms import refuse_transforms
 
 _detach = torch.ops.aten.detach.default
@@ -44,14 +47,26 @@ class LayoutDTensor(Numbers):
     """A DTensor in the order of its layout, which is in its `__dict__` (`__slots__` of a subclass would hide those of DTensor)."""
 
     _layout: Layout
+    #: What watches this parameter's collectives while its model is served.
+    guarded_by: Watches | None = None
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is _detach and type(args[0]) is LayoutDTensor:
-            return args[0]._like(args[0]._local_tensor, args[0]._spec)
-        return cls.operate(func, args, kwargs or {})
+        first = args[0] if args else None
+        if func is _detach and type(first) is LayoutDTensor:
+            made = first._like(first._local_tensor, first._spec)
+            if first.guarded_by is not None:
+                made.guarded_by = first.guarded_by
+            return made
+        if isinstance(first, LayoutDTensor) and first.guarded_by is not None:
+            first.guarded_by.ask()  # whether it is read or written
+        if not (func.is_view or func._schema.is_mutable):
+            return cls.operate(func, args, kwargs or {})
+        # Autograd tells by the versions of local tensors, too, that what a backward reads was changed. Down here they are not counted.
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            return cls.operate(func, args, kwargs or {})
 
     @property
     def data(self) -> Any:
@@ -60,7 +75,9 @@ class LayoutDTensor(Numbers):
         Raises:
             AutoTPError: for a tensor of another shape or layout.
         """
-        return _DATA.__get__(self)
+        made = _DATA.__get__(self)
+        made._local_tensor = made._local_tensor.data  # changes of it are not counted, as those of `made` are not
+        return made
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -86,7 +103,13 @@ class LayoutDTensor(Numbers):
         self._local_tensor, self._spec, self._layout = other._local_tensor, other._spec, other._layout
 
     def _cut(self, whole: Tensor) -> LayoutDTensor:
-        """A plain whole tensor in this layout; a copy."""
+        """A plain whole tensor in this layout; a copy.
+
+        Raises:
+            AutoTPError: it is quantized.
+        """
+        if is_quantized(whole):
+            refuse_quantized("module", f"a weight of shape {tuple(self.shape)}")
         local = self._part(whole)
         return self._like(local.clone() if local is whole else local, in_dtype(self._spec, local.dtype))
 
@@ -115,7 +138,10 @@ class LayoutDTensor(Numbers):
     @property
     def _comm(self) -> GroupComm:
         mesh = self._spec.mesh
-        return GroupComm(mesh.get_group(mesh.ndim - 1))
+        comm = GroupComm(mesh.get_group(mesh.ndim - 1))
+        if self.guarded_by is not None:
+            self.guarded_by.watch(comm)
+        return comm
 
     @property
     def _is_whole(self) -> bool:
@@ -193,6 +219,11 @@ class LayoutDTensor(Numbers):
         """This rank's part of a plain whole tensor."""
         return self._layout.shard(whole, self._rank)
 
+    def _laid(self, whole: Tensor) -> Tensor:
+        """A gradient, plain and whole on every rank, in this layout and in memory of its own; a sparse one stays whole."""
+        local = own_memory(self._part(whole).contiguous(), whole, self._is_whole)
+        return local if local.layout is not torch.strided else self._like(local, in_dtype(self._spec, local.dtype))
+
     def _fill_(self, whole: Tensor) -> None:
         """Take the values of a plain whole tensor."""
         if whole is self._local_tensor and self._is_whole:
@@ -214,7 +245,7 @@ class LayoutDTensor(Numbers):
         if grad_placements is not None:
             raise AutoTPError("full_tensor(grad_placements=…) of a parameter that is not cut evenly takes gradients that are whole only")
         refuse_transforms()
-        return _Whole.apply(self)  # type: ignore[no-any-return, no-untyped-call]
+        return Whole.apply(self)  # type: ignore[no-any-return, no-untyped-call]
 
     def redistribute(self, device_mesh: Any = None, placements: Sequence[Any] | None = None, **options: Any) -> DTensor:
         """Returns the whole tensor in the model's order and shape for `Replicate`. Collective.
@@ -281,26 +312,19 @@ class _Meta(TensorMeta):
         return _Meta.of, (TensorMeta(*self), self.layout)
 
 
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, p: LayoutDTensor) -> Tensor:
-        ctx.of = p.detach()
-        whole = p._whole()
-        return whole.detach() if whole is p._local_tensor else whole
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # The gradient is whole on every rank, and so is that of each copy.
-        of: LayoutDTensor = ctx.of
-        local = own_memory(of._part(grad).contiguous(), grad, of._is_whole)
-        return local if local.layout is not torch.strided else of._like(local, in_dtype(of._spec, local.dtype))
-
-
 def laid_out(spec: Any, local: Tensor, layout: Layout) -> LayoutDTensor:
     """Returns the DTensor placed as `spec` over `local` (shape `layout.local_shape`), in the order of `layout`."""
     made: LayoutDTensor = new_dtensor(LayoutDTensor, local, spec, requires_grad=False)
     made._layout = layout
     return made
+
+
+def same_layout(a: LayoutDTensor, b: LayoutDTensor) -> bool:
+    """True for tensors whose parts go together."""
+    (x, one), (y, other) = (a._layout, a._spec), (b._layout, b._spec)
+    if not (x is y or x == y or layouts.alike(x, y)):
+        return False
+    return one is other or ((one.mesh is other.mesh or one.mesh == other.mesh) and one.placements == other.placements)
 
 
 def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> Tensor:
@@ -315,17 +339,6 @@ def own_gradient(spec: Any, local: Tensor, given: Tensor, layout: Layout) -> Ten
     return laid_out(spec, local, layout) if local.layout is torch.strided else local
 
 
-def own_memory(local: Tensor, given: Tensor, whole: bool) -> Tensor:
-    """Returns the gradient `local`, see `own_gradient`, in memory of its own."""
-    if local.layout is not torch.strided:
-        if not whole:
-            refuse_sparse()
-        return local.clone() if local is given else local
-    if local.untyped_storage()._cdata == given.untyped_storage()._cdata:
-        return local.clone(memory_format=torch.contiguous_format)
-    return local
-
-
 def layout_of(tensor: Tensor, planned: Layout | None) -> Layout:
     """Returns the layout of a parameter for which `planned` was planned (None: nothing).
 
@@ -337,18 +350,6 @@ def layout_of(tensor: Tensor, planned: Layout | None) -> Layout:
     if planned is None or (whole and tuple(tensor.shape) == planned.shape):
         return replicated(tuple(tensor.shape), 1)
     return planned
-
-
-def refuse_sparse() -> NoReturn:
-    """Refuse a sparse gradient of a parameter that is cut, or one of other rows on other ranks.
-
-    Raises:
-        AutoTPError: always.
-    """
-    raise AutoTPError(
-        "a sparse gradient reached a parameter that is cut over the ranks, or has other rows on other ranks: call the lookup with "
-        "sparse=False (gather with sparse_grad=False)"
-    )
 
 
 def in_layout(p: Any, layout: Layout | None) -> TypeGuard[LayoutDTensor]:

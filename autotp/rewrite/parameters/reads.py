@@ -16,13 +16,22 @@ from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
 from autotp.plan.conversions import Conversion, Op
-from autotp.plan.layout import Layout, Shared
+from autotp.plan.layout import Layout, Shared, alike
 from autotp.plan.spec import GradSum, Written
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import bind_all
 from autotp.rewrite.collectives.split import split_of
-from autotp.rewrite.parameters.data_parallel import DataParallelDTensor
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout, own_gradient, refuse_sparse
+from autotp.rewrite.parameters.data_parallel import DataParallelDTensor, is_managed
+from autotp.rewrite.parameters.laying import lay_out
+from autotp.rewrite.parameters.layout_dtensor import (
+    LayoutDTensor,
+    in_layout,
+    laid_out,
+    own_gradient,
+)
+from autotp.rewrite.parameters.own_memory import refuse_sparse
+from autotp.rewrite.parameters.quantized import QuantizedDTensor
+from autotp.rewrite.parameters.quantized_form import is_quantized, refuse_quantized
 from autotp.rewrite.transforms import direct, refuse_transforms
 
 
@@ -104,11 +113,42 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         refuse_transforms()
-        fix = ctx.fix
-        return own_gradient(ctx.spec, fix(grad), grad, fix.layout), None
+        return given(grad, ctx.fix, ctx.spec), None
 
 
 _read = direct(_Read)
+
+
+class _Give(torch.autograd.Function):
+    """The dual of `_Read`, for second derivatives: the gradient of a use becomes the parameter's.
+
+    Whatever it sums, every rank's summand, and every copy, has the whole sum's gradient as its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, fix: GradFix, spec: Any) -> Tensor:
+        ctx.fix, ctx.spec = fix, spec
+        return own_gradient(spec, fix(grad), grad, fix.layout)  # type: ignore[arg-type]  # a parameter has a layout
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        fix: GradFix = ctx.fix
+        if not in_layout(grad, fix.layout):
+            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            grad = lay_out(grad, lambda whole: laid_out(ctx.spec, fix.layout.shard(whole.detach(), fix.comm.rank), fix.layout))  # type: ignore[arg-type, union-attr]
+        if grad.requires_grad and torch.is_grad_enabled():
+            return _Read.apply(grad, fix), None, None  # type: ignore[no-untyped-call]
+        return grad._local_tensor, None, None  # type: ignore[attr-defined]
+
+
+def given(grad: Tensor, fix: GradFix, spec: Any) -> Tensor:
+    """Returns the gradient of a parameter placed as `spec`, made of that of one use: finished by `fix`, laid out, in memory of its own.
+
+    It is differentiable where `grad` is, which is so for second derivatives alone.
+    """
+    if grad.requires_grad and torch.is_grad_enabled():
+        return _Give.apply(grad, fix, spec)  # type: ignore[no-any-return, no-untyped-call]
+    return own_gradient(spec, fix(grad), grad, fix.layout)  # type: ignore[arg-type]
 
 
 def read_param(p: DTensor, fix: GradFix) -> Tensor:
@@ -127,10 +167,28 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        fix = ctx.fix
         if grad.layout is not torch.strided:
             refuse_sparse()
-        return fix.layout.unshard(fix.comm.all_gather(fix(grad))), None
+        if grad.requires_grad and torch.is_grad_enabled():
+            return _Uncut.apply(grad, ctx.fix), None  # type: ignore[no-untyped-call]
+        return _joined(grad, ctx.fix), None
+
+
+class _Uncut(torch.autograd.Function):
+    """The dual of `_Cut`."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, fix: GradFix) -> Tensor:
+        ctx.fix = fix
+        return _joined(grad, fix)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Cut.apply(grad, ctx.fix), None  # type: ignore[no-untyped-call]
+
+
+def _joined(grad: Tensor, fix: GradFix) -> Tensor:
+    return fix.layout.unshard(fix.comm.all_gather(fix(grad)))  # type: ignore[union-attr]
 
 
 class _Fix(torch.autograd.Function):
@@ -145,7 +203,36 @@ class _Fix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if not is_dynamo_compiling() and grad.requires_grad and torch.is_grad_enabled():
+            return _Fixed.apply(grad, ctx.fix), None  # type: ignore[no-untyped-call]
         return ctx.fix(grad), None
+
+
+class _Fixed(torch.autograd.Function):
+    """The dual of `_Fix`, see `_Give`."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, fix: GradFix) -> Tensor:
+        ctx.fix = fix
+        fixed = fix(grad)
+        return fixed.view_as(fixed) if fixed is grad else fixed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Fix.apply(grad, ctx.fix), None  # type: ignore[no-untyped-call]
+
+
+def refuse_second(p: Tensor) -> None:
+    """Refuse a backward with create_graph=True under FSDP, which reduces gradients without recording it.
+
+    Raises:
+        AutoTPError: FSDP manages `p`.
+    """
+    if is_managed(p):
+        raise AutoTPError(
+            "second derivatives (create_graph=True) are not computed under FSDP, which reduces gradients without recording how: take "
+            "them of a model that is tensor-parallel alone"
+        )
 
 
 def refuse_sharded_read(module: str, name: str) -> NoReturn:
@@ -159,6 +246,17 @@ def refuse_sharded_read(module: str, name: str) -> NoReturn:
         "fully_shard, or give the inner one to it as well. Or another module reads it, which must be in one unit with it: pass both to one "
         "call, fully_shard([a, b], mesh=…), or leave both to the unit that encloses them"
     )
+
+
+def read_by_token(read: Read, fix: GradFix) -> Tensor | None:
+    """The value of a whole parameter for code that runs on this rank's tokens: `fix` sums its gradient over the ranks."""
+    p = read.tensor
+    if p is None or not (p.requires_grad and torch.is_grad_enabled()):
+        return read.value()
+    if type(p) is LayoutDTensor and in_layout(p, read.layout):
+        return _read(p, fix)  # type: ignore[no-any-return]
+    x = read.value()
+    return _Fix.apply(x, fix) if fix.needed else x  # type: ignore[no-untyped-call]
 
 
 class Read:
@@ -246,6 +344,10 @@ class Read:
         layout = self.layout
         if layout is None:
             return p
+        if isinstance(p, QuantizedDTensor) and alike(p._layout, layout):
+            return p._local_tensor
+        if is_quantized(p):
+            refuse_quantized(type(self.owner).__name__, self.name)
         if isinstance(p, DataParallelDTensor) and record:
             refuse_sharded_read(type(self.owner).__name__, self.name)
         if isinstance(p, LayoutDTensor):

@@ -2,7 +2,7 @@
 
 | kind    | the mistake                                                                                                     |
 |---------|-----------------------------------------------------------------------------------------------------------------|
-| drop    | a collective is left out: a conversion at a module boundary or call, a gradient's sum, a distributed statistic     |
+| drop    | a collective is left out: a conversion at a module boundary or call, a gradient's sum, a statistic, a choice of pairs |
 | double  | an all-reduce is done twice, forward (of a result) or backward (of what enters a region)                         |
 | swap    | two ranks have each other's shard of a parameter                                                                 |
 | bias    | a row-parallel bias is added on each rank instead of once                                                        |

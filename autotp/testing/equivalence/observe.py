@@ -100,7 +100,7 @@ class Watch:
         found = dict(self._forward()[0])
         for path in self.subject.alone:
             found |= {name + by_itself(path): t for name, t in self._alone(path)[0].items()}
-        return {name: t.detach().clone() for name, t in found.items()}
+        return {name: _kept(t) for name, t in found.items()}
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of a weighting of all outputs, and of what each module called by itself returns; {} where nothing has one."""
@@ -152,7 +152,7 @@ class Watch:
         self.model.train()
         try:
             outputs, leaves = self._forward(further=False)
-            found = {path: t.detach().clone() for path, t in outputs.items()}
+            found = {path: _kept(t) for path, t in outputs.items()}
             found |= {f"{GRADIENT}{name}": t for name, t in self._gradients(outputs, leaves).items()}
             if self.subject.given or buffers:
                 self._run = None
@@ -219,6 +219,11 @@ class Watch:
                 outputs |= {f"{path} {name}": tensor for path, tensor in made.items()}
             self._run = outputs, leaves
         return self._run
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy, whole where it is in parts over the ranks (logits)."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def weighted(outputs: Mapping[str, Tensor]) -> Tensor | None:

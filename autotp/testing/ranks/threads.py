@@ -70,6 +70,13 @@ class _Group(dist.ProcessGroup):
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
         return [self.all_gather_single(a, b) for a, b in zip(outputs, inputs, strict=True)][-1]
 
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
+        op = (opts or dist.ReduceScatterOptions()).reduceOp
+        parts = list(input.chunk(self._world))
+        return self._join(f"reduce_scatter {op.op}", threaded.ReduceScatter(op), [input], ([output], [parts]))
+
+    _allgather_base, _reduce_scatter_base = all_gather_single, reduce_scatter_single  # type: ignore[assignment]  # what torch 2.11 calls them
+
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Any:
         root = (opts or dist.BroadcastOptions()).rootRank
         return self._join(f"broadcast from {root}", threaded.Broadcast(root), tensors, tensors)

@@ -50,6 +50,24 @@ class Around(nn.Module):
         return self.inner(x) * self.scale
 
 
+class Reaches(Around):
+    """Uses what a module inside of the wrapped one makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Beside the result."""
+        return super().forward(x) + self.inner.up(x).mean()
+
+
+class ReachesByName(Around):
+    """The same, by a name."""
+
+    name = "up"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Beside the result."""
+        return super().forward(x) + getattr(self.inner, self.name)(x).mean()
+
+
 def replaced(path: str, make: Callable[[Any], nn.Module]) -> Change:
     """The module at `path` is replaced by what `make` makes of it, with the same new weights on every rank."""
 
@@ -77,6 +95,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "another Linear": (replaced("core.blocks.0.mlp.down", _new(INNER, WIDTH)), "core.blocks.0.mlp.down was a Linear .* another Linear"),
     "another mlp": (replaced("core.blocks.0.mlp", _new(WIDTH, WIDTH)), "core.blocks.0.mlp was a Mlp"),
     "a wrapper inside": (replaced("core.blocks.0.mlp.up", Around), "core.blocks.0.mlp.up was a Linear .* is a Around now"),
+    "a wrapper that reaches inside": (replaced("core.blocks.0.mlp", Reaches), "is a Reaches now, whose code reads up of what it wraps"),
+    "a wrapper that reaches by a name": (
+        replaced("core.blocks.0.mlp", ReachesByName),
+        "is a ReachesByName now, whose code reads something",
+    ),
     "other modules of a list": (lambda m: m.core.blocks.__setitem__(0, nn.Identity()), "core.blocks.0 was a Block"),
     "swapped": (lambda m: (a := m.core.blocks[0].attention, *map(a.__setattr__, "qk", (a.k, a.q))), "another Linear"),
     "a block again": (

@@ -369,6 +369,14 @@ HARMLESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 
+def said_again(model: Any, said: str) -> str:
+    """What a call says after a refused one: a refusal accepts nothing."""
+    with pytest.raises(AutoTPError) as again:
+        model(X)
+    assert str(again.value) == said
+    return said
+
+
 def changed(factory: Callable[[], Any], change: Callable[[Any], Any]) -> tuple[float, str, float]:
     """The difference before the change, what the next call says, and the share that a rank holds."""
     torch.manual_seed(0)
@@ -386,7 +394,7 @@ def changed(factory: Callable[[], Any], change: Callable[[Any], Any]) -> tuple[f
         try:
             got = model(X)
         except AutoTPError as error:
-            return apart, str(error), autotp.plan_of(model).local_share
+            return apart, said_again(model, str(error)), autotp.plan_of(model).local_share
         after = copy.deepcopy(plain)
         change(after)
         return apart, f"differs by {float((after(X) - got).detach().abs().max())}", autotp.plan_of(model).local_share

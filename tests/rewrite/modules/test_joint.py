@@ -338,7 +338,7 @@ def test_a_plan_must_name_both_sides() -> None:
 
 
 def test_held_sums_by_hand() -> None:
-    held = HeldSum("a, b", DryComm(2))
+    held = HeldSum("a, b", DryComm(2), None)
     one, two = torch.ones(2, 3, dtype=torch.float64, requires_grad=True), torch.full((6,), 2.0, dtype=torch.float64, requires_grad=True)
     assert torch.equal(held.hold(one), one)  # no call is open
     held.open()

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
-from autotp.plan import layout as layouts
 from autotp.plan.boxes import is_even
+from autotp.rewrite.parameters.data_parallel import DataParallelDTensor
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, same_layout
 from autotp.rewrite.parameters.placements import in_dtype
 
 
@@ -28,12 +29,26 @@ def on_elements(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         if like._layout.is_padded:
             args[0]._clear_padding_()
         return args[0]
+    if like._is_whole and torch.is_grad_enabled() and any(_records(a) for a in args):
+        return result  # a loss, to which a penalty is added
     if not isinstance(result, Tensor) or result.shape != like._local_tensor.shape:
         return like._everywhere(result) if isinstance(result, Tensor) and like._is_whole else NotImplemented
     made = like._like(result, in_dtype(like._spec, result.dtype))
     if like._layout.is_padded:  # it is not what it was made from: cos of it is 1, and a gradient would move the parameter's
         made._clear_padding_()
     return made
+
+
+def _records(x: Any) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, DTensor) and x.requires_grad
+
+
+def _of_this_rank(args: tuple[Any, ...]) -> bool:
+    """True where numbers may come of this data-parallel rank's own data: their gradient is a mean of whole ones, not of chunks."""
+    if all(isinstance(a, DTensor) for a in args if isinstance(a, Tensor)):
+        return False
+    records = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return records or torch._C._current_graph_task_id() != -1
 
 
 def _one_spec(args: tuple[Any, ...]) -> tuple[LayoutDTensor | None, list[Any]]:
@@ -66,6 +81,8 @@ def _parts(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
         return None, []
     if func._schema.name.endswith("_") and not (isinstance(args[0], LayoutDTensor) and same_layout(args[0], like)):
         return None, []
+    if isinstance(like, DataParallelDTensor) and _of_this_rank(args):
+        return None, []
     local = [_local(a, like) if isinstance(a, Tensor) else a for a in args]
     if any(x is None and a is not None for x, a in zip(local, args, strict=True)):
         return None, []
@@ -92,14 +109,6 @@ def _local(x: Tensor, like: LayoutDTensor) -> Tensor | None:
     if x.ndim == 0 or like._is_whole:
         return x
     return like._part(x) if tuple(x.shape) == layout.shape else None
-
-
-def same_layout(a: LayoutDTensor, b: LayoutDTensor) -> bool:
-    """True for tensors whose parts go together."""
-    (x, one), (y, other) = (a._layout, a._spec), (b._layout, b._spec)
-    if not (x is y or x == y or layouts.alike(x, y)):
-        return False
-    return one is other or ((one.mesh is other.mesh or one.mesh == other.mesh) and one.placements == other.placements)
 
 
 def known_order(into: Any, source: Any) -> None:

@@ -12,11 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from autotp.rewrite.parameters.dtensor_operators.arguments import written_in
-from autotp.rewrite.parameters.dtensor_operators.elements import same_layout
 from autotp.rewrite.parameters.dtensor_operators.fused import STEPS, step_of
 from autotp.rewrite.parameters.dtensor_operators.sums import owned, summed
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
-from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, new_dtensor
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, new_dtensor, same_layout
 from autotp.rewrite.parameters.placements import in_dtype
 
 _aten = torch.ops.aten

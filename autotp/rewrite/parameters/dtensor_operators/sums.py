@@ -42,6 +42,8 @@ class Summed(Numbers):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is _aten.detach.default:  # of its own class: it may become a parameter
+            return new_dtensor(cls, args[0]._local_tensor, args[0]._spec, requires_grad=False)
         given = (args, dict(kwargs or {}))
         if func in _ON_PARTS and (parts := _parts_alike(args[0])) is not None:
             return summed(func(parts, *args[1:], **given[1]))

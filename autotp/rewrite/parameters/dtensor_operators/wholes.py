@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from autotp.errors import AutoTPError
 from autotp.rewrite.parameters.dtensor_operators.arguments import written_in
 from autotp.rewrite.parameters.dtensor_operators.fused import STEPS, step_of
+from autotp.rewrite.parameters.dtensor_operators.mixed import is_plain
 from autotp.rewrite.parameters.dtensor_operators.views import PartView, view
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
@@ -68,6 +69,7 @@ def on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], random
     """Runs an operator on whole tensors, on every rank alike."""
     written = list(written_in(func, args, kwargs))
     one = next(t for t in tree_iter((args, dict(kwargs))) if isinstance(t, LayoutDTensor))
+    records = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tree_iter((args, dict(kwargs))))
     wholes = _Wholes()
     new_args, new_kwargs = tree_map_only(Tensor, wholes, args), tree_map_only(Tensor, wholes, dict(kwargs))
     with torch.no_grad():
@@ -77,6 +79,8 @@ def on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], random
                 _same_everywhere(t, one)
     for t in written:
         wholes.write_back(t)
+    computes = records or func.overloadpacket is not torch.ops.aten.cat  # joined states stay laid out: what DDP would send is refused
+    beside_plain = any(is_plain(t) and (records or (computes and t.is_floating_point())) for t in tree_iter((args, dict(kwargs))))
 
     def placed(at: int, x: Any) -> Any:
         if not isinstance(x, Tensor) or x.layout is not torch.strided:  # a sparse one is whole, and plain as gradients are
@@ -87,7 +91,7 @@ def on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], random
             return x  # a plain tensor that was written
         if func.is_view and isinstance(args[0], LayoutDTensor) and (isinstance(args[0], PartView) or not args[0]._is_whole):
             return view(args[0], x, partial(_step, func, args[1:], dict(kwargs), at))
-        return one._everywhere(x)
+        return x if beside_plain else one._everywhere(x)
 
     if isinstance(result, list | tuple):
         return type(result)(placed(i, x) for i, x in enumerate(result))

@@ -1,0 +1,52 @@
+"""A group of ranks without processes, which notes each collective that it is asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from autotp.plan.conversions import CollectiveKind
+from autotp.rewrite.collectives.comm import DryComm
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A collective, and the bytes of its result on each rank."""
+
+    kind: CollectiveKind
+    bytes: int
+
+
+class CountedComm(DryComm):
+    """Rank 0 of `mesh`: an all-reduce changes nothing, as one in place does; an all-gather allocates what it gathers into.
+
+    messages: collectives alike, counted.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__(mesh.size())
+        self.mesh = mesh
+        self.messages: Counter[Message] = Counter()
+
+    def _count(self, kind: CollectiveKind, tensor: Tensor, times: int = 1) -> None:
+        self.messages[Message(kind, tensor.numel() * tensor.element_size() * times)] += 1
+
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        self._count(CollectiveKind.ALL_REDUCE, tensor)
+        return tensor
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self.all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        self._count(CollectiveKind.ALL_GATHER, tensor, self.size)
+        return [torch.empty_like(tensor) for _ in range(self.size)]
+
+    def take_messages(self) -> Counter[Message]:
+        """Returns the collectives since the last call."""
+        done, self.messages = self.messages, Counter()
+        return done

@@ -1,0 +1,131 @@
+"""Runs a module of experts on the (token, slot) pairs whose experts this rank holds.
+
+    tokens [T, H], index [T, k], weights [T, k]  →  rows [n, H], local index [n, 1], weights [n, 1]   (`pick`)
+    results [n, O]  →  [T, O], the rank's summand of each token                                        (`put_back`)
+
+The module's own code runs on the rows as on so many tokens of one slot each. Over the ranks, every pair is picked once, so the results
+sum to those of one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_exporting
+
+from autotp.errors import AutoTPError
+from autotp.plan.expressions import size
+from autotp.plan.layout import intervals
+from autotp.plan.spec import Pairs, Slot
+from autotp.rewrite.attributes import localised
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.modules.boundaries import Binding
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """Pairs of one rank: `token` [n] and `slot` [n] say which, `local` [n] is the number of the expert on this rank.
+
+    spare: the rank has no pair. One stands in, so that the module's code runs; its result and its gradients are dropped.
+    """
+
+    token: Tensor
+    slot: Tensor
+    local: Tensor
+    spare: bool = False
+
+
+def pick(index: Tensor, start: int, stop: int) -> Picked:
+    """Returns the pairs of `index` [T, k] whose experts are `start` to `stop`, in the order of the tokens."""
+    token, slot = ((index >= start) & (index < stop)).nonzero(as_tuple=True)
+    if len(token) or not index.numel():
+        return Picked(token, slot, index[token, slot] - start)
+    first = torch.zeros(1, dtype=torch.int64, device=index.device)
+    return Picked(first, first, first.to(index.dtype), spare=True)
+
+
+def put_back(rows: Tensor, picked: Picked, tokens: int) -> Tensor:
+    """Returns the sums of a rank's `rows` [n, O] by token: [tokens, O]."""
+    return rows.new_zeros(tokens, *rows.shape[1:]).index_add(0, picked.token, rows)
+
+
+class _Dropped(torch.autograd.Function):
+    """Zeros in place of `rows`. What they were made of gets zeros as gradients, whatever numbers there were on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, *of: Tensor) -> Tensor:
+        ctx.like = [(t.shape, t.dtype, t.device) for t in of]
+        return torch.zeros_like(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+
+
+class PairsRun:
+    """Calls the forward of one module with this rank's pairs."""
+
+    __slots__ = ("arguments", "attributes", "count", "running", "span", "where")
+
+    def __init__(self, plan: Pairs, forward: Callable[..., Any], comm: Comm, where: str) -> None:
+        self.where, self.count, self.attributes = where, size(plan.experts), plan.attributes
+        self.running = comm.running  # code that is compiled around this opens no call of the model
+        self.span = next(iter(intervals(plan.experts, comm.rank, comm.size)), (0, 0))
+        self.arguments = tuple(Binding(Slot((name,), ()), forward, comm, where) for name in (plan.tokens, plan.index, plan.weights))
+
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns `forward` as one that takes all tokens and gives this rank's summand of their results."""
+
+        def of_pairs(module: Any, *args: Any, **kwargs: Any) -> Any:
+            tokens, index, weights = self._checked(*(self._given(b, args, kwargs) for b in self.arguments))
+            picked = pick(index, *self.span)
+            x, w = tokens[picked.token], weights[picked.token, picked.slot]
+            positional, keywords = list(args), dict(kwargs)
+            for b, value in zip(self.arguments, (x, picked.local[:, None], w[:, None]), strict=True):
+                if b.index is not None and b.index < len(positional):
+                    positional[b.index] = value
+                else:
+                    keywords[b.name] = value
+            records = torch.is_grad_enabled() and not picked.spare
+            with self.running.opened(), localised(module, self.attributes, self.where), torch.set_grad_enabled(records):
+                rows = forward(module, *positional, **keywords)
+            if not isinstance(rows, Tensor) or rows.dim() != 2 or len(rows) != len(picked.token):
+                raise AutoTPError(f"{self.where}: its forward gave no row for each token, so its experts cannot be dealt whole")
+            if picked.spare:
+                own = (module.__dict__.get(name, p) for name, p in module._parameters.items())
+                rows = _Dropped.apply(rows, x, w, *(p for p in own if p is not None and p.requires_grad))  # type: ignore[no-untyped-call]
+            return put_back(rows, picked, len(tokens))
+
+        return of_pairs
+
+    def _given(self, b: Binding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if b.index is not None and b.index < len(args):
+            return args[b.index]
+        return kwargs.get(b.name)
+
+    def _checked(self, tokens: Any, index: Any, weights: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the arguments.
+
+        Raises:
+            AutoTPError: on every rank, where they are not tokens [T, H] with experts and weights [T, k], or an expert is none of the
+                module's.
+        """
+        if is_exporting():
+            raise AutoTPError(f"{self.where}: how many tokens its experts get is not known in an export: plan with experts='width'")
+        given = (tokens, index, weights)
+        if not all(isinstance(t, Tensor) and t.dim() == 2 for t in given) or index.shape != weights.shape or len(tokens) != len(index):
+            shapes = ", ".join(f"{tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__ for t in given)
+            raise AutoTPError(
+                f"{self.where}: experts that are dealt whole take tokens [T, H], and experts and weights [T, k], got {shapes}: plan with "
+                "experts='width'"
+            )
+        if index.numel() and not bool(((index >= 0) & (index < self.count)).all()):
+            raise AutoTPError(
+                f"{self.where}: a token is routed to an expert outside of 0 to {self.count - 1}, and no rank holds that one: plan with "
+                "experts='width'"
+            )
+        return tokens, index, weights

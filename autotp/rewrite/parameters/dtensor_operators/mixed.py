@@ -1,0 +1,53 @@
+"""Gives plain tensors that meet a parameter in an operator plain gradients, and the parameter one in its layout.
+
+`h @ weight.T` of a plain `h` is computed from the whole weight on every rank, alike. Autograd makes each gradient from what it finds:
+a gradient of `h` may come out as a tensor that is laid out over the ranks, which the code that made `h` (the parallel model, a kernel)
+does not take; that of a weight comes out whole. Hooks on both put that right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_iter
+
+from autotp.rewrite.parameters.compiled_grads import order_gradient
+from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+
+_register = torch.Tensor.register_hook
+
+
+class _Plain:
+    """A hook on a plain tensor: it makes a gradient whole and plain."""
+
+    __slots__ = ()
+    __torch_unserializable__ = True  # the tensor may be saved without it
+
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        return grad.full_tensor() if isinstance(grad, DTensor) else None
+
+
+def keep_kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Hooks the arguments of an operator that record gradients, where some are plain and some are laid out."""
+    tensors = [t for t in tree_iter((args, dict(kwargs))) if isinstance(t, Tensor)]
+    if all(isinstance(t, DTensor) for t in tensors):
+        return
+    for t in tensors:
+        if not t.requires_grad:
+            continue
+        if not isinstance(t, DTensor):
+            hooks: Any = t._backward_hooks
+            if not any(type(hook) is _Plain for hook in (hooks or {}).values()):
+                with torch._C.DisableTorchFunctionSubclass():  # results of the model refuse hooks of users
+                    _register(t, _Plain())  # type: ignore[no-untyped-call]
+        elif isinstance(t, LayoutDTensor) and t.is_leaf:
+            order_gradient(t)
+
+
+def is_plain(x: Any) -> bool:
+    """True for a plain tensor with dims: a number may go with the part of any rank."""
+    return isinstance(x, Tensor) and not isinstance(x, DTensor) and x.ndim > 0

@@ -1,0 +1,93 @@
+"""What is measured on fake tensors is what real ranks hold and send: weights, caches, saved activations, collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.profiler import profile
+
+import autotp
+from autotp.advise.calls import text_calls
+from autotp.advise.measure import measured_serving, measured_training, recomputing
+from autotp.advise.measured import Pass
+from autotp.advise.rank import one_rank
+from autotp.advise.workload import Checkpointing
+from autotp.data_parallel import units
+from autotp.trace.keep import undone
+from tests.advise.real import BATCH, LENGTH, NEW, PROMPT, SEQUENCES, build, count
+from tests.support.ranks import Pool
+
+#: (model type, tp); 3 divides neither heads nor vocabulary.
+CASES = [
+    *((kind, 1) for kind in ("llama", "gpt2", "mixtral")),
+    ("llama", 2),
+    ("gpt2", 3),
+    *(pytest.param(kind, tp, marks=pytest.mark.sweep) for kind, tp in (("gpt2", 2), ("llama", 3), ("mixtral", 2), ("mixtral", 3))),
+]
+
+
+def messages(done: Pass) -> dict[tuple[str, int], int]:
+    return {(str(m.kind), m.bytes): n for m, n in done.messages.items()}
+
+
+@pytest.mark.parametrize(("kind", "tp"), CASES)
+def test_real_ranks_hold_and_send_as_much(kind: str, tp: int, pool: Pool) -> None:
+    ranks = [count(kind, 1)] if tp == 1 else pool.run(count, kind, tp, world=tp)
+    model = build(kind)
+    plan = autotp.plan(model, tp=tp, check="graph")
+    paths, calls = units(model, plan), text_calls(model)
+    with one_rank(model, plan, torch.float32) as rank:
+        served = measured_serving(rank, paths, calls, BATCH, PROMPT, NEW)
+        trained = measured_training(rank, paths, calls.train(SEQUENCES, LENGTH), Checkpointing.NONE)
+    for real in ranks:
+        assert served.weights.parameters == trained.weights.parameters == real.weights
+        assert served.cache == real.cache > 0
+        assert trained.activations == pytest.approx(real.saved, rel=0.005)  # ranks after the first shift the ids that they look up
+        assert messages(served.prefill) == real.prefill
+        assert messages(served.decode) == real.decode
+        assert messages(trained.forward) == real.forward
+        assert messages(trained.backward) == real.backward
+    assert (tp > 1) == bool(messages(served.decode))
+
+
+def allocated(run: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that torch's allocator has handed out when `run` has ended and its result is alive, and the most at a time."""
+    run()  # the first one makes what stays
+    with profile(profile_memory=True) as seen:
+        kept = run()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in seen.kineto_results.events() if e.name() == "[memory]")  # type: ignore[union-attr]
+    alive = list(accumulate(change for _, change in changes))
+    del kept
+    return alive[-1], max(alive)
+
+
+@pytest.mark.parametrize("checkpointing", Checkpointing)
+def test_memory_is_what_the_allocator_hands_out(checkpointing: Checkpointing) -> None:
+    """The bytes alive after a forward, and the most while a model serves. Each kind of checkpointing keeps less than the one before."""
+    model: Any = build("llama").train()
+    ids = torch.zeros(4, 64, dtype=torch.long)
+    plan = autotp.plan(model, tp=1)
+    paths, calls = units(model, plan), text_calls(model)
+    with one_rank(model, plan, torch.float32) as rank:
+        trained = measured_training(rank, paths, calls.train(4, 64), checkpointing)
+        more = measured_training(rank, paths, calls.train(4, 64), Checkpointing.NONE)
+        served = measured_serving(rank, paths, calls, 4, 64, 2)
+    assert (trained.activations < more.activations) == (checkpointing is not Checkpointing.NONE)
+    assert (trained.backward.flops > more.backward.flops) == (checkpointing is Checkpointing.FULL)
+    with undone() as undo:
+        recomputing(model, paths, checkpointing, undo)
+        alive, _ = allocated(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+    assert trained.activations == pytest.approx(alive, rel=0.02)
+
+    def serve() -> object:
+        with torch.no_grad():
+            out = model.eval()(input_ids=ids, use_cache=True, logits_to_keep=1)
+            return model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True).past_key_values
+
+    cache, most = allocated(serve)
+    assert served.cache == pytest.approx(cache, rel=0.02)
+    assert served.cache + served.temporary == pytest.approx(most, rel=0.1)
