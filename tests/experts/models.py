@@ -45,7 +45,7 @@ class Experts(nn.Module):
             self.last = index
         for expert in range(self.num_experts):
             token, slot = torch.where(index == expert)
-            if self.variant == "drops":
+            if self.variant == "drops" or (self.variant == "drops in training" and self.training):
                 most = max(self.least, len(x) * index.shape[1] // self.num_experts)
                 token, slot = token[:most], slot[:most]
             h = self.act(x[token] @ self.up[expert].T + self.bias[expert])

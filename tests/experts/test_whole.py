@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,6 +184,7 @@ def test_more_ranks_than_are_run() -> None:
 #: what a module does → what the plan says
 RULED_OUT = {
     "drops": "does not treat each token and expert by itself",
+    "drops in training": "does not treat each token and expert by itself",
     "normalises": "does not treat each token and expert by itself",
     "mixes": "does not treat each token and expert by itself",
     "dropout": "draws random numbers",
@@ -193,13 +195,38 @@ RULED_OUT = {
 }
 
 
-@pytest.mark.parametrize("variant", swept(RULED_OUT, "drops", "dropout", "remembers"))
+@pytest.mark.parametrize("variant", swept(RULED_OUT, "drops in training", "dropout", "remembers"))
 def test_ruled_out(variant: str) -> None:
     """The width stays cut, the answer is right, and the plan says why in a sentence."""
     found = assert_equivalent(spoilt(variant), tp=2, inputs=inputs(), recipe=RECIPE)
     assert not whole_experts(found.plan)
     assert found.plan.params["blocks.0.experts.up"].layout.dim == 1
     assert any(RULED_OUT[variant] in note for note in found.plan.notes), found.plan.notes
+
+
+def test_one_slot_may_become_two() -> None:
+    """The router gave one expert to a token; what the module does to two shows all the same."""
+    make = partial(Model, partial(Experts, variant="normalises"), k=1)
+    plan = planned(make, 2)[1]
+    assert not whole_experts(plan) and any("treat each token" in note for note in plan.notes), plan.notes
+    assert len(whole_experts(planned(partial(Model, k=1), 2)[1])) == 2
+
+
+def overflowing() -> nn.Module:
+    """The experts that nobody chooses have weights that overflow."""
+    model: Any = OWN["all to one"][0]().double()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.experts.up[:2] = 1e300
+            block.experts.down[:2] = 1e300
+    return model  # type: ignore[no-any-return]
+
+
+def test_nothing_comes_of_the_pair_that_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank without pairs runs one of them: its numbers are infinite, and its gradients zeros as on one device."""
+    assert whole_experts(assert_equivalent(overflowing, tp=2, inputs=inputs(), recipe=RECIPE, steps=2).plan)
+    monkeypatch.setattr(pairs, "_Dropped", SimpleNamespace(apply=lambda rows, *_: rows * 0))  # the control
+    assert not whole_experts(planned(overflowing, 2)[1])
 
 
 #: what a module does → the check that alone rules it out, and what it says where all is well

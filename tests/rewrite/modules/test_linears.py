@@ -135,7 +135,7 @@ def wanted_between(model: Any, x: Tensor) -> Any:
     handle = model.inner.up.register_forward_pre_hook(lambda m, args: seen.append(args[0].requires_grad_()))
     model.requires_grad_(False)
     try:
-        return torch.autograd.grad(model(x.detach()).pow(2).sum(), seen) + (model(x),)
+        return (*torch.autograd.grad(model(x.detach()).pow(2).sum(), seen), model(x))
     finally:
         handle.remove()
         model.requires_grad_(True)

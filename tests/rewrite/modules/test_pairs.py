@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autotp.plan.expressions import Factor
 from autotp.plan.layout import intervals
-from autotp.rewrite.modules.pairs import pick, put_back
+from autotp.rewrite.modules.pairs import _Dropped, pick, put_back
 
 
 @given(experts=st.integers(1, 9), tp=st.integers(1, 5), tokens=st.integers(0, 6), slots=st.integers(1, 3), seed=st.integers(0, 99))
@@ -19,9 +19,10 @@ def test_every_pair_once(experts: int, tp: int, tokens: int, slots: int, seed: i
     for rank in range(tp):
         start, stop = next(iter(intervals(Factor("experts", experts, sharded=True), rank, tp)), (0, 0))
         picked = pick(index, start, stop)
-        if not picked.spare:
-            assert torch.equal(index[picked.token, picked.slot], picked.local + start)
-            seen += len(picked.token)
+        if picked.spare:
+            continue
+        assert torch.equal(index[picked.token, picked.slot], picked.local + start)
+        seen += len(picked.token)
         total += put_back(rows[picked.token, picked.slot], picked, tokens)
     assert seen == index.numel()
     assert torch.allclose(total, rows.sum(1))
@@ -31,7 +32,11 @@ def test_a_rank_without_pairs() -> None:
     """One stands in: the code runs, and nothing comes of it, not even of numbers that are none."""
     picked = pick(torch.zeros(3, 2, dtype=torch.int64), 2, 4)
     assert picked.spare and len(picked.token) == 1
-    row = torch.full((1, 4), float("nan"), requires_grad=True)
-    out = put_back(row, picked, 3)
+    x, weight = torch.ones(1, 4, requires_grad=True), torch.full((4, 4), float("inf"), requires_grad=True)
+    with torch.no_grad():
+        row = x @ (weight - weight)
+    assert row.isnan().all()
+    out = put_back(_Dropped.apply(row, x, weight), picked, 3)  # type: ignore[no-untyped-call]
     out.backward(torch.full_like(out, float("inf")))
-    assert not out.count_nonzero() and row.grad is not None and not row.grad.count_nonzero()
+    assert not out.count_nonzero()
+    assert all(t.grad is not None and not t.grad.count_nonzero() for t in (x, weight))
