@@ -61,16 +61,17 @@ def checked_plan(
     hints: Hints | None = None,
     *,
     check: Check = Check.NUMBERS,
+    apart: frozenset[str] = frozenset(),
 ) -> Plan:
     """As `make_plan`, with numbers compared where that is affordable. The model is left as it was.
 
     Raises:
         AutoTPError: as for `make_plan`.
     """
-    return make_plan(model, tp, inputs, wanted, hints, _examine(model, tp, check, plain=not wanted))
+    return make_plan(model, tp, inputs, wanted, hints, _examine(model, tp, check, apart, plain=not wanted), apart=apart)
 
 
-def _examine(model: nn.Module, tp: int, check: Check, *, plain: bool) -> Examine:
+def _examine(model: nn.Module, tp: int, check: Check, apart: frozenset[str], *, plain: bool) -> Examine:
     """Returns the examination of plans of a model. `plain`: no layouts are requested."""
     if check is Check.GRAPH:
         return _Not("numbers were not asked for")
@@ -81,7 +82,7 @@ def _examine(model: nn.Module, tp: int, check: Check, *, plain: bool) -> Examine
         if is_hugging_face(model) and (large or elements > TWIN_FROM):
             if not plain:
                 raise NoTwin("layouts that are asked for are not those of a smaller twin")
-            return _ByTwin(model, twin_of(model, tp, smaller=True), tp)
+            return _ByTwin(model, twin_of(model, tp, smaller=True), tp, apart)
         if is_hugging_face(model) and bare:
             return _ByNumbers(twin_of(model, tp, smaller=False))
     except NoTwin as error:
@@ -124,8 +125,8 @@ class _ByNumbers:
 class _ByTwin:
     """Plans and runs a smaller twin of the model, once; what is wrong with it is taken for wrong with the model."""
 
-    def __init__(self, model: nn.Module, twin: nn.Module, tp: int) -> None:
-        self.model, self.twin, self.tp = model, twin, tp
+    def __init__(self, model: nn.Module, twin: nn.Module, tp: int, apart: frozenset[str]) -> None:
+        self.model, self.twin, self.tp, self.apart = model, twin, tp, apart
         self.planned: Plan | None = None
         self.run = False  # whether the plan of the twin was
 
@@ -135,7 +136,7 @@ class _ByTwin:
         if self.planned is None:
             examine = _ByNumbers(self.twin)
             try:
-                self.planned = make_plan(self.twin, self.tp, examine=examine, replayed=False)
+                self.planned = make_plan(self.twin, self.tp, examine=examine, replayed=False, apart=self.apart)
             except AutoTPError as error:
                 return Examined(f"graph only: the model is too large to be run, and a smaller twin cannot be planned ({error})")
             here, self.run = _same_places(self.model), examine.run

@@ -19,7 +19,7 @@ from autotp.plan.layout import Layout, alike
 from autotp.plan.placements import placed
 from autotp.plan.plan import Plan
 from autotp.plan.sequence_parallel import tokens_in_parts
-from autotp.planning import prepared
+from autotp.planning import apart_of, prepared
 from autotp.preflight import STATE, tp_mesh
 from autotp.rewrite.apply import apply
 from autotp.rewrite.collectives.comm import GroupComm
@@ -50,7 +50,9 @@ def planned_by_one(model: nn.Module, comm: GroupComm, request: Request, held: Ma
             if all(alike(made.params[name].layout, layout) for name, layout in (held or {}).items()):
                 return made
             wanted = {name: layout for name, layout in (held or {}).items() if not is_dealt(layout)}  # no axis of the planner's is so
-            again = checked_plan(model, comm.size, request.example_inputs, wanted, check=request.check)
+            again = checked_plan(
+                model, comm.size, request.example_inputs, wanted, check=request.check, apart=apart_of(model, request.placements)
+            )
             again = with_experts(again, model, request.example_inputs, request.check, request.placements.experts)
             return placed(again, request.placements)
 

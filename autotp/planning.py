@@ -12,9 +12,9 @@ from torch import nn
 from autotp.errors import InputError, PlanError, TraceError
 from autotp.examine import Check, checked_plan
 from autotp.experts.place import with_experts
-from autotp.plan.experts import with_cut_width
+from autotp.plan.experts import may_be_experts, with_cut_width
 from autotp.plan.notation import UNKNOWN
-from autotp.plan.placements import AS_PLANNED, Placements, placed
+from autotp.plan.placements import AS_PLANNED, Experts, Placements, placed
 from autotp.plan.plan import Plan
 from autotp.planner.make_plan import whole_plan
 from autotp.recipe.bind import bind
@@ -26,8 +26,17 @@ from autotp.recipe.untraced import plan_of_bound
 from autotp.trace.example import Given
 
 
-def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Given | None = None, check: Check = Check.NUMBERS) -> Plan:
+def recipe_plan(
+    recipe: Recipe,
+    model: nn.Module,
+    tp: int,
+    inputs: Given | None = None,
+    check: Check = Check.NUMBERS,
+    apart: frozenset[str] = frozenset(),
+) -> Plan:
     """Returns the plan of `model` that follows `recipe`, proven where the model can be traced. The model stays as it was.
+
+    `apart`: see `make_plan`.
 
     Raises:
         RecipeError: the recipe does not fit, or is not proven: every difference, with its place. TraceError: the model cannot be
@@ -40,12 +49,12 @@ def recipe_plan(recipe: Recipe, model: nn.Module, tp: int, inputs: Given | None 
         return replace(plan_of_bound(bound), notes=(f"UNSAFE: the recipe {recipe.name or recipe.file} is not proven: {recipe.reason}",))
     wanted = wanted_layouts(bound)
     try:
-        made = checked_plan(model, tp, inputs, wanted, _hints(bound), check=check)
+        made = checked_plan(model, tp, inputs, wanted, _hints(bound), check=check, apart=apart)
     except (TraceError, InputError) as error:
         if isinstance(error, InputError) and inputs is not None:
             raise
         return _untraced(bound, error)
-    problems = differences(bound, made, wanted, lambda: checked_plan(model, tp, inputs, check=check))
+    problems = differences(bound, made, wanted, lambda: checked_plan(model, tp, inputs, check=check, apart=apart))
     if problems:
         raise error_of(problems)
     pinned = None if recipe.pinned is None else with_cut_width(recipe.pinned)
@@ -86,11 +95,20 @@ def planned(
         AutoTPError: as for `checked_plan` and `recipe_plan`.
     """
     if recipe is None:
-        made = checked_plan(model, tp, inputs, check=check)
+        made = checked_plan(model, tp, inputs, check=check, apart=apart_of(model, placements))
     else:
         read = Recipe.load(recipe)
-        made, placements = recipe_plan(read, model, tp, inputs, check), read.placements | placements
+        placements = read.placements | placements
+        made = recipe_plan(read, model, tp, inputs, check, apart_of(model, placements))
     return placed(with_experts(made, model, inputs, check, placements.experts), placements)
+
+
+def apart_of(model: nn.Module, placements: Placements) -> frozenset[str]:
+    """Returns the modules whose tokens are to be dispatched if their experts are dealt whole: what routes them stays outside."""
+    if not placements.sequence_parallel or placements.experts is Experts.WIDTH:
+        return frozenset()
+    shapes = {path: [tuple(p.shape) for p in m.parameters(recurse=False)] for path, m in model.named_modules()}
+    return frozenset(path for path, own in shapes.items() if may_be_experts(own))
 
 
 def prepared(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -154,6 +154,12 @@ class LocalComm:
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """See `Comm`."""
         return self.all_reduce(rows).chunk(self.size)[self.rank]
+
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See `Comm`."""
+        counts = self._join("counts of an all_to_all", torch.tensor(sent))
+        parts = self._turns.join(self.rank, f"all_to_all of {rows.dtype}", rows)
+        return torch.cat([torch.split(part, of_each.tolist())[self.rank] for part, of_each in zip(parts, counts, strict=True)])
 
     def begin_sum(self, tensor: Tensor) -> Waits:
         """See `Comm`."""

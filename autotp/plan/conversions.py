@@ -4,6 +4,8 @@
     REDUCE  P → R   all-reduce / identity                     (leaves a region)
     SCATTER P → R, kept in parts over tokens: reduce-scatter / all-gather    (leaves a region, `autotp.rewrite.sequence`)
     ENTER   R, kept in parts over tokens → R: all-gather / reduce-scatter    (enters a region; products gather again for weights)
+    DISPATCH, COMBINE   the same for experts that are dealt whole: each token goes to the ranks of its experts alone, and their results
+            come back: all-to-all / all-to-all  (`autotp.rewrite.sequence.dispatch`)
     GATHER  S → R   all-gather, model order / own part, zero where another copy of a shared index is the owner
     LAZY_GATHER  S → R, kept in parts: gathered by the first operator that needs the whole (`autotp.rewrite.logits`)
     SLICE   R → S   own part / zero-padded part (a P gradient: COPY stands before it where a gradient is needed)
@@ -32,6 +34,8 @@ class Op(Enum):
     REDUCE = "reduce"
     SCATTER = "scatter"
     ENTER = "enter"
+    DISPATCH = "dispatch"
+    COMBINE = "combine"
     GATHER = "gather"
     LAZY_GATHER = "lazy gather"
     SLICE = "slice"
@@ -46,6 +50,7 @@ class CollectiveKind(StrEnum):
     ALL_REDUCE = "all_reduce"
     REDUCE_SCATTER = "reduce_scatter"
     ALL_GATHER = "all_gather"
+    ALL_TO_ALL = "all_to_all"
 
 
 class When(StrEnum):
@@ -77,10 +82,12 @@ CONVERSIONS: Mapping[Op, ConversionRow] = MappingProxyType(
         Op.HOLD: ConversionRow(sums=True),
         Op.REDUCE: ConversionRow(forward=CollectiveKind.ALL_REDUCE, sums=True),
         Op.SCATTER: ConversionRow(CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_GATHER, sums=True),
+        Op.COMBINE: ConversionRow(CollectiveKind.ALL_TO_ALL, CollectiveKind.ALL_TO_ALL, sums=True),
         Op.GATHER: ConversionRow(forward=CollectiveKind.ALL_GATHER),
         Op.LAZY_GATHER: ConversionRow(),
         Op.COPY: ConversionRow(backward=CollectiveKind.ALL_REDUCE),
         Op.ENTER: ConversionRow(CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER),
+        Op.DISPATCH: ConversionRow(CollectiveKind.ALL_TO_ALL, CollectiveKind.ALL_TO_ALL),
         Op.SLICE: ConversionRow(),
         Op.ONCE: ConversionRow(),
     }

@@ -7,7 +7,7 @@ summands of y_t whose experts it holds. Either way the module takes whole tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -38,6 +38,11 @@ def expert_modules(plan: PlanSpec) -> tuple[str, ...]:
     """The modules that own a parameter of three dims, [experts, out, in] for most, that is sharded inside each expert."""
     owners = dict.fromkeys(n.rpartition(".")[0] for n, p in plan.params.items() if len(p.layout.shape) == 3 and p.layout.dim)
     return tuple(owners)
+
+
+def may_be_experts(shapes: Sequence[tuple[int, ...]]) -> bool:
+    """True for a module that owns parameters of these shapes and may be one of experts: all with a dim for them, one [experts, out, in]."""
+    return any(len(s) == 3 for s in shapes) and all(len(s) > 1 and s[0] == shapes[0][0] > 1 for s in shapes)
 
 
 def whole_experts(plan: PlanSpec) -> tuple[str, ...]:

@@ -42,14 +42,15 @@ def with_whole_tokens(plan: P) -> P:
     """Returns `plan` without them."""
     if not tokens_in_parts(plan):
         return plan
-    entering = {m.path for m in plan.modules if _enters(m)}
+    entering = {(m.path, argument) for m in plan.modules for argument in _entering(m)}
     modules = tuple(_whole(m) for m in plan.modules)
     found: list[Traffic] = []
     for t in plan.traffic:
-        if t.kind is CollectiveKind.REDUCE_SCATTER and (t.when is When.FORWARD or t.module in entering):
-            found.append(replace(t, kind=CollectiveKind.ALL_REDUCE))
-        elif t.tokens:
+        if t.tokens:
             continue
+        changed = t.kind in (CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_TO_ALL)
+        if changed and (t.when is When.FORWARD or (t.module, t.argument) in entering):
+            found.append(replace(t, kind=CollectiveKind.ALL_REDUCE))
         else:
             found.append(t)
     return replace(plan, modules=modules, traffic=tuple(found), least_scattered=0)
@@ -73,11 +74,13 @@ def kept_less(plan: PlanSpec) -> int:
 
 
 def _scatters(m: ModulePlan) -> bool:
-    return any(c.op is Op.SCATTER for s in m.outputs for c in s.conversions)
+    return any(c.op in (Op.SCATTER, Op.COMBINE) for s in m.outputs for c in s.conversions)
 
 
-def _enters(m: ModulePlan) -> bool:
-    return any(c.op is Op.ENTER for s in (*m.inputs, *m.outputs) for c in s.conversions)
+def _entering(m: ModulePlan) -> frozenset[str]:
+    """The arguments that are gathered, as `Traffic` calls them."""
+    slots = [(".".join(map(str, s.path)), s) for s in m.inputs] + [("", s) for s in m.outputs]
+    return frozenset(name for name, s in slots if any(c.op in (Op.ENTER, Op.DISPATCH) for c in s.conversions))
 
 
 def _in_parts(plan: PlanSpec, m: ModulePlan) -> ModulePlan:
@@ -96,7 +99,18 @@ def _in_parts(plan: PlanSpec, m: ModulePlan) -> ModulePlan:
         return Slot(s.path, tuple(replace(c, op=Op.ENTER) if c.op is Op.COPY else c for c in s.conversions))
 
     changed = replace(m, inputs=tuple(map(entering, m.inputs)), outputs=tuple(map(out, m.outputs)))
-    return m if changed == m else changed
+    return m if changed == m else _dispatched(changed)
+
+
+def _dispatched(m: ModulePlan) -> ModulePlan:
+    """A module of whole experts that gets hidden states in token parts, and whose sum is scattered, gets its tokens alone."""
+    if m.pairs is None or [(s.path, [c.op for c in s.conversions]) for s in m.outputs] != [((), [Op.SCATTER])]:
+        return m
+    tokens = [s for s in m.inputs if s.path == (m.pairs.tokens,)]
+    if [[c.op for c in s.conversions] for s in tokens] != [[Op.ENTER]]:
+        return m
+    inputs = tuple(Slot(s.path, (Conversion(Op.DISPATCH),)) if s is tokens[0] else s for s in m.inputs)
+    return replace(m, inputs=inputs, outputs=(Slot((), (Conversion(Op.COMBINE),)),))
 
 
 def _joins(s: Slot) -> bool:
@@ -104,7 +118,7 @@ def _joins(s: Slot) -> bool:
 
 
 def _whole(m: ModulePlan) -> ModulePlan:
-    was = {Op.SCATTER: Op.REDUCE, Op.ENTER: Op.COPY}
+    was = {Op.SCATTER: Op.REDUCE, Op.ENTER: Op.COPY, Op.COMBINE: Op.REDUCE, Op.DISPATCH: Op.COPY}
 
     def whole(s: Slot) -> Slot:
         return Slot(s.path, tuple(replace(c, op=was.get(c.op, c.op)) for c in s.conversions))
@@ -113,16 +127,20 @@ def _whole(m: ModulePlan) -> ModulePlan:
 
 
 def _moved(plan: PlanSpec, changed: dict[str, ModulePlan]) -> Iterator[Traffic]:
-    """Each all-reduce becomes a reduce-scatter and an all-gather; a Linear gathers its input once more, for its weight's gradient."""
+    """Each all-reduce becomes a reduce-scatter and an all-gather, or two all-to-alls for experts that are dealt whole.
+
+    A Linear gathers its input once more, for its weight's gradient.
+    """
     for t in plan.traffic:
         m = changed.get(t.module)
         scatters = m is not None and _scatters(m) and t.when is When.FORWARD and t.width
-        enters = m is not None and _enters(m) and t.when is When.BACKWARD and t.width
+        enters = m is not None and t.argument in _entering(m) and t.when is When.BACKWARD and t.width
         if t.kind is not CollectiveKind.ALL_REDUCE or not (scatters or enters):
             yield t
             continue
-        yield replace(t, kind=CollectiveKind.REDUCE_SCATTER)
-        gather = replace(t, kind=CollectiveKind.ALL_GATHER, tokens=True)
+        routed = m is not None and any(c.op is Op.COMBINE for s in m.outputs for c in s.conversions)
+        yield replace(t, kind=CollectiveKind.ALL_TO_ALL if routed else CollectiveKind.REDUCE_SCATTER)
+        gather = replace(t, kind=CollectiveKind.ALL_TO_ALL if routed else CollectiveKind.ALL_GATHER, tokens=True)
         yield replace(gather, when=When.BACKWARD if scatters else When.FORWARD)
         if enters and t.module in plan.tokens.again:
             yield replace(gather, when=When.BACKWARD)

@@ -235,7 +235,8 @@ class AxisInfo:
 class Traffic:
     """A collective of the plan: it moves `width` elements a token, or `elements` for any number of tokens (a parameter's gradient).
 
-    tokens: it is there because hidden states are in token parts.
+    tokens: it is there because hidden states are in token parts. argument: the one that it converts, "" for a result and what is neither.
+    An all-to-all moves what is routed: `width` is what a rank gets where it gets every token.
     """
 
     module: str
@@ -244,6 +245,7 @@ class Traffic:
     width: int = 0
     elements: int = 0
     tokens: bool = False
+    argument: str = ""
 
 
 @dataclass(frozen=True, slots=True)

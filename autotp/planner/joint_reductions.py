@@ -69,7 +69,7 @@ def members(joints: Iterable[Joint]) -> Mapping[str, tuple[tuple[str, ...], ...]
 
 def find_joints(space: GraphIndex, moves: Moves) -> tuple[tuple[Joint, ...], tuple[str, ...]]:
     """Returns the reductions that become one, and notes about those that meet in a sum and stay apart."""
-    reduced = {key.slot for key in moves.reduces - moves.copies if isinstance(key, AtSlot)}
+    reduced = {key.slot for key in moves.reduces - moves.copies if isinstance(key, AtSlot) and key.slot[1] not in space.apart}
     exits = [n for n in space.graph.nodes if n.op is Pseudo.EXIT and slot_key(n) in reduced]
     returned = {v.id for result in space.graph.results for _, v in result.leaves if isinstance(v, Value)}
     returned |= {v.id for values in space.graph.left.values() for v in values}

@@ -84,13 +84,14 @@ def make_plan(
     examine: Examine = _only_replayed,
     *,
     replayed: bool = True,
+    apart: frozenset[str] = frozenset(),
 ) -> Plan:
     """The certified plan of `model` over `tp` ranks. The model is left as it was.
 
     `wanted`: layouts by name that it is to have where that can be proven; compare the plan's own with them. The rest is planned
     around them. `hints`: local values of attributes that are taken where they do (module, path). `examine`: says what is wrong with a
     plan that passed its replay; it is then planned again without that. `replayed`: False leaves the replay out, where the examination
-    is all that is wanted.
+    is all that is wanted. `apart`: modules that are to be regions of their own.
 
     Raises:
         InputError: example inputs are needed or do not fit. TraceError: the model cannot be run on fake tensors.
@@ -98,7 +99,7 @@ def make_plan(
     if tp == 1:
         return whole_plan(model, "tp is 1")
     with undisturbed(model):
-        return _certified(model, tp, inputs, wanted or {}, hints, examine, replayed)
+        return _certified(model, tp, inputs, wanted or {}, hints, examine, replayed, apart)
 
 
 def _certified(
@@ -109,6 +110,7 @@ def _certified(
     hints: Hints | None,
     examine: Examine,
     replayed: bool,
+    apart: frozenset[str],
 ) -> Plan:
     made = next((path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if made is not None:
@@ -121,7 +123,7 @@ def _certified(
     alike = {b: t for b, t in alike_blocks(model).items() if not differing(b, t, wanted, shapes)}
     known: Known = {}
     graph = trace(model, examples, keep, repeats=alike, known=known)
-    space = GraphIndex(find_axes(graph))
+    space = GraphIndex(find_axes(graph), apart)
     asked = by_value(graph.params, wanted)
     bans = Bans({})
     linears = frozenset(path for path, m in model.named_modules() if has_forward_of(type(m), nn.Linear))

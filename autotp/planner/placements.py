@@ -82,10 +82,13 @@ def differentiable(graph: Graph) -> set[int]:
 
 
 class GraphIndex:
-    """Holds the axes in the form that labelling needs: leaf atoms of each dim, frozen."""
+    """Holds the axes in the form that labelling needs: leaf atoms of each dim, frozen.
 
-    def __init__(self, axes: Axes) -> None:
-        self.axes = axes
+    apart: modules that are a region of their own where they are in one: what is around them gets whole tensors and whole gradients.
+    """
+
+    def __init__(self, axes: Axes, apart: frozenset[str] = frozenset()) -> None:
+        self.axes, self.apart = axes, apart
         self.graph = axes.graph
         self.leaves: dict[int, tuple[Atoms, ...]] = {}
         self.carried: dict[int, Atoms] = {}

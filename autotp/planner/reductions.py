@@ -156,6 +156,10 @@ def place_reductions(space: GraphIndex, labels: Labels, places: bool) -> tuple[f
         reduced = next((o for n in (made.get(number),) if n is not None for o in n.outputs if o.id == number), None)
         cut.needed(_At(Side.AFTER, vertices.of(reduced) if reduced is not None else AtValue(number)))
     for node in space.graph.nodes:
+        if node.op is Pseudo.EXIT and node.slot is not None and node.slot[0] in space.apart:
+            for o in node.outputs:
+                if o.id in labels.partial:
+                    cut.needed(vertices.at(Side.AFTER, o))
         if node.op is Pseudo.REPEAT:
             for a, b in zip(node.args[0], node.args[1], strict=True):
                 if a.id in labels.partial and b.id in labels.partial:
@@ -247,6 +251,10 @@ def place_copies(
         if node.op is Pseudo.REPEAT:
             _repeat(cut, vertices, node, whole)
             continue
+        if node.op is Pseudo.ENTER and node.slot is not None and node.slot[0] in space.apart:
+            for o in live:
+                if whole(o):
+                    cut.needed(vertices.at(Side.ABOVE, o))
         for v in _seen_whole(space, node):
             if whole(v):
                 seen[v.id] = v

@@ -68,7 +68,8 @@ class _Counted:
                     continue  # the same tensor as another argument
                 crossed = (kind.value, ".".join(map(str, (path, *(0 if step == "*" else step for step in slot.path)))))
                 if crossed in self.width:  # only other calls ask for the others (attention weights)
-                    yield from _run(path, slot.conversions, self.width[crossed], self.sources.entering.get(crossed))
+                    argument = ".".join(map(str, slot.path)) if kind is Pseudo.ENTER else ""
+                    yield from _run(path, slot.conversions, self.width[crossed], self.sources.entering.get(crossed), argument)
 
     def _at_sites(self) -> Iterator[_Found]:
         sites = {(m.path, s.file, s.function, s.line, s.offset): s for m in self.modules for s in m.sites}
@@ -110,10 +111,10 @@ def _met(
     return ((values[key], conversions) for key, conversions in found.items())
 
 
-def _run(module: str, conversions: Iterable[Conversion], width: int, source: int | None) -> Iterator[_Found]:
+def _run(module: str, conversions: Iterable[Conversion], width: int, source: int | None, argument: str = "") -> Iterator[_Found]:
     for c in conversions:
         for kind, when in c.row.collectives:
-            yield _Found(Traffic(module, kind, when, width), source if when is When.BACKWARD else None)
+            yield _Found(Traffic(module, kind, when, width, argument=argument), source if when is When.BACKWARD else None)
 
 
 def _crossing(node: Node) -> tuple[str, str]:

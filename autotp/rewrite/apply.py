@@ -257,7 +257,8 @@ class _Rewriter:
         outputs = OutputSlots(plan.outputs, self.comm, self.scatter) if plan.outputs else None
         watched = plan.sites or any(r.held for r in reads)
         sites = SiteTable(plan.sites, self.comm, where) if watched else None
-        pairs = PairsRun(plan.pairs, sub.forward, self.comm, where) if plan.pairs is not None else None
+        dispatches = any(c.op is Op.DISPATCH for s in plan.inputs for c in s.conversions)
+        pairs = PairsRun(plan.pairs, sub.forward, self.comm, where, dispatches) if plan.pairs is not None else None
         return self._given_tokens(ModuleRun(sub, reads, inputs, outputs, sites, pairs), sub, plan), module.make_forward
 
     def _given_tokens(self, run: ModuleRun, sub: nn.Module, plan: ModulePlan | None) -> ModuleRun:

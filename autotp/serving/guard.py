@@ -15,7 +15,7 @@ from autotp.errors import AutoTPError, InputError
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
-_METHODS = ("all_reduce_", "all_gather", "all_gather_rows", "reduce_scatter", "broadcast_")
+_METHODS = ("all_reduce_", "all_gather", "all_gather_rows", "reduce_scatter", "all_to_all", "broadcast_")
 _NOBODY, _NEXT = 0, -1
 
 
@@ -60,10 +60,10 @@ class Guard:
         """Lets the next other thread that calls the model do so, as long as this request runs."""
         self._more = _NEXT
 
-    def _checked(self, collective: Callable[[Tensor], Any], tensor: Tensor) -> Any:
+    def _checked(self, collective: Callable[..., Any], tensor: Tensor, *counts: Any) -> Any:
         if not is_dynamo_compiling():
             self.ask()
-        return collective(tensor)
+        return collective(tensor, *counts)
 
     def ask(self) -> None:
         """Raise where this thread has no request."""

@@ -85,19 +85,18 @@ def shifted(index: Tensor, start: int, stop: int) -> Picked:
 def kept(index: Tensor, start: int, stop: int) -> Picked:
     """Numbers of experts that are those of all ranks."""
     found = _pick(index, start, stop)
-    return Picked(found.token, found.slot, (found.local + start).clamp(max=stop - start - 1), found.spare)
+    return Picked(found.token, found.slot, (found.local + start).clamp(max=stop - start - 1))
 
 
 def first_slot(index: Tensor, start: int, stop: int) -> Picked:
     """The weights of other slots."""
     found = _pick(index, start, stop)
-    return Picked(found.token, found.slot * 0, found.local, found.spare)
+    return Picked(found.token, found.slot * 0, found.local)
 
 
-def spent(index: Tensor, start: int, stop: int) -> Picked:
+def spent(rows: Tensor, count: int, *of: Tensor) -> Tensor:
     """A rank without pairs counts the one that stands in."""
-    found = _pick(index, start, stop)
-    return Picked(found.token, found.slot, found.local)
+    return rows.expand(count, -1) + 0 * sum(t.sum() for t in of)
 
 
 def last_alone(rows: Tensor, picked: Picked, tokens: int) -> Tensor:
@@ -106,15 +105,17 @@ def last_alone(rows: Tensor, picked: Picked, tokens: int) -> Tensor:
 
 
 _pick = pairs.pick
-MISTAKES = {"shifted": shifted, "kept": kept, "first_slot": first_slot, "spent": spent}
+MISTAKES = {"shifted": shifted, "kept": kept, "first_slot": first_slot}
 
 
-@pytest.mark.parametrize("name", swept([*MISTAKES, "last_alone"], "first_slot", "spent"))
+@pytest.mark.parametrize("name", swept([*MISTAKES, "spent", "last_alone"], "first_slot", "spent"))
 def test_a_mistake_in_picking_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan = planned(OWN["all to one" if name == "spent" else "loop"][0], 2)
     assert len(whole_experts(plan)) == 2 and not wrong(model, plan)
     if name in MISTAKES:
         monkeypatch.setattr(pairs, "pick", MISTAKES[name])
+    elif name == "spent":
+        monkeypatch.setattr(pairs, "_Dropped", SimpleNamespace(apply=spent))
     else:
         monkeypatch.setattr(pairs, "put_back", last_alone)
     assert wrong(model, plan)
@@ -225,7 +226,7 @@ def overflowing() -> nn.Module:
 def test_nothing_comes_of_the_pair_that_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank without pairs runs one of them: its numbers are infinite, and its gradients zeros as on one device."""
     assert whole_experts(assert_equivalent(overflowing, tp=2, inputs=inputs(), recipe=RECIPE, steps=2).plan)
-    monkeypatch.setattr(pairs, "_Dropped", SimpleNamespace(apply=lambda rows, *_: rows * 0))  # the control
+    monkeypatch.setattr(pairs, "_Dropped", SimpleNamespace(apply=lambda rows, count, *_: rows.expand(count, -1) * 0))  # the control
     assert not whole_experts(planned(overflowing, 2)[1])
 
 

@@ -19,6 +19,7 @@ _METHODS = {
     "begin_gather": ("all_gather", True, True),
     "reduce_scatter": ("reduce_scatter", False, False),
     "begin_scatter": ("reduce_scatter", False, True),
+    "all_to_all": ("all_to_all", False, False),
 }
 
 
@@ -29,10 +30,10 @@ def noted(note: Callable[[GroupComm, str, Tensor, int], None]) -> Iterator[None]
     def watched(name: str) -> Any:
         inner, (kind, is_part, begins) = getattr(GroupComm, name), _METHODS[name]
 
-        def method(self: GroupComm, tensor: Tensor) -> Any:
+        def method(self: GroupComm, tensor: Tensor, *counts: Any) -> Any:
             if not begins or self._overlaps():  # else it calls one of the others
                 note(self, kind, tensor, tensor.nbytes * (self.size if is_part else 1))
-            return inner(self, tensor)
+            return inner(self, tensor, *counts)
 
         return method
 

@@ -8,7 +8,7 @@ collectives, so that a forward stays one graph. So does code under a dispatch mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -63,6 +63,9 @@ class Comm(Protocol):
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """Sums [size · n, ..] over the ranks → this rank's [n, ..]; `rows` keeps its values."""
+
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Rows for each rank in turn, `sent[i]` of them for rank i → those from each rank in turn, `received[i]` from rank i."""
 
     def begin_sum(self, tensor: Tensor) -> Waits:
         """Begins `all_reduce_`; the result is there when the returned function is called."""
@@ -176,6 +179,22 @@ class GroupComm:
             raise
         return found
 
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        if self.size == 1:
+            return rows.clone()
+        rows = rows.contiguous()
+        if is_dynamo_compiling() or _modes():
+            op = torch.ops._c10d_functional
+            return op.wait_tensor(op.all_to_all_single(rows, list(received), list(sent), self.name))  # type: ignore[no-any-return]
+        refuse_transforms()
+        found = rows.new_empty(sum(received), *rows.shape[1:])
+        try:
+            dist.all_to_all_single(found, rows, list(received), list(sent), group=self.wire)
+        except (RuntimeError, ValueError) as error:
+            raise_lost("all-to-all", self.rank, error)
+            raise
+        return found
+
     def begin_sum(self, tensor: Tensor) -> Waits:
         if not self._overlaps():
             return _done(self.all_reduce_(tensor))
@@ -269,6 +288,9 @@ class DryComm:
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         return rows.chunk(self.size)[self.rank].clone()
+
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        return rows.new_zeros(sum(received), *rows.shape[1:])
 
     def begin_sum(self, tensor: Tensor) -> Waits:
         return _done(self.all_reduce_(tensor))

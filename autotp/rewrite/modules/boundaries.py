@@ -9,15 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import PlanError
 from autotp.plan.conversions import Conversion, Op
 from autotp.plan.spec import Slot
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, bind_all
+from autotp.rewrite.collectives.conversions import copy as copy_to
 from autotp.rewrite.collectives.split import Split
 from autotp.rewrite.logits.logits import Show
 from autotp.rewrite.sequence.scatter import Scatter
+from autotp.rewrite.sequence.tokens import ParallelTokens
 
 Path = tuple[str | int, ...]
 
@@ -88,7 +91,8 @@ class Binding:
         if index is None and not takes_any:
             raise PlanError(f"{where}: forward has no argument {name!r}; it takes {[p.name for p in parameters]}")
         self.index, self.name, self.rest = index, name, rest
-        self.convert = bind_all(slot.conversions, comm)
+        dispatches = [c.op for c in slot.conversions] == [Op.DISPATCH]
+        self.convert = _dispatched(comm) if dispatches else bind_all(slot.conversions, comm)
 
 
 class InputSlots:
@@ -130,9 +134,20 @@ class _Once:
         return self.made[key][1]
 
 
+def _combined(sums: Convert) -> Convert:
+    """What leaves experts that are dealt whole: sums of this rank's tokens already where their tokens were dispatched."""
+    return lambda x: x if type(x) is ParallelTokens else sums(x)
+
+
+def _dispatched(comm: Comm) -> Convert:
+    """What enters them: hidden states in token parts stay so until it is known who gets which (`autotp.rewrite.modules.pairs`)."""
+    return lambda x: x if type(x) is ParallelTokens and not is_dynamo_compiling() else copy_to(x, comm)
+
+
 def _bound(conversions: Sequence[Conversion], comm: Comm, scatter: Scatter | None) -> Convert:
-    if [c.op for c in conversions] == [Op.SCATTER]:
-        return scatter or bind_all((Conversion(Op.REDUCE),), comm)
+    if [c.op for c in conversions] in ([Op.SCATTER], [Op.COMBINE]):
+        sums = scatter or bind_all((Conversion(Op.REDUCE),), comm)
+        return sums if conversions[0].op is Op.SCATTER else _combined(sums)
     if [c.op for c in conversions] == [Op.LAZY_GATHER]:
         (lazy,) = conversions
         assert lazy.expr is not None

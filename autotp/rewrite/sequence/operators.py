@@ -120,6 +120,13 @@ def _with_leading(x: InParts, full: tuple[int, ...]) -> Any:
     return _view(x, local.reshape(*(1,) * (len(full) - 2), local.shape[-2], width), tuple(full[:-1]))
 
 
+def _reshape_as(func: Callable[..., Any]) -> Way:
+    def run(x: Any, other: Tensor) -> Any:
+        return _with_leading(x, tuple(other.shape)) if isinstance(x, InParts) else NotImplemented
+
+    return run
+
+
 def _flatten(func: Callable[..., Any]) -> Way:
     def run(x: InParts, start_dim: int = 0, end_dim: int = -1) -> Any:
         full = torch.empty(x.shape, device="meta").flatten(start_dim, end_dim).shape
@@ -259,6 +266,7 @@ _ACTIVATIONS = (
 )  # fmt: skip
 _REST: Mapping[str, Callable[..., Way]] = {
     "contiguous": _aliased, "detach": _aliased, "__getitem__": _index, "view": _reshape, "reshape": _reshape, "flatten": _flatten,
+    "view_as": _reshape_as, "reshape_as": _reshape_as,
     "mean": _reduced, "sum": _reduced, "var": _reduced, "std": _reduced, "amax": _reduced, "amin": _reduced, "norm": _norm,
     "softmax": _softmax, "log_softmax": _softmax, "chunk": _pieces, "split": _pieces, "cat": _joined, "concat": _joined,
     "zeros_like": _like, "ones_like": _like, "empty_like": _like, "full_like": _like,

@@ -77,6 +77,12 @@ class _Group(dist.ProcessGroup):
 
     _allgather_base, _reduce_scatter_base = all_gather_single, reduce_scatter_single  # type: ignore[assignment]  # what torch 2.11 calls them
 
+    def all_to_all_single(self, output: Tensor, input: Tensor, received: Any, sent: Any, opts: Any = None) -> Any:
+        data = output, input, list(received), list(sent)
+        return self._meeting.join(self._at, f"all_to_all {input.dtype}", threaded.AllToAllBase(), data)
+
+    alltoall_base = all_to_all_single  # type: ignore[assignment]
+
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Any:
         root = (opts or dist.BroadcastOptions()).rootRank
         return self._join(f"broadcast from {root}", threaded.Broadcast(root), tensors, tensors)
