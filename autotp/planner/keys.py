@@ -45,7 +45,19 @@ def slot_key(node: Node) -> SlotKey | None:
     return None
 
 
-def key_of(space: GraphIndex, node: Node, index: int) -> Key:
+class Keys:
+    """The keys of all results of a graph. of: value → its key. at: key → (node, number of the result) of each."""
+
+    def __init__(self, space: GraphIndex) -> None:
+        self.of: dict[int, Key] = {}
+        self.at: dict[Key, list[tuple[Node, int]]] = {}
+        for node in space.graph.nodes:
+            for i, o in enumerate(node.outputs):
+                key = self.of[o.id] = _key_of(space, node, i)
+                self.at.setdefault(key, []).append((node, i))
+
+
+def _key_of(space: GraphIndex, node: Node, index: int) -> Key:
     """Returns the place where a conversion of result `index` of a node stands."""
     slot = slot_key(node)
     if slot is not None:

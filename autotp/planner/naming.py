@@ -25,9 +25,7 @@ def pattern_of(space: GraphIndex, gathers: Mapping[SlotKey, Atoms], atom: Atom) 
     """The pattern name of one sharded atom."""
     kinds: set[str] = set()
     softmaxed = False
-    for node in space.graph.nodes:
-        if not any(atom in space.carried.get(v.id, ()) for v in (*space.inputs[node.index], *node.outputs)):
-            continue
+    for node in space.meeting(atom):
         if is_a(node, Is.ATTENTION | Is.SOFTMAX) and node.index in space_softmax(space, node.index, atom):
             softmaxed = True
         elif is_a(node, Is.LOOKUP) and atom in space.leaves[node.args[0].id][0]:

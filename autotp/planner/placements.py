@@ -116,6 +116,16 @@ class GraphIndex:
         self.made = {o.id: n for n in self.graph.nodes for o in n.outputs}
         self.calls, self.storage = Calls(self.graph), Storage(self.graph)
         self._params = {v.id for v in self.graph.params.values()}
+        self._meeting: dict[Atom, list[Node]] | None = None
+
+    def meeting(self, atom: Atom) -> list[Node]:
+        """Returns the nodes that have `atom` in a dim of an argument or a result, in order."""
+        if self._meeting is None:
+            self._meeting = {}
+            for node, inputs in zip(self.graph.nodes, self.inputs, strict=True):
+                for each in frozenset().union(*(self.carried.get(v.id, NONE) for v in (*inputs, *node.outputs))):
+                    self._meeting.setdefault(each, []).append(node)
+        return self._meeting.get(atom, [])
 
     def free(self, key: int) -> bool:
         """True for constants of one value."""

@@ -17,7 +17,7 @@ from autotp.planner.call_specs import CallSpec, sites_of
 from autotp.planner.choice import Choice
 from autotp.planner.in_place import statistics, wrongly_changed
 from autotp.planner.joint_reductions import Joint, conversions_of, members
-from autotp.planner.keys import AtPlace, AtSlot, Key, key_of, slot_key
+from autotp.planner.keys import AtPlace, AtSlot, Key, Keys, slot_key
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
 from autotp.planner.partition import Atoms
@@ -33,10 +33,10 @@ class Builder:
 
     def __init__(
         self, space: GraphIndex, choice: Choice, moves: Moves, local: Localised, namer: Namer, linears: frozenset[str], tp: int,
-        joints: tuple[Joint, ...] = (),
+        joints: tuple[Joint, ...], keys: Keys,
     ) -> None:  # fmt: skip
         self.space, self.choice, self.moves, self.local, self.namer, self.tp = space, choice, moves, local, namer, tp
-        self.linears, self.joints = linears, joints
+        self.linears, self.joints, self.keys = linears, joints, keys
         self.graph, self.labels = space.graph, choice.labels
         self.slots: dict[tuple[Pseudo, str, tuple[str | int, ...]], list[Conversion]] = {}
         self.calls: dict[int, CallSpec] = {}  # node index → spec
@@ -119,10 +119,8 @@ class Builder:
             self.slots.setdefault(key.slot, []).append(conversion)
             return
         if isinstance(key, AtPlace):
-            for node in self.graph.nodes:
-                for i, o in enumerate(node.outputs):
-                    if key_of(self.space, node, i) == key:
-                        self._output(node, o, conversion)
+            for node, i in self.keys.at.get(key, ()):
+                self._output(node, node.outputs[i], conversion)
             return
         maker = self.made.get(key.value)
         if maker is None:

@@ -18,7 +18,7 @@ from enum import Enum
 from math import prod
 
 from autotp.axes.operators.table import Is, is_a
-from autotp.planner.keys import AtPlace, AtSlot, AtValue, Key, key_of, slot_key
+from autotp.planner.keys import AtPlace, AtSlot, AtValue, Key, Keys, slot_key
 from autotp.planner.mincut import MinCut
 from autotp.planner.placements import GraphIndex, Labels, SlotKey
 from autotp.planner.refusals import Refusal
@@ -81,14 +81,14 @@ class _Param:
 class _Vertices:
     """Vertices of values; values that one conversion would act on share theirs."""
 
-    def __init__(self, space: GraphIndex, places: bool) -> None:
+    def __init__(self, space: GraphIndex, keys: Keys, places: bool) -> None:
         """`places`: calls from one place in the code share their vertices; otherwise each value outside slots is alone."""
         self.key: dict[int, Key] = {}
         self.order: dict[int, int] = {}
         self.fixed: set[Key] = set()  # of what no conversion reaches
         for node in space.graph.nodes:
-            for i, o in enumerate(node.outputs):
-                key = key_of(space, node, i)
+            for o in node.outputs:
+                key = keys.of[o.id]
                 if isinstance(key, AtValue):
                     self.fixed.add(key)
                 self.key[o.id] = key if places or isinstance(key, AtSlot) else AtValue(o.id)
@@ -117,9 +117,9 @@ def _cost(key: Key, elements: float, order: int, late: bool = False) -> float:
     return 2 * SITE + base if key.slot[:2] == (Pseudo.EXIT, "") else base
 
 
-def place_reductions(space: GraphIndex, labels: Labels, places: bool) -> tuple[frozenset[Key], frozenset[int]]:
+def place_reductions(space: GraphIndex, labels: Labels, keys: Keys, places: bool) -> tuple[frozenset[Key], frozenset[int]]:
     """Returns (where partial sums are reduced, values still partial after that)."""
-    cut, vertices = MinCut(), _Vertices(space, places)
+    cut, vertices = MinCut(), _Vertices(space, keys, places)
     mixed = _mixed(space, vertices, lambda v: v.id in labels.partial, lambda v: True) | _sealed(space, vertices)
     stops, first = [result.stop for result in space.graph.results], dict[Key, int]()
     summed = labels.partial - {key for key, number in space.graph.fills.items() if number == 0.0}  # zeros are whole and partial
@@ -216,12 +216,12 @@ def _seen_whole(space: GraphIndex, node: Node) -> tuple[Value, ...]:
 
 
 def place_copies(
-    space: GraphIndex, labels: Labels, partial: frozenset[int], reduces: frozenset[Key], places: bool
+    space: GraphIndex, labels: Labels, partial: frozenset[int], reduces: frozenset[Key], keys: Keys, places: bool
 ) -> tuple[frozenset[Key], frozenset[tuple[int, int]], frozenset[int], frozenset[tuple[Side, SlotKey]]]:
     """Returns (where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed,
     hanging slots).
     """
-    cut, vertices = MinCut(), _Vertices(space, places)
+    cut, vertices = MinCut(), _Vertices(space, keys, places)
     flows = space.flows
     sharded = labels.shard
 
@@ -344,18 +344,18 @@ def _added(space: GraphIndex, node: Node, value: Value) -> bool:
     return value.id in meaning.once or any(len(group) > 1 and value.id in group for group in meaning.linear)
 
 
-def place(space: GraphIndex, labels: Labels) -> Moves:
-    """Places all reductions of a labelled graph.
+def place(space: GraphIndex, labels: Labels, keys: Keys) -> Moves:
+    """Places all reductions of a labelled graph; `keys` are the graph's.
 
     Raises:
         Refusal: no placement reduces every partial sum exactly once.
     """
     try:
-        return _place(space, labels, places=True)
+        return _place(space, labels, keys, places=True)
     except Refusal:  # calls from one place may need different things: then each on its own, if the code allows it
-        return _place(space, labels, places=False)
+        return _place(space, labels, keys, places=False)
 
 
-def _place(space: GraphIndex, labels: Labels, places: bool) -> Moves:
-    reduces, partial = place_reductions(space, labels, places)
-    return Moves(reduces, partial, *place_copies(space, labels, partial, reduces, places))
+def _place(space: GraphIndex, labels: Labels, keys: Keys, places: bool) -> Moves:
+    reduces, partial = place_reductions(space, labels, keys, places)
+    return Moves(reduces, partial, *place_copies(space, labels, partial, reduces, keys, places))

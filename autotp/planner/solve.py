@@ -13,6 +13,7 @@ from autotp.planner.bans import Bans
 from autotp.planner.boundaries import find_boundaries, find_copies, find_inside
 from autotp.planner.choice import Choice, choose
 from autotp.planner.joint_reductions import find_joints
+from autotp.planner.keys import Keys
 from autotp.planner.local_ints import Hints, localise
 from autotp.planner.naming import Namer, pattern_of
 from autotp.planner.placements import GraphIndex, label
@@ -38,22 +39,23 @@ def solve(
     Raises:
         PlanError: a fault that stays where nothing is sharded.
     """
+    keys = Keys(space)
     for attempt in range(MAX_ATTEMPTS + 1):
         before = bans.size
         choice = choose(space, tp, bans.cuts, bans.whole, wanted, bans.all)
         try:
             local = localise(space, choice.labels, hints)
-            moves = place(space, choice.labels)
+            moves = place(space, choice.labels, keys)
             namer = Namer({a: pattern_of(space, choice.gathers, a) for a in choice.on}, choice.cuts, param_dims(space))
             joints, notes = find_joints(space, moves)
-            builder = Builder(space, choice, moves, local, namer, linears, tp, joints)
+            builder = Builder(space, choice, moves, local, namer, linears, tp, joints, keys)
             modules = builder.run()
         except Refusal as error:
             reason = str(error)
             if not choice.on:
                 raise PlanError(f"{model}: {reason}, and nothing is sharded") from error
             if error.node is None:
-                _blame_alone(space, choice, bans, reason)
+                _blame_alone(space, choice, bans, keys, reason)
             else:
                 bans.blame(space, choice, error.node, error.reason)
         else:
@@ -73,14 +75,14 @@ def solve(
     raise AssertionError("an axis was taken where none may be")
 
 
-def _blame_alone(space: GraphIndex, choice: Choice, bans: Bans, reason: str) -> None:
+def _blame_alone(space: GraphIndex, choice: Choice, bans: Bans, keys: Keys, reason: str) -> None:
     """Find the axis whose reductions cannot be placed by trying each without the others."""
     found = False
     every = dict.fromkeys(choice.cuts.values())
     for cut in every:
         gathers = {slot: atoms & cut.atoms for slot, atoms in choice.gathers.items()}
         try:
-            place(space, label(space, dict.fromkeys(cut.atoms, cut), gathers, choice.whole))
+            place(space, label(space, dict.fromkeys(cut.atoms, cut), gathers, choice.whole), keys)
         except Refusal:
             bans.cuts[cut] = reason
             found = True

@@ -55,10 +55,10 @@ def test_what_cannot_be_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_placed(monkeypatch: pytest.MonkeyPatch) -> None:
     place = solve.place
 
-    def undecided(space: Any, labels: Any) -> Any:
+    def undecided(space: Any, labels: Any, keys: Any) -> Any:
         if labels.cuts:
             raise Refusal(None, "no way out")
-        return place(space, labels)
+        return place(space, labels, keys)
 
     monkeypatch.setattr(solve, "place", undecided)
     plan = autotp.plan(small(), tp=2, example_inputs={"input": X})
