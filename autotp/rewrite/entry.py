@@ -166,6 +166,7 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
         running.open = False
         raise
     try:
+        running.compiles = entry.scatters and running.records and any(map(_is_compiled, module.modules()))
         if any(isinstance(v, DTensor) for v in (*args, *kwargs.values())):  # rows of a weight, say: whole from here on
             args = tuple(map(_whole, args))
             kwargs = {name: _whole(v) for name, v in kwargs.items()}
@@ -194,6 +195,11 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
 
 def _whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """True after `module.compile()`, and for what `torch.compile(module)` makes."""
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
 
 
 def originals_of(model: nn.Module, plan: Plan) -> Originals:

@@ -11,13 +11,14 @@ class Running:
     """`open` while the outermost module of a call runs. All modules of one model share it; a copy of the model has its own.
 
     records: that call records gradients.
+    compiles: a module in it is compiled. Hidden states stay whole then: what runs between two compiled pieces cannot tell.
     compared: how many calls asked whether their inputs are to be compared between ranks; the same number on every rank.
     """
 
-    __slots__ = ("compared", "open", "records")
+    __slots__ = ("compared", "compiles", "open", "records")
 
     def __init__(self) -> None:
-        self.open = self.records = False
+        self.open = self.records = self.compiles = False
         self.compared = 0
 
     @contextmanager

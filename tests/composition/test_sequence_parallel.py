@@ -16,7 +16,7 @@ from benchmarks.activations import blocks, kept
 from tests.composition.training import Data, adamw, apart, build, by_block, loss_of, mesh_of, train
 from tests.support.collectives import noted
 from tests.support.ranks import Pool
-from tests.support.slow import thinned
+from tests.support.slow import swept, thinned
 
 BOTH = {"sequence_parallel": True, "loss_parallel": True}
 RECIPE = {"placements": BOTH}
@@ -52,15 +52,15 @@ def test_activation_memory(pool: Pool) -> None:
     assert all(0.3 < share <= 0.6 for share in pool.run(memory, torch.float32, world=4))
 
 
-def compiled() -> list[float]:
-    """Code that is compiled all-reduces, and so does a model whose blocks are compiled."""
-    mesh, alone = mesh_of(1, 2), build("even")
+def compiled(kind: str, parts: tuple[str, ...]) -> list[float]:
+    """Code that is compiled all-reduces, and so does a model whose blocks are compiled, between breaks of their graphs too."""
+    mesh, alone = mesh_of(1, 2), build(kind)
     wanted = loss_of(alone, Data(1).ids(0))
     wanted.backward()
     grads = {n: p.grad for n, p in alone.named_parameters()}
-    found = []
-    for part in ("model", "blocks"):
-        model: Any = autotp.parallelize(copy.deepcopy(alone), mesh, sequence_parallel=True, check="graph")
+    found, ran = [], list[str]()
+    for part in parts:
+        model: Any = autotp.parallelize(copy.deepcopy(alone), mesh, sequence_parallel=True, experts="whole", check="graph")
         model.zero_grad()
         quick = model
         if part == "model":
@@ -68,14 +68,16 @@ def compiled() -> list[float]:
         else:
             for layer in model.model.layers:
                 layer.compile(backend="aot_eager")
-        loss_of(quick, Data(1).ids(0)).backward()
+        with noted(lambda comm, kind, tensor, nbytes: ran.append(kind)):
+            loss_of(quick, Data(1).ids(0)).backward()
+        assert not {"reduce_scatter", "all_to_all"} & set(ran)
         found.append(apart(grads, autotp.full_grads(model)))  # type: ignore[arg-type]
     return found
 
 
-@pytest.mark.sweep
-def test_compiled(pool: Pool) -> None:
-    assert max(max(found) for found in pool.run(compiled)) <= 1e-9
+@pytest.mark.parametrize(("kind", "parts"), swept([("even", ("model", "blocks")), ("experts", ("blocks",))], ("experts", ("blocks",))))
+def test_compiled(pool: Pool, kind: str, parts: tuple[str, ...]) -> None:
+    assert max(max(found) for found in pool.run(compiled, kind, parts)) <= 1e-9
 
 
 def adapted() -> float:

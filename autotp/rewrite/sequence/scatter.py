@@ -14,7 +14,7 @@ from autotp.rewrite.sequence.tokens import scattered
 class Scatter:
     """P → R, kept in token parts where it pays: in a call of the model that records gradients, of at least one token a rank.
 
-    Decoding, and code that is being compiled, all-reduces. least: bytes of the whole tensor from which it is scattered. running: the
+    Decoding, and a model with code that is compiled, all-reduces. least: bytes of the whole tensor from which it is scattered. running: the
     model's own, a copy of the model has another one.
     """
 
@@ -33,7 +33,7 @@ class Scatter:
             item: Bytes of an element, where `x` has others.
         """
         running = self.running
-        if not running.records or not running.open or x.ndim < 2 or is_dynamo_compiling():
+        if not running.records or running.compiles or not running.open or x.ndim < 2 or is_dynamo_compiling():
             return None
         kind, shape = self.last, x.shape[:-1]
         if kind is None or kind.shape != shape:
