@@ -58,13 +58,20 @@ def plan(
     sequence_parallel: SequenceParallelOption = "off",
     experts: ExpertsOption = "width",
     tokens: Annotated[int | None, typer.Option(min=1, help="also print the bytes moved for so many tokens, in bfloat16")] = None,
+    why: Annotated[bool, typer.Option("--why", help="on a terminal: say each reason in full, and which parameters have it")] = False,
 ) -> None:
     """Print how TARGET would be sharded, what stays whole and why, and what each token costs in bytes moved."""
     made = _plan(target, tp, inputs, recipe, check, placements(loss_parallel, sequence_parallel, experts))
     if as_json:
         print_json(made.to_dict())
         return
-    typer.echo(str(made))
+    console = Console()
+    if console.is_terminal:
+        from autotp.cli.plan_text import show
+
+        show(made, console, why=why)
+    else:
+        typer.echo(str(made))
     if tokens is not None:
         from autotp.cli.tables import collectives_table
 
@@ -83,7 +90,7 @@ def explain(
     sequence_parallel: SequenceParallelOption = "off",
     experts: ExpertsOption = "width",
 ) -> None:
-    """Say why one parameter or module of TARGET is sharded as it is, or why it is not."""
+    """Say why one parameter or module of TARGET is sharded as it is, or why it is not. The last parts of its name are enough."""
     typer.echo(_plan(target, tp, inputs, recipe, check, placements(loss_parallel, sequence_parallel, experts)).explain(name))
 
 
@@ -126,7 +133,10 @@ def _plan(target: str, tp: int, inputs: str | None, recipe: str | None, check: s
     from autotp import targets
 
     given: dict[str, Any] = {"recipe": recipe, "example_inputs": examples(inputs), "check": check, **placed}
-    return autotp.plan(targets.resolve(target), tp=tp, **{name: value for name, value in given.items() if value is not None})
+    with status("building the model") as update:
+        model = targets.resolve(target)
+        update(f"planning over {tp} ranks")
+        return autotp.plan(model, tp=tp, **{name: value for name, value in given.items() if value is not None})
 
 
 def _version(wanted: bool) -> None:

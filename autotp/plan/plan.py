@@ -7,7 +7,7 @@ from typing import Any, final
 
 import torch
 
-from autotp.plan import cost, export, report
+from autotp.plan import as_dict, cost, explain, export, report
 from autotp.plan.spec import Collective, PaddedAxis, PlanSpec
 
 
@@ -58,10 +58,12 @@ class Plan(PlanSpec):
     def explain(self, name: str) -> str:
         """Says why a parameter, or everything under a module, has its layout.
 
+        The last parts of a name are enough: `self_attn.q_proj` explains the one of each layer, and those that are alike once.
+
         Raises:
             InputError: the plan knows no such parameter or module; names the nearest ones. Or `name` is no text.
         """
-        return report.explain(self, name)
+        return explain.explain(self, name)
 
     def to_tp_plan(self) -> dict[str, str]:
         """Returns the plan as a transformers `tp_plan`: module name → style.
@@ -81,7 +83,7 @@ class Plan(PlanSpec):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan in JSON-able form."""
-        return report.to_dict(self)
+        return as_dict.to_dict(self)
 
     def __str__(self) -> str:
         return report.render(self)
