@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
 
-from autotp.plan import as_dict, cost, explain, export, report
+from autotp.plan import as_dict, brief, cost, explain, export, report
+from autotp.plan.page import page
 from autotp.plan.spec import Collective, PaddedAxis, PlanSpec
 
 
@@ -81,9 +84,25 @@ class Plan(PlanSpec):
         """
         return export.to_parallelize_module(self)
 
+    def to_html(self, *, against: Mapping[str, PlanSpec] = MappingProxyType({}), dtype: torch.dtype = torch.bfloat16) -> str:
+        """Returns the plan as a page of one HTML file: the model as blocks, what is sent, memory, a table (docs/report.md).
+
+        Args:
+            against: Name → another plan of the model, at another tp or by another recipe. The page says what differs.
+            dtype: Of the weights and of what is sent.
+
+        Raises:
+            InputError: jinja2 is not installed (`pip install 'autotp[report]'`), or an argument is of another type.
+        """
+        return page.page(self, against, dtype)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan in JSON-able form."""
         return as_dict.to_dict(self)
+
+    def _repr_html_(self) -> str:
+        """Returns the short form that notebooks show."""
+        return brief.brief(self)
 
     def __str__(self) -> str:
         return report.render(self)

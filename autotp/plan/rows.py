@@ -5,7 +5,7 @@ A reason is said once for all rows that have it: the rows hold its number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autotp.plan.kinds import Kind, kinds
@@ -49,10 +49,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The rows in the order of the plan; reason `n` of a row is `reasons[n - 1]`."""
+    """The rows in the order of the plan; reason `n` of a row is `reasons[n - 1]`. `row_of`: parameter → its row."""
 
     rows: tuple[Row, ...]
     reasons: tuple[str, ...]
+    row_of: Mapping[str, Row]
 
     def names(self, reason: int) -> Iterator[str]:
         """Yields the names of the rows that have a reason, each with how many there are."""
@@ -69,7 +70,8 @@ def table(plan: PlanSpec) -> Table:
         groups.setdefault(key, []).append(name)
     numbers: dict[str, int] = {}
     reasons: list[str] = []
-    rows = []
+    rows: list[Row] = []
+    row_of: dict[str, Row] = {}
     for names in groups.values():
         first, p = names[0], plan.params[names[0]]
         number, tied = 0, plan.aliases.get(first, "")
@@ -78,7 +80,8 @@ def table(plan: PlanSpec) -> Table:
             reasons += [p.reason] if number > len(reasons) else []
         name = folded(first) if len(names) > 1 else first
         rows.append(Row(name, len(names), first, p.layout, kind_of[first], p.axis, tied, number))
-    return Table(tuple(rows), tuple(reasons))
+        row_of.update(dict.fromkeys(names, rows[-1]))
+    return Table(tuple(rows), tuple(reasons), row_of)
 
 
 def times(count: int) -> str:
