@@ -83,7 +83,8 @@ def test_blocks_are_folded_and_say_what_is_sent(llama, page):
     hidden = llama.params["model.norm.weight"].layout.shape[0]
     assert text.count(f"all-reduce, forward: {2 * hidden} B a token") == 3
     assert "q_proj.weight column-parallel" in text and "o_proj.weight row-parallel" in text
-    assert "it carries the width of the model" in text
+    assert "Layout (h* d) e. Cut along dim 0 (attention)." in text
+    assert "Layout e. Whole on every rank: it carries the width of the model" in text
 
 
 def test_every_parameter_is_in_the_outline_once(llama):
