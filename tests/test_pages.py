@@ -15,6 +15,7 @@ PAGES = {
     "advise.md": ("transformers", Ran(2, 3)),
     "loss_parallel.md": ("transformers", Ran(1, 1)),
     "quantization.md": ("torchao", Ran(1, 1)),
+    "report.md": ("transformers", Ran(1, 2)),
     "sequence_parallel.md": ("transformers", Ran(1, 1)),
     "serving.md": ("transformers", Ran(2, 2)),
 }

@@ -9,7 +9,7 @@ from autotp.advise.option import Option
 from autotp.advise.spec import AdviceSpec
 from autotp.advise.text import PARTS, memory_rows, speed_rows, title
 from autotp.advise.words import gigabytes
-from autotp.errors import InputError
+from autotp.pages.render import render
 
 _LEFT, _WIDTH = 150, 640  # of the bars, in the picture's units
 
@@ -20,14 +20,10 @@ def page(advice: AdviceSpec) -> str:
     Raises:
         InputError: jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise InputError("a page needs jinja2, which is not installed: pip install 'autotp[report]'") from error
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     room = advice.machine.room
     scale = _WIDTH / max(room, *(o.memory.total for o in advice.options))
-    text: str = environment.get_template("report.html.j2").render(
+    return render(
+        Path(__file__).with_name("report.html.j2"),
         advice=advice,
         title=title(advice),
         parts=[p for p in PARTS if any(getattr(o.memory, p) for o in advice.options)],
@@ -37,7 +33,6 @@ def page(advice: AdviceSpec) -> str:
         best=-1 if advice.best is None else advice.options.index(advice.best),
         tables=[{"title": "Memory in numbers", "rows": memory_rows(advice)}, {"title": "Time", "rows": speed_rows(advice)}],
     )
-    return text
 
 
 def _bars(option: Option, scale: float) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from autotp.cli.options import InputsOption, RecipeOption, TargetArgument, examples, status
-from autotp.cli.output import print_json
+from autotp.cli.output import check_folder, print_json, write_file
 from autotp.errors import InputError
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -46,7 +46,7 @@ def advise(
     from autotp.advise.workload import Serve, Train
 
     if html is not None:
-        _folder(html)
+        check_folder(html)
     if serve == train:
         raise InputError("advise: pass one of --serve and --train")
     serving = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "kv_dtype": kv_dtype}
@@ -77,7 +77,7 @@ def advise(
             on_event=update,
         )
     if html is not None:
-        _write(html, page(advice))
+        write_file(html, page(advice))
     if as_json:
         print_json(advice.to_dict())
         return
@@ -94,24 +94,11 @@ def calibrate(
     """Measure this machine's products, memory and all-reduces; write a file that `advise --gpu` and `--link` take."""
     from autotp.advise.calibrate import calibrate as measure
 
-    _folder(output)
+    check_folder(output)
     with status("measuring"):
         table = measure(ranks=ranks, backend=backend, dtype=dtype, timeout=timeout)
-    _write(output, table)
+    write_file(output, table)
     typer.echo(table, nl=False)
-
-
-def _folder(file: Path) -> None:
-    """Refuses a file that has no folder, before time is spent on what goes into it."""
-    if not file.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {file.absolute().parent} to write {file.name} to")
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}") from error
 
 
 def bytes_of(text: str) -> float:

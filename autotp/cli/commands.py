@@ -1,4 +1,4 @@
-"""The command line: `autotp plan | explain | verify | advise | calibrate | shard | unshard | recipe | demo`.
+"""The command line: `autotp plan | explain | report | verify | advise | calibrate | shard | unshard | recipe | demo`.
 
 Exit codes: 0 done, 1 a verification or the demo failed, 2 bad input. Errors are lines on stderr, `error: ...`; results go to
 stdout, progress to stderr. The commands that need torch import it; `--help` does not.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -25,16 +25,18 @@ from autotp.cli.options import (
     SequenceParallelOption,
     TargetArgument,
     TpOption,
-    examples,
+    make_plan,
     placements,
     status,
 )
 from autotp.cli.output import print_json
 from autotp.cli.recipe import app as recipe_app
+from autotp.cli.report import report
 from autotp.errors import AutoTPError, RecipeError
 
 app = typer.Typer(name="autotp", help="Tensor parallelism for any PyTorch model.", add_completion=False, rich_markup_mode=None)
 app.add_typer(recipe_app, name="recipe")
+app.command()(report)
 app.command()(advise)
 app.command()(calibrate)
 app.command()(shard)
@@ -58,13 +60,20 @@ def plan(
     sequence_parallel: SequenceParallelOption = "off",
     experts: ExpertsOption = "width",
     tokens: Annotated[int | None, typer.Option(min=1, help="also print the bytes moved for so many tokens, in bfloat16")] = None,
+    why: Annotated[bool, typer.Option("--why", help="on a terminal: say each reason in full, and which parameters have it")] = False,
 ) -> None:
     """Print how TARGET would be sharded, what stays whole and why, and what each token costs in bytes moved."""
-    made = _plan(target, tp, inputs, recipe, check, placements(loss_parallel, sequence_parallel, experts))
+    made = make_plan(target, tp, inputs, recipe, check, placements(loss_parallel, sequence_parallel, experts))
     if as_json:
         print_json(made.to_dict())
         return
-    typer.echo(str(made))
+    console = Console()
+    if console.is_terminal:
+        from autotp.cli.plan_text import show
+
+        show(made, console, why=why)
+    else:
+        typer.echo(str(made))
     if tokens is not None:
         from autotp.cli.tables import collectives_table
 
@@ -83,8 +92,8 @@ def explain(
     sequence_parallel: SequenceParallelOption = "off",
     experts: ExpertsOption = "width",
 ) -> None:
-    """Say why one parameter or module of TARGET is sharded as it is, or why it is not."""
-    typer.echo(_plan(target, tp, inputs, recipe, check, placements(loss_parallel, sequence_parallel, experts)).explain(name))
+    """Say why one parameter or module of TARGET is sharded as it is, or why it is not. The last parts of its name are enough."""
+    typer.echo(make_plan(target, tp, inputs, recipe, check, placements(loss_parallel, sequence_parallel, experts)).explain(name))
 
 
 @app.command()
@@ -102,12 +111,12 @@ def verify(
 
     with status("starting the ranks") as update:
         followed = None if recipe is None else Recipe.load(recipe)
-        report = run(target, tp, inputs=inputs, recipe=followed, timeout=timeout, on_event=update)
+        found = run(target, tp, inputs=inputs, recipe=followed, timeout=timeout, on_event=update)
     if as_json:
-        print_json(report.to_dict())
+        print_json(found.to_dict())
     else:
-        typer.echo(str(report))
-    raise typer.Exit(0 if report.passed else 1)
+        typer.echo(str(found))
+    raise typer.Exit(0 if found.passed else 1)
 
 
 @app.command()
@@ -119,14 +128,6 @@ def demo(
     from autotp.cli.demo import run_demo
 
     raise typer.Exit(run_demo(question, tokens))
-
-
-def _plan(target: str, tp: int, inputs: str | None, recipe: str | None, check: str, placed: Mapping[str, Any]) -> Any:
-    import autotp
-    from autotp import targets
-
-    given: dict[str, Any] = {"recipe": recipe, "example_inputs": examples(inputs), "check": check, **placed}
-    return autotp.plan(targets.resolve(target), tp=tp, **{name: value for name, value in given.items() if value is not None})
 
 
 def _version(wanted: bool) -> None:

@@ -58,3 +58,15 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
     """Shows the current step on stderr, and only where a person watches."""
     with Console(stderr=True).status(text) as shown:
         yield lambda now: shown.update(now)
+
+
+def make_plan(target: str, tp: int, inputs: str | None, recipe: str | None, check: str, placed: Mapping[str, Any]) -> Any:
+    """Plans TARGET as the options say; shows progress."""
+    import autotp
+    from autotp import targets
+
+    given: dict[str, Any] = {"recipe": recipe, "example_inputs": examples(inputs), "check": check, **placed}
+    with status("building the model") as update:
+        model = targets.resolve(target)
+        update(f"planning over {tp} ranks")
+        return autotp.plan(model, tp=tp, **{name: value for name, value in given.items() if value is not None})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
 
-from autotp.plan import cost, export, report
+from autotp.plan import as_dict, brief, cost, explain, export, report
+from autotp.plan.page import page
 from autotp.plan.spec import Collective, PaddedAxis, PlanSpec
 
 
@@ -58,10 +61,12 @@ class Plan(PlanSpec):
     def explain(self, name: str) -> str:
         """Says why a parameter, or everything under a module, has its layout.
 
+        The last parts of a name are enough: `self_attn.q_proj` explains the one of each layer, and those that are alike once.
+
         Raises:
             InputError: the plan knows no such parameter or module; names the nearest ones. Or `name` is no text.
         """
-        return report.explain(self, name)
+        return explain.explain(self, name)
 
     def to_tp_plan(self) -> dict[str, str]:
         """Returns the plan as a transformers `tp_plan`: module name → style.
@@ -79,9 +84,25 @@ class Plan(PlanSpec):
         """
         return export.to_parallelize_module(self)
 
+    def to_html(self, *, against: Mapping[str, PlanSpec] = MappingProxyType({}), dtype: torch.dtype = torch.bfloat16) -> str:
+        """Returns the plan as a page of one HTML file: the model as blocks, what is sent, memory, a table (docs/report.md).
+
+        Args:
+            against: Name → another plan of the model, at another tp or by another recipe. The page says what differs.
+            dtype: Of the weights and of what is sent.
+
+        Raises:
+            InputError: jinja2 is not installed (`pip install 'autotp[report]'`), or an argument is of another type.
+        """
+        return page.page(self, against, dtype)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan in JSON-able form."""
-        return report.to_dict(self)
+        return as_dict.to_dict(self)
+
+    def _repr_html_(self) -> str:
+        """Returns the short form that notebooks show."""
+        return brief.brief(self)
 
     def __str__(self) -> str:
         return report.render(self)

@@ -44,6 +44,11 @@ def run(capsys):
         (("plan", "gpt2", "--tp", "2", "--experts", "all"), "experts is 'all', wanted one of 'width', 'whole', 'auto'"),
         (("explain", "gpt2", "x", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
         (("verify", "gpt2", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
+        (("report", "gpt2", "--tp", "2"), "Missing option '-o'"),
+        (("report", "gpt2", "--tp", "2", "-o", "no/such/page.html"), "there is no folder"),
+        (("report", "gpt2", "--tp", "2", "-o", "/"), "is a folder, wanted a file"),
+        (("report", "lama", "--tp", "2", "-o", "page.html"), "near names: llama"),
+        (("report", "gpt2", "--tp", "2", "-o", "page.html", "--against", "no/such.yaml"), "no/such.yaml"),
         (("recipe", "init", "gpt2", "--tp", "1000000"), "tp is 1000000, wanted at most 1024"),
     ],
 )
@@ -61,7 +66,7 @@ def test_version(run):
     assert (code, out) == (0, "autotp 0.1.0\n")
 
 
-@pytest.mark.parametrize("command", [(), ("plan",), ("explain",), ("verify",), ("demo",)])
+@pytest.mark.parametrize("command", [(), ("plan",), ("explain",), ("report",), ("verify",), ("demo",)])
 def test_help(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0
@@ -173,7 +178,7 @@ def test_alike_collectives_are_counted():
 @pytest.fixture
 def folder(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8, **sizes}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 4096, **sizes}))
     return str(tmp_path)
 
 
@@ -193,6 +198,21 @@ def test_a_real_explanation(run, folder):
     assert code == 2
     assert "model.layers.0.self_attn" in err
     assert err.count("\n") == 1
+
+
+def test_a_real_report(run, folder, tmp_path, monkeypatch):
+    """Another tp and a recipe beside it; without jinja2 nothing is planned."""
+    file = tmp_path / "page.html"
+    (tmp_path / "own.yaml").write_text("extends: llama\n")
+    options = ("--check", "graph", "--against", "4", "--against", str(tmp_path / "own.yaml"))
+    code, out, err = run("report", folder, "--tp", "2", "-o", str(file), *options)
+    assert (code, out) == (0, "") and err.startswith(f"wrote {file} (")
+    text = file.read_text()
+    assert "Against tp=4: LlamaForCausalLM over tp=4" in text and f"Against {tmp_path / 'own.yaml'}: " in text
+    file.unlink()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    code, _, err = run("report", "no such target", "--tp", "2", "-o", str(file))
+    assert code == 2 and "pip install 'autotp[report]'" in err and err.count("\n") == 1 and not file.exists()
 
 
 def mlp():

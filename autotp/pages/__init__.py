@@ -1,0 +1,3 @@
+"""Pages of one HTML file each: one stylesheet, no network, light and dark."""
+
+from __future__ import annotations
