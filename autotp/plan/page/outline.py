@@ -94,6 +94,8 @@ def outline(plan: PlanSpec, table: Table, dtype: torch.dtype) -> Block:
 
 def _above(t: Traffic, m: ModulePlan) -> bool:
     """True where values enter: gradients of what enters are summed there, and token parts gathered."""
+    if t.argument or t.kind is CollectiveKind.ALL_TO_ALL:
+        return bool(t.argument)
     enters = any(c.op is Op.ENTER for slot in m.inputs for c in slot.conversions)
     scatters = any(c.op is Op.SCATTER for slot in m.outputs for c in slot.conversions)
     if t.kind is CollectiveKind.ALL_GATHER:

@@ -18,5 +18,6 @@ FAMILIES = ["llama", "gpt2", "gemma2", "phi3", "bloom", "cohere", "gptj", "bert"
 
 @pytest.mark.parametrize("family", swept(FAMILIES, "gemma2"))
 def test_family(family: str) -> None:
-    found = assert_equivalent(partial(transformer, family), tp=2, recipe=RECIPE)
+    experts = {"experts": "eager"} if family == "deepseek_v3" else {}  # grouped products have no float64
+    found = assert_equivalent(partial(transformer, family, **experts), tp=2, recipe=RECIPE)
     assert logits_in_parts(found.plan)
