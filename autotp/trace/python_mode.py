@@ -16,6 +16,7 @@ from autotp.trace.gradients import ABOUT_GRADIENTS, Gradients
 from autotp.trace.graph import Place, PythonCall
 from autotp.trace.ints import Life, SizeRef, TaggedInt
 from autotp.trace.module_calls import ModuleCalls
+from autotp.trace.opened import opened
 from autotp.trace.provenance import gather
 from autotp.trace.tape import Caller, Tape
 from autotp.trace.unknown_data import UnknownData
@@ -80,6 +81,9 @@ class PythonMode(TorchFunctionMode):
         self.met(func, args)
         if func in _SIZES:
             return self._size(func, args[0], args[1:], kwargs or {})
+        if (inside := opened(func)) is not None:
+            with self:
+                return inside(*args, **(kwargs or {}))
         code, offset = call_place(2)
         if func == _SET_DATA and not tape.quiet and is_model(code.co_filename):
             self.accesses.replaced("`.data = …`")
