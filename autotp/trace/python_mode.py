@@ -107,7 +107,7 @@ class PythonMode(TorchFunctionMode):
             if isinstance(result, Tensor) and self.values.known(result) is None:
                 self.values.adopt(result, tape.nodes[-1])
             found: list[int] = []
-            gather((result,), [], found, self.values)
+            gather((result,), [], found, self.values, self.life)
             tape.python[number] = PythonCall(getattr(func, "__name__", str(func)), tuple(found))
         return result
 
