@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -199,6 +200,7 @@ def assemble(
 def _install(
     model: nn.Module, mesh: DeviceMesh, comm: GroupComm, made: Plan, request: Request, make_param: MakeParam | None = None
 ) -> nn.Module:
+    import_module("autotp.integrations")  # a plug-in: it puts its answers on the list, and knows this module, not the other way round
     return install(model, mesh, comm, made, request, ANSWERS, make_param, Again(model, ANSWERS))
 
 

@@ -4,8 +4,8 @@ Every int that the code passed to an operator carries an expression over attribu
 tensors change by themselves. Each int must then equal the local size that the axes demand, or its old value where nothing is
 demanded. The attributes are the unknowns of a small constraint problem, solved by search.
 
-An int that no attribute solves is overridden at its call site, unless the number is a literal in the code or has no demand. Then
-the axis that it belongs to cannot be sharded.
+An int that no attribute solves is overridden at its call site, also a number that is written in the code. Where it has no demand, the
+axis that it belongs to cannot be sharded.
 """
 
 from __future__ import annotations
@@ -118,14 +118,13 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
         got = search.value(c.expr, solution)
         if got == c.local:
             continue
-        if not any(True for _ in leaves(c.expr)):
-            raise Refusal(c.node, f"{c.expr.value} is written as a number in the code and would have to be {c.local}")
         if not c.demanded:
             raise Refusal(c.node, f"{show(c.expr)} is used as a number there: {c.expr.value} would become {got}")
         if c.local == c.expr.value:
             raise Refusal(c.node, f"{show(c.expr)} must stay {c.local} there, and would become {got}")
-        if c.node.place is None:
-            raise Refusal(c.node, f"{show(c.expr)} would have to be {c.local}, and no call site can be told")
+        if c.node.place is None or space.graph.sealed(c.node):
+            origin = "" if any(True for _ in leaves(c.expr)) else " is written as a number in the code, or its origin was lost, and"
+            raise Refusal(c.node, f"{show(c.expr)}{origin} would have to be {c.local}, and no call site can be told")
         overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
     return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()})
 

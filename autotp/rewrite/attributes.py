@@ -1,4 +1,5 @@
-"""Makes plain attributes local: `num_heads`, `config.n_embd`, `split_sizes.0`.
+"""Makes plain attributes local: `num_heads`, `config.n_embd`, `split_sizes.0`, `axes.h`, `split.keywords.h`,
+`split.__closure__.h`.
 
 An object on the way (a config shared by all modules) is copied for the module, so no other module reads the local value.
 """
@@ -8,7 +9,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
+from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -16,6 +19,7 @@ from torch import nn
 from autotp.errors import PlanError
 from autotp.plan.spec import LocalAttribute
 from autotp.rewrite.undo import Undo
+from autotp.trace.tags import names_of, put
 
 #: In the `__dict__` of a module with local attributes: what they are.
 LOCAL = "_autotp_local"
@@ -87,18 +91,35 @@ def _changed(value: Any, path: list[str], attribute: LocalAttribute, copies: dic
     if isinstance(value, dict):
         actual = key if key in value else int(key)
         return {**value, actual: _changed(value[actual], rest, attribute, copies, where)}
+    if type(value) is partial:
+        parts: dict[str, Any] = {"args": value.args, "keywords": value.keywords}
+        parts[key] = _changed(parts[key], rest, attribute, copies, where)
+        return partial(value.func, *parts["args"], **parts["keywords"])
+    if isinstance(value, FunctionType):
+        return _with_variable(value, rest[0], attribute, where)
     clone = _private(value, copies, where, attribute)
     key = getattr(type(value), "attribute_map", {}).get(key, key)  # transformers' aliases: n_embd → hidden_size
-    if key not in clone.__dict__:
+    if key not in names_of(clone):
         raise PlanError(f"{where}: {type(value).__name__} holds no plain attribute {key!r} ({attribute.path})")
-    clone.__dict__[key] = _changed(clone.__dict__[key], rest, attribute, copies, where)
+    put(clone, key, _changed(getattr(clone, key), rest, attribute, copies, where))
+    return clone
+
+
+def _with_variable(function: FunctionType, name: str, attribute: LocalAttribute, where: str) -> FunctionType:
+    """Returns the function with a variable of its closure changed; the other variables stay shared."""
+    cells = list(function.__closure__ or ())
+    at = function.__code__.co_freevars.index(name)
+    cells[at] = CellType(_changed(cells[at].cell_contents, [], attribute, {}, where))
+    clone = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
+    clone.__kwdefaults__, clone.__qualname__, clone.__module__ = function.__kwdefaults__, function.__qualname__, function.__module__
+    clone.__dict__.update(function.__dict__)
     return clone
 
 
 def _private(value: Any, copies: dict[int, Any], where: str, attribute: LocalAttribute) -> Any:
     """Returns this module's own shallow copy of `value`: made once, found again by the original or by the copy itself."""
     if id(value) not in copies:
-        if not hasattr(value, "__dict__") or isinstance(value, nn.Module):
+        if not (hasattr(value, "__dict__") or is_dataclass(value)) or isinstance(value, nn.Module):
             raise PlanError(f"{where}: cannot copy the {type(value).__name__} that holds {attribute.path}")
         clone = copy.copy(value)
         copies[id(value)] = copies[id(clone)] = clone

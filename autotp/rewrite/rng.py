@@ -83,18 +83,22 @@ class SyncedGenerate:
 
 
 class Dropouts:
-    """Tells whether modules will draw dropout masks in training: dropout modules, and configs with a dropout above zero."""
+    """Tells whether modules will draw dropout masks in training: dropout modules, and modules (`nn.MultiheadAttention`, `nn.LSTM`) and
+    configs with a dropout above zero.
+    """
 
-    __slots__ = ("_configs", "_modules")
+    __slots__ = ("_configs", "_modules", "_own")
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         every = list(modules)
         self._modules = [m for m in every if isinstance(m, nn.modules.dropout._DropoutNd)]
+        self._own = [(m, k) for m in every for k, v in vars(m).items() if "drop" in k and isinstance(v, float)]
         self._configs = list({id(c): c for m in every if hasattr(c := m.__dict__.get("config"), "__dict__")}.values())
 
     def active(self) -> bool:
         """True when a dropout probability is above zero."""
-        return any(m.p > 0 for m in self._modules) or any(map(_drops, self._configs))
+        own = any(isinstance(p := vars(m).get(k), float) and p > 0 for m, k in self._own)
+        return own or any(m.p > 0 for m in self._modules) or any(map(_drops, self._configs))
 
 
 def _drops(config: Any) -> bool:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from autotp.trace.accesses import Accesses
 from autotp.trace.graph import Origin, Pseudo, Random
-from autotp.trace.ints import IntExpr
+from autotp.trace.ints import IntExpr, Life
 from autotp.trace.lengths import BY_LENGTH, with_tensors
 from autotp.trace.provenance import gather
 from autotp.trace.tape import Tape
@@ -32,10 +32,10 @@ _VIEW, _ALIAS = torch.ops.aten.view.default, torch.ops.aten.alias.default
 class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
     """Records ATen calls. torch lets only a few classes of modes onto the PreDispatch key; SchemaCheckMode's slot is the plain one."""
 
-    def __init__(self, keep: Callable[[Any], bool], tape: Tape, values: Values, accesses: Accesses, data: UnknownData) -> None:
-        """`keep`: operators recorded whole."""
+    def __init__(self, keep: Callable[[Any], bool], tape: Tape, values: Values, accesses: Accesses, data: UnknownData, life: Life) -> None:
+        """`keep`: operators recorded whole. `life`: of the tags of this trace."""
         TorchDispatchMode.__init__(self, _dispatch_key=DispatchKey.PreDispatch)  # type: ignore[no-untyped-call]
-        self.keep, self.tape, self.values, self.accesses, self.data = keep, tape, values, accesses, data
+        self.keep, self.tape, self.values, self.accesses, self.data, self.life = keep, tape, values, accesses, data, life
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._recorded(func, args, kwargs or {})
@@ -124,8 +124,8 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
             return {}
         ints: list[IntExpr] = []
         tensors: list[int] = []
-        gather(caller.args, ints, tensors, self.values)
-        gather(tuple(caller.kwargs.values()), ints, tensors, self.values)
+        gather(caller.args, ints, tensors, self.values, self.life)
+        gather(tuple(caller.kwargs.values()), ints, tensors, self.values, self.life)
         return {"place": caller.place, "ints": tuple(ints), "tensors": tuple(tensors), "call": self.tape.number}
 
 

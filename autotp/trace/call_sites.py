@@ -13,6 +13,8 @@ from types import CodeType
 
 import torch
 
+from autotp.trace.opened import FILE, OPEN_NAMES
+
 _TORCH = torch.__file__.rsplit("__init__", 1)[0]
 #: Files that only forward a call: their frames are never the place where a call was made. The last one is above this layer, so it is named
 #: by its path; a test compares it with the file of `SiteMode`.
@@ -27,7 +29,9 @@ PLUMBING = frozenset(
 def call_place(depth: int = 1) -> tuple[CodeType, int]:
     """Returns (code, f_lasti) of the first frame at least `depth` above the caller that is not plumbing."""
     frame = sys._getframe(depth)
-    while frame.f_code.co_filename in PLUMBING and frame.f_back is not None:
+    while (code := frame.f_code).co_filename in PLUMBING and frame.f_back is not None:
+        if code.co_filename == FILE and code.co_name in OPEN_NAMES:
+            break
         frame = frame.f_back
     return frame.f_code, frame.f_lasti
 

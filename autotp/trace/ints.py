@@ -95,12 +95,16 @@ def show(expr: IntExpr) -> str:
 
 
 class Life:
-    """Lasts as long as the tags of one trace are valid."""
+    """Lasts as long as the tags of one trace are valid.
 
-    __slots__ = ("over",)
+    `quotients`: the last exact division in floats that gave a number, by that number. `int(width / heads)` is a plain int.
+    """
+
+    __slots__ = ("over", "quotients")
 
     def __init__(self) -> None:
         self.over = False
+        self.quotients: dict[int, IntExpr] = {}
 
 
 class TaggedInt(int):
@@ -120,6 +124,12 @@ class TaggedInt(int):
     def __deepcopy__(self, memo: Any) -> int:
         return int(self)
 
+    def __truediv__(self, other: Any) -> Any:
+        return _divided(self, other, self.life)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return _divided(other, self, self.life)
+
     def __neg__(self) -> int:
         return -int(self) if self.life.over else TaggedInt(-int(self), Arith("-", Literal(0), self.expr, -int(self)), self.life)
 
@@ -130,6 +140,24 @@ class TaggedInt(int):
 def expr_of(value: int) -> IntExpr:
     """Returns the expression behind a Python int; a Literal for an untagged one, and for one of another trace."""
     return value.expr if isinstance(value, TaggedInt) and not value.life.over else Literal(int(value))
+
+
+def origin_of(value: int, life: Life) -> IntExpr:
+    """Returns the expression behind an int that code passes on. A plain one that a division gave is taken to be its result.
+
+    Where it is another one, the expression is checked all the same: by the replay of the plan, and where the plan changes the int.
+    """
+    expr = expr_of(value)
+    return life.quotients.get(value, expr) if isinstance(expr, Literal) and value > 1 else expr
+
+
+def _divided(a: Any, b: Any, life: Life) -> Any:
+    if not (isinstance(a, int) and isinstance(b, int)):
+        return NotImplemented
+    left, right = int(a), int(b)
+    if not life.over and right and left % right == 0:
+        life.quotients[left // right] = Arith("//", expr_of(a), expr_of(b), left // right)
+    return left / right
 
 
 def _method(symbol: str, reflected: bool) -> Callable[[TaggedInt, Any], Any]:

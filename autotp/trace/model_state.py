@@ -6,9 +6,8 @@ so that only one of them runs. Everything is undone on exit, whatever happened i
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autotp.trace.ints import AttrRef, Counter, Life, TaggedInt
 from autotp.trace.keep import Undo
 from autotp.trace.recorder import Recorder
+from autotp.trace.tags import Tagger
 from autotp.trace.weights import Weights
 
 _SKIP = frozenset(nn.Module().__dict__) | {"forward"}
@@ -127,45 +126,6 @@ def fake_weights(model: nn.Module, fake: FakeTensorMode, skip: Callable[[str], b
                     weights.objects.setdefault(id(now), whole)
                     weights.originals[id(tensor)] = table, name
     return weights
-
-
-def _is_config(value: Any) -> bool:
-    """True for a plain bag of settings: an object with a `__dict__` of its own that is neither module, tensor, class nor function."""
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, (nn.Module, Tensor, type, torch.device, torch.dtype))
-        and not callable(value)
-        and not isinstance(value, (dict, list, tuple, str))
-        and type(value).__module__.split(".")[0] not in ("torch", "builtins", "functools")
-    )
-
-
-class Tagger:
-    """Makes tagged ints of plain ones. `counters`: (module path, attribute) → the function to call when module code computes with it."""
-
-    def __init__(self, life: Life, counters: Mapping[tuple[str, str], Callable[[], None]]) -> None:
-        self.life, self.counters = life, counters
-
-    def tag(self, value: Any, module: str, path: str, depth: int = 0) -> Any:
-        """Returns `value` with its ints tagged; the object itself where it holds none."""
-        if type(value) is int:
-            used = self.counters.get((module, path))
-            ref = AttrRef(module, path, value)
-            return TaggedInt(value, ref, self.life) if used is None else Counter.of(value, ref, self.life, used)
-        if (
-            isinstance(value, (tuple, list))
-            and 0 < len(value) <= 16
-            and type(value) in (tuple, list)
-            and any(type(v) is int for v in value)
-        ):
-            return type(value)(self.tag(v, module, f"{path}.{i}", depth) if type(v) is int else v for i, v in enumerate(value))
-        if depth < 3 and _is_config(value):
-            changes = {k: self.tag(v, module, f"{path}.{k}", depth + 1) for k, v in value.__dict__.items() if not k.startswith("__")}
-            if any(changes[k] is not value.__dict__[k] for k in changes):
-                twin = copy.copy(value)
-                twin.__dict__.update(changes)
-                return twin
-        return value
 
 
 def tag_ints(model: nn.Module, skip: Callable[[str], bool], undo: Undo, tagger: Tagger) -> None:

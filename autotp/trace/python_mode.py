@@ -16,6 +16,7 @@ from autotp.trace.gradients import ABOUT_GRADIENTS, Gradients
 from autotp.trace.graph import Place, PythonCall
 from autotp.trace.ints import Life, SizeRef, TaggedInt
 from autotp.trace.module_calls import ModuleCalls
+from autotp.trace.opened import opened
 from autotp.trace.provenance import gather
 from autotp.trace.tape import Caller, Tape
 from autotp.trace.unknown_data import UnknownData
@@ -80,6 +81,9 @@ class PythonMode(TorchFunctionMode):
         self.met(func, args)
         if func in _SIZES:
             return self._size(func, args[0], args[1:], kwargs or {})
+        if (inside := opened(func)) is not None:
+            with self:
+                return inside(*args, **(kwargs or {}))
         code, offset = call_place(2)
         if func == _SET_DATA and not tape.quiet and is_model(code.co_filename):
             self.accesses.replaced("`.data = …`")
@@ -103,7 +107,7 @@ class PythonMode(TorchFunctionMode):
             if isinstance(result, Tensor) and self.values.known(result) is None:
                 self.values.adopt(result, tape.nodes[-1])
             found: list[int] = []
-            gather((result,), [], found, self.values)
+            gather((result,), [], found, self.values, self.life)
             tape.python[number] = PythonCall(getattr(func, "__name__", str(func)), tuple(found))
         return result
 

@@ -64,7 +64,7 @@ class Recorder:
         self.gradients = Gradients(self.tape, self.values, self.questions)
         self.calls = ModuleCalls(modules, self.tape, self.values, memo, self.questions, self.module_call)
         self.results = Results(self.tape, self.values)
-        self._aten = AtenMode(keep, self.tape, self.values, self.accesses, self.data)
+        self._aten = AtenMode(keep, self.tape, self.values, self.accesses, self.data, self.life)
         self._python = PythonMode(self.tape, self.values, self.accesses, self.gradients, self.calls, self.data, self.life, self.met)
 
     # for recorders that care --------------------------------------------------------------------------------------------------

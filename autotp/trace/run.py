@@ -25,11 +25,12 @@ from autotp.trace.fills import of_every_block
 from autotp.trace.graph import Graph, Node, Origin, Value
 from autotp.trace.keep import undisturbed, undone
 from autotp.trace.memo import Known
-from autotp.trace.model_state import Tagger, fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
+from autotp.trace.model_state import fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.module_calls import Untraceable
 from autotp.trace.recorder import Recorder
 from autotp.trace.repeats import alike_blocks, counted
 from autotp.trace.stash import left_elsewhere, left_in, left_on_modules
+from autotp.trace.tags import Tagger
 from autotp.trace.values import small
 from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
@@ -122,7 +123,7 @@ def _trace(
             recorder.accesses.weights = fake_weights(model, fake, skip, undo)
             if tag:
                 counters = {key: partial(recorder.counted, key[0]) for key in counted(model, repeats)}
-                tag_ints(model, skip, undo, Tagger(recorder.life, counters))
+                tag_ints(model, skip, undo, Tagger(recorder.life, counters, undo))
             if before is not None:
                 undo.append(before(fake))
             params = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not skip(n)}

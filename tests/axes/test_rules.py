@@ -347,6 +347,34 @@ def conv1d(d: Draw) -> Any:
 
 
 @case
+def bilinear(d: Draw) -> Any:
+    b, i, j, o = d.n(), d.n(), d.n(), d.n()
+    lead = [b] if d.yes() else [b, d.n()]
+    return F.bilinear, [d.x(*lead, i), d.x(*lead, j), d.x(o, i, j), *([d.x(o)] if d.yes() else [])], []
+
+
+@case
+def grouped_convolution(d: Draw) -> Any:
+    groups, each, more, k = d.n(2, 4), d.n(2, 3), d.n(1, 2, 3), d.n(1, 2)
+    tensors = [d.x(2, groups * each, 4), d.x(groups * more, each, k), *([d.x(groups * more)] if d.yes() else [])]
+    return (lambda x, w, *b: F.conv1d(x, w, *b, groups=groups)), tensors, []
+
+
+@case
+def conv_transpose(d: Draw) -> Any:
+    b, i, o, k = d.n(), d.n(), d.n(), d.n(1, 2, 3)
+    tensors = [d.x(b, i, 4), d.x(i, o, k), *([d.x(o)] if d.yes() else [])]
+    return (lambda x, w, *c: F.conv_transpose1d(x, w, *c, stride=2)), tensors, []
+
+
+@case
+def grouped_conv_transpose(d: Draw) -> Any:
+    groups, each, more = d.n(2, 4), d.n(1, 2, 3), d.n(1, 2, 3)
+    tensors = [d.x(2, groups * each, 3, 3), d.x(groups * each, more, 2, 2), *([d.x(groups * more)] if d.yes() else [])]
+    return (lambda x, w, *c: F.conv_transpose2d(x, w, *c, groups=groups)), tensors, []
+
+
+@case
 def conv2d(d: Draw) -> Any:
     return F.conv2d, [d.x(2, d.n(2, 4), 4, 4)[:, :2], d.x(d.n(), 2, 2, 2)], []
 
@@ -827,6 +855,10 @@ def too_linear(rule: Rule) -> Rule:
 
 LIES: list[tuple[str, str, Callable[[Rule], Rule]]] = [
     ("linear", "linear", no_contracts),
+    ("bilinear", "bilinear", no_contracts),
+    ("conv_transpose", "conv_transpose1d", no_contracts),
+    ("grouped_convolution", "conv1d", no_sites),
+    ("grouped_conv_transpose", "conv_transpose2d", no_sites),
     ("softmax", "softmax", no_sites),
     ("cumsum", "cumsum", no_sites),
     ("flip", "flip", no_sites),

@@ -101,18 +101,18 @@ OPERATIONS: dict[str, tuple[Operation, bool]] = {
     "argmax_one_hot": (lambda h: F.one_hot(h.argmax(-1), WIDTH).to(h.dtype) * h, True),
     "strided_slice": (lambda h: h[..., ::2], False),
     "strided_slice_odd": (lambda h: h[..., 1::3], True),
-    "prefix": (lambda h: h[..., :10], True),
-    "first_heads": (first_heads, True),
-    "cross_heads": (cross_heads, True),
+    "prefix": (lambda h: h[..., :10], False),
+    "first_heads": (first_heads, False),
+    "cross_heads": (cross_heads, False),
     "select_first": (lambda h: h[..., 0:1] * h, True),
     "gather_columns": (lambda h: h[..., torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])], True),
     "index_select": (lambda h: h.index_select(-1, torch.arange(15, -1, -1)), True),
     "set_first": (set_first, True),
-    "set_part": (set_half, True),
+    "set_part": (set_half, False),
     "pad_circular": (lambda h: F.pad(h, (2, 2), mode="circular"), True),
     "pad_zero": (lambda h: F.pad(h, (1, 1)), False),
     "swap_halves": (swap_halves, False),
-    "literal_groups": (literal_groups, True),
+    "literal_groups": (literal_groups, False),
     "inferred_groups": (inferred_groups, False),
     "transposed_groups": (transposed_groups, False),
     "difference": (lambda h: h.diff(dim=-1), True),
@@ -201,7 +201,7 @@ class MixedHeads(nn.Module):
 
 
 class LiteralHeads(nn.Module):
-    """The head count is a number in the code and the size is inferred: on a shard, smaller heads come out."""
+    """The head count is a number in the code and the size is inferred: left alone, smaller heads would come out on a shard."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -375,7 +375,7 @@ TRAPS: tuple[Entry, ...] = (
     Entry("bias_twice", built(BiasTwice), _X, kept=("c", "b.bias")),
     Entry("shared_bias", built(SharedBias), _X, kept=("b.bias",)),
     Entry("mixed_heads", built(MixedHeads), _X, kept=("a.weight", "b.weight", "c")),
-    Entry("literal_heads", built(LiteralHeads), _X, kept=("a.weight", "b.weight", "c.weight", "d.weight")),
+    Entry("literal_heads", built(LiteralHeads), _X, shards=("a.weight", "b.weight", "c.weight", "d.weight")),
     Entry("scale_of_width", built(ScaleOfWidth), _X, kept=_INSIDE),
     Entry("double_use", built(DoubleUse), _X, shards=("a.weight", "b.weight")),
     *(
@@ -384,7 +384,7 @@ TRAPS: tuple[Entry, ...] = (
     ),
     Entry("item", built(Item), _X, refusable=True),
     Entry("square", built(Square), _X),
-    Entry("replicated_inside", built(ReplicatedInside), _X, kept=("c", "d")),
+    Entry("replicated_inside", built(ReplicatedInside), _X, kept=("c",)),
     Entry("cat_outside", built(CatOutside), _X),
     Entry("gram", built(Gram), _X),
     Entry("returns_inside", built(ReturnsInside), _X),

@@ -72,7 +72,6 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "linspace": lambda h: h * torch.linspace(0, 1, h.shape[-1]),
     "eye": lambda h: h @ torch.eye(h.shape[-1]),
     "literal arange": lambda h: h * torch.arange(16),
-    "literal heads": by_literal_heads,
     "literal prefix": lambda h: F.pad(h[..., :10], (0, 6)),
     "fixed table": lambda h: h * torch.tensor([float(i % 3) for i in range(h.shape[-1])]),
 }
@@ -115,7 +114,7 @@ def test_without_the_certificate_it_would_be_cut(name: str, monkeypatch: pytest.
     assert not is_cut(planned(Between(NUMBERS[name])))  # the numbers see it too
 
 
-@pytest.mark.parametrize("name", ["literal heads", "literal prefix", "eye", *SEEN_TWICE])
+@pytest.mark.parametrize("name", ["literal prefix", "eye", *SEEN_TWICE])
 def test_the_rules_protect_these_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make_plan, "replay", lambda *_: None)
     assert not is_cut(planned(Between((NUMBERS | SHAPES)[name]), check="graph"))
@@ -129,6 +128,7 @@ def test_the_rules_protect_these_alone(name: str, monkeypatch: pytest.MonkeyPatc
         lambda h: h + torch.zeros_like(h),
         lambda h: h.view(*h.shape[:-1], -1, 4).softmax(-1).flatten(-2),
         lambda h: h * 2 if h.dim() == 3 else h,
+        by_literal_heads,  # the number is changed where it is used
     ],
 )
 def test_harmless_code_is_cut(harmless: Callable[[Tensor], Tensor]) -> None:

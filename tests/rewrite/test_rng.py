@@ -48,3 +48,28 @@ def dropout() -> list[bool]:
 def test_dropout_masks_agree(pool: Pool) -> None:
     first, second = pool.run(dropout)
     assert first == second
+
+
+class Recurrent(nn.Module):
+    """Drops between the layers of an LSTM, which is no dropout module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.up, self.down = nn.LSTM(8, 8, 2, batch_first=True, dropout=0.5), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h, _ = self.lstm(x)
+        return h, self.down(self.up(h).relu())
+
+
+def dropout_of_a_layer() -> list[float]:
+    torch.manual_seed(0)
+    x = torch.ones(2, 5, 8)
+    model = autotp.parallelize(Recurrent(), tp_mesh(), example_inputs={"x": x}, check="graph")
+    torch.manual_seed(dist.get_rank())
+    return model.train()(x)[0].detach().flatten().tolist()
+
+
+def test_masks_of_layers_with_a_probability_agree(pool: Pool) -> None:
+    first, second = pool.run(dropout_of_a_layer)
+    assert first == second

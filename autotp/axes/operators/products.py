@@ -107,6 +107,21 @@ def einsum(context: Context, node: Node) -> None:
     context.linear(*[[v] for v in values])
 
 
+@rule("bilinear", padded=Padded.PRODUCT, traits=Is.PRODUCT, at=3)
+def bilinear(context: Context, node: Node) -> None:
+    """x [..., i] · w [o, i, j] · y [..., j] + b [o]."""
+    x, y, w, out = node.args[0], node.args[1], node.args[2], node.outputs[0]
+    product(context, x, -1, w, 1)
+    product(context, y, -1, w, 2)
+    for i in range(len(x.shape) - 1):
+        context.join(x, context.of(x)[i], y, context.of(y)[i])
+    context.set(out, [*context.of(x)[:-1], context.of(w)[0]])
+    bias = arg(node, 3, "bias")
+    _bias(context, bias, out)
+    if bias is None:
+        context.linear([x], [y], [w])
+
+
 @rule("_grouped_mm", padded=Padded.FINITE, traits=Is.ALIGNED | Is.PRODUCT)
 def grouped_mm(context: Context, node: Node) -> None:
     """Rows of x [n, k] times their expert's w [E, k, m]."""
@@ -124,8 +139,7 @@ def grouped_mm(context: Context, node: Node) -> None:
 @rule("convolution", "_convolution", padded=Padded.PRODUCT, at=2)
 def conv(context: Context, node: Node) -> None:
     """Channels: contracted (groups 1) or parallel (depthwise); positions are mixed."""
-    x, w, bias = node.args[0], node.args[1], arg(node, 2, "bias")
-    out = node.outputs[0]
+    x, w, out = node.args[0], node.args[1], node.outputs[0]
     groups = arg(node, 6, "groups", 1) if node.opname.startswith("conv") and node.opname[4:5].isdigit() else 0
     spatial = len(w.shape) - 2
     channel = len(x.shape) - spatial - 1
@@ -145,15 +159,64 @@ def conv(context: Context, node: Node) -> None:
         context.join(x, context.of(x)[channel], w, rows)
         dims[channel] = context.of(w)[0]
         context.demand(groups, x, [context.of(x)[channel]])
+    elif groups > 1:
+        major, minor = atoms.split(context.of(x)[channel], [groups, w.shape[1]])
+        rows, each = atoms.split(context.of(w)[0], [groups, w.shape[0] // groups])
+        _group_by_group(context, x, (major, minor), w, (rows, context.of(w)[1]), each)
+        dims[channel] = context.of(w)[0]
+        context.demand(groups, x, [major])
     else:
         context.opaque("a grouped convolution")
         return
+    _summed(context, node, channel, dims)
+
+
+def _group_by_group(context: Context, x: Value, split: tuple[Dim, Dim], w: Value, of_weight: tuple[Dim, Dim], each: Dim) -> None:
+    """Groups are parallel; the channels inside of one are summed by ranks that have all of them."""
+    (major, minor), (rows, inner) = split, of_weight
+    context.join(x, major, w, rows)
+    context.join(x, minor, w, inner)
+    for value, dim in ((x, minor), (w, inner), (w, each)):
+        context.block(value, dim, "the channels inside a group of a convolution are not cut")
+
+
+def _summed(context: Context, node: Node, channel: int, dims: list[Dim]) -> None:
+    """Give the result of a convolution its dims, and add the bias."""
+    x, w, bias, out = node.args[0], node.args[1], arg(node, 2, "bias"), node.outputs[0]
     context.set(out, dims)
     if isinstance(bias, Value):
         context.join(bias, context.of(bias)[0], out, dims[channel])
         context.meaning.once.append(bias.id)
     else:
         context.linear([x], [w])
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", padded=Padded.PRODUCT, traits=Is.CONVOLUTION, at=2)
+def conv_transpose(context: Context, node: Node) -> None:
+    """x [..., i, p] with w [i, o / groups, k]: channels as in a convolution, groups alone where there are any; positions are mixed."""
+    x, w, out = node.args[0], node.args[1], node.outputs[0]
+    groups = arg(node, 6, "groups", 1)
+    spatial = len(w.shape) - 2
+    channel = len(x.shape) - spatial - 1
+    dims = [*context.of(x)[:channel], [], *[atoms.new(n) for n in out.shape[channel + 1 :]]]
+    if out.id in context.dims:
+        dims[channel:] = context.dims[out.id][channel:]
+    for i in range(channel + 1, len(x.shape)):
+        context.mix(x, i)
+        context.mix(w, i - channel + 1)
+    if groups == 1:
+        product(context, x, channel, w, 0)
+        dims[channel] = context.of(w)[1]
+    else:
+        dims[channel] = dims[channel] or atoms.new(out.shape[channel])
+        major, minor = atoms.split(context.of(x)[channel], [groups, x.shape[channel] // groups])
+        rows, inner = atoms.split(context.of(w)[0], [groups, w.shape[0] // groups])
+        outer, each = atoms.split(dims[channel], [groups, w.shape[1]])
+        _group_by_group(context, x, (major, minor), w, (rows, inner), context.of(w)[1])
+        context.join(x, major, out, outer)
+        context.join(w, context.of(w)[1], out, each)
+        context.demand(groups, x, [major])
+    _summed(context, node, channel, dims)
 
 
 @rule("linalg_solve_triangular", padded=Padded.SOLVED)

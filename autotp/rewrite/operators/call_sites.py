@@ -26,6 +26,7 @@ from autotp.rewrite.operators.statistics import Across
 from autotp.rewrite.parameters.holders import now
 from autotp.rewrite.tree import is_int, map_call, map_leaves
 from autotp.trace.call_sites import call_of, call_place
+from autotp.trace.opened import opened
 
 # What code asks of a parameter itself, not of its values.
 _OF_THE_PARAMETER = (
@@ -101,6 +102,9 @@ class SiteMode(TorchFunctionMode):
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
         if RUNNING.modes[-1] is self:
+            if (inside := opened(func)) is not None:
+                with self:
+                    return inside(*args, **kwargs)
             if self.held and func not in _OF_THE_PARAMETER:
                 args, kwargs = map_call(args, kwargs, self._read)
             site = self.table.find(*call_place(2))

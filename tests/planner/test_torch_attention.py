@@ -1,0 +1,131 @@
+"""torch's own attention layers are cut by heads: `nn.MultiheadAttention`, and the layers of `nn.Transformer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import autotp
+from autotp.rewrite.operators import call_sites
+from autotp.testing import assert_equivalent
+from autotp.testing.ranks.threads import ThreadRanks
+from tests.support.slow import in_turns
+
+D, HEADS, HIDDEN = 24, 6, 48
+CAUSAL = torch.full((5, 5), -1e9, dtype=torch.float64).triu(1)
+PADDED = torch.tensor([[False, False, False, False, True], [False, False, False, True, True]])
+
+
+class Attention(nn.Module):
+    """One attention of a sequence over itself; `call` are options of the call, `more` of the module."""
+
+    def __init__(self, call: dict[str, Any], **more: Any) -> None:
+        super().__init__()
+        self.call = call
+        self.attention = nn.MultiheadAttention(D, HEADS, **more)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, padded: Tensor | None = None) -> Any:
+        k, v = x, x
+        if not self.attention._qkv_same_embed_dim:
+            k, v = (nn.functional.pad(x, (0, n - D)) for n in (self.attention.kdim, self.attention.vdim))
+        result, weights = self.attention(x, k, v, attn_mask=mask, key_padding_mask=padded, **self.call)
+        return result if weights is None else (result, weights)
+
+
+X = torch.randn(2, 5, D, dtype=torch.float64)
+PLAIN: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "sequence first": ({}, {}, {}),
+    "one sequence": ({}, {}, {"x": X[0]}),
+    "batch first": ({"need_weights": False}, {"batch_first": True}, {}),
+    "no bias": ({}, {"batch_first": True, "bias": False}, {}),
+    "weights of each head": ({"average_attn_weights": False}, {"batch_first": True}, {}),
+    "a float mask": ({"need_weights": False}, {"batch_first": True}, {"mask": CAUSAL}),
+    "a mask of truths": ({}, {"batch_first": True}, {"mask": CAUSAL < 0}),
+    "causal": ({"need_weights": False, "is_causal": True}, {"batch_first": True}, {"mask": CAUSAL}),
+    "padded keys": ({}, {"batch_first": True}, {"padded": PADDED}),
+    "padded keys and a mask": ({"need_weights": False}, {"batch_first": True}, {"padded": PADDED, "mask": CAUSAL < 0}),
+    "separate projections": ({}, {"batch_first": True, "kdim": D + 8, "vdim": D + 4}, {}),
+    "a key and value for all": ({}, {"batch_first": True, "add_bias_kv": True}, {}),
+    "a zero key": ({"need_weights": False}, {"batch_first": True, "add_zero_attn": True}, {}),
+}
+
+
+@pytest.mark.parametrize(("name", "tp"), in_turns(PLAIN, (2, 3, 4)))
+def test_multihead_attention(name: str, tp: int) -> None:
+    call, more, inputs = PLAIN[name]
+    found = assert_equivalent(lambda: Attention(call, **more), tp=tp, inputs={"x": X, **inputs}, steps=1)
+    assert set(found.plan.replicated) <= {"attention.out_proj.bias"}
+
+
+class Encoder(nn.Module):
+    """Two layers of torch's encoder, which turns padded sequences into nested ones where it may."""
+
+    def __init__(self, nested: bool = True) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(D, HEADS, HIDDEN, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+
+    def forward(self, x: Tensor, padded: Tensor | None = None) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=padded)
+
+
+class Whole(nn.Module):
+    """Encoder and decoder."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__()
+        self.transformer = nn.Transformer(D, HEADS, 1, 1, HIDDEN, dropout=0.0, **more)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.transformer(x, y, tgt_mask=mask)
+
+
+LAYERS: dict[str, tuple[Any, dict[str, Tensor]]] = {
+    "encoder": (lambda: Encoder(nested=False), {"x": X}),
+    "encoder of padded sequences": (lambda: Encoder(nested=False), {"x": X, "padded": PADDED}),
+    "both, norms first": (lambda: Whole(batch_first=True, norm_first=True, activation="gelu"), {"x": X, "y": X, "mask": CAUSAL}),
+    "both, sequence first": (lambda: Whole(), {"x": X, "y": X}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize(("name", "tp"), in_turns(LAYERS, (2, 3)))
+def test_layers(name: str, tp: int) -> None:
+    factory, inputs = LAYERS[name]
+    found = assert_equivalent(factory, tp=tp, inputs=inputs, steps=1)
+    whole = ("norm.weight", "norm.bias", "norm1", "norm2", "norm3", "out_proj.bias", "linear2.bias")
+    assert all(any(part in name for part in whole) for name in found.plan.replicated)
+
+
+def _without_gradients(_: Any) -> list[float]:
+    """The largest difference of padded and plain calls in evaluation, where torch's own fast path runs on whole weights."""
+    torch.manual_seed(0)
+    model = Encoder().double().eval()
+    with torch.no_grad():
+        wanted = [model(X), model(X, PADDED)]
+    autotp.parallelize(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), example_inputs=[{"x": X}, {"x": X, "padded": PADDED}])
+    with torch.no_grad():
+        got = [model(X), model(X, PADDED)]
+    return [float((a - b).abs().max()) for a, b in zip(wanted, got, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_evaluation_without_gradients() -> None:
+    """torch takes another path there, with nested tensors, that no trace shows."""
+    ranks = ThreadRanks(2, 60.0, turns=True)
+    try:
+        assert all(difference < 1e-9 for found in ranks.run(_without_gradients, None) for difference in found)
+    finally:
+        ranks.stop()
+
+
+def test_a_plan_that_the_rewrite_cannot_carry_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rewrite does not open the function, the replay sees it, and all stays whole."""
+    monkeypatch.setattr(call_sites, "opened", lambda function: None)
+    call, more, inputs = PLAIN["batch first"]
+    found = assert_equivalent(lambda: Attention(call, **more), tp=2, inputs={"x": X, **inputs})
+    assert "attention.in_proj_weight" in found.plan.replicated
