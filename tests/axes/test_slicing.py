@@ -43,13 +43,13 @@ CUT = {
     "split into one": lambda h: torch.cat(h.split(20, -1), -1),
     "split with an empty section": lambda h: torch.cat(h.split([0, h.shape[-1] // 2, 0, h.shape[-1] // 2], -1), -1),
     "chunk of nothing": lambda h: torch.cat([h, *h[..., :0].chunk(2, -1)], -1),
+    "narrow at a number, which is changed there": joined(lambda h: h.narrow(-1, 12, 0)),
+    "narrow to all by a number": lambda h: h.narrow(-1, 0, 12),
+    "split by a number": lambda h: torch.cat(h.split(5, -1), -1),
     "zeros of no size": joined(lambda h: torch.zeros(h.shape[0], 0)),
 }
 WHOLE = {
-    "narrow at a number that a shard has not": joined(lambda h: h.narrow(-1, 12, 0)),
-    "narrow to all by a number": lambda h: h.narrow(-1, 0, 12),
     "slice whose ends cross on a shard": joined(lambda h: h[..., -6:6]),
-    "split by a number": lambda h: torch.cat(h.split(5, -1), -1),
     "narrow copy": joined(lambda h: torch.narrow_copy(h, -1, 0, 0)),
     "new tensor of no size": joined(lambda h: h.new_empty(0)),
 }
