@@ -86,7 +86,8 @@ class Site:
     the global value. `inputs`/`outputs`: (position among the call's tensor arguments/results, conversions). `kernel`: the
     operator's distributed form, which runs instead and defines the result. `over`: the layout of the sharded dim that the kernel's
     statistic crosses. It is needed where that dim has padding or shared indices; where it is None, every local entry counts.
-    `over_dim`: which dim of the kernel's input that is, counted from the right (negative).
+    `over_dim`: which dim of the kernel's input that is, counted from the right (negative). `sizes`: (position among the tensors, dim
+    from the right, local size) that the call has where a number in the code is changed; a run raises an error where one is another.
     """
 
     file: str
@@ -99,6 +100,7 @@ class Site:
     kernel: DistributedForm | None = None
     over: Expr | None = None
     over_dim: int = -1
+    sizes: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

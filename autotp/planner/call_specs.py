@@ -15,7 +15,10 @@ from autotp.trace.graph import Node, Place, outside
 
 @dataclass
 class CallSpec:
-    """Changes at one operator call: its ints, its tensors by position, its distributed form and the dim that this crosses."""
+    """Changes at one operator call: its ints, its tensors by position, its distributed form and the dim that this crosses.
+
+    sizes: as in `Site`.
+    """
 
     ints: list[tuple[int, int, int]] = field(default_factory=list)
     inputs: dict[int, list[Conversion]] = field(default_factory=dict)
@@ -23,6 +26,7 @@ class CallSpec:
     form: DistributedForm | None = None
     over: Expr | None = None
     over_dim: int = -1
+    sizes: set[tuple[int, int, int]] = field(default_factory=set)
 
     def freeze(self) -> tuple[object, ...]:
         """Returns the fields of a `Site` after its place."""
@@ -33,6 +37,7 @@ class CallSpec:
             self.form,
             self.over,
             self.over_dim,
+            tuple(sorted(self.sizes)),
         )
 
 
@@ -67,6 +72,7 @@ def _merge(space: GraphIndex, calls: Mapping[int, CallSpec], node: Node, into: C
     """Add the changes that one node needs to those of its Python call; all nodes of the call have the same arguments."""
     nodes = space.calls.nodes(node)
     into.ints += spec.ints
+    into.sizes |= spec.sizes
     if len({position for position, _, _ in into.ints}) < len(set(into.ints)):
         raise Refusal(node, "one number of the call would have to become two")
     for i, conversions in spec.inputs.items():

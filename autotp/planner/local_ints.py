@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from autotp.axes.analysis import Demand
 from autotp.plan.spec import LocalAttribute
 from autotp.planner.partition import Partitions, local_size
 from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.planner.refusals import Refusal
-from autotp.trace.graph import Node, Value
+from autotp.trace.graph import Node
 from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
 
 LIMIT = 4000
@@ -38,10 +39,14 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class Localised:
-    """Attributes by module, and (node index → (position, global, local)) overrides at call sites."""
+    """Attributes by module, and (node index → (position, global, local)) overrides at call sites.
+
+    literals: the nodes among these that have a number of the code changed.
+    """
 
     attributes: Mapping[str, tuple[LocalAttribute, ...]]
     overrides: Mapping[int, tuple[tuple[int, int, int], ...]]
+    literals: frozenset[int] = frozenset()
 
 
 def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
@@ -59,24 +64,24 @@ def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
 
 
 def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
-    """Lists every constraint of the graph. Raises Refusal where a demanded int has no known origin."""
+    """Lists every constraint of the graph.
+
+    Raises:
+        Refusal: a demanded int has no known origin, or is not told from others of its call that are equal on one device.
+    """
     out: list[Constraint] = []
-    shapes: dict[int, Value] = {}
     for node in space.graph.nodes:
-        for v in (*node.inputs(), *node.outputs):
-            shapes[v.id] = v
         meaning = space.axes.meanings[node.index]
         if not node.ints and not meaning.demands:
             continue
         wanted: dict[int, int] = {}
         for demand in meaning.demands:
-            on = labels.shard.get(demand.value, NONE) | labels.slices.get((node.index, demand.value), NONE)
-            local = sum(local_size(d, on, labels.cuts) for d in demand.dims)
-            if demand.number < 0:
-                local = -local
+            local = _demanded(node, demand, labels)
             found = positions(node, demand.number, demand.at, demand.listed)
             if not found and local != demand.number:
                 raise Refusal(node, f"{demand.number} would have to become {local}, and where it comes from is not known")
+            if len(found) > 1 and local != demand.number and not _all_asked_for(space, labels, node, demand.number, local, len(found)):
+                raise Refusal(node, f"{demand.number} would have to become {local}, and its call has {len(found)} numbers {demand.number}")
             for p in found:
                 if wanted.setdefault(p, local) != local:
                     raise Refusal(node, f"{demand.number} would have to become both {wanted[p]} and {local}")
@@ -84,6 +89,18 @@ def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
             if p in wanted or any(True for _ in leaves(expr)):
                 out.append(Constraint(node, p, expr, wanted.get(p, expr.value), p in wanted))
     return out
+
+
+def _demanded(node: Node, demand: Demand, labels: Labels) -> int:
+    on = labels.shard.get(demand.value, NONE) | labels.slices.get((node.index, demand.value), NONE)
+    local = sum(local_size(d, on, labels.cuts) for d in demand.dims)
+    return -local if demand.number < 0 else local
+
+
+def _all_asked_for(space: GraphIndex, labels: Labels, node: Node, number: int, local: int, count: int) -> bool:
+    """True where the operators of a node's Python call ask for `count` ints that are `number` on one device, and all for `local`."""
+    asked = {(n.index, d): n for n in space.calls.nodes(node) for d in space.axes.meanings[n.index].demands if d.number == number}
+    return len(asked) >= count and all(_demanded(n, d, labels) == local for (_, d), n in asked.items())
 
 
 def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> Localised:
@@ -114,6 +131,7 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
         if value != ref.value:
             attributes.setdefault(ref.module, []).append(LocalAttribute(ref.path, ref.value, value))
     overrides: dict[int, list[tuple[int, int, int]]] = {}
+    literals: set[int] = set()
     for c in every:
         got = search.value(c.expr, solution)
         if got == c.local:
@@ -125,8 +143,10 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
         if c.node.place is None or space.graph.sealed(c.node):
             origin = "" if any(True for _ in leaves(c.expr)) else " is written as a number in the code, or its origin was lost, and"
             raise Refusal(c.node, f"{show(c.expr)}{origin} would have to be {c.local}, and no call site can be told")
+        if not any(True for _ in leaves(c.expr)):
+            literals.add(c.node.index)
         overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
-    return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()})
+    return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()}, frozenset(literals))
 
 
 def _scales(cuts: Partitions) -> frozenset[tuple[int, int]]:

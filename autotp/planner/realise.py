@@ -20,7 +20,7 @@ from autotp.planner.joint_reductions import Joint, conversions_of, members
 from autotp.planner.keys import AtPlace, AtSlot, Key, Keys, slot_key
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
-from autotp.planner.partition import Atoms
+from autotp.planner.partition import Atoms, local_size
 from autotp.planner.placements import NONE, GraphIndex
 from autotp.planner.reductions import Moves
 from autotp.planner.refusals import Refusal
@@ -60,6 +60,8 @@ class Builder:
         self._params()
         for index, ints in self.local.overrides.items():
             self._call(self.graph.nodes[index]).ints += list(ints)
+        for index in self.local.literals:
+            self._expect(self.graph.nodes[index])
         self._check_changes()
         return self._modules()
 
@@ -73,6 +75,20 @@ class Builder:
             return tuple(self.slots.get(slot, ()))
         spec = self.calls.get(node.index, CallSpec())
         return tuple(c for table in (spec.inputs, spec.outputs) for conversions in table.values() for c in conversions)
+
+    def _expect(self, node: Node) -> None:
+        """Notes the local sizes of the tensors of a call in which a number of the code is changed: code that no traced call reached may
+        bring a whole tensor there.
+        """
+        spec = self._call(node)
+        for at, key in enumerate(self.space.calls.nodes(node)[0].tensors):
+            on = self.labels.shard.get(key, NONE)
+            dims = self.space.axes.dims.get(key, ())
+            spec.sizes |= {
+                (at, i - len(dims), local_size(d, on, self.labels.cuts)) for i, d in enumerate(dims) if self.space.leaves[key][i] & on
+            }
+        if not spec.sizes:
+            raise Refusal(node, "a number in the code would have to change, and no tensor of the call tells when")
 
     def _check_changes(self) -> None:
         """Checks that nothing is changed in place behind a conversion, and marks statistics that modules read in slices as written."""

@@ -1,5 +1,4 @@
-"""Makes plain attributes local: `num_heads`, `config.n_embd`, `split_sizes.0`, `axes.h`, `split.keywords.h`,
-`split.__closure__.h`.
+"""Makes plain attributes local: `num_heads`, `config.n_embd`, `split_sizes.0`, `axes.h`, `split.keywords.h`.
 
 An object on the way (a config shared by all modules) is copied for the module, so no other module reads the local value.
 """
@@ -11,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from functools import partial
-from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -95,24 +93,11 @@ def _changed(value: Any, path: list[str], attribute: LocalAttribute, copies: dic
         parts: dict[str, Any] = {"args": value.args, "keywords": value.keywords}
         parts[key] = _changed(parts[key], rest, attribute, copies, where)
         return partial(value.func, *parts["args"], **parts["keywords"])
-    if isinstance(value, FunctionType):
-        return _with_variable(value, rest[0], attribute, where)
     clone = _private(value, copies, where, attribute)
     key = getattr(type(value), "attribute_map", {}).get(key, key)  # transformers' aliases: n_embd → hidden_size
     if key not in names_of(clone):
         raise PlanError(f"{where}: {type(value).__name__} holds no plain attribute {key!r} ({attribute.path})")
     put(clone, key, _changed(getattr(clone, key), rest, attribute, copies, where))
-    return clone
-
-
-def _with_variable(function: FunctionType, name: str, attribute: LocalAttribute, where: str) -> FunctionType:
-    """Returns the function with a variable of its closure changed; the other variables stay shared."""
-    cells = list(function.__closure__ or ())
-    at = function.__code__.co_freevars.index(name)
-    cells[at] = CellType(_changed(cells[at].cell_contents, [], attribute, {}, where))
-    clone = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
-    clone.__kwdefaults__, clone.__qualname__, clone.__module__ = function.__kwdefaults__, function.__qualname__, function.__module__
-    clone.__dict__.update(function.__dict__)
     return clone
 
 

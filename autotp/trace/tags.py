@@ -1,6 +1,6 @@
-"""Tags the plain ints that a module holds, wherever it holds them: in attributes, tuples, settings, dicts, bound arguments and closures.
+"""Tags the plain ints that a module holds, wherever it holds them: in attributes, tuples, settings, dicts and bound arguments.
 
-A path says where an int is: `num_heads`, `config.n_embd`, `sizes.0`, `axes.h`, `split.keywords.h`, `split.__closure__.h`. The rewrite
+A path says where an int is: `num_heads`, `config.n_embd`, `sizes.0`, `axes.h`, `split.keywords.h`. The rewrite
 makes the int at that path local (`autotp.rewrite.attributes`), for this module alone.
 """
 
@@ -10,7 +10,6 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 from autotp.trace.ints import AttrRef, Counter, Life, TaggedInt
 from autotp.trace.keep import Undo
 
-#: In a path: what follows is a variable of the function before, from the function that it was made in.
-CLOSURE = "__closure__"
 _DEEPEST = 3  # settings in settings in settings
 _LONGEST = 16  # items of a list or tuple
 _MOST = 64  # items of a dict
@@ -30,8 +27,8 @@ _PLAIN = (int, float, str, bool, type(None))
 class Tagger:
     """Makes tagged ints of plain ones. `counters`: (module path, attribute) → the function to call when module code computes with it.
 
-    Tuples, lists and settings are copied. Dicts and the variables of closures are changed where they are, and put back by `undo`:
-    other holders see what a forward writes into them.
+    Tuples, lists and settings are copied. Dicts are changed where they are, and put back by `undo`: other holders see what a forward
+    writes into them. Variables of closures and defaults of functions are left alone, as no guard watches them afterwards.
     """
 
     def __init__(self, life: Life, counters: Mapping[tuple[str, str], Callable[[], None]], undo: Undo) -> None:
@@ -51,8 +48,6 @@ class Tagger:
             self._dict(value, module, path, depth)
         elif type(value) is partial:
             return self._partial(value, module, path, depth)
-        elif isinstance(value, FunctionType):
-            self._closure(value, module, path)
         elif _is_config(value):
             return self._settings(value, module, path, depth)
         return value
@@ -83,17 +78,6 @@ class Tagger:
         arguments = self.tag(value.args, module, f"{path}.args", depth + 1)
         self._dict(value.keywords, module, f"{path}.keywords", depth + 1)
         return value if arguments is value.args else partial(value.func, *arguments, **value.keywords)
-
-    def _closure(self, function: FunctionType, module: str, path: str) -> None:
-        """Tags the ints that a function made inside of another one found there."""
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                held = cell.cell_contents
-            except ValueError:  # not set yet
-                continue
-            if type(held) is int:
-                cell.cell_contents = self.tag(held, module, f"{path}.{CLOSURE}.{name}")
-                self.undo.append(partial(setattr, cell, "cell_contents", held))
 
     def _settings(self, value: Any, module: str, path: str, depth: int) -> Any:
         held = {n: getattr(value, n) for n in names_of(value) if not n.startswith("__")}

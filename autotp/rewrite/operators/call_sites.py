@@ -116,6 +116,8 @@ class SiteMode(TorchFunctionMode):
         return self.held.get(id(now(leaf)), leaf) if isinstance(leaf, Tensor) else leaf
 
     def _intervene(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if site.sizes:
+            self._expect(site, args, kwargs)
         if site.ints:
             args, kwargs = self._localise(site, args, kwargs)
         if site.inputs:
@@ -128,6 +130,18 @@ class SiteMode(TorchFunctionMode):
         if site.outputs:
             result = map_leaves(result, _Nth(site.outputs, self.table.comm))
         return result
+
+    def _expect(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        found: list[Tensor] = []
+        map_call(args, kwargs, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None)
+        for at, dim, local in site.sizes:
+            shape = found[at].shape if at < len(found) else ()
+            if -dim > len(shape) or shape[dim] != local:
+                raise PlanError(
+                    f"{self.table.where}: the call in {site.function} ({site.file}, function at line {site.line}) has a number in "
+                    f"the code that was changed for a tensor with {local} in dim {dim}, and got one of shape {tuple(shape)}: no traced "
+                    "call took this path. Pass example_inputs that do, or hold the number in an attribute"
+                )
 
     def _localise(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         wanted = {position: (value, local) for position, value, local in site.ints}

@@ -1,0 +1,117 @@
+"""A number in the code is changed where it is used, if it is told from others, and for the tensors that the plan was made for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autotp
+from autotp.api import parallelize_as
+from autotp.planner import local_ints
+from autotp.rewrite.operators.call_sites import SiteMode
+from autotp.testing.ranks.run import run
+from tests.support.ranks import mesh
+
+WIDTH = 32
+
+
+class Gate(nn.Module):
+    """The most tokens are as many as the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h[:, :32, :32] * h[:, :32, 32:].sigmoid())  # type: ignore[no-any-return]
+
+
+class Convolution(nn.Module):
+    """Its groups are as many as its padding and dilation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=4, dilation=4, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.mix(self.up(x).transpose(1, 2)).relu().transpose(1, 2))  # type: ignore[no-any-return]
+
+
+class Written(Convolution):
+    """The same with numbers in the code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.conv1d(self.up(x).transpose(1, 2), self.mix.weight, self.mix.bias, 1, 4, 4, 4)
+        return self.down(h.relu().transpose(1, 2))  # type: ignore[no-any-return]
+
+
+def half(x: Tensor) -> Tensor:
+    return x[..., :16]
+
+
+class Branch(nn.Module):
+    """Longer sequences bring a whole tensor to the line that gets a part else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).relu()
+        y = self.down(torch.cat([half(h), h[..., 16:]], -1))
+        return y + half(x).sum(-1, keepdim=True) if x.shape[1] > 5 else y  # type: ignore[no-any-return]
+
+
+#: model → tokens of the traced call, and of the one that is compared
+CASES: dict[type[nn.Module], tuple[int, int]] = {Gate: (6, 40), Convolution: (2, 6), Written: (2, 6), Branch: (3, 9)}
+
+
+def given(tokens: int) -> Tensor:
+    return torch.randn(2, tokens, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(tokens))
+
+
+def outcome(make: type[nn.Module], check: str = "numbers") -> str:
+    """ "equal", how far another length is off, or the refusal; the same on both ranks."""
+    traced, tokens = CASES[make]
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return make().double()
+
+    wanted, plan = build()(given(tokens)).detach(), autotp.plan(build(), tp=2, example_inputs={"x": given(traced)}, check=check)
+
+    def rank(_: object) -> str:
+        model = parallelize_as(build(), mesh(), plan)
+        try:
+            got: Any = model(given(tokens)).detach()
+        except autotp.AutoTPError as error:
+            return str(error)
+        far = float((got - wanted).abs().max()) if got.shape == wanted.shape else float("inf")
+        return "equal" if far <= 1e-9 else f"off by {far:.2g}"
+
+    first, second = run("local", rank, None, 2, 120.0)
+    assert first == second
+    return str(first)
+
+
+@pytest.mark.parametrize("check", ["numbers", "graph"])
+@pytest.mark.parametrize("make", [m for m in CASES if m is not Branch])
+def test_numbers_that_are_equal_by_chance(make: type[nn.Module], check: str) -> None:
+    assert outcome(make, check) == "equal"
+
+
+def test_a_tensor_that_no_traced_call_brought_there() -> None:
+    assert "no traced call took this path" in outcome(Branch)
+
+
+def test_without_the_two_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controls."""
+    monkeypatch.setattr(local_ints, "_all_asked_for", lambda *_: True)
+    monkeypatch.setattr(SiteMode, "_expect", lambda *_: None)
+    assert all("off by" in outcome(make, "graph") for make in (Gate, Convolution, Written, Branch))
