@@ -22,6 +22,8 @@ from autotp.trace.graph import Node
 from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
 
 LIMIT = 4000
+#: What is added to each length to see whether a number is the same for others.
+OTHER_LENGTHS = range(1, 9)
 #: (module, attribute path) → the local value that is tried first.
 Hints = Mapping[tuple[str, str], int]
 
@@ -135,6 +137,8 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
     for c in every:
         got = search.value(c.expr, solution)
         if got == c.local:
+            if c.local == c.expr.value and not search.stays(c.expr, solution):
+                raise Refusal(c.node, f"{show(c.expr)} must stay {c.local} there, and would not for other lengths")
             continue
         if not c.demanded:
             raise Refusal(c.node, f"{show(c.expr)} is used as a number there: {c.expr.value} would become {got}")
@@ -189,6 +193,24 @@ class _Search:
     def value(self, expr: IntExpr, solution: Mapping[AttrRef, int]) -> int | None:
         """Returns the local value of an expression under a solution."""
         return evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))  # type: ignore[operator]
+
+    def stays(self, expr: IntExpr, solution: Mapping[AttrRef, int]) -> bool:
+        """True where an expression that keeps its value on a shard keeps it for other lengths (sizes that are not cut) as well."""
+
+        def local(leaf: AttrRef | SizeRef) -> int:
+            return solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf)  # type: ignore[operator]
+
+        every = set(leaves(expr))
+        lengths = {leaf for leaf in every if isinstance(leaf, SizeRef) and local(leaf) == leaf.value}
+        if not lengths or all(local(leaf) == leaf.value for leaf in every):
+            return True
+        for more in OTHER_LENGTHS:
+            more_of = {leaf: leaf.value + more for leaf in lengths}
+            here = evaluate(expr, lambda leaf, given=more_of: given.get(leaf, leaf.value))  # type: ignore[misc]
+            there = evaluate(expr, lambda leaf, given=more_of: given.get(leaf, local(leaf)))  # type: ignore[misc]
+            if here != there:
+                return False
+        return True
 
     def run(self) -> dict[AttrRef, int]:
         """Returns the attributes to change; modules without a solution change nothing."""

@@ -1,4 +1,4 @@
-"""A number in the code is changed where it is used, if it is told from others, and for the tensors that the plan was made for."""
+"""Ints that a plan changes: told from others of their call, for the tensors and for any lengths of the call."""
 
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ class Written(Convolution):
         return self.down(h.relu().transpose(1, 2))  # type: ignore[no-any-return]
 
 
+class Padded(nn.Module):
+    """Pads the length to a multiple of its heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.heads = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).unflatten(-1, (self.heads, 8)).softmax(-1).flatten(2)
+        return F.pad(self.down(h), [0, 0, 0, -x.shape[1] % self.heads])
+
+
 def half(x: Tensor) -> Tensor:
     return x[..., :16]
 
@@ -69,7 +81,7 @@ class Branch(nn.Module):
 
 
 #: model → tokens of the traced call, and of the one that is compared
-CASES: dict[type[nn.Module], tuple[int, int]] = {Gate: (6, 40), Convolution: (2, 6), Written: (2, 6), Branch: (3, 9)}
+CASES: dict[type[nn.Module], tuple[int, int]] = {Gate: (6, 40), Convolution: (2, 6), Written: (2, 6), Padded: (8, 6), Branch: (3, 9)}
 
 
 def given(tokens: int) -> Tensor:
@@ -110,8 +122,9 @@ def test_a_tensor_that_no_traced_call_brought_there() -> None:
     assert "no traced call took this path" in outcome(Branch)
 
 
-def test_without_the_two_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The controls."""
     monkeypatch.setattr(local_ints, "_all_asked_for", lambda *_: True)
     monkeypatch.setattr(SiteMode, "_expect", lambda *_: None)
-    assert all("off by" in outcome(make, "graph") for make in (Gate, Convolution, Written, Branch))
+    monkeypatch.setattr(local_ints, "OTHER_LENGTHS", ())
+    assert all("off by" in outcome(make, "graph") for make in CASES)
