@@ -230,6 +230,7 @@ MORE: dict[str, Case] = {
         [],
     ),
     "conv3d": lambda d, m, n: (F.conv3d, [d.x(1, m, 3, 3, 3), d.x(n, m, 2, 2, 2)], []),
+    "conv_transpose3d": lambda d, m, n: (F.conv_transpose3d, [d.x(1, m, 3, 3, 3), d.x(m, n, 2, 2, 2)], []),
     "batch_norm": lambda d, m, n: (
         lambda x, w, b: F.batch_norm(x, torch.zeros(n, dtype=x.dtype), torch.ones(n, dtype=x.dtype), w, b), [d.x(m, n), d.x(n), d.x(n)], []
     ),
