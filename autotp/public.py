@@ -1,7 +1,8 @@
-"""The names of `autotp`, all of them: `autotp` imports this module when the first of them is asked for."""
+"""The names of `autotp`: `autotp` imports this module when the first of them is asked for, and lists them."""
+# ruff: noqa: F401
 
 import autotp.checkpoint
-import autotp.integrations  # noqa: F401 (packages are public names too)
+import autotp.integrations
 from autotp.advise.advise import advise
 from autotp.api import full_grads, full_state_dict, parallelize, plan, plan_of
 from autotp.checkpoint.loading import from_pretrained
@@ -13,22 +14,3 @@ from autotp.plan.plan import Plan
 from autotp.quantize import quantize_
 from autotp.recipe.recipe import Recipe
 from autotp.serving.server import serve
-
-__all__ = [
-    "AutoTPError",
-    "Plan",
-    "Recipe",
-    "advise",
-    "from_pretrained",
-    "full_grads",
-    "full_state_dict",
-    "fully_shard",
-    "parallelize",
-    "plan",
-    "plan_of",
-    "quantize_",
-    "save_pretrained",
-    "serve",
-    "shard",
-    "unshard",
-]

@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 #: The functions that are opened.
 _OPENED: frozenset[Callable[..., Any]] = frozenset((F.multi_head_attention_forward,))
@@ -32,6 +32,12 @@ def opened(function: Any) -> Callable[..., Any] | None:
     made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
+
+
+def runs_opened(cls: type[nn.Module]) -> bool:
+    """True for a class whose forward calls an opened function: its masks and flags decide what runs, as those of a model's own code."""
+    code = getattr(cls.forward, "__code__", None)
+    return code is not None and not OPEN_NAMES.isdisjoint(code.co_names)
 
 
 def _in_projection(

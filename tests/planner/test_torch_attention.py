@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
+from autotp.launch import RankError
+from autotp.rewrite.guards import called
 from autotp.rewrite.operators import call_sites
 from autotp.testing import assert_equivalent
+from autotp.testing.ranks.run import run
 from autotp.testing.ranks.threads import ThreadRanks
+from tests.support.ranks import mesh
 from tests.support.slow import in_turns
 
 D, HEADS, HIDDEN = 24, 6, 48
@@ -129,3 +133,43 @@ def test_a_plan_that_the_rewrite_cannot_carry_out_is_refused(monkeypatch: pytest
     call, more, inputs = PLAIN["batch first"]
     found = assert_equivalent(lambda: Attention(call, **more), tp=2, inputs={"x": X, **inputs})
     assert "attention.in_proj_weight" in found.plan.replicated
+
+
+#: how an encoder layer is traced, and then called: `None` for a mask that is left out
+MASKS: dict[str, tuple[dict[str, Tensor], dict[str, Tensor], str]] = {
+    "a padding mask": ({}, {"src_key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])}, "key_padding_mask"),
+    "a mask of each head": ({"src_mask": torch.zeros(5, 5)}, {"src_mask": torch.zeros(2 * HEADS, 5, 5)}, "attn_mask"),
+}
+
+
+def refusals(name: str) -> list[str]:
+    """What the ranks say to the second call."""
+    traced, given, _ = MASKS[name]
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(D, HEADS, 24, 0.0, batch_first=True).double()
+
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+
+    def rank(_: object) -> str:
+        made = autotp.parallelize(build(), mesh(), example_inputs={"src": x, **traced}, check="graph")
+        assert torch.allclose(made(x, **traced), build()(x, **traced), rtol=0, atol=1e-9)
+        with pytest.raises(autotp.AutoTPError, match="the calls that were traced") as refused:
+            made(x, **given)
+        return str(refused.value)
+
+    return list(run("local", rank, None, 2, 120.0))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_of_another_form_is_refused(name: str) -> None:
+    """torch's own attention takes another path for it, and expands it to the heads of one device."""
+    assert all(f"self_attn (MultiheadAttention) is called with {MASKS[name][2]} as" in said for said in refusals(name))
+
+
+def test_without_the_check_torch_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control."""
+    monkeypatch.setattr(called, "runs_opened", lambda cls: False)
+    with pytest.raises(RankError, match="must match the size"):
+        refusals("a padding mask")

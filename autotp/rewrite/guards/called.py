@@ -13,9 +13,10 @@ from autotp.errors import AutoTPError
 from autotp.hugging_face import is_hugging_face
 from autotp.plan.plan import Plan
 from autotp.plan.spec import Call, Forms
-from autotp.rewrite.modules.classes import check_calls
+from autotp.rewrite.modules.classes import BASE, check_calls
 from autotp.rewrite.undo import Undo
 from autotp.trace.forms import NUMBER, TENSOR, Signature, any_dims, kind_of, switches
+from autotp.trace.opened import runs_opened
 
 _MOST_KNOWN = 256
 _BY_VALUE = frozenset((bool, int, str))
@@ -126,7 +127,8 @@ def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
     for path, forms in plan.inside.items():
         module = model.get_submodule(path)
         signature = Signature.of(module.forward)
-        if not forms or (own and not signature.kinds) or type(module).__module__.startswith("torch.nn."):
+        of_torch = type(module).__module__.startswith("torch.nn.") and not runs_opened(getattr(type(module), BASE, type(module)))
+        if not forms or (own and not signature.kinds) or of_torch:
             continue
         where = f"{path or 'the model'} ({type(module).__qualname__})"
         called = Called(where, signature, forms, only_switches=own)
