@@ -26,6 +26,7 @@ from autotp.examine import TWIN_FROM
 from autotp.install import Answer, install, planned_by_one
 from autotp.parallel_state import ParallelState
 from autotp.plan.layout import Layout, alike
+from autotp.plan.placements import placements_of
 from autotp.preflight import STATE, same_model, tp_mesh
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.entry import ENTRY
@@ -107,9 +108,11 @@ def plan_again(model: nn.Module, answers: Sequence[Answer], change: ChangedError
         _strip_copies(model)
         same_model(comm.group, model)
         held = {n: p._layout for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, LayoutDTensor)}
+        # the plan may have its placements from a recipe, or have been given
+        request = replace(state.request, recipe=None, placements=state.request.placements | placements_of(state.plan))
         with _whole(model):
-            made = planned_by_one(model, comm, replace(state.request, recipe=None), held)
-        install(model, mesh, comm, made, state.request, answers, _keep(tp_mesh(mesh)), Again(model, answers))
+            made = planned_by_one(model, comm, request, held)
+        install(model, mesh, comm, made, request, answers, _keep(tp_mesh(mesh)), Again(model, answers))
     except AutoTPError as error:
         text = (
             f"{change}, and the model cannot be planned again: {error}. Build the model again, alike on every rank (one seed), with the "

@@ -7,8 +7,9 @@ from enum import Enum
 from typing import Literal, TypeVar
 
 from autotp.errors import InputError
-from autotp.plan.loss_parallel import with_logits_in_parts
-from autotp.plan.sequence_parallel import AUTO_FROM, with_tokens_in_parts
+from autotp.plan.experts import whole_experts
+from autotp.plan.loss_parallel import logits_in_parts, with_logits_in_parts
+from autotp.plan.sequence_parallel import AUTO_FROM, tokens_asked_for, with_tokens_in_parts
 from autotp.plan.spec import PlanSpec
 
 P = TypeVar("P", bound=PlanSpec)
@@ -55,6 +56,12 @@ class Placements:
 
 #: What a plan has where nothing is asked for.
 AS_PLANNED = Placements()
+
+
+def placements_of(plan: PlanSpec) -> Placements:
+    """Returns the placements that a plan has."""
+    experts = Experts.WHOLE if whole_experts(plan) else Experts.WIDTH
+    return Placements(bool(logits_in_parts(plan)), tokens_asked_for(plan), experts)
 
 
 def placed(plan: P, placements: Placements) -> P:

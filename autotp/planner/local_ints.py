@@ -10,7 +10,8 @@ axis that it belongs to cannot be sharded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autotp.axes.analysis import Demand
@@ -22,8 +23,9 @@ from autotp.trace.graph import Node
 from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
 
 LIMIT = 4000
-#: What is added to each length to see whether a number is the same for others.
-OTHER_LENGTHS = range(1, 9)
+#: What is added to each length, and what all are, to see whether a number is the same for others.
+MORE = range(1, 9)
+LENGTHS = (*range(1, 65), *(2**n for n in range(7, 20)))
 #: (module, attribute path) → the local value that is tried first.
 Hints = Mapping[tuple[str, str], int]
 
@@ -137,7 +139,7 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
     for c in every:
         got = search.value(c.expr, solution)
         if got == c.local:
-            if c.local == c.expr.value and not search.stays(c.expr, solution):
+            if c.local == c.expr.value and not search.same_for_other_lengths([c.expr], solution, _itself):
                 raise Refusal(c.node, f"{show(c.expr)} must stay {c.local} there, and would not for other lengths")
             continue
         if not c.demanded:
@@ -150,7 +152,24 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
         if not any(True for _ in leaves(c.expr)):
             literals.add(c.node.index)
         overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
+    for name, a, b in space.graph.compared:
+        if not search.same_for_other_lengths([a, b], solution, getattr(operator, name)):
+            text = f"the code compares {show(a)} with {show(b)}, of which one would become local: for other lengths it would go another way"
+            raise Refusal(_changed_by(space, every, search, solution, (a, b)), text)
     return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()}, frozenset(literals))
+
+
+def _itself(value: int) -> int:
+    return value
+
+
+def _changed_by(
+    space: GraphIndex, every: list[Constraint], search: _Search, solution: Mapping[AttrRef, int], exprs: Sequence[IntExpr]
+) -> Node:
+    """A node that makes a number of some expressions local: it makes the tensor of a size that is cut, or demands the local number."""
+    changed = {leaf for expr in exprs for leaf in leaves(expr) if search.value(leaf, solution) != leaf.value}
+    made = next((space.made[leaf.value_id] for leaf in changed if isinstance(leaf, SizeRef) and leaf.value_id in space.made), None)
+    return made or next(c.node for c in every if c.local != c.expr.value and changed & set(leaves(c.expr)))
 
 
 def _scales(cuts: Partitions) -> frozenset[tuple[int, int]]:
@@ -194,21 +213,24 @@ class _Search:
         """Returns the local value of an expression under a solution."""
         return evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))  # type: ignore[operator]
 
-    def stays(self, expr: IntExpr, solution: Mapping[AttrRef, int]) -> bool:
-        """True where an expression that keeps its value on a shard keeps it for other lengths (sizes that are not cut) as well."""
+    def same_for_other_lengths(self, exprs: Sequence[IntExpr], solution: Mapping[AttrRef, int], what: Callable[..., object]) -> bool:
+        """True where `what` of the expressions is on a shard what it is on one device, for other lengths (sizes that are not cut) too."""
 
         def local(leaf: AttrRef | SizeRef) -> int:
             return solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf)  # type: ignore[operator]
 
-        every = set(leaves(expr))
-        lengths = {leaf for leaf in every if isinstance(leaf, SizeRef) and local(leaf) == leaf.value}
+        every = {leaf for expr in exprs for leaf in leaves(expr)}
+        lengths = [leaf for leaf in every if isinstance(leaf, SizeRef) and local(leaf) == leaf.value]
         if not lengths or all(local(leaf) == leaf.value for leaf in every):
             return True
-        for more in OTHER_LENGTHS:
-            more_of = {leaf: leaf.value + more for leaf in lengths}
-            here = evaluate(expr, lambda leaf, given=more_of: given.get(leaf, leaf.value))  # type: ignore[misc]
-            there = evaluate(expr, lambda leaf, given=more_of: given.get(leaf, local(leaf)))  # type: ignore[misc]
-            if here != there:
+        tried = [*({leaf: leaf.value + more for leaf in lengths} for more in MORE), *(dict.fromkeys(lengths, n) for n in LENGTHS)]
+        for given in tried:
+            here = [evaluate(e, lambda leaf, given=given: given.get(leaf, leaf.value)) for e in exprs]  # type: ignore[misc]
+            there = [evaluate(e, lambda leaf, given=given: given.get(leaf, local(leaf))) for e in exprs]  # type: ignore[misc]
+            if None in here or None in there:
+                if here != there:
+                    return False
+            elif what(*here) != what(*there):
                 return False
         return True
 

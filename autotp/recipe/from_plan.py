@@ -16,15 +16,15 @@ from torch import nn
 
 from autotp.errors import RecipeError
 from autotp.plan.conversions import Conversion, Op
-from autotp.plan.experts import whole_experts, with_cut_width
+from autotp.plan.experts import with_cut_width
 from autotp.plan.expressions import Concat, Expr, Factor, Product, factors, is_sharded, notation, size
 from autotp.plan.layout import Layout
-from autotp.plan.loss_parallel import logits_in_parts, with_whole_logits
+from autotp.plan.loss_parallel import with_whole_logits
 from autotp.plan.names import folded
 from autotp.plan.notation import mapped, marks
-from autotp.plan.placements import Experts, Placements
+from autotp.plan.placements import placements_of
 from autotp.plan.plan import Plan
-from autotp.plan.sequence_parallel import tokens_asked_for, with_whole_tokens
+from autotp.plan.sequence_parallel import with_whole_tokens
 from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Slot
 from autotp.recipe.attributes import LOCAL, WHOLE
 from autotp.recipe.bind import bind
@@ -37,8 +37,7 @@ from autotp.recipe.unnamed import unnamed
 def recipe_of(plan: Plan, *, model: nn.Module | None = None, pin: bool = True) -> RecipeSpec:
     """Returns the recipe of a plan; see `Recipe.from_plan`."""
     made = _Writer(renamed(with_cut_width(with_whole_tokens(with_whole_logits(plan)))), model).run(plan if pin else None)
-    experts = Experts.WHOLE if whole_experts(plan) else Experts.WIDTH
-    made = replace(made, placements=Placements(bool(logits_in_parts(plan)), tokens_asked_for(plan), experts))
+    made = replace(made, placements=placements_of(plan))
     if model is None:
         return made
     try:

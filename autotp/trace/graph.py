@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from autotp.plan.spec import Forms
-from autotp.trace.ints import IntExpr
+from autotp.trace.ints import Compared, IntExpr
 
 
 class Pseudo(Enum):
@@ -217,6 +217,7 @@ class Graph:
     forms: Mapping[str, Forms] = field(default_factory=dict)  # module → how it was called
     asks_dims: frozenset[str] = frozenset()  # modules whose code reads sizes or numbers of dims
     sized: frozenset[int] = frozenset()  # ids of the values whose sizes code has read
+    compared: tuple[Compared, ...] = ()  # comparisons of ints in the model's code
     swapped: frozenset[tuple[str, str]] = frozenset()  # (path, class) of each module that a forward put in place of another
     untrained: str = ""  # why no path in training mode could be traced, where one was tried
 

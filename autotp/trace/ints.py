@@ -53,6 +53,8 @@ class Arith:
 
 
 IntExpr = AttrRef | SizeRef | Literal | Arith
+#: A comparison: the name of a function of `operator`, and what it compares.
+Compared = tuple[str, IntExpr, IntExpr]
 _OPS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -98,13 +100,15 @@ class Life:
     """Lasts as long as the tags of one trace are valid.
 
     `quotients`: the last exact division in floats that gave a number, by that number. `int(width / heads)` is a plain int.
+    `compared`: (operator, left, right) of each comparison in code that `watches` the name of its file.
     """
 
-    __slots__ = ("over", "quotients")
+    __slots__ = ("compared", "over", "quotients", "watches")
 
-    def __init__(self) -> None:
-        self.over = False
+    def __init__(self, watches: Callable[[str], bool] = lambda file: True) -> None:
+        self.over, self.watches = False, watches
         self.quotients: dict[int, IntExpr] = {}
+        self.compared: dict[Compared, None] = {}
 
 
 class TaggedInt(int):
@@ -179,6 +183,23 @@ def _method(symbol: str, reflected: bool) -> Callable[[TaggedInt, Any], Any]:
 for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
     setattr(TaggedInt, f"__{_name}__", _method(_symbol, reflected=False))
     setattr(TaggedInt, f"__r{_name}__", _method(_symbol, reflected=True))
+
+
+def _comparison(name: str) -> Callable[[TaggedInt, Any], Any]:
+    compute = getattr(int, f"__{name}__")
+
+    def method(self: TaggedInt, other: Any) -> Any:
+        life = self.life
+        if isinstance(other, int) and not life.over and life.watches(sys._getframe(1).f_code.co_filename):
+            life.compared[name, self.expr, expr_of(other)] = None
+        return compute(self, other)
+
+    return method
+
+
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(TaggedInt, f"__{_name}__", _comparison(_name))
+TaggedInt.__hash__ = int.__hash__  # type: ignore[method-assign]
 
 
 class Counter(TaggedInt):

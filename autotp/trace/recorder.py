@@ -32,7 +32,7 @@ from autotp.trace.results import Results
 from autotp.trace.tape import Tape
 from autotp.trace.unknown_data import UnknownData
 from autotp.trace.values import Values
-from autotp.trace.watch import watching
+from autotp.trace.watch import is_code_of_a_model, watching
 
 
 class Recorder:
@@ -54,7 +54,7 @@ class Recorder:
         self.fake, self.every = fake, modules
         self.notes: list[str] = []
         self.untrained = ""  # why the path in training mode could not be traced
-        self.life = Life()  # of the tags of this trace
+        self.life = Life(is_code_of_a_model)  # of the tags of this trace
         memo = Memo(fake, {} if known is None else known)
         self.tape = Tape(hidden)
         self.accesses = Accesses(self.tape)
@@ -140,6 +140,7 @@ class Recorder:
             forms=calls.forms(),
             asks_dims=frozenset(calls.asks_dims),
             sized=frozenset(self._python.sized),
+            compared=tuple(self.life.compared),
             swapped=frozenset(calls.swapped),
             untrained="" if any(result.training for result in results) else self.untrained,
         )

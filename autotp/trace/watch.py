@@ -27,6 +27,7 @@ _APPLY = torch.autograd.Function.__dict__[
     "apply"
 ].__func__.__code__  # compared by value: a copy of a model from another process has a copy of it
 #: Files of torch's own that ask about gradients to keep books, and take no other path.
+_AUTOTP = __file__.rsplit("trace", 1)[0]
 _BOOKS = tuple(_TORCH + "nn/" + name for name in ("parameter.py", "modules/module.py"))
 #: Where the backward runs the forward again.
 _RECOMPUTING = "torch.utils.checkpoint"
@@ -50,6 +51,11 @@ class Refused(BaseException):
 def is_model(file: str) -> bool:
     """True for code of models, torch's own layers among it: not for the machinery that runs operators."""
     return not file.startswith(_TORCH) or (file.startswith(_TORCH + "nn/") and file not in _BOOKS)
+
+
+def is_code_of_a_model(file: str) -> bool:
+    """True for code of models; this library's is none, but for the models that it tests itself with."""
+    return is_model(file) and (not file.startswith(_AUTOTP) or file.startswith(f"{_AUTOTP}testing"))
 
 
 def asking_file(depth: int) -> str:

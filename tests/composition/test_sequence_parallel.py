@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import autotp
+from autotp.api import parallelize_as
 from autotp.plan.loss_parallel import logits_in_parts
 from autotp.plan.sequence_parallel import tokens_in_parts
 from benchmarks.activations import blocks, kept
@@ -80,11 +81,15 @@ def test_compiled(pool: Pool, kind: str, parts: tuple[str, ...]) -> None:
     assert max(max(found) for found in pool.run(compiled, kind, parts)) <= 1e-9
 
 
-def adapted() -> float:
-    """A model that is planned again, because adapters came, keeps its tokens in parts."""
+def adapted(by: str) -> float:
+    """A model that is planned again, because adapters came, keeps its tokens in parts, whatever it has them from."""
     peft = pytest.importorskip("peft")
     mesh, alone = mesh_of(1, 2), build("even")
-    model = autotp.parallelize(copy.deepcopy(alone), mesh, sequence_parallel=True, check="graph")
+    given: dict[str, Any] = {"sequence_parallel": True} if by == "argument" else {"recipe": {"placements": {"sequence_parallel": True}}}
+    if by == "plan":
+        model = parallelize_as(copy.deepcopy(alone), mesh, autotp.plan(alone, tp=2, check="graph", sequence_parallel=True))
+    else:
+        model = autotp.parallelize(copy.deepcopy(alone), mesh, check="graph", **given)
     config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     models = []
     for m in (alone, model):
@@ -98,8 +103,9 @@ def adapted() -> float:
     return max(float((grads[0][n] - t.full_tensor()).abs().max()) for n, t in grads[1].items())  # type: ignore[union-attr, operator]
 
 
-def test_with_adapters(pool: Pool) -> None:
-    assert max(pool.run(adapted)) <= 1e-9
+@pytest.mark.parametrize("by", swept(["argument", "recipe", "plan"], "recipe"))
+def test_with_adapters(pool: Pool, by: str) -> None:
+    assert max(pool.run(adapted, by)) <= 1e-9
 
 
 def in_autocast() -> float:

@@ -63,6 +63,22 @@ class Padded(nn.Module):
         return F.pad(self.down(h), [0, 0, 0, -x.shape[1] % self.heads])
 
 
+class Compared(Padded):
+    """Short sequences weigh twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).unflatten(-1, (self.heads, 8)).softmax(-1).flatten(2)
+        return self.down(h) * (2 if x.shape[1] > self.heads else 1)  # type: ignore[no-any-return]
+
+
+class Least(Padded):
+    """The smaller one of length and width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).relu()
+        return self.down(h) * min(h.shape[-1], x.shape[1])  # type: ignore[no-any-return]
+
+
 def half(x: Tensor) -> Tensor:
     return x[..., :16]
 
@@ -81,7 +97,15 @@ class Branch(nn.Module):
 
 
 #: model → tokens of the traced call, and of the one that is compared
-CASES: dict[type[nn.Module], tuple[int, int]] = {Gate: (6, 40), Convolution: (2, 6), Written: (2, 6), Padded: (8, 6), Branch: (3, 9)}
+CASES: dict[type[nn.Module], tuple[int, int]] = {
+    Gate: (6, 40),
+    Convolution: (2, 6),
+    Written: (2, 6),
+    Padded: (8, 6),
+    Compared: (6, 3),
+    Least: (6, 40),
+    Branch: (3, 9),
+}
 
 
 def given(tokens: int) -> Tensor:
@@ -126,5 +150,5 @@ def test_without_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The controls."""
     monkeypatch.setattr(local_ints, "_all_asked_for", lambda *_: True)
     monkeypatch.setattr(SiteMode, "_expect", lambda *_: None)
-    monkeypatch.setattr(local_ints, "OTHER_LENGTHS", ())
+    monkeypatch.setattr(local_ints._Search, "same_for_other_lengths", lambda *_: True)
     assert all("off by" in outcome(make, "graph") for make in CASES)

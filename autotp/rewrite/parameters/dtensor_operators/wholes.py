@@ -79,8 +79,8 @@ def on_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], random
                 _same_everywhere(t, one)
     for t in written:
         wholes.write_back(t)
-    computes = records or func.overloadpacket is not torch.ops.aten.cat  # joined states stay laid out: what DDP would send is refused
-    beside_plain = any(is_plain(t) and (records or (computes and t.is_floating_point())) for t in tree_iter((args, dict(kwargs))))
+    joins = func.overloadpacket is torch.ops.aten.cat  # joined states stay laid out: what DDP would send is refused
+    beside_plain = any(is_plain(t) and (records or (t.is_floating_point() and not joins)) for t in tree_iter((args, dict(kwargs))))
 
     def placed(at: int, x: Any) -> Any:
         if not isinstance(x, Tensor) or x.layout is not torch.strided:  # a sparse one is whole, and plain as gradients are
