@@ -144,6 +144,7 @@ def _moved(plan: PlanSpec, changed: dict[str, ModulePlan]) -> Iterator[Traffic]:
         yield replace(gather, when=When.BACKWARD if scatters else When.FORWARD)
         if enters and t.module in plan.tokens.again:
             yield replace(gather, when=When.BACKWARD)
+    yield from plan.tokens.between
     by_token = {name: p.layout for name, p in plan.params.items() if name.rpartition(".")[0] in plan.tokens.by_token}
     own = {name: prod(layout.shape) for name, layout in by_token.items() if name not in plan.aliases and layout.dim is None}
     if together := sum(n for name, n in own.items() if len(by_token[name].shape) < 2):  # read in one batch

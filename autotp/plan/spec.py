@@ -202,12 +202,14 @@ class Tokens:
 
     by_token: modules whose forward treats tokens one by one. left: results of regions that code outside treats token by token.
     entered: arguments of regions that such code made. again: modules that gather such an argument once more in the backward.
+    between: what operators outside of regions send.
     """
 
     by_token: frozenset[str] = frozenset()
     left: frozenset[SlotKey] = frozenset()
     entered: frozenset[SlotKey] = frozenset()
     again: frozenset[str] = frozenset()
+    between: tuple[Traffic, ...] = ()
 
 
 #: one call: (argument, its kind) of each

@@ -8,12 +8,14 @@ so that it may run on a part of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from autotp.plan.conversions import Op
-from autotp.plan.spec import ModulePlan, SlotKey, Tokens
+from autotp.plan.spec import ModulePlan, SlotKey, Tokens, Traffic
+from autotp.planner.between import traffic_between
 from autotp.planner.repeats import Rename, with_copies
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 from autotp.trace.ints import SizeRef, leaves
@@ -29,9 +31,15 @@ def find_tokens(graph: Graph, modules: Sequence[ModulePlan], linears: frozenset[
     """Returns what is known of tokens in the model whose traced modules have these plans. `linears`: paths of Linear modules."""
     found = _Flow(graph, modules)
     repeats = graph.repeats
-    by_token = _named((m for m in _by_token(graph) if m in found.met), repeats)
+    treated = frozenset(m for m in _by_token(graph) if m in found.met)
+    by_token = _named(treated, repeats)
     again = _named((slot[0] for slot, node in found.entered.items() if slot[0] in linears or found.is_read_by(linears, node)), repeats)
-    return Tokens(by_token, _lifted(found.left, repeats), _lifted(found.entered, repeats), again)
+    between = with_copies(((t.module, t) for t in found.between(treated)), repeats, _renamed)
+    return Tokens(by_token, _lifted(found.left, repeats), _lifted(found.entered, repeats), again, tuple(t for _, t in between))
+
+
+def _renamed(traffic: Traffic, rename: Rename) -> Traffic:
+    return replace(traffic, module=rename(traffic.module))
 
 
 def _named(paths: Iterable[str], repeats: Mapping[str, str]) -> frozenset[str]:
@@ -98,6 +106,15 @@ class _Flow:
         for _ in range(2):  # what the first of alike blocks gets is known once those that stand behind it were seen
             for node in graph.nodes:
                 self._follow(node)
+
+    def between(self, by_token: frozenset[str]) -> Iterator[Traffic]:
+        """What operators outside of regions send."""
+        held = {
+            node.outputs[0].id
+            for node in self.graph.nodes
+            if node.op is Pseudo.EXIT and any(c.op is Op.HOLD for c in self.slots.get((True, *(node.slot or ())), ()))
+        }
+        return traffic_between(self.graph, frozenset(self.tokens), frozenset(held), by_token)
 
     def _follow(self, node: Node) -> None:
         if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:

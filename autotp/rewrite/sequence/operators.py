@@ -197,6 +197,17 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return _again(input, F.linear(part(input), copy(weight, comm), None if bias is None else copy(bias, comm)))
 
 
+def _matmul(func: Callable[..., Any]) -> Way:
+    """By a plain matrix."""
+
+    def run(x: Any, other: Any) -> Any:
+        if not isinstance(x, InParts) or isinstance(other, InParts | DTensor) or other.ndim != 2:
+            return NotImplemented
+        return _again(x, func(part(x), copy(other, x._kind.comm)))
+
+    return run
+
+
 def _dropout(func: Callable[..., Any]) -> Way:
     """All ranks draw the mask of all tokens, as one device does, and keep that of their rows."""
 
@@ -268,7 +279,7 @@ _REST: Mapping[str, Callable[..., Way]] = {
     "contiguous": _aliased, "detach": _aliased, "__getitem__": _index, "view": _reshape, "reshape": _reshape, "flatten": _flatten,
     "view_as": _reshape_as, "reshape_as": _reshape_as,
     "mean": _reduced, "sum": _reduced, "var": _reduced, "std": _reduced, "amax": _reduced, "amin": _reduced, "norm": _norm,
-    "softmax": _softmax, "log_softmax": _softmax, "chunk": _pieces, "split": _pieces, "cat": _joined, "concat": _joined,
+    "softmax": _softmax, "log_softmax": _softmax, "matmul": _matmul, "__matmul__": _matmul, "chunk": _pieces, "split": _pieces, "cat": _joined, "concat": _joined,
     "zeros_like": _like, "ones_like": _like, "empty_like": _like, "full_like": _like,
     "new_zeros": _made, "new_ones": _made, "new_empty": _made, "new_full": _made, "new_tensor": _made,
     "layer_norm": _normalised, "rms_norm": _normalised, "dropout": _dropout,
