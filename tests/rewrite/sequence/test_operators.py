@@ -36,7 +36,7 @@ ON_ROWS: dict[str, Operator] = {
     "numbers": lambda x: (x * 2 - 1, 3 / (x + 4), -x, x**2, abs(x), 1 - x, x.clamp(-0.5, 0.5), x.pow(3)),
     "functions": lambda x: (x.exp(), x.tanh(), torch.sigmoid(x), F.silu(x), F.gelu(x, approximate="tanh"), F.relu(x), F.softplus(x)),
     "casts": lambda x: (x.float().double(), x.to(torch.float32).type_as(x), x.to(x), x.type(torch.float32), x.long(), x.bool()),
-    "more functions": lambda x: (x.erf(), x.floor(), torch.round(x), x.lerp(x * 2, 0.3), torch.addcmul(x, x, x), x % 0.7, 2**x, x.fmod(0.3)),
+    "more functions": lambda x: (x.erf(), x.floor(), torch.round(x), x.lerp(x * 2, 0.3), torch.addcmul(x, x, x), x % 0.7, 2**x),
     "comparisons": lambda x: (x > 0, x.ge(0.5), torch.ne(x, x), (x > 0) & (x < 1), ~(x > 0), x == 0, torch.logical_or(x > 1, x < -1)),
     "rms norm": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w(6),
     "norms": lambda x: (F.layer_norm(x, (6,), w(6), w(6)), F.rms_norm(x, [6], w(6)), x / x.norm(dim=-1, keepdim=True)),
