@@ -136,9 +136,9 @@ def part(x: InParts) -> Tensor:
     """This rank's part of `x`."""
     if x.handed:
         check_views(x)
-    if not x.requires_grad or not torch.is_grad_enabled():
-        return x._local_tensor
     held: Tensor | None = x.__dict__.get(PART)
+    if not torch.is_grad_enabled() or (held is None and not x.requires_grad):
+        return x._local_tensor
     x.__dict__[USED] = True
     if held is None:
         held = x.__dict__[PART] = _Part.apply(x)  # type: ignore[no-untyped-call]

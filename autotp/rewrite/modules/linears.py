@@ -21,6 +21,7 @@ from autotp.errors import AutoTPError
 from autotp.rewrite.collectives import conversions
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import reduce
+from autotp.rewrite.in_parts.calls import plainly
 from autotp.rewrite.in_parts.tensor import part
 from autotp.rewrite.modules.classes import STATE
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout, laid_out
@@ -146,7 +147,8 @@ class _Made:
 
     def __init__(self, x: Tensor, params: Params, outputs: list[Tensor | None]) -> None:
         self.x, self.params, self.outputs, self.hooks = x, params, outputs, _saving()
-        self.state, self.states = _state(x), [_states(params[at : at + 2]) for at in range(0, len(params), 2)]
+        with plainly():
+            self.state, self.states = (x._version, x.requires_grad), [_states(params[at : at + 2]) for at in range(0, len(params), 2)]
 
 
 class Together:
@@ -174,8 +176,9 @@ class Together:
         y, own = made.outputs[at], _params(module)
         if y is None or own is None or any(a is not b for a, b in zip(own, made.params[2 * at : 2 * at + 2], strict=True)):
             return None
-        if _states(own) != made.states[at]:
-            return None
+        with plainly():
+            if _states(own) != made.states[at]:
+                return None
         made.outputs[at] = None
         if all(out is None for out in made.outputs):
             self.made = None
@@ -208,11 +211,12 @@ def _saving() -> Any:
 
 
 def _state(x: Tensor) -> tuple[int, bool]:
-    return x._version, x.requires_grad
+    with plainly():  # a tensor in parts would go the long way to its own attributes
+        return x._version, x.requires_grad
 
 
 def _states(params: Params) -> list[tuple[int, bool, int]]:
-    return [(*_state(p), p._local_tensor._version) for p in params if p is not None]
+    return [(p._version, p.requires_grad, p._local_tensor._version) for p in params if p is not None]
 
 
 def _params(module: nn.Module) -> tuple[LayoutDTensor, LayoutDTensor | None] | None:
