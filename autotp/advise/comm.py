@@ -15,14 +15,14 @@ from autotp.rewrite.collectives.comm import DryComm
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A collective, and the bytes of its result on each rank."""
+    """A collective, and the bytes of its result on each rank; of a reduce-scatter, those of what each rank gives."""
 
     kind: CollectiveKind
     bytes: int
 
 
 class CountedComm(DryComm):
-    """Rank 0 of `mesh`: an all-reduce changes nothing, as one in place does; an all-gather allocates what it gathers into.
+    """Rank 0 of `mesh`: an all-reduce changes nothing, as one in place does; the others allocate their results.
 
     messages: collectives alike, counted.
     """
@@ -45,6 +45,14 @@ class CountedComm(DryComm):
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         self._count(CollectiveKind.ALL_GATHER, tensor, self.size)
         return [torch.empty_like(tensor) for _ in range(self.size)]
+
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
+        self._count(CollectiveKind.ALL_GATHER, rows, self.size)
+        return rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
+
+    def reduce_scatter(self, rows: Tensor) -> Tensor:
+        self._count(CollectiveKind.REDUCE_SCATTER, rows)
+        return rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
 
     def take_messages(self) -> Counter[Message]:
         """Returns the collectives since the last call."""

@@ -99,6 +99,7 @@ def measured_training(rank: Rank, units: list[str], call: Mapping[str, Any], che
         recomputing(rank.model, units, checkpointing, undo)
         with _running(rank, training=True, given=given) as meter:
             loss = _loss(rank.model(**given))
+            rank.comm.running.end()
             forward, activations = _taken(rank, meter), meter.alive()
             loss.backward()  # type: ignore[no-untyped-call]
             backward, most = _taken(rank, meter), meter.peak(0, rank.gradients)
@@ -112,8 +113,10 @@ def _running(rank: Rank, *, training: bool, given: Mapping[str, Any]) -> Iterato
     own = [t for t in tree_leaves(dict(given)) if isinstance(t, Tensor)]
     meter = Meter(rank.memo, [*rank.parameters, *rank.buffers, *own])
     name = type(rank.model).__name__
+    running = rank.comm.running
     try:
-        with in_mode(rank.model, training), rank.fake, meter, torch.set_grad_enabled(training):
+        with running.opened(), in_mode(rank.model, training), rank.fake, meter, torch.set_grad_enabled(training):
+            running.records = training
             yield meter
     except AutoTPError:
         raise

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotp.advise.operators import Work, flops, moved, tensors
+from autotp.rewrite.in_parts.tensor import InParts
 from autotp.trace.memo import Memo
 
 #: Bytes up to which a tensor without weights in it is real.
@@ -61,7 +62,7 @@ class Meter(TorchDispatchMode):
         self._made = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types and any(issubclass(t, DTensor) for t in types):
+        if types and any(issubclass(t, DTensor | InParts) for t in types):
             return NotImplemented  # its own dispatch calls operators on the rank's parts, and those come here
         kwargs = kwargs or {}
         if func.namespace == "prim":  # a question about a tensor

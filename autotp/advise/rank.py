@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor
 from autotp.advise.comm import CountedComm
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
+from autotp.plan.sequence_parallel import tokens_in_parts
 from autotp.rewrite.apply import apply
 from autotp.rewrite.parameters.make import as_dtensor
+from autotp.rewrite.sequence.scatter import Scatter
 from autotp.trace.keep import Undo, undisturbed, undone
 from autotp.trace.memo import Memo
 from autotp.trace.model_state import same_numbers, set_item
@@ -80,7 +82,9 @@ def one_rank(model: nn.Module, plan: Plan, dtype: torch.dtype) -> Iterator[Rank]
                 return nn.Parameter(as_dtensor(part, layout, mesh), requires_grad=old.requires_grad)
 
         if plan.tp > 1:
-            undo.append(apply(model, plan.params, plan.modules, comm=comm, make_param=make).undo)
+            scatter = Scatter(comm, plan.least_scattered) if tokens_in_parts(plan) else None
+            more = {"scatter": scatter, "by_token": plan.tokens.by_token, "together": plan.together}
+            undo.append(apply(model, plan.params, plan.modules, comm=comm, make_param=make, **more).undo)  # type: ignore[arg-type]
         yield Rank(fake, comm, model, Memo(fake, {}))
 
 

@@ -17,7 +17,6 @@ from autotp.data_parallel import units
 from autotp.errors import InputError
 from autotp.plan.experts import whole_experts
 from autotp.plan.plan import Plan
-from autotp.plan.sequence_parallel import tokens_in_parts
 
 
 class Subject:
@@ -30,18 +29,19 @@ class Subject:
         self.model, self.recipe, self.check, self.told = model, recipe, check, told
         self.given = None if given is None else checked(model, given)
         self.calls: TextCalls | None = text_calls(model) if given is None else None
-        self._plans: dict[tuple[int, bool], Plan] = {}
+        self._plans: dict[tuple[int, bool, bool], Plan] = {}
         self._served: dict[tuple[Serve, int, int], Served] = {}
         self._trained: dict[tuple[Train, int, int], Trained] = {}
 
-    def plan(self, tp: int, loss_parallel: bool = False) -> Plan:
+    def plan(self, tp: int, loss_parallel: bool = False, sequence_parallel: bool = False) -> Plan:
         """The plan over `tp` ranks."""
-        key = tp, loss_parallel and tp > 1
+        key = tp, loss_parallel and tp > 1, sequence_parallel and tp > 1
         if key not in self._plans:
             self.told(f"planning tp={tp}")
-            made = plan(self.model, tp=tp, recipe=self.recipe, example_inputs=self.given, check=self.check, loss_parallel=key[1])
-            if asked := _not_priced(made):
-                raise InputError(f"advise: the recipe asks for {asked}, and advice does not know it yet: leave it out of the recipe")
+            placed: dict[str, Any] = {"loss_parallel": key[1], "sequence_parallel": key[2]}
+            made = plan(self.model, tp=tp, recipe=self.recipe, example_inputs=self.given, check=self.check, **placed)
+            if whole_experts(made):  # how many tokens each rank gets depends on data
+                raise InputError("advise: the recipe asks for experts: whole, and advice does not know it yet: leave it out of the recipe")
             self._plans[key] = made
         return self._plans[key]
 
@@ -64,7 +64,7 @@ class Subject:
         """A group of `tp` ranks that trains on `batch` sequences; with the caller's inputs, on one call."""
         key = work, tp, batch
         if key not in self._trained:
-            made = self.plan(tp, work.loss_parallel)
+            made = self.plan(tp, work.loss_parallel, work.sequence_parallel)
             self.told(f"measuring tp={tp}, {batch} sequences")
             with one_rank(self.model, made, work.torch_dtype) as rank:
                 call = self.given if self.calls is None else self.calls.train(batch, work.seq)
@@ -75,15 +75,10 @@ class Subject:
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks for the reader: plans that leave operands of products whole."""
-        whole = sorted({tp for (tp, _), made in self._plans.items() if tp > 1 and made.replicated_products})
+        whole = sorted({tp for (tp, *_), made in self._plans.items() if tp > 1 and made.replicated_products})
         if not whole:
             return ()
         names = self._plans[next(key for key in self._plans if key[0] == whole[0])].replicated_products
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         sizes = ", ".join(map(str, whole))
         return (f"each rank holds {names[0]}{more} whole where tp is {sizes}: `autotp plan --tp {whole[0]}` says why",)
-
-
-def _not_priced(made: Plan) -> str:
-    """Names what a plan asks for that is not measured."""
-    return "sequence_parallel" if tokens_in_parts(made) else "experts: whole" if whole_experts(made) else ""

@@ -9,7 +9,7 @@ from autotp.advise.measured import Pass
 from autotp.plan.conversions import CollectiveKind
 
 #: Turns around the ring.
-_TURNS = {CollectiveKind.ALL_REDUCE: 2, CollectiveKind.ALL_GATHER: 1}
+_TURNS = {CollectiveKind.ALL_REDUCE: 2, CollectiveKind.ALL_GATHER: 1, CollectiveKind.REDUCE_SCATTER: 1}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from autotp.arguments import whole_number
+from autotp.arguments import truth, whole_number
 from autotp.errors import InputError
 
 #: Text → dtype of parameters, activations and caches.
@@ -88,7 +88,8 @@ class Serve:
 class Train:
     """Trains on `tokens` tokens a step, over all replicas, in sequences of `seq`.
 
-    dtype: of parameters, gradients and activations. loss_parallel: logits stay in parts over the ranks.
+    dtype: of parameters, gradients and activations. loss_parallel, sequence_parallel: logits, and hidden states between regions, stay in
+    parts over the ranks.
 
     Raises:
         InputError: a number below 1, tokens that are no whole number of sequences, an unknown dtype, optimizer or checkpointing.
@@ -100,6 +101,7 @@ class Train:
     dtype: str = "bfloat16"
     checkpointing: str = "none"
     loss_parallel: bool = False
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         whole_number("tokens", self.tokens)
@@ -109,8 +111,8 @@ class Train:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("optimizer", self.optimizer, {o.value: o for o in Optimizer})
         _one_of("checkpointing", self.checkpointing, {c.value: c for c in Checkpointing})
-        if not isinstance(self.loss_parallel, bool):
-            raise InputError(f"loss_parallel is {self.loss_parallel!r}, wanted True or False")
+        for name in ("loss_parallel", "sequence_parallel"):
+            truth(name, getattr(self, name))
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -20,7 +20,7 @@ def advise(
     gpus: Annotated[int, typer.Option(min=1, help="number of GPUs; every option uses all of them")],
     gpu: Annotated[str, typer.Option(metavar="NAME|FILE", help="h100, a100, … or a file of `autotp calibrate`")],
     serve: Annotated[bool, typer.Option("--serve", help="answer requests (--batch --prompt --new-tokens --kv-dtype)")] = False,
-    train: Annotated[bool, typer.Option("--train", help="train (--tokens --seq --optimizer --checkpointing --loss-parallel)")] = False,
+    train: Annotated[bool, typer.Option("--train", help="train (--tokens --seq --optimizer --checkpointing …)")] = False,
     link: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="between GPUs of a node: nvlink4, pcie5, …")] = None,
     network: Annotated[str, typer.Option(metavar="NAME|FILE", help="between nodes")] = "ib-ndr",
     memory: Annotated[str | None, typer.Option(metavar="BYTES", help="of a GPU, such as 80GB or 40GiB")] = None,
@@ -35,6 +35,7 @@ def advise(
     optimizer: Annotated[str | None, typer.Option(help="sgd, momentum, adamw or adamw-fp32")] = None,
     checkpointing: Annotated[str | None, typer.Option(help="none, selective or full")] = None,
     loss_parallel: Annotated[bool, typer.Option("--loss-parallel", help="leave logits in parts over the ranks")] = False,
+    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="leave hidden states in parts over the ranks")] = False,
     inputs: InputsOption = None,
     recipe: RecipeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of text")] = False,
@@ -56,6 +57,7 @@ def advise(
         "optimizer": optimizer,
         "checkpointing": checkpointing,
         "loss_parallel": loss_parallel or None,
+        "sequence_parallel": sequence_parallel or None,
     }
     wanted, other = (serving, training) if serve else (training, serving)
     if foreign := [f"--{name.replace('_', '-')}" for name, value in other.items() if value is not None]:

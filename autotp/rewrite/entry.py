@@ -190,6 +190,7 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
         raise
     finally:
         running.open = False
+        running.end()
         entry.values.again()
 
 

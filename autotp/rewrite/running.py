@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,21 @@ class Running:
     records: that call records gradients.
     compiles: a module in it is compiled. Hidden states stay whole then: what runs between two compiled pieces cannot tell.
     compared: how many calls asked whether their inputs are to be compared between ranks; the same number on every rank.
+    at_end: what is to be done when that call ends.
     """
 
-    __slots__ = ("compared", "compiles", "open", "records")
+    __slots__ = ("at_end", "compared", "compiles", "open", "records")
 
     def __init__(self) -> None:
         self.open = self.records = self.compiles = False
         self.compared = 0
+        self.at_end: list[Callable[[], None]] = []
+
+    def end(self) -> None:
+        """Do what is to be done when the call ends."""
+        for work in self.at_end:
+            work()
+        self.at_end.clear()
 
     @contextmanager
     def opened(self) -> Iterator[None]:

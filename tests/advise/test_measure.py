@@ -21,12 +21,14 @@ from autotp.trace.keep import undone
 from tests.advise.real import BATCH, LENGTH, NEW, PROMPT, SEQUENCES, build, count
 from tests.support.ranks import Pool
 
-#: (model type, tp); 3 divides neither heads nor vocabulary.
+#: (model type, tp, sequence parallel); 3 divides neither heads nor vocabulary.
 CASES = [
-    *((kind, 1) for kind in ("llama", "gpt2", "mixtral")),
-    ("llama", 2),
-    ("gpt2", 3),
-    *(pytest.param(kind, tp, marks=pytest.mark.sweep) for kind, tp in (("gpt2", 2), ("llama", 3), ("mixtral", 2), ("mixtral", 3))),
+    *((kind, 1, False) for kind in ("llama", "gpt2", "mixtral")),
+    ("llama", 2, False),
+    ("gpt2", 3, False),
+    ("llama", 2, True),
+    *(pytest.param(kind, tp, False, marks=pytest.mark.sweep) for kind, tp in (("gpt2", 2), ("llama", 3), ("mixtral", 2), ("mixtral", 3))),
+    *(pytest.param(kind, tp, True, marks=pytest.mark.sweep) for kind, tp in (("gpt2", 2), ("llama", 4), ("mixtral", 2))),
 ]
 
 
@@ -34,11 +36,11 @@ def messages(done: Pass) -> dict[tuple[str, int], int]:
     return {(str(m.kind), m.bytes): n for m, n in done.messages.items()}
 
 
-@pytest.mark.parametrize(("kind", "tp"), CASES)
-def test_real_ranks_hold_and_send_as_much(kind: str, tp: int, pool: Pool) -> None:
-    ranks = [count(kind, 1)] if tp == 1 else pool.run(count, kind, tp, world=tp)
+@pytest.mark.parametrize(("kind", "tp", "in_parts"), CASES)
+def test_real_ranks_hold_and_send_as_much(kind: str, tp: int, in_parts: bool, pool: Pool) -> None:
+    ranks = [count(kind, 1)] if tp == 1 else pool.run(count, kind, tp, in_parts, world=tp)
     model = build(kind)
-    plan = autotp.plan(model, tp=tp, check="graph")
+    plan = autotp.plan(model, tp=tp, check="graph", sequence_parallel=in_parts)
     paths, calls = units(model, plan), text_calls(model)
     with one_rank(model, plan, torch.float32) as rank:
         served = measured_serving(rank, paths, calls, BATCH, PROMPT, NEW)
@@ -52,6 +54,7 @@ def test_real_ranks_hold_and_send_as_much(kind: str, tp: int, pool: Pool) -> Non
         assert messages(trained.forward) == real.forward
         assert messages(trained.backward) == real.backward
     assert (tp > 1) == bool(messages(served.decode))
+    assert in_parts == any(kind == "reduce_scatter" for kind, _ in messages(trained.forward))
 
 
 def allocated(run: Callable[[], object]) -> tuple[int, int]:

@@ -126,10 +126,11 @@ class _Linear(torch.autograd.Function):
         w = weight._local_tensor
         needs = ctx.needs_input_grad
         again: Again | None = x.__dict__.get(ENTERED) if needs[1] else None
-        if again is not None:  # a rank keeps its rows, and gathers those of others in the backward
+        mine = None if again is None else again.local
+        if again is not None and mine is not None:  # a rank keeps its rows, and gathers those of others in the backward
             again.users += 1
-        ctx.again = again
-        ctx.save_for_backward((x if again is None else again.local) if needs[1] else None, w if needs[0] else None)
+        ctx.again = None if mine is None else again
+        ctx.save_for_backward((x if mine is None else mine) if needs[1] else None, w if needs[0] else None)
         ctx.run, ctx.kind = run, kind
         ctx.weight, ctx.bias = weight, bias
         y = run.local(x, w, None if bias is None else bias._local_tensor, kind)

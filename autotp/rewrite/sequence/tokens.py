@@ -127,15 +127,20 @@ def _source(x: Tensor) -> Tensor:
 class Again:
     """Gathers the rows of a region's input once more in the backward, for all products that need them for their weights' gradients.
 
-    local: this rank's part, with its history.
+    local: this rank's part, with its history, until the call ends: a view of the whole that is kept for the backward keeps all of this.
     """
 
     __slots__ = ("_found", "_left", "_task", "kind", "local", "users")
 
     def __init__(self, local: Tensor, kind: Rows) -> None:
-        self.local, self.kind, self.users = local, kind, 0
+        self.local: Tensor | None = local
+        self.kind, self.users = kind, 0
         self._found: Tensor | None = None
         self._left, self._task = 0, -1
+
+    def end(self) -> None:
+        """The call has ended."""
+        self.local = None
 
     def gathered(self, local: Tensor) -> Tensor:
         """[rows of this rank] as they were saved → the whole tensor, kept until all that saved it have asked in this backward."""
@@ -194,7 +199,8 @@ def entered(x: ParallelTokens) -> Tensor:
     local = part(x)
     found = entered_rows(local, x._kind)
     if records:
-        found.__dict__[ENTERED] = Again(local, x._kind)
+        again = found.__dict__[ENTERED] = Again(local, x._kind)
+        x._kind.comm.running.at_end.append(again.end)
     x.__dict__["_entered"] = records, found  # not in a table by weak references: what has one cannot be changed in place
     return found
 
