@@ -18,6 +18,8 @@ from autotp.errors import InputError
 from autotp.hugging_face import is_hugging_face
 from autotp.inputs.facts import Facts, forward_keywords, takes_any_keyword
 
+#: What configs call the number of positions that a model was made for.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 #: What a cache is called among the keywords of a forward, and in its results.
 _CACHES = ("past_key_values", "cache_params")
 _IDS = ("input_ids", "decoder_input_ids")
@@ -33,6 +35,12 @@ class TextCalls:
     def decodes(self) -> bool:
         """True for a model that hands a cache from step to step."""
         return self.facts.generates and self.facts.find("use_cache") is not False
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that a sequence may have by the config; None where it does not say."""
+        found = [n for n in map(self.facts.find, _POSITIONS) if isinstance(n, int) and n > 0]
+        return found[0] if found else None
 
     def prefill(self, batch: int, prompt: int, decoder: int = 1) -> dict[str, Any]:
         """The call that reads the prompts. `decoder`: tokens that a decoder beside an encoder has made already."""

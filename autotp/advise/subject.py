@@ -11,7 +11,7 @@ from autotp.advise.calls import TextCalls, checked, text_calls
 from autotp.advise.measure import measured_call, measured_serving, measured_training
 from autotp.advise.measured import Served, Trained
 from autotp.advise.rank import one_rank
-from autotp.advise.workload import Checkpointing, Serve, Train
+from autotp.advise.workload import Checkpointing, Serve, Train, Workload
 from autotp.api import plan
 from autotp.data_parallel import units
 from autotp.errors import InputError
@@ -71,6 +71,19 @@ class Subject:
                 assert call is not None
                 self._trained[key] = measured_training(rank, units(self.model, made), call, Checkpointing(work.checkpointing))
         return self._trained[key]
+
+    def too_long(self, work: Workload) -> tuple[str, ...]:
+        """A remark where the sequences of a workload are longer than the model was made for."""
+        most = None if self.calls is None else self.calls.positions
+        if most is None or self.calls is None:
+            return ()
+        if isinstance(work, Train):
+            length, what = work.seq, f"seq {work.seq}"
+        elif self.calls.facts.is_encoder_decoder:
+            length, what = max(work.prompt, work.new_tokens), f"prompt {work.prompt} or new_tokens {work.new_tokens}"
+        else:
+            length, what = work.prompt + work.new_tokens, f"prompt {work.prompt} and new_tokens {work.new_tokens} together"
+        return (f"{what}: more than the {most} positions of the model's config",) if length > most else ()
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -117,6 +117,11 @@ def test_sequences_that_do_not_fit_go_in_passes() -> None:
     assert limited.memory == two.memory
 
 
+def test_sequences_longer_than_the_model_are_noted() -> None:
+    short, long = (advise(Serve(prompt=n, new_tokens=4), gpus=1, link="nvlink4").notes for n in (16, 4096))
+    assert len(long) == len(short) + 1 and "more than the" in long[0] and "positions" in long[0]
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_hidden_states_in_parts_take_less_memory(checkpointing: str) -> None:
     """By the option or by a recipe. Blocks that run again in the backward scatter again."""
