@@ -30,6 +30,7 @@ Examples shrink towards one layer, small numbers, the plainest variants and no t
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from math import prod
 from typing import Any
 
@@ -303,7 +304,8 @@ def idioms(draw: st.DrawFn) -> Idioms:
     """
     from hypothesis import assume
 
-    kinds = draw(st.just(["plain"]) | st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=2))
+    known = [kind for kind in KINDS if kind != "einops" or find_spec("einops")]
+    kinds = draw(st.just(["plain"]) | st.lists(st.sampled_from(known), min_size=1, max_size=2))
     lines = tuple(draw(st.sampled_from(list(KINDS[kind]))) for kind in kinds)
     least = 2 if any(name in STATISTICS for name in lines) else 1
     groups = draw(st.integers(least, 6))

@@ -212,6 +212,26 @@ CONDITIONS = {
     "asks_item": "h = h.flip(-1) if x.abs().max().item() > 1e4 else h.tanh()",
 }
 
+#: Need the library.
+EINOPS = {
+    "einops_groups": "h = einops.rearrange(einops.rearrange(h, 'b t (g d) -> b g t d', g=$g).softmax(-1), 'b g t d -> b t (g d)')",
+    "einops_sizes": "h = einops.rearrange(einops.rearrange(h, 'b t (g d) -> b t g d', d=$d).tanh(), 'b t g d -> b t (g d)')",
+    "einops_swapped": "h = einops.rearrange(einops.rearrange(h, 'b t (g d) -> b t d g', g=$g), 'b t d g -> b t (d g)')",
+    "einops_mean": "h = h - einops.repeat(einops.reduce(h, 'b t (g d) -> b t g', 'mean', g=$g), 'b t g -> b t (g d)', d=$d)",
+    "einops_sum": "h = h * einops.reduce(h, 'b t (g d) -> b t 1', 'sum', d=$d)",
+    "einops_einsum": "h = einops.einsum(h.softmax(-1), h, h, 'b t w, b s w, b s v -> b t v')",
+}
+
+#: Numbers that code makes of lengths and of what may be local.
+NUMBERS = {
+    "longer_than_groups": "h = h.tanh() if h.shape[1] > self.groups else h.flip(-1)",
+    "padded_to_groups": "h = F.pad(h, (0, 0, 0, -h.shape[1] % self.groups))[:, : h.shape[1]] + h.view(2, 6, self.groups, -1).flatten(2)",
+    "groups_of_a_dict": "h = h.view(2, 6, self.sizes['groups'], self.sizes['size']).softmax(-1).flatten(2)",
+    "groups_of_a_partial": "h = self.grouped(h).softmax(-1).flatten(2)",
+    "groups_by_division": "h = h.view(2, 6, int(h.shape[-1] / self.sizes['size']), -1).softmax(-1).flatten(2)",
+    "kept_of_groups": "h = h[:, : max(1, min(self.groups, h.shape[1]))].mean(1, keepdim=True) + h.view(2, 6, self.groups, -1).flatten(2)",
+}
+
 KINDS = {
     "plain": PLAIN,
     "form": FORMS,
@@ -221,5 +241,7 @@ KINDS = {
     "in_place": IN_PLACE,
     "gradient": GRADIENTS,
     "condition": CONDITIONS,
+    "einops": EINOPS,
+    "number": NUMBERS,
 }
 LINES = {name: text for table in KINDS.values() for name, text in table.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textwrap import indent
 
-from autotp.testing.idioms.lines import LINES
+from autotp.testing.idioms.lines import EINOPS, LINES, NUMBERS
 from autotp.testing.idioms.spec import Around, Call, Differ, IdiomsSpec, Repeat, Up, Weights
 
 _HEAD = """\
@@ -60,7 +60,8 @@ def write(i: IdiomsSpec) -> str:
     parts = [_FUNCTION.format(name=n, backward=b) for n, b in _BACKWARDS.items() if any(f"{n}.apply" in LINES[x] for x in i.lines)]
     parts += [_PAIR] if i.call is Call.TUPLE else [_BOX] if i.call is Call.DATACLASS else []
     parts += [_HALVE] if Around.POST_ACCUMULATE in i.around else []
-    return _HEAD + "\n\n".join([*parts, _part(i), _model(i)])
+    head = _HEAD.replace("import torch\n", "import einops\nimport torch\n", 1) if any(x in EINOPS for x in i.lines) else _HEAD
+    return head + "\n\n".join([*parts, _part(i), _model(i)])
 
 
 def _class(name: str, methods: dict[str, list[str]]) -> str:
@@ -76,6 +77,9 @@ def _part(i: IdiomsSpec) -> str:
     init += _held(i)
     init += ["self.f = f"] if i.differ is Differ.FUNCTION else []
     init += _around_init(i)
+    if any(name in NUMBERS for name in i.lines):
+        init.append(f"self.groups, self.sizes = {i.groups}, {{'groups': {i.groups}, 'size': {i.size}}}")
+        init.append(f"self.grouped = partial(lambda h, n: h.view(2, 6, n, -1), n={i.groups})")
     body = [*unpack, *_up(i)]
     if i.call in _TWO:
         body.append("h = h * y.mean(-1, keepdim=True) + self.k(y)")
@@ -116,6 +120,10 @@ def _up_init(i: IdiomsSpec) -> list[str]:
             return [linear, f"self.table = nn.Embedding(5, {w})"]
         case Up.RECURRENT:
             return [linear, f"self.r = nn.Linear({w}, {w}, bias=False)"]
+        case Up.TORCH_ATTENTION:
+            return [linear, f"self.mha = nn.MultiheadAttention({w}, {i.groups}, batch_first=True)"]
+        case Up.TORCH_LAYER:
+            return [linear, f"self.layer = nn.TransformerEncoderLayer({w}, {i.groups}, 2 * {w}, 0.0, batch_first=True)"]
 
 
 def _up(i: IdiomsSpec) -> list[str]:
@@ -142,6 +150,10 @@ def _up(i: IdiomsSpec) -> list[str]:
             return ["h = F.scaled_dot_product_attention(self.q.expand(2, -1, -1), self.a(x), self.v(x), is_causal=True)"]
         case Up.LOOKUP:
             return ["h = self.a(x) + self.table((x[..., 0] > 0).long() + 2)"]
+        case Up.TORCH_ATTENTION:
+            return ["y = self.a(x)", "h = self.mha(y, y, y, need_weights=False)[0]"]
+        case Up.TORCH_LAYER:
+            return ["h = self.layer(self.a(x))"]
         case Up.RECURRENT:
             return [
                 "h = [self.a(x)[:, 0]]",

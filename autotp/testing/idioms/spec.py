@@ -26,6 +26,8 @@ class Up(Enum):
     CAUSAL = "causal"  # fused and causal, queries are learned
     LOOKUP = "lookup"  # a Linear and a table
     RECURRENT = "recurrent"  # a loop over time
+    TORCH_ATTENTION = "torch_attention"  # nn.MultiheadAttention
+    TORCH_LAYER = "torch_layer"  # nn.TransformerEncoderLayer
 
 
 class Weights(Enum):
