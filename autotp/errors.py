@@ -6,6 +6,7 @@ A message names the mistake, its place (module path or argument), the value foun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import TracebackType
 
 
 class AutoTPError(RuntimeError):
@@ -19,11 +20,13 @@ class MeshError(AutoTPError):
 class TraceError(AutoTPError):
     """The model could not be run on fake tensors. The message names the module, the operator and the ways out.
 
-    `partial` is the graph recorded until then, `module` the path of the module that failed.
+    `partial` is the graph recorded until then, `module` the path of the module that failed. `calls` is the traceback down to it; that
+    of the cause goes on from there.
     """
 
     partial: object = None
     module: str = ""
+    calls: TracebackType | None = None
 
 
 class ChangedError(AutoTPError):

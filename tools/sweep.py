@@ -3,6 +3,7 @@
     python tools/sweep.py --out sweep.jsonl                    # all of them, two ranks
     python tools/sweep.py --out sweep.jsonl --only llama gpt2  # some
     python tools/sweep.py --plan-only                          # no comparison
+    python tools/sweep.py --own-inputs                         # no comparison, and autotp makes the example inputs from the config
     python tools/sweep.py --out sweep.jsonl --summary          # only count what the file holds
     python tools/sweep.py --out sweep.jsonl --docs docs/coverage.md --summary
 
@@ -34,7 +35,7 @@ ASPECTS = ("state", "outputs", "gradients", "generation", "training", "steps")
 Record = dict[str, Any]
 
 
-def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool) -> Record:
+def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool, own_inputs: bool = False) -> Record:
     """One model type on one rank: build, plan, compare."""
     import torch
 
@@ -56,8 +57,8 @@ def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool) -> Record:
         model = transformer(model_type)
         record["class"], record["parameters"] = type(model).__name__, sum(p.numel() for p in model.parameters())
         record["stage"] = "inputs"
-        inputs = tiny_inputs(model)
-        record["inputs"] = sorted(inputs)
+        inputs = None if own_inputs else tiny_inputs(model)
+        record["inputs"] = None if inputs is None else sorted(inputs)
         record["stage"] = "plan"
         if not stand_in:
             import autotp
@@ -66,7 +67,7 @@ def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool) -> Record:
             plan = autotp.plan(model, tp=tp, example_inputs=inputs)
             record["plan_seconds"] = round(time.perf_counter() - start, 3)
             record["plan_share"] = round(float(plan.local_share), 4)
-        if plan_only:
+        if plan_only or own_inputs:
             record["stage"] = "done"
             return record
         record["stage"] = "compare"
@@ -111,12 +112,12 @@ def run(types: list[str], args: argparse.Namespace) -> None:
     """Survey the types, one after the other, writing a line for each."""
     from tests.support.ranks import RankError, Ranks
 
-    ranks = Ranks(1 if args.plan_only else args.tp, timeout=args.timeout, grace=3.0)
+    ranks = Ranks(1 if args.plan_only or args.own_inputs else args.tp, timeout=args.timeout, grace=3.0)
     with args.out.open("a") as file:
         for number, model_type in enumerate(types, 1):
             start = time.perf_counter()
             try:
-                record = merge(ranks.run(survey, model_type, args.tp, args.plan_only, args.stand_in))
+                record = merge(ranks.run(survey, model_type, args.tp, args.plan_only, args.stand_in, args.own_inputs))
             except RankError as error:
                 record = {"type": model_type, "stage": "ranks", "error": str(error)[-2000:]}
             record["seconds"] = round(time.perf_counter() - start, 2)
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2, help="number of ranks")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one model type")
     parser.add_argument("--plan-only", action="store_true", help="do not compare")
+    parser.add_argument("--own-inputs", action="store_true", help="do not compare; plan without example inputs")
     parser.add_argument("--stand-in", action="store_true", help="without autotp: check models and harness")
     parser.add_argument("--again", action="store_true", help="also types that the file holds already")
     parser.add_argument("--summary", action="store_true", help="run nothing, only count")

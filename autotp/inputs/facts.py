@@ -8,8 +8,8 @@ config itself, then in every other nested config.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -42,10 +42,41 @@ def takes_any_keyword(model: nn.Module, method: str = "forward") -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(getattr(model, method)).parameters.values())
 
 
-class Facts:
-    """The keywords of the forward (or of another `method`) and the config values of one Hugging Face model."""
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A value of another form than the first guess: `kind` is `floats`, `positive` (floats in [0, 1)), `ids`, `ones`, `true` (a mask of
+    truth values), or `plain` for `value` itself.
+    """
 
-    def __init__(self, model: nn.Module, method: str = "forward") -> None:
+    kind: str
+    shape: tuple[int, ...] = ()
+    value: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What the calls of a model are made with beside the first guess: values of another form, and keywords given as well."""
+
+    made: Mapping[str, Made] = field(default_factory=dict)
+    more: tuple[str, ...] = ()
+
+
+def _setting(config: Any, name: str) -> Any:
+    """An attribute of a config, None where it has none or refuses to say: a setting that each layer has for itself."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # whatever a config raises
+        return vars(config).get(name)
+
+
+class Facts:
+    """The keywords of the forward (or of another `method`) and the config values of one Hugging Face model.
+
+    `guess`: what its calls are made with beside the first guess.
+    """
+
+    def __init__(self, model: nn.Module, method: str = "forward", guess: Guess | None = None) -> None:
+        self.guess = Guess() if guess is None else guess
         self.model: Any = model
         self.config: Any = model.config
         self.method = method
@@ -92,7 +123,7 @@ class Facts:
         """The first value that is not None under one of `names`, config by config; None where there is none."""
         for config in self.configs(part):
             for name in names:
-                value = getattr(config, name, None)
+                value = _setting(config, name)
                 if value is not None:
                     return value
         return None
@@ -101,7 +132,7 @@ class Facts:
         """Like `find`, for an integer; a sequence of integers counts as its first."""
         for config in self.configs(part):
             for name in names:
-                value = getattr(config, name, None)
+                value = _setting(config, name)
                 if isinstance(value, (list, tuple)) and value:
                     value = value[0]
                 if isinstance(value, int) and not isinstance(value, bool):

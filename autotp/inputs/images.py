@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autotp.inputs.facts import VISION, Facts
-from autotp.inputs.values import BATCH, VALUES, grid, patch, token_ids
+from autotp.inputs.values import BATCH, grid, made_value, patch, token_ids
 
 _WITH = ("pixel_values", "image_grid_thw", "image_sizes", "spatial_shapes", "pixel_attention_mask", "merge_sizes", "target_sizes")
 _ENCODE = "get_image_features"
@@ -30,7 +30,7 @@ def with_images(facts: Facts, base: tuple[str, ...]) -> dict[str, object]:
     written; it is the model that then says what is wrong.
     """
     token = facts.image_token
-    inputs = {name: VALUES[name](facts) for name in (*base, *_WITH) if facts.takes(name)}
+    inputs = {name: made_value(facts, name) for name in (*base, *_WITH) if facts.takes(name)}
     if not _reads_sizes(facts):
         inputs.pop("image_sizes", None)
     if token is None:

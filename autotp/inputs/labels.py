@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autotp.inputs.facts import Facts
-from autotp.inputs.values import BATCH, DECODER_LENGTH, LENGTH, pixel_values, token_ids
+from autotp.inputs.values import BATCH, DECODER_LENGTH, LENGTH, made_value, token_ids
 
 Labels = Callable[[], dict[str, object]]
 
@@ -56,7 +56,9 @@ def _each_token(facts: Facts) -> Tensor:
 
 
 def _each_pixel(facts: Facts) -> Tensor:
-    return _classes(_number(facts), *pixel_values(facts).shape[-2:])
+    pixels = made_value(facts, "pixel_values")
+    assert isinstance(pixels, Tensor)
+    return _classes(_number(facts), *pixels.shape[-2:])
 
 
 def _by_head(facts: Facts) -> Tensor:

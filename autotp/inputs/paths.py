@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_map_only
 from autotp.adapters import settings
 from autotp.errors import InputError
 from autotp.hugging_face import is_hugging_face
-from autotp.inputs.facts import Facts, forward_keywords, takes_any_keyword
+from autotp.inputs.by_name import value_of, why_not
+from autotp.inputs.facts import Facts, Guess, forward_keywords, takes_any_keyword
 from autotp.inputs.images import with_images
 from autotp.inputs.labels import labels
 from autotp.inputs.values import BATCH, VALUES, token_ids
@@ -36,8 +37,8 @@ _MOST_TURNED = 6
 _FEATURES = re.compile("get_[a-z0-9_]+_features")
 
 
-def example_inputs(model: nn.Module) -> tuple[Example, ...]:
-    """The calls to trace for a Hugging Face `model`, the plain forward first.
+def example_inputs(model: nn.Module, guess: Guess | None = None) -> tuple[Example, ...]:
+    """The calls to trace for a Hugging Face `model`, the plain forward first. `guess`: what they are made with beside the first guess.
 
     Raises:
         InputError: `model` is no `PreTrainedModel`, or its forward requires a keyword that the config says nothing of.
@@ -48,12 +49,15 @@ def example_inputs(model: nn.Module) -> tuple[Example, ...]:
             f"{type(model).__name__} is not a transformers model, so its inputs cannot be derived from a config: pass "
             f"example_inputs={{name: value}} with {_listed(needed) if needed else 'the keywords of its forward'}"
         )
-    facts = Facts(model)
+    if type(model).forward is nn.Module.forward:
+        raise InputError(f"{type(model).__name__} has no forward of its own: make the models inside of it parallel, each for itself")
+    facts = Facts(model, guess=guess)
     base = _base(facts)
-    unknown = [name for name in base if name not in VALUES]
+    unknown = {name: reason for name in base if (reason := why_not(facts, name)) is not None}
     if unknown:
+        told = "; ".join(f"{name!r} ({reason})" for name, reason in unknown.items())
         raise InputError(
-            f"{type(model).__name__}.forward requires {_listed(unknown)}, which autotp cannot make up from the config: "
+            f"{type(model).__name__}.forward requires what autotp cannot make up from the config: {told}: "
             f"pass example_inputs={{name: value}} with {_listed(base)}"
         )
     return (*_examples(facts, base), *_features(model), *_generators(model))
@@ -135,7 +139,8 @@ def _base(facts: Facts) -> list[str]:
     names += [name for name in candidates if facts.takes(name) and name not in names]
     if not names:
         names += [name for name in VALUES if facts.takes(name)][:1]
-    return names + [name for name in _companions(facts, names) if name not in names]
+    names += [name for name in _companions(facts, names) if name not in names]
+    return names + [name for name in facts.guess.more if name not in names]
 
 
 def _companions(facts: Facts, names: list[str]) -> Iterator[str]:
@@ -160,7 +165,7 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
     def call(*more: str, **options: object) -> Callable[[], Inputs]:
         if images_in_text:
             return lambda: with_images(facts, tuple(base)) | options
-        return lambda: {name: VALUES[name](facts) for name in (*base, *more)} | options
+        return lambda: {name: value_of(facts, name) for name in (*base, *more)} | options
 
     yield Example("forward", call())
     reads_text = "input_ids" in base
@@ -198,7 +203,7 @@ def _features(model: nn.Module) -> Iterator[Example]:
     for name in sorted(n for n in dir(type(model)) if _FEATURES.fullmatch(n)):
         facts = Facts(model, name)
         base = _base(facts)
-        if base and all(key in VALUES for key in base):
+        if base and all(why_not(facts, key) is None for key in base):
             yield Example(name, partial(_values, facts, base), optional=True, method=name)
 
 
@@ -212,13 +217,13 @@ def _generators(model: nn.Module) -> Iterator[Example]:
         if inner is not model and is_hugging_face(inner) and inner.can_generate():
             facts = Facts(inner)
             base = _base(facts)
-            if all(key in VALUES for key in base):
+            if all(why_not(facts, key) is None for key in base):
                 found = (e for e in _examples(facts, base) if e.name == "prefill")
                 yield from (replace(e, name=f"{path} prefill", quiet=True, method=path) for e in found)
 
 
 def _values(facts: Facts, names: list[str]) -> Inputs:
-    return {name: VALUES[name](facts) for name in names}
+    return {name: value_of(facts, name) for name in names}
 
 
 def _decode(facts: Facts, base: list[str], mask: tuple[str, ...], outputs: Any) -> Inputs | None:
@@ -245,15 +250,15 @@ def _decode(facts: Facts, base: list[str], mask: tuple[str, ...], outputs: Any) 
             states.attention_mask = states.router_logits = None  # what some encoders answer besides, read by their decoders
             step["encoder_outputs"] = states
         else:
-            step |= {name: VALUES[name](facts) for name in base if name != "decoder_input_ids"}
-        return step | {name: VALUES[name](facts) for name in mask}
+            step |= {name: value_of(facts, name) for name in base if name != "decoder_input_ids"}
+        return step | {name: value_of(facts, name) for name in mask}
     step["input_ids"] = token
     for name in mask:
-        given = VALUES[name](facts)
+        given = value_of(facts, name)
         assert isinstance(given, Tensor)
         step[name] = torch.cat([given, given.new_ones(BATCH, 1)], dim=1)
     kept = [n for n in base if n not in ("input_ids", *mask)]
-    return step | {name: VALUES[name](facts) for name in kept if name != "bbox"}
+    return step | {name: value_of(facts, name) for name in kept if name != "bbox"}
 
 
 def _listed(names: Any) -> str:
@@ -270,8 +275,18 @@ def calls_to_trace(model: nn.Module, inputs: Given | None) -> tuple[Example, ...
     """The caller's example first; a transformers model's own paths are traced too, as far as they can be."""
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
     if inputs is None:
-        return _in_settings(model, tuple(_in_dtype(e, dtype) for e in example_inputs(model)))
+        return calls_with(model, None)
     return _in_settings(model, _with_own(model, user_examples(model, inputs), inputs, dtype))
+
+
+def calls_with(model: nn.Module, guess: Guess | None) -> tuple[Example, ...]:
+    """A transformers model's own paths, of the forms of `guess`.
+
+    Raises:
+        InputError: as for `example_inputs`.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    return _in_settings(model, tuple(_in_dtype(e, dtype) for e in example_inputs(model, guess)))
 
 
 def _in_settings(model: nn.Module, examples: tuple[Example, ...]) -> tuple[Example, ...]:

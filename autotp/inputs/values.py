@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from autotp.inputs.facts import AUDIO, VISION, Facts
+from autotp.inputs.facts import AUDIO, VISION, Facts, Made
 
 BATCH = 3
 LENGTH = 7
@@ -78,7 +78,7 @@ def pixel_values(facts: Facts) -> Tensor:
     channels, (down, across) = _channels(facts), patch(facts)
     if facts.takes("image_grid_thw") or facts.takes("grid_thw"):
         return patches(facts, BATCH)
-    if facts.takes("spatial_shapes"):
+    if facts.takes("spatial_shapes") or facts.takes("pixel_position_ids"):
         rows, columns = grid(facts)
         return noise(BATCH, rows * columns, channels * down * across)
     if facts.takes("pixel_attention_mask"):
@@ -114,6 +114,13 @@ def patches(facts: Facts, images: int) -> Tensor:
 def grid_thw(facts: Facts) -> Tensor:
     """Frames, rows and columns of each image: `[batch, 3]`."""
     return torch.tensor([[1, *grid(facts)]] * BATCH)
+
+
+def _patch_places(facts: Facts) -> Tensor:
+    """Column and row of each patch: `[batch, patches, 2]`."""
+    rows, columns = grid(facts)
+    places = torch.stack([torch.arange(columns).repeat(rows), torch.arange(rows).repeat_interleave(columns)], dim=-1)
+    return places.expand(BATCH, -1, -1).contiguous()
 
 
 def pixel_values_videos(facts: Facts) -> Tensor:
@@ -170,8 +177,10 @@ def _mel_first(facts: Facts, bins: int) -> bool:
 
 
 def _frame_mask(facts: Facts) -> Tensor:
-    features = input_features(facts)
-    return torch.ones(BATCH, features.shape[2 if _mel_first(facts, _mel_bins(facts)) else 1], dtype=torch.long)
+    bins, features = _mel_bins(facts), made_value(facts, "input_features")
+    assert isinstance(features, Tensor)
+    first = features.shape[-1] != bins if "input_features" in facts.guess.made else _mel_first(facts, bins)
+    return torch.ones(BATCH, features.shape[-1 if first else -2], dtype=torch.long)
 
 
 def _attention_mask(facts: Facts) -> Tensor:
@@ -268,6 +277,7 @@ VALUES: dict[str, Callable[[Facts], object]] = {
     "image_grid_thw": grid_thw,
     "grid_thw": grid_thw,
     "video_grid_thw": grid_thw,
+    "pixel_position_ids": _patch_places,
     "merge_sizes": lambda f: torch.ones(BATCH, dtype=torch.long),
     "target_sizes": lambda f: torch.tensor([grid(f)] * BATCH),
     "spatial_shapes": lambda f: torch.tensor([grid(f)] * BATCH),
@@ -285,3 +295,26 @@ VALUES: dict[str, Callable[[Facts], object]] = {
     "future_time_features": lambda f: _time_features(f, _prediction(f)),
     "future_values": lambda f: noise(BATCH, _prediction(f), *_series(f)[2:]),
 }
+
+
+def made_value(facts: Facts, name: str) -> object:
+    """The value of a keyword of `VALUES`, in the form of the guess where that has one.
+
+    Raises:
+        KeyError: `VALUES` has no such keyword.
+    """
+    other = facts.guess.made.get(name)
+    return VALUES[name](facts) if other is None else built(facts, other)
+
+
+def built(facts: Facts, made: Made) -> object:
+    """The value that is described by `made`."""
+    if made.kind == "floats":
+        return noise(*made.shape)
+    if made.kind == "positive":
+        return noise(*made.shape).abs()
+    if made.kind == "ids":
+        return token_ids(facts, 1, math.prod(made.shape)).reshape(made.shape)
+    if made.kind in ("ones", "true"):
+        return torch.ones(made.shape, dtype=torch.long if made.kind == "ones" else torch.bool)
+    return made.value

@@ -5,16 +5,18 @@ planned again.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import nn
 
 from autotp.axes.find import find_axes, keep
 from autotp.errors import PlanError, TraceError
-from autotp.inputs.paths import calls_to_trace, settled
+from autotp.inputs.paths import calls_to_trace, calls_with, settled
+from autotp.inputs.search import search
 from autotp.plan.layout import Layout, replicated
 from autotp.plan.plan import Plan
 from autotp.plan.spec import ParamPlan
@@ -27,6 +29,7 @@ from autotp.planner.requested import by_value
 from autotp.planner.solve import solve
 from autotp.planner.uncalled import with_uncalled
 from autotp.trace.example import Example, Given
+from autotp.trace.graph import Graph
 from autotp.trace.keep import undisturbed
 from autotp.trace.memo import Known
 from autotp.trace.reading import has_forward_of
@@ -119,10 +122,9 @@ def _certified(
         )
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
     name = type(model).__name__
-    examples = tuple(settled(calls_to_trace(model, inputs)))
     alike = {b: t for b, t in alike_blocks(model).items() if not differing(b, t, wanted, shapes)}
     known: Known = {}
-    graph = trace(model, examples, keep, repeats=alike, known=known)
+    examples, graph = traced_calls(model, inputs, alike, known)
     space = GraphIndex(find_axes(graph), apart)
     asked = by_value(graph.params, wanted)
     bans = Bans({})
@@ -150,6 +152,50 @@ def _certified(
         if bans.size == before or attempt == MAX_REPLAYS - 1:
             bans.all = reason
     raise PlanError(f"{name}: {bans.all}, and nothing is sharded")
+
+
+def traced_calls(
+    model: nn.Module, inputs: Given | None, alike: Mapping[str, str], known: Known, *, plain: bool = False
+) -> tuple[tuple[Example, ...], Graph]:
+    """The calls of a model, and their graph. A call of a transformers model that nobody gave is looked for until one runs.
+
+    `plain`: the first call alone.
+
+    Raises:
+        InputError: example inputs are needed or do not fit. TraceError: the model cannot be run on fake tensors.
+    """
+
+    def made(calls: Iterable[Example]) -> tuple[Example, ...]:
+        return tuple(islice(settled(tuple(calls)), 1 if plain else None))
+
+    examples = made(calls_to_trace(model, inputs))
+    try:
+        return examples, trace(model, examples, keep, repeats=alike, known=known)
+    except TraceError as error:
+        if inputs is not None or error.partial is None:  # another call would not be traced either
+            raise
+        first = error
+
+    def stopped(example: Example) -> TraceError | None:
+        try:
+            trace(model, (example,), keep, repeats=alike, known=known, once=True)
+        except TraceError as error:
+            return error
+        return None
+
+    examples = made(calls_with(model, search(model, first, stopped)))
+    return examples, trace(model, examples, keep, repeats=alike, known=known)
+
+
+def plain_call(model: nn.Module) -> dict[str, object]:
+    """The keywords of the plain forward of a transformers model, as its plan is made with.
+
+    Raises:
+        InputError, TraceError: as for `traced_calls`.
+    """
+    with undisturbed(model):
+        examples, _ = traced_calls(model, None, alike_blocks(model), {}, plain=True)
+    return examples[0].make()
 
 
 def _settings(ran: tuple[Example, ...]) -> frozenset[str]:

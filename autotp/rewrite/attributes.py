@@ -17,7 +17,7 @@ from torch import nn
 from autotp.errors import PlanError
 from autotp.plan.spec import LocalAttribute
 from autotp.rewrite.undo import Undo
-from autotp.trace.tags import names_of, put
+from autotp.trace.tags import get, names_of, put
 
 #: In the `__dict__` of a module with local attributes: what they are.
 LOCAL = "_autotp_local"
@@ -97,7 +97,7 @@ def _changed(value: Any, path: list[str], attribute: LocalAttribute, copies: dic
     key = getattr(type(value), "attribute_map", {}).get(key, key)  # transformers' aliases: n_embd → hidden_size
     if key not in names_of(clone):
         raise PlanError(f"{where}: {type(value).__name__} holds no plain attribute {key!r} ({attribute.path})")
-    put(clone, key, _changed(getattr(clone, key), rest, attribute, copies, where))
+    put(clone, key, _changed(get(clone, key), rest, attribute, copies, where))
     return clone
 
 

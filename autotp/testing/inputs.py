@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from autotp.errors import InputError
+from autotp.planner.make_plan import plain_call
 
 Inputs = dict[str, Any]
 
@@ -349,7 +350,16 @@ def tiny_inputs(model: PreTrainedModel, *, batch: int = 2, length: int = 10, see
             tried.append(f"{sorted(inputs)}: {type(error).__name__}: {str(error)[:160]}")
             continue
         return inputs
-    raise InputError(f"tiny_inputs: {type(model).__name__} ran on no guess; pass inputs by hand. Tried:\n  " + "\n  ".join(tried))
+    try:
+        inputs = plain_call(model)  # as `autotp.plan` makes it
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:  # a call that can be traced may still fail for real
+        tried.append(f"autotp's own call: {type(error).__name__}: {str(error)[:500]}")
+        raise InputError(
+            f"tiny_inputs: {type(model).__name__} ran on no guess; pass inputs by hand. Tried:\n  " + "\n  ".join(tried)
+        ) from error
+    return inputs
 
 
 def training_inputs(model: PreTrainedModel, *, seed: int = 0) -> Inputs:

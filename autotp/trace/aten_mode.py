@@ -73,7 +73,7 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
             value = values.bind(tensor, Origin.NODE)
             outputs.append(value)
             if exact is not None and small(exact):
-                values.concrete[value.id] = exact
+                (values.drawn if self.data.drawn else values.concrete)[value.id] = exact
         if func is _VIEW and place is not None and place.file == FUNCTION:  # what a function returns as it is, in a view of its size
             func, vargs = _ALIAS, vargs[:1]
         node = tape.add(func, vargs, vkwargs, tuple(outputs), **self._provenance())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from autotp.trace.accesses import Accesses
@@ -24,7 +25,7 @@ from autotp.trace.values import Values
 from autotp.trace.watch import is_model
 
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
-_LEN = torch.Tensor.__len__
+_LEN, _FORMAT = torch.Tensor.__len__, torch.Tensor.__format__
 _SIZES = frozenset((_SHAPE, _SIZE, _NUMEL, _LEN))  # each access of a getter makes a new wrapper, equal to the others
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -79,6 +80,8 @@ class PythonMode(TorchFunctionMode):
         if func == _DATA:
             func = torch.Tensor.detach
         self.met(func, args)
+        if func is _FORMAT and not tape.quiet and isinstance(args[0], FakeTensor) and args[0].dim() == 0:
+            return format(args[0].item(), *args[1:])  # as the format of a real tensor reads it
         if func in _SIZES:
             return self._size(func, args[0], args[1:], kwargs or {})
         if (inside := opened(func)) is not None:

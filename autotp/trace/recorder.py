@@ -31,7 +31,7 @@ from autotp.trace.questions import Questions
 from autotp.trace.results import Results
 from autotp.trace.tape import Tape
 from autotp.trace.unknown_data import UnknownData
-from autotp.trace.values import Values
+from autotp.trace.values import Values, small
 from autotp.trace.watch import is_code_of_a_model, watching
 
 
@@ -52,6 +52,7 @@ class Recorder:
         see `autotp.trace.memo`.
         """
         self.fake, self.every = fake, modules
+        self.held: dict[str, Tensor] = {}  # the buffers of the model as it is
         self.notes: list[str] = []
         self.untrained = ""  # why the path in training mode could not be traced
         self.life = Life(is_code_of_a_model)  # of the tags of this trace
@@ -99,6 +100,23 @@ class Recorder:
             watched,
         ):
             yield
+
+    @contextmanager
+    def along(self) -> Iterator[None]:
+        """Inside, integers that operators make of unknown floats are drawn, and whole numbers in buffers are those of the model."""
+        self.data.along = True
+        reversed_before, self.questions.reversed = self.questions.reversed, set()  # those are answers to questions without numbers
+        for name, value in self.values.buffers.items():
+            held = self.held.get(name)
+            if held is not None and small(held) and not held.is_meta and not held.dtype.is_floating_point:
+                with self.tape.paused(), torch.no_grad():
+                    self.values.drawn[value.id] = held.detach().cpu().clone()
+        try:
+            yield
+        finally:
+            self.data.along = False
+            self.questions.reversed = reversed_before
+            self.values.drawn.clear()
 
     def rewind(self, mark: int, done: int) -> None:
         """Forget the recording after the first `mark` nodes and `done` results, a path that the model turned down, and the values

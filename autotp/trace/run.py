@@ -69,6 +69,7 @@ def trace(
     repeats: Mapping[str, str] | None = None,
     fixed: bool = False,
     known: Known | None = None,
+    once: bool = False,
 ) -> Graph:
     """Record every example of `examples`.
 
@@ -78,6 +79,7 @@ def trace(
         repeats: blocks that are answered from their templates where they are used alike; `graph.repeats` says which were.
         fixed: exactly the blocks of `repeats` are.
         known: results of operators that earlier traces have seen; this one adds to them.
+        once: a call that cannot be run with repeated blocks answered from templates is not run again with all blocks.
 
     Raises:
         TraceError: a path cannot be run. The model is left as it was.
@@ -92,7 +94,7 @@ def trace(
                 raise TraceError(f"blocks alike to one that is traced are used in another way: {error}") from error
             found = {block: template for block, template in found.items() if block not in error.blocks}
         except TraceError:
-            if fixed or not found:
+            if fixed or once or not found:
                 raise
             break  # it may be that a block which did not run is missing something
     return _trace(model, examples, keep, {}, tag, hidden, before, known)
@@ -120,6 +122,7 @@ def _trace(
     evaluating = in_mode(model, training=False)
     try:
         with undisturbed(model), undone() as undo, evaluating, same_numbers(), moved_nowhere(recorder), uncached(model):
+            recorder.held = dict(model.named_buffers(remove_duplicate=False))
             recorder.accesses.weights = fake_weights(model, fake, skip, undo)
             if tag:
                 counters = {key: partial(recorder.counted, key[0]) for key in counted(model, repeats)}
@@ -226,7 +229,7 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
     name, start, done = example.name, len(recorder.tape.nodes), len(recorder.results.closed)
     mark, more = start, None
     data, questions = recorder.data, recorder.questions
-    data.guessed = False
+    data.guessed = data.chose = False
     try:
         with _failures(model, recorder):
             recorder.round += 1
@@ -261,9 +264,16 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
                 questions.reversed.add(last)
                 questions.settled.add(last)
                 return again()
+        if (data.guessed or data.chose) and not data.along and not mode.contrary:
+            recorder.rewind(start, done)
+            with recorder.along():
+                left_out = again()
+            if left_out is None:
+                recorder.notes.append(f"the {name} path was traced along numbers drawn for its data: of other data nothing is known")
+            return left_out
         if not example.optional:
             failure = TraceError(_explain(name, error, data.guessed))
-            failure.partial, failure.module = recorder.graph(dict(recorder.repeats)), error.module
+            failure.partial, failure.module, failure.calls = recorder.graph(dict(recorder.repeats)), error.module, error.__traceback__
             raise failure from error.error
         recorder.rewind(mark, len(recorder.results.closed))
         why = "" if mode.contrary and _own(error.error) else _explain(name, error, data.guessed)

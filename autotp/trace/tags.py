@@ -80,7 +80,7 @@ class Tagger:
         return value if arguments is value.args else partial(value.func, *arguments, **value.keywords)
 
     def _settings(self, value: Any, module: str, path: str, depth: int) -> Any:
-        held = {n: getattr(value, n) for n in names_of(value) if not n.startswith("__")}
+        held = {n: get(value, n) for n in names_of(value) if not n.startswith("__")}
         changes = {n: self.tag(v, module, f"{path}.{n}", depth + 1) for n, v in held.items()}
         if all(changes[n] is held[n] for n in changes):
             return value
@@ -95,6 +95,11 @@ def names_of(value: Any) -> list[str]:
     if hasattr(value, "__dict__"):
         return list(value.__dict__)
     return [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
+
+
+def get(value: Any, name: str) -> Any:
+    """Returns what settings hold under one of `names_of`: some refuse to be read by an attribute that their layers have otherwise."""
+    return value.__dict__[name] if hasattr(value, "__dict__") else getattr(value, name)
 
 
 def put(value: Any, name: str, new: Any) -> None:

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from autotp.trace.draw import drawn_result
 from autotp.trace.lengths import BY_LENGTH, like, repeated
 from autotp.trace.memo import Memo
 from autotp.trace.questions import Questions
@@ -74,13 +75,15 @@ class UnknownData:
     """Runs the operators of one recorder, and makes its choices.
 
     ends: an unknown mask selects its last row too. number: the number that stands for an unknown one. guessed: code has read one in
-    this call.
+    this call. chose: a shape was chosen in it. along: integers that operators make of unknown floats are drawn (`autotp.trace.draw`),
+    and computed with as if they were known. drawn: the real result of the last operator is made of such numbers.
     """
 
     def __init__(self, fake: FakeTensorMode, memo: Memo, tape: Tape, values: Values, questions: Questions) -> None:
         self.ends = True
         self.number = 0
-        self.guessed = False
+        self.guessed = self.chose = False
+        self.along = self.drawn = False
         self._fake_mode, self._memo, self._tape, self._values, self._questions = fake, memo, tape, values, questions
 
     # running ------------------------------------------------------------------------------------------------------------------
@@ -91,6 +94,7 @@ class UnknownData:
         Raises:
             Unfolded: the parts of the operator can be run, the operator cannot.
         """
+        self.drawn = False
         known, real = self._real(func, args, kwargs)
         if func._schema.is_mutable:
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
@@ -101,13 +105,18 @@ class UnknownData:
         if sized is not None:
             return (_fakes(args, real), real) if known else sized(self._values, *args, **kwargs)
         try:
-            return self._memo.run(func, args, kwargs), real
+            result = self._memo.run(func, args, kwargs)
+            if self.along and not known:
+                with unset_fake_temporarily():
+                    real = drawn_result(func, args, result)
+                self.drawn = real is not None
+            return result, real
         except DataDependentOutputException:
             if gives_tensors(func):
                 raise Unfolded from None
             if not known:
                 return self._unknown_number(args[0]), None
-            if self._questions.data_vary and isinstance(real, bool):
+            if (self._questions.data_vary or self.drawn) and isinstance(real, bool):
                 return self._questions.condition(real, self._tape.last()), None
             return real, None
         except DynamicOutputShapeException:
@@ -131,12 +140,16 @@ class UnknownData:
                     return True, first.expand(shape) if name == "expand_as" else first.reshape(shape)
             return False, None
         reals = [self._values.real_of(t) for t in tensors]
+        self.drawn = self.along and any(self._values.is_drawn(t) for t in tensors)
         usable = all(r is not None for r in reals) and torch.Tag.nondeterministic_seeded not in func.tags
         if not tensors:
             usable = usable and name in _CREATE
         if not usable:
             self._forget_written(func, args)
             return False, None
+        if self.drawn:
+            for target in self._written(func, args):
+                self._values.taint(target)
         flat, spec = tree_flatten((args, kwargs))
         pending = iter(reals)
         exact = [next(pending) if isinstance(x, Tensor) else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
@@ -153,9 +166,13 @@ class UnknownData:
 
     def _forget_written(self, func: Any, args: Any) -> None:
         """Forgets the numbers of the tensors that `func` writes into."""
+        for target in self._written(func, args):
+            self._values.forget(target)
+
+    def _written(self, func: Any, args: Any) -> Iterator[Tensor]:
         for i, argument in enumerate(func._schema.arguments):
             if argument.alias_info and argument.alias_info.is_write and i < len(args) and isinstance(args[i], Tensor):
-                self._values.forget(args[i])
+                yield args[i]
 
     # numbers ------------------------------------------------------------------------------------------------------------------
 
@@ -205,6 +222,7 @@ class UnknownData:
             return torch.tensor([[0] * mask.dim(), [n - 1 if self.ends else 0 for n in mask.shape]])
 
     def _chosen_shape(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.chose = True
         name = func._schema.name.rsplit("::", 1)[-1]
         source = args[0]
         if name == "nonzero":

@@ -60,6 +60,7 @@ class Values:
         self.buffers: dict[str, Value] = {}
         self.fills: dict[int, float] = {}  # value id → the one number that it is filled with
         self.concrete: dict[int, Tensor] = {}  # value id → real tensor
+        self.drawn: dict[int, Tensor] = {}  # value id → numbers chosen for this run, which say nothing of other runs
         self._tape, self._read, self._missed = tape, read, missed
         self._of: dict[int, Value] = {}  # id(tensor) → value
         self._before: list[tuple[int, int, Value | None]] = []  # (number of nodes, id(tensor), its value) before each change of `_of`
@@ -132,6 +133,8 @@ class Values:
             self._set(alias, after)
             if exact is not None:
                 self.concrete[after.id] = exact
+            if before.id in self.drawn and new.id in self.drawn:
+                self.drawn[after.id] = self.drawn[before.id]
             yield before, after
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype, origin: Origin, name: str = "") -> Value:
@@ -164,8 +167,23 @@ class Values:
             self.concrete[value.id] = self._copies.of(real)
 
     def real_of(self, tensor: Tensor) -> Tensor | None:
-        """Returns the numbers of `tensor`; None where they are not known."""
-        return self.concrete.get(self.of(tensor).id)
+        """Returns the numbers of `tensor`, those that are chosen too; None where there are none."""
+        value = self.of(tensor)
+        found = self.concrete.get(value.id)
+        return self.drawn.get(value.id) if found is None else found
+
+    def is_drawn(self, tensor: Tensor) -> bool:
+        """Returns whether the numbers of `tensor` are only chosen."""
+        value = self.of(tensor)
+        return value.id in self.drawn and value.id not in self.concrete
+
+    def taint(self, tensor: Tensor) -> None:
+        """Notes that chosen numbers are written into `tensor`: what shares its memory is no longer known, but chosen."""
+        held = self.concrete.get(self.of(tensor).id)
+        if held is not None:
+            storage = storage_of(held)
+            for key in [k for k, t in self.concrete.items() if storage_of(t) == storage]:
+                self.drawn[key] = self.concrete.pop(key)
 
     def alike(self, before: Value, after: Value) -> None:
         """Copies the facts known of the numbers of `before` to `after`."""
@@ -176,11 +194,12 @@ class Values:
 
     def forget(self, tensor: Tensor) -> None:
         """Notes that `tensor` is overwritten with unknown data: it and its aliases are no longer known."""
-        gone = self.concrete.pop(self.of(tensor).id, None)
-        if gone is not None:
-            storage = storage_of(gone)
-            for key in [k for k, t in self.concrete.items() if storage_of(t) == storage]:
-                del self.concrete[key]
+        for numbers in (self.concrete, self.drawn):
+            gone = numbers.pop(self.of(tensor).id, None)
+            if gone is not None:
+                storage = storage_of(gone)
+                for key in [k for k, t in numbers.items() if storage_of(t) == storage]:
+                    del numbers[key]
 
     def note_fill(self, node: Node) -> None:
         """Note the number that the results of `node` are filled with, if it is one."""

@@ -207,11 +207,6 @@ def test_a_plain_module_needs_inputs_of_the_caller():
         example_inputs(Plain())
 
 
-def test_a_keyword_that_no_config_describes_is_named():
-    with pytest.raises(InputError, match=r"requires 'states'.*example_inputs="):
-        example_inputs(build("decision_transformer"))
-
-
 def test_inputs_of_the_caller():
     given = {"x": torch.ones(2), "gate": torch.ones(2)}
     (example,) = user_examples(Plain(), given)

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import autotp
+from autotp.axes.find import keep
 from autotp.errors import TraceError
+from autotp.inputs.paths import user_examples
 from autotp.testing.outcome import equal_or_refused
+from autotp.trace.run import trace
 
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -26,6 +29,7 @@ class Two(nn.Module):
         self.norm = nn.BatchNorm1d(24, momentum=None)
         self.register_buffer("n", torch.tensor(0))
         self.register_buffer("seen", torch.zeros(24))
+        self.register_buffer("sizes", torch.tensor([2, 4]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.between(self, self.a(x)))  # type: ignore[no-any-return]
@@ -127,14 +131,63 @@ def test_what_is_written_in_place_is_equal(between: Any, first: Any) -> None:
     assert str(equal_or_refused(lambda: built(plain, first), inputs={"x": X}, tp=2, certificate="graph")).startswith("equal")
 
 
-def test_counts_that_are_read_from_data_are_said() -> None:
-    def dispatched(m: Any, h: Tensor) -> Tensor:
-        rows = h.flatten(0, 1)
-        counts = torch.bincount(rows.argmax(-1) % 3, minlength=3).tolist()
-        return torch.cat([part.tanh() for part in rows.split(counts)]).view_as(h)
+def by_counts(m: Any, h: Tensor) -> Tensor:
+    rows = h.flatten(0, 1)
+    counts = torch.bincount(rows.argmax(-1) % 3, minlength=3).tolist()
+    return torch.cat([part.tanh() for part in rows.split(counts)]).view_as(h)
+
+
+def by_choices(m: Any, h: Tensor) -> Tensor:
+    """As experts that sort their tokens: each goes to the two that score highest, in rows of an even number."""
+    rows = h.flatten(0, 1)
+    places = rows[:, :4].topk(2).indices
+    counts = torch.zeros(len(rows), 4, dtype=torch.long).scatter_(1, places, 1).sum(0)
+    order = places.flatten().argsort(stable=True)
+    parts = [part * (1 + i) for i, part in enumerate(rows[order // 2].split(counts.tolist()))]
+    return torch.zeros_like(rows).index_add(0, order // 2, torch.cat(parts)).view_as(h)
+
+
+def by_a_buffer(m: Any, h: Tensor) -> Tensor:
+    pieces = h.split([int(m.sizes[0]), int(m.sizes[1])], dim=1)
+    return torch.cat([piece.flip(1) for piece in pieces], dim=1)
+
+
+def by_a_name(m: Any, h: Tensor) -> Tensor:
+    scales = {"scale 0": 0.5, "scale 1": 2.0}
+    place = (h.sum() > 0).long()
+    return h * scales[f"scale {place}"]
+
+
+@pytest.mark.parametrize("between", [by_counts, by_choices, by_a_buffer, by_a_name])
+def test_numbers_that_belong_together_are_drawn(between: Any) -> None:
+    plan = autotp.plan(built(between), tp=2, example_inputs={"x": X}, check="graph")
+    assert any("numbers drawn for its data" in note for note in plan.notes) or between is by_a_name
+    assert str(equal_or_refused(lambda: built(between), inputs={"x": X}, tp=2, certificate="graph")).startswith("equal")
+
+
+def test_what_is_made_of_drawn_numbers_is_no_constant() -> None:
+    """Chosen numbers that are written into a known tensor take what is known of it away."""
+
+    def between(m: Any, h: Tensor) -> Tensor:
+        counts = torch.zeros(3, dtype=torch.long)
+        alias = counts[:2]
+        counts.scatter_(0, h.flatten()[:3].argsort() % 2, 1)
+        pieces = h.split([int(n) + 3 * (i == 0) - int(counts.sum()) * (i == 1) + 3 * (i == 1) for i, n in enumerate(alias)], dim=1)
+        return torch.cat(pieces, dim=1)
+
+    model = built(between)
+    graph = trace(model, user_examples(model, {"x": X}), keep)
+    known = [value for value in graph.constants.values() if not value.dtype.is_floating_point]
+    assert not any(value.tolist() in ([1, 1, 0], [1, 1]) for value in known)
+
+
+def test_numbers_that_cannot_be_drawn_are_said() -> None:
+    def between(m: Any, h: Tensor) -> Tensor:
+        first = int(h.abs().sum() * 0) + 6  # what code makes of a float itself is not drawn
+        return torch.cat(h.split([first, int(h.detach().sum().item()) + 1 - first], dim=1), dim=1)
 
     with pytest.raises(TraceError, match="0 stood for them"):
-        autotp.plan(built(dispatched), tp=2, example_inputs={"x": X})
+        autotp.plan(built(between), tp=2, example_inputs={"x": X})
 
 
 def test_higher_order_operators_are_named() -> None:
