@@ -15,13 +15,9 @@ already in the file are skipped unless `--again`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
-import time
-import traceback
-from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -31,22 +27,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools import survey
+from tools.survey import Record
+
 ASPECTS = ("state", "outputs", "gradients", "generation", "training", "steps")
-Record = dict[str, Any]
 
 
-def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool, own_inputs: bool = False) -> Record:
+def one(model_type: str, tp: int, plan_only: bool, stand_in: bool, own_inputs: bool) -> Record:
     """One model type on one rank: build, plan, compare."""
     import torch
 
-    from autotp.testing import NotEquivalent
     from autotp.testing.inputs import tiny_inputs
     from autotp.testing.tiny.models import model_class, tiny_config
-    from tests.support import pooled, standin
+    from tests.support import standin
     from tests.support.families import transformer
 
     record: Record = {"type": model_type, "stage": "config"}
-    try:
+    with survey.into(record):
         config = tiny_config(model_type)
         record["stage"] = "class"
         with torch.device("meta"):
@@ -59,88 +56,14 @@ def survey(model_type: str, tp: int, plan_only: bool, stand_in: bool, own_inputs
         record["stage"] = "inputs"
         inputs = None if own_inputs else tiny_inputs(model)
         record["inputs"] = None if inputs is None else sorted(inputs)
-        record["stage"] = "plan"
         if not stand_in:
-            import autotp
-
-            start = time.perf_counter()
-            plan = autotp.plan(model, tp=tp, example_inputs=inputs)
-            record["plan_seconds"] = round(time.perf_counter() - start, 3)
-            record["plan_share"] = round(float(plan.local_share), 4)
+            survey.planned(record, model, inputs, tp)
         if plan_only or own_inputs:
             record["stage"] = "done"
-            return record
-        record["stage"] = "compare"
-        options: dict[str, Any] = {"around": standin.replicated} if stand_in else {}
-        try:
-            found = pooled.compare(partial(transformer, model_type), **options)
-        except NotEquivalent as error:
-            if error.found is None:
-                raise
-            found = error.found
-    except Exception as error:  # the next type must have its turn whatever this one raises
-        record["error"] = f"{type(error).__name__}: {str(error)[:1000]}"
-        record["trace"] = traceback.format_exc(limit=-4)[-2000:]
-        return record
-    record |= {
-        "stage": "done",
-        "dtype": str(found.dtype).removeprefix("torch."),
-        "local_share": round(found.local_share, 4),
-        "errors": {name: aspect.error for name, aspect in found.aspects.items()},
-        "where": {name: aspect.where for name, aspect in found.aspects.items()},
-        "first": found.first,
-        "skipped": {name: text[:200] for name, text in found.skipped.items()},
-        "failed": sorted(found.failed),
-    }
+        else:
+            options: dict[str, Any] = {"around": standin.replicated} if stand_in else {}
+            survey.compared(record, partial(transformer, model_type), **options)
     return record
-
-
-def merge(records: list[Record]) -> Record:
-    """The worst over the ranks."""
-    worst = records[0]
-    for other in records[1:]:
-        if "error" in other and "error" not in worst:
-            worst = other
-        for name, error in other.get("errors", {}).items():
-            if "errors" in worst and not error <= worst["errors"].get(name, -1.0):
-                worst["errors"][name] = error
-        worst["failed"] = sorted(set(worst.get("failed", [])) | set(other.get("failed", [])))
-    return worst
-
-
-def run(types: list[str], args: argparse.Namespace) -> None:
-    """Survey the types, one after the other, writing a line for each."""
-    from tests.support.ranks import RankError, Ranks
-
-    ranks = Ranks(1 if args.plan_only or args.own_inputs else args.tp, timeout=args.timeout, grace=3.0)
-    with args.out.open("a") as file:
-        for number, model_type in enumerate(types, 1):
-            start = time.perf_counter()
-            try:
-                record = merge(ranks.run(survey, model_type, args.tp, args.plan_only, args.stand_in, args.own_inputs))
-            except RankError as error:
-                record = {"type": model_type, "stage": "ranks", "error": str(error)[-2000:]}
-            record["seconds"] = round(time.perf_counter() - start, 2)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            print(f"{number}/{len(types)} {line(record)}", flush=True)
-    ranks.stop()
-
-
-def line(record: Record) -> str:
-    """One record for people."""
-    if "error" in record:
-        return f"{record['type']}: {record['stage']}: {' '.join(record['error'].split())[:160]}"
-    share = record.get("local_share", record.get("plan_share", 1.0))
-    failed = ", ".join(record.get("failed", [])) or "equal"
-    return f"{record['type']}: share {share:.3f}, {failed}, {record['seconds']} s"
-
-
-def load(path: Path) -> dict[str, Record]:
-    """The last record of each type."""
-    if not path.exists():
-        return {}
-    return {record["type"]: record for record in map(json.loads, path.read_text().splitlines())}
 
 
 def is_missing(record: Record) -> bool:
@@ -156,7 +79,7 @@ def counts(records: Iterable[Record]) -> dict[str, int | float]:
     ran = [r for r in here if r["stage"] in ("plan", "compare", "done", "ranks")]
     planned = [r for r in ran if "plan_share" in r]
     compared = [r for r in ran if "errors" in r]
-    shares = [r.get("local_share", r.get("plan_share")) for r in (compared or planned)]
+    shares = [survey.share(r) for r in (compared or planned)]
     result: dict[str, int | float] = {
         "model types of transformers": len(records),
         "… whose libraries are installed and that are models": len(here),
@@ -173,29 +96,14 @@ def counts(records: Iterable[Record]) -> dict[str, int | float]:
     return result
 
 
-def summary(records: dict[str, Record]) -> str:
-    """Counts, then what failed most."""
-    lines = [f"{name:60} {value}" for name, value in counts(records.values()).items()]
-    picks = _errors(records)
-    if picks:
-        lines += ["", "most frequent errors:"]
-        lines += [f"{count:5} {text[:150]}" for text, count in picks.most_common(25)]
-    return "\n".join(lines)
-
-
-def _errors(records: dict[str, Record]) -> Counter[str]:
-    return Counter(f"{r['stage']}: {' '.join(r['error'].split())[:110]}" for r in records.values() if "error" in r and not is_missing(r))
-
-
 def page(records: dict[str, Record], tp: int) -> str:
     """The coverage page of the documentation."""
     rows = [f"| {name} | {value} |" for name, value in counts(records.values()).items()]
     table = []
     for record in sorted(records.values(), key=lambda r: r["type"]):
-        if "errors" in record:
-            table.append(f"| {record['type']} | {record['local_share']:.2f} | {', '.join(record['failed']) or 'equal'} |")
-        elif record["stage"] in ("plan", "compare", "ranks"):
-            table.append(f"| {record['type']} | | {record['stage']}: {' '.join(record['error'].split())[:80].replace('|', '/')} |")
+        if "errors" in record or record["stage"] in ("plan", "compare", "ranks"):
+            share = f"{record['local_share']:.2f}" if "local_share" in record else ""
+            table.append(f"| {record['type']} | {share} | {survey.result(record)} |")
     return "\n".join(
         [
             "# Coverage",
@@ -235,10 +143,12 @@ def main() -> None:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         part, parts = map(int, args.part.split("/"))
-        done = {} if args.again else load(args.out)
-        run([t for t in (args.only or list(CONFIG_MAPPING.keys()))[part::parts] if t not in done], args)
-    records = load(args.out)
-    print(summary(records))
+        done = {} if args.again else survey.load(args.out)
+        names = [t for t in (args.only or list(CONFIG_MAPPING.keys()))[part::parts] if t not in done]
+        work = partial(one, tp=args.tp, plan_only=args.plan_only, stand_in=args.stand_in, own_inputs=args.own_inputs)
+        survey.run(names, work, args.out, 1 if args.plan_only or args.own_inputs else args.tp, args.timeout)
+    records = survey.load(args.out)
+    print(survey.summary(counts(records.values()), (r for r in records.values() if not is_missing(r))))
     if args.docs:
         args.docs.write_text(page(records, args.tp))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ Rule = Callable[["Context", Node], None]
 class Context:
     """Rules work with this: it gives them the dims of values, and takes joins and marks."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, ends: Mapping[str, int]) -> None:
+        self.graph, self.ends = graph, ends
         self.dims: dict[int, list[Dim]] = {}
         self.meanings: list[Meaning] = []
         self.node: Node
@@ -150,16 +151,20 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Holds the graph with its axes: `dims[value id]` and `meanings[node index]`."""
+    """Holds the graph with its axes: `dims[value id]` and `meanings[node index]`.
+
+    `ends`: path of a module → the dim of its result, counted from the last, whose axis ends there: it is gathered if it is cut.
+    """
 
     graph: Graph
     dims: Mapping[int, tuple[tuple[Atom, ...], ...]]
     meanings: tuple[Meaning, ...]
+    ends: Mapping[str, int] = field(default_factory=dict)
 
 
-def analyse(graph: Graph, rule_of: Callable[[Node], Rule]) -> Axes:
+def analyse(graph: Graph, rule_of: Callable[[Node], Rule], ends: Mapping[str, int] = MappingProxyType({})) -> Axes:
     """Run the rule of each node in order, twice: the second pass uses structure that later nodes gave to earlier dims."""
-    context = Context(graph)
+    context = Context(graph, ends)
     for value in (*graph.params.values(), *graph.buffers.values()):
         context.of(value)
     for _ in range(2):
@@ -179,7 +184,7 @@ def analyse(graph: Graph, rule_of: Callable[[Node], Rule]) -> Axes:
             if node.scope >= 0:
                 _enclose(context, node, inside.setdefault(node.scope, set()))
     dims = {key: tuple(tuple(d) for d in value) for key, value in context.dims.items()}
-    return Axes(graph, dims, tuple(context.meanings))
+    return Axes(graph, dims, tuple(context.meanings), ends)
 
 
 def _enclose(context: Context, node: Node, inside: set[int]) -> None:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from autotp.axes.analysis import Axes, Context, Rule, analyse, is_pointwise
-from autotp.axes.operators import attention, constructors, elementwise, indexing, norms, products, pseudo, reductions, shapes, slicing
+from autotp.axes.operators import (
+    attention,
+    constructors,
+    elementwise,
+    indexing,
+    norms,
+    pooling,
+    products,
+    pseudo,
+    reductions,
+    shapes,
+    slicing,
+)
 from autotp.axes.operators.elementwise import pointwise
 from autotp.axes.operators.table import OPERATORS, Is, entry, is_a
 from autotp.trace.graph import Graph, Node, Pseudo
 
 #: Importing a room of rules enters them into the table.
-ROOMS = (attention, constructors, elementwise, indexing, norms, products, pseudo, reductions, shapes, slicing)
+ROOMS = (attention, constructors, elementwise, indexing, norms, pooling, products, pseudo, reductions, shapes, slicing)
 
 
 def keep(op: Any) -> bool:
@@ -19,9 +33,9 @@ def keep(op: Any) -> bool:
     return op._schema.name.rsplit("::", 1)[-1] in OPERATORS or is_pointwise(op)
 
 
-def find_axes(graph: Graph) -> Axes:
-    """Finds the axes of a graph."""
-    return analyse(graph, rule_of)
+def find_axes(graph: Graph, ends: Mapping[str, int] = MappingProxyType({})) -> Axes:
+    """Finds the axes of a graph. `ends`: path of a module → the dim of its result, counted from the last, whose axis ends there."""
+    return analyse(graph, rule_of, ends)
 
 
 def rule_of(node: Node) -> Rule:

@@ -257,7 +257,8 @@ def _is_argument(space: GraphIndex, value: Value) -> bool:
 def _pays(space: GraphIndex, cut: Partition, labels: Labels, carriers: list[Value]) -> bool:
     """True where an axis that no product sums over is worth a gather: it is the wide side (a vocabulary), not a bottleneck."""
     atom = cut.major
-    if not any(atom in atoms for atoms in labels.gathered.values()):
+    gathering = [space.graph.nodes[index].slot for index, atoms in labels.gathered.items() if atom in atoms]
+    if all(slot is not None and slot[0] in space.axes.ends for slot in gathering):
         return True
     for index in space.summing.get(atom, ()):
         if any(atom in atoms and not contract.whole for contract, atoms in space.contracts[index]):

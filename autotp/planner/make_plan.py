@@ -20,9 +20,11 @@ from autotp.inputs.search import search
 from autotp.plan.layout import Layout, replicated
 from autotp.plan.plan import Plan
 from autotp.plan.spec import ParamPlan
+from autotp.planner.assemble import Draft
 from autotp.planner.bans import Accused, Bans
 from autotp.planner.certificate import replay, traced
 from autotp.planner.local_ints import Hints
+from autotp.planner.lone import lone_products
 from autotp.planner.placements import GraphIndex
 from autotp.planner.repeats import differing, lift
 from autotp.planner.requested import by_value
@@ -129,9 +131,14 @@ def _certified(
     asked = by_value(graph.params, wanted)
     bans = Bans({})
     linears = frozenset(path for path, m in model.named_modules() if has_forward_of(type(m), nn.Linear))
+    plain = solve(space, tp, bans, name, linears, asked, hints)
+    first: Draft | None = plain
+    if lone := lone_products(plain, tp, sum(p.numel() for p in model.parameters()), asked):
+        space, bans, first = GraphIndex(find_axes(graph, lone), apart), Bans({}), None
     for attempt in range(MAX_REPLAYS + 1):
         before = bans.size
-        draft = solve(space, tp, bans, name, linears, asked, hints)
+        draft = first or solve(space, tp, bans, name, linears, asked, hints)
+        first = None
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
         difference = replay(model, examples, draft, dict(plan.params), tp, known) if replayed else None
         if difference is not None and draft.choice.on:

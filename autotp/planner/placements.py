@@ -285,7 +285,11 @@ def _node(
     available = active | generated
     for o in node.outputs:
         hit = space.carried.get(o.id, NONE) & available & _flowing(have, generated)
-        if node.op is Pseudo.EXIT and hit and node.slot is not None:
+        if node.op is Pseudo.EXIT and node.slot is not None and node.slot[0] in space.axes.ends:
+            ending = have[node.args[0].id] - hit
+            if ending:
+                out.gathered[index] = ending
+        elif node.op is Pseudo.EXIT and hit and node.slot is not None:
             wanted = gathers.get((Pseudo.EXIT, *node.slot), NONE) & hit
             wanted = hit & NONE.union(*(out.cuts[a].atoms for a in wanted))  # an axis is gathered as a whole
             if wanted:

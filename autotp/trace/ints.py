@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,12 @@ class Life:
         self.over, self.watches = False, watches
         self.quotients: dict[int, IntExpr] = {}
         self.compared: dict[Compared, None] = {}
+
+    def forget(self, values: Collection[int]) -> None:
+        """Forgets the comparisons of sizes of these values, which are no longer in the trace."""
+        for item in list(self.compared):
+            if any(isinstance(leaf, SizeRef) and leaf.value_id in values for side in item[1:] for leaf in leaves(side)):
+                del self.compared[item]
 
 
 class TaggedInt(int):

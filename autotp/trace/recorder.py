@@ -120,8 +120,10 @@ class Recorder:
 
     def rewind(self, mark: int, done: int) -> None:
         """Forget the recording after the first `mark` nodes and `done` results, a path that the model turned down, and the values
-        that it made.
+        that it made, with the comparisons of their sizes.
         """
+        gone = {o.id for node in self.tape.nodes[mark:] for o in node.outputs}
+        self.life.forget(gone)
         self.tape.rewind(mark)
         self.calls.rewind(mark)
         self.values.rewind(mark)

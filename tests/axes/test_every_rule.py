@@ -65,7 +65,32 @@ def indexed(function: Callable[..., Any]) -> Case:
     return lambda d, m, n: (function, [d.x(m, n), d.x(2, n)], [torch.arange(2)])
 
 
+def image(function: Callable[[Tensor], Any], channels: int = 1) -> Case:
+    """`function` of an image whose number of channels is a multiple of `channels`."""
+    return lambda d, m, n: (function, [d.x(2, m * channels, 4, 4)], [])
+
+
+def volume(function: Callable[[Tensor], Any]) -> Case:
+    """`function` of a volume."""
+    return lambda d, m, n: (function, [d.x(1, m, 4, 4, 4)], [])
+
+
 MORE: dict[str, Case] = {
+    # pooling
+    "_adaptive_avg_pool2d": image(lambda x: F.adaptive_avg_pool2d(x, 3)),
+    "_adaptive_avg_pool3d": volume(lambda x: F.adaptive_avg_pool3d(x, 3)),
+    "_upsample_bicubic2d_aa": image(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic", antialias=True)),
+    "_upsample_bilinear2d_aa": image(lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)),
+    "adaptive_max_pool2d": image(lambda x: F.adaptive_max_pool2d(x, 3)),
+    "adaptive_max_pool3d": volume(lambda x: F.adaptive_max_pool3d(x, 3)),
+    "avg_pool2d": image(lambda x: F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)),
+    "avg_pool3d": volume(lambda x: F.avg_pool3d(x, 2)),
+    "col2im": lambda d, m, n: ((lambda x: F.fold(x, 4, 2, stride=2)), [d.x(2, m * 4, 4)], []),
+    "im2col": image(lambda x: F.unfold(x, 2, padding=1)),
+    "max_pool2d_with_indices": image(lambda x: F.max_pool2d(x, 3, stride=2, padding=1)),
+    "max_pool3d_with_indices": volume(lambda x: F.max_pool3d(x, 2)),
+    "pixel_shuffle": image(lambda x: F.pixel_shuffle(x, 2), channels=4),
+    "pixel_unshuffle": image(lambda x: F.pixel_unshuffle(x, 2)),
     # elementwise
     "angle": unary(torch.angle),
     "atan": unary(torch.atan),

@@ -142,6 +142,29 @@ def test_numbers_that_are_equal_by_chance(make: type[nn.Module], check: str) -> 
     assert outcome(make, check) == "equal"
 
 
+class Checked(nn.Module):
+    """Compares a size with its heads; training fails after that, so that only other calls count."""
+
+    def __init__(self, of: int) -> None:
+        super().__init__()
+        self.q, self.o, self.heads, self.of = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), 4, of
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        if q.shape[self.of] % self.heads != 0:
+            raise ValueError("the heads have no equal parts")
+        if self.training:
+            raise ValueError("only for inference")
+        h = q.view(*q.shape[:2], self.heads, -1).transpose(1, 2)
+        return self.o(F.scaled_dot_product_attention(h, h, h).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_a_path_that_failed_compared_nothing() -> None:
+    plans = {of: autotp.plan(Checked(of), tp=2, example_inputs={"x": torch.randn(2, 4, WIDTH)}) for of in (-1, 1)}
+    assert plans[-1].params["q.weight"].layout.dim == 0
+    assert "the code compares (size[1] % heads) with 0" in plans[1].params["q.weight"].reason
+
+
 def test_a_tensor_that_no_traced_call_brought_there() -> None:
     assert "no traced call took this path" in outcome(Branch)
 

@@ -14,9 +14,12 @@ from autotp.trace.graph import Node, Pseudo
     traits=Is.SELECTION | Is.IDENTITY | Is.PASSES_SCORES | Is.PASSES_ARGUMENTS,
 )
 def crossing(context: Context, node: Node) -> None:
-    """The same tensor on the other side of a module boundary."""
-    (value,) = node.args
-    context.set(node.outputs[0], context.of(value))
+    """The same tensor on the other side of a module boundary; an axis may end there, and what leaves is gathered."""
+    (value,), out = node.args, node.outputs[0]
+    dims = list(context.of(value))
+    if node.op is Pseudo.EXIT and node.slot is not None and (end := context.ends.get(node.slot[0])) is not None:
+        dims[end] = context.of(out)[end]
+    context.set(out, dims)
     context.linear([value])
 
 

@@ -1,0 +1,136 @@
+"""Products between two whole activations are cut by their rows and gathered: what stays whole where that is not worth it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autotp
+from autotp.testing import NotEquivalent, assert_equivalent, sabotage
+
+W = 16
+IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+
+class Region(nn.Module):
+    """A region that begins and ends with the width, after a shift and a scale of its own where it has a condition."""
+
+    def __init__(self, conditioned: bool = False) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(W), nn.Linear(W, 4 * W), nn.Linear(4 * W, W)
+        self.modulation = nn.Linear(W, 3 * W) if conditioned else None
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        h = self.norm(x)
+        if self.modulation is None or condition is None:
+            return x + self.down(F.gelu(self.up(h)))
+        shift, scale, gate = self.modulation(F.silu(condition))[:, None].chunk(3, -1)
+        return x + gate * self.down(F.gelu(self.up(h * (1 + scale) + shift)))
+
+
+class Patches(nn.Module):
+    """A convolution makes tokens of an image."""
+
+    def __init__(self, regions: int = 1) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, W, 4, 4)
+        self.regions = nn.ModuleList(Region() for _ in range(regions))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for region in self.regions:
+            x = region(x)
+        return x
+
+
+class Stages(nn.Module):
+    """Two widths, a convolution between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.between = Region(), nn.Conv2d(W, W, 2, 2)
+        self.second = Region()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).transpose(1, 2).unflatten(2, (2, 2))
+        return self.second(self.between(x).flatten(2).transpose(1, 2))
+
+
+class Conditioned(nn.Module):
+    """A shift, a scale and a gate for each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Region(conditioned=True) for _ in range(2))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, condition)
+        return x
+
+
+class Unshardable(nn.Module):
+    """Nothing is cut but what is around it: the middle of `a` and `b` is no width of a region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.region = nn.Linear(W, 2 * W), nn.Linear(2 * W, W), Region()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.region(self.b(self.a(x).cumsum(-1)))
+
+
+class Read(nn.Module):
+    """The weight is read by other code too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.region = nn.Linear(W, W), Region()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.region(self.embed(x)) @ self.embed.weight.cumsum(0)
+
+
+X = torch.randn(2, 4, W, dtype=torch.float64)
+CASES = {
+    "patches": (Patches, {"x": IMAGE}, "embed.weight"),
+    "stages": (Stages, {"x": X}, "between.weight"),
+    "a condition": (Conditioned, {"x": X, "condition": torch.randn(2, W, dtype=torch.float64)}, "blocks.1.modulation.weight"),
+    "the end of what is whole": (Unshardable, {"x": X}, "b.weight"),
+}
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_is_cut_alone(name: str, tp: int) -> None:
+    factory, inputs, weight = CASES[name]
+    found = assert_equivalent(factory, tp=tp, inputs=inputs, steps=1, certificate="graph")
+    assert weight in found.sharded
+    layout = found.plan.params[weight].layout
+    assert layout.dim == 0 and layout.local_shape[0] == -(-layout.shape[0] // tp)
+
+
+def test_stays_whole() -> None:
+    plan = autotp.plan(Unshardable().double(), tp=2, example_inputs={"x": X})
+    assert plan.params["a.weight"].layout.dim is None  # its rows are not what a region begins with
+    plan = autotp.plan(Read().double(), tp=2, example_inputs={"x": X})
+    assert plan.params["embed.weight"].layout.dim is None
+    assert plan.params["region.up.weight"].layout.dim == 0
+
+
+def test_small_ones_are_not_worth_a_gather() -> None:
+    plans = {regions: autotp.plan(Patches(regions).double(), tp=2, example_inputs={"x": IMAGE}) for regions in (1, 24)}
+    assert {regions: plan.params["embed.weight"].layout.dim for regions, plan in plans.items()} == {1: 0, 24: None}
+
+
+def test_without_the_gather_it_is_another_model() -> None:
+    """The check sees a rank's rows where all are expected."""
+    factory, inputs, _ = CASES["a condition"]
+    plan = autotp.plan(factory().double(), tp=2, example_inputs=inputs)
+    mistakes = [m for m in sabotage.mutations(plan) if "modulation" in str(m)]
+    assert mistakes
+    for mistake in mistakes[:3]:
+        with pytest.raises(NotEquivalent):
+            assert_equivalent(factory, tp=2, inputs=inputs, sabotage=mistake)

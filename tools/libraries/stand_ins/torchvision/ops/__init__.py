@@ -1,0 +1,1 @@
+"""Names without anything behind them, see the package."""
