@@ -12,12 +12,11 @@ from __future__ import annotations
 import inspect
 import reprlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from itertools import chain
-from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -26,15 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from autotp.errors import ChangedError
-from autotp.trace.forms import kind_of
+from autotp.rewrite.guards.functions import kept_by
+from autotp.rewrite.guards.watchers import MISSING, Absent, Items, Kept, Kinds, One, Same, Watcher, copied
 from autotp.trace.reading import Reading
 
 _PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType, type, bytes, complex, range, torch.dtype)
 _TABLES = frozenset(nn.Module().__dict__)  # hooks and the like, which others look at
 _MOST = 1024  # items of a list or dict
-_FILLED = (list, dict, set)
 _DEEPEST = 3  # settings in settings in settings
-_MISSING: Any = object()
 
 
 def _plain(value: Any, floats: bool = False) -> bool:
@@ -47,126 +45,23 @@ def _plain(value: Any, floats: bool = False) -> bool:
     return type(value) in _PLAIN or isinstance(value, (Enum, numpy.generic)) or (floats and type(value) is float)
 
 
-def _kept(value: Any) -> Any:
-    """A copy of a list, a dict or a set, so that changes in it show."""
-    if isinstance(value, dict):
-        return {k: _kept(v) for k, v in value.items()}
-    return type(value)(map(_kept, value)) if type(value) in (list, tuple, set) else value
-
-
-class _One:
-    """Watches some plain values of one object."""
-
-    __slots__ = ("get", "names", "object", "values", "where", "wholes")
-
-    def __init__(self, where: str, object: Any, names: Sequence[str], wholes: Mapping[str, int] | None = None) -> None:
-        self.where, self.object, self.names, self.wholes = where, object, tuple(names), wholes or {}
-        self.get: Callable[[Any], Any] = attrgetter(*self.names)
-        self.values = _kept(self.get(object))
-
-    def all(self, values: Any) -> tuple[Any, ...]:
-        return tuple(values) if len(self.names) != 1 else (values,)
-
-    def holds_lists(self) -> bool:
-        return any(type(v) in _FILLED for v in self.all(self.values))
-
-    def again(self) -> Iterator[_One]:
-        """Stops watching a list or set that a forward fills: it may be filled and cleared.
-
-        A dict that a forward changes stays watched for its other items.
-        """
-        now = self.all(self.get(self.object))
-        if now != (old := self.all(self.values)):
-            for name, a, b in zip(self.names, old, now, strict=True):
-                if isinstance(a, dict) and isinstance(b, dict) and (rest := [k for k in b if k not in a or a[k] == b[k]]):
-                    yield _Items(f"{self.where}{name}", self.object, name, rest)
-            self.names = tuple(n for n, a, b in zip(self.names, old, now, strict=True) if not (type(a) in _FILLED and a != b))
-            self.get = attrgetter(*self.names) if self.names else lambda _: ()
-            self.values = _kept(self.get(self.object))
-
-
-class _Items(_One):
-    """Watches some items of a dict; a forward changes others."""
-
-    __slots__ = ()
-
-    def __init__(self, where: str, object: Any, name: str, keys: Sequence[Any]) -> None:
-        self.where, self.object, self.names, self.wholes = where, object, (name,), {}
-        self.get = partial(_items, name, tuple(keys))
-        self.values = _kept(self.get(object))
-
-    def again(self) -> Iterator[_One]:
-        """Stops watching the items that a forward changed."""
-        now = self.get(self.object)
-        if now != self.values:
-            keys = tuple(k for k, v in self.values.items() if now[k] == v)
-            self.get = partial(_items, self.names[0], keys)
-            self.values = _kept(self.get(self.object))
-        yield from ()
-
-
-def _items(name: str, keys: tuple[Any, ...], object: Any) -> dict[Any, Any]:
-    found = getattr(object, name)
-    return {key: found.get(key, _MISSING) for key in keys}
-
-
-class _Kinds:
-    """Watches attributes that hold more than plain values (objects in a list, a method of an object) by their contents."""
-
-    __slots__ = ("kinds", "names", "object", "where")
-
-    def __init__(self, where: str, object: Any, names: Sequence[str]) -> None:
-        self.where, self.object, self.names = where, object, tuple(names)
-        self.kinds = self.now()
-
-    def now(self) -> tuple[str, ...]:
-        """Returns their contents."""
-        return tuple(kind_of(getattr(self.object, name, None)) for name in self.names)
-
-    def again(self) -> None:
-        """Stops watching attributes that a forward has changed: they are its own to change."""
-        kept = [(n, a) for n, a, b in zip(self.names, self.kinds, self.now(), strict=True) if a == b]
-        self.names, self.kinds = tuple(n for n, _ in kept), tuple(a for _, a in kept)
-
-
-class _Absent:
-    """Attributes that code asks for by name, and that are not there: `value` of each stays missing."""
-
-    __slots__ = ("names", "object", "where")
-
-    def __init__(self, where: str, object: nn.Module, names: frozenset[str]) -> None:
-        self.where, self.object, self.names = where, object, names
-
-
-class _Same:
-    """Watches that an attribute of `object` stays the same object, of which values are watched."""
-
-    __slots__ = ("held", "names", "object", "where")
-
-    def __init__(self, where: str, object: Any, name: str, held: Any) -> None:
-        self.where, self.object, self.names, self.held = where, object, (name,), held
-
-
-Watcher = _One | _Absent | _Same | _Kinds
-
-
 class Values:
     """Watches the plain values that the modules under one module rest on."""
 
     __slots__ = ("absent", "found", "kinds", "lists", "same", "settings")
 
     def __init__(self, found: Sequence[Watcher]) -> None:
-        self.kinds = tuple(one for one in found if isinstance(one, _Kinds))
-        self.same = tuple(one for one in found if isinstance(one, _Same))
-        self.found = tuple(one for one in found if isinstance(one, _One))
-        self.absent = tuple(one for one in found if isinstance(one, _Absent))
+        self.kinds = tuple(one for one in found if isinstance(one, Kinds))
+        self.same = tuple(one for one in found if isinstance(one, Same))
+        self.found = tuple(one for one in found if isinstance(one, One))
+        self.absent = tuple(one for one in found if isinstance(one, Absent))
         self.lists = tuple(one for one in self.found if one.holds_lists())
         self.settings: list[list[Any]] = []
 
     def learn(self) -> None:
         """Accept the values that are there now, all together, in later calls: the plan is made for them."""
         try:
-            self.settings.append([_kept(one.get(one.object)) for one in self.found])
+            self.settings.append([copied(one.get(one.object)) for one in self.found])
         except AttributeError:
             return
 
@@ -217,12 +112,14 @@ class Values:
 
     def _compare(self) -> None:
         for one in self.found:
-            now = one.all(one.get(one.object)) if isinstance(one, _Items) else [getattr(one.object, n, _MISSING) for n in one.names]
+            now = one.all(one.get(one.object)) if isinstance(one, Items) else [getattr(one.object, n, MISSING) for n in one.names]
             for name, old, new in zip(one.names, one.all(one.values), now, strict=True):
                 if name in one.wholes and new == one.wholes[name]:  # the model's own value, of which this rank has a part
                     setattr(one.object, name, old)
-                elif new is _MISSING or new != old:
-                    raise ChangedError(_changed(one.where + name, _brief(old), "gone" if new is _MISSING else _brief(new)))
+                elif new is not MISSING and new != old and isinstance(one, Kept):
+                    raise ChangedError(_changed(f"{one.called} ({one.where.removesuffix('.') or 'the model'})", _brief(old), _brief(new)))
+                elif new is MISSING or new != old:
+                    raise ChangedError(_changed(one.where + name, _brief(old), "gone" if new is MISSING else _brief(new)))
 
 
 def _brief(value: Any) -> str:
@@ -262,6 +159,7 @@ def watched(
 ) -> Iterator[tuple[str, Watcher]]:
     """Yields (path of a module, values of it or of its contents) to watch. `modules`: those that run on parts."""
     defaults: dict[tuple[type, bool], frozenset[str]] = {}
+    seen: set[tuple[int, str]] = set()  # blocks share the functions of their class
     for path, module in modules:
         code = reading.of(type(module))
         names = code.read - stored - code.own
@@ -276,19 +174,25 @@ def watched(
         own |= defaults[kind] - module.__dict__.keys()
         wholes = {n: what.wholes[path, n] for n in own if (path, n) in what.wholes}
         if own:
-            yield path, _One(where, module, sorted(own), wholes)
+            yield path, One(where, module, sorted(own), wholes)
         methods = (names & _methods(type(module))) - module.__dict__.keys() - {"forward"}  # one of the instance would hide it
         if absent := frozenset(n for n in code.asked - stored - code.own if not hasattr(module, n)) | methods:
-            yield path, _Absent(where, module, absent)
+            yield path, Absent(where, module, absent)
         if mixed := [n for n in _own_names(module, names) if n not in own and _is_mixed(module.__dict__[n], module)]:
-            yield path, _Kinds(where, module, mixed)
+            yield path, Kinds(where, module, mixed)
         for name in _own_names(module, names):
             value = module.__dict__[name]
             if isinstance(value, type):
                 yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
             elif _holds_values(value) and name not in mixed:
-                yield path, _Same(where + name, module, name, value)
+                yield path, Same(where + name, module, name, value)
                 yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
+        code_of = [getattr(type(module), n, None) for n in sorted((names & _methods(type(module))) | {"forward"})]
+        for function in (*code_of, *(module.__dict__[n] for n in _own_names(module, names))):
+            for called, holder, name in kept_by(function):
+                if (id(holder), name) not in seen and _plain(getattr(holder, name)):
+                    seen.add((id(holder), name))
+                    yield path, Kept(where, called, holder, name)
         for (owner, name), value in what.originals.items():
             if owner == path and value is not module.__dict__.get(name):
                 yield from _of_object(path, f"{where}{name}.", value, names, names, reading)
@@ -296,9 +200,9 @@ def watched(
             changes = reading.of(type(child)).own
             inside = {n for n in _own_names(child, names) if _plain(child.__dict__[n], n in tested)} - changes
             if inside:
-                yield path, _One(f"{where}{name}.", child, sorted(inside))
+                yield path, One(f"{where}{name}.", child, sorted(inside))
             if absent := frozenset(n for n in code.asked - stored - changes if not hasattr(child, n)):
-                yield path, _Absent(f"{where}{name}.", child, absent)
+                yield path, Absent(f"{where}{name}.", child, absent)
 
 
 def _own_names(module: nn.Module, names: frozenset[str]) -> list[str]:
@@ -358,10 +262,10 @@ def _of_object(
         if _plain(held, name in tested):
             found.append(name)
         elif depth < _DEEPEST and name in getattr(value, "__dict__", {}) and _holds_values(held) and not isinstance(held, nn.Module):
-            yield path, _Same(where + name, value, name, held)
+            yield path, Same(where + name, value, name, held)
             yield from _of_object(path, f"{where}{name}.", held, names, tested, reading, depth + 1)
     if found:
-        yield path, _One(where, value, found)
+        yield path, One(where, value, found)
 
 
 def _methods(cls: type) -> frozenset[str]:

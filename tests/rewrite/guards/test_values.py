@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
-from autotp.errors import AutoTPError
+from autotp.errors import AutoTPError, ChangedError
 from autotp.rewrite import entry
+from autotp.rewrite.guards.functions import kept_by
+from autotp.rewrite.guards.values import Values
+from autotp.rewrite.guards.watchers import Kept
 from autotp.testing.ranks.run import run
 from autotp.testing.tiny.models import randomise
 
@@ -104,6 +108,48 @@ class Nested(Reads):
 class ByMethod(Reads):
     def asks(self) -> Any:
         return self.options.on()
+
+
+def enclosing() -> Any:
+    """A model of a class that reads a variable of the function which makes it."""
+    mixed = False
+
+    class Encloses(Reads):
+        def asks(self) -> bool:
+            return mixed
+
+        def mix(self) -> None:
+            nonlocal mixed
+            mixed = True
+
+    return Encloses()
+
+
+def enclosed(value: Any) -> Any:
+    """A function with a variable of its own."""
+
+    def answer() -> Any:
+        return value
+
+    return answer
+
+
+def enclosed_twice() -> Any:
+    inner = enclosed(False)
+    return lambda: inner()
+
+
+def defaulted() -> Any:
+    """A function with a default."""
+
+    def answer(mixed: bool = False) -> bool:
+        return mixed
+
+    return answer
+
+
+def put_into(function: Any, value: Any) -> None:
+    function.__closure__[0].cell_contents = value
 
 
 class Switch:
@@ -349,6 +395,27 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
         lambda m: setattr(m.row, "bias", nn.Parameter(torch.ones(16).double())),
         "row.bias was None",
     ),
+    "a variable around its class": (enclosing, lambda m: m.mix(), "mixed, a variable around Encloses.asks"),
+    "a variable around a function": (
+        lambda: Partly(options=enclosed(False)),
+        lambda m: put_into(m.options, True),
+        "value, a variable around answer",
+    ),
+    "a variable behind a partial function": (
+        lambda: Partly(options=functools.partial(enclosed(False))),
+        lambda m: put_into(m.options.func, True),
+        "value, a variable around answer",
+    ),
+    "a variable around a function around it": (
+        lambda: Partly(options=enclosed_twice()),
+        lambda m: put_into(m.options.__closure__[0].cell_contents, True),
+        "value, a variable around answer",
+    ),
+    "a default of an argument": (
+        lambda: Partly(options=defaulted()),
+        lambda m: setattr(m.options, "__defaults__", (True,)),
+        "a default of answer",
+    ),
     "a list of modules": (Listed, lambda m: m.acts.append(nn.Softmax(-1)), "acts.1, a Softmax, was added"),
 }
 
@@ -365,6 +432,7 @@ HARMLESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a tensor of one entry for a number": (MayBe, lambda m: setattr(m, "gain", torch.tensor(2.0).double())),
     "a buffer of its shape": (MayBe, lambda m: setattr(m, "bound", torch.full((1,), 3.0).double())),
     "the model's own value of a local number": (lambda: Heads(heads=8), lambda m: setattr(m, "heads", 8)),
+    "a variable that no path depends on": (lambda: Partly(options=enclosed(0.0)), lambda m: put_into(m.options, -0.0)),
     "what no code reads": (Reads, lambda m: setattr(m, "note", "x")),
 }
 
@@ -390,7 +458,9 @@ def changed(factory: Callable[[], Any], change: Callable[[Any], Any]) -> tuple[f
         apart = max(float((model(X) - wanted).detach().abs().max()) for _ in range(3))  # what its forward fills is no change
         model.calls.clear()
         model(X)
+        dist.barrier()  # ranks are threads, and share functions
         change(model)
+        dist.barrier()
         try:
             got = model(X)
         except AutoTPError as error:
@@ -415,6 +485,21 @@ def test_what_may_change(name: str) -> None:
     apart, said, share = changed(*HARMLESS[name])
     assert apart < 1e-9 and share < 0.6
     assert said.startswith("differs by") and float(said.rpartition(" ")[2]) < 1e-9
+
+
+def test_a_variable_that_a_forward_changes_is_its_own() -> None:
+    function = enclosed(1)
+    ((called, cell, name),) = kept_by(functools.partial(function))
+    kept = Kept("", called, cell, name)
+    values = Values([kept])
+    values.check()
+    put_into(function, 2)
+    with pytest.raises(ChangedError, match=r"value, a variable around answer \(the model\) was 1"):
+        values.check()
+    values.again()  # had it been a forward that changed it
+    values.check()
+    put_into(function, 3)
+    values.check()
 
 
 def test_without_the_guards_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

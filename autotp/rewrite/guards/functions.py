@@ -1,0 +1,43 @@
+"""Finds what a function keeps for its calls: variables of its closure, and defaults of its arguments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+
+_DEEPEST = 4  # functions in closures of functions (decorators)
+#: Folders of code that nobody changes between two calls: torch's, and what wraps the model's own code here.
+_OTHERS = tuple(str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+
+
+def kept_by(function: Any, depth: int = 0) -> Iterator[tuple[str, Any, str]]:
+    """Yields (what it is called, its holder, the holder's attribute) of each value; those of functions in a closure too."""
+    function = function.func if isinstance(function, partial) else function
+    function = function.__func__ if isinstance(function, MethodType) else function
+    if not isinstance(function, FunctionType) or depth == _DEEPEST:
+        return
+    name = function.__qualname__.rpartition("<locals>.")[2]
+    own = function.__code__.co_filename.startswith(_OTHERS)
+    for holder in ("__defaults__", "__kwdefaults__"):
+        if getattr(function, holder) and not own:
+            yield f"a default of {name}", function, holder
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        held = _contents(cell)
+        if isinstance(held, FunctionType | partial | MethodType):
+            yield from kept_by(held, depth + 1)
+        if variable != "__class__" and held is not cell and not own:
+            yield f"{variable}, a variable around {name}", cell, "cell_contents"
+
+
+def _contents(cell: CellType) -> Any:
+    """What is in a cell; the cell itself where it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell

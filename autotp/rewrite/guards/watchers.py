@@ -1,0 +1,141 @@
+"""Watchers of values of one object: each holds what it was, and asks what it is now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from autotp.trace.forms import kind_of
+
+FILLED = (list, dict, set)
+MISSING: Any = object()
+
+
+def copied(value: Any) -> Any:
+    """A copy of a list, a dict or a set, so that changes in it show."""
+    if isinstance(value, dict):
+        return {k: copied(v) for k, v in value.items()}
+    return type(value)(map(copied, value)) if type(value) in (list, tuple, set) else value
+
+
+class One:
+    """Watches some plain values of one object."""
+
+    __slots__ = ("get", "names", "object", "values", "where", "wholes")
+
+    def __init__(self, where: str, object: Any, names: Sequence[str], wholes: Mapping[str, int] | None = None) -> None:
+        self.where, self.object, self.names, self.wholes = where, object, tuple(names), wholes or {}
+        self.get: Callable[[Any], Any] = attrgetter(*self.names)
+        self.values = copied(self.get(object))
+
+    def all(self, values: Any) -> tuple[Any, ...]:
+        return tuple(values) if len(self.names) != 1 else (values,)
+
+    def holds_lists(self) -> bool:
+        return any(type(v) in FILLED for v in self.all(self.values))
+
+    def again(self) -> Iterator[One]:
+        """Stops watching a list or set that a forward fills: it may be filled and cleared.
+
+        A dict that a forward changes stays watched for its other items.
+        """
+        now = self.all(self.get(self.object))
+        if now != (old := self.all(self.values)):
+            for name, a, b in zip(self.names, old, now, strict=True):
+                if isinstance(a, dict) and isinstance(b, dict) and (rest := [k for k in b if k not in a or a[k] == b[k]]):
+                    yield Items(f"{self.where}{name}", self.object, name, rest)
+            self.names = tuple(n for n, a, b in zip(self.names, old, now, strict=True) if not (type(a) in FILLED and a != b))
+            self.get = attrgetter(*self.names) if self.names else lambda _: ()
+            self.values = copied(self.get(self.object))
+
+
+class Items(One):
+    """Watches some items of a dict; a forward changes others."""
+
+    __slots__ = ()
+
+    def __init__(self, where: str, object: Any, name: str, keys: Sequence[Any]) -> None:
+        self.where, self.object, self.names, self.wholes = where, object, (name,), {}
+        self.get = partial(_items, name, tuple(keys))
+        self.values = copied(self.get(object))
+
+    def again(self) -> Iterator[One]:
+        """Stops watching the items that a forward changed."""
+        now = self.get(self.object)
+        if now != self.values:
+            keys = tuple(k for k, v in self.values.items() if now[k] == v)
+            self.get = partial(_items, self.names[0], keys)
+            self.values = copied(self.get(self.object))
+        yield from ()
+
+
+class Kept(One):
+    """Watches a value that a function keeps, by a name of its own. A forward that changes it may."""
+
+    __slots__ = ("called",)
+
+    def __init__(self, where: str, called: str, object: Any, name: str) -> None:
+        super().__init__(where, object, (name,))
+        self.called = called
+
+    def holds_lists(self) -> bool:
+        return True
+
+    def again(self) -> Iterator[One]:
+        """Stops watching one that a forward has changed."""
+        if self.names and self.get(self.object) != self.values:
+            self.names, self.get, self.values = (), _nothing, ()
+        yield from ()
+
+
+def _nothing(object: Any) -> tuple[()]:
+    return ()
+
+
+def _items(name: str, keys: tuple[Any, ...], object: Any) -> dict[Any, Any]:
+    found = getattr(object, name)
+    return {key: found.get(key, MISSING) for key in keys}
+
+
+class Kinds:
+    """Watches attributes that hold more than plain values (objects in a list, a method of an object) by their contents."""
+
+    __slots__ = ("kinds", "names", "object", "where")
+
+    def __init__(self, where: str, object: Any, names: Sequence[str]) -> None:
+        self.where, self.object, self.names = where, object, tuple(names)
+        self.kinds = self.now()
+
+    def now(self) -> tuple[str, ...]:
+        """Returns their contents."""
+        return tuple(kind_of(getattr(self.object, name, None)) for name in self.names)
+
+    def again(self) -> None:
+        """Stops watching attributes that a forward has changed: they are its own to change."""
+        kept = [(n, a) for n, a, b in zip(self.names, self.kinds, self.now(), strict=True) if a == b]
+        self.names, self.kinds = tuple(n for n, _ in kept), tuple(a for _, a in kept)
+
+
+class Absent:
+    """Attributes that code asks for by name, and that are not there: `value` of each stays missing."""
+
+    __slots__ = ("names", "object", "where")
+
+    def __init__(self, where: str, object: nn.Module, names: frozenset[str]) -> None:
+        self.where, self.object, self.names = where, object, names
+
+
+class Same:
+    """Watches that an attribute of `object` stays the same object, of which values are watched."""
+
+    __slots__ = ("held", "names", "object", "where")
+
+    def __init__(self, where: str, object: Any, name: str, held: Any) -> None:
+        self.where, self.object, self.names, self.held = where, object, (name,), held
+
+
+Watcher = One | Absent | Same | Kinds
