@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from autotp.digest import digest, plain_text, tensor_digest
 from autotp.errors import MeshError, PlanError
 
 STATE = "_autotp"
+_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 #: transformers' loader stays on a model that it quantized; it is no part of its computation, and lists its files in any order.
 _OWN = frozenset((*nn.Module().__dict__, "hf_quantizer")) - {"training"}
 
@@ -94,6 +96,11 @@ def _differs(values: list[str | None]) -> bool:
     return len(set(values)) > 1 and values != [repr(rank) for rank in range(len(values))]
 
 
+def _is_unique(value: object) -> bool:
+    """True for a text that is a random UUID: it tells modules of one process apart, and is another in each by intention."""
+    return isinstance(value, str) and _UUID.fullmatch(value) is not None
+
+
 def _brief(text: str | None) -> str:
     return "nothing" if text is None else text if len(text) < 60 else text[:57] + "…"
 
@@ -105,7 +112,7 @@ def _description(model: nn.Module) -> dict[str, str]:
         at = path or "the model"
         own[f"the class of {at}"] = f"{type(module).__module__}.{type(module).__qualname__}"
         for name, value in vars(module).items():
-            text = None if name in _OWN or name.startswith("_torchdynamo") else plain_text(value)
+            text = None if name in _OWN or name.startswith("_torchdynamo") or _is_unique(value) else plain_text(value)
             if text is not None:
                 own[f"the attribute {name} of {at}"] = text
     for name, t in (*model.named_parameters(), *model.named_buffers()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,6 +35,8 @@ def _other(model: nn.Module, how: str) -> None:
                 model.a.weight[0, :2] *= -1
             case "attribute":
                 model.n.eps = 1e-3
+            case "name":
+                model.label = "another"
             case "list":
                 model.scales[1] = 3.0
             case "class":
@@ -48,6 +52,7 @@ HOW = {
     "permuted": "the tensor a.weight",
     "two signs": "the tensor a.weight",
     "attribute": r"the attribute eps of n on rank 1 is not what it is on rank 0 \(0.001 and 1e-05\)",
+    "name": r"the attribute label of the model on rank 1 is not what it is on rank 0 \('another' and 'one'\)",
     "list": "the attribute scales of the model",
     "class": "the class of n",
     "frozen": "the tensor a.weight",
@@ -59,6 +64,7 @@ def build(how: str) -> str:
     torch.manual_seed(0)
     model = Net()
     model.rank = dist.get_rank()  # each rank's own number is no difference
+    model.key, model.label = str(uuid.uuid4()), "one"  # nor is a name that is random by intention
     if dist.get_rank():
         _other(model, how)
     try:

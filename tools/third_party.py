@@ -7,7 +7,7 @@
     python tools/third_party.py --summary --docs docs/coverage-third-party.md   # only count what the file holds, and write the page
 
 The models are in `tools/libraries`; a library that is not installed is left out. Compared in float64, at 1e-9: the state dict, outputs
-and gradients of all parameters and arguments in eval and in training mode, and a step of SGD. Each line of the output file is a model:
+and gradients of all parameters and arguments in eval and in training mode, and a step of AdamW. Each line of the output file is a model:
 its share of the parameters on a rank, the seconds of planning, what stays whole and why, and the error of each aspect.
 """
 
@@ -35,6 +35,9 @@ from tools.survey import Record
 def one(name: str, tp: int, plan_only: bool) -> Record:
     """One model on one rank: build, run, plan, compare."""
     import torch
+    import torch.distributed as dist
+
+    from autotp.testing.equivalence.observe import adamw
 
     record: Record = {"type": name, "stage": "build"}
     with survey.into(record):
@@ -44,11 +47,12 @@ def one(name: str, tp: int, plan_only: bool) -> Record:
         record["stage"] = "run"
         with torch.no_grad():
             model(**call) if isinstance(call, dict) else model(*call)
-        survey.planned(record, build(name)[0].eval(), named(model, call), tp, "graph")
+        if dist.get_rank() == 0:  # the others would only plan the same
+            survey.planned(record, build(name)[0].eval(), named(model, call), tp, "graph")
         if plan_only:
             record["stage"] = "done"
         else:
-            survey.compared(record, partial(_model, name), call)
+            survey.compared(record, partial(_model, name), call, optimizer=adamw)
     return record
 
 

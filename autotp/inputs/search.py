@@ -62,8 +62,9 @@ def search(model: nn.Module, error: TraceError, run: Run) -> Guess:
         rank = -_progress(failure), -given, len(guess.made), tried
         heapq.heappush(queue, _Stopped(rank, guess, failure, _moves(model, guess, failure, inputs, unmade), inputs))
 
-    first = calls_with(model, Guess())[0]
-    stopped(Guess(), error, first.make())
+    first = calls_with(model, Guess())[0].make()
+    seen.add(_key(first))
+    stopped(Guess(), error, first)
     nearest = queue[0]
     while queue and tried < MOST_TRIES:
         nearest = min(nearest, queue[0])
@@ -76,10 +77,9 @@ def search(model: nn.Module, error: TraceError, run: Run) -> Guess:
             inputs = example.make()
         except Exception:  # values that do not go together, whatever their makers say
             continue
-        key = tuple((name, form_of(value)) for name, value in sorted(inputs.items()))
-        if key in seen:
+        if _key(inputs) in seen:
             continue
-        seen.add(key)
+        seen.add(_key(inputs))
         tried += 1
         failure = run(replace(example, decode=None))
         if failure is None:
@@ -87,6 +87,10 @@ def search(model: nn.Module, error: TraceError, run: Run) -> Guess:
         if _further(failure, queue[0].error):
             stopped(guess, failure, inputs)
     raise _none_found(nearest, error, unmade, tried) from nearest.error.__cause__
+
+
+def _key(inputs: Mapping[str, object]) -> object:
+    return tuple((name, form_of(value)) for name, value in sorted(inputs.items()))
 
 
 def _progress(error: TraceError) -> int:

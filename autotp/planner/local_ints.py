@@ -23,6 +23,8 @@ from autotp.trace.graph import Node
 from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
 
 LIMIT = 4000
+#: Functions that take the shape of their second tensor.
+_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
 #: What is added to each length, and what all are, to see whether a number is the same for others.
 MORE = range(1, 9)
 LENGTHS = (*range(1, 65), *(2**n for n in range(7, 20)))
@@ -82,6 +84,8 @@ def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
         for demand in meaning.demands:
             local = _demanded(node, demand, labels)
             found = positions(node, demand.number, demand.at, demand.listed)
+            if not found and _given(space, labels, node, demand.at) == local:
+                continue
             if not found and local != demand.number:
                 raise Refusal(node, f"{demand.number} would have to become {local}, and where it comes from is not known")
             if len(found) > 1 and local != demand.number and not _all_asked_for(space, labels, node, demand.number, local, len(found)):
@@ -93,6 +97,15 @@ def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
             if p in wanted or any(True for _ in leaves(expr)):
                 out.append(Constraint(node, p, expr, wanted.get(p, expr.value), p in wanted))
     return out
+
+
+def _given(space: GraphIndex, labels: Labels, node: Node, at: int) -> int | None:
+    """Returns the local size of dim `at` of the tensor whose shape a call takes (`x.view_as(y)`), None for other calls."""
+    call = space.graph.python.get(node.call)
+    if call is None or call.function not in _LIKE or len(node.tensors) != 2 or at < 0:
+        return None
+    shape = space.axes.dims.get(node.tensors[1], ())
+    return local_size(shape[at], labels.shard.get(node.tensors[1], NONE), labels.cuts) if at < len(shape) else None
 
 
 def _demanded(node: Node, demand: Demand, labels: Labels) -> int:
@@ -128,7 +141,7 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
             return total
         return local_size(dims[leaf.dim], on, labels.cuts)
 
-    search = _Search(every, size, labels.cuts, hints or {})
+    search = _Search(every, size, labels.cuts, hints or {}, _equal(space, size))
     solution = search.run()
     attributes: dict[str, list[LocalAttribute]] = {}
     for ref, value in solution.items():
@@ -159,6 +172,16 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
     return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()}, frozenset(literals))
 
 
+def _equal(space: GraphIndex, size: Callable[[SizeRef], int]) -> dict[AttrRef, int]:
+    """Returns the attributes that the code compares with a size that is cut, and the local size: `x.size(1) != self.num_features`."""
+    found: dict[AttrRef, int] = {}
+    for name, *sides in space.graph.compared:
+        for a, b in (sides, sides[::-1]):
+            if name in ("eq", "ne") and isinstance(a, SizeRef) and isinstance(b, AttrRef) and a.value == b.value and size(a) != a.value:
+                found[b] = size(a)
+    return found
+
+
 def _itself(value: int) -> int:
     return value
 
@@ -183,10 +206,13 @@ def _scales(cuts: Partitions) -> frozenset[tuple[int, int]]:
 
 
 class _Search:
-    """Searches depth-first over attributes, one module's at a time; it gives up a module where it fails."""
+    """Searches depth-first over attributes, one module's at a time; it gives up a module where it fails.
 
-    def __init__(self, every: list[Constraint], size: object, cuts: Partitions, hints: Hints) -> None:
-        self.size, self.hints = size, hints
+    `equal`: values that attributes are to have where what is constrained lets them, and where nothing is.
+    """
+
+    def __init__(self, every: list[Constraint], size: object, cuts: Partitions, hints: Hints, equal: Mapping[AttrRef, int]) -> None:
+        self.size, self.hints, self.equal = size, hints, equal
         self.scales = _scales(cuts)
         self.groups: list[list[Constraint]] = []
         self._steps = 0
@@ -238,11 +264,15 @@ class _Search:
         """Returns the attributes to change; modules without a solution change nothing."""
         solution: dict[AttrRef, int] = {}
         for group in self.groups:
-            self._steps = 0
-            found = self._solve(group, {})
-            if found is not None:
-                solution.update(found)
-        return solution
+            asked = {leaf: self.equal[leaf] for c in group for leaf in leaves(c.expr) if isinstance(leaf, AttrRef) and leaf in self.equal}
+            for fixed in (asked, {}) if asked else ({},):
+                self._steps = 0
+                found = self._solve(group, fixed)
+                if found is not None:
+                    solution.update(found)
+                    break
+        constrained = {leaf for group in self.groups for c in group for leaf in leaves(c.expr)}
+        return solution | {leaf: local for leaf, local in self.equal.items() if leaf not in constrained}
 
     def _solve(self, group: list[Constraint], fixed: dict[AttrRef, int]) -> dict[AttrRef, int] | None:
         self._steps += 1

@@ -63,7 +63,8 @@ class _Maker:
 
     @property
     def width(self) -> int:
-        return int(_value(self.config, "hidden_size", "d_model", "n_embd", "dim", "embed_dim", default=64))
+        value = _value(self.config, "hidden_size", "d_model", "n_embd", "dim", "embed_dim", default=64)
+        return int(value[0] if isinstance(value, (list, tuple)) else value)  # of several stages
 
     @property
     def channels(self) -> int:

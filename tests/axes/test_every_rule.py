@@ -87,6 +87,7 @@ MORE: dict[str, Case] = {
     "avg_pool3d": volume(lambda x: F.avg_pool3d(x, 2)),
     "col2im": lambda d, m, n: ((lambda x: F.fold(x, 4, 2, stride=2)), [d.x(2, m * 4, 4)], []),
     "im2col": image(lambda x: F.unfold(x, 2, padding=1)),
+    "instance_norm": lambda d, m, n: ((lambda x, w, b: F.instance_norm(x, weight=w, bias=b)), [d.x(2, m, 4), d.x(m), d.x(m)], []),
     "max_pool2d_with_indices": image(lambda x: F.max_pool2d(x, 3, stride=2, padding=1)),
     "max_pool3d_with_indices": volume(lambda x: F.max_pool3d(x, 2)),
     "pixel_shuffle": image(lambda x: F.pixel_shuffle(x, 2), channels=4),

@@ -33,7 +33,7 @@ COMPOSITES: dict[str, tuple[Function, bool]] = {
     "cdist": (lambda h: h * torch.cdist(h, h).sum(-1, keepdim=True), False),
     "block_diag": (lambda h: h * torch.block_diag(h[0], h[1]).sum(), False),
     "local_response_norm": (lambda h: F.local_response_norm(h.transpose(1, 2), 3).transpose(1, 2), False),
-    "instance_norm": (lambda h: F.instance_norm(h.transpose(1, 2)).transpose(1, 2), False),
+    "instance_norm": (lambda h: F.instance_norm(h.transpose(1, 2)).transpose(1, 2), True),
     "fold": (lambda h: F.fold(F.unfold(h[:, None], (2, 2)), (6, 24), (2, 2))[:, 0], False),
     "embedding_bag": (lambda h: h * F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), h[0])[:, None], False),
     "tensordot": (lambda h: h * torch.tensordot(h, h, dims=([2], [2])).sum(), False),
@@ -44,6 +44,9 @@ COMPOSITES: dict[str, tuple[Function, bool]] = {
     "rows": (lambda h: torch.stack([row * i for i, row in enumerate(h)]), True),
     "rows of partial sums": (lambda h: h * torch.stack(list(h.sum(-1))).sum(), True),
     "two operators of an index": (lambda h: h * h.sum(-1)[0, None, :, None], True),
+    "reshape_as": (lambda h: (h * 2).flatten(0, 1).relu().reshape_as(h), True),
+    "view_as": (lambda h: h.flatten(1).relu().view_as(h.exp()), True),
+    "the shape of a whole tensor": (lambda h: h.flatten(0, 1).relu().reshape_as(torch.zeros(2, 6, 24)), False),
     "values of max": (lambda h: (lambda m: h + m.values + m.indices)(h.max(1, keepdim=True)), True),
 }
 

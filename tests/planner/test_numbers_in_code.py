@@ -13,6 +13,7 @@ import autotp
 from autotp.api import parallelize_as
 from autotp.planner import local_ints
 from autotp.rewrite.operators.call_sites import SiteMode
+from autotp.testing import assert_equivalent
 from autotp.testing.ranks.run import run
 from tests.support.ranks import mesh
 
@@ -157,6 +158,29 @@ class Checked(nn.Module):
             raise ValueError("only for inference")
         h = q.view(*q.shape[:2], self.heads, -1).transpose(1, 2)
         return self.o(F.scaled_dot_product_attention(h, h, h).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Normed(nn.Module):
+    """A norm compares the size of its argument with its number of features, or with a number of the code."""
+
+    def __init__(self, literal: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(4, WIDTH, 3), nn.Conv1d(WIDTH, 4, 1)
+        self.norm, self.literal = nn.InstanceNorm1d(WIDTH, affine=True), literal
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if self.literal and h.shape[1] != 32:
+            raise ValueError("other features")
+        return self.down(self.norm(h).relu())  # type: ignore[no-any-return]
+
+
+def test_a_number_that_a_size_is_compared_with() -> None:
+    x = torch.randn(2, 4, 9, dtype=torch.float64)
+    found = assert_equivalent(lambda: Normed(False), tp=2, inputs={"x": x}, steps=1, certificate="graph")
+    assert {"up.weight", "norm.weight", "down.weight"} <= found.sharded
+    found = assert_equivalent(lambda: Normed(True), tp=2, inputs={"x": x}, certificate="graph")
+    assert "the code fails on a shard (ValueError: other features" in found.plan.params["up.weight"].reason
 
 
 def test_a_path_that_failed_compared_nothing() -> None:

@@ -40,23 +40,6 @@ MODELS: Table = {
         diffusers.UNet2DConditionModel(**unet(**CROSS, cross_attention_dim=32, attention_head_dim=4)),
         {"sample": rand(2, 4, 16, 16), "timestep": STEP, "encoder_hidden_states": rand(*TEXT), "return_dict": False},
     ),
-    "unet_2d_condition_linear": lambda: (
-        diffusers.UNet2DConditionModel(
-            **unet(**CROSS, cross_attention_dim=32, attention_head_dim=4, use_linear_projection=True, resnet_time_scale_shift="scale_shift")
-        ),
-        {"sample": rand(2, 4, 16, 16), "timestep": STEP, "encoder_hidden_states": rand(*TEXT), "return_dict": False},
-    ),
-    "unet_3d_condition": lambda: (
-        diffusers.UNet3DConditionModel(
-            **unet(
-                down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-                up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-                cross_attention_dim=32,
-                attention_head_dim=4,
-            )
-        ),
-        {"sample": rand(1, 4, 3, 16, 16), "timestep": STEP[:1], "encoder_hidden_states": rand(1, 5, 32), "return_dict": False},
-    ),
     "unet_1d": lambda: (
         diffusers.UNet1DModel(sample_size=64, block_out_channels=(32, 32, 64), extra_in_channels=64),
         {"sample": rand(2, 2, 64), "timestep": STEP[:1], "return_dict": False},
@@ -118,19 +101,6 @@ MODELS: Table = {
             "txt_ids": rand(5, 3),
             "return_dict": False,
         },
-    ),
-    "auraflow": lambda: (
-        diffusers.AuraFlowTransformer2DModel(
-            sample_size=8,
-            num_mmdit_layers=1,
-            num_single_dit_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=32,
-            caption_projection_dim=32,
-            pos_embed_max_size=16,
-        ),
-        {"hidden_states": rand(2, 4, 8, 8), "timestep": STEP / 10, "encoder_hidden_states": rand(*TEXT), "return_dict": False},
     ),
     "sana": lambda: (
         diffusers.SanaTransformer2DModel(
@@ -212,28 +182,6 @@ MODELS: Table = {
         ),
         {"hidden_states": rand(1, 4, 2, 8, 8), "timestep": STEP[:1], "encoder_hidden_states": rand(1, 5, 32), "return_dict": False},
     ),
-    "mochi": lambda: (
-        diffusers.MochiTransformer3DModel(
-            **HEADS, patch_size=2, in_channels=4, pooled_projection_dim=16, text_embed_dim=32, time_embed_dim=16, max_sequence_length=5
-        ),
-        {
-            "hidden_states": rand(2, 4, 2, 8, 8),
-            "timestep": STEP,
-            "encoder_hidden_states": rand(*TEXT),
-            "encoder_attention_mask": torch.ones(2, 5, dtype=torch.bool),
-            "return_dict": False,
-        },
-    ),
-    "prior": lambda: (
-        diffusers.PriorTransformer(**HEADS, embedding_dim=32, num_embeddings=5, additional_embeddings=4),
-        {
-            "hidden_states": rand(2, 32),
-            "timestep": STEP,
-            "proj_embedding": rand(2, 32),
-            "encoder_hidden_states": rand(*TEXT),
-            "return_dict": False,
-        },
-    ),
     "stable_audio": lambda: (
         diffusers.StableAudioDiTModel(
             sample_size=16,
@@ -257,12 +205,6 @@ MODELS: Table = {
             "return_dict": False,
         },
     ),
-    "transformer_2d": lambda: (
-        diffusers.Transformer2DModel(
-            num_attention_heads=4, attention_head_dim=8, in_channels=32, norm_num_groups=4, cross_attention_dim=32
-        ),
-        {"hidden_states": rand(2, 32, 8, 8), "encoder_hidden_states": rand(*TEXT), "return_dict": False},
-    ),
     "autoencoder_kl": lambda: (diffusers.AutoencoderKL(**AUTOENCODER), {"sample": rand(2, 3, 16, 16), "return_dict": False}),
     "autoencoder_tiny": lambda: (
         diffusers.AutoencoderTiny(
@@ -285,5 +227,4 @@ MODELS: Table = {
         ),
         {"sample": rand(2, 3, 16, 16), "return_dict": False},
     ),
-    "vq": lambda: (diffusers.VQModel(**AUTOENCODER, num_vq_embeddings=16), {"sample": rand(2, 3, 16, 16), "return_dict": False}),
 }

@@ -28,12 +28,8 @@ MODELS: Table = {
     "llama3": lambda: small("Llama-3.2-1B", n_query_groups=2),
     "falcon": lambda: small("falcon-7b", n_query_groups=1),
     "phi": lambda: small("phi-2"),
-    "phi3": lambda: small("Phi-3-mini-4k-instruct", n_query_groups=4),
     "gemma2": lambda: small("Gemma-2-2b", n_query_groups=2),
     "gemma3": lambda: small("Gemma-3-1b-it", n_query_groups=1, sliding_window_size=8),
     "mixtral": lambda: small("Mixtral-8x7B-v0.1", n_query_groups=2, n_expert=4, moe_intermediate_size=128),
-    "qwen2.5": lambda: small("Qwen2.5-0.5B", n_query_groups=2),
     "qwen3": lambda: small("Qwen3-0.6B", n_query_groups=2),
-    "olmo2": lambda: small("OLMo-2-1124-7B", n_query_groups=4),
-    "stablelm": lambda: small("stablelm-3b-4e1t", n_query_groups=4),
 }

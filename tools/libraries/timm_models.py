@@ -10,23 +10,17 @@ from timm.models import (
     convit,
     convnext,
     crossvit,
-    davit,
     densenet,
     eva,
-    focalnet,
-    gcvit,
     hiera,
     levit,
     metaformer,
     mlp_mixer,
     nest,
     pvt_v2,
-    regnet,
     swin_transformer,
     swin_transformer_v2,
-    tiny_vit,
     tnt,
-    twins,
     visformer,
     vision_transformer,
     vision_transformer_relpos,
@@ -49,7 +43,6 @@ MODELS: Table = {
     ),
     "vit_parallel": lambda: (vision_transformer.VisionTransformer(**VIT, block_fn=vision_transformer.ParallelThingsBlock), images()),
     "vit_relpos": lambda: (vision_transformer_relpos.VisionTransformerRelPos(**VIT, rel_pos_type="bias"), images()),
-    "vit_relpos_mlp": lambda: (vision_transformer_relpos.VisionTransformerRelPos(**VIT, rel_pos_type="mlp"), images()),
     "deit_distilled": lambda: (timm.create_model("deit_tiny_distilled_patch16_224", **VIT), images()),
     "swin": lambda: (
         swin_transformer.SwinTransformer(
@@ -64,7 +57,6 @@ MODELS: Table = {
         images(),
     ),
     "eva": lambda: (eva.Eva(**VIT, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, init_values=0.1), images()),
-    "eva_unfused": lambda: (eva.Eva(**VIT, qkv_fused=False, qk_norm=True, num_reg_tokens=2), images()),
     "beit": lambda: (beit.Beit(**VIT, use_rel_pos_bias=True, init_values=0.1), images()),
     "cait": lambda: (cait.Cait(**VIT), images()),
     "xcit": lambda: (xcit.Xcit(**VIT), images()),
@@ -86,19 +78,6 @@ MODELS: Table = {
         images(),
     ),
     "mlp_mixer": lambda: (mlp_mixer.MlpMixer(num_classes=10, img_size=32, patch_size=8, num_blocks=2, embed_dim=64), images()),
-    "res_mlp": lambda: (
-        mlp_mixer.MlpMixer(
-            num_classes=10,
-            img_size=32,
-            patch_size=8,
-            num_blocks=2,
-            embed_dim=64,
-            mlp_ratio=4,
-            block_layer=mlp_mixer.ResBlock,
-            norm_layer=mlp_mixer.Affine,
-        ),
-        images(),
-    ),
     "gmlp": lambda: (
         mlp_mixer.MlpMixer(
             num_classes=10,
@@ -116,10 +95,6 @@ MODELS: Table = {
         pvt_v2.PyramidVisionTransformerV2(
             **STAGES, embed_dims=DIMS, num_heads=HEADS, sr_ratios=(4, 2, 1, 1), mlp_ratios=(2.0, 2.0, 2.0, 2.0)
         ),
-        images(64),
-    ),
-    "twins": lambda: (
-        twins.Twins(img_size=64, num_classes=10, embed_dims=DIMS, num_heads=HEADS, depths=(1, 1, 1, 1), wss=None),
         images(64),
     ),
     "hiera": lambda: (
@@ -145,7 +120,6 @@ MODELS: Table = {
         ),
         images(64),
     ),
-    "poolformer": lambda: (metaformer.MetaFormer(**STAGES, dims=DIMS), images(64)),
     "volo": lambda: (
         volo.VOLO(
             (1, 1),
@@ -163,11 +137,6 @@ MODELS: Table = {
         nest.Nest(img_size=32, patch_size=2, num_levels=2, embed_dims=(32, 64), num_heads=(2, 4), depths=(1, 1), num_classes=10),
         images(),
     ),
-    "davit": lambda: (davit.DaVit(**STAGES, embed_dims=DIMS, num_heads=HEADS, window_size=4), images(64)),
-    "focalnet": lambda: (
-        focalnet.FocalNet(num_classes=10, embed_dim=32, depths=(1, 1), focal_levels=(2, 2), focal_windows=(3, 3)),
-        images(),
-    ),
     "coat": lambda: (
         coat.CoaT(
             img_size=64,
@@ -181,27 +150,14 @@ MODELS: Table = {
         ),
         images(64),
     ),
-    "gcvit": lambda: (
-        gcvit.GlobalContextVit(**STAGES, img_size=64, window_size=(4, 4, 4, 2), embed_dim=16, num_heads=(2, 2, 4, 4)),
-        images(64),
-    ),
-    "tiny_vit": lambda: (tiny_vit.TinyVit(**STAGES, embed_dims=DIMS, num_heads=HEADS, window_sizes=(4, 4, 4, 2)), images(64)),
     "visformer": lambda: (
         visformer.Visformer(img_size=64, num_classes=10, init_channels=16, embed_dim=64, depth=(1, 1, 1), num_heads=4, group=4),
         images(64),
     ),
-    "maxvit": lambda: (timm.create_model("test_maxvit", num_classes=10, img_size=64), images(64)),
     "coatnet": lambda: (timm.create_model("test_coatnet", num_classes=10, img_size=64), images(64)),
     "convnext": lambda: (convnext.ConvNeXt(**STAGES, dims=DIMS), images(64)),
-    "convnext_v2": lambda: (convnext.ConvNeXt(**STAGES, dims=DIMS, use_grn=True, ls_init_value=None, conv_mlp=True), images(64)),
     "resnet": lambda: (timm.create_model("test_resnet", num_classes=10), images(64)),
     "efficientnet": lambda: (timm.create_model("test_efficientnet", num_classes=10), images(64)),
-    "byobnet": lambda: (timm.create_model("test_byobnet", num_classes=10), images(64)),
-    "nfnet": lambda: (timm.create_model("test_nfnet", num_classes=10), images(64)),
     "mambaout": lambda: (timm.create_model("test_mambaout", num_classes=10), images(64)),
-    "regnet": lambda: (
-        regnet.RegNet(regnet.RegNetCfg(depth=6, w0=24, wa=24.0, wm=2.0, group_size=8, se_ratio=0.25), num_classes=10),
-        images(64),
-    ),
     "densenet": lambda: (densenet.DenseNet(growth_rate=8, block_config=(2, 2), num_classes=10), images(64)),
 }

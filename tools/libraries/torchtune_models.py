@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import torch
 from torchtune.models.clip import clip_text_encoder, clip_vision_encoder
-from torchtune.models.gemma import gemma
 from torchtune.models.gemma2 import gemma2
 from torchtune.models.llama2 import llama2, lora_llama2
-from torchtune.models.llama3_1 import llama3_1
-from torchtune.models.mistral import mistral
 from torchtune.models.phi3 import phi3
-from torchtune.models.qwen2 import qwen2
 from torchtune.models.t5 import t5_encoder
 
 from tools.libraries import Table, tokens
@@ -19,13 +15,9 @@ GROUPED = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, 
 
 MODELS: Table = {
     "llama2": lambda: (llama2(**GROUPED), tokens()),
-    "llama3_1": lambda: (llama3_1(**GROUPED, intermediate_dim=128), tokens()),
     "lora_llama2": lambda: (lora_llama2(["q_proj", "v_proj"], apply_lora_to_mlp=True, **GROUPED, lora_rank=4, lora_alpha=8), tokens()),
-    "gemma": lambda: (gemma(**GROUPED, head_dim=16, intermediate_dim=128), tokens()),
     "gemma2": lambda: (gemma2(**GROUPED, head_dim=16, intermediate_dim=128), tokens()),
-    "mistral": lambda: (mistral(**GROUPED, intermediate_dim=128), tokens()),
     "phi3": lambda: (phi3(**{**GROUPED, "num_kv_heads": 4}, intermediate_dim=128), tokens()),
-    "qwen2": lambda: (qwen2(**GROUPED, intermediate_dim=128), tokens()),
     "t5_encoder": lambda: (
         t5_encoder(
             embed_dim=64,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from x_transformers import ContinuousTransformerWrapper, Decoder, Encoder, TransformerWrapper, ViTransformerWrapper, XTransformer
+from x_transformers import Decoder, Encoder, TransformerWrapper, ViTransformerWrapper, XTransformer
 
 from tools.libraries import Built, Table, images, tokens
 
@@ -18,16 +17,11 @@ MODELS: Table = {
     "decoder": decoder,
     "rotary_glu": lambda: decoder(rotary_pos_emb=True, ff_glu=True, ff_swish=True, use_rmsnorm=True),
     "grouped_kv": lambda: decoder(attn_kv_heads=2, rotary_pos_emb=True),
-    "one_kv_head": lambda: decoder(attn_one_kv_head=True),
     "alibi": lambda: decoder(alibi_pos_bias=True),
-    "t5_bias": lambda: decoder(rel_pos_bias=True),
     "qk_norm": lambda: decoder(attn_qk_norm=True, attn_qk_norm_dim_scale=True),
     "talking_heads": lambda: decoder(attn_pre_talking_heads=True, attn_post_talking_heads=True),
     "gated_values": lambda: decoder(attn_gate_values=True, attn_head_scale=True),
-    "sandwich_norm": lambda: decoder(sandwich_norm=True, ff_post_act_ln=True),
-    "memory_kv": lambda: decoder(attn_num_mem_kv=4),
     "flash": lambda: decoder(attn_flash=True),
-    "shift_tokens": lambda: decoder(shift_tokens=1),
     "encoder": lambda: (TransformerWrapper(num_tokens=128, max_seq_len=32, attn_layers=Encoder(**SIZES)), tokens()),
     "encoder_decoder": lambda: (
         XTransformer(
@@ -42,10 +36,6 @@ MODELS: Table = {
             dec_max_seq_len=32,
         ),
         (*tokens(), *tokens()),
-    ),
-    "continuous": lambda: (
-        ContinuousTransformerWrapper(dim_in=16, dim_out=16, max_seq_len=32, attn_layers=Encoder(**SIZES)),
-        (torch.randn(2, 12, 16),),
     ),
     "vit": lambda: (ViTransformerWrapper(image_size=32, patch_size=8, num_classes=10, attn_layers=Encoder(**SIZES)), images()),
 }

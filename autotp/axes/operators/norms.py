@@ -41,6 +41,18 @@ def group_norm(context: Context, node: Node) -> None:
     context.demand(groups, x, [major])
 
 
+@rule("instance_norm", padded=Padded.AS_FIRST, at=2, traits=Is.UPDATES_STATISTICS)
+def instance_norm(context: Context, node: Node) -> None:
+    """Examples and channels are parallel, unless statistics are kept over examples."""
+    x = node.args[0]
+    kept = list(values_in(node.args[3:5]))
+    for other in (*values_in(node.args[1:3]), *kept):
+        context.join(other, context.of(other)[0], x, context.of(x)[1])
+    for i in (*((0,) if kept else ()), *range(2, len(x.shape))):
+        context.mix(x, i)
+    context.set(node.outputs[0], context.of(x))
+
+
 @rule("batch_norm", traits=Is.UPDATES_STATISTICS)
 def batch_norm(context: Context, node: Node) -> None:
     """Channels are parallel."""

@@ -2,7 +2,8 @@
 
 A module may keep a value for its next call, or for another module. The plan covers those reads, and each rank goes on with its
 part. Code that reads `module.kept` afterwards would take it for the value of one device. So the attribute becomes a descriptor that
-answers inside of forwards and raises elsewhere. The value itself stays in the instance's `__dict__`.
+answers inside of forwards and raises elsewhere; `train` may look into a cache to empty it. The value itself stays in the instance's
+`__dict__`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Kept:
                     return value
             raise AttributeError(f"{type(module).__name__!r} object has no attribute {self.name!r}")
         value = attributes[self.name]
-        if value is None or isinstance(value, (int, float, str)) or is_dynamo_compiling() or _in_forward(sys._getframe(1)):
+        if value is None or isinstance(value, (int, float, str)) or is_dynamo_compiling() or _in(sys._getframe(1), "forward"):
+            return value
+        if isinstance(value, (dict, list)) and _in(sys._getframe(1), "train"):
             return value
         raise PlanError(
             f"{attributes[HOLDS] or type(module).__name__}.{self.name} is what a forward left there, and on this rank it is a part of the "
@@ -56,11 +59,11 @@ class Kept:
             raise AttributeError(self.name)
 
 
-def _in_forward(frame: FrameType | None) -> bool:
-    """True in a forward of the module that holds the value, or of one that it is inside of."""
+def _in(frame: FrameType | None, method: str) -> bool:
+    """True in this method of the module that holds the value, or of one that it is inside of."""
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
+        if code.co_name == method and code.co_argcount:
             module = frame.f_locals.get(code.co_varnames[0])
             if isinstance(module, nn.Module) and HOLDS in module.__dict__:
                 return True

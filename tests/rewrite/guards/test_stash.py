@@ -175,6 +175,52 @@ def test_a_cache_stays_sharded() -> None:
         assert_equivalent(built(Decoder), tp=tp, inputs={"x": x_of()})
 
 
+class Emptied(Part):
+    """Keeps what it makes of a table in eval mode, and empties the cache when it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cache = nn.Parameter(torch.randn(WIDTH)), dict[str, Tensor]()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if self.cache:
+            self.cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.b(self.a(x).relu() * self.table.exp())  # type: ignore[no-any-return]
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.table.exp()
+        return self.b(self.a(x).relu() * self.cache["scale"])  # type: ignore[no-any-return]
+
+
+class Emptying(nn.Module):
+    """Has one inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Emptied()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)  # type: ignore[no-any-return]
+
+
+def emptied(_: None) -> None:
+    made = autotp.parallelize(built(Emptying)().double(), mesh(), example_inputs={"x": x_of()})
+    assert autotp.plan_of(made).local_share < 0.6
+    made.eval()(x_of())
+    with pytest.raises(autotp.AutoTPError, match="cache"):
+        _ = made.inner.cache
+    made.train()
+    assert made.inner.__dict__["cache"] == {}
+
+
+def test_train_empties_a_cache() -> None:
+    run("local", emptied, None, 2, 120.0)
+
+
 def test_plans_with_stashes_are_data() -> None:
     plan = autotp.plan(built(Parent)(), tp=2, example_inputs={"x": x_of().float()})
     assert pickle.loads(pickle.dumps(plan)) == plan
