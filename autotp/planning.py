@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from autotp.cache.kept import kept
+from autotp.cache.key import Asked
 from autotp.errors import InputError, PlanError, TraceError
 from autotp.examine import Check, checked_plan
 from autotp.experts.place import with_experts
@@ -89,18 +91,24 @@ def planned(
     check: Check,
     placements: Placements = AS_PLANNED,
 ) -> Plan:
-    """Plans with or without a recipe, with the placements that either asks for.
+    """Plans with or without a recipe, with the placements that either asks for; a plan that is kept is not made again.
 
     Raises:
         AutoTPError: as for `checked_plan` and `recipe_plan`.
     """
-    if recipe is None:
-        made = checked_plan(model, tp, inputs, check=check, apart=apart_of(model, placements))
-    else:
-        read = Recipe.load(recipe)
+    read = None if recipe is None else Recipe.load(recipe)
+    if read is not None:
         placements = read.placements | placements
-        made = recipe_plan(read, model, tp, inputs, check, apart_of(model, placements))
-    return placed(with_experts(made, model, inputs, check, placements.experts), placements)
+
+    def make() -> Plan:
+        apart = apart_of(model, placements)
+        if read is None:
+            made = checked_plan(model, tp, inputs, check=check, apart=apart)
+        else:
+            made = recipe_plan(read, model, tp, inputs, check, apart)
+        return placed(with_experts(made, model, inputs, check, placements.experts), placements)
+
+    return kept(Asked(model, tp, read, inputs, check, placements), make)
 
 
 def apart_of(model: nn.Module, placements: Placements) -> frozenset[str]:

@@ -1,5 +1,7 @@
 """What planning costs, with its numbers compared and without: `python -m benchmarks.planning`.
 
+`--types canine zamba2` plans tiny models of these types of transformers instead, each once, and prints CPU seconds.
+
 CPU seconds of this process, the least of several plans; the first one, which also imports and compiles what is used, is left out.
 """
 
@@ -66,12 +68,28 @@ def least(model: nn.Module, tp: int, check: str, inputs: dict[str, Tensor] | Non
     return min(found[1:]), plan.checked
 
 
+def types(names: list[str], tp: int) -> None:
+    """Print CPU seconds of the first plan of each tiny model, after one of a llama."""
+    from autotp.testing.tiny.models import tiny_config, tiny_model
+
+    for name in ("llama", *names):
+        torch.manual_seed(0)
+        model = tiny_model(tiny_config(name))
+        started = time.process_time()
+        plan = autotp.plan(model, tp=tp)
+        print(f"{name:20s} {tp:3d} {time.process_time() - started:6.2f}s  {plan.checked}", flush=True)
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--types", nargs="+", metavar="TYPE")
     options = parser.parse_args()
+    if options.types:
+        types(options.types, options.tp[0])
+        return
     print(f"{'model':20s} {'tp':>3s} {'graph':>7s} {'numbers':>8s}  checked")
     for name, (make, inputs) in SUBJECTS.items():
         model = make()

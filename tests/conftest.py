@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["AUTOTP_CACHE"] = "0"  # also in the processes that tests start: no test takes a plan that a user keeps
 
 import pytest
 

@@ -12,6 +12,7 @@ Invariant: joined dims have equal sizes and, after `flat`, the same atoms in the
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import count
 from math import prod
@@ -217,24 +218,27 @@ def cut(dim: Sequence[Atom], sizes: Sequence[int]) -> list[Dim]:
         _refine(major, sorted({*_bounds(major.segments), *wanted}))
     assert major.segments is not None
     pieces: list[Dim] = []
-    have = list(zip(_bounds(major.segments), major.segments, strict=True))
+    ends = _bounds(major.segments)
     start = 0
     for stop in wanted:
-        inside = [segment for end, segment in have if start < end <= stop]
+        inside = major.segments[bisect_right(ends, start) : bisect_right(ends, stop)]
         pieces.append([*concat(inside), *minor])
         start = stop
     return pieces
 
 
 def _refine(atom: Atom, bounds: Sequence[int]) -> None:
+    """Cut the segments of `atom` at `bounds`, which are in order."""
     assert atom.segments is not None
+    if list(bounds) == _bounds(atom.segments):
+        return
     out: list[Dim] = []
     start = 0
     for segment in atom.segments:
         stop = start + dim_size(segment)
-        inner = [b - start for b in bounds if start < b <= stop]
+        inner = [b - start for b in bounds[bisect_right(bounds, start) : bisect_right(bounds, stop)]]
         edges = [0, *inner]
-        out += cut(segment, [b - a for a, b in zip(edges, inner, strict=False)])
+        out += [list(segment)] if len(inner) == 1 else cut(segment, [b - a for a, b in zip(edges, inner, strict=False)])
         start = stop
     atom.segments = out
 

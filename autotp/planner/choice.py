@@ -186,7 +186,18 @@ def _worth(space: GraphIndex, cut: Partition, carriers: Mapping[Atom, list[Value
 
 
 def _try(space: GraphIndex, cuts: tuple[Partition, ...], state: Taken, carriers: Mapping[Atom, list[Value]]) -> Taken | Conflict:
-    """Returns the state with `cuts` taken too, or the conflict that forbids it."""
+    """Returns the state with `cuts` taken too, or the conflict that forbids it.
+
+    Each draft of a plan tries most of what the one before it tried, so what was found is remembered.
+    """
+    key = cuts, tuple(state.cuts.items()), frozenset(state.gathers.items()), state.whole, frozenset(state.labels.generated)
+    found: Taken | Conflict | None = space.tried.get(key)
+    if found is None:
+        found = space.tried[key] = _tried(space, cuts, state, carriers)
+    return found
+
+
+def _tried(space: GraphIndex, cuts: tuple[Partition, ...], state: Taken, carriers: Mapping[Atom, list[Value]]) -> Taken | Conflict:
     fresh = {atom: cut for cut in cuts for atom in cut.atoms}
     if state.cuts:  # cuts that fail alone fail together, and a pass over one axis is short
         alone = _try(space, cuts, Taken({}, state.whole, Labels()), carriers)

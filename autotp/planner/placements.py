@@ -9,9 +9,10 @@ Invariant: a value is sharded on at most one atom of each index path, and never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import Any
 
 from autotp.axes.analysis import Axes, Meaning
 from autotp.axes.atoms import Atom, flat
@@ -19,7 +20,8 @@ from autotp.axes.operators.table import Is, is_a
 from autotp.plan.spec import DistributedForm
 from autotp.planner.aliases import Storage
 from autotp.planner.calls import Calls
-from autotp.planner.partition import Atoms, Partitions, covers, in_order, meets_two, uncovered
+from autotp.planner.faults import Faults, faults_of
+from autotp.planner.partition import Atoms, Partitions, covers, in_order, uncovered
 from autotp.planner.refusals import Conflict
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
 
@@ -92,8 +94,14 @@ class GraphIndex:
         self.graph = axes.graph
         self.leaves: dict[int, tuple[Atoms, ...]] = {}
         self.carried: dict[int, Atoms] = {}
+        self.form: dict[int, int] = {}  # value → a number, equal for values whose dims are the same
+        self.faults: dict[Hashable, Faults] = {}  # what `_check_values` found: many values have the same dims, and it is asked often
+        self.labelled: dict[Hashable, Labels] = {}  # what `label` gave
+        self.tried: dict[Hashable, Any] = {}  # what `autotp.planner.choice` found of candidates
         self._cache: dict[tuple[int, ...], Atoms] = {}
+        forms: dict[tuple[tuple[int, ...], ...], int] = {}
         for key, dims in axes.dims.items():
+            self.form[key] = forms.setdefault(tuple(tuple(a.id for a in d) for d in dims), len(forms))
             per_dim = tuple(self.atoms(d) for d in dims)
             self.leaves[key] = per_dim
             self.carried[key] = frozenset().union(*per_dim) if per_dim else NONE
@@ -163,13 +171,19 @@ def label(space: GraphIndex, cuts: Partitions, gathers: Mapping[SlotKey, Atoms],
 
     `gathers`: results gathered at a module's EXIT; `whole`: nodes whose result is not made sharded.
 
-    Passes are repeated until it is known which parameters are added to partial sums.
+    Passes are repeated until it is known which parameters are added to partial sums. The result is remembered, and not to be changed.
     """
+    decided = whole.intersection(i for atom in cuts for i in space.generators.get(atom, ()))  # the others make nothing of these axes
+    key = tuple(cuts.items()), frozenset(gathers.items()), decided
+    known = space.labelled.get(key)
+    if known is not None:
+        return known
     once: set[int] = set()
     while True:
         out = _pass(space, cuts, gathers, whole, once)
         if out.once <= once:
             out.once = once
+            space.labelled[key] = out
             return out
         once |= out.once
 
@@ -351,29 +365,34 @@ def _flowing(have: Mapping[int, Atoms], generated: Atoms) -> Atoms:
 
 def _check_values(space: GraphIndex, out: Labels) -> None:
     cuts = out.cuts
+    found: dict[tuple[int, Atoms], Faults] = {}
     for key, on in out.shard.items():
-        _check_cuts(space, key, on, None, out)
-        for atom in on:
-            if sum(atom in d for d in space.leaves[key]) > 1:
-                out.conflicts.append(Conflict(frozenset({atom}), None, "both dims of one tensor are the same axis"))
-                break
+        faults = _faults(space, key, on, out.cuts, found)
+        out.conflicts += [Conflict(atoms, None, text) for atoms, text in faults.cuts]
+        if faults.twice is not None:
+            out.conflicts.append(Conflict(frozenset({faults.twice}), None, "both dims of one tensor are the same axis"))
     for (index, key), missing in out.slices.items():
         own = out.shard.get(key, NONE)
-        _check_cuts(space, key, own | missing, space.graph.nodes[index], out)
+        node = space.graph.nodes[index]
+        out.conflicts += [Conflict(atoms, node, text) for atoms, text in _faults(space, key, own | missing, out.cuts, found).cuts]
         if any(cuts[a].atoms & own for a in missing):
-            out.conflicts.append(Conflict(missing, space.graph.nodes[index], "one factor of the axis would be sliced after the other"))
+            out.conflicts.append(Conflict(missing, node, "one factor of the axis would be sliced after the other"))
         elif len([d for d in space.leaves[key] if d & missing]) > 1:
-            out.conflicts.append(Conflict(missing, space.graph.nodes[index], "a tensor would be sliced along two dims"))
+            out.conflicts.append(Conflict(missing, node, "a tensor would be sliced along two dims"))
     for value in space.graph.params.values():
         on = out.shard.get(value.id, NONE)
         if on and not all(in_order(d, on, cuts) for d in space.axes.dims[value.id]):
             out.conflicts.append(Conflict(on, None, f"{value.name} does not have the factors of the axis next to each other"))
 
 
-def _check_cuts(space: GraphIndex, key: int, on: Atoms, node: Node | None, out: Labels) -> None:
-    cuts = {out.cuts[a] for a in on}
-    if len(cuts) > 1 and meets_two(space.axes.dims[key], on, out.cuts):
-        out.conflicts.append(Conflict(on, node, "two sharded axes meet in one tensor"))
-    for cut in cuts:
-        if cut.major not in on:
-            out.conflicts.append(Conflict(cut.atoms, node, "a tensor carries only the minor factor of the axis"))
+def _faults(space: GraphIndex, key: int, on: Atoms, cuts: Partitions, found: dict[tuple[int, Atoms], Faults]) -> Faults:
+    """The faults of a value, looked up in those `found` in this pass, then in those of all passes."""
+    here = space.form[key], on
+    faults = found.get(here)
+    if faults is None:
+        known = (*here, frozenset(cuts[a] for a in on))
+        faults = space.faults.get(known)
+        if faults is None:
+            faults = space.faults[known] = faults_of(space.axes.dims[key], space.leaves[key], on, cuts)
+        found[here] = faults
+    return faults
