@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -105,17 +106,19 @@ def page(records: dict[str, Record], tp: int) -> str:
     rows = [f"| {name} | {value} |" for name, value in counts(records.values()).items()]
     models = []
     for name, record in sorted(records.items()):
-        reason = " ".join(record["whole"][0][2].split())[:100].replace("|", "/") if record.get("whole") else ""
+        text = " ".join(record["whole"][0][2].split()) if record.get("whole") else ""
+        reason = re.sub(r" \([^()]*\.py.*", "", text)[:100].replace("|", "/")  # without the line of the library's code
         cell = f"{survey.share(record):.2f}" if "plan_share" in record else ""
         models.append(f"| {name} | {cell} | {survey.result(record)} | {reason} |")
     return "\n".join(
         [
             "# Coverage of other libraries",
             "",
-            f"Models of other libraries than transformers, built tiny with random weights, on {tp} ranks; written",
-            "by `tools/third_party.py`, at the versions of `tools/third_party.txt`. *Equal* means a relative error",
-            "of at most 1e-9 in float64 in outputs and gradients, in eval and training mode, and after a step.",
-            "The reason is the one by which most of what stays whole does.",
+            f"Models of other libraries than transformers, built tiny with random weights, on {tp} ranks. They",
+            "were tried by `tools/third_party.py`, at the versions of `tools/third_party.txt`. *Equal* means a",
+            "relative error of at most 1e-9 in float64 in outputs and gradients, in eval mode and, where the",
+            "model has no dropout, in training mode, and after a step. The reason is the one by which most of",
+            "what stays whole does.",
             "",
             "| | |",
             "|---|---|",

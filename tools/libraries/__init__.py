@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,7 +86,17 @@ def build(key: str) -> Built:
     if models is None:
         raise ModuleNotFoundError(f"No module named {LIBRARIES[library][0]!r}")
     torch.manual_seed(0)
+    random.seed(0)
     return models[name]()
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """The model with weights drawn for all matrices: some constructors leave memory as it was, for a checkpoint to fill."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.05)
+    return model
 
 
 def images(size: int = 32, channels: int = 3, batch: int = 2) -> tuple[Tensor]:

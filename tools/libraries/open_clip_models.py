@@ -5,7 +5,7 @@ from __future__ import annotations
 from open_clip import CLIP, CustomTextCLIP
 from open_clip.coca_model import CoCa
 
-from tools.libraries import Table, images, tokens
+from tools.libraries import Table, filled, images, tokens
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 12, "vocab_size": 128, "width": 64, "heads": 4, "layers": 2}
@@ -24,11 +24,13 @@ MODELS: Table = {
         (*images(), *tokens()),
     ),
     "coca": lambda: (
-        CoCa(
-            64,
-            {"context_length": 12, "vocab_size": 128, "width": 64, "heads": 4, "layers": 2, "mlp_ratio": 2, "attn_pooler_heads": 4},
-            {**TEXT, "embed_cls": True, "output_tokens": True},
-            {**VISION, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 8, "output_tokens": True},
+        filled(
+            CoCa(
+                64,
+                {"context_length": 12, "vocab_size": 128, "width": 64, "heads": 4, "layers": 2, "mlp_ratio": 2, "attn_pooler_heads": 4},
+                {**TEXT, "embed_cls": True, "output_tokens": True},
+                {**VISION, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 8, "output_tokens": True},
+            )
         ),
         (*images(), *tokens()),
     ),

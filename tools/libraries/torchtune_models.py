@@ -9,7 +9,7 @@ from torchtune.models.llama2 import llama2, lora_llama2
 from torchtune.models.phi3 import phi3
 from torchtune.models.t5 import t5_encoder
 
-from tools.libraries import Table, tokens
+from tools.libraries import Table, filled, tokens
 
 GROUPED = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "max_seq_len": 32, "vocab_size": 128}
 
@@ -34,7 +34,7 @@ MODELS: Table = {
         tokens(),
     ),
     "clip_text": lambda: (
-        clip_text_encoder(embed_dim=64, num_heads=4, num_layers=2, vocab_size=128, max_seq_len=12),
+        filled(clip_text_encoder(embed_dim=64, num_heads=4, num_layers=2, vocab_size=128, max_seq_len=12)),
         tokens(),
     ),
     "clip_vision": lambda: (

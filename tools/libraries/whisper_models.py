@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from whisper.model import ModelDimensions, Whisper
 
-from tools.libraries import Table, tokens
+from tools.libraries import Table, filled, tokens
 
 SIZES = ModelDimensions(
     n_mels=16,
@@ -20,4 +20,4 @@ SIZES = ModelDimensions(
     n_text_layer=2,
 )
 
-MODELS: Table = {"whisper": lambda: (Whisper(SIZES), (torch.randn(2, 16, 32), *tokens()))}
+MODELS: Table = {"whisper": lambda: (filled(Whisper(SIZES)), (torch.randn(2, 16, 32), *tokens()))}
