@@ -115,6 +115,8 @@ class _Exporter:
     def _module(self, path: str, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, str]]:
         cut = {leaf: layout for leaf, layout in layouts.items() if layout.dim is not None}
         module = self.modules.get(path, ModulePlan(path))
+        if cut and self._is_closed(path, module) and all(len(layout.shape) != 2 for leaf, layout in cut.items() if leaf != "bias"):
+            return  # a convolution that is cut alone: whole, it gives the same
         for leaf, layout in cut.items():
             if layout.is_padded:
                 self.problems.append(f'{path}.{leaf}: "{layout}" is padded: {layout.tp} ranks do not divide it')
@@ -142,6 +144,13 @@ class _Exporter:
             self.problems.append(f'{path}: the layout "{weight}" is fused: a rank\'s part is not one piece of it')
         else:
             yield path, word
+
+    def _is_closed(self, path: str, module: ModulePlan) -> bool:
+        """True for a module that gets and gives whole tensors, and whose parameters nobody else has."""
+        entering = {c.op for slot in module.inputs for c in slot.conversions}
+        leaving = [[c.op for c in slot.conversions] for slot in module.outputs]
+        tied = any(name.rpartition(".")[0] == path for pair in self.plan.aliases.items() for name in pair)
+        return entering == {Op.COPY} and leaving == [[Op.GATHER]] and not (module.sites or module.attributes or tied)
 
     def _word(self, module: ModulePlan) -> str:
         result = [c for s in module.outputs if not s.path for c in s.conversions]

@@ -6,6 +6,7 @@ The wrapper lies inside the hooks of the call, and `module.forward(x)` finds it 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -166,7 +167,7 @@ class ModuleCalls:
             code = frame.f_code
             if code.co_name == "forward" and code.co_argcount:
                 path = self.paths.get(id(frame.f_locals.get(code.co_varnames[0])))
-                if path is not None and path != here and not self._runs_later(frame):
+                if path is not None and path != here and not self._runs_later(frame) and not _of_a_base(frame, self._modules[path]):
                     raise Refused(
                         f"the forward of module {path!r} ({type(self._modules[path]).__name__}) is called through a class inside of module "
                         f"{here or '<root>'!r}: call the module itself, or its own forward (module.forward(x))"
@@ -232,3 +233,12 @@ def _root(same: Mapping[Path, Path], path: Path) -> Path:
     while same.get(path, path) != path:
         path = same[path]
     return path
+
+
+def _of_a_base(frame: FrameType, module: nn.Module) -> bool:
+    """True for `super().forward(…)` in another method of a module: the rewritten module's own forward is not called there either."""
+    caller = frame.f_back
+    if caller is None or not caller.f_code.co_argcount or caller.f_locals.get(caller.f_code.co_varnames[0]) is not module:
+        return False
+    above = (vars(cls).get("forward") for cls in type(module).__mro__[1:])
+    return any(f is not None and getattr(inspect.unwrap(f), "__code__", None) is frame.f_code for f in above)

@@ -41,6 +41,15 @@ def test_what_they_cannot_say(kind, tp, problems):
             assert problem in str(caught.value)
 
 
+def test_a_convolution_that_is_cut_alone_stays_whole():
+    """It gets and gives whole tensors, so the others do not depend on it."""
+    plan = autotp.plan(transformer("vit"), tp=2, check="graph")
+    (name,) = (n for n, p in plan.params.items() if len(p.layout.shape) == 4)
+    assert plan.params[name].layout.dim == 0
+    styles = plan.to_tp_plan(), plan.to_parallelize_module()
+    assert not any("projection" in key for words in styles for key in words) and all("layers.*.mlp.fc2" in words for words in styles)
+
+
 def test_torch_has_no_summed_gradients():
     with pytest.raises(PlanError, match="q_norm: whole, and used on shards"):
         autotp.plan(transformer("qwen3"), tp=2).to_parallelize_module()

@@ -138,6 +138,35 @@ def test_forwards_of_classes_are_refused(model: Callable[[], nn.Module]) -> None
         autotp.plan(model().double(), tp=2, example_inputs=X)
 
 
+class Doubles(nn.Linear):
+    """Runs the forward of its base in a method that is no forward, as ProphetNet's positions do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x))
+
+    def doubled(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return nn.Linear.forward(self, x)
+
+
+class ByAMethod(Mid):
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.a, self.calls = Doubles(self.a.in_features, self.a.out_features), calls  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a.doubled(x) - self.a.plain(x)  # type: ignore[operator]
+        return self.b(F.gelu(h + self.a(x) if self.calls else h))
+
+
+@pytest.mark.parametrize("calls", [True, False])
+@pytest.mark.parametrize("tp", [2, 3])
+def test_forwards_of_a_base_in_another_method(tp: int, calls: bool) -> None:
+    same_in_every_mode(partial(ByAMethod, calls), X, tp)
+
+
 # forwards whose bodies run after the call -------------------------------------------------------------------------------------------
 
 
