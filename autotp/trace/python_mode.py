@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from autotp.trace.accesses import Accesses
 from autotp.trace.call_sites import call_of, call_place
+from autotp.trace.drawn_numbers import drawn, holds_drawn
 from autotp.trace.gradients import ABOUT_GRADIENTS, Gradients
 from autotp.trace.graph import Place, PythonCall
 from autotp.trace.ints import Life, SizeRef, TaggedInt
@@ -27,6 +29,7 @@ from autotp.trace.watch import is_model
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
 _LEN, _FORMAT = torch.Tensor.__len__, torch.Tensor.__format__
 _SIZES = frozenset((_SHAPE, _SIZE, _NUMEL, _LEN))  # each access of a getter makes a new wrapper, equal to the others
+_READS = frozenset((torch.Tensor.tolist, torch.Tensor.item))
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _MADE = frozenset((_DATA, *(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))))
@@ -101,11 +104,16 @@ class PythonMode(TorchFunctionMode):
         tape.number += 1
         tape.caller = Caller(args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))
         before, number = len(tape.nodes), tape.number
+        chosen = self.data.along and holds_drawn(args)
         args, kwargs = self.data.with_numbers(func, args, kwargs or {})
         try:
             result = func(*args, **kwargs)
         finally:
             tape.caller, tape.apart = held, apart
+        if func in _READS and self.data.along and not tape.quiet and isinstance(args[0], Tensor) and self.values.is_drawn(args[0]):
+            return drawn(result, partial(self._answer, args[0]))
+        if chosen and isinstance(result, FakeTensor):  # `torch.tensor(counts)`: these numbers are no facts
+            self.values.taint(result)
         if len(tape.nodes) > before:
             if isinstance(result, Tensor) and self.values.known(result) is None:
                 self.values.adopt(result, tape.nodes[-1])
@@ -113,6 +121,11 @@ class PythonMode(TorchFunctionMode):
             gather((result,), [], found, self.values, self.life)
             tape.python[number] = PythonCall(getattr(func, "__name__", str(func)), tuple(found))
         return result
+
+    def _answer(self, tensor: Tensor, usual: bool) -> bool:
+        """Answers a condition on a number that code read from `tensor`, where the code asks."""
+        code, offset = call_place(3)
+        return self.data.questions.asked_at(usual, Place.of(code, offset, 0)) if self.data.along else usual
 
     def _size(self, func: Any, tensor: Tensor, rest: Any, kwargs: Any) -> Any:
         plain = func(tensor, *rest, **kwargs)

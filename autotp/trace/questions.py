@@ -37,8 +37,12 @@ class Questions:
 
     def condition(self, usual: bool, node: Node | None) -> bool:
         """Answers a condition on unknown data: the `usual` answer, or the contrary the first time that a module asks at some place."""
+        return self.asked_at(usual, None if node is None else node.place)
+
+    def asked_at(self, usual: bool, place: Place | None) -> bool:
+        """As `condition`, of a place in the code."""
         self.asked.add(Question.CONDITION)
-        where = self._tape.module, None if node is None else node.place
+        where = self._tape.module, place
         self.conditions.append(where)
         usual = usual is not (where in self.reversed)
         if not self.contrary or where in self.turned or where in self.settled:

@@ -264,11 +264,11 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
                 questions.reversed.add(last)
                 questions.settled.add(last)
                 return again()
-        if (data.guessed or data.chose) and not data.along and not mode.contrary:
+        if (data.guessed or data.chose) and not data.along:
             recorder.rewind(start, done)
             with recorder.along():
                 left_out = again()
-            if left_out is None:
+            if left_out is None and not mode.contrary:
                 recorder.notes.append(f"the {name} path was traced along numbers drawn for its data: of other data nothing is known")
             return left_out
         if not example.optional:

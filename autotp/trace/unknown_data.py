@@ -84,7 +84,7 @@ class UnknownData:
         self.number = 0
         self.guessed = self.chose = False
         self.along = self.drawn = False
-        self._fake_mode, self._memo, self._tape, self._values, self._questions = fake, memo, tape, values, questions
+        self._fake_mode, self._memo, self._tape, self._values, self.questions = fake, memo, tape, values, questions
 
     # running ------------------------------------------------------------------------------------------------------------------
 
@@ -116,8 +116,8 @@ class UnknownData:
                 raise Unfolded from None
             if not known:
                 return self._unknown_number(args[0]), None
-            if (self._questions.data_vary or self.drawn) and isinstance(real, bool):
-                return self._questions.condition(real, self._tape.last()), None
+            if (self.questions.data_vary or self.drawn) and isinstance(real, bool):
+                return self.questions.condition(real, self._tape.last()), None
             return real, None
         except DynamicOutputShapeException:
             if known:
@@ -208,7 +208,7 @@ class UnknownData:
             self.guessed = True
             return float(self.number) if dtype.is_floating_point else self.number
         well = node is not None and node.opname == "all"  # checks ask whether all is well
-        return self._questions.condition(well, node)
+        return self.questions.condition(well, node)
 
     # shapes -------------------------------------------------------------------------------------------------------------------
 

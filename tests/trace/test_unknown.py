@@ -14,7 +14,9 @@ import autotp
 from autotp.axes.find import keep
 from autotp.errors import TraceError
 from autotp.inputs.paths import user_examples
+from autotp.testing import NotEquivalent
 from autotp.testing.outcome import equal_or_refused
+from autotp.trace import drawn_numbers
 from autotp.trace.run import trace
 
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -188,6 +190,58 @@ def test_numbers_that_cannot_be_drawn_are_said() -> None:
 
     with pytest.raises(TraceError, match="0 stood for them"):
         autotp.plan(built(between), tp=2, example_inputs={"x": X})
+
+
+class Counts(nn.Module):
+    """Sorts its rows by what a router says, and goes on by how many there are."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 16), nn.Linear(16, 6)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1)
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=3).tolist()
+        parts = [self.b(self.between(torch.tanh(self.a(part)), n, counts)) for part, n in zip(x[order].split(counts), counts, strict=True)]
+        return torch.cat(parts)[order.argsort()]
+
+
+#: What code does by a count, with a softmax over the cut dim for some counts.
+BY_COUNTS = {
+    "more": lambda h, n, counts: h.softmax(-1) if n > 4 else h,
+    "none": lambda h, n, counts: h if n else h.softmax(-1),
+    "the most": lambda h, n, counts: h.softmax(-1) if max(counts) > 6 else h,
+    "the least": lambda h, n, counts: h.softmax(-1) if sorted(counts)[0] == n else h,
+    "among them": lambda h, n, counts: h.softmax(-1) if 0 in counts else h,
+    "computed": lambda h, n, counts: h.softmax(-1) if (2 * n + 1) % 5 == 0 else h,
+    "a share": lambda h, n, counts: h.softmax(-1) if n / sum(counts) > 0.5 else h,
+    "a tensor of them": lambda h, n, counts: h.softmax(-1) if torch.tensor(counts).max() > 6 else h,
+    "a float": lambda h, n, counts: h.softmax(-1) if math.sqrt(n) > 2.1 else h,
+    "a set": lambda h, n, counts: h.softmax(-1) if n in {5, 6, 7} else h,
+}
+OTHER_ROWS = {f"{i}": {"x": torch.randn(10, 6, generator=torch.Generator().manual_seed(i)).double() * 9} for i in range(6)}
+
+
+@pytest.mark.parametrize("name", BY_COUNTS)
+def test_code_that_goes_by_counts_is_traced_both_ways_or_refused(name: str) -> None:
+    found = equal_or_refused(lambda: Counts(BY_COUNTS[name]), inputs={"x": torch.ones(10, 6)}, tp=2, more=OTHER_ROWS, certificate="graph")
+    assert ("read from data" in found.refused) is (name in ("a float", "a set"))
+
+
+def test_plain_counts_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawn_numbers, "_by_a_model", lambda depth: False)
+    with pytest.raises(NotEquivalent):
+        equal_or_refused(lambda: Counts(BY_COUNTS["more"]), inputs={"x": torch.ones(10, 6)}, tp=2, more=OTHER_ROWS, certificate="graph")
+
+
+def test_counts_that_decide_nothing_leave_a_region_cut() -> None:
+    scaled = equal_or_refused(lambda: Counts(lambda h, n, counts: h * n), inputs={"x": torch.ones(10, 6)}, tp=2, more=OTHER_ROWS)
+    assert scaled.refused or scaled.equal is not None
+    plain = equal_or_refused(lambda: Counts(lambda h, n, counts: h * 2), inputs={"x": torch.ones(10, 6)}, tp=2, more=OTHER_ROWS)
+    assert plain.sharded
 
 
 def test_higher_order_operators_are_named() -> None:
