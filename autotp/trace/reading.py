@@ -21,7 +21,15 @@ _LOADS = frozenset(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
 _ASKING = frozenset(("getattr", "hasattr", "vars", "__dict__"))
 _STORES = frozenset(("STORE_ATTR", "DELETE_ATTR"))
 _TESTS = frozenset(("COMPARE_OP", "CONTAINS_OP", "IS_OP", "UNARY_NOT", "TO_BOOL"))
-_NEAR = 3  # instructions after an attribute is read in which a test is one of it: `self.alpha > 0`, `if self.alpha`
+NEAR = 3  # instructions after an attribute is read in which a test is one of it: `self.alpha > 0`, `if self.alpha`
+
+
+IGNORED = frozenset(("CACHE", "EXTENDED_ARG", "PRECALL"))
+
+
+def tests(instruction: dis.Instruction) -> bool:
+    """True for an instruction that a condition is made of."""
+    return instruction.opname in _TESTS or "JUMP_IF" in instruction.opname
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +102,12 @@ def _facts(code: CodeType) -> _Facts:
     asked: list[str] = []
     tested: list[str] = []
     for inner in _codes(code):
-        found = [i for i in dis.get_instructions(inner) if i.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
+        found = [i for i in dis.get_instructions(inner) if i.opname not in IGNORED]
         loads: list[str] = []
         for at, i in enumerate(found):
             if i.opname in _LOADS:
                 loads.append(i.argval)
-                if any(j.opname in _TESTS or "JUMP_IF" in j.opname for j in found[at + 1 : at + 1 + _NEAR]):
+                if any(map(tests, found[at + 1 : at + 1 + NEAR])):
                     tested.append(i.argval)
             elif i.opname in _STORES:
                 in_self = inner is code and at and (found[at - 1].opname, found[at - 1].argval) == _self_of(code)

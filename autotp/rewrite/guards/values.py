@@ -42,7 +42,9 @@ def _plain(value: Any, floats: bool = False) -> bool:
         return len(value) < _MOST and all(_plain(k, True) and _plain(v, True) for k, v in value.items())
     if isinstance(value, partial):
         return _plain(value.func)
-    return type(value) in _PLAIN or isinstance(value, (Enum, numpy.generic)) or (floats and type(value) is float)
+    if isinstance(value, float | numpy.floating) and not isinstance(value, Enum):
+        return floats
+    return type(value) in _PLAIN or isinstance(value, (Enum, numpy.generic))
 
 
 class Values:
@@ -187,10 +189,11 @@ def watched(
             elif _holds_values(value) and name not in mixed:
                 yield path, Same(where + name, module, name, value)
                 yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
-        code_of = [getattr(type(module), n, None) for n in sorted((names & _methods(type(module))) | {"forward"})]
+        code_of = [inspect.getattr_static(type(module), n, None) for n in sorted((names & _methods(type(module))) | {"forward"})]
         for function in (*code_of, *(module.__dict__[n] for n in _own_names(module, names))):
-            for called, holder, name in kept_by(function):
-                if (id(holder), name) not in seen and _plain(getattr(holder, name)):
+            for called, holder, name, is_tested in kept_by(function):
+                held = getattr(holder, name)
+                if (id(holder), name) not in seen and (_plain(held, is_tested) or isinstance(held, nn.Module)):
                     seen.add((id(holder), name))
                     yield path, Kept(where, called, holder, name)
         for (owner, name), value in what.originals.items():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -146,6 +147,55 @@ def defaulted() -> Any:
         return mixed
 
     return answer
+
+
+def property_of() -> Any:
+    """A model of a class whose property reads a variable of the function which makes it."""
+    mixed = False
+
+    class OfProperty(Reads):
+        @property
+        def answer(self) -> bool:
+            return mixed
+
+        def asks(self) -> bool:
+            return self.answer
+
+        def mix(self) -> None:
+            nonlocal mixed
+            mixed = True
+
+    return OfProperty()
+
+
+def above_zero(share: float) -> Any:
+    def answer() -> bool:
+        return share > 0
+
+    return answer
+
+
+def within(act: Any) -> Any:
+    def apply(h: Tensor) -> Tensor:
+        return act(h)  # type: ignore[no-any-return]
+
+    return apply
+
+
+class ByFirst(Reads):
+    def asks(self) -> Any:
+        return self.options[0]()
+
+
+class Within(Reads):
+    """Calls a function of its own between its Linears."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.a(x)))  # type: ignore[no-any-return]
 
 
 def put_into(function: Any, value: Any) -> None:
@@ -411,6 +461,22 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
         lambda m: put_into(m.options.__closure__[0].cell_contents, True),
         "value, a variable around answer",
     ),
+    "a variable around a property": (property_of, lambda m: m.mix(), "mixed, a variable around OfProperty.answer"),
+    "a float around a function that a condition is about": (
+        lambda: Partly(options=above_zero(0.0)),
+        lambda m: put_into(m.options, 1.0),
+        "share, a variable around answer",
+    ),
+    "a variable around a function in a list": (
+        lambda: ByFirst(options=[enclosed(False)]),
+        lambda m: put_into(m.options[0], True),
+        "value, a variable around answer",
+    ),
+    "a module around a function": (
+        lambda: Within(within(nn.ReLU())),
+        lambda m: put_into(m.function, nn.Softmax(-1)),
+        "act, a variable around apply",
+    ),
     "a default of an argument": (
         lambda: Partly(options=defaulted()),
         lambda m: setattr(m.options, "__defaults__", (True,)),
@@ -432,6 +498,10 @@ HARMLESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a tensor of one entry for a number": (MayBe, lambda m: setattr(m, "gain", torch.tensor(2.0).double())),
     "a buffer of its shape": (MayBe, lambda m: setattr(m, "bound", torch.full((1,), 3.0).double())),
     "the model's own value of a local number": (lambda: Heads(heads=8), lambda m: setattr(m, "heads", 8)),
+    "a float of numpy that is no number": (
+        lambda: Partly(options=enclosed(np.float64("nan") * 0)),
+        lambda m: put_into(m.options, np.float64("nan")),
+    ),
     "a variable that no path depends on": (lambda: Partly(options=enclosed(0.0)), lambda m: put_into(m.options, -0.0)),
     "what no code reads": (Reads, lambda m: setattr(m, "note", "x")),
 }
@@ -489,7 +559,8 @@ def test_what_may_change(name: str) -> None:
 
 def test_a_variable_that_a_forward_changes_is_its_own() -> None:
     function = enclosed(1)
-    ((called, cell, name),) = kept_by(functools.partial(function))
+    ((called, cell, name, tested),) = kept_by(functools.partial(function))
+    assert not tested
     kept = Kept("", called, cell, name)
     values = Values([kept])
     values.check()
