@@ -12,6 +12,7 @@ it does not know, and code that reads files, the environment or other code by na
 
 from __future__ import annotations
 
+import builtins
 import dis
 import enum
 import functools
@@ -36,6 +37,20 @@ VERSIONED = frozenset(("torch", "numpy", "builtins", "autotp")) | sys.stdlib_mod
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 #: What code that is not installed must not name: what it gets by these is not in the walk.
 _OUTSIDE = frozenset(("environ", "getenv", "open", "eval", "exec", "compile", "globals", "__import__", "import_module", "read_text"))
+_OUTSIDE |= {
+    "environb",
+    "argv",
+    "stdin",
+    "exists",
+    "is_file",
+    "is_dir",
+    "listdir",
+    "scandir",
+    "iterdir",
+    "read_bytes",
+    "fromfile",
+    "loadtxt",
+}
 _BUILT_IN = (
     types.BuiltinFunctionType,
     types.GetSetDescriptorType,
@@ -82,7 +97,7 @@ class Walk:
         if item is None or item is Ellipsis or item is NotImplemented or type(item) in _PLAIN:
             return repr(item)
         if isinstance(item, enum.Enum):
-            return f"{type(item).__module__}.{item}"
+            return f"{self._of(type(item))}.{item.name}"
         key = id(item)
         if key not in self._seen:
             self._seen[key] = len(self._seen), item
@@ -108,14 +123,18 @@ class Walk:
         if isinstance(item, types.CodeType):
             return self._code(item)
         if isinstance(item, _BUILT_IN):
-            return f"{name} {getattr(item, '__module__', '')}.{item.__qualname__}"
+            owner = getattr(item, "__self__", None)
+            bound = "" if owner is None or isinstance(owner, types.ModuleType) else self._of(owner)
+            return f"{name} {getattr(item, '__module__', '')}.{item.__qualname__} {bound}"
         if isinstance(item, (np.ndarray, np.generic)):
             if item.dtype.hasobject:
                 raise Unseen("a numpy array of objects")
             return f"{name} {item.dtype}{item.shape}{hashlib.blake2b(np.ascontiguousarray(item).tobytes()).hexdigest()}"
         if isinstance(item, torch.Generator):
             return f"{name} {hashlib.blake2b(item.get_state().numpy().tobytes()).hexdigest()}"
-        if isinstance(item, (re.Pattern, PurePath)) or kind.__module__ in ("typing", "types") or name in SPELLED:
+        if isinstance(item, re.Pattern):
+            return f"{name} {item.pattern!r} {item.flags}"
+        if isinstance(item, PurePath) or (kind.__module__ in ("typing", "types") and kind is not types.SimpleNamespace) or name in SPELLED:
             return f"{name} {item!s}"
         if name in INERT:
             return name
@@ -132,7 +151,7 @@ class Walk:
                 raise Unseen("a set of objects, whose order is another one each time")
             text, known = text + self._all(sorted(item, key=lambda x: f"{type(x)}{getattr(x, '__qualname__', x)}")), True
         elif isinstance(item, (list, tuple, deque)):
-            text, known = text + self._all(item), True
+            text, known = f"{text}{self._all(item)}{item.maxlen if isinstance(item, deque) else ''}", True
         elif isinstance(item, dict):
             pairs = [f"{self._of(k)}:{self._of(v)}" for k, v in list(item.items())]
             factory = self._of(item.default_factory) if isinstance(item, defaultdict) else ""
@@ -158,6 +177,7 @@ class Walk:
             form += f"{t.stride()}{t.storage_offset()}{t.is_conj()}{t.is_neg()}@{self._storages.setdefault(storage, len(self._storages))}"
         if t._backward_hooks:
             form += self._of(t._backward_hooks)
+        form += " grad" if t.is_leaf and t.grad is not None else ""
         if self._numbers or not isinstance(t, nn.Parameter):
             form += tensor_digest(t)
         return form + "".join(f" {k}={self._of(v)}" for k, v in vars(t).items())
@@ -166,16 +186,22 @@ class Walk:
 
     def _class(self, cls: type) -> str:
         self.packages.add(_package(cls.__module__))
-        text = f"class {cls.__module__}.{cls.__qualname__} {self._all(cls.__mro__[1:])}"
+        made_by = "" if type(cls) is type else self._of(type(cls))
+        text = f"class {cls.__module__}.{cls.__qualname__} {made_by} {self._all(cls.__mro__[1:])}"
         entries = list(vars(cls).items())
         if _package(cls.__module__) in VERSIONED:
-            return text + "".join(f" {k}={self._of(v)}" for k, v in entries if _put_in(v))
+            return text + "".join(f" {k}={self._of(v) if _put_in(v) else _named_as(v)}" for k, v in entries)
+        if issubclass(cls, enum.Enum):
+            text += "".join(f" {m.name}={self._of(m.value)}{self._attributes(m)}" for m in cls)
         if _installed(sys.modules.get(cls.__module__)):
             for key, value in entries:
                 self._named(key, value)
             return text
         skipped = ("__dict__", "__weakref__", "__doc__", "__module__", "_abc_impl")
         return text + "".join(f" {k}={self._of(v)}" for k, v in entries if k not in skipped)
+
+    def _attributes(self, item: Any) -> str:
+        return "".join(f" {k}={self._of(v)}" for k, v in vars(item).items() if not (k.startswith("_") and k.endswith("_")))
 
     def _file(self, module: types.ModuleType) -> str:
         """A module of Python. One that is not installed counts as a whole."""
@@ -214,6 +240,10 @@ class Walk:
             if isinstance(value, types.ModuleType):
                 reached += self._through(value, names, set())
         reached += self._imported(function, installed)
+        for name in names:  # what others have put into Python itself
+            value = vars(builtins).get(name) if name not in function.__globals__ else None
+            if isinstance(value, (types.FunctionType, functools.partial)):
+                reached.append(f"{name}={self._of(value)}")
         return f"{text} {_digest(function.__code__)}{self._held(function)} {' '.join(reached)}"
 
     def _held(self, function: types.FunctionType) -> str:
@@ -236,8 +266,9 @@ class Walk:
             value = vars(module).get(name)
             if isinstance(value, types.ModuleType):
                 yield from self._through(value, names, seen)
-            if value is not None and (not versioned or _put_in(value)):
-                yield f"{module.__name__}.{name}={self._of(value)}"
+            if value is not None:
+                whole = not versioned or _put_in(value) or isinstance(value, functools.partial)
+                yield f"{module.__name__}.{name}={self._of(value) if whole else _named_as(value)}"
 
     def _imported(self, function: types.FunctionType, installed: bool) -> Iterator[str]:
         """Yields the modules that a function imports when it runs."""
@@ -269,6 +300,15 @@ def _folders() -> tuple[str, ...]:
 def _installed(module: types.ModuleType | None) -> bool:
     file = getattr(module, "__file__", None)
     return isinstance(file, str) and file.startswith(_folders())
+
+
+def _named_as(value: Any) -> str:
+    """The name of a function or class of a package that a version stands for: another one may have been put there; plain data as it is."""
+    if value is None or type(value) in _PLAIN:
+        return repr(value)
+    if isinstance(value, (types.FunctionType, type, *_BUILT_IN)):
+        return f"{getattr(value, '__module__', '')}.{value.__qualname__}"
+    return type(value).__qualname__
 
 
 def _put_in(value: Any) -> bool:

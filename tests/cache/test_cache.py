@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import enum
+import functools
 import json
+import re
 import subprocess
 import sys
 import types
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,6 +194,8 @@ def other_double(x: Tensor) -> Tensor:
         (sys.modules[__name__], "SCALE", 3.0),
         (nn.Linear, "forward", lambda self, x: F.linear(x, self.weight)),
         (F, "gelu", other_double),
+        (F, "gelu", F.normalize),
+        (F, "gelu", functools.partial(torch.softmax, dim=-1)),
         (Tensor, "numel", lambda self: 0),
         (torch, "__version__", "0.0"),
     ],
@@ -200,6 +207,46 @@ def test_other_code_has_another_key(owner: Any, name: str, value: Any, monkeypat
     assert key(mlp()) != before
     monkeypatch.undo()
     assert key(mlp()) == before
+
+
+def kind(number: int) -> Any:
+    """An enum whose member says another number; its text is the same."""
+
+    class Kind(enum.Enum):
+        ONE = "one"
+
+        def number(self) -> int:
+            return number
+
+    return Kind.ONE
+
+
+def by_metaclass(number: int) -> Any:
+    meta = type("Meta", (type,), {"number": number})
+    return meta("Settings", (), {})
+
+
+#: Of two objects that are alike at first sight, the attributes of two models.
+ALIKE: dict[str, Callable[[int], Any]] = {
+    "the method of an enum": kind,
+    "the value of an enum": lambda n: enum.Enum("Kind", {"ONE": n}).ONE,  # type: ignore[misc]
+    "a method of a dict": lambda n: {"a": n}.get,
+    "a long pattern": lambda n: re.compile("a" * 300 + str(n)),
+    "a namespace": lambda n: types.SimpleNamespace(numbers=np.full(2000, n)),
+    "a deque": lambda n: deque([1], maxlen=n),
+    "a class of another metaclass": by_metaclass,
+    "a partial function of a method": lambda n: functools.partial("a,b".split, ",", n),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_looks_alike_has_another_key(name: str) -> None:
+    def extended(number: int) -> nn.Module:
+        model = mlp()
+        model.extra = ALIKE[name](number)
+        return model
+
+    assert key(extended(1)) == key(extended(1)) != key(extended(2))
 
 
 def test_a_mode_of_torch_is_not_in_any_key() -> None:
