@@ -302,7 +302,7 @@ def test_a_rank_that_cannot_read_fails_all(pool, tmp_path, where):
 
 def untraceable(folder: str) -> str:
     """A type that needs inputs which cannot be made up."""
-    model, path = saved(folder, "bridgetower_vision_model")
+    model, path = saved(folder, "molmo2_adapter")
     return failure(lambda: autotp.from_pretrained(path, mesh(), model_class=type(model)))
 
 

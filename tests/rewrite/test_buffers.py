@@ -37,7 +37,7 @@ NORMS: dict[str, tuple[Callable[[int], nn.Module], bool]] = {
     "cumulative": (functools.partial(nn.BatchNorm1d, momentum=None), True),
     "without weights": (functools.partial(nn.BatchNorm1d, affine=False), True),
     "without statistics": (functools.partial(nn.BatchNorm1d, track_running_stats=False), True),
-    "instance": (functools.partial(nn.InstanceNorm1d, affine=True, track_running_stats=True), False),
+    "instance": (functools.partial(nn.InstanceNorm1d, affine=True, track_running_stats=True), True),
     "group": (functools.partial(nn.GroupNorm, 12), True),
 }
 

@@ -82,6 +82,13 @@ class Kept(One):
         super().__init__(where, object, (name,))
         self.called = called
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        """Watches the same function: copies of a model share its functions."""
+        made: Kept = object.__new__(type(self))
+        for name in (*One.__slots__, *Kept.__slots__):
+            setattr(made, name, getattr(self, name))
+        return made
+
     def holds_lists(self) -> bool:
         return True
 

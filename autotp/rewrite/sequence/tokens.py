@@ -127,7 +127,8 @@ def _source(x: Tensor) -> Tensor:
 class Again:
     """Gathers the rows of a region's input once more in the backward, for all products that need them for their weights' gradients.
 
-    local: this rank's part, with its history, until the call ends: a view of the whole that is kept for the backward keeps all of this.
+    local: this rank's part, with its history. Where no product keeps it, it goes when the call ends: a view of the whole that something
+    else keeps for the backward keeps all of this.
     """
 
     __slots__ = ("_found", "_left", "_task", "kind", "local", "users")
@@ -140,7 +141,8 @@ class Again:
 
     def end(self) -> None:
         """The call has ended."""
-        self.local = None
+        if not self.users:
+            self.local = None
 
     def gathered(self, local: Tensor) -> Tensor:
         """[rows of this rank] as they were saved → the whole tensor, kept until all that saved it have asked in this backward."""
