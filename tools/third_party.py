@@ -146,6 +146,9 @@ def main() -> None:
     args = parser.parse_args()
     if not args.summary:
         names, missing = chosen(args.only)
+        known = {*names, *(n.split("/")[0] for n in names)}
+        if unknown := [n for n in args.only if n not in known]:
+            parser.error(f"{', '.join(unknown)}: no such model, or its library is not installed ({', '.join(missing) or 'all are'})")
         done = {} if args.again else survey.load(args.out)
         work = partial(one, tp=args.tp, plan_only=args.plan_only)
         survey.run([n for n in names if n not in done], work, args.out, 1 if args.plan_only else args.tp, args.timeout)

@@ -46,7 +46,8 @@ def _reasons(best: Option, options: Sequence[Option], machine: Machine, unit: st
     others = [o for o in options if o.fits and o is not best and o.kind is not Kind.PIPELINE]
     if others:
         o = max(others, key=lambda o: o.throughput)
-        found.append(f"{o} gives {amount(o.throughput)}" + (f" with {o.share:.0%} in communication" if o.share else ""))
+        why = f", within {_NOT_WORTH_IT:.0%}, and is less simple" if o.throughput > best.throughput else ""
+        found.append(f"{o} gives {amount(o.throughput)}" + (f" with {o.share:.0%} in communication" if o.share else "") + why)
     return found
 
 

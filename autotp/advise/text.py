@@ -52,6 +52,7 @@ def title(advice: AdviceSpec) -> str:
         what = f"serve {w.batch} × {w.prompt} tokens, {w.new_tokens} new, {w.dtype}"
     else:
         what = f"train {w.tokens} tokens a step in sequences of {w.seq}, {w.dtype}, {w.optimizer}, checkpointing {w.checkpointing}"
+        what += ", loss parallel" * w.loss_parallel + ", sequence parallel" * w.sequence_parallel
     return f"{advice.model}, {advice.elements / 1e9:.3g} billion parameters, on {gpus}: {what}"
 
 

@@ -159,7 +159,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         return [_fail(problem) for problem in error.problems][-1]
     except AutoTPError as error:
-        return _fail(str(error))
+        asks = "example_inputs" in str(error)
+        return _fail(f"{error}{' (on the command line: --inputs MODULE:CALLABLE, which returns them)' if asks else ''}")
     except typer.Abort:
         return _fail("interrupted", 130)
     except _USAGE_ERROR as error:

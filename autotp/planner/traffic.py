@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 
+from autotp.axes.operators.table import Is, is_a
 from autotp.plan.conversions import CollectiveKind, Conversion, When
 from autotp.plan.cost import summed
 from autotp.plan.spec import ModulePlan, ParamPlan, Traffic
@@ -39,12 +40,18 @@ class _Counted:
         self.graph, self.modules, self.sources = graph, modules, Sources(graph, modules)
         self.nodes = graph.nodes[: graph.results[0].stop if graph.results else len(graph.nodes)]
         self.again = {(at, p) for (at, where), members in graph.members.items() for p in members if p != where}
+        self.channels = _channels(graph)
         self.width: dict[tuple[str, str], int] = {}
         self.calls: dict[int, list[Node]] = {}
         for node in self.nodes:
             self.calls.setdefault(node.call, []).append(node)
             if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
-                self.width.setdefault(_crossing(node), _per_token(node.outputs[0]))
+                self.width.setdefault(_crossing(node), self._per_token(node))
+
+    def _per_token(self, crossing: Node) -> int:
+        """Elements a token that cross a boundary; the tokens of an image are its positions."""
+        inside = crossing.outputs[0] if crossing.op is Pseudo.ENTER else crossing.args[0]
+        return self.channels.get(inside.id) or _per_token(crossing.outputs[0])
 
     def run(self) -> Iterator[Traffic]:
         """By module, in the order of the plan."""
@@ -148,6 +155,16 @@ class Sources:
                 break
             value = node.args[0]
         return None if value.origin is Origin.INPUT else value.id
+
+
+def _channels(graph: Graph) -> dict[int, int]:
+    """Value id → channels of what convolutions take and give: these stand before the positions."""
+    found: dict[int, int] = {}
+    for node in graph.nodes:
+        if is_a(node, Is.CONVOLUTION):
+            dim = 1 - len(node.args[1].shape)
+            found |= {v.id: v.shape[dim] for v in (node.args[0], *node.outputs) if len(v.shape) >= -dim}
+    return found
 
 
 def _per_token(value: Value) -> int:

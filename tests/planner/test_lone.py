@@ -134,3 +134,21 @@ def test_without_the_gather_it_is_another_model() -> None:
     for mistake in mistakes[:3]:
         with pytest.raises(NotEquivalent):
             assert_equivalent(factory, tp=2, inputs=inputs, sabotage=mistake)
+
+
+class Stem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.up, self.down = nn.Conv2d(3, 48, 4, 4), nn.Conv2d(48, 96, 1), nn.Conv2d(96, 48, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patch(x)
+        return y + self.down(torch.relu(self.up(y)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_tokens_of_an_image_are_its_positions(side: int) -> None:
+    """What a convolution sends for each of them are its channels, whatever the size of the image."""
+    plan = autotp.plan(Stem(), tp=2, example_inputs={"x": torch.randn(2, 3, side, side)}, check="graph")
+    wanted = {("down", "forward"): 48, ("patch", "backward"): 3, ("patch", "forward"): 48, ("up", "backward"): 48}
+    assert {(t.module, t.when.value): t.width for t in plan.traffic} == wanted
