@@ -115,21 +115,34 @@ def _cast_new(inputs: Mapping[str, Any], precision: Precision) -> dict[str, Any]
 
 
 def _with_gradients(model: nn.Module, example: Example, precision: Precision, seen: Seen) -> None:
+    try:
+        leaves, found = _called(model, example, precision, seen, of_inputs=True)
+    except RuntimeError as error:
+        if "requires_grad flags of leaf" not in str(error):
+            raise
+        # code that asks for gradients of its own inputs (`x.requires_grad = True`) takes none that have some already
+        leaves, found = _called(model, example, precision, seen, of_inputs=False)
+    total = weighted(found)
+    if total is not None:
+        total.backward()  # type: ignore[no-untyped-call]
+    seen.arguments |= {path: t.grad for path, t in leaves.items() if t.grad is not None}
+
+
+def _called(
+    model: nn.Module, example: Example, precision: Precision, seen: Seen, *, of_inputs: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the inputs whose gradients are wanted, the results) of a call, by path."""
     leaves: dict[str, Tensor] = {}
 
     def leaf(where: tuple[str | int, ...], t: Tensor) -> Tensor:
-        if t.is_floating_point():
+        if of_inputs and t.is_floating_point():
             leaves[f"{'.'.join(map(str, where))} of {example.name}"] = t.requires_grad_()
             return t * 1  # a leaf must not be changed in place
         return t
 
     inputs = flatten_result(dict(in_precision(example.make(), precision)), leaf)
     torch.manual_seed(0)
-    found = _keep(example.call(model, inputs), example.name, seen)
-    total = weighted(found)
-    if total is not None:
-        total.backward()  # type: ignore[no-untyped-call]
-    seen.arguments |= {path: t.grad for path, t in leaves.items() if t.grad is not None}
+    return leaves, _keep(example.call(model, inputs), example.name, seen)
 
 
 def _keep(result: Any, name: str, seen: Seen) -> dict[str, Tensor]:

@@ -202,3 +202,24 @@ def test_checks_are_chosen_by_name(made) -> None:
     assert autotp.plan(model, tp=2, example_inputs=example[0].make(), check="graph").checked.startswith("graph only")
     with pytest.raises(InputError, match="check is 'eyes', wanted one of 'numbers', 'graph'"):
         autotp.plan(model, tp=2, example_inputs=example[0].make(), check="eyes")
+
+
+class AsksOfItsInput(nn.Module):
+    """Wants the gradient of its input in training mode, as encoders of speech do: an input that has one already is an error of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[:, None]
+        if self.training:
+            h.requires_grad = True
+        return self.b(torch.relu(self.a(h)))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_asks_for_gradients_of_its_input_is_compared() -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(RuntimeError, match="leaf variables"):
+        AsksOfItsInput()(x.requires_grad_())
+    assert autotp.plan(AsksOfItsInput(), tp=2, example_inputs={"x": x.detach()}).checked == "numbers"
