@@ -27,23 +27,11 @@ class DrawnInt(int):
 
     ask: Ask
 
-    def __reduce__(self) -> Any:
-        return int, (int.__int__(self),)
-
-    def __deepcopy__(self, memo: Any) -> int:
-        return int.__int__(self)
-
 
 class DrawnFloat(float):
     """A float that is made of one."""
 
     ask: Ask
-
-    def __reduce__(self) -> Any:
-        return float, (float.__float__(self),)
-
-    def __deepcopy__(self, memo: Any) -> float:
-        return float.__float__(self)
 
 
 Drawn = DrawnInt | DrawnFloat
@@ -115,7 +103,17 @@ def _float(self: DrawnInt) -> float:
     return float(_plain(self))
 
 
+def _reduced(self: Drawn) -> Any:
+    return type(_plain(self)), (_plain(self),)  # copies and pickles are plain numbers
+
+
+def _copied(self: Drawn, memo: Any) -> Any:
+    return _plain(self)
+
+
 for _kind in (DrawnInt, DrawnFloat):
+    for _name, _method in (("reduce", _reduced), ("deepcopy", _copied), ("bool", _bool), ("hash", _hash)):
+        setattr(_kind, f"__{_name}__", _method)
     for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
         setattr(_kind, f"__{_name}__", _compared(getattr(operator, _name), _name not in ("eq", "ne")))
     for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", *(("and_", "or_", "xor") if _kind is DrawnInt else ())):
@@ -123,5 +121,4 @@ for _kind in (DrawnInt, DrawnFloat):
             setattr(_kind, f"__{'r' * _reflected}{_name.strip('_')}__", _computed(getattr(operator, _name), _reflected))
     for _name in ("neg", "abs"):
         setattr(_kind, f"__{_name}__", _changed(getattr(operator, _name)))
-    _kind.__bool__, _kind.__hash__ = _bool, _hash  # type: ignore[method-assign, assignment]
 DrawnInt.__float__ = _float  # type: ignore[method-assign, assignment]

@@ -43,42 +43,43 @@ def _positions(context: Context, x: Value, out: Value, last: int, kept: list[Dim
 @rule("pixel_shuffle", padded=Padded.MOVED)
 def pixel_shuffle(context: Context, node: Node) -> None:
     """x [..., c r r, h, w] → [..., c, h r, w r]."""
-    x, out = node.args[0], node.outputs[0]
-    major, minor = atoms.split(context.of(x)[-3], [out.shape[-3], x.shape[-3] // out.shape[-3]])
-    context.block(x, minor, "pixel_shuffle makes positions of it")
-    _positions(context, x, out, 2, [*context.of(x)[:-3], major], 2)
-    context.linear([x])
-
-
-@rule("pixel_unshuffle", padded=Padded.MOVED)
-def pixel_unshuffle(context: Context, node: Node) -> None:
-    """x [..., c, h r, w r] → [..., c r r, h, w]."""
-    x, out = node.args[0], node.outputs[0]
-    made = context.of(out)[-3]
-    major, minor = atoms.split(made, [x.shape[-3], out.shape[-3] // x.shape[-3]])
-    context.join(x, context.of(x)[-3], out, major)
-    context.block(out, minor, "pixel_unshuffle makes it of positions")
-    _positions(context, x, out, 2, [*context.of(x)[:-3], made], 2)
-    context.linear([x])
-
-
-@rule("im2col", padded=Padded.ZERO)
-def im2col(context: Context, node: Node) -> None:
-    """x [b, c, h, w] → [b, c k k, patches]."""
-    x, out = node.args[0], node.outputs[0]
-    made = context.of(out)[-2]
-    major, minor = atoms.split(made, [x.shape[-3], out.shape[-2] // x.shape[-3]])
-    context.join(x, context.of(x)[-3], out, major)
-    context.block(out, minor, "unfold makes it of positions")
-    _positions(context, x, out, 2, [*context.of(x)[:-3], made], 1)
-    context.linear([x])
+    _into_positions(context, node, -3, 2, "pixel_shuffle makes positions of it")
 
 
 @rule("col2im", padded=Padded.ZERO)
 def col2im(context: Context, node: Node) -> None:
     """x [b, c k k, patches] → [b, c, h, w]."""
+    _into_positions(context, node, -2, 1, "fold makes positions of it")
+
+
+@rule("pixel_unshuffle", padded=Padded.MOVED)
+def pixel_unshuffle(context: Context, node: Node) -> None:
+    """x [..., c, h r, w r] → [..., c r r, h, w]."""
+    _of_positions(context, node, -3, 2, "pixel_unshuffle makes it of positions")
+
+
+@rule("im2col", padded=Padded.ZERO)
+def im2col(context: Context, node: Node) -> None:
+    """x [b, c, h, w] → [b, c k k, patches]."""
+    _of_positions(context, node, -2, 1, "unfold makes it of positions")
+
+
+def _into_positions(context: Context, node: Node, dim: int, mixed: int, why: str) -> None:
+    """The minor part of a dim of x goes into positions of an image, beside the `mixed` last dims."""
     x, out = node.args[0], node.outputs[0]
-    major, minor = atoms.split(context.of(x)[-2], [out.shape[-3], x.shape[-2] // out.shape[-3]])
-    context.block(x, minor, "fold makes positions of it")
-    _positions(context, x, out, 1, [*context.of(x)[:-2], major], 2)
+    dims = context.of(x)
+    major, minor = atoms.split(dims[dim], [out.shape[-3], x.shape[dim] // out.shape[-3]])
+    context.block(x, minor, why)
+    _positions(context, x, out, mixed, [*dims[:dim], major], 2)
+    context.linear([x])
+
+
+def _of_positions(context: Context, node: Node, dim: int, fresh: int, why: str) -> None:
+    """Positions of an image become the minor part of a dim of the result, beside its `fresh` last dims."""
+    x, out = node.args[0], node.outputs[0]
+    made = context.of(out)[dim]
+    major, minor = atoms.split(made, [x.shape[-3], out.shape[dim] // x.shape[-3]])
+    context.join(x, context.of(x)[-3], out, major)
+    context.block(out, minor, why)
+    _positions(context, x, out, 2, [*context.of(x)[:-3], made], fresh)
     context.linear([x])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dis
 import os
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from types import CellType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def kept_by(function: Any, depth: int = 0) -> Iterator[tuple[str, Any, str, bool
     for holder in ("__defaults__", "__kwdefaults__"):
         if getattr(function, holder) and not own:
             yield f"a default of {name}", function, holder, False
-    tested = _tested(function)
+    tested = frozenset() if own or not function.__closure__ else _tested(function.__code__)
     for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         held = _contents(cell)
         if isinstance(held, FunctionType | partial | MethodType | list | tuple | dict):
@@ -48,9 +48,10 @@ def kept_by(function: Any, depth: int = 0) -> Iterator[tuple[str, Any, str, bool
             yield f"{variable}, a variable around {name}", cell, "cell_contents", variable in tested
 
 
-def _tested(function: FunctionType) -> frozenset[str]:
+@lru_cache(maxsize=1024)  # blocks share the functions of their class
+def _tested(code: CodeType) -> frozenset[str]:
     """The variables around a function that one of its conditions is about."""
-    found = [i for i in dis.get_instructions(function) if i.opname not in IGNORED]
+    found = [i for i in dis.get_instructions(code) if i.opname not in IGNORED]
     after = [(i.argval, found[at + 1 : at + 1 + NEAR]) for at, i in enumerate(found) if i.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF")]
     return frozenset(name for name, rest in after if any(tests(j) for j in rest))
 
