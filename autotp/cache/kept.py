@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from autotp.cache.key import Asked, key_of
 from autotp.cache.walk import Unseen
 from autotp.plan.plan import Plan
 
+_LOG = logging.getLogger(__name__)
 #: The variable of the environment that names the folder. Without it, with nothing in it, or with 0, no plan is kept.
 VARIABLE = "AUTOTP_CACHE"
 
@@ -30,18 +32,22 @@ def kept(asked: Asked, make: Callable[[], Plan]) -> Plan:
         return make()
     try:
         key = key_of(asked)
-    except Unseen:
+    except Unseen as unseen:
+        _LOG.info("%s: no plan is kept: nothing says when %s changes", type(asked.model).__name__, unseen)
         return make()
     plan = store.read(where, key)
     if plan is not None and _fits(plan, asked):
+        _LOG.info("%s: the plan was kept in %s", type(asked.model).__name__, where)
         return plan
     made = make()
     try:
-        again = key_of(asked)
+        same = key_of(asked) == key
     except Unseen:
-        return made
-    if again == key:  # what planning changes for good cannot be told from what it depends on
+        same = False
+    if same:
         store.write(where, key, made)
+    else:  # what planning changes for good cannot be told from what it depends on
+        _LOG.info("%s: no plan is kept: planning changed what the plan depends on", type(asked.model).__name__)
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -90,9 +91,12 @@ def entry(folder: Path) -> Path:
     return path
 
 
-def test_a_kept_plan_is_the_plan(folder: Path, made: list[nn.Module]) -> None:
+def test_a_kept_plan_is_the_plan(folder: Path, made: list[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "autotp.cache")
     first = autotp.plan(mlp(), tp=2, example_inputs=INPUTS)
+    assert "the plan was kept" not in caplog.text
     assert autotp.plan(mlp(), tp=2, example_inputs=INPUTS) == first
+    assert "the plan was kept in" in caplog.text
     assert len(made) == 1 and entry(folder).name.endswith(".plan.json")
 
 
@@ -328,7 +332,8 @@ class Reads(Mlp):
 
 
 @pytest.mark.parametrize("what", ["a file", "an iterator", "a generator", "a set of objects"])
-def test_what_cannot_be_written_down_is_planned_afresh(what: str, folder: Path) -> None:
+def test_what_cannot_be_written_down_is_planned_afresh(what: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "autotp.cache")
     model: Any = Reads() if what == "a file" else mlp()
     held = {"an iterator": iter([1]), "a generator": (x for x in [1]), "a set of objects": {INPUTS["x"], model.shift}}
     model.held = held.get(what)
@@ -336,7 +341,7 @@ def test_what_cannot_be_written_down_is_planned_afresh(what: str, folder: Path) 
         key(model)
     if what != "a file":
         autotp.plan(model, tp=2, example_inputs=INPUTS, check="graph")
-        assert not folder.exists()
+        assert not folder.exists() and "no plan is kept: nothing says when" in caplog.text
 
 
 def truncated(path: Path) -> None:
