@@ -3,14 +3,14 @@
     guess = search(model, error, run)
 
 `run` runs an example and gives back what stopped it. Each call that stops says what it misses (`autotp.inputs.missing`) or what fits
-badly (`autotp.inputs.forms`). The search goes on from the call that came furthest, by the number of operators that ran. Everything is
-in one order, so all ranks find the same call.
+badly (`autotp.inputs.forms`). The search goes on from the call that came furthest, by the number of operators that ran.
 """
 
 from __future__ import annotations
 
 import heapq
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,8 +25,8 @@ from autotp.inputs.missing import missing_keywords
 from autotp.inputs.paths import calls_with
 from autotp.trace.example import Example
 
-#: How many calls are tried.
-MOST_TRIES = 48
+#: How many calls are tried, and for how many seconds of CPU time: a large model takes long for each.
+MOST_TRIES, MOST_SECONDS = 48, 60.0
 #: How many forms of the values of one call are tried.
 _MOST_FORMS = 24
 #: Keywords that no plain call is made with.
@@ -66,7 +66,8 @@ def search(model: nn.Module, error: TraceError, run: Run) -> Guess:
     seen.add(_key(first))
     stopped(Guess(), error, first)
     nearest = queue[0]
-    while queue and tried < MOST_TRIES:
+    until = time.thread_time() + MOST_SECONDS
+    while queue and tried < MOST_TRIES and time.thread_time() < until:
         nearest = min(nearest, queue[0])
         guess = next(queue[0].moves, None)
         if guess is None:

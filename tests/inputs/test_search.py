@@ -76,6 +76,13 @@ def test_where_no_call_runs_the_best_one_is_told(monkeypatch: pytest.MonkeyPatch
         autotp.plan(tiny_model(tiny_config("groupvit_vision_model")), tp=2)
 
 
+def test_the_search_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autotp.inputs.search.MOST_SECONDS", 0.0)
+    with pytest.raises(TraceError, match="cannot trace") as caught:
+        autotp.plan(tiny_model(tiny_config("groupvit_vision_model")), tp=2)
+    assert "No call that autotp made up" not in str(caught.value)
+
+
 def stopped(model: torch.nn.Module, call: Mapping[str, object]) -> TraceError:
     with pytest.raises(TraceError) as caught:
         autotp.plan(model, tp=2, example_inputs=dict(call), check="graph")
