@@ -5,6 +5,7 @@ A record has the name of the model (`type`), the `stage` that it came to, and ei
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 import traceback
@@ -82,6 +83,27 @@ def compared(record: Record, factory: Callable[[], Any], inputs: Any = None, **o
     }
 
 
+def arguments(about: str | None, out: str, timeout: float) -> argparse.ArgumentParser:
+    """The options that both tools have."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out), help="one line a model")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these models")
+    parser.add_argument("--tp", type=int, default=2, help="number of ranks")
+    parser.add_argument("--timeout", type=float, default=timeout, help="seconds for one model")
+    parser.add_argument("--plan-only", action="store_true", help="do not compare")
+    parser.add_argument("--again", action="store_true", help="also models that the file holds already")
+    parser.add_argument("--summary", action="store_true", help="run nothing, only count")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page of the documentation here")
+    return parser
+
+
+def page(title: str, text: Sequence[str], counts: Mapping[str, int | float], head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A page of the documentation: what was tried, the counts, and a row a model."""
+    table = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    numbers = [f"| {name} | {value} |" for name, value in counts.items()]
+    return "\n".join([f"# {title}", "", *text, "", "| | |", "|---|---|", *numbers, "", table[0], "|---" * len(head) + "|", *table[1:], ""])
+
+
 def merge(records: Sequence[Record]) -> Record:
     """The worst over the ranks."""
     worst = records[0]
@@ -146,4 +168,4 @@ def result(record: Record) -> str:
     """The cell of a table that says how it went."""
     if "error" in record:
         return f"{record['stage']}: {' '.join(record['error'].split())[:80].replace('|', '/')}"
-    return ", ".join(record.get("failed", [])) or "equal"
+    return ", ".join(f"{name} ({record['errors'][name]:.1e})" for name in record.get("failed", [])) or "equal"

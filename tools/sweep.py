@@ -14,7 +14,6 @@ already in the file are skipped unless `--again`.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -98,46 +97,22 @@ def counts(records: Iterable[Record]) -> dict[str, int | float]:
 
 def page(records: dict[str, Record], tp: int) -> str:
     """The coverage page of the documentation."""
-    rows = [f"| {name} | {value} |" for name, value in counts(records.values()).items()]
-    table = []
-    for record in sorted(records.values(), key=lambda r: r["type"]):
-        if "errors" in record or record["stage"] in ("plan", "compare", "ranks"):
-            share = f"{record['local_share']:.2f}" if "local_share" in record else ""
-            table.append(f"| {record['type']} | {share} | {survey.result(record)} |")
-    return "\n".join(
-        [
-            "# Coverage",
-            "",
-            f"Every architecture of transformers, built tiny with random weights, on {tp} ranks; written by",
-            "`tools/sweep.py`. *Equal* means a relative error of at most 1e-9 in float64 (2e-5 where an operator",
-            "has only float32).",
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-            "| model type | share of the parameters on a rank | result |",
-            "|---|---|---|",
-            *table,
-            "",
-        ]
+    text = (
+        f"Every architecture of transformers, built tiny with random weights, on {tp} ranks; written by",
+        "`tools/sweep.py`. *Equal* means a relative error of at most 1e-9 in float64 (2e-5 where an operator",
+        "has only float32).",
     )
+    tried = [r for _, r in sorted(records.items()) if "errors" in r or r["stage"] in ("plan", "compare", "ranks")]
+    rows = [(r["type"], f"{r['local_share']:.2f}" if "local_share" in r else "", survey.result(r)) for r in tried]
+    return survey.page("Coverage", text, counts(records.values()), ("model type", "share of the parameters on a rank", "result"), rows)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("sweep.jsonl"), help="one line a model type")
-    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these model types")
+    parser = survey.arguments(__doc__, "sweep.jsonl", 60.0)
     parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th type, from the I-th: to share the work")
-    parser.add_argument("--tp", type=int, default=2, help="number of ranks")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one model type")
-    parser.add_argument("--plan-only", action="store_true", help="do not compare")
     parser.add_argument("--own-inputs", action="store_true", help="do not compare; plan without example inputs")
     parser.add_argument("--stand-in", action="store_true", help="without autotp: check models and harness")
-    parser.add_argument("--again", action="store_true", help="also types that the file holds already")
-    parser.add_argument("--summary", action="store_true", help="run nothing, only count")
-    parser.add_argument("--docs", type=Path, help="write the coverage page here")
     args = parser.parse_args()
     if not args.summary:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -13,7 +13,6 @@ its share of the parameters on a rank, the seconds of planning, what stays whole
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
 import re
@@ -103,46 +102,25 @@ def counts(records: Iterable[Record]) -> dict[str, int | float]:
 
 def page(records: dict[str, Record], tp: int) -> str:
     """The page of the documentation."""
-    rows = [f"| {name} | {value} |" for name, value in counts(records.values()).items()]
-    models = []
-    for name, record in sorted(records.items()):
-        text = " ".join(record["whole"][0][2].split()) if record.get("whole") else ""
-        reason = re.sub(r" \([^()]*\.py.*", "", text)[:100].replace("|", "/")  # without the line of the library's code
-        cell = f"{survey.share(record):.2f}" if "plan_share" in record else ""
-        models.append(f"| {name} | {cell} | {survey.result(record)} | {reason} |")
-    return "\n".join(
-        [
-            "# Coverage of other libraries",
-            "",
-            f"Models of other libraries than transformers, built tiny with random weights, on {tp} ranks. They",
-            "were tried by `tools/third_party.py`, at the versions of `tools/third_party.txt`. *Equal* means a",
-            "relative error of at most 1e-9 in float64 in outputs and gradients, in eval mode and, where the",
-            "model has no dropout, in training mode, and after a step. The reason is the one by which most of",
-            "what stays whole does.",
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-            "| model | share of the parameters on a rank | result | most that is whole, because |",
-            "|---|---|---|---|",
-            *models,
-            "",
-        ]
+    text = (
+        f"Models of other libraries than transformers, built tiny with random weights, on {tp} ranks. They",
+        "were tried by `tools/third_party.py`, at the versions of `tools/third_party.txt`. *Equal* means a",
+        "relative error of at most 1e-9 in float64 in outputs and gradients, in eval mode and, where the",
+        "model has no dropout, in training mode, and after a step. The reason is the one by which most of",
+        "what stays whole does.",
     )
+    rows = []
+    for name, record in sorted(records.items()):
+        why = " ".join(record["whole"][0][2].split()) if record.get("whole") else ""
+        reason = re.sub(r" \([^()]*\.py.*", "", why)[:100].replace("|", "/")  # without the line of the library's code
+        rows.append((name, f"{survey.share(record):.2f}" if "plan_share" in record else "", survey.result(record), reason))
+    head = ("model", "share of the parameters on a rank", "result", "most that is whole, because")
+    return survey.page("Coverage of other libraries", text, counts(records.values()), head, rows)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("third_party.jsonl"), help="one line a model")
-    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these models or libraries")
-    parser.add_argument("--tp", type=int, default=2, help="number of ranks")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one model")
-    parser.add_argument("--plan-only", action="store_true", help="do not compare")
-    parser.add_argument("--again", action="store_true", help="also models that the file holds already")
-    parser.add_argument("--summary", action="store_true", help="run nothing, only count")
-    parser.add_argument("--docs", type=Path, help="write the page here")
+    parser = survey.arguments(__doc__, "third_party.jsonl", 120.0)
     args = parser.parse_args()
     if not args.summary:
         names, missing = chosen(args.only)
