@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from autotp.numeric.copies import copy_of, nudge
 from autotp.numeric.exact import DOUBLE, SINGLE, Precision, largest, relative_error
+from autotp.numeric.other_data import other_data
 from autotp.numeric.parameters import local_parameters
 from autotp.numeric.ranks import LocalComm, TimedOut, run_ranks
 from autotp.numeric.subject import CannotRun, Seen, run
@@ -111,6 +112,11 @@ def _subject(model: nn.Module, examples: tuple[Example, ...], tp: int) -> _Subje
         took = time.thread_time() - started
         if took * (1 + tp) > SECONDS:
             raise CannotRun(f"one run of the model takes {took:.1f} seconds, too long for {tp} ranks")
+        more = tuple(e for e in other_data(examples) if _runs(make(), e, precision))
+        if more and took * (1 + len(more) / len(examples)) * (1 + tp) <= SECONDS:
+            original, examples = make(), (*examples, *more)
+            with watched(original) as order:
+                wanted = run(original, examples, precision)
         if nothing := _nothing_finite(wanted):
             raise CannotRun(f"the model's {nothing} are not finite")
         again = run(make(), examples, precision)
@@ -120,6 +126,14 @@ def _subject(model: nn.Module, examples: tuple[Example, ...], tp: int) -> _Subje
     raise CannotRun(
         f"the model itself does not run on the example inputs ({type(problem).__name__}: {' '.join(str(problem).split())[:200]})"
     )
+
+
+def _runs(model: nn.Module, example: Example, precision: Precision) -> bool:
+    """Whether a model takes a call of other data, of which nobody says that it does."""
+    try:
+        return not _nothing_finite(run(model, (example,), precision))
+    except Exception:  # the model may refuse in any way
+        return False
 
 
 def _compare(subject: _Subject, plan: Plan) -> Verdict:

@@ -57,7 +57,8 @@ class Difference:
 def traced(examples: Sequence[Example], graph: Graph) -> tuple[Example, ...]:
     """The examples that are in the trace, with the second calls that are."""
     names = {r.name for r in graph.results}
-    ran = (replace(e, optional=False) for e in examples if e.name in names)
+    drawn = {r.name for r in graph.results if r.drawn}
+    ran = (replace(e, optional=False, drawn=e.name in drawn) for e in examples if e.name in names)
     return tuple(e if e.name + "+decode" in names else replace(e, decode=None) for e in ran)
 
 

@@ -58,6 +58,7 @@ class Example:
     quiet: autotp made the call up, so a model that turns it down is not reported.
     method: the method or inner model that is called, past the hooks of the model; "" for the model itself.
     setting: the model is called in this setting; None for the one that it has.
+    drawn: its path was traced along numbers drawn for its data.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Example:
     quiet: bool = False
     method: str = ""
     setting: Setting | None = None
+    drawn: bool = False
 
     @property
     def inputs(self) -> Inputs:

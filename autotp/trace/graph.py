@@ -166,13 +166,14 @@ class Scope:
 class Result:
     """One traced path returned this to its caller: leaves with their paths (values, or plain Python scalars).
 
-    training: the path ran in training mode.
+    training: the path ran in training mode. drawn: along numbers drawn for its data (`autotp.trace.draw`).
     """
 
     name: str
     leaves: tuple[tuple[tuple[str | int, ...], Any], ...]
     stop: int  # number of nodes recorded when the path ended
     training: bool = False
+    drawn: bool = False
 
 
 @dataclass(frozen=True, slots=True)

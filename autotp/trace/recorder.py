@@ -9,7 +9,7 @@ Where code depends on data that is unknown (which experts are hit), sizes are ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autotp.trace.accesses import Accesses
 from autotp.trace.aten_mode import AtenMode
 from autotp.trace.gradients import Gradients
-from autotp.trace.graph import Graph, Origin
+from autotp.trace.graph import Graph, Origin, Result
 from autotp.trace.ints import Life
 from autotp.trace.memo import Known, Memo
 from autotp.trace.module_calls import ModuleCalls
@@ -148,7 +148,7 @@ class Recorder:
             results=results,
             repeats=dict(repeats),
             fills=dict(values.fills),
-            notes=tuple(self.notes),
+            notes=(*self.notes, *_of_drawn(results)),
             constants=constants,
             calls=dict(tape.frames),
             accesses={key: tuple(found) for key, found in self.accesses.found.items()},
@@ -164,3 +164,11 @@ class Recorder:
             swapped=frozenset(calls.swapped),
             untrained="" if any(result.training for result in results) else self.untrained,
         )
+
+
+def _of_drawn(results: Sequence[Result]) -> tuple[str, ...]:
+    names = list(dict.fromkeys(r.name for r in results if r.drawn and "+" not in r.name and not r.name.endswith("-contrary")))
+    if not names:
+        return ()
+    paths = f"the {names[0]} path was" if len(names) == 1 else f"the paths {', '.join(names[:-1])} and {names[-1]} were"
+    return (f"{paths} traced along numbers drawn for {'its' if len(names) == 1 else 'their'} data: of other data the trace says nothing",)

@@ -23,7 +23,7 @@ class Results:
         self.left: dict[tuple[str, str], dict[int, Value]] = {}
         self._tape, self._values = tape, values
 
-    def close(self, name: str, training: bool, result: Any, left: Iterable[tuple[str, str, Value]] = ()) -> None:
+    def close(self, name: str, training: bool, result: Any, left: Iterable[tuple[str, str, Value]] = (), *, drawn: bool = False) -> None:
         """Close one path: note its result, and the tensors that it `left` on modules (see `stash`).
 
         A tensor left on the root is like a result: its class stays, so nothing keeps its user from reading it.
@@ -40,7 +40,7 @@ class Results:
                 self.left.setdefault((path, attribute), {})[value.id] = value
             else:
                 found.append((("the attribute", attribute), value))
-        self.closed.append(Result(name, tuple(found), len(self._tape.nodes), training))
+        self.closed.append(Result(name, tuple(found), len(self._tape.nodes), training, drawn))
 
     def rewind(self, done: int) -> None:
         """Forget all paths but the first `done` ones."""

@@ -234,13 +234,13 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
         with _failures(model, recorder):
             recorder.round += 1
             result, left = _call(model, recorder, fake, example, example.make(), mode)
-            recorder.results.close(name, example.training, result, left)
+            recorder.results.close(name, example.training, result, left, drawn=data.along)
             more = example.decode(result) if example.decode is not None else None
             if more is not None:
                 name, mark = name + "+decode", len(recorder.tape.nodes)
                 recorder.round += 1
                 result, left = _call(model, recorder, fake, example, more, mode)
-                recorder.results.close(name, example.training, result, left)
+                recorder.results.close(name, example.training, result, left, drawn=data.along)
     except Untraceable as error:
         again = partial(_path, model, recorder, fake, example, mode)
         if data.ends and isinstance(error.error, IndexError):
@@ -267,10 +267,7 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
         if (data.guessed or data.chose) and not data.along:
             recorder.rewind(start, done)
             with recorder.along():
-                left_out = again()
-            if left_out is None and not mode.contrary:
-                recorder.notes.append(f"the {name} path was traced along numbers drawn for its data: of other data nothing is known")
-            return left_out
+                return again()
         if not example.optional:
             failure = TraceError(_explain(name, error, data.guessed))
             failure.partial, failure.module, failure.calls = recorder.graph(dict(recorder.repeats)), error.module, error.__traceback__

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -163,7 +164,7 @@ def by_a_name(m: Any, h: Tensor) -> Tensor:
 @pytest.mark.parametrize("between", [by_counts, by_choices, by_a_buffer, by_a_name])
 def test_numbers_that_belong_together_are_drawn(between: Any) -> None:
     plan = autotp.plan(built(between), tp=2, example_inputs={"x": X}, check="graph")
-    assert any("numbers drawn for its data" in note for note in plan.notes) or between is by_a_name
+    assert any("along numbers drawn for" in note for note in plan.notes) or between is by_a_name
     assert str(equal_or_refused(lambda: built(between), inputs={"x": X}, tp=2, certificate="graph")).startswith("equal")
 
 
@@ -229,6 +230,24 @@ OTHER_ROWS = {f"{i}": {"x": torch.randn(10, 6, generator=torch.Generator().manua
 def test_code_that_goes_by_counts_is_traced_both_ways_or_refused(name: str) -> None:
     found = equal_or_refused(lambda: Counts(BY_COUNTS[name]), inputs={"x": torch.ones(10, 6)}, tp=2, more=OTHER_ROWS, certificate="graph")
     assert ("read from data" in found.refused) is (name in ("a float", "a set"))
+
+
+#: What the trace does not notice; the check of numbers tries other data.
+BESIDE_THE_TRACE = {
+    "a size": lambda h, n, counts: h.softmax(-1) if h.shape[0] > 4 else h,
+    "a text": lambda h, n, counts: h.softmax(-1) if f"{n}" in ("5", "6", "7", "8", "9", "10") else h,
+    "a plain int": lambda h, n, counts: h.softmax(-1) if int(n) > 4 else h,
+    "an array": lambda h, n, counts: h.softmax(-1) if np.array(counts).max() > 5 else h,
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_THE_TRACE)
+def test_numbers_are_compared_for_other_data(name: str) -> None:
+    given = {"x": torch.ones(10, 6)}
+    found = equal_or_refused(lambda: Counts(BESIDE_THE_TRACE[name]), inputs=given, tp=2, more=OTHER_ROWS)
+    assert found.equal is not None and not found.sharded and found.equal.plan.checked == "numbers"
+    with pytest.raises(NotEquivalent):
+        equal_or_refused(lambda: Counts(BESIDE_THE_TRACE[name]), inputs=given, tp=2, more=OTHER_ROWS, certificate="graph")
 
 
 def test_plain_counts_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
