@@ -36,8 +36,7 @@ def planned(record: Record, model: Any, inputs: Any, tp: int, check: str = "numb
     start = time.perf_counter()
     plan = autotp.plan(model, tp=tp, example_inputs=inputs, check=check)
     record["plan_seconds"] = round(time.perf_counter() - start, 3)
-    record["plan_share"] = round(float(plan.local_share), 4)
-    record["whole"] = whole(plan)
+    record |= {"local_share": round(float(plan.local_share), 4), "whole": whole(plan)}
 
 
 def whole(plan: Any, most: int = 4) -> list[tuple[float, str, str]]:
@@ -75,6 +74,8 @@ def compared(record: Record, factory: Callable[[], Any], inputs: Any = None, **o
         "stage": "done",
         "dtype": str(found.dtype).removeprefix("torch."),
         "local_share": round(found.local_share, 4),
+        "plan_seconds": round(found.planning, 3),
+        "whole": whole(found.plan),
         "errors": {name: aspect.error for name, aspect in found.aspects.items()},
         "where": {name: aspect.where for name, aspect in found.aspects.items()},
         "first": found.first,
@@ -145,7 +146,7 @@ def line(record: Record) -> str:
 
 def share(record: Record) -> float:
     """Elements that the fullest rank holds ÷ elements of the model."""
-    return float(record.get("local_share", record.get("plan_share", 1.0)))
+    return float(record.get("local_share", 1.0))
 
 
 def load(path: Path) -> dict[str, Record]:

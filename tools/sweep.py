@@ -55,12 +55,11 @@ def one(model_type: str, tp: int, plan_only: bool, stand_in: bool, own_inputs: b
         record["stage"] = "inputs"
         inputs = None if own_inputs else tiny_inputs(model)
         record["inputs"] = None if inputs is None else sorted(inputs)
-        if not stand_in:
-            survey.planned(record, model, inputs, tp)
         if plan_only or own_inputs:
+            survey.planned(record, model, inputs, tp)
             record["stage"] = "done"
         else:
-            options: dict[str, Any] = {"around": standin.replicated} if stand_in else {}
+            options: dict[str, Any] = {"around": standin.replicated} if stand_in else {"certificate": "numbers"}
             survey.compared(record, partial(transformer, model_type), **options)
     return record
 
@@ -76,7 +75,7 @@ def counts(records: Iterable[Record]) -> dict[str, int | float]:
     records = list(records)
     here = [r for r in records if not is_missing(r)]
     ran = [r for r in here if r["stage"] in ("plan", "compare", "done", "ranks")]
-    planned = [r for r in ran if "plan_share" in r]
+    planned = [r for r in ran if "plan_seconds" in r]
     compared = [r for r in ran if "errors" in r]
     shares = [survey.share(r) for r in (compared or planned)]
     result: dict[str, int | float] = {

@@ -35,7 +35,6 @@ from tools.survey import Record
 def one(name: str, tp: int, plan_only: bool) -> Record:
     """One model on one rank: build, run, plan, compare."""
     import torch
-    import torch.distributed as dist
 
     from autotp.testing.equivalence.observe import adamw
 
@@ -47,9 +46,8 @@ def one(name: str, tp: int, plan_only: bool) -> Record:
         record["stage"] = "run"
         with torch.no_grad():
             model(**call) if isinstance(call, dict) else model(*call)
-        if dist.get_rank() == 0:  # the others would only plan the same
-            survey.planned(record, build(name)[0].eval(), named(model, call), tp, "graph")
         if plan_only:
+            survey.planned(record, model, named(model, call), tp, "graph")
             record["stage"] = "done"
         else:
             survey.compared(record, partial(_model, name), call, optimizer=adamw)
@@ -90,7 +88,7 @@ def counts(records: Iterable[Record]) -> dict[str, int | float]:
         "models": len(records),
         "… of libraries": len({r["type"].split("/")[0] for r in records}),
         "… that run on one device": len(ran),
-        "planned": sum("plan_share" in r for r in ran),
+        "planned": sum("local_share" in r for r in ran),
         "compared": len(done),
         "equal in everything compared": sum(not r["failed"] for r in done),
         "median share of the parameters on a rank": round(statistics.median(shares), 4) if shares else 1.0,
@@ -113,7 +111,7 @@ def page(records: dict[str, Record], tp: int) -> str:
     for name, record in sorted(records.items()):
         why = " ".join(record["whole"][0][2].split()) if record.get("whole") else ""
         reason = re.sub(r" \([^()]*\.py.*", "", why)[:100].replace("|", "/")  # without the line of the library's code
-        rows.append((name, f"{survey.share(record):.2f}" if "plan_share" in record else "", survey.result(record), reason))
+        rows.append((name, f"{survey.share(record):.2f}" if "local_share" in record else "", survey.result(record), reason))
     head = ("model", "share of the parameters on a rank", "result", "most that is whole, because")
     return survey.page("Coverage of other libraries", text, counts(records.values()), head, rows)
 

@@ -43,6 +43,7 @@ def compare(
     told: bool = True,
     again: Callable[[nn.Module], nn.Module] = twin,
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    certificate: str = "graph",  # parallelize's own check of numbers would hide what the rules get wrong
 ) -> Equivalence:
     """As `equivalent`, on one rank; every rank must call it.
 
@@ -59,8 +60,7 @@ def compare(
     subject = replace(subject, given=subject.given and told, again=again)
     wanted = observe_model(subject, training)
     with around():
-        # parallelize's own check of numbers would hide from this one what the rules get wrong
-        return check(subject, wanted, training, dist.get_world_size(), Running("gloo", _here), recipe=recipe, certificate="graph")
+        return check(subject, wanted, training, dist.get_world_size(), Running("gloo", _here), recipe=recipe, certificate=certificate)
 
 
 def equivalent(
@@ -75,6 +75,7 @@ def equivalent(
         needs: what must really be compared, see `require`.
         options: those of `compare`. recipe, optimizer: as for `assert_equivalent`. told: whether `parallelize` gets the inputs.
             again: makes the same model once more, where a deep copy does not. around: a context for parallelize and the comparison.
+            certificate: `check` of `parallelize`.
 
     Raises:
         NotEquivalent, AutoTPError: as for `assert_equivalent`. RankError: a rank raised another error, died or hung.

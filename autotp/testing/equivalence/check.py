@@ -53,6 +53,7 @@ class Equivalence:
     aspects: by name (`autotp.testing.equivalence.observe` lists them), the worst of all ranks. skipped: aspect, or module to be called by
     itself → why it was not compared. plan: what the ranks ran. sharded: the parameters of which every rank holds less than the whole,
     and local_share: elements that the fullest rank holds ÷ elements of the model, both counted on the ranks and not taken from the plan.
+    planning: CPU seconds that `parallelize` took on rank 0, which plans for all.
     first: where a difference begins, with the layouts and collectives there.
     """
 
@@ -66,6 +67,7 @@ class Equivalence:
     seconds: float
     sharded: frozenset[str]
     local_share: float
+    planning: float
     first: str = ""
 
     @property
@@ -102,6 +104,7 @@ class _Found:
     """What one rank found."""
 
     plan: Plan | None = None
+    planning: float = 0.0
     held: dict[str, int] = field(default_factory=dict)  # parameter → how many of its elements are here
     refused: tuple[str, str] | None = None
     alone: dict[str, str] = field(default_factory=dict)  # modules that are not to be called by themselves, and why
@@ -202,6 +205,7 @@ def check(
         type(subject.model).__name__, tp, str(backend), dtype, made, aspects, skipped, time.monotonic() - started,
         frozenset(name for name, size in sizes.items() if all(f.held.get(name, size) < size for f in found)),
         max(sum(f.held.values()) for f in found) / max(1, sum(sizes.values())),
+        found[0].planning,
     )  # fmt: skip
     if result.failed:
         if mutation is None:
@@ -246,7 +250,7 @@ def _rank(job: _Job) -> _Found:
     """What one rank does: parallelize a copy, watch it, compare."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
     model = job.subject.again(job.subject.model)
-    found = _Found()
+    found, started = _Found(), time.process_time()
     try:
         if job.mutation is None or job.plan is None:
             autotp.parallelize(model, mesh, recipe=job.recipe, example_inputs=job.subject.example_inputs(), check=job.certificate)
@@ -258,7 +262,7 @@ def _rank(job: _Job) -> _Found:
             raise
         found.refused = type(error).__name__, str(error)
         return found
-    found.plan = autotp.plan_of(model)
+    found.plan, found.planning = autotp.plan_of(model), time.process_time() - started
     found.held = {n: (p.to_local() if isinstance(p, DTensor) else p).numel() for n, p in model.named_parameters()}
     if job.record is not None:
         found.record = _record(job.subject, model, job.record)

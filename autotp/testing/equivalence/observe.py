@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError, InputError
 from autotp.testing.equivalence.compare import BUFFER, GRADIENT
-from autotp.testing.equivalence.subject import Subject
+from autotp.testing.equivalence.subject import Subject, fresh
 from autotp.testing.outputs import tensors_of
 
 ASPECTS = ("state", "outputs", "gradients", "generation", "training", "steps")
@@ -120,7 +120,7 @@ class Watch:
         """Greedy tokens and logits."""
         model: Any = self.model
         dropped = ("labels", "use_cache", "return_", "decoder_input", "output_")
-        inputs = {n: v for n, v in self.subject.kwargs.items() if not n.startswith(dropped)}
+        inputs = {n: fresh(v, n, None) for n, v in self.subject.kwargs.items() if not n.startswith(dropped)}  # BLIP writes to its prompt
         if model.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:
             inputs["decoder_start_token_id"] = 0
         ids = inputs.get("input_ids")

@@ -61,15 +61,15 @@ class Subject:
         `leaves` receives floating-point arguments, which then record gradients.
         """
         leaves = leaves if self.leaves else None
-        args = tuple(_fresh(a, f"argument {i}", leaves) for i, a in enumerate(self.args))
+        args = tuple(fresh(a, f"argument {i}", leaves) for i, a in enumerate(self.args))
         chosen = {**self.kwargs, **(self.more[name] if name else {})}
-        kwargs = {n: _fresh(v, f"argument {n}", leaves) for n, v in chosen.items()}
+        kwargs = {n: fresh(v, f"argument {n}", leaves) for n, v in chosen.items()}
         with self.precision.mode():
             return model(*args, **kwargs)
 
     def call_alone(self, model: nn.Module, path: str, leaves: dict[str, Tensor]) -> Any:
         """The output of one module of `alone`, called by itself; `leaves` receives a floating-point argument."""
-        argument = _fresh(self.alone[path], "argument", leaves)
+        argument = fresh(self.alone[path], "argument", leaves)
         with self.precision.mode():
             return model.get_submodule(path)(argument)
 
@@ -84,7 +84,7 @@ class Subject:
 _HINT = "; dtype=torch.float32 may help, where an operator lacks float64"
 
 
-def _fresh(value: Any, path: str, leaves: dict[str, Tensor] | None) -> Any:
+def fresh(value: Any, path: str, leaves: dict[str, Tensor] | None) -> Any:
     """A copy that the model may change."""
     if isinstance(value, Tensor):
         value = value.detach().clone()
@@ -92,9 +92,9 @@ def _fresh(value: Any, path: str, leaves: dict[str, Tensor] | None) -> Any:
             leaves[path] = value.requires_grad_()
         return value
     if isinstance(value, Mapping):
-        return {k: _fresh(v, f"{path}.{k}", leaves) for k, v in value.items()}
+        return {k: fresh(v, f"{path}.{k}", leaves) for k, v in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_fresh(v, f"{path}[{i}]", leaves) for i, v in enumerate(value))
+        return type(value)(fresh(v, f"{path}[{i}]", leaves) for i, v in enumerate(value))
     return value
 
 
