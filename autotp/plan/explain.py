@@ -122,7 +122,8 @@ def _explain_module(m: ModulePlan) -> list[str]:
         what += ["wherever the code holds it"] if u.held else []
         out.append(f"  reads {'.'.join(filter(None, (u.owner, u.name)))}: {', '.join(what) or 'the local shard'}")
     for s in m.sites:
-        what = [f"int {a} → {b}" for _, a, b in s.ints] + ([s.kernel.value] if s.kernel else [])
+        what = [f"int {a} → {b}" for _, a, b in s.ints] + [f"int {a} × n → {b} × n" for _, a, b in s.multiples]
+        what += [s.kernel.value] if s.kernel else []
         what += [c.op.value for _, cs in (*s.inputs, *s.outputs) for c in cs]
         out.append(f"  call in {s.function} ({s.file.rsplit('/', 1)[-1]}): {', '.join(what)}")
     return out

@@ -10,13 +10,16 @@ axis that it belongs to cannot be sharded.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from autotp.axes.analysis import Demand
+from autotp.axes.atoms import Atom, flat
 from autotp.plan.spec import LocalAttribute
-from autotp.planner.partition import Partitions, local_size
+from autotp.planner.partition import Atoms, Partitions, local_size
 from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node
@@ -34,24 +37,30 @@ Hints = Mapping[tuple[str, str], int]
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """Int number `position` of a node must be `local` on a shard. `demanded`: an operator rule says so."""
+    """Int number `position` of a node must be `local` on a shard. `demanded`: an operator rule says so.
+
+    unit: (factor of the int that lengths do not change, what it must be on a shard), where the int is such a factor × lengths.
+    """
 
     node: Node
     position: int
     expr: IntExpr
     local: int
     demanded: bool
+    unit: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Localised:
     """Attributes by module, and (node index → (position, global, local)) overrides at call sites.
 
-    literals: the nodes among these that have a number of the code changed.
+    multiples: as overrides, for numbers that are a multiple of the global one and become that multiple of the local one.
+    literals: the nodes with overrides that have a number of the code changed.
     """
 
     attributes: Mapping[str, tuple[LocalAttribute, ...]]
     overrides: Mapping[int, tuple[tuple[int, int, int], ...]]
+    multiples: Mapping[int, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
     literals: frozenset[int] = frozenset()
 
 
@@ -81,6 +90,7 @@ def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
         if not node.ints and not meaning.demands:
             continue
         wanted: dict[int, int] = {}
+        units: dict[int, tuple[int, int] | None] = {}
         for demand in meaning.demands:
             local = _demanded(node, demand, labels)
             found = positions(node, demand.number, demand.at, demand.listed)
@@ -93,9 +103,11 @@ def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
             for p in found:
                 if wanted.setdefault(p, local) != local:
                     raise Refusal(node, f"{demand.number} would have to become both {wanted[p]} and {local}")
+                unit = _unit(space, demand, labels, node)
+                units[p] = unit if units.setdefault(p, unit) == unit else None
         for p, expr in enumerate(node.ints):
             if p in wanted or any(True for _ in leaves(expr)):
-                out.append(Constraint(node, p, expr, wanted.get(p, expr.value), p in wanted))
+                out.append(Constraint(node, p, expr, wanted.get(p, expr.value), p in wanted, units.get(p)))
     return out
 
 
@@ -108,8 +120,26 @@ def _given(space: GraphIndex, labels: Labels, node: Node, at: int) -> int | None
     return local_size(shape[at], labels.shard.get(node.tensors[1], NONE), labels.cuts) if at < len(shape) else None
 
 
+def _unit(space: GraphIndex, demand: Demand, labels: Labels, node: Node) -> tuple[int, int] | None:
+    """Returns the size and the local size of the factors of a dim that are no lengths, None for a concatenation."""
+    atoms = flat(list(demand.dims[0])) if len(demand.dims) == 1 else []
+    if not atoms or any(a.segments is not None for a in atoms):
+        return None
+    kept = [a for a in atoms if not is_length(space, labels, a)]
+    return math.prod(a.size for a in kept), local_size(kept, _on(node, demand, labels), labels.cuts)
+
+
+def is_length(space: GraphIndex, labels: Labels, atom: Atom) -> bool:
+    """True for an axis that no parameter has and that is not cut: another call may have another size."""
+    return atom not in space.of_parameters and atom not in labels.cuts
+
+
+def _on(node: Node, demand: Demand, labels: Labels) -> Atoms:
+    return labels.shard.get(demand.value, NONE) | labels.slices.get((node.index, demand.value), NONE)
+
+
 def _demanded(node: Node, demand: Demand, labels: Labels) -> int:
-    on = labels.shard.get(demand.value, NONE) | labels.slices.get((node.index, demand.value), NONE)
+    on = _on(node, demand, labels)
     local = sum(local_size(d, on, labels.cuts) for d in demand.dims)
     return -local if demand.number < 0 else local
 
@@ -148,6 +178,7 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
         if value != ref.value:
             attributes.setdefault(ref.module, []).append(LocalAttribute(ref.path, ref.value, value))
     overrides: dict[int, list[tuple[int, int, int]]] = {}
+    multiples: dict[int, list[tuple[int, int, int]]] = {}
     literals: set[int] = set()
     for c in every:
         got = search.value(c.expr, solution)
@@ -162,6 +193,15 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
         if c.node.place is None or space.graph.sealed(c.node):
             origin = "" if any(True for _ in leaves(c.expr)) else " is written as a number in the code, or its origin was lost, and"
             raise Refusal(c.node, f"{show(c.expr)}{origin} would have to be {c.local}, and no call site can be told")
+        others = _for_other_lengths(space, labels, c.expr)
+        if others != {c.expr.value}:
+            # the call site is told a factor of a number that depends on lengths
+            changed = any(search.value(leaf, solution) != leaf.value for leaf in leaves(c.expr))
+            if changed or c.unit is None or any(n is None or n % c.unit[0] for n in others):
+                text = f"{show(c.expr)} would have to be {c.local} there, no attribute makes it so, and it depends on a length"
+                raise Refusal(c.node, text)
+            multiples.setdefault(c.node.index, []).append((c.position, *c.unit))
+            continue
         if not any(True for _ in leaves(c.expr)):
             literals.add(c.node.index)
         overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
@@ -169,7 +209,11 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
         if not search.same_for_other_lengths([a, b], solution, getattr(operator, name)):
             text = f"the code compares {show(a)} with {show(b)}, of which one would become local: for other lengths it would go another way"
             raise Refusal(_changed_by(space, every, search, solution, (a, b)), text)
-    return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()}, frozenset(literals))
+    return Localised(_frozen(attributes), _frozen(overrides), _frozen(multiples), frozenset(literals))
+
+
+def _frozen(lists: Mapping[Any, list[Any]]) -> dict[Any, tuple[Any, ...]]:
+    return {key: tuple(values) for key, values in lists.items()}
 
 
 def _equal(space: GraphIndex, size: Callable[[SizeRef], int]) -> dict[AttrRef, int]:
@@ -180,6 +224,21 @@ def _equal(space: GraphIndex, size: Callable[[SizeRef], int]) -> dict[AttrRef, i
             if name in ("eq", "ne") and isinstance(a, SizeRef) and isinstance(b, AttrRef) and a.value == b.value and size(a) != a.value:
                 found[b] = size(a)
     return found
+
+
+def _for_other_lengths(space: GraphIndex, labels: Labels, expr: IntExpr) -> set[int | None]:
+    """Returns what an expression is for other lengths on one device."""
+
+    def length(leaf: AttrRef | SizeRef) -> bool:
+        if isinstance(leaf, AttrRef):
+            return False
+        per_dim = space.leaves.get(leaf.value_id, ())
+        atoms = per_dim[leaf.dim] if 0 <= leaf.dim < len(per_dim) else space.carried.get(leaf.value_id, NONE)
+        return any(is_length(space, labels, a) for a in atoms)
+
+    lengths = {leaf for leaf in leaves(expr) if length(leaf)}
+    more = MORE if lengths else ()
+    return {expr.value, *(evaluate(expr, lambda leaf, n=n: leaf.value + n * (leaf in lengths)) for n in more)}  # type: ignore[misc]
 
 
 def _itself(value: int) -> int:

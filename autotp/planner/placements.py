@@ -124,6 +124,7 @@ class GraphIndex:
         self.made = {o.id: n for n in self.graph.nodes for o in n.outputs}
         self.calls, self.storage = Calls(self.graph), Storage(self.graph)
         self._params = {v.id for v in self.graph.params.values()}
+        self.of_parameters: Atoms = frozenset().union(*(self.carried.get(key, NONE) for key in self._params))
         self._meeting: dict[Atom, list[Node]] | None = None
 
     def meeting(self, atom: Atom) -> list[Node]:

@@ -18,7 +18,7 @@ from autotp.planner.choice import Choice
 from autotp.planner.in_place import statistics, wrongly_changed
 from autotp.planner.joint_reductions import Joint, conversions_of, members
 from autotp.planner.keys import AtPlace, AtSlot, Key, Keys, slot_key
-from autotp.planner.local_ints import Localised
+from autotp.planner.local_ints import Localised, is_length
 from autotp.planner.naming import Namer
 from autotp.planner.partition import Atoms, local_size
 from autotp.planner.placements import NONE, GraphIndex
@@ -26,6 +26,9 @@ from autotp.planner.reductions import Moves
 from autotp.planner.refusals import Refusal
 from autotp.planner.repeats import lift_modules
 from autotp.trace.graph import Access, Node, Origin, Pseudo, Value
+
+#: Calls that fail where the sizes that they are given do not hold the elements that they got.
+_VIEWS = frozenset(("view", "reshape"))
 
 
 class Builder:
@@ -60,6 +63,8 @@ class Builder:
         self._params()
         for index, ints in self.local.overrides.items():
             self._call(self.graph.nodes[index]).ints += list(ints)
+        for index, multiples in self.local.multiples.items():
+            self._call(self.graph.nodes[index]).multiples |= set(multiples)
         for index in self.local.literals:
             self._expect(self.graph.nodes[index])
         self._check_changes()
@@ -78,16 +83,21 @@ class Builder:
 
     def _expect(self, node: Node) -> None:
         """Notes the local sizes of the tensors of a call in which a number of the code is changed: code that no traced call reached may
-        bring a whole tensor there.
+        bring a whole tensor there. A dim that is folded with a length (batch × heads) does not tell; a view of all sizes refuses itself.
         """
         spec = self._call(node)
+        folded = False
         for at, key in enumerate(self.space.calls.nodes(node)[0].tensors):
             on = self.labels.shard.get(key, NONE)
             dims = self.space.axes.dims.get(key, ())
-            spec.sizes |= {
-                (at, i - len(dims), local_size(d, on, self.labels.cuts)) for i, d in enumerate(dims) if self.space.leaves[key][i] & on
-            }
-        if not spec.sizes:
+            for i, (dim, atoms) in enumerate(zip(dims, self.space.leaves.get(key, ()), strict=False)):
+                if any(is_length(self.space, self.labels, a) for a in atoms):
+                    folded |= bool(atoms & on)
+                elif atoms & on:
+                    spec.sizes.add((at, i - len(dims), local_size(dim, on, self.labels.cuts)))
+        call = self.graph.python.get(node.call)
+        sized = folded and call is not None and call.function in _VIEWS and all(e.value >= 0 for e in node.ints)
+        if not spec.sizes and not sized:
             raise Refusal(node, "a number in the code would have to change, and no tensor of the call tells when")
 
     def _check_changes(self) -> None:

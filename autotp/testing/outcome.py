@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from torch import nn
 from autotp.errors import AutoTPError
 from autotp.testing.equivalence.check import Equivalence, NotEquivalent, check
 from autotp.testing.equivalence.observe import Training, adamw, observe_model
-from autotp.testing.equivalence.subject import Inputs, make_subject
+from autotp.testing.equivalence.subject import Changes, Inputs, make_subject, with_one_row_more
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ def equal_or_refused(
     *,
     inputs: Inputs,
     tp: int,
-    more: Mapping[str, Mapping[str, Any]] | None = None,
+    more: Mapping[str, Changes] | None = None,
     steps: int = 0,
     backend: str = "local",
     timeout: float = 120.0,
@@ -52,13 +51,13 @@ def equal_or_refused(
 
     Args:
         factory, inputs, tp, steps, backend, timeout, certificate: as for `assert_equivalent`; autotp plans with `inputs`.
-        more: further calls after planning, which the plan has not seen: changes to the keyword arguments, by name.
+        more: further calls after planning, which the plan has not seen: changes to the arguments, by name. One more has a row more.
 
     Raises:
         NotEquivalent: neither. InputError: the model itself does not run on these inputs.
     """
     with torch.random.fork_rng(devices=()):
-        subject = make_subject(factory, inputs, torch.float64, 0, more or {})
+        subject = with_one_row_more(make_subject(factory, inputs, torch.float64, 0, more or {}))
         training = Training(steps, adamw)
         wanted = observe_model(subject, training)
     try:

@@ -192,9 +192,11 @@ def _of_module(m: ModulePlan, plan: Plan) -> Iterator[Mutation]:
         call = f"call {i} in {site.function.rpartition('.')[2]} of {place}"
         if site.kernel is not None:
             yield Mutation(Kind.DROP, f"the distributed {site.kernel.value} of {call}", m, (put(replace(site, kernel=None)),))
-        for j, (_, value, _) in enumerate(site.ints):
-            new = put(replace(site, ints=(*site.ints[:j], *site.ints[j + 1 :])))
-            yield Mutation(Kind.FORGET, f"int {value} of {call}", m, (new,))
+        for field in ("ints", "multiples"):
+            numbers: tuple[tuple[int, int, int], ...] = getattr(site, field)
+            for j, (_, value, _) in enumerate(numbers):
+                new = put(_with(site, field, (*numbers[:j], *numbers[j + 1 :])))
+                yield Mutation(Kind.FORGET, f"int {value} of {call}", m, (new,))
         for field in ("inputs", "outputs"):
             pairs: tuple[tuple[int, Conversions], ...] = getattr(site, field)
             for j, (at, conversions) in enumerate(pairs):

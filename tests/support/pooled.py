@@ -19,7 +19,7 @@ from autotp.errors import AutoTPError, InputError
 from autotp.testing import Equivalence
 from autotp.testing.equivalence.check import check
 from autotp.testing.equivalence.observe import MakeOptimizer, Training, observe_model
-from autotp.testing.equivalence.subject import Inputs, make_subject, twin
+from autotp.testing.equivalence.subject import Inputs, make_subject, twin, with_one_row_more
 from autotp.testing.ranks.run import Running
 from tests.support.ranks import Pool
 
@@ -57,6 +57,8 @@ def compare(
         if "dtype=torch.float32 may help" not in str(error):
             raise
         subject = make_subject(factory, inputs, torch.float32, 0)
+    if inputs is not None:
+        subject = with_one_row_more(subject)
     subject = replace(subject, given=subject.given and told, again=again)
     wanted = observe_model(subject, training)
     with around():

@@ -132,7 +132,7 @@ def embedding_run(
         return None
     ops = [c.op for s in plan.outputs if not s.path for c in s.conversions]
     site = [c.op for _, conversions in plan.sites[0].outputs for c in conversions]
-    if ops + site not in ([], [Op.REDUCE], [Op.SCATTER]) or plan.sites[0].inputs or plan.sites[0].ints:
+    if ops + site not in ([], [Op.REDUCE], [Op.SCATTER]) or plan.sites[0].inputs or plan.sites[0].ints or plan.sites[0].multiples:
         return None
     if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
         raise PlanError(

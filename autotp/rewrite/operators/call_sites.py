@@ -118,7 +118,7 @@ class SiteMode(TorchFunctionMode):
     def _intervene(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if site.sizes:
             self._expect(site, args, kwargs)
-        if site.ints:
+        if site.ints or site.multiples:
             args, kwargs = self._localise(site, args, kwargs)
         if site.inputs:
             converter = _Nth(site.inputs, self.table.comm)
@@ -144,7 +144,8 @@ class SiteMode(TorchFunctionMode):
                 )
 
     def _localise(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        wanted = {position: (value, local) for position, value, local in site.ints}
+        wanted = {position: (value, local, False) for position, value, local in site.ints}
+        wanted |= {position: (value, local, True) for position, value, local in site.multiples}
         count = -1
 
         def replace(leaf: Any) -> Any:
@@ -154,11 +155,13 @@ class SiteMode(TorchFunctionMode):
             count += 1
             if count not in wanted:
                 return leaf
-            value, local = wanted.pop(count)
+            value, local, times = wanted.pop(count)
+            if times and leaf % value == 0:
+                return leaf // value * local
             if leaf != value:
                 raise PlanError(
                     f"{self.table.where}: int argument {count} of the call in {site.function} ({site.file}, function at line "
-                    f"{site.line}) is {leaf}; the plan was made for {value}"
+                    f"{site.line}) is {leaf}; the plan was made for {f'multiples of {value}' if times else value}"
                 )
             return local
 

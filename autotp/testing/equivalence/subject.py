@@ -36,13 +36,17 @@ def twin(model: nn.Module) -> nn.Module:
     return made
 
 
+#: Changes to the arguments of a call, by keyword or position.
+Changes = Mapping[str | int, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """`model` (in eval mode, in `precision`) and the arguments of one call.
 
-    `given`: the caller chose the arguments. `more`: changes to them that make further calls, by name. `leaves`: floating-point
-    arguments can record gradients (not where the model changes them in place). `alone`: embeddings and Linears that none of these
-    calls runs, each with an argument to call it with. `again`: makes the same model once more.
+    `given`: the caller chose the arguments. `more`: further calls by name.
+    `leaves`: floating-point arguments can record gradients (not where the model changes them in place). `alone`: embeddings and
+    Linears that none of these calls runs, each with an argument to call it with. `again`: makes the same model once more.
     """
 
     model: nn.Module
@@ -50,7 +54,7 @@ class Subject:
     kwargs: Mapping[str, Any]
     precision: Precision
     given: bool
-    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    more: Mapping[str, Changes] = field(default_factory=dict)
     leaves: bool = True
     alone: Mapping[str, Tensor] = field(default_factory=dict)
     again: Callable[[nn.Module], nn.Module] = twin
@@ -61,8 +65,9 @@ class Subject:
         `leaves` receives floating-point arguments, which then record gradients.
         """
         leaves = leaves if self.leaves else None
-        args = tuple(fresh(a, f"argument {i}", leaves) for i, a in enumerate(self.args))
-        chosen = {**self.kwargs, **(self.more[name] if name else {})}
+        changes = self.more[name] if name else {}
+        args = tuple(fresh(changes.get(i, a), f"argument {i}", leaves) for i, a in enumerate(self.args))
+        chosen = {**self.kwargs, **{n: v for n, v in changes.items() if isinstance(n, str)}}
         kwargs = {n: fresh(v, f"argument {n}", leaves) for n, v in chosen.items()}
         with self.precision.mode():
             return model(*args, **kwargs)
@@ -110,9 +115,7 @@ def precision_of(dtype: torch.dtype) -> Precision:
     return found
 
 
-def make_subject(
-    factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: int, more: Mapping[str, Mapping[str, Any]] | None = None
-) -> Subject:
+def make_subject(factory: Any, inputs: Inputs | None, dtype: torch.dtype, seed: int, more: Mapping[str, Changes] | None = None) -> Subject:
     """Build the model once, in `dtype`, and find a call of it that runs. `more` are further calls; None finds those of a guessed one.
 
     Parameters that hold one value (zero biases, norms of ones) get small noise: they would hide what is done to them.
@@ -188,14 +191,14 @@ def _own_inputs(model: nn.Module, precision: Precision, seed: int) -> dict[str, 
             raise InputError(f"{error}{_HINT if precision is DOUBLE else ''}") from error
 
 
-def _further(subject: Subject) -> dict[str, dict[str, Any]]:
+def _further(subject: Subject) -> dict[str, Changes]:
     """More calls of a transformers model: everything that it can return, and padding, which takes other paths through attention."""
     model: Any = subject.model
     names = inspect.signature(model.forward).parameters
-    everything: dict[str, Any] = {"output_hidden_states": True}
+    everything: dict[str | int, Any] = {"output_hidden_states": True}
     if getattr(model.config, "_attn_implementation", None) == "eager":
         everything["output_attentions"] = True
-    further: dict[str, dict[str, Any]] = {"with hidden states": everything}
+    further: dict[str, Changes] = {"with hidden states": everything}
     ids = subject.kwargs.get("input_ids")
     if ids is not None and ids.dim() == 2 and ids.shape[1] > 3 and "attention_mask" in names:
         mask = torch.ones_like(ids)
@@ -210,6 +213,26 @@ def _further(subject: Subject) -> dict[str, dict[str, Any]]:
     if {"with padding", "with labels left out"} <= set(runs):
         runs["with padding"] = runs.pop("with labels left out")
     return runs
+
+
+def with_one_row_more(subject: Subject) -> Subject:
+    """Adds a call with one index more in dim 0, mostly the batch, of each tensor that has as many as the first, where that runs."""
+    given: dict[str | int, Any] = dict(enumerate(subject.args))
+    given.update(subject.kwargs.items())
+    rows = next((t.shape[0] for t in tensors_of(list(given.values())).values() if t.dim()), 0)
+    if not rows:
+        return subject
+
+    def longer(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.cat([value, value[:1]]) if value.dim() and value.shape[0] == rows else value
+        if isinstance(value, Mapping):
+            return {k: longer(v) for k, v in value.items()}
+        return type(value)(map(longer, value)) if type(value) in (tuple, list) else value
+
+    name = "with one row more"
+    found = replace(subject, more={**subject.more, name: {n: longer(v) for n, v in given.items()}})
+    return found if _runs(partial(found.call, twin(found.model), name=name)) else subject
 
 
 def _left_out(labels: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from autotp.testing.architectures.build import built
 from autotp.testing.equivalence.observe import weighted
+from autotp.testing.equivalence.subject import Changes
 from autotp.testing.idioms import source
 from autotp.testing.idioms.lines import CONDITIONS
 from autotp.testing.idioms.spec import Around, IdiomsSpec
@@ -49,8 +50,8 @@ class Idioms(IdiomsSpec):
         """Keyword arguments of the call that is traced: 2 rows of 6 steps."""
         return {"x": torch.randn(2, 6, self.outer, generator=torch.Generator().manual_seed(1), dtype=torch.float64)}
 
-    def more(self) -> dict[str, dict[str, Any]]:
+    def more(self) -> dict[str, Changes]:
         """Further calls: changes to the keyword arguments, by name."""
-        gate = {"with the gate": {"gate": True}} if Around.GATE in self.around else {}
-        large = {"of large data": {"x": 1e6 * self.inputs()["x"]}} if set(self.lines) & set(CONDITIONS) else {}
+        gate: dict[str, Changes] = {"with the gate": {"gate": True}} if Around.GATE in self.around else {}
+        large: dict[str, Changes] = {"of large data": {"x": 1e6 * self.inputs()["x"]}} if set(self.lines) & set(CONDITIONS) else {}
         return {**gate, **large}
