@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def example_inputs(model: nn.Module, guess: Guess | None = None) -> tuple[Exampl
             f"{type(model).__name__}.forward requires what autotp cannot make up from the config: {told}: "
             f"pass example_inputs={{name: value}} with {_listed(base)}"
         )
-    return (*_examples(facts, base), *_features(model), *_generators(model))
+    return (*_examples(facts, base), *_features(model), *_generators(model), *_encoder(model))
 
 
 def user_examples(model: nn.Module, given: Given) -> tuple[Example, ...]:
@@ -220,6 +220,19 @@ def _generators(model: nn.Module) -> Iterator[Example]:
             if all(why_not(facts, key) is None for key in base):
                 found = (e for e in _examples(facts, base) if e.name == "prefill")
                 yield from (replace(e, name=f"{path} prefill", quiet=True, method=path) for e in found)
+
+
+def _encoder(model: nn.Module) -> Iterator[Example]:
+    """The encoder of a model that is put together of two: generation calls it by itself, so what the decoder leaves unread is whole too."""
+    if not getattr(model.config, "is_encoder_decoder", False) or not callable(getattr(model, "get_encoder", None)):
+        return
+    encoder: Any = cast(Any, model).get_encoder()
+    path = next((path for path, module in model.named_modules() if module is encoder), "")
+    if path and is_hugging_face(encoder) and type(encoder.config) is not type(model.config):
+        facts = Facts(encoder)
+        base = _base(facts)
+        if base and all(why_not(facts, key) is None for key in base):
+            yield Example(f"{path} forward", partial(_values, facts, base), optional=True, quiet=True, method=path)
 
 
 def _values(facts: Facts, names: list[str]) -> Inputs:

@@ -49,7 +49,7 @@ class Example:
 
     name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states`, `images`, a flag of the forward (`return_loss`) or
     a method (`get_text_features`); `user` for the caller's own, and `user 2`, `user with flag=True`; `text_decoder prefill` of an
-    inner model that a `generate` hands on to.
+    inner model that a `generate` hands on to; `encoder forward` of an encoder that generation calls by itself.
     make: builds the keywords of the call, new tensors each time.
     decode: from the outputs of that call, the keywords of the next one (the returned cache and one more token). It returns None
     where the outputs hold no cache.
