@@ -273,7 +273,7 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
             failure.partial, failure.module, failure.calls = recorder.graph(dict(recorder.repeats)), error.module, error.__traceback__
             raise failure from error.error
         recorder.rewind(mark, len(recorder.results.closed))
-        why = "" if mode.contrary and _own(error.error) else _explain(name, error, data.guessed)
+        why = "" if mode.contrary and (_own(error.error) or questions.swapped) else _explain(name, error, data.guessed)
         return _LeftOut(name, why, decoding=more is not None)
     return None
 
