@@ -159,11 +159,15 @@ class Shown(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """One tensor at a module's boundary is not whole: an argument or, if `result`, a result; `path` as in `Slot`."""
+    """One tensor at a module's boundary is not whole: an argument or, if `result`, a result; `path` as in `Slot`.
+
+    whole: what makes a result whole in a call of the module by itself; None where that is not known.
+    """
 
     result: bool
     path: tuple[str | int, ...]
     shown: Shown
+    whole: Conversion | None = None
 
     def __str__(self) -> str:
         return f"{'result' if self.result else 'argument'} {'.'.join(map(str, self.path))}".strip()

@@ -193,6 +193,14 @@ class Builder:
                 return Conversion(op, i - len(value.shape), freed(expr))
         raise AssertionError("the value does not carry the axis")
 
+    def gather(self, value: Value) -> Conversion | None:
+        """Returns what makes a rank's part whole, None where it is cut along two dims."""
+        on = self.labels.of(value)
+        try:
+            return self._part(value, on, on, Op.GATHER)
+        except Refusal:
+            return None
+
     def _gathers(self) -> None:
         for index, atoms in self.labels.gathered.items():
             node = self.graph.nodes[index]

@@ -180,7 +180,7 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
             result = whole_results(result)
         if recording and entry.scatters and (entry.is_root or _in_backward() == -1):  # a block that runs again for a checkpoint is inside
             result = whole_results(result, ParallelTokens)
-        entry.alone.check_result(result)
+        result = entry.alone.whole(result)
         return mark_copied(result, entry.copies) if entry.copies and recording else result
     except LostRankError as error:
         raise LostRankError(f"a call of {type(module).__name__} could not be completed: {error}") from error
@@ -236,7 +236,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     for path, module in entered:  # now that all classes and forwards are those that will run
         under = [(p, m) for p, m in modules if _within(p, path)]
         own = {(type(v), id(v.object), v.names): v for p, v in reversed(values) if _within(p, path)}
-        alone = Parts(path, module, plan.boundaries.get(path, ()) if path else ())
+        alone = Parts(path, module, plan.boundaries.get(path, ()) if path else (), comm)
         structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
         held = Tensors([t for p, t in tensors if _within(p, path)])
         more = (
