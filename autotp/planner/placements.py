@@ -275,7 +275,9 @@ def _node(
         if contract.form is not None:
             out.distributed[index] = contract.form
             if not space.calls.stands_for(node, contract.form):
-                why = space.graph.sealed(node) or "it is part of a function that has no distributed form"
+                call = space.graph.python.get(node.call)
+                function = call.function if call is not None else "a function"
+                why = space.graph.sealed(node) or f"it is part of {function}, which has no distributed form"
                 out.conflicts.append(Conflict(hit, node, why))
         if not contract.whole:
             summed |= hit
