@@ -10,7 +10,7 @@ from autotp.axes.operators.table import Is, is_a
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
 from autotp.plan.spec import AxisInfo, ModulePlan, ParamPlan
-from autotp.planner.choice import Choice
+from autotp.planner.choice import HEAD_WIDTH, Choice
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
 from autotp.planner.placements import GraphIndex, leaf_atoms
@@ -75,7 +75,7 @@ def _reason(space: GraphIndex, choice: Choice, value: Value) -> Reason:
     if not atoms:
         return Reason("it has no dim to shard")
     through = {a for v in space.graph.params.values() if choice.labels.of(v) for a in space.carried[v.id] if a not in choice.labels.of(v)}
-    own = [a for a in atoms if a not in through and a in choice.refused]
+    own = [a for a in atoms if a in choice.refused and (a not in through or choice.refused[a].text == HEAD_WIDTH)]
     if not own:
         return Reason("it carries the width of the model, which stays whole between the sharded regions")
     return choice.refused[own[0]]
