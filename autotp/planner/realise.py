@@ -242,7 +242,8 @@ class Builder:
             if slot is not None:
                 all_uses = set(nodes) == {n.index for n in self.users[value.id]}
                 before = slots.get(slot, conversion)
-                slots[slot] = conversion if all_uses and _same(before, conversion) else None
+                asked = value.id in self.graph.sized  # the code may compare its sizes with those of one device
+                slots[slot] = conversion if all_uses and not asked and _same(before, conversion) else None
         for slot in slots:
             wanted = {v.id for v, _, _ in pending}
             if any(n.outputs[0].id not in wanted and self.users.get(n.outputs[0].id) for n in self.crossings.get(slot, ())):
