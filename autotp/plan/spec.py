@@ -83,7 +83,8 @@ class Site:
     (f_lasti of the call).
 
     `ints`: (position among the call's int arguments in order, global value, local value). A run raises an error where an int is not
-    the global value. `inputs`/`outputs`: (position among the call's tensor arguments/results, conversions). `kernel`: the
+    the global value, but for positions in `scaled`: there lengths are factors of the number, and others give another one, which becomes
+    local alike. `inputs`/`outputs`: (position among the call's tensor arguments/results, conversions). `kernel`: the
     operator's distributed form, which runs instead and defines the result. `over`: the layout of the sharded dim that the kernel's
     statistic crosses. It is needed where that dim has padding or shared indices; where it is None, every local entry counts.
     `over_dim`: which dim of the kernel's input that is, counted from the right (negative). `sizes`: (position among the tensors, dim
@@ -101,6 +102,7 @@ class Site:
     over: Expr | None = None
     over_dim: int = -1
     sizes: tuple[tuple[int, int, int], ...] = ()
+    scaled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

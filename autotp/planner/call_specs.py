@@ -17,7 +17,7 @@ from autotp.trace.graph import Node, Place, outside
 class CallSpec:
     """Changes at one operator call: its ints, its tensors by position, its distributed form and the dim that this crosses.
 
-    sizes: as in `Site`.
+    sizes, scaled: as in `Site`.
     """
 
     ints: list[tuple[int, int, int]] = field(default_factory=list)
@@ -27,6 +27,7 @@ class CallSpec:
     over: Expr | None = None
     over_dim: int = -1
     sizes: set[tuple[int, int, int]] = field(default_factory=set)
+    scaled: set[int] = field(default_factory=set)
 
     def freeze(self) -> tuple[object, ...]:
         """Returns the fields of a `Site` after its place."""
@@ -38,6 +39,7 @@ class CallSpec:
             self.over,
             self.over_dim,
             tuple(sorted(self.sizes)),
+            tuple(sorted(self.scaled)),
         )
 
 
@@ -86,6 +88,7 @@ def _merge(space: GraphIndex, calls: Mapping[int, CallSpec], node: Node, into: C
     nodes = space.calls.nodes(node)
     into.ints += spec.ints
     into.sizes |= spec.sizes
+    into.scaled |= spec.scaled
     if len({position for position, _, _ in into.ints}) < len(set(into.ints)):
         raise Refusal(node, "one number of the call would have to become two")
     for i, conversions in spec.inputs.items():

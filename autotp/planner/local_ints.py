@@ -11,15 +11,16 @@ axis that it belongs to cannot be sharded.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autotp.axes.analysis import Demand
+from autotp.axes.atoms import flat
 from autotp.plan.spec import LocalAttribute
 from autotp.planner.partition import Partitions, local_size
 from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.planner.refusals import Refusal
-from autotp.trace.graph import Node
+from autotp.trace.graph import Node, Value
 from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
 
 LIMIT = 4000
@@ -34,25 +35,30 @@ Hints = Mapping[tuple[str, str], int]
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """Int number `position` of a node must be `local` on a shard. `demanded`: an operator rule says so."""
+    """Int number `position` of a node must be `local` on a shard. `demanded`: an operator rule says so. `product`: it is the size of a
+    dim that is a product, of which a rank has the same share whatever the other factors are.
+    """
 
     node: Node
     position: int
     expr: IntExpr
     local: int
     demanded: bool
+    product: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Localised:
     """Attributes by module, and (node index → (position, global, local)) overrides at call sites.
 
-    literals: the nodes among these that have a number of the code changed.
+    literals: the nodes among these that have a number of the code changed. scaled: (node index, position) of the overrides that follow
+    lengths.
     """
 
     attributes: Mapping[str, tuple[LocalAttribute, ...]]
     overrides: Mapping[int, tuple[tuple[int, int, int], ...]]
     literals: frozenset[int] = frozenset()
+    scaled: frozenset[tuple[int, int]] = frozenset()
 
 
 def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
@@ -81,6 +87,7 @@ def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
         if not node.ints and not meaning.demands:
             continue
         wanted: dict[int, int] = {}
+        products: dict[int, bool] = {}
         for demand in meaning.demands:
             local = _demanded(node, demand, labels)
             found = positions(node, demand.number, demand.at, demand.listed)
@@ -91,11 +98,12 @@ def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
             if len(found) > 1 and local != demand.number and not _all_asked_for(space, labels, node, demand.number, local, len(found)):
                 raise Refusal(node, f"{demand.number} would have to become {local}, and its call has {len(found)} numbers {demand.number}")
             for p in found:
+                products[p] = products.get(p, True) and len(demand.dims) == 1 and all(a.segments is None for a in flat(demand.dims[0]))
                 if wanted.setdefault(p, local) != local:
                     raise Refusal(node, f"{demand.number} would have to become both {wanted[p]} and {local}")
         for p, expr in enumerate(node.ints):
             if p in wanted or any(True for _ in leaves(expr)):
-                out.append(Constraint(node, p, expr, wanted.get(p, expr.value), p in wanted))
+                out.append(Constraint(node, p, expr, wanted.get(p, expr.value), p in wanted, products.get(p, False)))
     return out
 
 
@@ -141,14 +149,33 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
             return total
         return local_size(dims[leaf.dim], on, labels.cuts)
 
-    search = _Search(every, size, labels.cuts, hints or {}, _equal(space, size))
+    search = _Search(every, size, labels.cuts, hints or {}, _equal(space, labels, size), _of_weights(space, shapes))
     solution = search.run()
+    try:
+        return _localised(space, every, search, solution)
+    except Refusal:
+        compared = search.run(leave=True)
+        if compared == solution:
+            raise
+        try:
+            return _localised(space, every, search, compared)
+        except Refusal:
+            pass
+        raise
+
+
+def _localised(space: GraphIndex, every: list[Constraint], search: _Search, solution: Mapping[AttrRef, int]) -> Localised:
+    """Returns the attributes of a solution, and overrides of all that it leaves wrong.
+
+    Raises Refusal where no override helps.
+    """
     attributes: dict[str, list[LocalAttribute]] = {}
     for ref, value in solution.items():
         if value != ref.value:
             attributes.setdefault(ref.module, []).append(LocalAttribute(ref.path, ref.value, value))
     overrides: dict[int, list[tuple[int, int, int]]] = {}
     literals: set[int] = set()
+    scaled: set[tuple[int, int]] = set()
     for c in every:
         got = search.value(c.expr, solution)
         if got == c.local:
@@ -157,29 +184,54 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
             continue
         if not c.demanded:
             raise Refusal(c.node, f"{show(c.expr)} is used as a number there: {c.expr.value} would become {got}")
-        if c.local == c.expr.value:
+        follows = got is not None and c.product and search.in_proportion(c.expr, solution)
+        if c.local == c.expr.value and not follows:
             raise Refusal(c.node, f"{show(c.expr)} must stay {c.local} there, and would become {got}")
         if c.node.place is None or space.graph.sealed(c.node):
             origin = "" if any(True for _ in leaves(c.expr)) else " is written as a number in the code, or its origin was lost, and"
             raise Refusal(c.node, f"{show(c.expr)}{origin} would have to be {c.local}, and no call site can be told")
         if not any(True for _ in leaves(c.expr)):
             literals.add(c.node.index)
+        if follows:
+            scaled.add((c.node.index, c.position))
         overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
     for name, a, b in space.graph.compared:
         if not search.same_for_other_lengths([a, b], solution, getattr(operator, name)):
             text = f"the code compares {show(a)} with {show(b)}, of which one would become local: for other lengths it would go another way"
             raise Refusal(_changed_by(space, every, search, solution, (a, b)), text)
-    return Localised({m: tuple(a) for m, a in attributes.items()}, {i: tuple(o) for i, o in overrides.items()}, frozenset(literals))
+    changed = {i: tuple(o) for i, o in overrides.items()}
+    return Localised({m: tuple(a) for m, a in attributes.items()}, changed, frozenset(literals), frozenset(scaled))
 
 
-def _equal(space: GraphIndex, size: Callable[[SizeRef], int]) -> dict[AttrRef, int]:
-    """Returns the attributes that the code compares with a size that is cut, and the local size: `x.size(1) != self.num_features`."""
+def _equal(space: GraphIndex, labels: Labels, size: Callable[[SizeRef], int]) -> dict[AttrRef, int]:
+    """Returns the attributes that the code compares with a size that is cut (`x.size(1) != self.num_features`, `x.size(0) == b *
+    self.heads`), and the value that makes both sides equal on a shard.
+    """
     found: dict[AttrRef, int] = {}
+    scales = _scales(labels.cuts)
     for name, *sides in space.graph.compared:
         for a, b in (sides, sides[::-1]):
-            if name in ("eq", "ne") and isinstance(a, SizeRef) and isinstance(b, AttrRef) and a.value == b.value and size(a) != a.value:
-                found[b] = size(a)
+            refs = {leaf for leaf in leaves(b) if isinstance(leaf, AttrRef)}
+            if name in ("eq", "ne") and isinstance(a, SizeRef) and len(refs) == 1 and a.value == b.value and size(a) != a.value:
+                (ref,) = refs
+                tried = {ref.value // whole * local for whole, local in scales if ref.value % whole == 0} | {size(a)}
+                for v in sorted(tried):
+                    if evaluate(b, lambda leaf, v=v: v if isinstance(leaf, AttrRef) else size(leaf)) == size(a):  # type: ignore[misc]
+                        found[ref] = v
+                        break
     return found
+
+
+def _of_weights(space: GraphIndex, shapes: Mapping[int, Value]) -> Callable[[SizeRef], bool]:
+    """Returns what tells the sizes that weights have too: they are the same in every call."""
+    carried = NONE.union(*(space.carried[v.id] for v in space.graph.params.values()))
+
+    def of_weights(leaf: SizeRef) -> bool:
+        value = shapes.get(leaf.value_id)
+        atoms = space.leaves[value.id][leaf.dim] if value is not None and leaf.dim >= 0 else NONE
+        return bool(atoms) and atoms <= carried
+
+    return of_weights
 
 
 def _itself(value: int) -> int:
@@ -208,11 +260,20 @@ def _scales(cuts: Partitions) -> frozenset[tuple[int, int]]:
 class _Search:
     """Searches depth-first over attributes, one module's at a time; it gives up a module where it fails.
 
-    `equal`: values that attributes are to have where what is constrained lets them, and where nothing is.
+    `equal`: values that attributes are to have where what is constrained lets them, and where nothing is. `fixed`: tells the sizes that
+    are no lengths.
     """
 
-    def __init__(self, every: list[Constraint], size: object, cuts: Partitions, hints: Hints, equal: Mapping[AttrRef, int]) -> None:
-        self.size, self.hints, self.equal = size, hints, equal
+    def __init__(
+        self,
+        every: list[Constraint],
+        size: Callable[[SizeRef], int],
+        cuts: Partitions,
+        hints: Hints,
+        equal: Mapping[AttrRef, int],
+        fixed: Callable[[SizeRef], bool],
+    ) -> None:
+        self.size, self.hints, self.equal, self.fixed = size, hints, equal, fixed
         self.scales = _scales(cuts)
         self.groups: list[list[Constraint]] = []
         self._steps = 0
@@ -237,22 +298,11 @@ class _Search:
 
     def value(self, expr: IntExpr, solution: Mapping[AttrRef, int]) -> int | None:
         """Returns the local value of an expression under a solution."""
-        return evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))  # type: ignore[operator]
+        return evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))
 
     def same_for_other_lengths(self, exprs: Sequence[IntExpr], solution: Mapping[AttrRef, int], what: Callable[..., object]) -> bool:
         """True where `what` of the expressions is on a shard what it is on one device, for other lengths (sizes that are not cut) too."""
-
-        def local(leaf: AttrRef | SizeRef) -> int:
-            return solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf)  # type: ignore[operator]
-
-        every = {leaf for expr in exprs for leaf in leaves(expr)}
-        lengths = [leaf for leaf in every if isinstance(leaf, SizeRef) and local(leaf) == leaf.value]
-        if not lengths or all(local(leaf) == leaf.value for leaf in every):
-            return True
-        tried = [*({leaf: leaf.value + more for leaf in lengths} for more in MORE), *(dict.fromkeys(lengths, n) for n in LENGTHS)]
-        for given in tried:
-            here = [evaluate(e, lambda leaf, given=given: given.get(leaf, leaf.value)) for e in exprs]  # type: ignore[misc]
-            there = [evaluate(e, lambda leaf, given=given: given.get(leaf, local(leaf))) for e in exprs]  # type: ignore[misc]
+        for here, there in self._for_other_lengths(exprs, solution):
             if None in here or None in there:
                 if here != there:
                     return False
@@ -260,14 +310,44 @@ class _Search:
                 return False
         return True
 
-    def run(self) -> dict[AttrRef, int]:
-        """Returns the attributes to change; modules without a solution change nothing."""
+    def in_proportion(self, expr: IntExpr, solution: Mapping[AttrRef, int]) -> bool:
+        """True where an expression on a shard is the same share of what it is on one device for other lengths too."""
+        whole, part = expr.value, self.value(expr, solution)
+        if not part or not any(True for _ in leaves(expr)):
+            return False
+        found = ((here, there) for (here,), (there,) in self._for_other_lengths([expr], solution))
+        return all(here is not None and there is not None and here * part == there * whole for here, there in found)
+
+    def _for_other_lengths(
+        self, exprs: Sequence[IntExpr], solution: Mapping[AttrRef, int]
+    ) -> Iterator[tuple[list[int | None], list[int | None]]]:
+        """Yields the expressions' values on one device and on a shard, for each of some other lengths; none where all is whole."""
+
+        def local(leaf: AttrRef | SizeRef) -> int:
+            return solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf)
+
+        every = {leaf for expr in exprs for leaf in leaves(expr)}
+        lengths = [leaf for leaf in every if isinstance(leaf, SizeRef) and local(leaf) == leaf.value and not self.fixed(leaf)]
+        if not lengths or all(local(leaf) == leaf.value for leaf in every):
+            return
+        for given in (*({leaf: leaf.value + more for leaf in lengths} for more in MORE), *(dict.fromkeys(lengths, n) for n in LENGTHS)):
+            here = [evaluate(e, lambda leaf, given=given: given.get(leaf, leaf.value)) for e in exprs]  # type: ignore[misc]
+            there = [evaluate(e, lambda leaf, given=given: given.get(leaf, local(leaf))) for e in exprs]  # type: ignore[misc]
+            yield here, there
+
+    def run(self, leave: bool = False) -> dict[AttrRef, int]:
+        """Returns the attributes to change; modules without a solution change nothing.
+
+        `leave`: where attributes that have to be equal to something make the rest wrong, they are changed, and the rest is left.
+        """
         solution: dict[AttrRef, int] = {}
         for group in self.groups:
             asked = {leaf: self.equal[leaf] for c in group for leaf in leaves(c.expr) if isinstance(leaf, AttrRef) and leaf in self.equal}
             for fixed in (asked, {}) if asked else ({},):
                 self._steps = 0
                 found = self._solve(group, fixed)
+                if found is None and leave and fixed:
+                    found = fixed
                 if found is not None:
                     solution.update(found)
                     break

@@ -60,6 +60,7 @@ class Builder:
         self._params()
         for index, ints in self.local.overrides.items():
             self._call(self.graph.nodes[index]).ints += list(ints)
+            self._call(self.graph.nodes[index]).scaled |= {position for position, _, _ in ints if (index, position) in self.local.scaled}
         for index in self.local.literals:
             self._expect(self.graph.nodes[index])
         self._check_changes()

@@ -155,6 +155,8 @@ class SiteMode(TorchFunctionMode):
             if count not in wanted:
                 return leaf
             value, local = wanted.pop(count)
+            if count in site.scaled and leaf * local % value == 0:
+                return leaf * local // value
             if leaf != value:
                 raise PlanError(
                     f"{self.table.where}: int argument {count} of the call in {site.function} ({site.file}, function at line "
