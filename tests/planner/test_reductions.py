@@ -352,7 +352,8 @@ class Head(nn.Module):
         self.q, self.k, self.v = (nn.Linear(WIDTH, size, bias=False) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(self.q(x) @ self.k(x).transpose(-2, -1) * self.k.out_features**-0.5, -1) @ self.v(x)
+        scores = self.q(x) @ self.k(x).transpose(-2, -1) * self.k.out_features**-0.5
+        return scores.softmax(-1, torch.float64).type_as(x) @ self.v(x)  # type: ignore[no-any-return]
 
 
 class Heads(nn.Module):
