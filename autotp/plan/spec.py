@@ -196,6 +196,7 @@ class DistributedForm(Enum):
     LAYER_NORM = "layer_norm"  # normalised dim sharded: mean and variance all-reduced
     VAR = "var"  # var/std over a sharded dim
     VECTOR_NORM = "vector_norm"  # 2-norm over a sharded dim
+    WEIGHT_NORM = "weight_norm"  # a weight over its 2-norm, along a sharded dim
 
 
 #: a tensor at a module's boundary: (path of the module, path in its arguments or result)
