@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from autotp.errors import AutoTPError, TraceError
@@ -24,7 +24,7 @@ from autotp.trace.example import Example
 from autotp.trace.fills import of_every_block
 from autotp.trace.graph import Graph, Node, Origin, Value
 from autotp.trace.keep import undisturbed, undone
-from autotp.trace.memo import Known
+from autotp.trace.memo import Fakes, Known
 from autotp.trace.model_state import fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.module_calls import Untraceable
 from autotp.trace.recorder import Recorder
@@ -35,7 +35,7 @@ from autotp.trace.values import small
 from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
 
-def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "") -> Any:
+def to_fake(fake: Fakes, tree: Any, recorder: Recorder, name: str = "") -> Any:
     """Returns `tree` with real tensors as fake inputs of the graph; small ones stay known."""
 
     def convert(tensor: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def trace(
     *,
     tag: bool = True,
     hidden: Callable[[str], bool] = lambda file: False,
-    before: Callable[[FakeTensorMode], Callable[[], None]] | None = None,
+    before: Callable[[Fakes], Callable[[], None]] | None = None,
     repeats: Mapping[str, str] | None = None,
     fixed: bool = False,
     known: Known | None = None,
@@ -107,16 +107,16 @@ def _trace(
     repeats: dict[str, str],
     tag: bool,
     hidden: Callable[[str], bool],
-    before: Callable[[FakeTensorMode], Callable[[], None]] | None,
+    before: Callable[[Fakes], Callable[[], None]] | None,
     known: Known,
 ) -> Graph:
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = Fakes(known)
     skipped = tuple(block + "." for block in repeats)
 
     def skip(path: str) -> bool:
         return bool(skipped) and (path + ".").startswith(skipped)
 
-    recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden, known)
+    recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden)
     recorder.calls.start = _call.__code__
     recorder.questions.data_vary = not is_hugging_face(model)  # for those there are examples of either kind
     evaluating = in_mode(model, training=False)
@@ -173,7 +173,7 @@ class _Mode:
         return example.name + gradients + ("-contrary" if self.contrary else "")
 
 
-def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example) -> None:
+def _run(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Example) -> None:
     """Record the path of an example, and those that its code may take with and without gradients where it asks for them.
 
     The path in training mode runs with gradients, whether its code asks or not.
@@ -220,7 +220,7 @@ class _LeftOut:
     decoding: bool
 
 
-def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, mode: _Mode) -> _LeftOut | None:
+def _path(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Example, mode: _Mode) -> _LeftOut | None:
     """Record one path and the one that it decodes to; return what could not be run and was left out, None where all of it ran.
 
     Raises:
@@ -299,7 +299,7 @@ def _failures(model: nn.Module, recorder: BlockRecorder) -> Iterator[None]:
 
 
 def _call(
-    model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode
+    model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Example, inputs: Mapping[str, Any], mode: _Mode
 ) -> tuple[Any, list[tuple[str, str, Value]]]:
     """Returns the result of the call, and the tensors that it left on modules and in its arguments."""
     fresh = {k: v if recorder.values.known(v) is not None else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
