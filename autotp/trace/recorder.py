@@ -93,6 +93,7 @@ class Recorder:
             self._python,
             enable_python_dispatcher(),
             self._aten,
+            self._aten.direct.handing(),
             self.calls.wrapped(),
             watched,
         ):

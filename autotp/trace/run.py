@@ -70,6 +70,7 @@ def trace(
     fixed: bool = False,
     known: Known | None = None,
     once: bool = False,
+    enough: Callable[[Graph], bool] | None = None,
 ) -> Graph:
     """Record every example of `examples`.
 
@@ -80,6 +81,7 @@ def trace(
         fixed: exactly the blocks of `repeats` are.
         known: results of operators that earlier traces have seen; this one adds to them.
         once: a call that cannot be run with repeated blocks answered from templates is not run again with all blocks.
+        enough: called with the graph of the first of several examples; True where the others need not be recorded.
 
     Raises:
         TraceError: a path cannot be run. The model is left as it was.
@@ -88,7 +90,7 @@ def trace(
     known = {} if known is None else known
     for _ in range(RESTARTS):
         try:
-            return _trace(model, examples, keep, found, tag, hidden, before, known)
+            return _trace(model, examples, keep, found, tag, hidden, before, known, enough)
         except NotAlike as error:
             if fixed:
                 raise TraceError(f"blocks alike to one that is traced are used in another way: {error}") from error
@@ -97,7 +99,7 @@ def trace(
             if fixed or once or not found:
                 raise
             break  # it may be that a block which did not run is missing something
-    return _trace(model, examples, keep, {}, tag, hidden, before, known)
+    return _trace(model, examples, keep, {}, tag, hidden, before, known, enough)
 
 
 def _trace(
@@ -109,6 +111,7 @@ def _trace(
     hidden: Callable[[str], bool],
     before: Callable[[Fakes], Callable[[], None]] | None,
     known: Known,
+    enough: Callable[[Graph], bool] | None,
 ) -> Graph:
     fake = Fakes(known)
     skipped = tuple(block + "." for block in repeats)
@@ -142,6 +145,10 @@ def _trace(
             recorder.watch(model, repeats)
             for example in examples:
                 _run(model, recorder, fake, example)
+                if enough is not None and len(examples) > 1 and example is examples[0]:
+                    first = of_every_block(recorder.graph(dict(repeats)))
+                    if enough(first):
+                        return first
             recorder.check()
             recorder.calls.note_swaps()
     except Refused as error:
