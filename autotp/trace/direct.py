@@ -49,7 +49,7 @@ class Direct:
             func._dispatch_cache.setdefault(_KEY, entry)
 
     def _call(self, func: OpOverload, /, *args: Any, **kwargs: Any) -> Any:
-        stack = mode_stack_state_for_pre_dispatch()
+        stack = mode_stack_state_for_pre_dispatch()  # type: ignore[no-untyped-call]
         if stack._schema_check_mode is not self._mode or torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.Python):
             return self._usual(func, args, kwargs)
         stack._schema_check_mode = None

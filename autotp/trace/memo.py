@@ -26,6 +26,7 @@ _PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device,
 _SPACES = ("aten", "prims")
 #: It looks at the size of the storage, which is not in the form.
 _STRIDED = frozenset(("as_strided", "as_strided_copy", "as_strided_scatter"))
+_DEVICE = torch.ops.prim.device.default
 _UNFIT = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 
 
@@ -208,6 +209,8 @@ class Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
         return False  # plans are made without dynamo, and its wrapper costs as much as a remembered result
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # half of all calls: torch asks before most operators
         return self.memo.below(func, args, kwargs or {}, partial(self._run, func, types))
 
     def _run(self, func: Any, types: Any, *args: Any, **kwargs: Any) -> Any:

@@ -131,7 +131,7 @@ class Values:
             alias = aliases[key]
             if alias is target:
                 continue
-            if getrefcount(alias) == _OURS and alias._use_count() == 1:
+            if getrefcount(alias) == _OURS and alias._use_count() == 1:  # type: ignore[attr-defined]
                 del aliases[key]
                 continue
             before = self.of(alias)
