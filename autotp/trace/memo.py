@@ -103,6 +103,10 @@ class Memo:
             return run(*args, **kwargs)
         return self._remembered(func, args, kwargs, True, run)
 
+    def empty(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
+        """Returns a tensor over new memory of the CPU, without gradients."""
+        return self._make(_Made(-1, shape, stride, 0, dtype, torch.device("cpu")), [])
+
     def _remembered(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], below: bool, run: Callable[..., Any]) -> Any:
         tensors: list[FakeTensor] = []
         try:
