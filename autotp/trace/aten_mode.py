@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from autotp.trace.accesses import Accesses
-from autotp.trace.direct import Direct
 from autotp.trace.graph import Origin, Pseudo, Random
 from autotp.trace.ints import IntExpr, Life
 from autotp.trace.lengths import BY_LENGTH, with_tensors
@@ -37,14 +36,12 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
         """`keep`: operators recorded whole. `life`: of the tags of this trace."""
         TorchDispatchMode.__init__(self, _dispatch_key=DispatchKey.PreDispatch)  # type: ignore[no-untyped-call]
         self.keep, self.tape, self.values, self.accesses, self.data, self.life = keep, tape, values, accesses, data, life
-        self.direct = Direct(self, self._recorded)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # plans are made without dynamo, whose wrapper would be around each operator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.direct.met(func)
         return self._recorded(func, args, kwargs or {})
 
     def _recorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -93,7 +93,6 @@ class Recorder:
             self._python,
             enable_python_dispatcher(),
             self._aten,
-            self._aten.direct.handing(),
             self.calls.wrapped(),
             watched,
         ):

@@ -20,8 +20,22 @@ from autotp.trace.storage import storage_of
 from autotp.trace.tape import Tape
 
 SMALL = 65536
-#: References to a tensor that no code holds: in `_alive`, in `_aliases`, the name in `written`, and the argument of `getrefcount`.
-_OURS = 4
+
+
+def _references(tensors: dict[int, Tensor], key: int) -> tuple[int, int]:
+    """Counts the references to a tensor in a dict: Python's, and those of torch to what is behind it."""
+    tensor = tensors[key]
+    return getrefcount(tensor), tensor._use_count()  # type: ignore[attr-defined]
+
+
+def _of_two_dicts() -> tuple[int, int]:
+    """Returns the references to a tensor that two dicts hold and nobody else, as this version of Python counts them."""
+    first, second = {0: torch.empty(())}, {}
+    second[0] = first[0]
+    return _references(second, 0)
+
+
+_UNHELD = _of_two_dicts()
 
 
 def small(tensor: Tensor) -> bool:
@@ -128,11 +142,11 @@ class Values:
             return
         aliases = self._aliases.get(storage_of(target), {})
         for key in [*aliases]:
+            if aliases[key] is not target and _references(aliases, key) == _UNHELD:  # by `_alive` and `_aliases` alone
+                del aliases[key]
+                continue
             alias = aliases[key]
             if alias is target:
-                continue
-            if getrefcount(alias) == _OURS and alias._use_count() == 1:  # type: ignore[attr-defined]
-                del aliases[key]
                 continue
             before = self.of(alias)
             if before.origin in (Origin.PARAM,):
