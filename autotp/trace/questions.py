@@ -25,7 +25,7 @@ class Questions:
         self.turned: list[Where] = []  # where a condition got the contrary of the usual answer
         self.settled: set[Where] = set()  # where it always gets the usual one
         self.conditions: list[Where] = []  # where a condition was asked in this call
-        self.reversed: set[Where] = set()  # where the usual answer makes the code raise: the other one is usual there
+        self.reversed: set[Place | Where] = set()  # places where the usual answer makes the code raise: the other one is usual there
         self._tape = tape
 
     def begin(self, inference: bool, contrary: bool) -> None:
@@ -47,11 +47,15 @@ class Questions:
         self.asked.add(Question.CONDITION)
         where = self._tape.module, place
         self.conditions.append(where)
-        usual = usual is not (where in self.reversed)
+        usual = usual is not (self.check(where) in self.reversed)
         if not self.contrary or where in self.turned or where in self.settled:
             return usual
         self.turned.append(where)
         return not usual
+
+    def check(self, where: Where) -> Place | Where:
+        """Returns the place in the code: one check is made by all modules of a class."""
+        return where[1] or where
 
     def number_at(self, usual: Any, place: Place | None) -> Any:
         """The usual number, or in the contrary case the other one of 0 and 1, where code makes a plain number of unknown data: what it

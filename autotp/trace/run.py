@@ -266,9 +266,9 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Examp
                 data.number = 0
         if not mode.contrary and questions.conditions and len(questions.reversed) < _MOST_REVERSED and _own(error.error):
             last = questions.conditions[-1]
-            if last not in questions.reversed:  # `if not x.isfinite().all(): raise` of data that is not known
+            if questions.check(last) not in questions.reversed:  # `if not x.isfinite().all(): raise` of data that is not known
                 recorder.rewind(start, done)
-                questions.reversed.add(last)
+                questions.reversed.add(questions.check(last))
                 questions.settled.add(last)
                 return again()
         if (data.guessed or data.chose) and not data.along:
