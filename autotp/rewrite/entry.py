@@ -51,6 +51,7 @@ _CHECKPOINTING = frozenset(("gradient_checkpointing", "_gradient_checkpointing_f
 Originals = Mapping[tuple[str, str], Any]
 
 _in_backward = torch._C._current_graph_task_id
+_compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 
 class Follow(Protocol):
@@ -148,25 +149,33 @@ class Entry:
 
 def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     entry: Entry = module.__dict__[ENTRY]
+    running = entry.running
     if is_dynamo_compiling():
         entry.compiled()
-        return forward(module, *args, **kwargs)
-    running = entry.running
+        if running.open:
+            return forward(module, *args, **kwargs)
+        # Where the graph breaks inside, dynamo cannot go on in the middle of a `try`: it runs this function as it is, so that such a call
+        # begins below as any other, and pieces of it are compiled. Where it does not break, nothing of this is left in the graph.
+        running.open = True
+        try:
+            return forward(module, *args, **kwargs)
+        finally:
+            running.open = False
     if running.open:
         return forward(module, *args, **kwargs)
-    running.open, running.records = True, torch.is_grad_enabled()
+    running.open, running.records, running.inside_compiled = True, torch.is_grad_enabled(), _compiler() is not None
     try:
         entry.begin(module)
     except ChangedError as change:
-        running.open = False
+        running.open = running.inside_compiled = False
         if entry.follow is None or not entry.follow(change):
             raise
         return module.forward(*args, **kwargs)  # the plan, its guards and this forward are new
     except BaseException:
-        running.open = False
+        running.open = running.inside_compiled = False
         raise
     try:
-        running.compiles = entry.scatters and running.records and any(map(_is_compiled, module.modules()))
+        running.compiles = entry.scatters and running.records and (running.inside_compiled or any(map(_is_compiled, module.modules())))
         if any(isinstance(v, DTensor) for v in (*args, *kwargs.values())):  # rows of a weight, say: whole from here on
             args = tuple(map(_whole, args))
             kwargs = {name: _whole(v) for name, v in kwargs.items()}
@@ -189,7 +198,7 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
             raise AutoTPError(text) from error
         raise
     finally:
-        running.open = False
+        running.open = running.inside_compiled = False
         running.end()
         entry.values.again()
 
