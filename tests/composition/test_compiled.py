@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import autotp
@@ -38,9 +39,10 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention()
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH))
+        self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
+        x = x + self.drop(self.attention(x))
         return x + self.mlp(x)  # type: ignore[no-any-return]
 
 
@@ -67,7 +69,7 @@ def pair(**options: Any) -> tuple[nn.Module, nn.Module]:
     """(the model on one device, the same over two ranks), where the plan changes calls in attention; nothing is compiled yet."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    alone = Decoder().double()
+    alone = Decoder().double().eval()
     model = autotp.parallelize(copy.deepcopy(alone), mesh_of(1, 2), example_inputs={"ids": ids()}, check="graph", **options)
     plan = autotp.plan_of(model)
     assert any(m.sites for m in plan.modules if m.path == "blocks.0.attention")
@@ -128,3 +130,18 @@ def test_guards(pool: Pool) -> None:
     for said in pool.run(guarded, timeout=150.0):
         assert all("outside of a call of the model" in said[name] for name in ("column", "row", "function")), said
         assert "heads" in said["changed"], said
+
+
+def drawn() -> list[Tensor]:
+    """Two compiled calls in training mode, on ranks whose generators differ before."""
+    model = pair()[1].train()
+    run = torch.compile(model, backend="eager")
+    torch.manual_seed(dist.get_rank())
+    return [run(ids()).detach() for _ in range(2)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_draw_the_same(pool: Pool) -> None:
+    (first, second), others = pool.run(drawn, timeout=150.0)
+    assert torch.equal(first, others[0]) and torch.equal(second, others[1])
+    assert not torch.equal(first, second)
