@@ -1,7 +1,8 @@
 """What planning costs, with its numbers compared and without: `python -m benchmarks.planning`.
 
 `--types canine zamba2` plans tiny models of these types of transformers instead, each once, and prints CPU seconds; `--kept` also those of
-a plan that `AUTOTP_CACHE` keeps.
+a plan that `AUTOTP_CACHE` keeps. `--published NAME …` plans models of `tools/known_models.yaml` at their published sizes (without names
+all of them), `--layers 2 126` a llama of the widths of the 405B model with so many layers.
 
 CPU seconds of this process, the least of several plans; the first one, which also imports and compiles what is used, is left out.
 """
@@ -98,6 +99,35 @@ def types(names: list[str], tp: int, also_kept: bool) -> None:
         print(f"{name:20s} {tp:3d} {seconds:6.2f}s{again}  {plan.checked}", flush=True)
 
 
+def once(name: str, model: nn.Module, tp: int, rounds: int) -> None:
+    """Print CPU seconds of the cheapest of `rounds` plans."""
+    found = []
+    for _ in range(rounds):
+        started = time.process_time()
+        plan = autotp.plan(model, tp=tp)
+        found.append(time.process_time() - started)
+    print(f"{name:30s} {tp:3d} {min(found):6.2f}s  {plan.checked}", flush=True)
+
+
+def published(names: list[str], tp: int) -> None:
+    """Print CPU seconds of the first plan of each well-known model, after one of a tiny llama."""
+    from autotp import targets
+    from tools.known_models import config_of, configs
+
+    autotp.plan(llama("cpu", **TINY), tp=tp)
+    for name, entry in configs().items():
+        if not names or name in names:
+            once(name, targets.build(config_of(entry), device="meta"), tp, 1)
+
+
+def depths(layers: list[int], tp: int, rounds: int) -> None:
+    """Print CPU seconds of plans of a llama with the widths of the 405B model, by its number of layers."""
+    widths = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 128256}
+    once("the first", llama("meta", **widths, num_hidden_layers=2), tp, 1)
+    for count in layers:
+        once(f"{count} layers", llama("meta", **widths, num_hidden_layers=count), tp, rounds)
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -105,7 +135,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--types", nargs="+", metavar="TYPE")
     parser.add_argument("--kept", action="store_true")
+    parser.add_argument("--published", nargs="*", metavar="NAME")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="N")
     options = parser.parse_args()
+    if options.published is not None:
+        published(options.published, options.tp[0])
+        return
+    if options.layers:
+        depths(options.layers, options.tp[0], options.rounds)
+        return
     if options.types:
         types(options.types, options.tp[0], options.kept)
         return

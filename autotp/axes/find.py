@@ -16,6 +16,7 @@ from autotp.axes.operators import (
     pooling,
     products,
     pseudo,
+    recurrent,
     reductions,
     shapes,
     slicing,
@@ -25,7 +26,7 @@ from autotp.axes.operators.table import OPERATORS, Is, entry, is_a
 from autotp.trace.graph import Graph, Node, Pseudo
 
 #: Importing a room of rules enters them into the table.
-ROOMS = (attention, constructors, elementwise, indexing, norms, pooling, products, pseudo, reductions, shapes, slicing)
+ROOMS = (attention, constructors, elementwise, indexing, norms, pooling, products, pseudo, recurrent, reductions, shapes, slicing)
 
 
 def keep(op: Any) -> bool:

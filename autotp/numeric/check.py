@@ -119,9 +119,6 @@ def _subject(model: nn.Module, examples: tuple[Example, ...], tp: int) -> _Subje
                 wanted = run(original, examples, precision)
         if nothing := _nothing_finite(wanted):
             raise CannotRun(f"the model's {nothing} are not finite")
-        again = run(make(), examples, precision)
-        if _differences(wanted, again, {}, 0, precision.tolerance, precision):
-            raise CannotRun("two runs of the model with one seed differ")
         return _Subject(make, examples, precision, wanted, order)
     raise CannotRun(
         f"the model itself does not run on the example inputs ({type(problem).__name__}: {' '.join(str(problem).split())[:200]})"
@@ -152,10 +149,12 @@ def _compare(subject: _Subject, plan: Plan) -> Verdict:
     except TimedOut as error:
         raise CannotRun(str(error)) from error
     except Exception as error:
+        _refuse_unsteady(subject)
         return Verdict(module="", reason=f"the code fails on a shard ({_short(error)})")
     wrong = [_differences(subject.wanted, seen, layouts, r, tolerance, subject.precision) for r, (seen, _) in enumerate(ranks)]
     if not any(wrong):
         return Verdict()
+    _refuse_unsteady(subject)
     moved = _own_change(subject)
     if moved > _UNSTABLE:
         raise CannotRun(f"a change of its weights in the last place changes the model's results by {moved:.0e}")
@@ -172,6 +171,17 @@ def _compare(subject: _Subject, plan: Plan) -> Verdict:
     module, backward = first_wrong_module(subject.order, [order for _, order in ranks], merged, tolerance)
     reason = f"numbers differ from one device ({worst}: relative error {merged[worst]:.1e})"
     return Verdict(module=module, reason=reason, backward=backward)
+
+
+def _refuse_unsteady(subject: _Subject) -> None:
+    """Raises where a second run of the model itself gives other numbers. It is made only where the ranks give others.
+
+    Raises:
+        CannotRun: it does.
+    """
+    again = run(subject.make(), subject.examples, subject.precision)
+    if _differences(subject.wanted, again, {}, 0, subject.precision.tolerance, subject.precision):
+        raise CannotRun("two runs of the model with one seed differ")
 
 
 def _short(error: BaseException | None) -> str:

@@ -15,6 +15,14 @@ from autotp.numeric.exact import Precision
 from autotp.numeric.subject import CannotRun, in_precision
 
 
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A deep copy. What a forward computed and a module holds (the weight of `torch.nn.utils.weight_norm`) is copied as numbers alone:
+    torch copies no tensor that has a history.
+    """
+    held = (t for module in model.modules() for t in vars(module).values())
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf})
+
+
 def copy_of(model: nn.Module, precision: Precision) -> nn.Module:
     """A deep copy on the CPU without gradients; see the module docstring.
 
@@ -22,7 +30,7 @@ def copy_of(model: nn.Module, precision: Precision) -> nn.Module:
         CannotRun: it cannot be copied, or buffers have no values.
     """
     try:
-        copied = copy.deepcopy(model)
+        copied = deep_copy(model)
     except Exception as error:  # what a module holds may refuse to be copied in any way
         raise CannotRun(f"the model cannot be copied ({type(error).__name__}: {error})") from error
     if any(b is a for a, b in zip(model.parameters(), copied.parameters(), strict=True)):

@@ -2,7 +2,8 @@
 
 vocabulary: rows of a token table, or of the product that gives logits. experts: the width of each expert, or whole experts.
 column-parallel: the weight gives each rank its part of a product's result. row-parallel: the weight takes each rank its part of a
-product's input, and the results are summed. in parts: any other cut (a norm over the heads). whole: every rank has all of it.
+product's input, and the results are summed. in parts: any other cut (a norm over the heads, what a weight is computed from). whole:
+every rank has all of it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def kinds(plan: PlanSpec) -> Mapping[str, Kind]:
     modules = {m.path: m for m in plan.modules}
     weights: dict[str, list[Layout]] = {}
     for name, p in plan.params.items():
-        if len(p.layout.shape) > 1 and p.layout.dim is not None:
+        if len(p.layout.shape) > 1 and p.layout.dim is not None and name in plan.products:
             weights.setdefault(name.rpartition(".")[0], []).append(p.layout)
     found: dict[str, Kind] = {}
     for name, p in plan.params.items():

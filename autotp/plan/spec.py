@@ -159,11 +159,15 @@ class Shown(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """One tensor at a module's boundary is not whole: an argument or, if `result`, a result; `path` as in `Slot`."""
+    """One tensor at a module's boundary is not whole: an argument or, if `result`, a result; `path` as in `Slot`.
+
+    whole: what makes a result whole in a call of the module by itself; None where that is not known.
+    """
 
     result: bool
     path: tuple[str | int, ...]
     shown: Shown
+    whole: Conversion | None = None
 
     def __str__(self) -> str:
         return f"{'result' if self.result else 'argument'} {'.'.join(map(str, self.path))}".strip()
@@ -192,6 +196,7 @@ class DistributedForm(Enum):
     LAYER_NORM = "layer_norm"  # normalised dim sharded: mean and variance all-reduced
     VAR = "var"  # var/std over a sharded dim
     VECTOR_NORM = "vector_norm"  # 2-norm over a sharded dim
+    WEIGHT_NORM = "weight_norm"  # a weight over its 2-norm, along a sharded dim
 
 
 #: a tensor at a module's boundary: (path of the module, path in its arguments or result)

@@ -10,7 +10,7 @@ from autotp.axes.operators.table import Is, is_a
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
 from autotp.plan.spec import AxisInfo, ModulePlan, ParamPlan
-from autotp.planner.choice import Choice
+from autotp.planner.choice import HEAD_WIDTH, Choice
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
 from autotp.planner.placements import GraphIndex, leaf_atoms
@@ -70,12 +70,15 @@ def _is_product(space: GraphIndex, value: Value) -> bool:
 
 
 def _reason(space: GraphIndex, choice: Choice, value: Value) -> Reason:
-    """Why a parameter stays whole: the reason of its most major axis that is not the model's width."""
+    """Why a parameter stays whole: the reason of its most major axis that is not the model's width; of its heads, where there are some."""
     atoms = [a for dim in space.axes.dims[value.id] for a in leaf_atoms(dim)]
     if not atoms:
         return Reason("it has no dim to shard")
     through = {a for v in space.graph.params.values() if choice.labels.of(v) for a in space.carried[v.id] if a not in choice.labels.of(v)}
     own = [a for a in atoms if a not in through and a in choice.refused]
+    if not own or choice.refused[own[0]].text == HEAD_WIDTH:
+        dims = ([a for a in leaf_atoms(dim) if a in choice.refused] for dim in space.axes.dims[value.id])
+        own = next((dim for dim in dims if any(choice.refused[a].text == HEAD_WIDTH for a in dim)), own)
     if not own:
         return Reason("it carries the width of the model, which stays whole between the sharded regions")
     return choice.refused[own[0]]

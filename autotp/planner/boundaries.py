@@ -8,10 +8,11 @@ the one after.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from autotp.axes.operators.elementwise import pointwise
 from autotp.axes.operators.table import Is, entry, is_a
+from autotp.plan.conversions import Conversion, Op
 from autotp.plan.spec import Boundary, Forms, Shown
 from autotp.planner.joint_reductions import Joint
 from autotp.planner.keys import AtSlot, slot_key
@@ -26,14 +27,21 @@ _ORDER = (Shown.HELD, Shown.SUM, Shown.PART, Shown.GRADIENT)  # the most informa
 
 
 def find_boundaries(
-    space: GraphIndex, labels: Labels, moves: Moves, joints: Iterable[Joint], copied: Collection[SlotKey], repeats: Mapping[str, str]
+    space: GraphIndex,
+    labels: Labels,
+    moves: Moves,
+    joints: Iterable[Joint],
+    copied: Collection[SlotKey],
+    repeats: Mapping[str, str],
+    gather: Callable[[Value], Conversion | None],
 ) -> dict[str, tuple[Boundary, ...]]:
     """Returns path of a module → its boundary values that are not whole; modules with none are left out.
 
-    `copied`: the slots with a COPY. `repeats`: block → the block that was traced in its place.
+    `copied`: the slots with a COPY. `repeats`: block → the block that was traced in its place. `gather`: what makes a part whole.
     """
     held, later = _held(space, joints), _taken_over(space, moves, copied)
     found: dict[str, dict[tuple[bool, tuple[str | int, ...]], Shown]] = {}
+    wholes: dict[tuple[str, tuple[str | int, ...]], set[Conversion | None]] = {}
     for node in space.graph.nodes:
         key = slot_key(node)
         if key is None or not key[1]:
@@ -43,10 +51,16 @@ def find_boundaries(
             continue
         _, path, where = key
         result = node.op is Pseudo.EXIT
+        if result and shown in (Shown.PART, Shown.SUM):
+            wholes.setdefault((path, where), set()).add(Conversion(Op.REDUCE) if shown is Shown.SUM else gather(node.outputs[0]))
         for each in (where,) if result else space.graph.members.get((path, where), (where,)):
             before = found.setdefault(path, {}).setdefault((result, each), shown)
             found[path][result, each] = min(before, shown, key=_ORDER.index)
-    every = {path: tuple(Boundary(*place, shown) for place, shown in slots.items()) for path, slots in found.items()}
+    alike = {key: next(iter(conversions)) for key, conversions in wholes.items() if len(conversions) == 1}
+    every = {
+        path: tuple(Boundary(*place, shown, alike.get((path, place[1])) if place[0] else None) for place, shown in slots.items())
+        for path, slots in found.items()
+    }
     return dict(with_copies(every.items(), repeats))
 
 

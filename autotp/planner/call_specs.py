@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autotp.plan.conversions import Conversion
 from autotp.plan.expressions import Expr
@@ -44,30 +44,43 @@ class CallSpec:
 
 
 def sites_of(space: GraphIndex, calls: Mapping[int, CallSpec]) -> dict[str, list[Site]]:
-    """Returns one site for each place in a module; every call from there must need the same changes."""
+    """Returns one site for each place in a module; every call from there must need the same changes, as far as it has the tensors."""
     specs: dict[tuple[str, int], tuple[Node, CallSpec]] = {}
     for index, spec in calls.items():
         node = space.graph.nodes[index]
         _, old = specs.setdefault((node.module, node.call), (node, CallSpec()))
         _merge(space, calls, node, old, spec)
-    places: dict[tuple[str, Place], tuple[object, Site]] = {}
+    places: dict[tuple[str, Place], list[tuple[Node, CallSpec]]] = {}
     for (module, _), (node, spec) in specs.items():
         assert node.place is not None
-        frozen = spec.freeze()
-        p = node.place
-        site = Site(p.file, p.function, p.line, p.offset, *frozen)  # type: ignore[arg-type]
-        before = places.setdefault((module, p), (frozen, site))
-        if before[0] != frozen:
-            raise Refusal(node, "calls from one place in the code need different conversions")
+        places.setdefault((module, node.place), []).append((node, spec))
+    met = set(specs)
     for node in space.graph.nodes:
         if outside(node):
             continue  # sites are watched in calls of the model only
-        if node.place is not None and (node.module, node.place) in places and (node.module, node.call) not in specs:
-            raise Refusal(node, "only some of the calls from one place in the code need a conversion")
+        if node.place is not None and (found := places.get((node.module, node.place))) and (node.module, node.call) not in met:
+            met.add((node.module, node.call))
+            found.append((node, CallSpec()))
     out: dict[str, list[Site]] = {}
-    for (module, _), (_, site) in places.items():
-        out.setdefault(module, []).append(site)
+    for (module, p), found in places.items():
+        out.setdefault(module, []).append(Site(p.file, p.function, p.line, p.offset, *_common(found).freeze()))  # type: ignore[arg-type]
     return out
+
+
+def _common(calls: list[tuple[Node, CallSpec]]) -> CallSpec:
+    """Returns the changes that all calls from one place need. Those of a tensor that a call does not have (a mask) leave it as it is."""
+    spec = replace(calls[0][1], inputs={i: conversions for _, each in calls for i, conversions in each.inputs.items()})
+    for node, each in calls:
+        own = replace(spec, inputs={i: conversions for i, conversions in spec.inputs.items() if i < len(node.tensors)})
+        if own.freeze() != each.freeze():
+            some = each == CallSpec()
+            raise Refusal(
+                node,
+                "only some of the calls from one place in the code need a conversion"
+                if some
+                else "calls from one place in the code need different conversions",
+            )
+    return spec
 
 
 def _merge(space: GraphIndex, calls: Mapping[int, CallSpec], node: Node, into: CallSpec, spec: CallSpec) -> None:

@@ -83,9 +83,20 @@ def replay(
         modules = [m for m in draft.plan.modules if not (skipped and (m.path + ".").startswith(skipped))]
         return apply(model, params, modules, comm=DryComm(tp), make_param=make, skip=skipped).undo
 
+    early: list[Difference] = []
+
+    def enough(first: Graph) -> bool:
+        """Most differences are in the first call: the others then need not be run."""
+        found = _compare(draft, first, complete=False)
+        if found is not None and found.node.op is not Pseudo.WRITE:  # which another call may read
+            early.append(found)
+        return bool(early)
+
+    hidden = lambda f: f.startswith(_REWRITE)  # noqa: E731
     try:
-        hidden = lambda f: f.startswith(_REWRITE)  # noqa: E731
-        actual = trace(model, ran, keep, tag=False, hidden=hidden, before=before, repeats=expected.repeats, fixed=True, known=known)
+        actual = trace(
+            model, ran, keep, tag=False, hidden=hidden, before=before, repeats=expected.repeats, fixed=True, known=known, enough=enough
+        )
     except TraceError as error:
         done = error.partial if isinstance(error.partial, Graph) else None
         found = _compare(draft, done, complete=False) if done is not None else None
@@ -93,7 +104,7 @@ def replay(
             found = Difference(_where(draft, error.module), "")
         cause = error.__cause__ or error
         return Difference(found.node, f"the code fails on a shard ({type(cause).__name__}: {cause})")
-    return _compare(draft, actual, complete=True)
+    return early[0] if early else _compare(draft, actual, complete=True)
 
 
 def _where(draft: Draft, module: str) -> Node:

@@ -25,6 +25,7 @@ from autotp.planner.requested import Reason, Wanted, claimed, granules, ruled_ou
 from autotp.trace.graph import Origin, Value
 
 UNREAD = "no traced call reads it"
+HEAD_WIDTH = "it is the width of one attention head, which is not cut"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def choose(
             carriers.setdefault(atom, []).append(value)
     widths = head_widths(space)
     for atom in widths:
-        refused.setdefault(atom, Reason("it is the width of one attention head, which is not cut"))
+        refused.setdefault(atom, Reason(HEAD_WIDTH))
     unread = {atom for value in space.graph.params.values() if value.id not in space.users for atom in space.carried[value.id]}
     refused.update(dict.fromkeys(unread, Reason(UNREAD)))
     if nothing:

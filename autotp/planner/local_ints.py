@@ -10,44 +10,25 @@ axis that it belongs to cannot be sharded.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autotp.axes.analysis import Demand
-from autotp.axes.atoms import Atom, flat
 from autotp.plan.spec import LocalAttribute
-from autotp.planner.partition import Atoms, Partitions, local_size
+from autotp.planner.demands import Constraint, constraints, is_length
+from autotp.planner.partition import Partitions, local_size
 from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node
 from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
 
 LIMIT = 4000
-#: Functions that take the shape of their second tensor.
-_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
 #: What is added to each length, and what all are, to see whether a number is the same for others.
 MORE = range(1, 9)
 LENGTHS = (*range(1, 65), *(2**n for n in range(7, 20)))
 #: (module, attribute path) → the local value that is tried first.
 Hints = Mapping[tuple[str, str], int]
-
-
-@dataclass(frozen=True, slots=True)
-class Constraint:
-    """Int number `position` of a node must be `local` on a shard. `demanded`: an operator rule says so.
-
-    unit: (factor of the int that lengths do not change, what it must be on a shard), where the int is such a factor × lengths.
-    """
-
-    node: Node
-    position: int
-    expr: IntExpr
-    local: int
-    demanded: bool
-    unit: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,92 +43,6 @@ class Localised:
     overrides: Mapping[int, tuple[tuple[int, int, int], ...]]
     multiples: Mapping[int, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
     literals: frozenset[int] = frozenset()
-
-
-def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
-    """Returns the positions among a call's ints that may be int `number` of the ATen call (the `at`-th of a list of `listed`)."""
-    values = [e.value for e in node.ints]
-    if listed:
-        sizes = next(
-            (a for a in node.args if isinstance(a, (list, tuple)) and len(a) == listed and all(isinstance(x, int) for x in a)), None
-        )
-        if sizes is not None:
-            runs = [i for i in range(len(values) - listed + 1) if values[i : i + listed] == list(sizes)]
-            if runs:
-                return [runs[-1] + at]
-    return [i for i, v in enumerate(values) if v == number]
-
-
-def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
-    """Lists every constraint of the graph.
-
-    Raises:
-        Refusal: a demanded int has no known origin, or is not told from others of its call that are equal on one device.
-    """
-    out: list[Constraint] = []
-    for node in space.graph.nodes:
-        meaning = space.axes.meanings[node.index]
-        if not node.ints and not meaning.demands:
-            continue
-        wanted: dict[int, int] = {}
-        units: dict[int, tuple[int, int] | None] = {}
-        for demand in meaning.demands:
-            local = _demanded(node, demand, labels)
-            found = positions(node, demand.number, demand.at, demand.listed)
-            if not found and _given(space, labels, node, demand.at) == local:
-                continue
-            if not found and local != demand.number:
-                raise Refusal(node, f"{demand.number} would have to become {local}, and where it comes from is not known")
-            if len(found) > 1 and local != demand.number and not _all_asked_for(space, labels, node, demand.number, local, len(found)):
-                raise Refusal(node, f"{demand.number} would have to become {local}, and its call has {len(found)} numbers {demand.number}")
-            for p in found:
-                if wanted.setdefault(p, local) != local:
-                    raise Refusal(node, f"{demand.number} would have to become both {wanted[p]} and {local}")
-                unit = _unit(space, demand, labels, node)
-                units[p] = unit if units.setdefault(p, unit) == unit else None
-        for p, expr in enumerate(node.ints):
-            if p in wanted or any(True for _ in leaves(expr)):
-                out.append(Constraint(node, p, expr, wanted.get(p, expr.value), p in wanted, units.get(p)))
-    return out
-
-
-def _given(space: GraphIndex, labels: Labels, node: Node, at: int) -> int | None:
-    """Returns the local size of dim `at` of the tensor whose shape a call takes (`x.view_as(y)`), None for other calls."""
-    call = space.graph.python.get(node.call)
-    if call is None or call.function not in _LIKE or len(node.tensors) != 2 or at < 0:
-        return None
-    shape = space.axes.dims.get(node.tensors[1], ())
-    return local_size(shape[at], labels.shard.get(node.tensors[1], NONE), labels.cuts) if at < len(shape) else None
-
-
-def _unit(space: GraphIndex, demand: Demand, labels: Labels, node: Node) -> tuple[int, int] | None:
-    """Returns the size and the local size of the factors of a dim that are no lengths, None for a concatenation."""
-    atoms = flat(list(demand.dims[0])) if len(demand.dims) == 1 else []
-    if not atoms or any(a.segments is not None for a in atoms):
-        return None
-    kept = [a for a in atoms if not is_length(space, labels, a)]
-    return math.prod(a.size for a in kept), local_size(kept, _on(node, demand, labels), labels.cuts)
-
-
-def is_length(space: GraphIndex, labels: Labels, atom: Atom) -> bool:
-    """True for an axis that no parameter has and that is not cut: another call may have another size."""
-    return atom not in space.of_parameters and atom not in labels.cuts
-
-
-def _on(node: Node, demand: Demand, labels: Labels) -> Atoms:
-    return labels.shard.get(demand.value, NONE) | labels.slices.get((node.index, demand.value), NONE)
-
-
-def _demanded(node: Node, demand: Demand, labels: Labels) -> int:
-    on = _on(node, demand, labels)
-    local = sum(local_size(d, on, labels.cuts) for d in demand.dims)
-    return -local if demand.number < 0 else local
-
-
-def _all_asked_for(space: GraphIndex, labels: Labels, node: Node, number: int, local: int, count: int) -> bool:
-    """True where the operators of a node's Python call ask for `count` ints that are `number` on one device, and all for `local`."""
-    asked = {(n.index, d): n for n in space.calls.nodes(node) for d in space.axes.meanings[n.index].demands if d.number == number}
-    return len(asked) >= count and all(_demanded(n, d, labels) == local for (_, d), n in asked.items())
 
 
 def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> Localised:
@@ -171,8 +66,26 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
             return total
         return local_size(dims[leaf.dim], on, labels.cuts)
 
-    search = _Search(every, size, labels.cuts, hints or {}, _equal(space, size))
+    search = _Search(every, size, labels.cuts, hints or {}, _equal(space, labels, size), lambda leaf: not _is_length(space, labels, leaf))
     solution = search.run()
+    try:
+        return _localised(space, labels, every, search, solution)
+    except Refusal:
+        compared = search.run(leave=True)
+        if compared == solution:
+            raise
+        try:
+            return _localised(space, labels, every, search, compared)
+        except Refusal:
+            pass
+        raise
+
+
+def _localised(space: GraphIndex, labels: Labels, every: list[Constraint], search: _Search, solution: Mapping[AttrRef, int]) -> Localised:
+    """Returns the attributes of a solution, and overrides of all that it leaves wrong.
+
+    Raises Refusal where no override helps.
+    """
     attributes: dict[str, list[LocalAttribute]] = {}
     for ref, value in solution.items():
         if value != ref.value:
@@ -188,19 +101,17 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
             continue
         if not c.demanded:
             raise Refusal(c.node, f"{show(c.expr)} is used as a number there: {c.expr.value} would become {got}")
-        if c.local == c.expr.value:
+        factors = _factors(space, labels, search, solution, c)
+        if c.local == c.expr.value and factors is None:
             raise Refusal(c.node, f"{show(c.expr)} must stay {c.local} there, and would become {got}")
         if c.node.place is None or space.graph.sealed(c.node):
             origin = "" if any(True for _ in leaves(c.expr)) else " is written as a number in the code, or its origin was lost, and"
             raise Refusal(c.node, f"{show(c.expr)}{origin} would have to be {c.local}, and no call site can be told")
-        others = _for_other_lengths(space, labels, c.expr)
-        if others != {c.expr.value}:
-            # the call site is told a factor of a number that depends on lengths
-            changed = any(search.value(leaf, solution) != leaf.value for leaf in leaves(c.expr))
-            if changed or c.unit is None or any(n is None or n % c.unit[0] for n in others):
+        if any(_is_length(space, labels, leaf) for leaf in leaves(c.expr)):
+            if factors is None:
                 text = f"{show(c.expr)} would have to be {c.local} there, no attribute makes it so, and it depends on a length"
                 raise Refusal(c.node, text)
-            multiples.setdefault(c.node.index, []).append((c.position, *c.unit))
+            multiples.setdefault(c.node.index, []).append((c.position, *factors))
             continue
         if not any(True for _ in leaves(c.expr)):
             literals.add(c.node.index)
@@ -216,29 +127,53 @@ def _frozen(lists: Mapping[Any, list[Any]]) -> dict[Any, tuple[Any, ...]]:
     return {key: tuple(values) for key, values in lists.items()}
 
 
-def _equal(space: GraphIndex, size: Callable[[SizeRef], int]) -> dict[AttrRef, int]:
-    """Returns the attributes that the code compares with a size that is cut, and the local size: `x.size(1) != self.num_features`."""
+def _is_length(space: GraphIndex, labels: Labels, leaf: AttrRef | SizeRef) -> bool:
+    """True for a size that another call may have otherwise."""
+    if isinstance(leaf, AttrRef):
+        return False
+    per_dim = space.leaves.get(leaf.value_id, ())
+    atoms = per_dim[leaf.dim] if 0 <= leaf.dim < len(per_dim) else space.carried.get(leaf.value_id, NONE)
+    return any(is_length(space, labels, a) for a in atoms)
+
+
+def _factors(space: GraphIndex, labels: Labels, search: _Search, solution: Mapping[AttrRef, int], c: Constraint) -> tuple[int, int] | None:
+    """Returns (what of an int comes to its call on a shard, what that must become) without the lengths that are factors of it.
+
+    None where the int is no such product for all lengths.
+    """
+    got = search.value(c.expr, solution)
+    if c.unit is None or not got or 0 in c.unit or c.expr.value % c.unit[0]:
+        return None
+    whole, part = c.unit
+    lengths = c.expr.value // whole
+    if got % lengths or part * lengths != c.local:
+        return None
+    if any(_is_length(space, labels, leaf) and search.value(leaf, solution) != leaf.value for leaf in leaves(c.expr)):
+        return None  # a length in one dim with an axis that is cut
+    arrives = got // lengths
+    for (here,), (there,) in search.for_other_lengths([c.expr], solution):
+        if here is None or there is None or here % whole or there != here // whole * arrives:
+            return None
+    return arrives, part
+
+
+def _equal(space: GraphIndex, labels: Labels, size: Callable[[SizeRef], int]) -> dict[AttrRef, int]:
+    """Returns the attributes that the code compares with a size that is cut (`x.size(1) != self.num_features`, `x.size(0) == b *
+    self.heads`), and the value that makes both sides equal on a shard.
+    """
     found: dict[AttrRef, int] = {}
+    scales = _scales(labels.cuts)
     for name, *sides in space.graph.compared:
         for a, b in (sides, sides[::-1]):
-            if name in ("eq", "ne") and isinstance(a, SizeRef) and isinstance(b, AttrRef) and a.value == b.value and size(a) != a.value:
-                found[b] = size(a)
+            refs = {leaf for leaf in leaves(b) if isinstance(leaf, AttrRef)}
+            if name in ("eq", "ne") and isinstance(a, SizeRef) and len(refs) == 1 and a.value == b.value and size(a) != a.value:
+                (ref,) = refs
+                tried = {ref.value // whole * local for whole, local in scales if ref.value % whole == 0} | {size(a)}
+                for v in sorted(tried):
+                    if evaluate(b, lambda leaf, v=v: v if isinstance(leaf, AttrRef) else size(leaf)) == size(a):  # type: ignore[misc]
+                        found[ref] = v
+                        break
     return found
-
-
-def _for_other_lengths(space: GraphIndex, labels: Labels, expr: IntExpr) -> set[int | None]:
-    """Returns what an expression is for other lengths on one device."""
-
-    def length(leaf: AttrRef | SizeRef) -> bool:
-        if isinstance(leaf, AttrRef):
-            return False
-        per_dim = space.leaves.get(leaf.value_id, ())
-        atoms = per_dim[leaf.dim] if 0 <= leaf.dim < len(per_dim) else space.carried.get(leaf.value_id, NONE)
-        return any(is_length(space, labels, a) for a in atoms)
-
-    lengths = {leaf for leaf in leaves(expr) if length(leaf)}
-    more = MORE if lengths else ()
-    return {expr.value, *(evaluate(expr, lambda leaf, n=n: leaf.value + n * (leaf in lengths)) for n in more)}  # type: ignore[misc]
 
 
 def _itself(value: int) -> int:
@@ -267,11 +202,20 @@ def _scales(cuts: Partitions) -> frozenset[tuple[int, int]]:
 class _Search:
     """Searches depth-first over attributes, one module's at a time; it gives up a module where it fails.
 
-    `equal`: values that attributes are to have where what is constrained lets them, and where nothing is.
+    `equal`: values that attributes are to have where what is constrained lets them, and where nothing is. `fixed`: tells the sizes that
+    are no lengths.
     """
 
-    def __init__(self, every: list[Constraint], size: object, cuts: Partitions, hints: Hints, equal: Mapping[AttrRef, int]) -> None:
-        self.size, self.hints, self.equal = size, hints, equal
+    def __init__(
+        self,
+        every: list[Constraint],
+        size: Callable[[SizeRef], int],
+        cuts: Partitions,
+        hints: Hints,
+        equal: Mapping[AttrRef, int],
+        fixed: Callable[[SizeRef], bool],
+    ) -> None:
+        self.size, self.hints, self.equal, self.fixed = size, hints, equal, fixed
         self.scales = _scales(cuts)
         self.groups: list[list[Constraint]] = []
         self._steps = 0
@@ -296,22 +240,13 @@ class _Search:
 
     def value(self, expr: IntExpr, solution: Mapping[AttrRef, int]) -> int | None:
         """Returns the local value of an expression under a solution."""
-        return evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))  # type: ignore[operator]
+        return evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))
 
     def same_for_other_lengths(self, exprs: Sequence[IntExpr], solution: Mapping[AttrRef, int], what: Callable[..., object]) -> bool:
         """True where `what` of the expressions is on a shard what it is on one device, for other lengths (sizes that are not cut) too."""
-
-        def local(leaf: AttrRef | SizeRef) -> int:
-            return solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf)  # type: ignore[operator]
-
-        every = {leaf for expr in exprs for leaf in leaves(expr)}
-        lengths = [leaf for leaf in every if isinstance(leaf, SizeRef) and local(leaf) == leaf.value]
-        if not lengths or all(local(leaf) == leaf.value for leaf in every):
+        if all(self.value(leaf, solution) == leaf.value for expr in exprs for leaf in leaves(expr)):
             return True
-        tried = [*({leaf: leaf.value + more for leaf in lengths} for more in MORE), *(dict.fromkeys(lengths, n) for n in LENGTHS)]
-        for given in tried:
-            here = [evaluate(e, lambda leaf, given=given: given.get(leaf, leaf.value)) for e in exprs]  # type: ignore[misc]
-            there = [evaluate(e, lambda leaf, given=given: given.get(leaf, local(leaf))) for e in exprs]  # type: ignore[misc]
+        for here, there in self.for_other_lengths(exprs, solution):
             if None in here or None in there:
                 if here != there:
                     return False
@@ -319,14 +254,36 @@ class _Search:
                 return False
         return True
 
-    def run(self) -> dict[AttrRef, int]:
-        """Returns the attributes to change; modules without a solution change nothing."""
+    def for_other_lengths(
+        self, exprs: Sequence[IntExpr], solution: Mapping[AttrRef, int]
+    ) -> Iterator[tuple[list[int | None], list[int | None]]]:
+        """Yields the expressions' values on one device and on a shard, for each of some other lengths."""
+
+        def local(leaf: AttrRef | SizeRef) -> int:
+            return solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf)
+
+        every = {leaf for expr in exprs for leaf in leaves(expr)}
+        lengths = [leaf for leaf in every if isinstance(leaf, SizeRef) and local(leaf) == leaf.value and not self.fixed(leaf)]
+        if not lengths:
+            return
+        for given in (*({leaf: leaf.value + more for leaf in lengths} for more in MORE), *(dict.fromkeys(lengths, n) for n in LENGTHS)):
+            here = [evaluate(e, lambda leaf, given=given: given.get(leaf, leaf.value)) for e in exprs]  # type: ignore[misc]
+            there = [evaluate(e, lambda leaf, given=given: given.get(leaf, local(leaf))) for e in exprs]  # type: ignore[misc]
+            yield here, there
+
+    def run(self, leave: bool = False) -> dict[AttrRef, int]:
+        """Returns the attributes to change; modules without a solution change nothing.
+
+        `leave`: where attributes that have to be equal to something make the rest wrong, they are changed, and the rest is left.
+        """
         solution: dict[AttrRef, int] = {}
         for group in self.groups:
             asked = {leaf: self.equal[leaf] for c in group for leaf in leaves(c.expr) if isinstance(leaf, AttrRef) and leaf in self.equal}
             for fixed in (asked, {}) if asked else ({},):
                 self._steps = 0
                 found = self._solve(group, fixed)
+                if found is None and leave and fixed:
+                    found = fixed
                 if found is not None:
                     solution.update(found)
                     break

@@ -116,6 +116,8 @@ def _result(space: GraphIndex, node: Node, states: dict[int, Padding]) -> Paddin
         return ZERO if states.get(node.args[1].id) == ZERO else ANY
     if operator.padded is Padded.ATTENDED:
         return ZERO if states.get(node.args[2].id) == ZERO else ANY
+    if operator.padded is Padded.NORMED:
+        return WILD if node.args[1].id in states else first or ANY
     if operator.padded is Padded.AS_FIRST:
         return ZERO if first == ZERO and clean else ANY
     if operator.padded is Padded.MOVED:

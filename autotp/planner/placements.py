@@ -21,9 +21,10 @@ from autotp.plan.spec import DistributedForm
 from autotp.planner.aliases import Storage
 from autotp.planner.calls import Calls
 from autotp.planner.faults import Faults, faults_of
+from autotp.planner.flows import differentiable
 from autotp.planner.partition import Atoms, Partitions, covers, in_order, uncovered
 from autotp.planner.refusals import Conflict
-from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value
+from autotp.trace.graph import Node, Origin, Pseudo, Value
 
 NONE: Atoms = frozenset()
 SlotKey = tuple[Pseudo, str, tuple[str | int, ...]]
@@ -48,39 +49,6 @@ class Labels:
     def of(self, value: Value) -> Atoms:
         """Returns the atoms that a value is sharded on."""
         return self.shard.get(value.id, NONE)
-
-
-def differentiable(graph: Graph) -> set[int]:
-    """Returns the values that a gradient can flow through: floats that depend on parameters or on float arguments of the model.
-
-    The arguments and results of a template stand for those of all blocks alike. So its arguments count as those of every one of
-    them: the first block of a decoder may start from zeros or from something detached, and the next ones not.
-    """
-    found = {v.id for v in graph.params.values() if v.dtype.is_floating_point}
-    scopes: set[int] = set()  # autograd functions that a gradient reaches, also where their forward detaches
-    again = True
-    while again:
-        again = False
-        for node in graph.nodes:
-            if node.op is Pseudo.REPEAT:
-                for here, there in zip(*node.args, strict=True):
-                    if here.id in found and there.id not in found:
-                        found.add(there.id)
-                        again = True
-                continue
-            if node.op is Pseudo.APPLY and any(v.id in found for v in node.inputs()):
-                scopes.add(node.scope)
-            if node.scope in scopes:
-                found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
-                continue
-            if is_a(node, Is.DETACHES) or (node.outputs and all(o.id in graph.fills for o in node.outputs)):
-                continue
-            for v in node.inputs():
-                if v.origin is Origin.INPUT and v.dtype.is_floating_point:
-                    found.add(v.id)
-            if any(v.id in found for v in node.inputs()):
-                found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
-    return found
 
 
 class GraphIndex:
@@ -110,6 +78,7 @@ class GraphIndex:
         self.contracts = [[(c, self.atoms(c.dim)) for c in m.contracts] for m in axes.meanings]
 
         self.flows = differentiable(self.graph)
+        self.given = self.flows - differentiable(self.graph, arguments=False)  # arguments of the model, and what is made of them alone
         self.users: dict[int, list[int]] = {}
         self.generators: dict[Atom, list[int]] = {}
         self.summing: dict[Atom, list[int]] = {}
@@ -246,7 +215,7 @@ def _node(
             if v.id in space.graph.fills and v.origin is Origin.NODE and not v.shape:
                 missing = NONE
             out.slices[index, v.id] = missing
-            if missing and v.id in space.flows and not space.free(v.id):
+            if missing and v.id in space.flows and not space.free(v.id) and not _given(space, index, v, missing, out):
                 out.conflicts.append(Conflict(missing, node, "no parameter makes this activation sharded: it would only be sliced"))
         have[v.id] = own | missing
     for site, atoms in space.blocked[index]:
@@ -276,7 +245,9 @@ def _node(
         if contract.form is not None:
             out.distributed[index] = contract.form
             if not space.calls.stands_for(node, contract.form):
-                why = space.graph.sealed(node) or "it is part of a function that has no distributed form"
+                call = space.graph.python.get(node.call)
+                function = call.function if call is not None else "a function"
+                why = space.graph.sealed(node) or f"it is part of {function}, which has no distributed form"
                 out.conflicts.append(Conflict(hit, node, why))
         if not contract.whole:
             summed |= hit
@@ -320,6 +291,16 @@ def _node(
                 out.born.add(o.id)
             if hit:
                 out.conflicts.append(Conflict(hit | summed, node, "a partial sum would also be sharded"))
+
+
+def _given(space: GraphIndex, index: int, value: Value, missing: Atoms, out: Labels) -> bool:
+    """True for an argument of the model (a mask of each head) that meets a sharded value and is not what the node sums over.
+
+    Only a caller who asks for its gradient pays for the slice.
+    """
+    if value.id not in space.given or any(contract.value == value.id for contract, _ in space.contracts[index]):
+        return False
+    return any(missing & out.shard.get(v.id, NONE) for v in space.inputs[index] if v.origin is not Origin.PARAM)
 
 
 def _parted(hit: Atoms, have: Atoms, crossed: Atoms, cuts: Partitions) -> Atoms:

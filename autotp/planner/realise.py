@@ -15,10 +15,11 @@ from autotp.plan.layout import is_padded, shared
 from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Slot, Use, Written
 from autotp.planner.call_specs import CallSpec, sites_of
 from autotp.planner.choice import Choice
+from autotp.planner.demands import is_length
 from autotp.planner.in_place import statistics, wrongly_changed
 from autotp.planner.joint_reductions import Joint, conversions_of, members
 from autotp.planner.keys import AtPlace, AtSlot, Key, Keys, slot_key
-from autotp.planner.local_ints import Localised, is_length
+from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
 from autotp.planner.partition import Atoms, local_size
 from autotp.planner.placements import NONE, GraphIndex
@@ -193,6 +194,14 @@ class Builder:
                 return Conversion(op, i - len(value.shape), freed(expr))
         raise AssertionError("the value does not carry the axis")
 
+    def gather(self, value: Value) -> Conversion | None:
+        """Returns what makes a rank's part whole, None where it is cut along two dims."""
+        on = self.labels.of(value)
+        try:
+            return self._part(value, on, on, Op.GATHER)
+        except Refusal:
+            return None
+
     def _gathers(self) -> None:
         for index, atoms in self.labels.gathered.items():
             node = self.graph.nodes[index]
@@ -252,7 +261,8 @@ class Builder:
             if slot is not None:
                 all_uses = set(nodes) == {n.index for n in self.users[value.id]}
                 before = slots.get(slot, conversion)
-                slots[slot] = conversion if all_uses and _same(before, conversion) else None
+                asked = value.id in self.graph.sized  # the code may compare its sizes with those of one device
+                slots[slot] = conversion if all_uses and not asked and _same(before, conversion) else None
         for slot in slots:
             wanted = {v.id for v, _, _ in pending}
             if any(n.outputs[0].id not in wanted and self.users.get(n.outputs[0].id) for n in self.crossings.get(slot, ())):

@@ -22,6 +22,7 @@ from autotp.planner.keys import AtPlace, AtSlot, AtValue, Key, Keys, slot_key
 from autotp.planner.mincut import MinCut
 from autotp.planner.placements import GraphIndex, Labels, SlotKey
 from autotp.planner.refusals import Refusal
+from autotp.planner.repeats import times
 from autotp.trace.graph import Node, Origin, Pseudo, Value, outside
 
 SITE = 1e12
@@ -105,6 +106,11 @@ def _elements(value: Value) -> float:
     return float(prod(value.shape)) * TOKENS_SCALE
 
 
+def _times(space: GraphIndex, key: Key, node: Node) -> int:
+    """Counts the places in all blocks that are alike for which a key, of a result of `node`, stands."""
+    return times(key.slot[1] if isinstance(key, AtSlot) else node.module, space.graph.repeats)
+
+
 def _cost(key: Key, elements: float, order: int, late: bool = False) -> float:
     """Puts boundaries before places in the code, places where a value is made before `late` ones, and the model's own results last.
 
@@ -130,7 +136,7 @@ def place_reductions(space: GraphIndex, labels: Labels, keys: Keys, places: bool
             if o.id not in summed:
                 continue
             key, born = vertices.of(o), o.id in labels.born
-            weights[o.id] = _elements(o)
+            weights[o.id] = _elements(o) * _times(space, key, node)
             if not born and is_a(node, Is.SELECTION):  # the entries left out are no gain: they were a sum too
                 weights[o.id] = max([weights[o.id], *(weights.get(v.id, 0.0) for v in partial_in)])
             if born:
@@ -314,10 +320,11 @@ def _ends(space: GraphIndex, cut: MinCut, vertices: _Vertices, seen: dict[int, V
         done.add(key)
         before, after = _At(Side.BELOW, key), _At(Side.ABOVE, key)
         if v.origin is Origin.PARAM:
-            cut.convertible(_Param(v.id), before, after, float(prod(v.shape)))
+            cut.convertible(_Param(v.id), before, after, float(prod(v.shape)) * times(v.name, space.graph.repeats))
             cut.needed(after)
         elif v.origin is Origin.NODE:
-            cut.convertible(key, before, after, None if key in mixed else _cost(key, _elements(v), -vertices.order[v.id]))
+            elements = _elements(v) * _times(space, key, space.made[v.id])
+            cut.convertible(key, before, after, None if key in mixed else _cost(key, elements, -vertices.order[v.id]))
         else:
             cut.convertible(key, before, after, SITE + _elements(v))
             cut.needed(after)

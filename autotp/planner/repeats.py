@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -45,6 +46,14 @@ def block_of(name: str, repeats: Mapping[str, str]) -> str | None:
             return name[:at]
         at = name.rfind(".", 0, at)
     return None
+
+
+def times(name: str, repeats: Mapping[str, str]) -> int:
+    """Counts the places for which one that was traced stands: itself, and its like in each block that has its template."""
+    found = 1
+    for template, blocks in Counter(repeats.values()).items():
+        found *= 1 + blocks * within(name, template)
+    return found
 
 
 def with_copies(

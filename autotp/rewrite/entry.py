@@ -166,7 +166,7 @@ class Entry:
             result = whole_results(result)
         if recording and self.scatters and (self.is_root or _in_backward() == -1):  # a block that runs again for a checkpoint is inside
             result = whole_results(result, ParallelTokens)
-        self.alone.check_result(result)
+        result = self.alone.whole(result)
         return mark_copied(result, self.copies) if self.copies and recording else result
 
     def end(self) -> None:
@@ -193,11 +193,12 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
         entry.compiled()
         if running.open:
             return forward(module, *args, **kwargs)
+        entry.alone.check()
         # Where the graph breaks inside, dynamo cannot go on in the middle of a `try`: it runs this function as it is, so that such a call
         # begins below as any other, and pieces of it are compiled. Where it does not break, nothing of this is left in the graph.
         running.open = True
         try:
-            return forward(module, *args, **kwargs)
+            return entry.alone.whole(forward(module, *args, **kwargs))
         finally:
             running.open = False
     if running.open:
@@ -269,7 +270,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     for path, module in entered:  # now that all classes and forwards are those that will run
         under = [(p, m) for p, m in modules if _within(p, path)]
         own = {(type(v), id(v.object), v.names): v for p, v in reversed(values) if _within(p, path)}
-        alone = Parts(path, module, plan.boundaries.get(path, ()) if path else ())
+        alone = Parts(path, module, plan.boundaries.get(path, ()) if path else (), comm)
         structure, dropouts = Structure(under, places, comm), Dropouts(m for _, m in under)
         held = Tensors([t for p, t in tensors if _within(p, path)])
         more = (

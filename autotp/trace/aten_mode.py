@@ -37,6 +37,10 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
         TorchDispatchMode.__init__(self, _dispatch_key=DispatchKey.PreDispatch)  # type: ignore[no-untyped-call]
         self.keep, self.tape, self.values, self.accesses, self.data, self.life = keep, tape, values, accesses, data, life
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # plans are made without dynamo, whose wrapper would be around each operator
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._recorded(func, args, kwargs or {})
 

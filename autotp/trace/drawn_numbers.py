@@ -1,8 +1,11 @@
-"""Numbers that code reads from drawn data: comparisons of them get both answers.
+"""Numbers that code reads from data that the trace does not know: comparisons of them get both answers.
 
 `counts.tolist()` gives plain ints, and code that goes another way for other counts (`if n == 0: continue`) would be traced for one
 answer alone. A `DrawnInt` asks `Questions` instead, as a condition on a tensor does, and so does what code computes of it. Which of two
 drawn numbers is larger (`max`, `sorted`) is answered as drawn. A place in a list, a `range`, an array of numpy and a text are not noticed.
+
+What is not followed, a place in a dict and a float made of the number, is refused of drawn numbers, on which whole paths depend. Of
+others (`strict` is False) it is let go.
 """
 
 from __future__ import annotations
@@ -23,28 +26,30 @@ _LOST = (
 
 
 class DrawnInt(int):
-    """A whole number. `ask(usual)` answers a condition on it."""
+    """A whole number. `ask(usual)` answers a condition on it. `strict`: what is not followed is refused."""
 
     ask: Ask
+    strict: bool
 
 
 class DrawnFloat(float):
-    """A float that is made of one."""
+    """A float, as above."""
 
     ask: Ask
+    strict: bool
 
 
 Drawn = DrawnInt | DrawnFloat
 
 
-def drawn(result: Any, ask: Ask) -> Any:
+def drawn(result: Any, ask: Ask, strict: bool = True) -> Any:
     """`result` (of `tolist` or `item`, of a computation) with numbers that ask."""
     if isinstance(result, list):
-        return [drawn(item, ask) for item in result]
+        return [drawn(item, ask, strict) for item in result]
     if type(result) not in (int, float):
         return result
     made: Drawn = DrawnInt(result) if type(result) is int else DrawnFloat(result)
-    made.ask = ask
+    made.ask, made.strict = ask, strict
     return made
 
 
@@ -77,13 +82,13 @@ def _computed(compute: Callable[[Any, Any], Any], reflected: bool) -> Callable[[
         if not isinstance(other, int | float) or isinstance(other, TaggedInt):  # a size keeps where it comes from
             return NotImplemented
         a, b = (other, self) if reflected else (self, other)
-        return drawn(compute(_plain(a), _plain(b)), self.ask)
+        return drawn(compute(_plain(a), _plain(b)), self.ask, self.strict)
 
     return method
 
 
 def _changed(compute: Callable[[Any], Any]) -> Callable[[Drawn], Any]:
-    return lambda self: drawn(compute(_plain(self)), self.ask)
+    return lambda self: drawn(compute(_plain(self)), self.ask, self.strict)
 
 
 def _bool(self: Drawn) -> bool:
@@ -92,13 +97,13 @@ def _bool(self: Drawn) -> bool:
 
 
 def _hash(self: Drawn) -> int:
-    if _by_a_model(2):
+    if self.strict and _by_a_model(2):
         raise Refused(f"code looks up in a set or a dict {_LOST}")
     return hash(_plain(self))
 
 
 def _float(self: DrawnInt) -> float:
-    if _by_a_model(2):
+    if self.strict and _by_a_model(2):
         raise Refused(f"code makes a float of {_LOST}")
     return float(_plain(self))
 

@@ -4,11 +4,17 @@ torch's own cache for fake tensors stands behind the autograd and Python dispatc
 the composite ones. A trace runs the same few hundred operators over and over, one path after another, so without `memo` most of its
 time goes there. It remembers only calls whose result depends on nothing but the form of the arguments: no gradients, no autocast,
 nothing written, no numbers in a tensor read. A result is then either new memory or a view of an argument's.
+
+With gradients an operator goes through autograd, which calls the operators that it is made of below. `Fakes` is the mode of fake tensors
+that remembers those. There an operator may also write into its first argument (`add_`), whose form stays.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +26,32 @@ _PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device,
 _SPACES = ("aten", "prims")
 #: It looks at the size of the storage, which is not in the form.
 _STRIDED = frozenset(("as_strided", "as_strided_copy", "as_strided_scatter"))
+_DEVICE = torch.ops.prim.device.default
 _UNFIT = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
+
+
+#: What is said of a call that was never seen; None says that its result is not to be remembered.
+_UNSEEN: Any = object()
+
+
+class _Fit(Enum):
+    """Which operators are remembered: those that READ, and, below autograd, those that WRITE into their first argument and return it."""
+
+    NONE = "none"
+    READS = "reads"
+    WRITES = "writes"
+
+
+def _fit(func: OpOverload) -> _Fit:
+    schema = func._schema
+    space, name = schema.name.split("::")
+    if space not in _SPACES or name in _STRIDED or any(tag in _UNFIT for tag in func.tags):
+        return _Fit.NONE
+    if not schema.is_mutable:
+        return _Fit.READS
+    written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    returned = len(schema.returns) == 1 and schema.returns[0].alias_info is not None
+    return _Fit.WRITES if written == [0] and returned and name.endswith("_") else _Fit.NONE
 
 
 class _Unfit(Exception):
@@ -48,7 +79,7 @@ class _Given:
 
 _Result = _Made | _Given
 #: What is known of calls, by operator and forms of the arguments. It holds no tensors, so runs on different fake tensors may share one.
-Known = dict[Any, tuple[_Result, ...] | _Result | None]
+Known = dict[Any, tuple[_Result, ...] | list[_Result] | _Result | None]
 
 
 class Memo:
@@ -56,37 +87,50 @@ class Memo:
 
     def __init__(self, fake: FakeTensorMode, known: Known) -> None:
         self._fake, self._known = fake, known
-        self._fit: dict[OpOverload, bool] = {}
+        self._fit: dict[OpOverload, _Fit] = {}
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the result of `func(*args, **kwargs)`."""
-        if not self._fits(func):
+        if torch._C._is_any_autocast_enabled() or torch._C.is_inference_mode_enabled():
             return func(*args, **kwargs)
+        if torch._C.is_grad_enabled() or self._fits(func) is not _Fit.READS:
+            return func(*args, **kwargs)
+        return self._remembered(func, args, kwargs, False, func)
+
+    def below(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        """Returns the result of `run(*args, **kwargs)`, which is `func` below autograd: what it gives has no gradient of its own."""
+        if torch._C.is_inference_mode_enabled() or self._fits(func) is _Fit.NONE:
+            return run(*args, **kwargs)
+        return self._remembered(func, args, kwargs, True, run)
+
+    def empty(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
+        """Returns a tensor over new memory of the CPU, without gradients."""
+        return self._make(_Made(-1, shape, stride, 0, dtype, torch.device("cpu")), [])
+
+    def _remembered(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], below: bool, run: Callable[..., Any]) -> Any:
         tensors: list[FakeTensor] = []
         try:
             with torch._C.DisableTorchFunction():
-                key = func, self._form(args, tensors), self._form(kwargs, tensors), torch.get_default_dtype()
-                seen = key in self._known
+                key = func, below, self._form(args, tensors), self._form(kwargs, tensors), torch.get_default_dtype()
+                known = self._known.get(key, _UNSEEN)
         except _Unfit:
-            return func(*args, **kwargs)
-        known = self._known[key] if seen else None
-        if known is not None:
+            return run(*args, **kwargs)
+        if known is not None and known is not _UNSEEN:
             return self._again(known, tensors)
-        result = func(*args, **kwargs)
-        if not seen:
+        result = run(*args, **kwargs)
+        if known is _UNSEEN:
             with torch._C.DisableTorchFunction():
-                self._known[key] = self._seen(result, tensors)
+                self._known[key] = self._seen(result, tensors) if self._kept(func, args, key) else None
         return result
 
-    def _fits(self, func: OpOverload) -> bool:
-        if torch._C.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch._C.is_inference_mode_enabled():
-            return False
+    def _kept(self, func: OpOverload, args: tuple[Any, ...], key: Any) -> bool:
+        """Returns whether an operator that writes has left the form of what it writes into as it was."""
+        return self._fits(func) is _Fit.READS or self._form(args, []) == key[2]
+
+    def _fits(self, func: OpOverload) -> _Fit:
         fits = self._fit.get(func)
         if fits is None:
-            schema = func._schema
-            space, name = schema.name.split("::")
-            fits = space in _SPACES and name not in _STRIDED and not schema.is_mutable and not any(tag in _UNFIT for tag in func.tags)
-            self._fit[func] = fits
+            fits = self._fit[func] = _fit(func)
         return fits
 
     def _form(self, item: Any, tensors: list[FakeTensor]) -> Any:
@@ -104,12 +148,16 @@ class Memo:
     def _memory(self, tensor: FakeTensor, tensors: list[FakeTensor]) -> Any:
         if tensor.fake_mode is not self._fake or tensor.layout is not torch.strided or tensor.constant is not None:
             raise _Unfit
+        where = 0  # the same tensor twice may give what two alike do not
+        for t in tensors:
+            if t is tensor:
+                break
+            where += 1
         tensors.append(tensor)
-        where = next(i for i, t in enumerate(tensors) if t is tensor)  # the same tensor twice may give what two alike do not
         form = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.fake_device
         return (*form, where, tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
 
-    def _seen(self, result: Any, tensors: list[FakeTensor]) -> tuple[_Result, ...] | _Result | None:
+    def _seen(self, result: Any, tensors: list[FakeTensor]) -> tuple[_Result, ...] | list[_Result] | _Result | None:
         """Says how to make `result` again; None where it is not to be remembered."""
         if isinstance(result, Tensor):
             return self._one(result, tensors)
@@ -120,7 +168,8 @@ class Memo:
         apart = [x for x in found if isinstance(x, _Made) and x.of < 0]
         if None in found or (apart and len(storages) < len(result)):  # results that share memory of their own
             return None
-        return tuple(x for x in found if x is not None)
+        made = (x for x in found if x is not None)
+        return list(made) if type(result) is list else tuple(made)
 
     def _one(self, result: Tensor, tensors: list[FakeTensor]) -> _Result | None:
         for number, tensor in enumerate(tensors):
@@ -137,9 +186,9 @@ class Memo:
         device = result.fake_device
         return _Made(of, tuple(result.shape), result.stride(), int(result.storage_offset()), result.dtype, device)
 
-    def _again(self, known: tuple[_Result, ...] | _Result, tensors: list[FakeTensor]) -> Any:
-        if isinstance(known, tuple):
-            return tuple(self._make(x, tensors) for x in known)
+    def _again(self, known: Any, tensors: list[FakeTensor]) -> Any:
+        if type(known) is tuple or type(known) is list:
+            return type(known)([self._make(x, tensors) for x in known])
         return self._make(known, tensors)
 
     def _make(self, made: _Result, tensors: list[FakeTensor]) -> FakeTensor:
@@ -150,3 +199,23 @@ class Memo:
             if made.of >= 0:
                 plain.set_(tensors[made.of].untyped_storage(), made.offset, made.shape, made.stride)
             return FakeTensor(self._fake, plain, made.device)
+
+
+class Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """The mode of the fake tensors of one recorder: it remembers what operators below autograd give, too."""
+
+    def __init__(self, known: Known) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.memo = Memo(self, known)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # plans are made without dynamo, and its wrapper costs as much as a remembered result
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # half of all calls: torch asks before most operators
+        return self.memo.below(func, args, kwargs or {}, partial(self._run, func, types))
+
+    def _run(self, func: Any, types: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.dispatch(func, types, args, kwargs)

@@ -42,13 +42,15 @@ def set_item(mapping: dict[Any, Any], key: Any, value: Any, undo: Undo) -> None:
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Puts all modules in training or eval mode inside; each one's own mode is restored after."""
     modes = [(m, m.training) for m in model.modules()]
-    for module, _ in modes:
-        module.training = training
+    for module, before in modes:
+        if before is not training:  # a module looks through all its tables before it takes an attribute
+            module.training = training
     try:
         yield
     finally:
         for module, before in modes:
-            module.training = before
+            if module.training is not before:
+                module.training = before
 
 
 @contextmanager

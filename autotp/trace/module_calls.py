@@ -65,6 +65,7 @@ class ModuleCalls:
         self._reading = Reading()
         self._later: WeakSet[Any] = WeakSet()  # results of forwards whose bodies run when someone goes over them
         self._children = {path: dict(m._modules) for path, m in modules.items()}
+        self._wrappers: dict[str, tuple[Any, Forward]] = {}  # module → the forward of its class, and the wrapper of that
         self._forms: list[tuple[int, str, dict[str, str]]] = []  # (number of nodes, module, kinds of its arguments) of each call
         self._same: dict[str, dict[Path, Path]] = {}  # module → argument path → a path that was the same tensor in some call
 
@@ -77,7 +78,7 @@ class ModuleCalls:
         try:
             for path, module in self._modules.items():
                 attributes = module.__dict__
-                wrapped = self._wrapper(module, path, module.forward)
+                wrapped = self._wrapper(module, path, attributes.get("forward"))
                 placed.append((attributes, wrapped, attributes.get("forward")))
                 attributes["forward"] = wrapped
             yield
@@ -90,11 +91,20 @@ class ModuleCalls:
                 else:
                     attributes["forward"] = own
 
-    def _wrapper(self, module: nn.Module, path: str, inner: Forward) -> Forward:
+    def _wrapper(self, module: nn.Module, path: str, own: Forward | None) -> Forward:
+        """Returns the wrapper of a module's forward: the same one in each call, as long as the module has the forward of its class."""
+        of_class = type(module).forward
+        held = self._wrappers.get(path)
+        if own is None and held is not None and held[0] is of_class:
+            return held[1]
+        inner = module.forward
+
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return inner(*args, **kwargs) if self._tape.quiet else self._call(module, path, inner, args, kwargs)
 
+        if own is None:
+            self._wrappers[path] = of_class, forward
         return forward
 
     def run(self, module: nn.Module, path: str, inner: Forward, args: Any, kwargs: Any) -> Any:

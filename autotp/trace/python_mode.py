@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +29,9 @@ _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Ten
 _LEN, _FORMAT = torch.Tensor.__len__, torch.Tensor.__format__
 _SIZES = frozenset((_SHAPE, _SIZE, _NUMEL, _LEN))  # each access of a getter makes a new wrapper, equal to the others
 _READS = frozenset((torch.Tensor.tolist, torch.Tensor.item))
+_TESTS = frozenset((torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero))
+_CASTS = frozenset((torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__))  # Python makes plain numbers of what they give
+_NUMBERS = _READS | _TESTS | _CASTS
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _MADE = frozenset((_DATA, *(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))))
@@ -110,8 +112,8 @@ class PythonMode(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             tape.caller, tape.apart = held, apart
-        if func in _READS and self.data.along and not tape.quiet and isinstance(args[0], Tensor) and self.values.is_drawn(args[0]):
-            return drawn(result, partial(self._answer, args[0]))
+        if func in _NUMBERS and not tape.quiet and isinstance(args[0], Tensor) and args[0].dtype is not torch.bool:
+            return self._number(func, args[0], result)
         if chosen and isinstance(result, FakeTensor):  # `torch.tensor(counts)`: these numbers are no facts
             self.values.taint(result)
         if len(tape.nodes) > before:
@@ -122,10 +124,21 @@ class PythonMode(TorchFunctionMode):
             tape.python[number] = PythonCall(getattr(func, "__name__", str(func)), tuple(found))
         return result
 
-    def _answer(self, tensor: Tensor, usual: bool) -> bool:
-        """Answers a condition on a number that code read from `tensor`, where the code asks."""
-        code, offset = call_place(3)
-        return self.data.questions.asked_at(usual, Place.of(code, offset, 0)) if self.data.along else usual
+    def _number(self, func: Any, tensor: Tensor, plain: Any) -> Any:
+        """Returns what code gets that reads a number from `tensor`, or tests it: where data may be others, conditions get both answers."""
+        chosen = self.data.along and self.values.is_drawn(tensor)
+        if not chosen and self.values.real_of(tensor) is not None and not self.data.questions.data_vary:
+            return plain
+        if func in _READS:
+            return drawn(plain, self._answer, strict=chosen)
+        place = Place.of(*call_place(3), 0)
+        if func in _TESTS:
+            return self.data.questions.asked_at(plain, place)
+        return self.data.questions.number_at(plain, place) if plain in (0, 1) else plain
+
+    def _answer(self, usual: bool) -> bool:
+        """Answers a condition on a number that code read, where the code asks."""
+        return usual if self.life.over else self.data.questions.asked_at(usual, Place.of(*call_place(3), 0))
 
     def _size(self, func: Any, tensor: Tensor, rest: Any, kwargs: Any) -> Any:
         plain = func(tensor, *rest, **kwargs)

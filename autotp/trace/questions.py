@@ -5,6 +5,8 @@ Code may take another path for another answer. So the questions tell which furth
 
 from __future__ import annotations
 
+from typing import Any
+
 from autotp.trace.graph import Node, Place
 from autotp.trace.tape import Tape
 from autotp.trace.watch import Question, is_model
@@ -18,6 +20,7 @@ class Questions:
     def __init__(self, tape: Tape) -> None:
         self.asked: set[Question] = set()
         self.inference = self.contrary = False
+        self.swapped = False  # a number was the other one of 0 and 1 in this call
         self.data_vary = False
         self.turned: list[Where] = []  # where a condition got the contrary of the usual answer
         self.settled: set[Where] = set()  # where it always gets the usual one
@@ -28,7 +31,7 @@ class Questions:
     def begin(self, inference: bool, contrary: bool) -> None:
         """Begins a call. `inference`: as if in inference mode. `contrary`: see `condition`."""
         self.inference, self.contrary = inference, contrary
-        self.turned, self.conditions = [], []
+        self.turned, self.conditions, self.swapped = [], [], False
 
     def ask(self, question: Question, file: str) -> None:
         """Notes that code in `file` asks about gradients: the path that it takes then may be another."""
@@ -49,3 +52,12 @@ class Questions:
             return usual
         self.turned.append(where)
         return not usual
+
+    def number_at(self, usual: Any, place: Place | None) -> Any:
+        """The usual number, or in the contrary case the other one of 0 and 1, where code makes a plain number of unknown data: what it
+        compares then is not seen, and is mostly a flag.
+        """
+        before = len(self.turned)
+        self.asked_at(True, place)
+        self.swapped = self.swapped or len(self.turned) > before
+        return usual if len(self.turned) == before else type(usual)(1 - usual)

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autotp.trace.accesses import Accesses
 from autotp.trace.aten_mode import AtenMode
 from autotp.trace.gradients import Gradients
 from autotp.trace.graph import Graph, Origin, Result
 from autotp.trace.ints import Life
-from autotp.trace.memo import Known, Memo
+from autotp.trace.memo import Fakes
 from autotp.trace.module_calls import ModuleCalls
 from autotp.trace.python_mode import PythonMode
 from autotp.trace.questions import Questions
@@ -40,23 +39,21 @@ class Recorder:
 
     def __init__(
         self,
-        fake: FakeTensorMode,
+        fake: Fakes,
         keep: Callable[[Any], bool],
         modules: Mapping[str, nn.Module],
         hidden: Callable[[str], bool] = lambda file: False,
-        known: Known | None = None,
     ) -> None:
         """`keep`: operators recorded whole (others are decomposed if they can be). `modules`: path → module, one path each.
 
-        `hidden(file)`: calls made from such a file are run but not recorded. `known`: results that earlier recorders remembered,
-        see `autotp.trace.memo`.
+        `hidden(file)`: calls made from such a file are run but not recorded.
         """
         self.fake, self.every = fake, modules
         self.held: dict[str, Tensor] = {}  # the buffers of the model as it is
         self.notes: list[str] = []
         self.untrained = ""  # why the path in training mode could not be traced
         self.life = Life(is_code_of_a_model)  # of the tags of this trace
-        memo = Memo(fake, {} if known is None else known)
+        memo = fake.memo
         self.tape = Tape(hidden)
         self.accesses = Accesses(self.tape)
         self.values = Values(self.tape, self.accesses.note, self.missed)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from autotp.errors import AutoTPError, TraceError, sentence
@@ -24,7 +24,7 @@ from autotp.trace.example import Example
 from autotp.trace.fills import of_every_block
 from autotp.trace.graph import Graph, Node, Origin, Value
 from autotp.trace.keep import undisturbed, undone
-from autotp.trace.memo import Known
+from autotp.trace.memo import Fakes, Known
 from autotp.trace.model_state import fake_weights, in_mode, moved_nowhere, same_numbers, tag_ints
 from autotp.trace.module_calls import Untraceable
 from autotp.trace.recorder import Recorder
@@ -35,7 +35,7 @@ from autotp.trace.values import small
 from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
 
-def to_fake(fake: FakeTensorMode, tree: Any, recorder: Recorder, name: str = "") -> Any:
+def to_fake(fake: Fakes, tree: Any, recorder: Recorder, name: str = "") -> Any:
     """Returns `tree` with real tensors as fake inputs of the graph; small ones stay known."""
 
     def convert(tensor: Tensor) -> Tensor:
@@ -72,11 +72,12 @@ def trace(
     *,
     tag: bool = True,
     hidden: Callable[[str], bool] = lambda file: False,
-    before: Callable[[FakeTensorMode], Callable[[], None]] | None = None,
+    before: Callable[[Fakes], Callable[[], None]] | None = None,
     repeats: Mapping[str, str] | None = None,
     fixed: bool = False,
     known: Known | None = None,
     once: bool = False,
+    enough: Callable[[Graph], bool] | None = None,
 ) -> Graph:
     """Record every example of `examples`.
 
@@ -87,6 +88,7 @@ def trace(
         fixed: exactly the blocks of `repeats` are.
         known: results of operators that earlier traces have seen; this one adds to them.
         once: a call that cannot be run with repeated blocks answered from templates is not run again with all blocks.
+        enough: called with the graph of the first of several examples; True where the others need not be recorded.
 
     Raises:
         TraceError: a path cannot be run. The model is left as it was.
@@ -95,7 +97,7 @@ def trace(
     known = {} if known is None else known
     for _ in range(RESTARTS):
         try:
-            return _trace(model, examples, keep, found, tag, hidden, before, known)
+            return _trace(model, examples, keep, found, tag, hidden, before, known, enough)
         except NotAlike as error:
             if fixed:
                 raise TraceError(f"blocks alike to one that is traced are used in another way: {error}") from error
@@ -104,7 +106,7 @@ def trace(
             if fixed or once or not found:
                 raise
             break  # it may be that a block which did not run is missing something
-    return _trace(model, examples, keep, {}, tag, hidden, before, known)
+    return _trace(model, examples, keep, {}, tag, hidden, before, known, enough)
 
 
 def _trace(
@@ -114,16 +116,17 @@ def _trace(
     repeats: dict[str, str],
     tag: bool,
     hidden: Callable[[str], bool],
-    before: Callable[[FakeTensorMode], Callable[[], None]] | None,
+    before: Callable[[Fakes], Callable[[], None]] | None,
     known: Known,
+    enough: Callable[[Graph], bool] | None,
 ) -> Graph:
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = Fakes(known)
     skipped = tuple(block + "." for block in repeats)
 
     def skip(path: str) -> bool:
         return bool(skipped) and (path + ".").startswith(skipped)
 
-    recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden, known)
+    recorder = BlockRecorder(fake, keep, dict(model.named_modules()), hidden)
     recorder.calls.start = _call.__code__
     recorder.questions.data_vary = not is_hugging_face(model)  # for those there are examples of either kind
     evaluating = in_mode(model, training=False)
@@ -149,6 +152,10 @@ def _trace(
             recorder.watch(model, repeats)
             for example in examples:
                 _run(model, recorder, fake, example)
+                if enough is not None and len(examples) > 1 and example is examples[0]:
+                    first = of_every_block(recorder.graph(dict(repeats)))
+                    if enough(first):
+                        return first
             recorder.check()
             recorder.calls.note_swaps()
     except Refused as error:
@@ -180,7 +187,7 @@ class _Mode:
         return example.name + gradients + ("-contrary" if self.contrary else "")
 
 
-def _run(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example) -> None:
+def _run(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Example) -> None:
     """Record the path of an example, and those that its code may take with and without gradients where it asks for them.
 
     The path in training mode runs with gradients, whether its code asks or not.
@@ -227,7 +234,7 @@ class _LeftOut:
     decoding: bool
 
 
-def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, mode: _Mode) -> _LeftOut | None:
+def _path(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Example, mode: _Mode) -> _LeftOut | None:
     """Record one path and the one that it decodes to; return what could not be run and was left out, None where all of it ran.
 
     Raises:
@@ -280,7 +287,7 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, examp
             failure.partial, failure.module, failure.calls = recorder.graph(dict(recorder.repeats)), error.module, error.__traceback__
             raise failure from error.error
         recorder.rewind(mark, len(recorder.results.closed))
-        why = "" if mode.contrary and _own(error.error) else _explain(name, error, data.guessed)
+        why = "" if mode.contrary and (_own(error.error) or questions.swapped) else _explain(name, error, data.guessed)
         return _LeftOut(name, why, decoding=more is not None)
     return None
 
@@ -306,7 +313,7 @@ def _failures(model: nn.Module, recorder: BlockRecorder) -> Iterator[None]:
 
 
 def _call(
-    model: nn.Module, recorder: BlockRecorder, fake: FakeTensorMode, example: Example, inputs: Mapping[str, Any], mode: _Mode
+    model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Example, inputs: Mapping[str, Any], mode: _Mode
 ) -> tuple[Any, list[tuple[str, str, Value]]]:
     """Returns the result of the call, and the tensors that it left on modules and in its arguments."""
     fresh = {k: v if recorder.values.known(v) is not None else to_fake(fake, v, recorder, k) for k, v in inputs.items()}

@@ -7,6 +7,7 @@ constant tensors are computed for real beside the fake run, so that branches on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -19,6 +20,22 @@ from autotp.trace.storage import storage_of
 from autotp.trace.tape import Tape
 
 SMALL = 65536
+
+
+def _references(tensors: dict[int, Tensor], key: int) -> tuple[int, int]:
+    """Counts the references to a tensor in a dict: Python's, and those of torch to what is behind it."""
+    tensor = tensors[key]
+    return getrefcount(tensor), tensor._use_count()  # type: ignore[attr-defined]
+
+
+def _of_two_dicts() -> tuple[int, int]:
+    """Returns the references to a tensor that two dicts hold and nobody else, as this version of Python counts them."""
+    first, second = {0: torch.empty(())}, {}
+    second[0] = first[0]
+    return _references(second, 0)
+
+
+_UNHELD = _of_two_dicts()
 
 
 def small(tensor: Tensor) -> bool:
@@ -64,8 +81,8 @@ class Values:
         self._tape, self._read, self._missed = tape, read, missed
         self._of: dict[int, Value] = {}  # id(tensor) → value
         self._before: list[tuple[int, int, Value | None]] = []  # (number of nodes, id(tensor), its value) before each change of `_of`
-        self._alive: list[Tensor] = []  # no id is used twice
-        self._aliases: dict[int, list[Tensor]] = {}
+        self._alive: dict[int, Tensor] = {}  # by id: no id is used twice
+        self._aliases: dict[int, dict[int, Tensor]] = {}  # storage → the tensors in it that code may still read, by id
         self._copies = Copies()
         self._count = 0
 
@@ -98,9 +115,9 @@ class Values:
     def stands_for(self, tensor: Tensor, value: Value) -> None:
         """Notes that `tensor` is another object for `value`."""
         self._set(tensor, value)
-        self._alive.append(tensor)
+        self._alive[id(tensor)] = tensor
         if isinstance(tensor, FakeTensor):
-            self._aliases.setdefault(storage_of(tensor), []).append(tensor)
+            self._aliases.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
 
     def adopt(self, tensor: Tensor, node: Node) -> None:
         """Notes the result of a factory function, which is another Python object than the dispatcher's: it stands for the same value."""
@@ -110,19 +127,25 @@ class Values:
     def shows(self, shown: Tensor, name: str) -> None:
         """Notes that an attribute gives `shown` for the parameter `name`."""
         self._set(shown, self.params[name])
-        self._alive.append(shown)
+        self._alive[id(shown)] = shown
 
     def written(self, target: Tensor, new: Value) -> Iterator[tuple[Value, Value]]:
         """`target` was changed in place and is `new`: (value before, value after) of every alias of its storage, one after the other.
 
-        Each is noted before the next one is looked at.
+        Each is noted before the next one is looked at. An alias that nobody else holds is left out from now on: a loop that fills a
+        tensor row by row makes a view of each row, and would otherwise give all rows before it a new value at each step.
         """
         self.fills.pop(new.id, None)
         if self._of.get(id(target)) is not new:
             self._set(target, new)
         if not isinstance(target, FakeTensor):
             return
-        for alias in list(self._aliases.get(storage_of(target), ())):
+        aliases = self._aliases.get(storage_of(target), {})
+        for key in [*aliases]:
+            if aliases[key] is not target and _references(aliases, key) == _UNHELD:  # by `_alive` and `_aliases` alone
+                del aliases[key]
+                continue
+            alias = aliases[key]
             if alias is target:
                 continue
             before = self.of(alias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from autotp import targets
 from autotp.errors import InputError
+from autotp.numeric.copies import deep_copy
 from autotp.numeric.exact import DOUBLE, SINGLE, Precision, largest, relative_error
 from autotp.plan.layout import Layout
 from autotp.recipe.recipe import Recipe
@@ -44,7 +44,7 @@ def check_rank(emit: Callable[[Any], None], job: Mapping[str, Any]) -> dict[str,
     rank, folder = dist.get_rank(), Path(job["folder"])
     emit("building the model")
     reference, inputs, precision = _subject(job)
-    parallel = copy.deepcopy(reference)
+    parallel = deep_copy(reference)
     emit("running it on one rank")
     with precision.mode(), recorded(reference) as record:
         wanted = _run(reference, inputs)

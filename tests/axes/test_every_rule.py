@@ -40,6 +40,25 @@ def binary(function: Callable[[Tensor, Tensor], Any], second: Callable[[Draw, in
     return lambda d, m, n: (function, [d.x(m, n), second(d, m, n)], [])
 
 
+#: Gates of the recurrent operators.
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+def recurrent(name: str) -> Case:
+    """A recurrent layer, or one step of it, with its four parameters."""
+    step, gates = name.endswith("_cell"), GATES[name.removesuffix("_cell")]
+    states = 2 if gates == 4 else 1
+
+    def layer(x: Tensor, *weights: Tensor) -> Any:
+        h = [x.new_zeros(x.shape[0], weights[1].shape[1])] * states
+        if step:
+            return getattr(torch, name)(x, h if states > 1 else h[0], *weights)
+        h = [each[None] for each in h]
+        return getattr(torch, name)(x[None], h if states > 1 else h[0], list(weights), True, 1, 0.0, False, False, False)
+
+    return lambda d, m, n: (layer, [d.x(m, n), d.x(gates * m, n), d.x(gates * m, m), d.x(gates * m), d.x(gates * m)], [])
+
+
 def ternary(function: Callable[[Tensor, Tensor, Tensor], Any]) -> Case:
     """`function` of three tensors of one shape."""
     return lambda d, m, n: (function, [d.x(m, n), d.x(m, n), d.x(m, n)], [])
@@ -236,6 +255,7 @@ MORE: dict[str, Case] = {
     "mode": unary(lambda x: x.mode(-1).values),
     "msort": unary(torch.msort),
     "isin": binary(lambda x, y: torch.isin(x, torch.cat([y[:, :1], x[:, -1:]], -1).flatten()), lambda d, m, n: d.x(m, n)),
+    **{f"{name}{cell}": recurrent(f"{name}{cell}") for name in GATES for cell in ("", "_cell")},
     "_softmax": unary(lambda x: torch._softmax(x, -1, False)),
     "_log_softmax": unary(lambda x: torch._log_softmax(x, -1, False)),
     "fft_fft": unary(lambda x: torch.fft.fft(x).real),

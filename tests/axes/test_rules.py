@@ -722,6 +722,13 @@ def rms_norm(d: Draw) -> Any:
 
 
 @case
+def weight_norm(d: Draw) -> Any:
+    """Rows (or columns) are parallel, what the norm is over crosses the ranks."""
+    dim, shape = d.n(-1, 0, 1, 2), (d.n(), d.n(), d.n())
+    return (lambda v, g: torch._weight_norm(v, g, dim)), [d.x(*shape), torch.norm_except_dim(d.x(*shape), 2, dim)], []
+
+
+@case
 def group_norm(d: Draw) -> Any:
     g, n = d.n(), d.n(1, 2, 4)
     return (lambda x, w, b: F.group_norm(x, g, w, b)), [d.x(2, g * n, d.n()), d.x(g * n), d.x(g * n)], []
@@ -872,6 +879,7 @@ LIES: list[tuple[str, str, Callable[[Rule], Rule]]] = [
     ("embedding", "embedding", no_contracts),
     ("index_select", "index_select", no_sites),
     ("layer_norm", "layer_norm", no_contracts),
+    ("weight_norm", "_weight_norm", no_contracts),
     ("mean", "mean", no_contracts),
     ("softmax", "softmax", too_linear),
     ("maximum", "maximum", too_linear),

@@ -38,7 +38,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = Attention()
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH))
+        self.mlp = nn.Sequential(nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU()), nn.Linear(24, WIDTH))
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +111,8 @@ def guarded() -> dict[str, str]:
     model: Any = pair()[1]
     x = torch.randn(2, 6, WIDTH, dtype=torch.float64)
     block, said = model.blocks[0], {}
-    for name, inner in {"column": block.mlp[0], "row": block.attention.out, "function": lambda x: block.mlp[0](x)}.items():
+    hidden = block.mlp[0]
+    for name, inner in {"leaf": hidden[0], "row": block.attention.out, "inner": hidden, "function": lambda x: hidden[0](x)}.items():
         with pytest.raises(AutoTPError) as caught:
             torch.compile(inner, backend="eager")(x)
         said[name] = str(caught.value)
@@ -128,7 +129,7 @@ def guarded() -> dict[str, str]:
 def test_guards(pool: Pool) -> None:
     """A module that takes or gives parts is refused by itself; a changed model is refused in calls whose graph breaks."""
     for said in pool.run(guarded, timeout=150.0):
-        assert all("outside of a call of the model" in said[name] for name in ("column", "row", "function")), said
+        assert all("outside of a call of the model" in said[name] for name in ("leaf", "row", "inner", "function")), said
         assert "heads" in said["changed"], said
 
 

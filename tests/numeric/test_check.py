@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -16,6 +17,17 @@ from autotp.inputs.paths import user_examples
 from autotp.numeric.check import MOST_ELEMENTS, judge
 from autotp.plan.conversions import Conversion, Op
 from autotp.planner.make_plan import whole_plan
+
+
+class Unsteady(nn.Module):
+    """Gives other numbers in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x) * (1 + int.from_bytes(os.urandom(6), "big"))
 
 
 class Block(nn.Module):
@@ -223,3 +235,9 @@ def test_a_model_that_asks_for_gradients_of_its_input_is_compared() -> None:
     with pytest.raises(RuntimeError, match="leaf variables"):
         AsksOfItsInput()(x.requires_grad_())
     assert autotp.plan(AsksOfItsInput(), tp=2, example_inputs={"x": x.detach()}).checked == "numbers"
+
+
+def test_a_model_whose_own_runs_differ_is_not_judged() -> None:
+    model = Unsteady()
+    verdict = judge(model, user_examples(model, {"x": torch.randn(2, 4)}), whole_plan(model, "one rank"))
+    assert verdict.unknown == "two runs of the model with one seed differ" and verdict.module is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from autotp import Plan
 from autotp.errors import PlanError
 from autotp.plan.conversions import Op
 from autotp.planner import make_plan
+from autotp.trace import run
 
 OUTER, WIDTH, LAST = 5, 16, 5
 
@@ -271,3 +273,19 @@ def test_code_may_leave_out_what_does_nothing_on_a_shard() -> None:
 def test_code_may_not_leave_out_anything_else(paths: tuple[Callable[[Tensor], Tensor], ...]) -> None:
     plan = autotp.plan(OneKey(*paths), tp=4, example_inputs={"x": torch.randn(2, 3, OUTER)})
     assert plan.params["q.weight"].layout.dim != 0
+
+
+def test_a_replay_that_differs_stops_after_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of each trace: all are traced, and all are replayed once the plan is right."""
+    traces: list[int] = []
+    trace, one = run._trace, run._run
+    monkeypatch.setattr(run, "_trace", lambda *a: (traces.append(0), trace(*a))[1])
+
+    def counted(*a: Any) -> None:
+        traces[-1] += 1
+        one(*a)
+
+    monkeypatch.setattr(run, "_run", counted)
+    calls = [{"x": torch.randn(2, 4, OUTER)}, {"x": torch.randn(1, 3, OUTER)}]
+    autotp.plan(Between(by_branch), tp=2, example_inputs=calls, check="graph")
+    assert traces[0] == traces[-1] > 1 and traces[1:-1] and set(traces[1:-1]) == {1}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import autotp
 from autotp.api import parallelize_as
-from autotp.planner import local_ints
+from autotp.planner import demands, local_ints
 from autotp.rewrite.operators.call_sites import SiteMode
 from autotp.testing import assert_equivalent
 from autotp.testing.ranks.run import run
@@ -195,7 +195,86 @@ def test_a_tensor_that_no_traced_call_brought_there() -> None:
 
 def test_without_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The controls."""
-    monkeypatch.setattr(local_ints, "_all_asked_for", lambda *_: True)
+    monkeypatch.setattr(demands, "_all_asked_for", lambda *_: True)
     monkeypatch.setattr(SiteMode, "_expect", lambda *_: None)
     monkeypatch.setattr(local_ints._Search, "same_for_other_lengths", lambda *_: True)
     assert all("off by" in outcome(make, "graph") for make in CASES)
+
+
+class OfTorch(nn.Module):
+    """Views of batch × heads, which no attribute holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
+
+
+class Shaped(nn.Module):
+    """Its heads have to be local where a size is compared with them, and all where the width of one is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.heads = *(nn.Linear(WIDTH, WIDTH) for _ in range(4)), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, width = x.shape
+        size = width // self.heads
+        q, k, v = (f(x).view(b, n, self.heads, size).transpose(1, 2).reshape(b * self.heads, n, size) for f in (self.q, self.k, self.v))
+        scores = q @ k.transpose(1, 2)
+        if list(scores.shape) != [b * self.heads, n, n]:
+            raise ValueError("scores of another shape")
+        y = scores.softmax(-1) @ v
+        return self.o(y.view(b, self.heads, n, size).transpose(1, 2).reshape(b, n, width))  # type: ignore[no-any-return]
+
+
+#: Batches and lengths of the calls after the traced one, which has 2 and 6.
+OTHERS = [(2, 6), (3, 6), (1, 9), (5, 1)]
+
+
+def others(make: type[nn.Module], tp: int) -> list[str]:
+    """For each of `OTHERS` "equal", how far results and gradients are off, or the refusal; on the first rank."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return make().double()
+
+    def called(model: nn.Module, shape: tuple[int, int]) -> list[Tensor]:
+        x = torch.randn(*shape, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        result = model(x)
+        result.square().sum().backward()
+        assert x.grad is not None
+        return [result.detach(), x.grad]
+
+    def rank(_: object) -> list[str]:
+        model = autotp.parallelize(build(), mesh(), example_inputs={"x": given(6)}, check="graph")
+        assert autotp.plan_of(model).local_share < 0.6
+        found = []
+        for shape in OTHERS:
+            try:
+                far = max(float((a - b).abs().max()) for a, b in zip(called(build(), shape), called(model, shape), strict=True))
+                found.append("equal" if far <= 1e-9 else f"off by {far:.2g}")
+            except autotp.AutoTPError as error:
+                found.append(str(error))
+        return found
+
+    return list(run("local", rank, None, tp, 120.0)[0])
+
+
+@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("make", [OfTorch, Shaped])
+def test_numbers_that_have_lengths_in_them_follow_these(make: type[nn.Module], tp: int) -> None:
+    assert others(make, tp) == ["equal"] * len(OTHERS)
+
+
+def test_without_following_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control."""
+    monkeypatch.setattr(local_ints, "_is_length", lambda *_: False)
+    first, *more = others(OfTorch, 2)
+    assert first == "equal" and "the plan was made for" in more[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(local_ints, "_factors", lambda *_: None)
+    reason = autotp.plan(Shaped(), tp=2, example_inputs={"x": given(6).float()}).params["q.weight"].reason
+    assert "it depends on a length" in reason

@@ -17,7 +17,10 @@ import autotp
 from autotp import Plan
 from autotp.plan.conversions import Conversion, Op
 from autotp.plan.spec import GradSum
+from autotp.planner import reductions
+from autotp.planner.choice import HEAD_WIDTH
 from autotp.planner.mincut import MinCut
+from autotp.testing import assert_equivalent
 
 WIDTH, HEADS, SIZE, INNER = 24, 4, 6, 40
 
@@ -339,3 +342,39 @@ def test_gradients_of_shared_rows_are_listed_for_every_block() -> None:
     config = LlamaConfig(hidden_size=24, intermediate_size=32, vocab_size=64, num_hidden_layers=3, **heads)
     listed = {t.module: t.elements for t in autotp.plan(config, tp=4).traffic if t.elements}
     assert listed == {f"model.layers.{i}.self_attn.{n}": 2 * 4 * 24 for i in range(3) for n in ("k_proj", "v_proj")}
+
+
+class Head(nn.Module):
+    """One head, a module of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, size, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).transpose(-2, -1) * self.k.out_features**-0.5
+        return scores.softmax(-1, torch.float64).type_as(x) @ self.v(x)  # type: ignore[no-any-return]
+
+
+class Heads(nn.Module):
+    """Attention by a loop over heads, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(Head(SIZE) for _ in range(HEADS))
+        self.out = nn.Linear(HEADS * SIZE, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, INNER), nn.ReLU(), nn.Linear(INNER, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.out(torch.cat([head(x) for head in self.heads], -1))
+        return x + self.mlp(x)
+
+
+def test_a_place_in_a_block_counts_once_for_each_block_that_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heads stay whole. The gradient of what they give is summed where they are together, not once for each of them."""
+    found = assert_equivalent(Heads, tp=2, inputs={"x": torch.randn(2, 3, WIDTH).double()}, steps=1)
+    assert {p.reason for n, p in found.plan.params.items() if n.startswith("heads.")} == {HEAD_WIDTH}
+    assert found.sharded == {"out.weight", "out.bias", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight"}
+    assert at(found.plan, Op.COPY) == {("out", "in"), ("mlp.0", "in")} and backward(found.plan) == 2
+    monkeypatch.setattr(reductions, "times", lambda *_: 1)
+    assert len(at(planned(Heads()), Op.COPY) - {("mlp.0", "in")}) == HEADS

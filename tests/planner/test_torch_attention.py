@@ -13,7 +13,7 @@ import autotp
 from autotp.launch import RankError
 from autotp.rewrite.guards import called
 from autotp.rewrite.operators import call_sites
-from autotp.testing import assert_equivalent
+from autotp.testing import assert_equivalent, sabotage
 from autotp.testing.ranks.run import run
 from autotp.testing.ranks.threads import ThreadRanks
 from tests.support.ranks import mesh
@@ -21,6 +21,7 @@ from tests.support.slow import in_turns
 
 D, HEADS, HIDDEN = 24, 6, 48
 CAUSAL = torch.full((5, 5), -1e9, dtype=torch.float64).triu(1)
+OF_HEADS = torch.randn(2 * HEADS, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 PADDED = torch.tensor([[False, False, False, False, True], [False, False, False, True, True]])
 
 
@@ -49,6 +50,9 @@ PLAIN: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "weights of each head": ({"average_attn_weights": False}, {"batch_first": True}, {}),
     "a float mask": ({"need_weights": False}, {"batch_first": True}, {"mask": CAUSAL}),
     "a mask of truths": ({}, {"batch_first": True}, {"mask": CAUSAL < 0}),
+    "a float mask of each head": ({"need_weights": False}, {"batch_first": True}, {"mask": OF_HEADS}),
+    "a float mask of each head, weights": ({}, {"batch_first": True}, {"mask": OF_HEADS}),
+    "a mask of truths of each head": ({"need_weights": False}, {"batch_first": True}, {"mask": OF_HEADS > 1}),
     "causal": ({"need_weights": False, "is_causal": True}, {"batch_first": True}, {"mask": CAUSAL}),
     "padded keys": ({}, {"batch_first": True}, {"padded": PADDED}),
     "padded keys and a mask": ({"need_weights": False}, {"batch_first": True}, {"padded": PADDED, "mask": CAUSAL < 0}),
@@ -88,11 +92,78 @@ class Whole(nn.Module):
         return self.transformer(x, y, tgt_mask=mask)
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_two_masks_of_which_one_is_cut_and_one_made(weights: bool) -> None:
+    """The line that gets the mask of each head alone gets that of padded keys in parts already."""
+    call, inputs = {"need_weights": weights}, {"x": X, "padded": PADDED, "mask": OF_HEADS > 1}
+    found = assert_equivalent(lambda: Attention(call, batch_first=True), tp=2, inputs=inputs, steps=1)
+    assert "attention.in_proj_weight" in found.plan.replicated
+
+
+class Decoder(nn.Module):
+    """Two layers of torch's decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(D, HEADS, HIDDEN, dropout=0.0, batch_first=True), 2)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor, other: Tensor) -> Tensor:
+        return self.decoder(x, y, tgt_mask=mask, memory_mask=other)
+
+
+class Masked(nn.Module):
+    """Attention as models write it, with what comes from outside for each head."""
+
+    def __init__(self, eager: bool) -> None:
+        super().__init__()
+        self.eager = eager
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+        q, k, v = (p.view(*x.shape[:2], HEADS, -1).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+        if keys is not None:
+            k, v = torch.cat([keys, k], 2), torch.cat([keys * 2, v], 2)
+        if self.eager:
+            scores = q @ k.transpose(-2, -1)
+            y = (scores if mask is None else scores + mask).softmax(-1) @ v
+        else:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+#: What comes from outside: its gradient is compared too.
+OUTSIDE: dict[str, dict[str, Tensor]] = {
+    "a mask of each example and head": {"mask": OF_HEADS.view(2, HEADS, 5, 5)},
+    "a mask of each head": {"mask": OF_HEADS[:HEADS].view(1, HEADS, 5, 5)},
+    "a mask of each head and key": {"mask": OF_HEADS[:HEADS, :1]},
+    "a mask of truths": {"mask": OF_HEADS.view(2, HEADS, 5, 5) > 1},
+    "keys": {"keys": OF_HEADS.view(2, HEADS, -1, 1)[:, :, :3].expand(-1, -1, -1, D // HEADS).contiguous()},
+}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("name", "tp"), in_turns(OUTSIDE, (2, 3, 4)))
+def test_what_comes_from_outside_for_each_head(name: str, tp: int, eager: bool) -> None:
+    found = assert_equivalent(lambda: Masked(eager), tp=tp, inputs={"x": X, **OUTSIDE[name]}, steps=1, certificate="graph")
+    assert found.sharded == {"qkv.weight", "qkv.bias", "out.weight"}
+    floats = {f"argument {key}" for key, given in OUTSIDE[name].items() if given.is_floating_point()}
+    assert floats <= set(found.aspects["gradients"].paths)
+
+
+def test_mistakes_with_a_mask_are_noticed() -> None:
+    """The control: each conversion of the plan is needed."""
+    inputs = {"x": X, **OUTSIDE["a mask of each example and head"]}
+    found = sabotage.survey(lambda: Masked(eager=True), tp=2, inputs=inputs)
+    assert len(found.caught) >= 6 and not found.survived, str(found)
+
+
 LAYERS: dict[str, tuple[Any, dict[str, Tensor]]] = {
     "encoder": (lambda: Encoder(nested=False), {"x": X}),
     "encoder of padded sequences": (lambda: Encoder(nested=False), {"x": X, "padded": PADDED}),
     "both, norms first": (lambda: Whole(batch_first=True, norm_first=True, activation="gelu"), {"x": X, "y": X, "mask": CAUSAL}),
     "both, sequence first": (lambda: Whole(), {"x": X, "y": X}),
+    "both, a mask of each head": (lambda: Whole(batch_first=True), {"x": X, "y": X, "mask": OF_HEADS}),
+    "decoder, masks of each head": (lambda: Decoder(), {"x": X, "y": X, "mask": OF_HEADS, "other": OF_HEADS > 1}),
 }
 
 

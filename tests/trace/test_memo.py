@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from autotp.trace.memo import Known, Memo
+from autotp.trace.memo import Fakes, Known, Memo
 
 ATEN = torch.ops.aten
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -161,3 +161,55 @@ def test_the_default_dtype_is_in_the_form() -> None:
                 assert memo.run(ATEN.mul.Scalar, (x, 2.0), {}).dtype is dtype
     finally:
         torch.set_default_dtype(was)
+
+
+BELOW: dict[str, Callable[[Tensor], Any]] = {
+    "new": lambda x: x.sin(),
+    "a view": lambda x: x.view(2, 12),
+    "views": lambda x: x.unbind(),
+    "composite": lambda x: x @ x.t(),
+    "several": lambda x: x.topk(2),
+    "written": lambda x: x.clone().mul_(2),
+    "written in a view": lambda x: x.clone()[1:].add_(1),
+    "made": lambda x: torch.zeros(3, requires_grad=True) + 1,
+}
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_as_autograd_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients, operators are remembered below autograd; the results and their gradients have the forms that torch gives them."""
+
+    def form(x: Any) -> Any:
+        return [(t.shape, t.stride(), t.dtype, t.requires_grad, type(t.grad_fn).__name__, t._is_view(), t._version) for t in x]
+
+    def run(mode: FakeTensorMode) -> Any:
+        with mode:
+            x = torch.empty(4, 6).requires_grad_()
+            result = BELOW[name](x)
+            results = [result] if isinstance(result, Tensor) else list(result)
+            total = sum(t.sum() for t in results if t.is_floating_point())
+            assert isinstance(total, Tensor)
+            total.backward()  # type: ignore[no-untyped-call]
+            return form(results), None if x.grad is None else form([x.grad])
+
+    known: Known = {}
+    runs = [run(Fakes(known)) for _ in range(2)]
+    count = len(known)
+    monkeypatch.setattr(FakeTensorMode, "dispatch", _refused)
+    runs.append(run(Fakes(known)))
+    monkeypatch.undo()
+    assert runs[0] == runs[1] == runs[2] == run(FakeTensorMode(allow_non_fake_inputs=True)) and len(known) == count > 0
+
+
+def _refused(mode: FakeTensorMode, func: Any, *_: Any) -> Any:
+    raise AssertionError(f"{func} was not remembered")
+
+
+def test_what_changes_its_form_is_not_remembered() -> None:
+    known: Known = {}
+    with torch.no_grad(), Fakes(known):
+        for _ in range(2):
+            x = torch.empty(1, 4)
+            assert x.squeeze_(0).shape == (4,)
+            assert x.resize_(9).shape == (9,)
+    assert not any("squeeze_" in str(key[0]) or "resize_" in str(key[0]) for key, made in known.items() if made is not None)

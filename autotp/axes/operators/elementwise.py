@@ -12,7 +12,8 @@ from autotp.trace.graph import Node, Value
     "to", "_to_copy", "clone", "contiguous", padded=Padded.MOVED, traits=Is.IDENTITY | Is.PASSES_ARGUMENTS | Is.PASSES_SCORES | Is.SELECTION
 )
 @rule("detach", padded=Padded.MOVED, traits=Is.DETACHES | Is.SELECTION)
-@rule("detach_", "lift_fresh_copy", "type_as", "positive", "resolve_conj", "resolve_neg", "real", padded=Padded.MOVED)
+@rule("type_as", padded=Padded.MOVED, traits=Is.PASSES_SCORES)
+@rule("detach_", "lift_fresh_copy", "positive", "resolve_conj", "resolve_neg", "real", padded=Padded.MOVED)
 @rule("alias", padded=Padded.MOVED, traits=Is.IDENTITY | Is.SELECTION)
 @rule("lift_fresh", padded=Padded.MOVED, traits=Is.FRESH)
 @rule("dropout", padded=Padded.MOVED, traits=Is.FILLS | Is.DROPOUT | Is.ON_LAST_DIM | Is.PASSES_SCORES)

@@ -27,6 +27,19 @@ def norm(context: Context, node: Node) -> None:
     context.set(out, context.of(x))
 
 
+@rule("_weight_norm", padded=Padded.NORMED)
+def weight_norm(context: Context, node: Node) -> None:
+    """v · g / |v|: one factor for each index of one dim, and a norm over all others. Dim -1 stands for none: a norm of all."""
+    v, g = node.args[0], node.args[1]
+    kept = arg(node, 2, "dim", 0)
+    for i in range(len(v.shape)):
+        if i == kept:
+            context.join(g, context.of(g)[i], v, context.of(v)[i])
+        else:
+            context.contract(v, i, DistributedForm.WEIGHT_NORM, whole=True)
+    context.set(node.outputs[0], context.of(v))
+
+
 @rule("group_norm", padded=Padded.AS_FIRST, at=3)
 def group_norm(context: Context, node: Node) -> None:
     """Channels in groups: groups are parallel, what is inside one is mixed."""

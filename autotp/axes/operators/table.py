@@ -24,6 +24,7 @@ class Padded(Enum):
     PRODUCT = "zero where that of one factor is, and nothing else is added"
     AS_FIRST = "zero where that of the first argument is, and nothing else is added"
     ATTENDED = "zero where that of the third argument is: values of an attention"
+    NORMED = "zero where that of the first argument is; 0 / 0 where the second argument has padding too"
     SOLVED = "zero where that of the right side is, if the matrix has ones on its diagonal"
     ZERO = "zero for zeros, finite for finite numbers"
     FINITE = "finite for finite numbers"

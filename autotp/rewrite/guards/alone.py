@@ -1,4 +1,7 @@
-"""Refuses to call a module by itself if it takes or returns a rank's part at its boundary with other modules."""
+"""Refuses to call a module by itself if it takes or returns a rank's part at its boundary with other modules.
+
+A result with a name is made whole instead: the pooled states of an encoder, say, that the model itself does not read.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.plan.spec import Boundary, Shown
+from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.collectives.conversions import bind
 from autotp.rewrite.modules.classes import STATE, check_calls
 from autotp.rewrite.modules.linear import LinearRun
 from autotp.rewrite.running import Running
@@ -44,14 +49,15 @@ class Parts:
     A result that has a name (in a dict, an output of transformers) may be absent: attention weights that nobody asked for.
     """
 
-    __slots__ = ("named", "text", "where")
+    __slots__ = ("made", "named", "text", "where")
 
-    def __init__(self, path: str, module: nn.Module, slots: tuple[Boundary, ...]) -> None:
+    def __init__(self, path: str, module: nn.Module, slots: tuple[Boundary, ...], comm: Comm) -> None:
         self.where = f"{path} ({type(module).__qualname__})"
         found = _parts(slots)
         self.named = {b.path: b for b in found if b.result and b.path and isinstance(b.path[0], str)}
         always = next((b for b in found if b.path not in self.named or not b.result), None)
         self.text = "" if always is None else _text(self.where, always)
+        self.made = {b.path: bind(b.whole, comm) for b in self.named.values() if b.whole is not None}
 
     def check(self) -> None:
         """Runs before a call.
@@ -62,22 +68,23 @@ class Parts:
         if self.text and _in_backward() == -1:
             raise AutoTPError(self.text)
 
-    def check_result(self, result: Any) -> None:
-        """Runs after a call.
+    def whole(self, result: Any) -> Any:
+        """Returns the result of a call, made whole.
 
         Raises:
-            AutoTPError: a part is in the result, or the result has no names to tell.
+            AutoTPError: a part is in the result that is not made whole, or the result has no names to tell.
         """
-        if self.named and _in_backward() == -1:
-            flatten_result(result, self._whole)
+        return flatten_result(result, self._whole) if self.named and _in_backward() == -1 else result
 
     def _whole(self, path: tuple[str | int, ...], tensor: Tensor) -> Tensor:
         found = self.named.get(path)
         if found is None and not (path and isinstance(path[0], str)):
             found = next(iter(self.named.values()))
-        if found is not None:
-            raise AutoTPError(_text(self.where, found))
-        return tensor
+        if found is None:
+            return tensor
+        if path in self.made:
+            return self.made[path](tensor)
+        raise AutoTPError(_text(self.where, found))
 
 
 def _parts(slots: tuple[Boundary, ...]) -> list[Boundary]:

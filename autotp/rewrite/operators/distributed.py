@@ -6,6 +6,7 @@ With `N` entries in all and `Σ` the sum over the ranks of the local sums, of ea
     var         Σ (x − μ)² / (N − correction)         μ = Σ x / N; whole on every rank (R)
     norm        sqrt(Σ x²)                            R
     rms_norm    x · (Σ x² / N + ε)^(−1/2) · w         sharded like x (S)
+    weight_norm v · g / sqrt(Σ v²)                    sharded like v (S)
     layer_norm  (x − μ) · (var + ε)^(−1/2) · w + b    S
 
 A statistic used inside the sharded region is reduced forward and copied back in (`_statistic`): its gradient is a partial sum.
@@ -250,6 +251,14 @@ def _rms_norm(
     return (y if weight is None else y * weight).to(_dtype(F.rms_norm, input, weight))
 
 
+def _weight_norm(layouts: Mapping[int, Layout], across: Across, name: str, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    x = _working(v)
+    axes = tuple(i for i in range(x.ndim) if i != dim)
+    across.count(x, axes)  # checks them
+    total = _statistic(across.owned(x).square().sum(axes, keepdim=dim != -1), across.comm)
+    return (x * (g.to(x.dtype) / _root(total))).to(v.dtype)
+
+
 def _layer_norm(
     layouts: Mapping[int, Layout],
     across: Across,
@@ -282,6 +291,7 @@ FORMS: Mapping[DistributedForm, Form] = MappingProxyType(
             frozenset(("norm", "linalg_vector_norm", "linalg_norm", "vector_norm", "frobenius_norm")), _norm, forward=1
         ),
         DistributedForm.RMS_NORM: Form(frozenset(("rms_norm",)), _rms_norm, forward=1, backward=1),
+        DistributedForm.WEIGHT_NORM: Form(frozenset(("_weight_norm",)), _weight_norm, forward=1, backward=1),
         DistributedForm.LAYER_NORM: Form(frozenset(("layer_norm",)), _layer_norm, forward=2, backward=2),
     }
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp.errors import InputError
+from autotp.numeric.copies import deep_copy
 from autotp.numeric.exact import DOUBLE, SINGLE, Precision
 from autotp.testing.outputs import tensors_of
 
@@ -25,7 +25,7 @@ Inputs = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor | Callable[[nn
 def twin(model: nn.Module) -> nn.Module:
     """A deep copy, hooks on parameters included: a copied parameter has lost them."""
     try:
-        made = copy.deepcopy(model)
+        made = deep_copy(model)
     except Exception as error:  # a module may refuse in any way
         raise InputError(f"{type(model).__name__} cannot be copied, so nothing can be compared with it: {error}") from error
     for old, new in zip(model.parameters(), made.parameters(), strict=True):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 
@@ -33,6 +34,12 @@ class {name}(torch.autograd.Function):
 _BACKWARDS = {"Elementwise": "g.clamp(-0.02, 0.02)", "Mixing": "2 * g - g.mean(-1, keepdim=True)", "Flipping": "2 * g.flip(-1)"}
 _PAIR = "class Pair(NamedTuple):\n    x: torch.Tensor\n    y: torch.Tensor\n"
 _HALVE = "def halve(p):\n    p.grad = 0.5 * p.grad\n"
+_COMPUTED_BY = """\
+class Computed(nn.Module):
+    def forward(self, w):
+        return w - w.mean(1, keepdim=True) if self.training else torch.tanh(w) * w
+"""
+_COMPUTED = (Around.WEIGHT_NORM, Around.LAST_WEIGHT_NORM, Around.SPECTRAL_NORM, Around.PARAMETRIZED)
 _BOX = "@dataclass\nclass Box:\n    x: torch.Tensor\n    y: list\n"
 
 #: Of each way to call a part with two arguments: (the call, the part's parameters, lines that make x and y of them).
@@ -59,6 +66,7 @@ def write(i: IdiomsSpec) -> str:
     """The whole module."""
     parts = [_FUNCTION.format(name=n, backward=b) for n, b in _BACKWARDS.items() if any(f"{n}.apply" in LINES[x] for x in i.lines)]
     parts += [_PAIR] if i.call is Call.TUPLE else [_BOX] if i.call is Call.DATACLASS else []
+    parts += [_COMPUTED_BY] if Around.PARAMETRIZED in i.around else []
     parts += [_HALVE] if Around.POST_ACCUMULATE in i.around else []
     head = _HEAD.replace("import torch\n", "import einops\nimport torch\n", 1) if any(x in EINOPS for x in i.lines) else _HEAD
     return head + "\n\n".join([*parts, _part(i), _model(i)])
@@ -124,6 +132,15 @@ def _up_init(i: IdiomsSpec) -> list[str]:
             return [linear, f"self.mha = nn.MultiheadAttention({w}, {i.groups}, batch_first=True)"]
         case Up.TORCH_LAYER:
             return [linear, f"self.layer = nn.TransformerEncoderLayer({w}, {i.groups}, 2 * {w}, 0.0, batch_first=True)"]
+        case Up.MASKED:
+            return [linear, f"self.q, self.v = nn.Linear({e}, {w}), nn.Linear({e}, {w})"]
+        case Up.TORCH_MASKED:
+            return [linear, f"self.mha = nn.MultiheadAttention({w}, {i.groups}, batch_first=True)"]
+        case Up.LSTM:
+            return [linear, f"self.r = nn.LSTM({w}, {w}, batch_first=True)"]
+        case Up.HEADS:
+            projections = f"nn.Linear({w}, {i.size}) for _ in range({i.groups})"
+            return [linear, *(f"self.{n} = nn.ModuleList([{projections}])" for n in ("hq", "hk", "hv"))]
 
 
 def _up(i: IdiomsSpec) -> list[str]:
@@ -154,6 +171,27 @@ def _up(i: IdiomsSpec) -> list[str]:
             return ["y = self.a(x)", "h = self.mha(y, y, y, need_weights=False)[0]"]
         case Up.TORCH_LAYER:
             return ["h = self.layer(self.a(x))"]
+        case Up.MASKED:
+            return [
+                f"q, k, v = self.q(x){heads}, self.a(x){heads}, self.v(x){heads}",
+                f"m = {_mask(i)}.sigmoid()",
+                "h = F.scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2).flatten(2)",
+            ]
+        case Up.TORCH_MASKED:
+            return [
+                "y = self.a(x)",
+                f"m = {_mask(i)}.flatten(0, 1) > 0",
+                "h = self.mha(y, y, y, attn_mask=m & (m.sum(-1, True) < 6))[0]",
+            ]
+        case Up.LSTM:
+            return ["h = self.r(self.a(x))[0]"]
+        case Up.HEADS:
+            return [
+                "y, hs = self.a(x), []",
+                "for q, k, v in zip(self.hq, self.hk, self.hv):",
+                "    hs.append((q(y) @ k(y).transpose(-1, -2)).softmax(-1) @ v(y))",
+                "h = torch.cat(hs, -1)",
+            ]
         case Up.RECURRENT:
             return [
                 "h = [self.a(x)[:, 0]]",
@@ -161,6 +199,10 @@ def _up(i: IdiomsSpec) -> list[str]:
                 "    h.append(torch.tanh(self.a(x[:, t]) + self.r(h[-1])))",
                 "h = torch.stack(h, 1)",
             ]
+
+
+def _mask(i: IdiomsSpec) -> str:
+    return f"((x @ x.transpose(1, 2))[:, None] * torch.arange(1, {i.groups} + 1, dtype=x.dtype).view(1, -1, 1, 1))"
 
 
 def _held(i: IdiomsSpec) -> list[str]:
@@ -226,9 +268,14 @@ def _around_init(i: IdiomsSpec) -> list[str]:
         Around.CUMULATIVE_NORM: f"self.bn2 = nn.BatchNorm1d({i.width}, momentum=None)",
         Around.AVERAGE: 'self.register_buffer("m", torch.zeros(()))',
         Around.AVERAGES: f'self.register_buffer("ms", torch.zeros({i.width}))',
+        Around.WEIGHT_NORM: "parametrizations.weight_norm(self.a)",
+        Around.LAST_WEIGHT_NORM: f"parametrizations.weight_norm({last})",
+        Around.SPECTRAL_NORM: "parametrizations.spectral_norm(self.a)",
+        Around.PARAMETRIZED: f"parametrize.register_parametrization({last}, 'weight', Computed())",
         Around.FROZEN: "self.a.requires_grad_(False)",
     }
-    return [line for around, line in lines.items() if around in i.around]
+    held = i.weights in (Weights.LIST, Weights.DICT, Weights.PARTIAL, Weights.NAMED, Weights.PARAMETERS)  # the parameter itself
+    return [line for around, line in lines.items() if around in i.around and not (held and around in _COMPUTED)]
 
 
 def _around(i: IdiomsSpec) -> list[str]:

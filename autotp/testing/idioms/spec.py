@@ -28,6 +28,10 @@ class Up(Enum):
     RECURRENT = "recurrent"  # a loop over time
     TORCH_ATTENTION = "torch_attention"  # nn.MultiheadAttention
     TORCH_LAYER = "torch_layer"  # nn.TransformerEncoderLayer
+    MASKED = "masked"  # the fused operator, with a mask of each head that is made of the argument
+    TORCH_MASKED = "torch_masked"  # nn.MultiheadAttention with such a mask
+    LSTM = "lstm"
+    HEADS = "heads"  # modules, each with the projections of one
 
 
 class Weights(Enum):
@@ -105,6 +109,10 @@ class Around(Enum):
     IN_PLACE = "in_place"  # the residual is added into the result
     INNER = "inner"  # the values between the weights are among the results
     PLAIN_INPUT = "plain_input"  # no norm before the part
+    WEIGHT_NORM = "weight_norm"  # of the first weight
+    LAST_WEIGHT_NORM = "last_weight_norm"
+    SPECTRAL_NORM = "spectral_norm"  # of the first weight
+    PARAMETRIZED = "parametrized"  # the last weight
 
 
 @dataclass(frozen=True, slots=True)

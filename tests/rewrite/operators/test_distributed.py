@@ -51,6 +51,8 @@ def kernels(dim: str, told: bool = True) -> dict[str, float]:
         "tensor_norm": (DistributedForm.VECTOR_NORM, torch.Tensor.norm, (2, -1, True), False),
         "rms_norm": (DistributedForm.RMS_NORM, F.rms_norm, ((n,), "w", 1e-6), True),
         "layer_norm": (DistributedForm.LAYER_NORM, F.layer_norm, ((n,), "w", "b", 1e-5), True),
+        "weight_norm": (DistributedForm.WEIGHT_NORM, torch._weight_norm, (g[:, :1], 0), True),
+        "weight_norm of all": (DistributedForm.WEIGHT_NORM, torch._weight_norm, (g[0, 0], -1), True),
     }
     errors = {}
     for name, (kernel, func, rest, sharded) in cases.items():
@@ -64,7 +66,7 @@ def kernels(dim: str, told: bool = True) -> dict[str, float]:
         for a, e in padding(expr, comm.rank, comm.size):
             parts["x"][:, a:e] = 7.0
         parts = {k: t.requires_grad_() for k, t in parts.items()}
-        args = [parts[r] if isinstance(r, str) else (local,) if r == (n,) else r for r in rest]
+        args = [parts[r] if isinstance(r, str) else (local,) if isinstance(r, tuple) else r for r in rest]
         got = run_form(kernel, func, (parts["x"], *args), {}, comm, {}, across)
         if sharded:
             got.backward(split.own(grad))
@@ -84,7 +86,7 @@ def kernels(dim: str, told: bool = True) -> dict[str, float]:
 @pytest.mark.parametrize("dim", DIMS)
 def test_kernels(pool: Pool, dim: str) -> None:
     for errors in pool.run(kernels, dim):
-        assert len(errors) == 7 + 5 + 2 + 3
+        assert len(errors) == 9 + 7 + 2 + 3
         assert all(e <= 1e-12 for e in errors.values()), errors
 
 
@@ -92,7 +94,8 @@ def test_kernels(pool: Pool, dim: str) -> None:
 def test_statistics_are_wrong_where_nobody_says_what_counts(pool: Pool, dim: str) -> None:
     errors = pool.run(kernels, dim, False)[0]
     # Heads that are all held equally often leave a mean as it is.
-    wrong = ("norm", "tensor_norm") if dim == "shared" else ("mean", "var", "std", "norm", "rms_norm", "layer_norm")
+    every = ("mean", "var", "std", "norm", "rms_norm", "layer_norm", "weight_norm", "weight_norm of all")
+    wrong = ("norm", "tensor_norm") if dim == "shared" else every
     assert all(errors[name] > 1e-3 for name in wrong), errors
 
 
