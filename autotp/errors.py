@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from types import TracebackType
 
 
+def sentence(text: object) -> str:
+    """The text of an error, of whichever library, with one full stop."""
+    return f"{str(text).rstrip().rstrip('.')}."
+
+
 class AutoTPError(RuntimeError):
     """autotp raises a subclass of this error for bad input and for a model that it cannot handle."""
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from autotp.agree import agree
-from autotp.errors import AutoTPError, InputError, PlanError
+from autotp.errors import AutoTPError, InputError, PlanError, sentence
 from autotp.parallel_state import state_of
 from autotp.rewrite.collectives.comm import GroupComm
 from autotp.rewrite.modules.quantized import is_linear, settle
@@ -115,7 +115,8 @@ def _by_torchao(torchao: Any, model: nn.Module, config: Any, filter_fn: Filter |
         raise
     except Exception as error:  # asserts, imports and kernels that are missing
         raise AutoTPError(
-            f"torchao cannot quantize {name} here by {type(config).__name__}: {' '.join(str(error).split()) or type(error).__name__}. "
+            f"torchao cannot quantize {name} here by {type(config).__name__}: "
+            f"{sentence(' '.join(str(error).split()) or type(error).__name__)} "
             "Take a config for this device and dtype, or leave the module out (filter_fn)"
         ) from error
 

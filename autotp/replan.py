@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from autotp import adapters
 from autotp.agree import agree
-from autotp.errors import AutoTPError, ChangedError, PlanError
+from autotp.errors import AutoTPError, ChangedError, PlanError, sentence
 from autotp.examine import TWIN_FROM
 from autotp.install import Answer, install, planned_by_one
 from autotp.parallel_state import ParallelState
@@ -115,8 +115,8 @@ def plan_again(model: nn.Module, answers: Sequence[Answer], change: ChangedError
         install(model, mesh, comm, made, request, answers, _keep(tp_mesh(mesh)), Again(model, answers))
     except AutoTPError as error:
         text = (
-            f"{change}, and the model cannot be planned again: {error}. Build the model again, alike on every rank (one seed), with the "
-            "adapters before parallelize"
+            f"{change}, and the model cannot be planned again: {sentence(error)} Build the model again, alike on every rank (one seed), "
+            "with the adapters before parallelize"
         )
         wrap_forward(model, partial(_refuse, text), Undo())
         raise PlanError(text) from error

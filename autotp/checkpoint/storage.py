@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from autotp.errors import CheckpointError
+from autotp.errors import CheckpointError, sentence
 from autotp.rewrite.parameters.dcp import Sharded
 
 
@@ -100,10 +100,10 @@ def failures(what: str, then: str = "") -> Iterator[None]:
             yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
-        raise CheckpointError(f"{what} on rank {rank}: {_text(cause)}. {then}".rstrip()) from error
+        raise CheckpointError(f"{what} on rank {rank}: {sentence(_text(cause))} {then}".rstrip()) from error
     except (RuntimeError, ValueError, OSError) as error:
         gone = "another rank may be gone (killed, or its connection broke)"
-        raise CheckpointError(f"{what}; {gone}: {_text(error)}. {then}".rstrip()) from error
+        raise CheckpointError(f"{what}; {gone}: {sentence(_text(error))} {then}".rstrip()) from error
 
 
 def _text(error: BaseException) -> str:

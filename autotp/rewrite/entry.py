@@ -51,6 +51,7 @@ _CHECKPOINTING = frozenset(("gradient_checkpointing", "_gradient_checkpointing_f
 Originals = Mapping[tuple[str, str], Any]
 
 _in_backward = torch._C._current_graph_task_id
+_compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 
 class Follow(Protocol):
@@ -145,43 +146,78 @@ class Entry:
         if module.training and _in_backward() == -1 and self.dropouts.active():
             sync_rng(self.comm, device_of(module))
 
-
-def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    entry: Entry = module.__dict__[ENTRY]
-    if is_dynamo_compiling():
-        entry.compiled()
-        return forward(module, *args, **kwargs)
-    running = entry.running
-    if running.open:
-        return forward(module, *args, **kwargs)
-    running.open, running.records = True, torch.is_grad_enabled()
-    try:
-        entry.begin(module)
-    except ChangedError as change:
-        running.open = False
-        if entry.follow is None or not entry.follow(change):
-            raise
-        return module.forward(*args, **kwargs)  # the plan, its guards and this forward are new
-    except BaseException:
-        running.open = False
-        raise
-    try:
-        running.compiles = entry.scatters and running.records and any(map(_is_compiled, module.modules()))
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments as the forward gets them."""
+        running = self.running
+        running.compiles = self.scatters and running.records and (running.inside_compiled or any(map(_is_compiled, module.modules())))
         if any(isinstance(v, DTensor) for v in (*args, *kwargs.values())):  # rows of a weight, say: whole from here on
             args = tuple(map(_whole, args))
             kwargs = {name: _whole(v) for name, v in kwargs.items()}
-        recording = torch.is_grad_enabled()
-        if recording:
+        if running.records:
             refuse_trained((*args, *kwargs.values()))
-        result = forward(module, *args, **kwargs)
+        return args, kwargs
+
+    def leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """Returns the result as the caller gets it."""
+        recording = self.running.records
         if recording:
             mark_own((*args, *kwargs.values(), *(result.values() if isinstance(result, Mapping) else ())))
-        elif entry.shows:
+        elif self.shows:
             result = whole_results(result)
-        if recording and entry.scatters and (entry.is_root or _in_backward() == -1):  # a block that runs again for a checkpoint is inside
+        if recording and self.scatters and (self.is_root or _in_backward() == -1):  # a block that runs again for a checkpoint is inside
             result = whole_results(result, ParallelTokens)
-        result = entry.alone.whole(result)
-        return mark_copied(result, entry.copies) if entry.copies and recording else result
+        result = self.alone.whole(result)
+        return mark_copied(result, self.copies) if self.copies and recording else result
+
+    def end(self) -> None:
+        """Runs when the call is over, whatever came of it."""
+        running = self.running
+        running.open = running.inside_compiled = False
+        running.end()
+        self.values.again()
+
+    def planned_again(self, change: ChangedError) -> bool:
+        """Makes the model parallel by another plan where `change` is to be followed; True where it did."""
+        return self.follow is not None and self.follow(change)
+
+
+_STEPS: Any = (Entry.begin, Entry.enter, Entry.leave, Entry.end, Entry.planned_again)
+#: For calls in compiled code. dynamo would compile them, too: what they ask would be answered for good, and they would not act.
+_UNCOMPILED: Any = tuple(map(torch.compiler.disable, _STEPS))
+
+
+def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    entry: Entry = module.__dict__[ENTRY]
+    running = entry.running
+    if is_dynamo_compiling():
+        entry.compiled()
+        if running.open:
+            return forward(module, *args, **kwargs)
+        entry.alone.check()
+        # Where the graph breaks inside, dynamo cannot go on in the middle of a `try`: it runs this function as it is, so that such a call
+        # begins below as any other, and pieces of it are compiled. Where it does not break, nothing of this is left in the graph.
+        running.open = True
+        try:
+            return entry.alone.whole(forward(module, *args, **kwargs))
+        finally:
+            running.open = False
+    if running.open:
+        return forward(module, *args, **kwargs)
+    running.open, running.records, running.inside_compiled = True, torch.is_grad_enabled(), _compiler() is not None
+    begin, enter, leave, end, planned_again = _UNCOMPILED if running.inside_compiled else _STEPS
+    try:
+        begin(entry, module)
+    except ChangedError as change:
+        running.open = running.inside_compiled = False
+        if not planned_again(entry, change):
+            raise
+        return module.forward(*args, **kwargs)  # the plan, its guards and this forward are new
+    except BaseException:
+        running.open = running.inside_compiled = False
+        raise
+    try:
+        args, kwargs = enter(entry, module, args, kwargs)
+        return leave(entry, args, kwargs, forward(module, *args, **kwargs))
     except LostRankError as error:
         raise LostRankError(f"a call of {type(module).__name__} could not be completed: {error}") from error
     except RuntimeError as error:
@@ -189,9 +225,7 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
             raise AutoTPError(text) from error
         raise
     finally:
-        running.open = False
-        running.end()
-        entry.values.again()
+        end(entry)
 
 
 def _whole(value: Any) -> Any:

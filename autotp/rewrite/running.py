@@ -11,15 +11,16 @@ class Running:
     """`open` while the outermost module of a call runs. All modules of one model share it; a copy of the model has its own.
 
     records: that call records gradients.
-    compiles: a module in it is compiled. Hidden states stay whole then: what runs between two compiled pieces cannot tell.
+    inside_compiled: it is a call in compiled code, whose graph breaks: this call runs as it is written, and pieces of it are compiled.
+    compiles: a module in it is compiled, or pieces are. Hidden states stay whole then: what runs between two compiled pieces cannot tell.
     compared: how many calls asked whether their inputs are to be compared between ranks; the same number on every rank.
     at_end: what is to be done when that call ends.
     """
 
-    __slots__ = ("at_end", "compared", "compiles", "open", "records")
+    __slots__ = ("at_end", "compared", "compiles", "inside_compiled", "open", "records")
 
     def __init__(self) -> None:
-        self.open = self.records = self.compiles = False
+        self.open = self.records = self.compiles = self.inside_compiled = False
         self.compared = 0
         self.at_end: list[Callable[[], None]] = []
 

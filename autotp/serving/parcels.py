@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autotp.errors import InputError
+from autotp.errors import InputError, sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def pack(value: Any, where: str) -> bytes:
         raise InputError(f"{where}: {error}") from error.__cause__
     except Exception as error:  # what a pickle refuses, it refuses in many ways
         raise InputError(
-            f"{where} cannot be sent to the other ranks: {error}. Functions and classes must be importable by name there"
+            f"{where} cannot be sent to the other ranks: {sentence(error)} Functions and classes must be importable by name there"
         ) from error
     return file.getvalue()
 

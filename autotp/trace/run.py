@@ -15,7 +15,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
-from autotp.errors import AutoTPError, TraceError
+from autotp.errors import AutoTPError, TraceError, sentence
 from autotp.hugging_face import is_hugging_face
 from autotp.trace.blocks import BlockRecorder, NotAlike
 from autotp.trace.boundary import flatten_result
@@ -54,6 +54,13 @@ def to_fake(fake: Fakes, tree: Any, recorder: Recorder, name: str = "") -> Any:
 _MOST_REVERSED = 8
 #: How often a trace starts again because blocks turn out to be used in different ways, before all of them run.
 RESTARTS = 4
+#: What torch says where code wants the memory of a fake tensor: numpy, dlpack, a pointer, a storage.
+_WANTS_MEMORY = (
+    ".numpy() is not supported for tensor subclasses",
+    "on an invalid python storage",
+    "Cannot access data pointer of Tensor",
+    "Not available for 'meta' device type",
+)
 _DISTRIBUTIONS = torch.distributions.__file__.rsplit("__init__", 1)[0]
 _HERE = __file__.rsplit("trace", 1)[0]
 
@@ -338,7 +345,11 @@ def _explain(path: str, error: Untraceable, guessed: bool) -> str:
     where = f"module {error.module or '<root>'!r} ({error.cls})"
     near = f", after {last.opname} at {last.place}" if last is not None and last.place is not None else ""
     numbers = " Numbers that the code reads from data (`tolist`, `item`) are not known while tracing; 0 stood for them." if guessed else ""
-    return (
-        f"cannot trace the model's {path} path: {where} failed{near}: {type(error.error).__name__}: {error.error}.{numbers} "
-        "Pass example_inputs= that fit the model, or write a recipe for it."
-    )
+    said = sentence(f"{type(error.error).__name__}: {error.error}")
+    failed = f"cannot trace the model's {path} path: {where} failed{near}: {said}{numbers}"
+    if any(text in str(error.error) for text in _WANTS_MEMORY):
+        return (
+            f"{failed} The code takes numbers out of torch there, or asks where they are in memory, and a model is traced without any: "
+            "keep to torch inside of forward and convert its result outside (`model(x).detach().numpy()`), or write a recipe for it."
+        )
+    return f"{failed} Pass example_inputs= that fit the model, or write a recipe for it."

@@ -193,6 +193,21 @@ def test_numbers_that_cannot_be_drawn_are_said() -> None:
         autotp.plan(built(between), tp=2, example_inputs={"x": X})
 
 
+def test_code_that_leaves_torch_is_said() -> None:
+    for leave in (lambda h: h.detach().numpy(), lambda h: np.asarray(h.detach()), lambda h: h.untyped_storage()[0]):
+        with pytest.raises(TraceError, match=r"[a-z]\. The code takes numbers out of torch there") as caught:
+            autotp.plan(built(lambda m, h, leave=leave: leave(h)), tp=2, example_inputs={"x": X})
+        assert ".." not in str(caught.value).replace("...", "") and "example_inputs" not in str(caught.value)
+
+
+def test_the_text_of_an_error_ends_once() -> None:
+    def fails(m: Any, h: Tensor) -> Tensor:
+        raise ValueError("these data are wrong.")
+
+    with pytest.raises(TraceError, match=r"ValueError: these data are wrong\. Pass example_inputs="):
+        autotp.plan(built(fails), tp=2, example_inputs={"x": X})
+
+
 class Counts(nn.Module):
     """Sorts its rows by what a router says, and goes on by how many there are."""
 

@@ -111,4 +111,4 @@ def install_alone(model: nn.Module, plan: Plan, running: Running, undo: Undo) ->
         if isinstance(run, LinearRun):
             run.alone = Alone(running, text)  # goes with the run
             continue
-        check_calls(module, "_autotp_alone", Alone(running, text), undo)
+        check_calls(module, "_autotp_alone", Alone(running, text), undo, compiled=True)

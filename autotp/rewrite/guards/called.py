@@ -132,4 +132,4 @@ def install_called(model: nn.Module, plan: Plan, undo: Undo) -> None:
             continue
         where = f"{path or 'the model'} ({type(module).__qualname__})"
         called = Called(where, signature, forms, only_switches=own)
-        check_calls(module, "_autotp_called", called, undo)
+        check_calls(module, "_autotp_called", called, undo, compiled=False)

@@ -39,7 +39,8 @@ class Show:
     """The conversion of a head's result: S → whole, in parts.
 
     Where no gradient is recorded, results of the model's call are made whole before the caller gets them (`whole_results`). A head that
-    is called by itself then gathers, and so do code that is compiled and ranks without a mesh (the check of numbers).
+    is called by itself then gathers, and so do code that is compiled, calls that such code makes, and ranks without a mesh (the check of
+    numbers).
     """
 
     __slots__ = ("split", "vocabulary")
@@ -51,7 +52,10 @@ class Show:
 
     def __call__(self, x: Tensor) -> Tensor:
         v = self.vocabulary
-        if v is None or is_dynamo_compiling() or not (torch.is_grad_enabled() or v.comm.running.open):
+        if v is None or is_dynamo_compiling():
+            return gather(x, self.split)
+        running = v.comm.running
+        if running.inside_compiled or not (running.open or torch.is_grad_enabled()):
             return gather(x, self.split)
         held = x if v.held == x.shape[-1] else x.narrow(-1, 0, v.held).contiguous()
         return parted(ParallelLogits, Along(x.ndim - 1, v), held)

@@ -175,9 +175,9 @@ def _of_instance(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cache
-def _checking_around(key: str) -> Around:
+def _checking_around(key: str, compiled: bool) -> Around:
     def around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        late = None if is_dynamo_compiling() else module.__dict__[key].check(args, kwargs)
+        late = None if is_dynamo_compiling() and not compiled else module.__dict__[key].check(args, kwargs)
         result = forward(module, *args, **kwargs)
         if late is not None:
             raise late
@@ -186,10 +186,11 @@ def _checking_around(key: str) -> Around:
     return around
 
 
-def check_calls(module: nn.Module, key: str, check: Any, undo: Undo) -> None:
+def check_calls(module: nn.Module, key: str, check: Any, undo: Undo, *, compiled: bool) -> None:
     """Have `check.check(args, kwargs)` check each call of a module; an error that it returns is raised when the forward is through.
 
+    compiled: code that is compiled checks too; dynamo must be able to follow the check.
     The module's `__dict__` keeps it as `key`, so copies of the module have it too.
     """
     undo.set_item(module.__dict__, key, check)
-    wrap_forward(module, _checking_around(key), undo)
+    wrap_forward(module, _checking_around(key, compiled), undo)

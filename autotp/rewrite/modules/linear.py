@@ -205,10 +205,10 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         attributes = self.__dict__
         run: LinearRun = attributes[STATE]
-        if is_dynamo_compiling():
-            return run.composed(input)
         if run.alone is not None and not run.alone.running.open:
             run.alone.check()
+        if is_dynamo_compiling():
+            return run.composed(input)
         if type(input) is ParallelTokens:
             if run.by_token is not None:
                 weights: Any = [read_by_token(read, fix) for read, fix in zip(run.own, run.by_token, strict=True)]
