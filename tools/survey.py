@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 import traceback
 from collections import Counter
@@ -163,6 +164,12 @@ def summary(counts: Mapping[str, int | float], records: Iterable[Record]) -> str
     if errors:
         lines += ["", "most frequent errors:", *(f"{count:5} {text[:150]}" for text, count in errors.most_common(25))]
     return "\n".join(lines)
+
+
+def reason(record: Record) -> str:
+    """The cell that says by which reason most of what stays whole does, without the line of the library's code."""
+    why = " ".join(record["whole"][0][2].split()) if record.get("whole") else ""
+    return re.sub(r" \([^()]*\.py.*", "", why)[:100].replace("|", "/")
 
 
 def result(record: Record) -> str:

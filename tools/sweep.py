@@ -90,20 +90,37 @@ def counts(records: Iterable[Record]) -> dict[str, int | float]:
         tried = [r for r in compared if aspect in r["errors"]]
         result[f"equal {aspect} (of {len(tried)} that have it)"] = sum(aspect not in r["failed"] for r in tried)
     result["median share of the parameters on a rank"] = round(statistics.median(shares), 4) if shares else 1.0
-    result["sharded (share below 0.9)"] = sum(share < 0.9 for share in shares)
+    result["share of at most 0.55"] = sum(share <= 0.55 for share in shares)
+    result["share of at least 0.9"] = sum(share >= 0.9 for share in shares)
+    seconds = [r["plan_seconds"] for r in planned]
+    result["CPU seconds of planning: median"] = round(statistics.median(seconds), 1) if seconds else 0.0
+    result["planned within 3 CPU seconds"] = sum(s <= 3 for s in seconds)
     return result
 
 
 def page(records: dict[str, Record], tp: int) -> str:
     """The coverage page of the documentation."""
     text = (
-        f"Every architecture of transformers, built tiny with random weights, on {tp} ranks; written by",
-        "`tools/sweep.py`. *Equal* means a relative error of at most 1e-9 in float64 (2e-5 where an operator",
-        "has only float32).",
+        f"Architectures of transformers, built tiny with random weights, on {tp} ranks, without example inputs",
+        "and with the check of numbers, as users call it; written by `tools/sweep.py`. *Equal* means a",
+        "relative error of at most 1e-9 in float64 (2e-5 where an operator has only float32). The reason is",
+        "the one by which most of what stays whole does. What was not tried is listed at the end.",
     )
     tried = [r for _, r in sorted(records.items()) if "errors" in r or r["stage"] in ("plan", "compare", "ranks")]
-    rows = [(r["type"], f"{r['local_share']:.2f}" if "local_share" in r else "", survey.result(r)) for r in tried]
-    return survey.page("Coverage", text, counts(records.values()), ("model type", "share of the parameters on a rank", "result"), rows)
+    rows = [
+        (
+            r["type"],
+            f"{r['local_share']:.2f}" if "local_share" in r else "",
+            f"{r['plan_seconds']:.1f}" if "plan_seconds" in r else "",
+            survey.result(r),
+            survey.reason(r),
+        )
+        for r in tried
+    ]
+    head = ("model type", "share of the parameters on a rank", "CPU seconds of planning", "result", "most that is whole, because")
+    left = [f"| {n} | {survey.result(r)} |" for n, r in sorted(records.items()) if r not in tried and not is_missing(r)]
+    end = ["", "## Not tried", "", "| model type | how far it came |", "|---|---|", *left, ""]
+    return survey.page("Coverage", text, counts(records.values()), head, rows) + "\n".join(end)
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -109,9 +108,8 @@ def page(records: dict[str, Record], tp: int) -> str:
     )
     rows = []
     for name, record in sorted(records.items()):
-        why = " ".join(record["whole"][0][2].split()) if record.get("whole") else ""
-        reason = re.sub(r" \([^()]*\.py.*", "", why)[:100].replace("|", "/")  # without the line of the library's code
-        rows.append((name, f"{survey.share(record):.2f}" if "local_share" in record else "", survey.result(record), reason))
+        share = f"{survey.share(record):.2f}" if "local_share" in record else ""
+        rows.append((name, share, survey.result(record), survey.reason(record)))
     head = ("model", "share of the parameters on a rank", "result", "most that is whole, because")
     return survey.page("Coverage of other libraries", text, counts(records.values()), head, rows)
 

@@ -26,6 +26,7 @@ from autotp.rewrite.in_parts.tensor import part
 from autotp.rewrite.logits.logits import Show
 from autotp.rewrite.modules.classes import STATE
 from autotp.rewrite.modules.linears import Together
+from autotp.rewrite.modules.matrix import matrix
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout, laid_out
 from autotp.rewrite.parameters.quantized_form import Form, is_quantized
 from autotp.rewrite.parameters.reads import GradFix, Read, given, read_by_token, read_param, refuse_second
@@ -147,7 +148,7 @@ class _Linear(torch.autograd.Function):
             grad = ctx.kind.join(grad)
         if run.gathers is not None:
             grad = run.gathers.own(grad)
-        rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+        rows = matrix(grad)
         grad_x = grad_w = grad_b = None
         needs = ctx.needs_input_grad
         if needs[0]:
@@ -157,7 +158,7 @@ class _Linear(torch.autograd.Function):
         if needs[1]:
             if ctx.again is not None:
                 x = ctx.again.gathered(x)
-            grad_w = rows.t().mm(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
+            grad_w = rows.t().mm(matrix(x))
             if run.weight.fix.needed:
                 grad_w = run.weight.fix(grad_w, owned=True)
             grad_w = laid_out(ctx.weight._spec, grad_w, run.weight.fix.layout)  # type: ignore[arg-type]
@@ -188,12 +189,12 @@ def _recorded(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = own(grad, run.gathers)
     if needs[0]:
         grad_x = grad.matmul(read_param(weight, run.weight.fix) if needs[1] else weight._local_tensor)
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows = matrix(grad)
     if needs[1]:
-        grad_w = given(rows.t().mm(x.reshape(-1, x.shape[-1])), run.weight.fix, weight._spec)
+        grad_w = given(rows.t().mm(matrix(x)), run.weight.fix, weight._spec)
     if needs[2]:
         if run.once:
-            rows = after.reshape(-1, after.shape[-1]) if run.reduces else taken_once(rows, run.comm)
+            rows = matrix(after) if run.reduces else taken_once(rows, run.comm)
         grad_b = given(rows.sum(0), run.bias.fix, bias._spec)  # type: ignore[union-attr]  # it needs a gradient, so it is there
     return grad_x, grad_w, grad_b, None, None
 

@@ -24,6 +24,7 @@ from autotp.rewrite.collectives.conversions import reduce
 from autotp.rewrite.in_parts.calls import plainly
 from autotp.rewrite.in_parts.tensor import part
 from autotp.rewrite.modules.classes import STATE
+from autotp.rewrite.modules.matrix import matrix
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor, in_layout, laid_out
 from autotp.rewrite.parameters.reads import Read, given, read_param, refuse_second
 from autotp.rewrite.sequence.rows import Rows
@@ -60,7 +61,7 @@ class _Linears(torch.autograd.Function):
         comm: Comm = ctx.comm
         kind: Rows | None = ctx.kind
         again = None if kind is None or x is None else comm.begin_gather(kind.filled(x))
-        rows = [None if g is None else g if g.dim() == 2 else g.reshape(-1, g.shape[-1]) for g in grads]
+        rows = [None if g is None else matrix(g) for g in grads]
         of_x: Tensor | None = None
         pending = None
         if needs[0]:
@@ -71,7 +72,7 @@ class _Linears(torch.autograd.Function):
                 pending = comm.begin_sum(of_x) if kind is None else comm.begin_scatter(kind.filled(of_x, comm.size))
         if x is not None:
             x = x if again is None or kind is None else kind.joined(again())
-            x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+            x = matrix(x)
         found: list[Tensor | None] = []
         for i, (g, weight, bias) in enumerate(zip(rows, ctx.params[::2], ctx.params[1::2], strict=True)):
             read, of_bias = ctx.reads[2 * i], ctx.reads[2 * i + 1]
@@ -123,12 +124,12 @@ def _recorded(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, 
         refuse_second(weight)
         of_weight = of_bias = None
         if grad is not None:
-            rows = grad.reshape(-1, grad.shape[-1])
+            rows = matrix(grad)
             if needs[0]:
                 own = grad.matmul(read_param(weight, ctx.reads[2 * i].fix) if needs[4 + 2 * i] else weight._local_tensor)
                 of_x = own if of_x is None else of_x + own
             if needs[4 + 2 * i] and whole is not None:
-                of_weight = given(rows.t().mm(whole.reshape(-1, whole.shape[-1])), ctx.reads[2 * i].fix, weight._spec)
+                of_weight = given(rows.t().mm(matrix(whole)), ctx.reads[2 * i].fix, weight._spec)
             if needs[5 + 2 * i]:
                 of_bias = given(rows.sum(0), ctx.reads[2 * i + 1].fix, bias._spec)
         found += [of_weight, of_bias]
