@@ -97,7 +97,7 @@ def _held(model: nn.Module) -> list[tuple[Any, str, Any]]:
     for module in model.modules():
         found += [(module, k, v) for k, v in module.__dict__.items() if type(v) is _CACHED]
     for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
-        found += [each for v in cls.__dict__.values() if type(v) is FunctionType for each in _wrapped(v)]
+        found += [each for v in map(_function, cls.__dict__.values()) if type(v) is FunctionType for each in _wrapped(v)]
     return found
 
 

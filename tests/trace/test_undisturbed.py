@@ -253,9 +253,14 @@ class Cached(nn.Module):
     def bias(self, n: int) -> Tensor:
         return torch.ones(n) * 0.5
 
+    @staticmethod
+    @remembering
+    def scale(n: int) -> Tensor:
+        return torch.ones(n) * 0.25
+
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[1]
-        x = x * (places(n) + self.bias(n))[:, None]
+        x = x * (places(n) + self.bias(n) + self.scale(n))[:, None]
         q, k, v = (f(x).view(parts(f(x).shape, self.heads)).transpose(1, 2) for f in (self.q, self.k, self.v))
         if (n, n) not in self.memo:
             self.memo[n, n] = torch.ones(n, n).tril()
@@ -269,7 +274,7 @@ def test_a_plan_does_not_depend_on_what_ran_before() -> None:
     fresh = str(autotp.plan(Cached(), tp=2, example_inputs={"x": x}))
     assert autotp.plan(Cached(), tp=2, example_inputs={"x": x}).local_share < 0.6
     assert not Cached.memo
-    assert type(causal(4)) is type(places(4)) is Tensor and all(type(n) is int for n in parts((2, 4, 16), 4))
+    assert type(causal(4)) is type(places(4)) is type(Cached.scale(4)) is Tensor and all(type(n) is int for n in parts((2, 4, 16), 4))
     other = Cached(heads=2)
     autotp.plan(other, tp=2, example_inputs={"x": torch.randn(2, 5, 8)})
     model = Cached()
