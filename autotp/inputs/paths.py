@@ -28,8 +28,8 @@ from autotp.errors import InputError
 from autotp.hugging_face import is_hugging_face
 from autotp.inputs.by_name import value_of, why_not
 from autotp.inputs.facts import Facts, Guess, forward_keywords, takes_any_keyword
-from autotp.inputs.images import with_images
 from autotp.inputs.labels import labels
+from autotp.inputs.media import AUDIO, IMAGES, with_medium
 from autotp.inputs.values import BATCH, VALUES, token_ids
 from autotp.trace.example import Example, Given, Inputs
 
@@ -60,7 +60,7 @@ def example_inputs(model: nn.Module, guess: Guess | None = None) -> tuple[Exampl
             f"{type(model).__name__}.forward requires what autotp cannot make up from the config: {told}: "
             f"pass example_inputs={{name: value}} with {_listed(base)}"
         )
-    return (*_examples(facts, base), *_features(model), *_generators(model), *_encoder(model))
+    return (*_examples(facts, base), *_features(model, facts.guess), *_generators(model), *_encoder(model))
 
 
 def user_examples(model: nn.Module, given: Given) -> tuple[Example, ...]:
@@ -140,7 +140,8 @@ def _base(facts: Facts) -> list[str]:
     if not names:
         names += [name for name in VALUES if facts.takes(name)][:1]
     names += [name for name in _companions(facts, names) if name not in names]
-    return names + [name for name in facts.guess.more if name not in names]
+    more = (name for name in facts.guess.more if facts.method == "forward" or facts.takes(name))
+    return names + [name for name in more if name not in names]
 
 
 def _companions(facts: Facts, names: list[str]) -> Iterator[str]:
@@ -164,7 +165,7 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
 
     def call(*more: str, **options: object) -> Callable[[], Inputs]:
         if images_in_text:
-            return lambda: with_images(facts, tuple(base)) | options
+            return lambda: with_medium(facts, tuple(base), IMAGES) | options
         return lambda: {name: value_of(facts, name) for name in (*base, *more)} | options
 
     yield Example("forward", call())
@@ -184,8 +185,10 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
     for flag in facts.flags("loss"):
         yield Example(flag, call(**{flag: True}), optional=True)
     yield from _internals(facts, call)
-    if reads_text and "pixel_values" not in base and facts.takes("pixel_values"):
-        yield Example("images", partial(with_images, facts, tuple(base)), optional=True)
+    for medium in (IMAGES, AUDIO):
+        value = medium.value(facts)
+        if reads_text and value is not None and value not in base:
+            yield Example(medium.name, partial(with_medium, facts, tuple(base), medium), optional=True, sought=True)
 
 
 def _internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Iterator[Example]:
@@ -198,13 +201,13 @@ def _internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Itera
         yield Example("hidden_states", call(output_hidden_states=True), optional=True)
 
 
-def _features(model: nn.Module) -> Iterator[Example]:
+def _features(model: nn.Module, guess: Guess) -> Iterator[Example]:
     """The public methods that answer one kind of input alone (`get_image_features`), as far as their inputs can be made."""
     for name in sorted(n for n in dir(type(model)) if _FEATURES.fullmatch(n)):
-        facts = Facts(model, name)
+        facts = Facts(model, name, guess)
         base = _base(facts)
         if base and all(why_not(facts, key) is None for key in base):
-            yield Example(name, partial(_values, facts, base), optional=True, method=name)
+            yield Example(name, partial(_values, facts, base), optional=True, method=name, sought=True)
 
 
 def _generators(model: nn.Module) -> Iterator[Example]:
