@@ -31,7 +31,7 @@ MOST_SECONDS, MOST_TRIES = 30.0, 32
 _WORTH = 0.02
 #: Keywords that bring no parameters with them.
 _BESIDE = re.compile(
-    r"labels?$|mask|position|embeds$|type_ids|past_|cache|scores|return_|output_|indices|_scale|logits_to_keep|lengths?$|_pos$"
+    r"labels?$|mask|position|inputs_embeds$|type_ids|past_|cache|scores|return_|output_|indices|_scale|logits_to_keep|lengths?$|_pos$"
 )
 
 Run = Callable[[Example], Graph]
@@ -50,16 +50,25 @@ def calls_for_unread(model: nn.Module, guess: Guess, examples: Sequence[Example]
     names = [e.name for e in examples if e.sought and e.name not in ran and not e.training]
     facts = Facts(model, guess=guess)
     given = {name for e in examples if e.name in ran and not e.method for name in e.make()}
-    starts = [(name, guess) for name in names]
-    starts += [("", replace(guess, more=(*guess.more, k))) for k in facts.keywords if k not in given and _may_read(facts, k)]
-    for name, start in starts:
-        left = until - time.thread_time()
-        if left <= 0 or not _worth(unread, graph):
-            return
-        found = _found(model, start, name, run, Limits(MOST_TRIES, left))
-        if found is not None and (reads := unread - _unread(found[1])):
-            unread -= reads
-            yield found[0] if name else replace(found[0], name=f"with {start.more[-1]}", decode=None, optional=True, quiet=True)
+    keywords = [k for k in facts.keywords if k not in given and _may_read(facts, k)]
+    along: tuple[str, ...] = ()  # what the model takes, and reads nothing more with: it may need another one beside
+    for name, keyword in (*((name, "") for name in names), *(("", k) for k in keywords)):
+        masks = tuple(m for m in facts.keywords if m not in given and "mask" in m and m.split("_")[0] == keyword.split("_")[0])
+        ways = dict.fromkeys(((*along, keyword, *masks), (keyword, *masks), (keyword,))) if keyword else ((),)
+        for number, more in enumerate(ways, start=1):
+            left = until - time.thread_time()
+            if left <= 0 or not _worth(unread, graph):
+                return
+            limits = Limits(MOST_TRIES if number == len(ways) else 0, left)
+            found = _found(model, replace(guess, more=(*guess.more, *more)), name, run, limits)
+            if found is None:
+                continue
+            if reads := unread - _unread(found[1]):
+                unread -= reads
+                yield found[0] if name else replace(found[0], name=f"with {keyword}", decode=None, optional=True, quiet=True)
+            elif keyword:
+                along = (*along, keyword, *masks)
+            break
 
 
 def _found(model: nn.Module, start: Guess, name: str, run: Run, limits: Limits) -> tuple[Example, Graph] | None:
