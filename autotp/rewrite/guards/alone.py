@@ -1,5 +1,7 @@
 """Refuses to call a module by itself if it takes or returns a rank's part at its boundary with other modules.
 
+A leaf that gives a whole result whose gradient is a summand is refused where gradients are recorded: they would be summed.
+
 A result with a name is made whole instead: the pooled states of an encoder, say, that the model itself does not read.
 """
 
