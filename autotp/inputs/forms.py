@@ -26,12 +26,28 @@ _IMAGE_SIZES = ("image_size", "img_size", "input_size", "size", "crop_size", "re
 _LENGTHS = ("max_source_positions", "max_length", "context_length", "spec_size", "n_window")
 _LARGEST = 8192
 _DTYPES = re.compile(r"dtype|scalar type|predicate|Float\b|Long\b|Int\b")
+_UNPACKED = re.compile(r"values to unpack \(expected (\d+), got (\d+)\)")
 _MOST_ELEMENTS = 4_000_000 * BATCH
 _BOOKS = ("num_codebooks", "n_codes_total", "num_channels", "num_vq", "codebooks", "audio_channels")
 
 
 def other_forms(facts: Facts, inputs: Mapping[str, object], error: str) -> Iterator[Form]:
-    """Other forms of `inputs`, for a call of which `error` is the text."""
+    """Other forms of `inputs`, for a call of which `error` is the text; first those with as many dims as it says that it wants."""
+    forms = _forms(facts, inputs, error)
+    dims = _UNPACKED.search(error)
+    if dims is None:
+        return forms
+    wanted, got = map(int, dims.groups())
+    listed = list(forms)
+
+    def unfit(form: Form) -> bool:
+        value = inputs[form[0]]
+        return not (isinstance(value, Tensor) and value.dim() == got and len(form[1].shape) == wanted)
+
+    return iter(sorted(listed, key=unfit))
+
+
+def _forms(facts: Facts, inputs: Mapping[str, object], error: str) -> Iterator[Form]:
     numbers = [n for n in dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]\d)", error))) if 0 < n <= _LARGEST]
     tensors = {name: value for name, value in reversed(list(inputs.items())) if isinstance(value, Tensor)}  # the latest first
     floats = {name: value for name, value in tensors.items() if value.is_floating_point()}

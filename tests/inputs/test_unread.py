@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor
 
 import autotp
@@ -60,6 +61,13 @@ def test_patches_of_each_image_in_a_row_of_its_own() -> None:
     assert isinstance(pixels, Tensor) and pixels.dim() == 2
     forms = [made.shape for name, made in other_forms(facts, {"pixel_values": pixels}, "") if name == "pixel_values"]
     assert (3, pixels.shape[0] // 3, pixels.shape[1]) in forms[:3]
+
+
+def test_as_many_dims_as_the_code_unpacks() -> None:
+    facts = Facts(tiny_model(tiny_config("mllama")))
+    text = "ValueError: not enough values to unpack (expected 6, got 4)"
+    first, made = next(other_forms(facts, {"input_ids": torch.ones(3, 4), "pixel_values": torch.ones(3, 3, 32, 32)}, text))
+    assert first == "pixel_values" and made.shape == (3, 1, 4, 3, 32, 32)
 
 
 def test_a_mask_of_whole_images() -> None:
