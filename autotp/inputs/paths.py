@@ -83,7 +83,7 @@ def user_examples(model: nn.Module, given: Given) -> tuple[Example, ...]:
 def user_internals(model: nn.Module, given: Given) -> tuple[Example, ...]:
     """The caller's first call of a transformers `model`, asked for hidden states and attention weights."""
     call: Any = given if isinstance(given, Mapping) else given[0]
-    more = _internals(Facts(model), lambda **options: lambda: {**call, **options})
+    more = internals(Facts(model), lambda **options: lambda: {**call, **options})
     return tuple(replace(e, name=f"user with {e.name}", quiet=True) for e in more)
 
 
@@ -186,14 +186,14 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
         yield Example("labels", lambda: call(*heard, **without)() | given(), optional=True)
     for flag in facts.flags("loss"):
         yield Example(flag, call(**{flag: True}), optional=True)
-    yield from _internals(facts, call)
+    yield from internals(facts, call)
     for medium in (IMAGES, AUDIO):
         value = medium.value(facts)
         if reads_text and value is not None and value not in base:
             yield Example(medium.name, partial(with_medium, facts, tuple(base), medium), optional=True, sought=True)
 
 
-def _internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Iterator[Example]:
+def internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Iterator[Example]:
     """The call that asks for hidden states, and for attention weights: some models compute those whatever attention they run."""
     hidden = facts.any_keyword or facts.takes("output_hidden_states")
     weights = facts.any_keyword or facts.takes("output_attentions")

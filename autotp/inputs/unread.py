@@ -21,6 +21,7 @@ from autotp.errors import InputError, TraceError
 from autotp.hugging_face import is_hugging_face
 from autotp.inputs.by_name import why_not
 from autotp.inputs.facts import Facts, Guess
+from autotp.inputs.paths import internals
 from autotp.inputs.search import Limits, named, search
 from autotp.trace.example import Example
 from autotp.trace.graph import Graph
@@ -65,7 +66,10 @@ def calls_for_unread(model: nn.Module, guess: Guess, examples: Sequence[Example]
                 continue
             if reads := unread - _unread(found[1]):
                 unread -= reads
-                yield found[0] if name else replace(found[0], name=f"with {keyword}", decode=None, optional=True, quiet=True)
+                call = found[0] if name else replace(found[0], name=f"with {keyword}", decode=None, optional=True, quiet=True)
+                yield call
+                if not call.method:  # layers that no other call runs show their states too
+                    yield from _shown(facts, call)
             elif keyword:
                 along = (*along, keyword, *masks)
             break
@@ -92,6 +96,12 @@ def _found(model: nn.Module, start: Guess, name: str, run: Run, limits: Limits) 
     except Exception:  # values that do not go together, whatever their makers say
         return None
     return example, graphs[-1]
+
+
+def _shown(facts: Facts, call: Example) -> Iterator[Example]:
+    """The call, asked for hidden states and attention weights."""
+    for more in internals(facts, lambda **options: lambda: {**call.make(), **options}):
+        yield replace(more, name=f"{call.name} with {more.name}", quiet=True)
 
 
 def _may_read(facts: Facts, name: str) -> bool:

@@ -12,7 +12,9 @@ from autotp.inputs.facts import Facts, Guess, Made, forward_keywords
 from autotp.inputs.forms import other_forms
 from autotp.inputs.media import AUDIO, with_medium
 from autotp.inputs.search import named
+from autotp.planner.make_plan import traced_calls
 from autotp.testing.tiny.models import tiny_config, tiny_model
+from autotp.trace.repeats import alike_blocks
 
 #: A model type → the share of its parameters on one of two ranks.
 READ = {
@@ -81,3 +83,11 @@ def test_a_method_that_hands_on_what_it_is_given() -> None:
     model = tiny_model(tiny_config("voxtral"))
     assert list(forward_keywords(model, "get_audio_features")) == ["input_features"]
     assert "input_ids" in forward_keywords(model)
+
+
+def test_what_only_a_found_call_runs_shows_its_hidden_states() -> None:
+    """A layer that the plain call leaves out: its sum is taken before the hidden states are given away."""
+    model = tiny_model(tiny_config("canary_decoder"))
+    examples, _ = traced_calls(model, None, alike_blocks(model), {})
+    (found,) = [e for e in examples if e.name == "with encoder_hidden_states with attentions"]
+    assert {"encoder_hidden_states", "output_hidden_states"} <= found.make().keys()
