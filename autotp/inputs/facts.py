@@ -31,9 +31,15 @@ class Keyword:
 
 
 def forward_keywords(model: nn.Module, method: str = "forward") -> dict[str, Keyword]:
-    """The named parameters of `model.forward`, or of another method, in order; `*args` and `**kwargs` are left out."""
+    """The named parameters of `model.forward`, or of another method, in order; `*args` and `**kwargs` are left out.
+
+    A method that names none hands on what it is given: to the method of the same name of the model inside.
+    """
     parameters = inspect.signature(getattr(model, method)).parameters.values()
-    named = (p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    inner = getattr(model, "base_model", model)
+    if not named and method != "forward" and inner is not model and hasattr(inner, method):
+        return forward_keywords(inner, method)
     return {p.name: Keyword(p.name, p.default is p.empty, str(p.annotation)) for p in named}
 
 
@@ -55,10 +61,13 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """What the calls of a model are made with beside the first guess: values of another form, and keywords given as well."""
+    """What the calls of a model are made with beside the first guess: values of another form, keywords given as well, and the number of
+    placeholders for images or sound in a text.
+    """
 
     made: Mapping[str, Made] = field(default_factory=dict)
     more: tuple[str, ...] = ()
+    marks: int | None = None
 
 
 def _setting(config: Any, name: str) -> Any:
@@ -199,7 +208,17 @@ class Facts:
     @cached_property
     def image_token(self) -> int | None:
         """The id that stands for an image feature in `input_ids`, None where text and images come apart."""
-        token = self.find("image_token_id", "image_token_index", "media_placeholder_token_id", "img_token_id", "img_context_token_id")
+        return self._placeholder(
+            "image_token_id", "image_token_index", "media_placeholder_token_id", "img_token_id", "img_context_token_id"
+        )
+
+    @cached_property
+    def audio_token(self) -> int | None:
+        """The id that stands for a feature of sound in `input_ids`, None where text and sound come apart."""
+        return self._placeholder("audio_token_id", "audio_token_index", "speech_token_id", "audio_soft_token_id")
+
+    def _placeholder(self, *names: str) -> int | None:
+        token = self.find(*names)
         return token if isinstance(token, int) and 0 <= token < max(self.vocabulary, self.embedding_rows) else None
 
     @property

@@ -26,12 +26,28 @@ _IMAGE_SIZES = ("image_size", "img_size", "input_size", "size", "crop_size", "re
 _LENGTHS = ("max_source_positions", "max_length", "context_length", "spec_size", "n_window")
 _LARGEST = 8192
 _DTYPES = re.compile(r"dtype|scalar type|predicate|Float\b|Long\b|Int\b")
+_UNPACKED = re.compile(r"values to unpack \(expected (\d+), got (\d+)\)")
 _MOST_ELEMENTS = 4_000_000 * BATCH
 _BOOKS = ("num_codebooks", "n_codes_total", "num_channels", "num_vq", "codebooks", "audio_channels")
 
 
 def other_forms(facts: Facts, inputs: Mapping[str, object], error: str) -> Iterator[Form]:
-    """Other forms of `inputs`, for a call of which `error` is the text."""
+    """Other forms of `inputs`, for a call of which `error` is the text; first those with as many dims as it says that it wants."""
+    forms = _forms(facts, inputs, error)
+    dims = _UNPACKED.search(error)
+    if dims is None:
+        return forms
+    wanted, got = map(int, dims.groups())
+    listed = list(forms)
+
+    def unfit(form: Form) -> bool:
+        value = inputs[form[0]]
+        return not (isinstance(value, Tensor) and value.dim() == got and len(form[1].shape) == wanted)
+
+    return iter(sorted(listed, key=unfit))
+
+
+def _forms(facts: Facts, inputs: Mapping[str, object], error: str) -> Iterator[Form]:
     numbers = [n for n in dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]\d)", error))) if 0 < n <= _LARGEST]
     tensors = {name: value for name, value in reversed(list(inputs.items())) if isinstance(value, Tensor)}  # the latest first
     floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
@@ -42,6 +58,8 @@ def other_forms(facts: Facts, inputs: Mapping[str, object], error: str) -> Itera
     for name, value in tensors.items():
         if "mask" in name and value.dim() == 2:  # of several images or queries
             yield from ((name, Made("ones", shape)) for shape in ((*value.shape, 1), (value.shape[0], 1, value.shape[1])))
+        if "mask" in name and value.dim() > 2:  # of whole images
+            yield name, Made(_kind(name, value), tuple(value.shape[:-2]))
     for name, value in whole.items():
         yield from ((name, made) for made in _codebooks(facts, value, numbers))
     for name, value in floats.items():
@@ -108,13 +126,16 @@ def _images(facts: Facts, value: Tensor, numbers: list[int]) -> Iterator[Made]:
     height, width = (int(n) for n in value.shape[-2:]) if value.dim() > 3 else next(iter(sides), (64, 64))
     channels = facts.number("num_channels", "in_channels", "in_chans", default=3, part=VISION)
     frames = facts.number("num_frames", "frames_per_clip", "num_views", default=2, part=VISION)
+    if value.dim() == 2:
+        yield from _patches(facts, value, channels)
     for shape in ((1,), (2,), (frames,), (1, facts.number("max_num_tiles", default=2, part=VISION))):
         yield from _made(BATCH, *shape, channels, height, width)
     yield from _made(BATCH, channels, height, width)
     for size in dict.fromkeys((*sides, *((s, s) for s in _SIDES), *((n, n) for n in numbers if n >= 16), (48, 320))):
         if size != (height, width):
             yield from _made(*(value.shape[:-2] if value.dim() > 3 else (BATCH, channels)), *size)
-    yield from _patches(facts, value, channels)
+    if value.dim() != 2:
+        yield from _patches(facts, value, channels)
 
 
 def _patches(facts: Facts, value: Tensor, channels: int) -> Iterator[Made]:
@@ -122,6 +143,7 @@ def _patches(facts: Facts, value: Tensor, channels: int) -> Iterator[Made]:
     depth = facts.number("temporal_patch_size", default=1, part=VISION)
     count = value.shape[0] if value.dim() == 2 else 16 * BATCH
     yield from _made(count, channels, down, across)
+    yield from _made(BATCH, count // BATCH, int(value.shape[-1]))
     yield from _made(1, count, channels, down, across)
     yield from _made(count, depth, channels, down, across)
     yield from _made(BATCH, count // BATCH, channels * down * across)

@@ -28,8 +28,8 @@ from autotp.errors import InputError
 from autotp.hugging_face import is_hugging_face
 from autotp.inputs.by_name import value_of, why_not
 from autotp.inputs.facts import Facts, Guess, forward_keywords, takes_any_keyword
-from autotp.inputs.images import with_images
 from autotp.inputs.labels import labels
+from autotp.inputs.media import AUDIO, IMAGES, with_medium
 from autotp.inputs.values import BATCH, VALUES, token_ids
 from autotp.trace.example import Example, Given, Inputs
 
@@ -60,7 +60,7 @@ def example_inputs(model: nn.Module, guess: Guess | None = None) -> tuple[Exampl
             f"{type(model).__name__}.forward requires what autotp cannot make up from the config: {told}: "
             f"pass example_inputs={{name: value}} with {_listed(base)}"
         )
-    return (*_examples(facts, base), *_features(model), *_generators(model), *_encoder(model))
+    return (*_examples(facts, base), *_features(model, facts.guess), *_generators(model), *_encoder(model))
 
 
 def user_examples(model: nn.Module, given: Given) -> tuple[Example, ...]:
@@ -83,7 +83,7 @@ def user_examples(model: nn.Module, given: Given) -> tuple[Example, ...]:
 def user_internals(model: nn.Module, given: Given) -> tuple[Example, ...]:
     """The caller's first call of a transformers `model`, asked for hidden states and attention weights."""
     call: Any = given if isinstance(given, Mapping) else given[0]
-    more = _internals(Facts(model), lambda **options: lambda: {**call, **options})
+    more = internals(Facts(model), lambda **options: lambda: {**call, **options})
     return tuple(replace(e, name=f"user with {e.name}", quiet=True) for e in more)
 
 
@@ -131,6 +131,8 @@ def _base(facts: Facts) -> list[str]:
     """The keywords of the plain forward: what is required, what the model calls its main input, what must go along."""
     names = [k.name for k in facts.keywords.values() if k.required]
     main = getattr(facts.model, "main_input_name", "input_ids")
+    if main not in VALUES and facts.is_encoder_decoder and callable(getattr(facts.model, "get_encoder", None)):
+        main = getattr(facts.model.get_encoder(), "main_input_name", main)  # of a model that is put together of two
     candidates = [main] if isinstance(main, str) else list(main or [])
     two_towers = facts.takes("input_ids", "pixel_values") and not facts.generates and facts.image_token is None
     if facts.takes("input_ids") and (facts.generates or two_towers) and not facts.is_encoder_decoder:
@@ -140,7 +142,8 @@ def _base(facts: Facts) -> list[str]:
     if not names:
         names += [name for name in VALUES if facts.takes(name)][:1]
     names += [name for name in _companions(facts, names) if name not in names]
-    return names + [name for name in facts.guess.more if name not in names]
+    more = (name for name in facts.guess.more if facts.method == "forward" or facts.takes(name))
+    return names + [name for name in more if name not in names]
 
 
 def _companions(facts: Facts, names: list[str]) -> Iterator[str]:
@@ -164,7 +167,7 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
 
     def call(*more: str, **options: object) -> Callable[[], Inputs]:
         if images_in_text:
-            return lambda: with_images(facts, tuple(base)) | options
+            return lambda: with_medium(facts, tuple(base), IMAGES) | options
         return lambda: {name: value_of(facts, name) for name in (*base, *more)} | options
 
     yield Example("forward", call())
@@ -183,12 +186,14 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
         yield Example("labels", lambda: call(*heard, **without)() | given(), optional=True)
     for flag in facts.flags("loss"):
         yield Example(flag, call(**{flag: True}), optional=True)
-    yield from _internals(facts, call)
-    if reads_text and "pixel_values" not in base and facts.takes("pixel_values"):
-        yield Example("images", partial(with_images, facts, tuple(base)), optional=True)
+    yield from internals(facts, call)
+    for medium in (IMAGES, AUDIO):
+        value = medium.value(facts)
+        if reads_text and value is not None and value not in base:
+            yield Example(medium.name, partial(with_medium, facts, tuple(base), medium), optional=True, sought=True)
 
 
-def _internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Iterator[Example]:
+def internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Iterator[Example]:
     """The call that asks for hidden states, and for attention weights: some models compute those whatever attention they run."""
     hidden = facts.any_keyword or facts.takes("output_hidden_states")
     weights = facts.any_keyword or facts.takes("output_attentions")
@@ -198,13 +203,13 @@ def _internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Itera
         yield Example("hidden_states", call(output_hidden_states=True), optional=True)
 
 
-def _features(model: nn.Module) -> Iterator[Example]:
+def _features(model: nn.Module, guess: Guess) -> Iterator[Example]:
     """The public methods that answer one kind of input alone (`get_image_features`), as far as their inputs can be made."""
     for name in sorted(n for n in dir(type(model)) if _FEATURES.fullmatch(n)):
-        facts = Facts(model, name)
+        facts = Facts(model, name, guess)
         base = _base(facts)
         if base and all(why_not(facts, key) is None for key in base):
-            yield Example(name, partial(_values, facts, base), optional=True, method=name)
+            yield Example(name, partial(_values, facts, base), optional=True, method=name, sought=True)
 
 
 def _generators(model: nn.Module) -> Iterator[Example]:

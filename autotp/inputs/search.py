@@ -1,4 +1,4 @@
-"""Finds a plain call that a model takes, where the first guess is none.
+"""Finds a call that a model takes, where the first guess is none: the plain one, or one with images, sound or what else it is named after.
 
     guess = search(model, error, run)
 
@@ -25,10 +25,12 @@ from autotp.inputs.missing import missing_keywords
 from autotp.inputs.paths import calls_with
 from autotp.trace.example import Example
 
-#: How many calls are tried, and for how many seconds of CPU time: a large model takes long for each.
+#: How many plain calls are tried, and for how many seconds of CPU time: a large model takes long for each.
 MOST_TRIES, MOST_SECONDS = 48, 60.0
 #: How many forms of the values of one call are tried.
 _MOST_FORMS = 24
+#: How many placeholders a text may have.
+_MOST_MARKS = 8192
 #: Keywords that no plain call is made with.
 _NEVER = frozenset(("labels", "past_key_values", "cache_params", "return_dict", "cache_position"))
 
@@ -46,8 +48,18 @@ class _Stopped:
     inputs: Mapping[str, object] = field(compare=False)
 
 
-def search(model: nn.Module, error: TraceError, run: Run) -> Guess:
-    """The guess of a plain call that `run` runs to its end; `error` stopped the first guess.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many calls are tried, and for how many seconds of CPU time."""
+
+    tries: int
+    seconds: float
+
+
+def search(
+    model: nn.Module, error: TraceError, run: Run, start: Guess | None = None, name: str = "", limits: Limits | None = None
+) -> Guess:
+    """The guess of a call that `run` runs to its end; `error` stopped that of `start`. `name`: of an example; the plain one if "".
 
     Raises:
         TraceError: none was found; says how far the best call came, what it was made of and which keyword is to be given.
@@ -56,25 +68,29 @@ def search(model: nn.Module, error: TraceError, run: Run) -> Guess:
     seen: set[object] = set()
     unmade: dict[str, str] = {}
     tried = 0
+    start = Guess() if start is None else start
+    limits = Limits(MOST_TRIES, MOST_SECONDS) if limits is None else limits
 
     def stopped(guess: Guess, failure: TraceError, inputs: Mapping[str, object]) -> None:
         given = len(guess.more) - ("use_cache" in guess.more)  # an argument that code missed brings it on, even to the same operator
         rank = -_progress(failure), -given, len(guess.made), tried
-        heapq.heappush(queue, _Stopped(rank, guess, failure, _moves(model, guess, failure, inputs, unmade), inputs))
+        heapq.heappush(queue, _Stopped(rank, guess, failure, _moves(Facts(model, method, guess), failure, inputs, unmade), inputs))
 
-    first = calls_with(model, Guess())[0].make()
+    example = named(model, start, name)
+    method = example.method or "forward"
+    first = example.make()
     seen.add(_key(first))
-    stopped(Guess(), error, first)
+    stopped(start, error, first)
     nearest = queue[0]
-    until = time.thread_time() + MOST_SECONDS
-    while queue and tried < MOST_TRIES and time.thread_time() < until:
+    until = time.thread_time() + limits.seconds
+    while queue and tried < limits.tries and time.thread_time() < until:
         nearest = min(nearest, queue[0])
         guess = next(queue[0].moves, None)
         if guess is None:
             heapq.heappop(queue)
             continue
         try:
-            example = calls_with(model, guess)[0]
+            example = named(model, guess, name)
             inputs = example.make()
         except Exception:  # values that do not go together, whatever their makers say
             continue
@@ -88,6 +104,12 @@ def search(model: nn.Module, error: TraceError, run: Run) -> Guess:
         if _further(failure, queue[0].error):
             stopped(guess, failure, inputs)
     raise _none_found(nearest, error, unmade, tried) from nearest.error.__cause__
+
+
+def named(model: nn.Module, guess: Guess, name: str) -> Example:
+    """The example of this name, or the plain one if "", made with `guess`."""
+    calls = calls_with(model, guess)
+    return next(e for e in calls if e.name == name) if name else calls[0]
 
 
 def _key(inputs: Mapping[str, object]) -> object:
@@ -106,9 +128,9 @@ def _further(error: TraceError, other: TraceError) -> bool:
     return ran > 0 or (ran == 0 and re.sub(r"\d+", "", str(error)) != re.sub(r"\d+", "", str(other)))
 
 
-def _moves(model: nn.Module, guess: Guess, error: TraceError, inputs: Mapping[str, object], unmade: dict[str, str]) -> Iterator[Guess]:
-    """Further guesses, from the call of `guess` that stopped with `error`."""
-    facts = Facts(model, guess=guess)
+def _moves(facts: Facts, error: TraceError, inputs: Mapping[str, object], unmade: dict[str, str]) -> Iterator[Guess]:
+    """Further guesses, from the call of the guess of `facts` that stopped with `error`."""
+    guess = facts.guess
     absent = {name for name in facts.keywords if inputs.get(name) is None and name not in _NEVER}
     cause = error.__cause__
     for name in missing_keywords(error, absent):
@@ -119,10 +141,21 @@ def _moves(model: nn.Module, guess: Guess, error: TraceError, inputs: Mapping[st
             unmade[name] = reason
     if (facts.takes("use_cache") or (facts.generates and facts.any_keyword)) and "use_cache" not in guess.more:
         yield replace(guess, more=(*guess.more, "use_cache"), made={**guess.made, "use_cache": Made("plain", value=False)})
+    yield from (replace(guess, marks=n) for n in _other_marks(facts, inputs, str(cause)))
     for number, (name, made) in enumerate(other_forms(facts, inputs, str(cause))):
         if number == _MOST_FORMS:
             return
         yield replace(guess, made={**guess.made, name: made})
+
+
+def _other_marks(facts: Facts, inputs: Mapping[str, object], error: str) -> Iterator[int]:
+    """Other numbers that an error names beside that of the placeholders in the text."""
+    ids = inputs.get("input_ids")
+    numbers = list(dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]\d)", error))))
+    for token in (facts.image_token, facts.audio_token):
+        count = int((ids == token).sum()) if isinstance(ids, Tensor) and token is not None else 0
+        if count in numbers[:8]:
+            yield from (n for n in numbers if n != count and 0 < n <= _MOST_MARKS)
 
 
 def _none_found(nearest: _Stopped, first: TraceError, unmade: Mapping[str, str], tried: int) -> TraceError:

@@ -142,7 +142,9 @@ def _image_sizes(facts: Facts) -> Tensor:
 def _pixel_attention_mask(facts: Facts) -> Tensor:
     if facts.takes("spatial_shapes"):
         return torch.ones(BATCH, math.prod(grid(facts)), dtype=torch.long)
-    return torch.ones(BATCH, 2, *_image(facts), dtype=torch.bool)
+    images = made_value(facts, "pixel_values")
+    shape = images.shape if isinstance(images, Tensor) and images.dim() > 3 else (BATCH, 2, 1, *_image(facts))
+    return torch.ones(*shape[:-3], *shape[-2:], dtype=torch.bool)
 
 
 def _mel_bins(facts: Facts) -> int:
@@ -266,6 +268,7 @@ VALUES: dict[str, Callable[[Facts], object]] = {
     "qformer_input_ids": lambda f: token_ids(f, BATCH, LENGTH),
     "attention_mask": _attention_mask,
     "input_features_mask": lambda f: _frame_mask(f).bool(),
+    "feature_attention_mask": lambda f: _frame_mask(f),
     "token_type_ids": lambda f: torch.zeros(BATCH, LENGTH, dtype=torch.long),
     "position_ids": lambda f: torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous(),
     "bbox": _bbox,

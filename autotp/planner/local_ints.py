@@ -132,7 +132,12 @@ def _is_length(space: GraphIndex, labels: Labels, leaf: AttrRef | SizeRef) -> bo
     if isinstance(leaf, AttrRef):
         return False
     per_dim = space.leaves.get(leaf.value_id, ())
-    atoms = per_dim[leaf.dim] if 0 <= leaf.dim < len(per_dim) else space.carried.get(leaf.value_id, NONE)
+    if 0 <= leaf.dim < len(per_dim):
+        atoms = per_dim[leaf.dim]
+        if not atoms:  # a dim that no axis follows: the number of rows that a mask selects
+            return leaf.value != 1
+    else:
+        atoms = space.carried.get(leaf.value_id, NONE)
     return any(is_length(space, labels, a) for a in atoms)
 
 

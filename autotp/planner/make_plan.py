@@ -15,8 +15,10 @@ from torch import nn
 
 from autotp.axes.find import find_axes, keep
 from autotp.errors import PlanError, TraceError
+from autotp.inputs.facts import Guess
 from autotp.inputs.paths import calls_to_trace, calls_with, settled
 from autotp.inputs.search import search
+from autotp.inputs.unread import calls_for_unread
 from autotp.plan.layout import Layout, replicated
 from autotp.plan.plan import Plan
 from autotp.plan.spec import ParamPlan
@@ -175,22 +177,31 @@ def traced_calls(
     def made(calls: Iterable[Example]) -> tuple[Example, ...]:
         return tuple(islice(settled(tuple(calls)), 1 if plain else None))
 
-    examples = made(calls_to_trace(model, inputs))
-    try:
-        return examples, trace(model, examples, keep, repeats=alike, known=known)
-    except TraceError as error:
-        if inputs is not None or error.partial is None:  # another call would not be traced either
-            raise
-        first = error
+    def one(example: Example) -> Graph:
+        return trace(model, (example,), keep, repeats=alike, known=known, once=True)
 
     def stopped(example: Example) -> TraceError | None:
         try:
-            trace(model, (example,), keep, repeats=alike, known=known, once=True)
+            one(example)
         except TraceError as error:
             return error
         return None
 
-    examples = made(calls_with(model, search(model, first, stopped)))
+    guess = Guess()
+    examples = made(calls_to_trace(model, inputs))
+    try:
+        graph = trace(model, examples, keep, repeats=alike, known=known)
+    except TraceError as error:
+        if inputs is not None or error.partial is None:  # another call would not be traced either
+            raise
+        guess = search(model, error, stopped)
+        examples = made(calls_with(model, guess))
+        graph = trace(model, examples, keep, repeats=alike, known=known)
+    more = () if plain or inputs is not None else tuple(calls_for_unread(model, guess, examples, graph, one))
+    if not more:
+        return examples, graph
+    fresh = {e.name for e in more}
+    examples = (*(e for e in examples if e.name not in fresh), *made(more))
     return examples, trace(model, examples, keep, repeats=alike, known=known)
 
 

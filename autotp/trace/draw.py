@@ -3,7 +3,7 @@
 Code that cuts its tokens by counts of its experts (`split(counts.tolist())`), or repeats a row as often as a float says, fits only
 numbers that belong together: counts that add up to the tokens. So the first integers are drawn, where floats become integers, and
 everything that is made of them is computed. A place is drawn for an index (no two alike along a dim that is long enough), one for a
-number, True for a condition. The numbers are one case of many: see `UnknownData`.
+number, True for a condition; two floats are not equal. The numbers are one case of many: see `UnknownData`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ def drawn_result(func: Any, args: Any, result: Any) -> Any:
 
 def _numbers(func: Any, args: Any, made: Tensor) -> Tensor:
     shape, name = tuple(made.shape), func._schema.name.rsplit("::", 1)[-1]
+    source = args[0]
+    if name == "eq" and source.dtype.is_floating_point:  # code that asks which rows are all zero would find that all of them are
+        return torch.zeros(shape, dtype=made.dtype)
     if name not in _PLACES:
         return torch.ones(shape, dtype=made.dtype)
-    source = args[0]
     given = [a for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)]
     dim = {"topk": given[1:2], "kthvalue": given[1:2], "multinomial": []}.get(name, given[:1])
     size = source.shape[dim[0]] if dim and source.dim() else source.shape[-1] if source.dim() else 1

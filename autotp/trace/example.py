@@ -47,7 +47,7 @@ class Setting:
 class Example:
     """One way to call a model.
 
-    name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states`, `images`, a flag of the forward (`return_loss`) or
+    name: `forward`, `mask`, `prefill`, `labels`, `attentions`, `hidden_states`, `images`, `audio`, a flag of the forward (`return_loss`) or
     a method (`get_text_features`); `user` for the caller's own, and `user 2`, `user with flag=True`; `text_decoder prefill` of an
     inner model that a `generate` hands on to; `encoder forward` of an encoder that generation calls by itself.
     make: builds the keywords of the call, new tensors each time.
@@ -58,6 +58,7 @@ class Example:
     quiet: autotp made the call up, so a model that turns it down is not reported.
     method: the method or inner model that is called, past the hooks of the model; "" for the model itself.
     setting: the model is called in this setting; None for the one that it has.
+    sought: where the model turns this call down, one of other forms is looked for.
     drawn: its path was traced along numbers drawn for its data.
     """
 
@@ -69,6 +70,7 @@ class Example:
     quiet: bool = False
     method: str = ""
     setting: Setting | None = None
+    sought: bool = False
     drawn: bool = False
 
     @property

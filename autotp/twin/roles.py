@@ -161,6 +161,9 @@ def _rotary_dim(node: Node, name: str, value: int) -> int:
 
 def _width(node: Node, name: str, value: Any) -> Any:
     if is_int(value):
+        first, stages = node.number("patch_embeds_hidden_size"), node.fields.get("depths")
+        if first is not None and isinstance(stages, (list, tuple)) and value == first << (len(stages) - 1):  # it doubles after each stage
+            return int(_stage_widths(node, "", first)) << (len(stages) - 1)
         return min(value, node.sizes.hidden)
     return [_width(node, name, item) for item in value]
 
@@ -172,7 +175,8 @@ def _stage_widths(node: Node, name: str, value: Any) -> Any:
         return min(value, node.sizes.hidden // 4) if staged else _width(node, name, value)
     if not all(is_int(item) for item in value) or not value:
         return [_stage_widths(node, name, item) if isinstance(item, (list, tuple)) else item for item in value]
-    low = min(value)
+    stages = node.fields.get("hidden_sizes")
+    low = min(stages if isinstance(stages, (list, tuple)) and all(map(is_int, stages)) and stages else value)  # equal ones stay equal
     base = min(low, max(node.sizes.hidden // 4, 4))
     return [min(item, max(4, round(item * base / low / 8) * 8)) for item in value]
 
@@ -240,7 +244,11 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
     (re.compile(pattern), rule)
     for pattern, rule in (
         # what looks like a size and is none
-        (r"chunk_size_feed_forward|num_labels|num_channels|num_mel_bins|.*kernel_sizes?|.*strides?|type_vocab_size|.*_index_id", _keep),
+        (
+            r"chunk_size_feed_forward|num_labels|num_channels|num_mel_bins|.*kernel_sizes?|.*strides?|type_vocab_size|.*_index_id"
+            r"|keypoint_decoder_dim",
+            _keep,
+        ),
         (r".*_ratios?|.*_factors?|.*scale|.*temperature|.*_cost|.*_coefficient|.*_per_second|sampling_rate", _keep),
         # vocabulary and its ids
         (
@@ -307,6 +315,9 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"(\w+_)?depths|layers_per_stage|blocks_per_stage|num_blocks_per_stage|depth_multiplier_stage", _repeats),
         (INDICES, _index_list),
         # widths
+        (r"patch_embeds_hidden_size|stage_(in|mid|out)_channels|stem_channels", _stage_widths),
+        (r"num_filters", _at_most(8)),
+        (r"downsample_channels|(en|de)coder_in_channels", _width),
         (
             r"(\w+_)?(moe_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|mlp_dim|n_inner|feed_forward_size|dim_feedforward|inner_dim|d_inner)"
             r"|(moe_)?shared_expert_intermediate_size|intermediate_dim|ffn_hidden_dim|share_expert_dim|mlp_hidden_size|d_ffn",
@@ -317,7 +328,7 @@ ROLES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
             _stage_widths,
         ),
         (
-            r"(\w+_)?(hidden_size|hidden_dim|d_model|n_embd|embed(ding)?_(dim|size)|hid_size|projection_dim|projection_size|projection_hidden_size"
+            r"(\w+_)?(hidden_size(_global)?|hidden_dim|hidden_dimension|d_model|n_embd|embed(ding)?_(dim|size)|hid_size|projection_dim|projection_size|projection_hidden_size"
             r"|feature_dim|conv_dim|dim|width|out_dim|hidden_channels|query_dim|output_dim|input_dim|proj_size|lru_width|feature_size|num_feats"
             r"|attention_channels|in_features|out_features|mask_feature_size|tdnn_dim|conv_channels|size_per_head_total|embedding_size)",
             _width,

@@ -28,6 +28,7 @@ FOUND = {
     "clap_audio_model": ("input_features", lambda t: t.shape[1] == 1),  # a dim for channels
     "gemma4_vision": ("pixel_position_ids", lambda t: t.shape[-1] == 2),
     "gemma3n_audio": ("audio_mel_mask", lambda t: t.dtype is torch.bool),
+    "speech-encoder-decoder": ("input_values", lambda t: t.dim() == 2),  # of the encoder, under another name than the model says
     "florence_vision": ("hidden_states", lambda t: t.dim() == 4),  # an image
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,8 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
 from autotp.errors import ChangedError
+from autotp.planner.local_ints import _is_length
 from autotp.testing import assert_equivalent
 from autotp.testing.ranks.threads import ThreadRanks
+from autotp.trace.ints import SizeRef
 from autotp.trace.tags import Tagger
 from tests.support.slow import in_turns
 
@@ -222,3 +225,10 @@ def test_changes_afterwards_are_refused() -> None:
         assert ranks.run(_changed, None) == [["sizes", "by_heads"]] * 2
     finally:
         ranks.stop()
+
+
+def test_a_size_that_no_axis_follows_is_a_length() -> None:
+    space = SimpleNamespace(leaves={1: ((), ("width",))}, carried={}, of_parameters=frozenset(["width"]))
+    labels = SimpleNamespace(cuts={})
+    found = [_is_length(space, labels, SizeRef(1, dim, size)) for dim, size in ((0, 3), (0, 1), (1, 8))]  # type: ignore[arg-type]
+    assert found == [True, False, False]  # rows that a mask selects; one; the width of a parameter

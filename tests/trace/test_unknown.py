@@ -278,6 +278,25 @@ def test_counts_that_decide_nothing_leave_a_region_cut() -> None:
     assert plain.sharded
 
 
+class Filled(nn.Module):
+    """Rows that are all zero stand for nothing: it leaves them out, and cuts the rest by their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        filled = (x == 0.0).sum(dim=(-1, -2)) != x[0].numel()
+        (rows,) = self.b(self.a(x[filled]).relu()).split([filled.sum().tolist()])
+        return rows.sum(0)  # type: ignore[no-any-return]
+
+
+def test_rows_that_are_all_zero_are_few() -> None:
+    rows = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2))
+    with_none = {"a row of zeros": {"x": torch.cat([rows[:1], torch.zeros(1, 5, 16), rows[2:]]).double()}}
+    assert equal_or_refused(Filled, inputs={"x": rows}, tp=2, more=with_none).sharded
+
+
 def test_higher_order_operators_are_named() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -1,5 +1,7 @@
 """Refuses to call a module by itself if it takes or returns a rank's part at its boundary with other modules.
 
+A leaf that gives a whole result whose gradient is a summand is refused where gradients are recorded: they would be summed.
+
 A result with a name is made whole instead: the pooled states of an encoder, say, that the model itself does not read.
 """
 
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from autotp.errors import AutoTPError
+from autotp.plan.conversions import Op
 from autotp.plan.plan import Plan
-from autotp.plan.spec import Boundary, Shown
+from autotp.plan.spec import Boundary, GradSum, Shown
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import bind
 from autotp.rewrite.modules.classes import STATE, check_calls
@@ -41,6 +44,26 @@ class Alone:
         """
         if not self.running.open and _in_backward() == -1:
             raise AutoTPError(self.text)
+
+
+class AloneInTraining(Alone):
+    """Refuses such calls where gradients are recorded: they would be summed over ranks that have them whole."""
+
+    __slots__ = ("parameters",)
+
+    def __init__(self, running: Running, where: str, parameters: Mapping[str, nn.Parameter | None]) -> None:
+        super().__init__(
+            running,
+            f"{where} is called outside of a call of the model: in one, the gradient of its result is a summand of each rank, and is "
+            "summed. Call it under torch.no_grad(), call a module around it, or compute with autotp.full_state_dict(model)",
+        )
+        self.parameters = parameters
+
+    def check(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        """As in `Alone`."""
+        given = (*args, *(kwargs or {}).values(), *self.parameters.values())
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given):
+            super().check(args, kwargs)
 
 
 class Parts:
@@ -101,14 +124,21 @@ def _text(where: str, found: Boundary) -> str:
 
 def install_alone(model: nn.Module, plan: Plan, running: Running, undo: Undo) -> None:
     """Guard the modules without children that hold parts at their boundaries; those with children are entries."""
+    summed = {
+        m.path
+        for m in plan.modules
+        if any(u.grad is GradSum.ALL for u in m.uses) or any(c.op is Op.COPY for slot in m.outputs for c in slot.conversions)
+    }
     for path, slots in plan.boundaries.items():
         module = model.get_submodule(path)
         found = _parts(slots)
-        if not found or module._modules:
+        hangs = path in summed and any(b.result and b.shown is Shown.GRADIENT for b in slots)
+        if module._modules or not (found or hangs):
             continue
-        text = _text(f"{path} ({type(module).__qualname__})", found[0])
+        where = f"{path} ({type(module).__qualname__})"
+        guard = Alone(running, _text(where, found[0])) if found else AloneInTraining(running, where, module._parameters)
         run = module.__dict__.get(STATE)
         if isinstance(run, LinearRun):
-            run.alone = Alone(running, text)  # goes with the run
+            run.alone = guard  # goes with the run
             continue
-        check_calls(module, "_autotp_alone", Alone(running, text), undo, compiled=True)
+        check_calls(module, "_autotp_alone", guard, undo, compiled=True)

@@ -41,6 +41,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "maskformer-swin": {"window_size": 2, "image_size": 64},
     "donut-swin": {"window_size": 2, "image_size": 64},
     "swinv2": {"window_size": 2, "image_size": 64},
+    "clvp_encoder": {"num_attention_heads": 2},  # rotary positions are at least 32 wide
     "clap_audio_model": {"window_size": 4},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "mistral4": {"qk_nope_head_dim": 8, "qk_head_dim": 16, "head_dim": 16},

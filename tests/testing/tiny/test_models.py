@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from autotp.errors import InputError
+from autotp.planner.make_plan import plain_call
 from autotp.testing.inputs import tiny_inputs
 from autotp.testing.shrink import shrink_config, sizes_like
 from autotp.testing.tiny.models import model_class, tiny_config, tiny_model
@@ -130,3 +131,19 @@ def test_no_parameter_hides() -> None:
 def test_inputs(model_type: str, names: set[str]) -> None:
     model = tiny_model(tiny_config(model_type))
     assert set(tiny_inputs(model)) == names
+
+
+def test_widths_of_stages_that_are_equal_stay_equal() -> None:
+    config = tiny_config("hgnet_v2")
+    assert config.stage_out_channels[1:] == config.hidden_sizes[1:]
+    assert config.stage_in_channels[1:] == config.stage_out_channels[:-1]
+    assert config.stem_channels[0] == 3 and config.stem_channels[-1] == config.stage_in_channels[0]
+    config = tiny_config("clap_audio_model")
+    assert config.hidden_size == config.patch_embeds_hidden_size << (len(config.depths) - 1)
+
+
+@pytest.mark.parametrize("model_type", ["superpoint", "clvp_encoder", "mimi", "deepseek_ocr2_vision"])
+def test_widths_that_are_written_in_the_code_fit(model_type: str) -> None:
+    model = tiny_model(tiny_config(model_type))
+    with torch.no_grad():
+        model(**plain_call(model))
