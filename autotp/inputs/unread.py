@@ -27,7 +27,7 @@ from autotp.trace.example import Example
 from autotp.trace.graph import Graph
 
 #: For how many seconds of CPU time calls are looked for, in all, and how many are tried for each kind.
-MOST_SECONDS, MOST_TRIES = 20.0, 32
+MOST_SECONDS, MOST_TRIES = 10.0, 32
 #: Parameters that are less than this share of all are not worth a search.
 _WORTH = 0.02
 #: Keywords that bring no parameters with them.
