@@ -4,6 +4,7 @@
     python tools/sweep.py --out sweep.jsonl --only llama gpt2  # some
     python tools/sweep.py --plan-only                          # no comparison
     python tools/sweep.py --own-inputs                         # no comparison, and autotp makes the example inputs from the config
+    python tools/sweep.py --own-change --only canary           # how far one device moves its results by a change in the last place
     python tools/sweep.py --out sweep.jsonl --summary          # only count what the file holds
     python tools/sweep.py --out sweep.jsonl --docs docs/coverage.md --summary
 
@@ -18,6 +19,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,25 @@ def one(model_type: str, tp: int, plan_only: bool, stand_in: bool, own_inputs: b
             options: dict[str, Any] = {"around": standin.replicated} if stand_in else {"certificate": "numbers"}
             survey.compared(record, partial(transformer, model_type), **options)
     return record
+
+
+def own_change(model_type: str) -> str:
+    """How far one device moves its own results where each weight is changed in its last place, or not."""
+    import torch
+
+    from autotp.testing.equivalence.compare import compare
+    from autotp.testing.equivalence.observe import ASPECTS, Training, adamw, observe_model
+    from autotp.testing.equivalence.subject import make_subject, twin
+    from tests.support.families import transformer
+
+    subject = make_subject(partial(transformer, model_type), None, torch.float64, 0)
+    changed = twin(subject.model)
+    with torch.no_grad():
+        for p in changed.parameters():
+            p.mul_(1 + torch.finfo(torch.float64).eps * torch.randint(-1, 2, p.shape, dtype=torch.float64))
+    before, after = (observe_model(replace(subject, model=m), Training(1, adamw)).found for m in (subject.model, changed))
+    found = (compare(n, before[n], after[n], subject.precision, 0.01) for n in ASPECTS[1:] if n in before and n in after)
+    return f"{model_type}: " + ", ".join(f"{a.name} {a.error:.1e} ({a.where})" for a in found)
 
 
 def is_missing(record: Record) -> bool:
@@ -128,8 +149,12 @@ def main() -> None:
     parser = survey.arguments(__doc__, "sweep.jsonl", 60.0)
     parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th type, from the I-th: to share the work")
     parser.add_argument("--own-inputs", action="store_true", help="do not compare; plan without example inputs")
+    parser.add_argument("--own-change", action="store_true", help="nothing but this: one device, weights changed in the last place")
     parser.add_argument("--stand-in", action="store_true", help="without autotp: check models and harness")
     args = parser.parse_args()
+    if args.own_change:
+        print(*map(own_change, args.only), sep="\n")
+        return
     if not args.summary:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
