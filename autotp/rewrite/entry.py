@@ -155,7 +155,7 @@ class Entry:
             kwargs = {name: _whole(v) for name, v in kwargs.items()}
         if running.records:
             refuse_trained((*args, *kwargs.values()))
-        return args, kwargs
+        return self.alone.arguments(module, args, kwargs)
 
     def leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """Returns the result as the caller gets it."""
@@ -198,6 +198,7 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
         # begins below as any other, and pieces of it are compiled. Where it does not break, nothing of this is left in the graph.
         running.open = True
         try:
+            args, kwargs = entry.alone.arguments(module, args, kwargs)
             return entry.alone.whole(forward(module, *args, **kwargs))
         finally:
             running.open = False

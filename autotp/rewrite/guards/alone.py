@@ -18,12 +18,12 @@ from autotp.plan.conversions import Op
 from autotp.plan.plan import Plan
 from autotp.plan.spec import Boundary, GradSum, Shown
 from autotp.rewrite.collectives.comm import Comm
-from autotp.rewrite.collectives.conversions import bind
+from autotp.rewrite.collectives.conversions import bind, copy, taken_once
 from autotp.rewrite.modules.classes import STATE, check_calls
 from autotp.rewrite.modules.linear import LinearRun
 from autotp.rewrite.running import Running
 from autotp.rewrite.undo import Undo
-from autotp.trace.boundary import flatten_result
+from autotp.trace.boundary import flatten_arguments, flatten_result
 
 _in_backward = torch._C._current_graph_task_id
 
@@ -69,10 +69,12 @@ class AloneInTraining(Alone):
 class Parts:
     """Knows the rank's parts in the arguments and results of a module with children, for calls of it by itself.
 
-    A result that has a name (in a dict, an output of transformers) may be absent: attention weights that nobody asked for.
+    A result that has a name (in a dict, an output of transformers) may be absent: attention weights that nobody asked for. Where the
+    gradient of a whole value is a summand of each rank in a call of the model, that of an argument is summed, and that of a result
+    counts on one rank: code around the module has it whole.
     """
 
-    __slots__ = ("made", "named", "text", "where")
+    __slots__ = ("comm", "counted", "made", "named", "summed", "text", "where")
 
     def __init__(self, path: str, module: nn.Module, slots: tuple[Boundary, ...], comm: Comm) -> None:
         self.where = f"{path} ({type(module).__qualname__})"
@@ -81,6 +83,9 @@ class Parts:
         always = next((b for b in found if b.path not in self.named or not b.result), None)
         self.text = "" if always is None else _text(self.where, always)
         self.made = {b.path: bind(b.whole, comm) for b in self.named.values() if b.whole is not None}
+        self.comm = comm
+        self.summed = frozenset(b.path for b in slots if not b.result and b.shown is Shown.GRADIENT)
+        self.counted = frozenset(b.path for b in slots if b.result and b.shown is Shown.GRADIENT)
 
     def check(self) -> None:
         """Runs before a call.
@@ -91,15 +96,26 @@ class Parts:
         if self.text and _in_backward() == -1:
             raise AutoTPError(self.text)
 
+    def arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments of a call, of which gradients are summed where they are summands."""
+        return flatten_arguments(module, args, kwargs, self._summed) if self.summed and _in_backward() == -1 else (args, kwargs)
+
+    def _summed(self, path: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        return copy(tensor, self.comm) if path in self.summed else tensor
+
     def whole(self, result: Any) -> Any:
         """Returns the result of a call, made whole.
 
         Raises:
             AutoTPError: a part is in the result that is not made whole, or the result has no names to tell.
         """
-        return flatten_result(result, self._whole) if self.named and _in_backward() == -1 else result
+        return flatten_result(result, self._whole) if (self.named or self.counted) and _in_backward() == -1 else result
 
     def _whole(self, path: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        if path in self.counted:
+            return taken_once(tensor, self.comm)
+        if not self.named:
+            return tensor
         found = self.named.get(path)
         if found is None and not (path and isinstance(path[0], str)):
             found = next(iter(self.named.values()))
