@@ -34,7 +34,7 @@ def kinds(plan: PlanSpec) -> Mapping[str, Kind]:
     modules = {m.path: m for m in plan.modules}
     weights: dict[str, list[Layout]] = {}
     for name, p in plan.params.items():
-        if len(p.layout.shape) > 1 and p.layout.dim is not None and name in plan.products:
+        if len(p.layout.shape) > 1 and p.layout.dim is not None:
             weights.setdefault(name.rpartition(".")[0], []).append(p.layout)
     found: dict[str, Kind] = {}
     for name, p in plan.params.items():

@@ -125,7 +125,7 @@ OPERATIONS: dict[str, tuple[Operation, bool]] = {
     "arange": (lambda h: h * torch.arange(h.shape[-1]), True),
     "linspace": (lambda h: h * torch.linspace(0, 1, h.shape[-1], dtype=h.dtype), True),
     "eye": (lambda h: h @ (torch.eye(h.shape[-1], dtype=h.dtype) + 0.1), True),
-    "triangle": (lambda h: h @ torch.ones(h.shape[-1], h.shape[-1], dtype=h.dtype).tril(), True),
+    "triangle": (lambda h: h @ torch.ones(h.shape[-1], h.shape[-1], dtype=h.dtype).tril(), False),
     "ones": (lambda h: h + torch.ones(h.shape[-1], dtype=h.dtype), False),
     "position_mask": (even_mask, True),
     "branch_on_width": (branch, True),
