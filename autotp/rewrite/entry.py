@@ -206,15 +206,19 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
         return forward(module, *args, **kwargs)
     running.open, running.records, running.inside_compiled = True, torch.is_grad_enabled(), _compiler() is not None
     begin, enter, leave, end, planned_again = _UNCOMPILED if running.inside_compiled else _STEPS
+    comm = entry.comm
+    outer, comm.running = comm.running, running  # copies of a model share the group, and each has calls of its own
     try:
         begin(entry, module)
     except ChangedError as change:
         running.open = running.inside_compiled = False
+        comm.running = outer
         if not planned_again(entry, change):
             raise
         return module.forward(*args, **kwargs)  # the plan, its guards and this forward are new
     except BaseException:
         running.open = running.inside_compiled = False
+        comm.running = outer
         raise
     try:
         args, kwargs = enter(entry, module, args, kwargs)
@@ -227,6 +231,7 @@ def _call(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
         raise
     finally:
         end(entry)
+        comm.running = outer
 
 
 def _whole(value: Any) -> Any:
@@ -251,7 +256,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     install_called(model, plan, undo)
     places, floats = _places(plan), _floats(plan, [path for path, _ in modules])
     running = comm.running
-    install_alone(model, plan, running, undo)
+    install_alone(model, plan, comm, undo)
     hooks = install_hooks(model, plan, running, undo)
     runs = [(p, m) for p, m in modules if p in places.runs or p in floats]
     reading = Reading()

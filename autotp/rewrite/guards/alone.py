@@ -1,13 +1,12 @@
 """Refuses to call a module by itself if it takes or returns a rank's part at its boundary with other modules.
 
-A leaf that gives a whole result whose gradient is a summand is refused where gradients are recorded: they would be summed.
-
-A result with a name is made whole instead: the pooled states of an encoder, say, that the model itself does not read.
+A result with a name is made whole instead: the pooled states of an encoder, say, that the model itself does not read. So are gradients
+that are summands of the ranks at the boundary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,13 +18,14 @@ from autotp.plan.plan import Plan
 from autotp.plan.spec import Boundary, GradSum, Shown
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import bind, copy, taken_once
-from autotp.rewrite.modules.classes import STATE, check_calls
+from autotp.rewrite.modules.classes import STATE, check_calls, wrap_forward
 from autotp.rewrite.modules.linear import LinearRun
 from autotp.rewrite.running import Running
 from autotp.rewrite.undo import Undo
 from autotp.trace.boundary import flatten_arguments, flatten_result
 
 _in_backward = torch._C._current_graph_task_id
+_PARTS = "_autotp_parts"
 
 
 class Alone:
@@ -46,28 +46,8 @@ class Alone:
             raise AutoTPError(self.text)
 
 
-class AloneInTraining(Alone):
-    """Refuses such calls where gradients are recorded: they would be summed over ranks that have them whole."""
-
-    __slots__ = ("parameters",)
-
-    def __init__(self, running: Running, where: str, parameters: Mapping[str, nn.Parameter | None]) -> None:
-        super().__init__(
-            running,
-            f"{where} is called outside of a call of the model: in one, the gradient of its result is a summand of each rank, and is "
-            "summed. Call it under torch.no_grad(), call a module around it, or compute with autotp.full_state_dict(model)",
-        )
-        self.parameters = parameters
-
-    def check(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        """As in `Alone`."""
-        given = (*args, *(kwargs or {}).values(), *self.parameters.values())
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given):
-            super().check(args, kwargs)
-
-
 class Parts:
-    """Knows the rank's parts in the arguments and results of a module with children, for calls of it by itself.
+    """Knows the rank's parts in the arguments and results of a module, for calls of it by itself.
 
     A result that has a name (in a dict, an output of transformers) may be absent: attention weights that nobody asked for. Where the
     gradient of a whole value is a summand of each rank in a call of the model, that of an argument is summed, and that of a result
@@ -138,8 +118,18 @@ def _text(where: str, found: Boundary) -> str:
     )
 
 
-def install_alone(model: nn.Module, plan: Plan, running: Running, undo: Undo) -> None:
+def _around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a leaf whose gradients are summands at its boundary in calls of the model."""
+    parts: Parts = module.__dict__[_PARTS]
+    if parts.comm.running.open or not torch.is_grad_enabled():
+        return forward(module, *args, **kwargs)
+    args, kwargs = parts.arguments(module, args, kwargs)
+    return parts.whole(forward(module, *args, **kwargs))
+
+
+def install_alone(model: nn.Module, plan: Plan, comm: Comm, undo: Undo) -> None:
     """Guard the modules without children that hold parts at their boundaries; those with children are entries."""
+    running = comm.running
     summed = {
         m.path
         for m in plan.modules
@@ -148,11 +138,14 @@ def install_alone(model: nn.Module, plan: Plan, running: Running, undo: Undo) ->
     for path, slots in plan.boundaries.items():
         module = model.get_submodule(path)
         found = _parts(slots)
-        hangs = path in summed and any(b.result and b.shown is Shown.GRADIENT for b in slots)
-        if module._modules or not (found or hangs):
+        if module._modules:
             continue
-        where = f"{path} ({type(module).__qualname__})"
-        guard = Alone(running, _text(where, found[0])) if found else AloneInTraining(running, where, module._parameters)
+        if not found:
+            if path in summed and any(b.result and b.shown is Shown.GRADIENT for b in slots):
+                undo.set_item(module.__dict__, _PARTS, Parts(path, module, slots, comm))
+                wrap_forward(module, _around, undo)
+            continue
+        guard = Alone(running, _text(f"{path} ({type(module).__qualname__})", found[0]))
         run = module.__dict__.get(STATE)
         if isinstance(run, LinearRun):
             run.alone = guard  # goes with the run

@@ -510,41 +510,6 @@ def test_a_module_that_gives_a_part_is_not_called_by_itself(pool: Pool) -> None:
         assert third == ""
 
 
-class Resampling(nn.Module):
-    """Learned rows join the states behind a norm: what comes back through the two is a summand of each rank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm, self.a, self.b = nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
-        self.rows = nn.Parameter(torch.randn(4, 32))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.norm(self.stem(x)), self.rows.expand(x.shape[0], -1, -1)], dim=1)
-        found: Tensor = self.b(self.a(x).relu())
-        return found
-
-
-def alone_in_training() -> tuple[str, float, str, float]:
-    """What a norm says that is called by itself, its error without gradients, what it says frozen, and the model's own gradient error."""
-    plain = build(Resampling).double()
-    model = copy.deepcopy(plain)
-    autotp.parallelize(model, mesh(), example_inputs={"x": X.double()})
-    for each in (plain, model):
-        each(X.double()).square().sum().backward()
-    error = (autotp.full_grads(model)["norm.weight"] - plain.norm.weight.grad).abs().max()  # type: ignore[operator]
-    said = failure(lambda: model.norm(X.double()).sum().backward())
-    with torch.no_grad():
-        apart = (model.norm(X.double()) - plain.norm(X.double())).abs().max()
-    model.norm.requires_grad_(False)
-    return said, float(apart), failure(lambda: model.norm(X.double())), float(error)
-
-
-def test_a_module_with_a_summand_of_a_gradient_is_not_trained_by_itself(pool: Pool) -> None:
-    for said, apart, frozen, error in pool.run(alone_in_training):
-        assert "norm (LayerNorm) is called outside of a call of the model: in one, the gradient of its result is a summand" in said
-        assert frozen == "" and max(apart, error) < 1e-9
-
-
 class Attending(nn.Module):
     """Its result has the weights of its heads, where they are asked for."""
 

@@ -87,11 +87,27 @@ class Before(Branches):
         return x + self.before(h) + self.other(h)
 
 
-MODELS = (Functions, Doubled, Branches, Before)
+class Joined(nn.Module):
+    """The part is a leaf; learned rows join what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.part, self.up, self.down = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(24, 8)
+        self.rows = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.part(self.stem(x)), self.rows.expand(x.shape[0], -1, -1)], dim=1)
+        return self.down(self.up(x).relu())
 
 
-def largest_error(make: Callable[[], nn.Module], sequence_parallel: bool) -> float:
-    """The largest difference of the result of `part` called by itself, and of all gradients, twice."""
+MODELS = (Functions, Doubled, Branches, Before, Joined)
+
+
+def largest_error(make: Callable[[], nn.Module], sequence_parallel: bool, frozen: bool) -> float:
+    """The largest difference of the results of `part` called by itself, twice, and of all gradients, those of a call of the model too.
+
+    `frozen`: `part` of a copy of the model, of which its parameters are not trained.
+    """
     torch.manual_seed(0)
     model = make().double()
     parallel = copy.deepcopy(model)
@@ -99,17 +115,19 @@ def largest_error(make: Callable[[], nn.Module], sequence_parallel: bool) -> flo
     autotp.parallelize(parallel, mesh, example_inputs={"x": X}, check="graph", sequence_parallel=sequence_parallel)
     assert autotp.plan_of(parallel).local_share < 0.8
     found: list[list[Tensor]] = []
-    for each in (model, parallel):
+    for each in (model, copy.deepcopy(parallel) if frozen else parallel):
+        each.part.requires_grad_(not frozen)
         x = X.clone().requires_grad_()
+        each(x).square().sum().backward()
         results = [each.part(x), each.part(x * 2)]
         sum(y.square().sum() for y in results).backward()
-        grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in each.part.parameters()]
+        grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in each.part.parameters() if p.grad is not None]
         found.append([*(y.detach() for y in results), x.grad, *grads])
     return max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
 
 
 def over(sequence_parallel: bool) -> list[float]:
-    return [largest_error(make, sequence_parallel) for make in MODELS]
+    return [max(largest_error(make, sequence_parallel, frozen) for frozen in (False, True)) for make in MODELS]
 
 
 def errors(world: int, sequence_parallel: bool = False) -> dict[str, float]:
