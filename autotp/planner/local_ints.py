@@ -134,8 +134,8 @@ def _is_length(space: GraphIndex, labels: Labels, leaf: AttrRef | SizeRef) -> bo
     per_dim = space.leaves.get(leaf.value_id, ())
     if 0 <= leaf.dim < len(per_dim):
         atoms = per_dim[leaf.dim]
-        if not atoms:  # a dim that no axis follows: the number of rows that a mask selects
-            return leaf.value != 1
+        if not atoms:  # no axis follows it: the number of rows that a mask selects, a batch of one
+            return not space.is_parameter(leaf.value_id)
     else:
         atoms = space.carried.get(leaf.value_id, NONE)
     return any(is_length(space, labels, a) for a in atoms)

@@ -105,6 +105,10 @@ class GraphIndex:
                     self._meeting.setdefault(each, []).append(node)
         return self._meeting.get(atom, [])
 
+    def is_parameter(self, key: int) -> bool:
+        """True for parameters."""
+        return key in self._params
+
     def free(self, key: int) -> bool:
         """True for constants of one value."""
         return key in self.graph.fills

@@ -84,21 +84,20 @@ class Builder:
 
     def _expect(self, node: Node) -> None:
         """Notes the local sizes of the tensors of a call in which a number of the code is changed: code that no traced call reached may
-        bring a whole tensor there. A dim that is folded with a length (batch × heads) does not tell; a view of all sizes refuses itself.
+        bring a whole tensor there. A dim that is folded with a length (batch × heads) does not tell. A view of all sizes needs no telling:
+        it holds as many elements as a rank has, and fails for others.
         """
         spec = self._call(node)
-        folded = False
+        call = self.graph.python.get(node.call)
+        if call is not None and call.function in _VIEWS and all(e.value >= 0 for e in node.ints):
+            return
         for at, key in enumerate(self.space.calls.nodes(node)[0].tensors):
             on = self.labels.shard.get(key, NONE)
             dims = self.space.axes.dims.get(key, ())
             for i, (dim, atoms) in enumerate(zip(dims, self.space.leaves.get(key, ()), strict=False)):
-                if any(is_length(self.space, self.labels, a) for a in atoms):
-                    folded |= bool(atoms & on)
-                elif atoms & on:
+                if atoms & on and not any(is_length(self.space, self.labels, a) for a in atoms):
                     spec.sizes.add((at, i - len(dims), local_size(dim, on, self.labels.cuts)))
-        call = self.graph.python.get(node.call)
-        sized = folded and call is not None and call.function in _VIEWS and all(e.value >= 0 for e in node.ints)
-        if not spec.sizes and not sized:
+        if not spec.sizes:
             raise Refusal(node, "a number in the code would have to change, and no tensor of the call tells when")
 
     def _check_changes(self) -> None:

@@ -228,7 +228,8 @@ def test_changes_afterwards_are_refused() -> None:
 
 
 def test_a_size_that_no_axis_follows_is_a_length() -> None:
-    space = SimpleNamespace(leaves={1: ((), ("width",))}, carried={}, of_parameters=frozenset(["width"]))
+    space = SimpleNamespace(leaves={1: ((), ("width",)), 2: ((),)}, carried={}, of_parameters={"width"}, is_parameter=lambda key: key == 2)
     labels = SimpleNamespace(cuts={})
-    found = [_is_length(space, labels, SizeRef(1, dim, size)) for dim, size in ((0, 3), (0, 1), (1, 8))]  # type: ignore[arg-type]
-    assert found == [True, False, False]  # rows that a mask selects; one; the width of a parameter
+    sizes = (SizeRef(1, 0, 3), SizeRef(1, 0, 1), SizeRef(1, 1, 8), SizeRef(2, 0, 1))
+    found = [_is_length(space, labels, size) for size in sizes]  # type: ignore[arg-type]
+    assert found == [True, True, False, False]  # rows that a mask selects; a batch of one; the width of a parameter; a parameter of one row

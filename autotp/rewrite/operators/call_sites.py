@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autotp.errors import PlanError
+from autotp.errors import PlanError, sentence
 from autotp.plan.conversions import Conversion
 from autotp.plan.layout import Layout
 from autotp.plan.spec import Site
@@ -35,6 +35,10 @@ _OF_THE_PARAMETER = (
     Tensor.register_hook,
     Tensor.requires_grad_,
 )
+
+
+#: Calls that fail where the sizes that they are given do not hold the elements that they got.
+_VIEWS = frozenset(("view", "reshape"))
 
 
 class _Running(threading.local):
@@ -124,12 +128,24 @@ class SiteMode(TorchFunctionMode):
             converter = _Nth(site.inputs, self.table.comm)
             args, kwargs = map_call(args, kwargs, converter)
         if site.kernel is None:
-            result = func(*args, **kwargs)
+            result = self._called(site, func, args, kwargs) if site.ints or site.multiples else func(*args, **kwargs)
         else:
             result = run_form(site.kernel, func, args, dict(kwargs), self.table.comm, self.layouts, self.table.across[id(site)])
         if site.outputs:
             result = map_leaves(result, _Nth(site.outputs, self.table.comm))
         return result
+
+    def _called(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if getattr(func, "__name__", "") not in _VIEWS:
+                raise
+            raise PlanError(
+                f"{self.table.where}: the call in {site.function} ({site.file}, function at line {site.line}) has numbers that were "
+                f"changed for a rank's part, and got another tensor: no traced call took this path. Pass example_inputs that do, or hold "
+                f"the numbers in attributes. {sentence(error)}"
+            ) from error
 
     def _expect(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         found: list[Tensor] = []
