@@ -2,6 +2,7 @@
 
     products    of [64, 1024] and [1024, 2816], each time with another weight, as the layers of a model have
     bandwidth   an addition of two tensors of 64 MiB each into a third one
+    rows        the bytes of weights that products of one row read, as where one token is decoded, over that bandwidth
     launch      the time of many small operators in modules, over their number
     all-reduce  t = α + 2(n−1)/n · S / B, fitted to sizes from 1 KiB to 16 MiB so that the relative errors are least. Operators run
                 before each, as in a model: ranks that come straight from the last collective are awake and together
@@ -43,12 +44,15 @@ _IN_A_ROW = 10
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one rank measured: operations and bytes a second, seconds an operator, seconds of an all-reduce by bytes, its memory."""
+    """What one rank measured: operations and bytes a second, the share of these at which a product of one row reads its weight, seconds
+    an operator, seconds of an all-reduce by bytes, its memory.
+    """
 
     device: str
     memory: float
     flops: float
     bandwidth: float
+    rows: float
     launch: float
     sums: tuple[tuple[int, float], ...]
 
@@ -80,7 +84,7 @@ def written(found: list[Rates], backend: str, dtype: str) -> str:
         return float(f"{statistics.median(getattr(r, name) for r in found):.4g}")
 
     here: dict[str, Any] = {"memory": min(r.memory for r in found), "bandwidth": median("bandwidth"), "flops": {dtype: median("flops")}}
-    here |= {"compute": 1.0, "stream": 1.0, "launch": median("launch"), "serial": backend == "gloo", "link": backend, "source": source}
+    here |= {"compute": 1.0, "stream": 1.0, "rows": median("rows"), "launch": median("launch"), "serial": backend == "gloo", "link": backend, "source": source}
     link = {"bandwidth": bandwidth, "efficiency": 1.0, "base": base, "step": 0.0, "buffers": 0, "most": ranks, "source": source}
     text: str = yaml.safe_dump({"gpus": {"here": here}, "links": {backend: link}}, sort_keys=False)
     return text
@@ -112,9 +116,11 @@ def _rank(emit: Callable[[Any], None], backend: str, dtype: str) -> Rates:
         return statistics.quantiles(_seconds(run, device, rounds), n=4)[0]  # others on the machine disturb the slower ones
 
     with torch.no_grad():
-        flops = _products(device, kind, clock)
+        weights = [torch.randn(2816, 1024, device=device).to(kind) for _ in range(24)]
+        flops = 2 * 64 * weights[0].numel() / _product(weights, 64, clock)
         x, y = (torch.randn(2**24, device=device).to(kind) for _ in range(2))
         bandwidth = 3 * x.nbytes / clock(partial(torch.add, x, y, out=torch.empty_like(x)))
+        rows = min(weights[0].nbytes / _product(weights, 1, clock) / bandwidth, 1.0)
         run, operators = _small_operators(device, kind)
         launch = clock(run) / operators
     before = partial(_few_operators, torch.randn(64, 256, device=device), torch.randn(256, 256, device=device))
@@ -123,14 +129,13 @@ def _rank(emit: Callable[[Any], None], backend: str, dtype: str) -> Rates:
         after = partial(dist.all_reduce, torch.zeros(nbytes // 4, device=device), group=group)
         dist.barrier()
         sums.append((nbytes, max(clock(partial(_repeat, before, after)) - alone, 1e-6) / _IN_A_ROW))
-    return Rates(name, memory, flops, bandwidth, launch, tuple(sums))
+    return Rates(name, memory, flops, bandwidth, rows, launch, tuple(sums))
 
 
-def _products(device: torch.device, dtype: torch.dtype, clock: Callable[..., float]) -> float:
-    """Floating-point operations a second."""
-    weights = [torch.randn(2816, 1024, device=device).to(dtype) for _ in range(24)]
-    x, turn = torch.randn(64, 1024, device=device).to(dtype), itertools.cycle(weights)
-    return _IN_A_ROW * 2 * 64 * 1024 * 2816 / clock(partial(_repeat, lambda: torch.nn.functional.linear(x, next(turn))))
+def _product(weights: list[Tensor], rows: int, clock: Callable[..., float]) -> float:
+    """Seconds of a product of `rows` rows with a weight that was not used lately."""
+    x, turn = torch.randn(rows, weights[0].shape[1], device=weights[0].device).to(weights[0].dtype), itertools.cycle(weights)
+    return clock(partial(_repeat, lambda: torch.nn.functional.linear(x, next(turn)))) / _IN_A_ROW
 
 
 def _few_operators(x: Tensor, w: Tensor) -> None:

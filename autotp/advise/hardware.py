@@ -1,6 +1,7 @@
 """What GPUs and the links between them can do: the bundled table, and files of the same form.
 
-compute    t = max(flops / (compute · rate), bytes / (stream · bandwidth))            of each operator (roofline)
+compute    t = max(flops / (compute · rate), bytes / (stream · bandwidth))            of each operator (roofline); `rows` for `stream`
+                                                                                      where it is a product, a convolution or attention
 all-reduce t = base + 2(n−1) · step + 2(n−1)/n · S / (efficiency · bandwidth)         S bytes of the result, n ranks (ring)
 all-gather t = base +  (n−1) · step +  (n−1)/n · S / (efficiency · bandwidth)         a reduce-scatter likewise
 """
@@ -40,6 +41,7 @@ class Gpu:
     serial: bool
     reserved: float = 0.0
     link: str = ""
+    rows: float | None = None
 
     def rate(self, dtype: torch.dtype) -> float:
         """Floating-point operations a second in `dtype`: the named rate, else that of the widest named dtype that is not wider."""
@@ -53,7 +55,8 @@ class Gpu:
     def seconds(self, flops: int, moved: int, dtype: torch.dtype) -> float:
         """Seconds of one operator."""
         compute = flops / self.rate(dtype) if flops else 0.0
-        return max(compute, moved / (self.bandwidth * self.stream)) + (self.launch if self.serial else 0.0)
+        stream = self.rows if flops and self.rows is not None else self.stream
+        return max(compute, moved / (self.bandwidth * stream)) + (self.launch if self.serial else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class _GpuFields(BaseModel):
     serial: bool
     reserved: float = Field(ge=0, default=0.0)
     link: str = ""
+    rows: float | None = Field(gt=0, le=1, default=None)
     source: str = Field(min_length=1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import autotp
 from autotp.advise.calibrate import Rates, calibrate, fitted, written
@@ -25,11 +26,13 @@ def test_latency_and_bandwidth_are_recovered(ranks: int) -> None:
 
 
 def test_the_table_takes_the_slowest_ranks_sums(tmp_path: Path) -> None:
-    ranks = [Rates("CPU", 1e9 * (r + 1), 1e11, 1e10, 1e-5, ((1024, 1e-4 * (r + 1)), (2**20, 1e-3))) for r in range(2)]
+    ranks = [Rates("CPU", 1e9 * (r + 1), 1e11, 1e10, 0.6, 1e-5, ((1024, 1e-4 * (r + 1)), (2**20, 1e-3))) for r in range(2)]
     file = tmp_path / "here.yaml"
     file.write_text(written(ranks, "gloo", "float32"))
     here, table = gpu(str(file))
     assert (here.memory, here.flops, here.bandwidth, here.launch, here.serial) == (1e9, {"float32": 1e11}, 1e10, 1e-5, True)
+    assert here.seconds(2000, 6 * 10**9, torch.float32) == pytest.approx(1 + 1e-5)  # a product of one row
+    assert here.seconds(0, 6 * 10**9, torch.float32) == pytest.approx(0.6 + 1e-5)
     found = link("gloo", table)
     assert found.seconds(2, 1024, 2) == pytest.approx(2e-4, rel=0.1)
     assert found.most == 2

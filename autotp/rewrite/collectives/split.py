@@ -117,6 +117,8 @@ class Split:
                 f"{self.full} there"
             )
         parts = [x.narrow(dim, a, b - a) if a >= 0 else self._last(x, b - a) for a, b in self.runs]
+        if not parts:  # the dim is empty, such as that of a batch without rows
+            return x
         return parts[0] if len(parts) == 1 and self.runs[0][0] >= 0 else torch.cat(parts, dim)
 
     def _last(self, x: Tensor, times: int) -> Tensor:
