@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,11 @@ class CountedComm(DryComm):
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         self._count(CollectiveKind.REDUCE_SCATTER, rows)
         return rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
+
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        result = rows.new_empty(sum(received), *rows.shape[1:])
+        self._count(CollectiveKind.ALL_TO_ALL, result)
+        return result
 
     def take_messages(self) -> Counter[Message]:
         """Returns the collectives since the last call."""

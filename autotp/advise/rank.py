@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autotp.advise.comm import CountedComm
+from autotp.advise.routing import route_evenly
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
 from autotp.plan.sequence_parallel import tokens_in_parts
@@ -81,6 +82,7 @@ def one_rank(model: nn.Module, plan: Plan, dtype: torch.dtype) -> Iterator[Rank]
                 part = torch.empty(layout.local_shape, dtype=old.dtype)
                 return nn.Parameter(as_dtensor(part, layout, mesh), requires_grad=old.requires_grad)
 
+        route_evenly(model, plan, undo)
         if plan.tp > 1:
             scatter = Scatter(comm, plan.least_scattered) if tokens_in_parts(plan) else None
             more = {"scatter": scatter, "by_token": plan.tokens.by_token, "together": plan.together}

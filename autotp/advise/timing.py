@@ -8,8 +8,8 @@ from autotp.advise.hardware import Gpu, Link
 from autotp.advise.measured import Pass
 from autotp.plan.conversions import CollectiveKind
 
-#: Turns around the ring.
-_TURNS = {CollectiveKind.ALL_REDUCE: 2, CollectiveKind.ALL_GATHER: 1, CollectiveKind.REDUCE_SCATTER: 1}
+#: Turns around the ring. Of an all-to-all, each rank gets (n−1)/n from the others, as of an all-gather.
+_TURNS = {CollectiveKind.ALL_REDUCE: 2, **dict.fromkeys((CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_TO_ALL), 1)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,11 +39,11 @@ def build(kind: str) -> nn.Module:
     return transformer(kind, **({"experts": "grouped_mm"} if kind == "mixtral" else {}))
 
 
-def count(kind: str, ranks: int, sequence_parallel: bool = False) -> Counted:
+def count(kind: str, ranks: int, sequence_parallel: bool = False, recipe: Any = None) -> Counted:
     """Runs the model of a kind; collective where there are several ranks."""
     model: Any = build(kind)
     if ranks > 1:
-        autotp.parallelize(model, mesh(), check="graph", sequence_parallel=sequence_parallel)
+        autotp.parallelize(model, mesh(), check="graph", sequence_parallel=sequence_parallel, recipe=recipe)
     own = {_local(p).untyped_storage().data_ptr(): _local(p).nbytes for p in model.parameters()}
     weights = sum(own.values())
     ids = torch.zeros(BATCH, PROMPT, dtype=torch.long)

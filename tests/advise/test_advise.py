@@ -312,7 +312,12 @@ def test_adapters_are_trained_alone_and_quantized_weights_are_refused(monkeypatc
         autotp.advise(model, Serve(), gpus=2, gpu="h100")
 
 
-def test_placements_that_are_not_measured_are_refused() -> None:
+def test_whole_experts_do_as_much_work_as_experts_that_are_cut() -> None:
     model = transformer("mixtral", experts="grouped_mm").float()
-    with pytest.raises(InputError, match="the recipe asks for experts"):
-        autotp.advise(model, Serve(), gpus=2, gpu="h100", recipe={"placements": {"experts": "whole"}})
+    cut, whole = (
+        autotp.advise(model, Serve(batch=8, prompt=64), gpus=2, gpu="h100", recipe=recipe)
+        for recipe in (None, {"placements": {"experts": "whole"}})
+    )
+    prefills = [next(o for o in advice.options if o.tp == 2).steps[0] for advice in (cut, whole)]
+    assert prefills[0].flops < prefills[1].flops < 1.1 * prefills[0].flops  # the rank with most tokens is measured
+    assert prefills[0].message_bytes == prefills[1].message_bytes

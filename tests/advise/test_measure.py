@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
+from math import comb
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from autotp.advise.calls import text_calls
 from autotp.advise.measure import measured_serving, measured_training, recomputing
 from autotp.advise.measured import Pass
 from autotp.advise.rank import one_rank
+from autotp.advise.routing import drawn
 from autotp.advise.workload import Checkpointing
 from autotp.data_parallel import units
 from autotp.trace.keep import undone
@@ -30,6 +32,7 @@ CASES = [
     *(pytest.param(kind, tp, False, marks=pytest.mark.sweep) for kind, tp in (("gpt2", 2), ("llama", 3), ("mixtral", 2), ("mixtral", 3))),
     *(pytest.param(kind, tp, True, marks=pytest.mark.sweep) for kind, tp in (("gpt2", 2), ("llama", 4), ("mixtral", 2))),
 ]
+EXPERTS = {"placements": {"experts": "whole"}}
 
 
 def messages(done: Pass) -> dict[tuple[str, int], int]:
@@ -66,6 +69,42 @@ def allocated(run: Callable[[], object]) -> tuple[int, int]:
     alive = list(accumulate(change for _, change in changes))
     del kept
     return alive[-1], max(alive)
+
+
+def test_whole_experts_hold_and_send_as_much(pool: Pool) -> None:
+    """Real routers choose other tokens than those that are drawn, so what the experts are sent differs in bytes alone."""
+    model = build("mixtral")
+    plan = autotp.plan(model, tp=2, check="graph", sequence_parallel=True, recipe=EXPERTS)
+    assert any(m.pairs is not None for m in plan.modules)
+    with one_rank(model, plan, torch.float32) as rank:
+        served = measured_serving(rank, units(model, plan), text_calls(model), BATCH, PROMPT, NEW)
+        trained = measured_training(rank, units(model, plan), text_calls(model).train(SEQUENCES, LENGTH), Checkpointing.NONE)
+    assert not model.model.layers[0].mlp.experts._forward_pre_hooks  # type: ignore[union-attr, index]
+    for real in pool.run(count, "mixtral", 2, True, EXPERTS, world=2):
+        assert served.weights.parameters == real.weights
+        assert (served.cache, messages(served.prefill), messages(served.decode)) == (real.cache, real.prefill, real.decode)
+        for done, sent in ((trained.forward, real.forward), (trained.backward, real.backward)):
+            assert apart(messages(done)) == apart(sent)
+            assert apart(sent)[1] > 0
+
+
+def apart(sent: dict[tuple[str, int], int]) -> tuple[dict[tuple[str, int], int], int]:
+    """The messages that are none of experts, and the number of those."""
+    rest = {key: n for key, n in sent.items() if key[0] != "all_to_all"}
+    return rest, sum(sent.values()) - sum(rest.values())
+
+
+@pytest.mark.parametrize(("experts", "each", "tp"), [(8, 2, 4), (64, 2, 8), (7, 3, 2), (4, 4, 2)])
+def test_experts_are_drawn_evenly_and_the_first_rank_has_most(experts: int, each: int, tp: int) -> None:
+    span = -(-experts // tp)
+    spans = [(start, min(start + span, experts)) for start in range(0, experts, span)]
+    for tokens in (1, 5, 4000):
+        index = drawn(tokens, each, experts, spans)
+        assert all(len(set(row)) == each for row in index.tolist())
+        pairs = [int(((index >= a) & (index < b)).sum()) for a, b in spans]
+        assert pairs[0] == max(pairs) > 0
+    here = (index < span).any(-1).float().mean()
+    assert float(here) == pytest.approx(1 - comb(experts - span, each) / comb(experts, each), abs=0.03)
 
 
 @pytest.mark.parametrize("checkpointing", Checkpointing)
