@@ -84,7 +84,8 @@ def written(found: list[Rates], backend: str, dtype: str) -> str:
         return float(f"{statistics.median(getattr(r, name) for r in found):.4g}")
 
     here: dict[str, Any] = {"memory": min(r.memory for r in found), "bandwidth": median("bandwidth"), "flops": {dtype: median("flops")}}
-    here |= {"compute": 1.0, "stream": 1.0, "rows": median("rows"), "launch": median("launch"), "serial": backend == "gloo", "link": backend, "source": source}
+    here |= {"compute": 1.0, "stream": 1.0, "rows": median("rows"), "launch": median("launch"), "serial": backend == "gloo"}
+    here |= {"link": backend, "source": source}
     link = {"bandwidth": bandwidth, "efficiency": 1.0, "base": base, "step": 0.0, "buffers": 0, "most": ranks, "source": source}
     text: str = yaml.safe_dump({"gpus": {"here": here}, "links": {backend: link}}, sort_keys=False)
     return text

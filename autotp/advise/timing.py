@@ -9,7 +9,7 @@ from autotp.advise.measured import Pass
 from autotp.plan.conversions import CollectiveKind
 
 #: Turns around the ring. Of an all-to-all, each rank gets (n−1)/n from the others, as of an all-gather.
-_TURNS = {CollectiveKind.ALL_REDUCE: 2, **dict.fromkeys((CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_TO_ALL), 1)}
+_TURNS = {kind: 2 if kind is CollectiveKind.ALL_REDUCE else 1 for kind in CollectiveKind}
 
 
 @dataclass(frozen=True, slots=True)
