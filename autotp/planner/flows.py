@@ -38,3 +38,12 @@ def differentiable(graph: Graph, arguments: bool = True) -> set[int]:
             if any(v.id in found for v in node.inputs()):
                 found |= {o.id for o in node.outputs if o.dtype.is_floating_point or o.dtype.is_complex}
     return found
+
+
+def made_of_arguments(graph: Graph) -> set[int]:
+    """Returns the values that depend on an argument of the model: parameters, and what is made of these alone, do not."""
+    found: set[int] = set()
+    for node in graph.nodes:
+        if any(v.origin is Origin.INPUT or v.id in found for v in node.inputs()):
+            found |= {o.id for o in node.outputs}
+    return found

@@ -91,6 +91,8 @@ def whole_results(
 def _exits_to_results(space: GraphIndex, labels: Labels, cut: Partition) -> list[list[Node]]:
     """Returns sets of EXITs that everything sharded on `cut` passes on its way to a result of the model, the innermost set first.
 
+    There are at most `GATHER_TRIES` of them, the outermost one among these.
+
     A set with an EXIT whose value nothing uses in some call (attention weights, most of the time) is left out: that call would
     gather in vain.
     """
@@ -113,7 +115,8 @@ def _exits_to_results(space: GraphIndex, labels: Labels, cut: Partition) -> list
             sets.append(level)
         inner = {n.index: n for node in level for n in (_exits_before(space, labels, cut, node) or [node])}
         if set(inner) == {node.index for node in level}:
-            return sets[::-1][:GATHER_TRIES]
+            sets.reverse()
+            return [*sets[: GATHER_TRIES - 1], *sets[GATHER_TRIES - 1 :][-1:]]  # hidden states of inner layers leave at the last one alone
         level = list(inner.values())
 
 

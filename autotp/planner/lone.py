@@ -8,7 +8,8 @@ only be cut as that width is, everywhere. But they can be cut alone: y = w x is 
 
 so each rank keeps some rows, the argument is copied (its gradient summed) and the result gathered where the module returns. The axis
 ends at that boundary: what leaves the module has fresh dims (`autotp.axes.operators.pseudo.crossing`). That costs a gather for each
-call. So it is done for weights that would otherwise make a rank hold noticeably more than its even share.
+call. So it is done for weights that would otherwise make a rank hold noticeably more than its even share, and for other products
+where most of the model would stay whole.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import prod
 
+from autotp.axes.analysis import Meaning
 from autotp.axes.operators.table import Is, arg, is_a
 from autotp.plan.layout import Layout
 from autotp.planner.assemble import Draft
@@ -26,6 +28,8 @@ from autotp.trace.graph import Node, Origin, Pseudo, Value
 
 #: A weight is cut alone where keeping it whole adds at least this much to an even share of the model.
 LEAST = 0.02
+#: Where a rank would hold more of the model than this, any product is cut alone: nothing else saves memory.
+MOST_WHOLE = 0.75
 
 
 def lone_products(draft: Draft, tp: int, elements: int, wanted: Mapping[int, Layout]) -> dict[str, int]:
@@ -36,25 +40,36 @@ def lone_products(draft: Draft, tp: int, elements: int, wanted: Mapping[int, Lay
         wanted: layouts that are asked for, by the id of the parameter's value; a weight that is asked to be cut may be of any size.
     """
     space, labels = draft.space, draft.choice.labels
-    widths = _widths(space, labels)
+    ending, added, most = _ending(space, labels), _added(space), draft.plan.local_share > MOST_WHOLE
     found: dict[str, int] = {}
     for path, (node, weight, result) in _products(space).items():
         rows = space.leaves[weight.id][_rows(node)]
-        if not rows & widths or any(labels.of(v) or v.id in labels.partial for v in (*node.inputs(), *node.outputs, result)):
+        if any(labels.of(v) or v.id in labels.partial for v in (*node.inputs(), *node.outputs, result)):
             continue
         asked = wanted.get(weight.id)
-        if asked is not None and asked.dim is not None:
+        if asked is not None and asked.dim is not None and rows & ending:
             found[path] = _dim(node, weight)
-        elif asked is None:
+        elif asked is None and (most or rows & (ending | added)):
             copies = len(with_copies([(path, None)], space.graph.repeats))
             if copies * prod(weight.shape) * (tp - 1) >= LEAST * elements:
                 found[path] = _dim(node, weight)
     return found
 
 
-def _widths(space: GraphIndex, labels: Labels) -> Atoms:
+def _ending(space: GraphIndex, labels: Labels) -> Atoms:
     """Returns the axes of the sums that regions end with; a latent that a region only begins with is none of them."""
     return NONE.union(*(space.carried.get(key, NONE) for key in labels.born))
+
+
+def _added(space: GraphIndex) -> Atoms:
+    """Returns the axes of sums of activations: the width of residual networks, also of one without any region."""
+    added = (o.id for n, m in zip(space.graph.nodes, space.axes.meanings, strict=True) if _adds(space, m) for o in n.outputs)
+    return NONE.union(*(space.carried.get(key, NONE) for key in added))
+
+
+def _adds(space: GraphIndex, meaning: Meaning) -> bool:
+    """True for a sum of two activations that have gradients."""
+    return any(sum(key in space.flows and space.parameter_of(key) is None for key in group) > 1 for group in meaning.linear)
 
 
 def _products(space: GraphIndex) -> dict[str, tuple[Node, Value, Value]]:

@@ -136,7 +136,10 @@ def _certified(
     plain = solve(space, tp, bans, name, linears, asked, hints)
     first: Draft | None = plain
     if lone := lone_products(plain, tp, sum(p.numel() for p in model.parameters()), asked):
-        space, bans, first = GraphIndex(find_axes(graph, lone), apart), Bans({}), None
+        ends, bans_there = GraphIndex(find_axes(graph, lone), apart), Bans({})
+        alone = solve(ends, tp, bans_there, name, linears, asked, hints)
+        if alone.plan.local_share < plain.plan.local_share or asked:  # axes that end there are missing in what follows
+            space, bans, first = ends, bans_there, alone
     for attempt in range(MAX_REPLAYS + 1):
         before = bans.size
         draft = first or solve(space, tp, bans, name, linears, asked, hints)

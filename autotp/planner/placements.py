@@ -21,7 +21,7 @@ from autotp.plan.spec import DistributedForm
 from autotp.planner.aliases import Storage
 from autotp.planner.calls import Calls
 from autotp.planner.faults import Faults, faults_of
-from autotp.planner.flows import differentiable
+from autotp.planner.flows import differentiable, made_of_arguments
 from autotp.planner.partition import Atoms, Partitions, covers, in_order, uncovered
 from autotp.planner.refusals import Conflict
 from autotp.trace.graph import Node, Origin, Pseudo, Value
@@ -79,6 +79,7 @@ class GraphIndex:
 
         self.flows = differentiable(self.graph)
         self.given = self.flows - differentiable(self.graph, arguments=False)  # arguments of the model, and what is made of them alone
+        self.activations = made_of_arguments(self.graph)
         self.users: dict[int, list[int]] = {}
         self.generators: dict[Atom, list[int]] = {}
         self.summing: dict[Atom, list[int]] = {}
@@ -298,13 +299,13 @@ def _node(
 
 
 def _given(space: GraphIndex, index: int, value: Value, missing: Atoms, out: Labels) -> bool:
-    """True for an argument of the model (a mask of each head) that meets a sharded value and is not what the node sums over.
+    """True for an argument of the model (a mask of each head) that meets a sharded activation and is not what the node sums over.
 
     Only a caller who asks for its gradient pays for the slice.
     """
     if value.id not in space.given or any(contract.value == value.id for contract, _ in space.contracts[index]):
         return False
-    return any(missing & out.shard.get(v.id, NONE) for v in space.inputs[index] if v.origin is not Origin.PARAM)
+    return any(missing & out.shard.get(v.id, NONE) for v in space.inputs[index] if v.id in space.activations)
 
 
 def _parted(hit: Atoms, have: Atoms, crossed: Atoms, cuts: Partitions) -> Atoms:

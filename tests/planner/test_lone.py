@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,12 +95,78 @@ class Read(nn.Module):
         return self.region(self.embed(x)) @ self.embed.weight.cumsum(0)
 
 
+class OneProduct(nn.Module):
+    """A residual block of one product, as in a U-Net."""
+
+    def __init__(self, inside: int, out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.product, self.beside = nn.Conv2d(inside, out, 3, stride, 1), nn.Conv2d(inside, out, 3, stride, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.product(x)) + self.beside(x)
+
+
+class Skips(nn.Module):
+    """Widths that are added and concatenated; no region is between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = OneProduct(3, W), OneProduct(W, 2 * W, 2)
+        self.up, self.last = nn.ConvTranspose2d(2 * W, W, 2, 2), OneProduct(2 * W, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(torch.cat([x, self.up(self.down(x))], 1))
+
+
+class Deep(nn.Module):
+    """A product some modules inside of the layer that it is the first one of."""
+
+    def __init__(self, inside: int, out: int) -> None:
+        super().__init__()
+        act = nn.Sequential(nn.Conv2d(inside, out, 1), nn.Hardtanh())
+        self.layer = nn.Sequential(nn.Sequential(nn.Sequential(act, nn.Hardtanh()), nn.Hardtanh()), nn.Conv2d(out, out, 3, 1, 1, groups=out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Chain(nn.Module):
+    """Blocks alike of one product each: the width of each is that of the next one's argument, so it cannot be cut in every other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(W, W), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Layers(nn.Module):
+    """Each layer's result is returned, too, and the next layer takes it in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Deep(i, o) for i, o in ((3, W), (W, 2 * W), (2 * W, 3 * W), (3 * W, W)))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        hidden = []
+        for layer in self.layers:
+            x = layer(x)
+            hidden.append(x)
+        return {"last": x.mean((2, 3)), "hidden": tuple(hidden)}
+
+
 X = torch.randn(2, 4, W, dtype=torch.float64)
 CASES = {
     "patches": (Patches, {"x": IMAGE}, "embed.weight"),
     "stages": (Stages, {"x": X}, "between.weight"),
     "a condition": (Conditioned, {"x": X, "condition": torch.randn(2, W, dtype=torch.float64)}, "blocks.1.modulation.weight"),
     "the end of what is whole": (Unshardable, {"x": X}, "b.weight"),
+    "a chain": (Chain, {"x": X}, "blocks.2.0.weight"),
+    "sums without a region": (Skips, {"x": IMAGE}, "down.beside.weight"),
 }
 
 
@@ -110,6 +178,17 @@ def test_is_cut_alone(name: str, tp: int) -> None:
     assert weight in found.sharded
     layout = found.plan.params[weight].layout
     assert layout.dim == 0 and layout.local_shape[0] == -(-layout.shape[0] // tp)
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_hidden_states_of_layers_are_gathered_where_the_model_returns(tp: int) -> None:
+    found = assert_equivalent(Layers, tp=tp, inputs={"x": IMAGE}, steps=1, certificate="graph")
+    assert {"layers.0.layer.1.weight", "layers.2.layer.1.weight"} <= found.sharded  # between two products
+    assert any(slot.conversions for m in found.plan.modules if not m.path for slot in m.outputs)
+    mistakes = [m for m in sabotage.mutations(found.plan) if "<root>" in str(m)]
+    assert mistakes
+    with pytest.raises(NotEquivalent):
+        assert_equivalent(Layers, tp=tp, inputs={"x": IMAGE}, sabotage=mistakes[0])
 
 
 def test_stays_whole() -> None:
