@@ -125,7 +125,8 @@ class Deep(nn.Module):
     def __init__(self, inside: int, out: int) -> None:
         super().__init__()
         act = nn.Sequential(nn.Conv2d(inside, out, 1), nn.Hardtanh())
-        self.layer = nn.Sequential(nn.Sequential(nn.Sequential(act, nn.Hardtanh()), nn.Hardtanh()), nn.Conv2d(out, out, 3, 1, 1, groups=out))
+        inner = nn.Sequential(nn.Sequential(act, nn.Hardtanh()), nn.Hardtanh())
+        self.layer = nn.Sequential(inner, nn.Conv2d(out, out, 3, 1, 1, groups=out))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
