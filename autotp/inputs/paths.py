@@ -251,7 +251,8 @@ def _decode(facts: Facts, base: list[str], mask: tuple[str, ...], outputs: Any) 
     """
     names = [n for n in ("past_key_values", "cache_params") if facts.takes(n) and getattr(outputs, n, None) is not None]
     if not names:
-        if facts.is_encoder_decoder or not facts.takes("past_key_values") or "past_key_values" in outputs.__dict__:
+        named = not facts.is_encoder_decoder and facts.takes("past_key_values") and isinstance(outputs, Mapping)
+        if not named or "past_key_values" in vars(outputs):
             return None
         from transformers import DynamicCache
 

@@ -25,6 +25,9 @@ from autotp.planner.requested import Reason, Wanted, claimed, granules, ruled_ou
 from autotp.trace.graph import Origin, Value
 
 UNREAD = "no traced call reads it"
+#: Rows from which on a table is cut that is no vocabulary. Positions have 512 or 1024 in most models, where they are less than 0.01 of
+#: the parameters; those of LED (16,384) and Longformer (4098) are 0.08 and 0.02 of them, and the hashes of CANINE (16,384 each) 0.1.
+LONG = 4096
 HEAD_WIDTH = "it is the width of one attention head, which is not cut"
 
 
@@ -241,14 +244,14 @@ def _tried(space: GraphIndex, cuts: tuple[Partition, ...], state: Taken, carrier
 
 
 def _small_table(space: GraphIndex, cut: Partition) -> bool:
-    """True for an axis that is only looked up, in a table of few rows (token types) or of positions.
+    """True for an axis that is only looked up, in a table of few rows (token types) or of positions up to `LONG`.
 
     Positions are told from tokens by their ids: the tokens' come from an argument of the model unchanged.
     """
     nodes = [space.graph.nodes[i] for i in space.summing.get(cut.major, ())]
     if not nodes or not all(is_a(n, Is.LOOKUP) for n in nodes):
         return False
-    return cut.size < 8 * cut.tp or not any(_is_argument(space, n.args[1]) for n in nodes)
+    return cut.size < 8 * cut.tp or (cut.size < LONG and not any(_is_argument(space, n.args[1]) for n in nodes))
 
 
 def _is_argument(space: GraphIndex, value: Value) -> bool:

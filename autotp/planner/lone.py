@@ -8,8 +8,7 @@ only be cut as that width is, everywhere. But they can be cut alone: y = w x is 
 
 so each rank keeps some rows, the argument is copied (its gradient summed) and the result gathered where the module returns. The axis
 ends at that boundary: what leaves the module has fresh dims (`autotp.axes.operators.pseudo.crossing`). That costs a gather for each
-call. So it is done for weights that would otherwise make a rank hold noticeably more than its even share, and for other products
-where most of the model would stay whole.
+call. So it is done for weights that would otherwise make a rank hold noticeably more than its even share.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ from autotp.trace.graph import Node, Origin, Pseudo, Value
 
 #: A weight is cut alone where keeping it whole adds at least this much to an even share of the model.
 LEAST = 0.02
-#: Where a rank would hold more of the model than this, any product is cut alone: nothing else saves memory.
-MOST_WHOLE = 0.75
 
 
 def lone_products(draft: Draft, tp: int, elements: int, wanted: Mapping[int, Layout]) -> dict[str, int]:
@@ -40,7 +37,7 @@ def lone_products(draft: Draft, tp: int, elements: int, wanted: Mapping[int, Lay
         wanted: layouts that are asked for, by the id of the parameter's value; a weight that is asked to be cut may be of any size.
     """
     space, labels = draft.space, draft.choice.labels
-    ending, added, most = _ending(space, labels), _added(space), draft.plan.local_share > MOST_WHOLE
+    ending, added = _ending(space, labels), _added(space)
     found: dict[str, int] = {}
     for path, (node, weight, result) in _products(space).items():
         rows = space.leaves[weight.id][_rows(node)]
@@ -49,7 +46,7 @@ def lone_products(draft: Draft, tp: int, elements: int, wanted: Mapping[int, Lay
         asked = wanted.get(weight.id)
         if asked is not None and asked.dim is not None and rows & ending:
             found[path] = _dim(node, weight)
-        elif asked is None and (most or rows & (ending | added)):
+        elif asked is None and rows & (ending | added):
             copies = len(with_copies([(path, None)], space.graph.repeats))
             if copies * prod(weight.shape) * (tp - 1) >= LEAST * elements:
                 found[path] = _dim(node, weight)

@@ -74,7 +74,7 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
         flat = [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
         reals = [real] if isinstance(result, Tensor) else real if real is not None else [None] * len(flat)
         for tensor, exact in zip(flat, reals, strict=False):
-            value = values.bind(tensor, Origin.NODE)
+            value = values.made(tensor, bool(written))
             outputs.append(value)
             if exact is not None and small(exact):
                 (values.drawn if self.data.drawn else values.concrete)[value.id] = exact

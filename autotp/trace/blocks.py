@@ -117,6 +117,11 @@ class BlockRecorder(Recorder):
                     tensors = (*module._parameters.values(), *module._buffers.values())
                     self._owner.update((id(t), block) for t in tensors if t is not None and not isinstance(t, FakeTensor))
 
+    def next_round(self) -> None:
+        """Begin another call of the model."""
+        self.round += 1
+        self.values.renew()
+
     def within(self, path: str) -> str | None:
         """Returns the innermost block that the module at `path` is inside of."""
         return self._within.get(path)

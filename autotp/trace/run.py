@@ -241,18 +241,19 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Examp
         TraceError: the example is not optional.
     """
     name, start, done = example.name, len(recorder.tape.nodes), len(recorder.results.closed)
-    mark, more = start, None
+    mark, ran = start, False
     data, questions = recorder.data, recorder.questions
     data.guessed = data.chose = False
     try:
         with _failures(model, recorder):
-            recorder.round += 1
+            recorder.next_round()
             result, left = _call(model, recorder, fake, example, example.make(), mode)
             recorder.results.close(name, example.training, result, left, drawn=data.along)
+            mark, ran = len(recorder.tape.nodes), True
             more = example.decode(result) if example.decode is not None else None
             if more is not None:
-                name, mark = name + "+decode", len(recorder.tape.nodes)
-                recorder.round += 1
+                name += "+decode"
+                recorder.next_round()
                 result, left = _call(model, recorder, fake, example, more, mode)
                 recorder.results.close(name, example.training, result, left, drawn=data.along)
     except Untraceable as error:
@@ -288,7 +289,7 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Examp
             raise failure from error.error
         recorder.rewind(mark, len(recorder.results.closed))
         why = "" if mode.contrary and (_own(error.error) or questions.swapped) else _explain(name, error, data.guessed)
-        return _LeftOut(name, why, decoding=more is not None)
+        return _LeftOut(example.name + "+decode" * ran, why, decoding=ran)
     return None
 
 

@@ -81,6 +81,7 @@ class Values:
         self._tape, self._read, self._missed = tape, read, missed
         self._of: dict[int, Value] = {}  # id(tensor) → value
         self._before: list[tuple[int, int, Value | None]] = []  # (number of nodes, id(tensor), its value) before each change of `_of`
+        self._lent: dict[int, tuple[Value, Value]] = {}  # id of the model's own tensor → its value, and that of the result that it is
         self._alive: dict[int, Tensor] = {}  # by id: no id is used twice
         self._aliases: dict[int, dict[int, Tensor]] = {}  # storage → the tensors in it that code may still read, by id
         self._copies = Copies()
@@ -118,6 +119,26 @@ class Values:
         self._alive[id(tensor)] = tensor
         if isinstance(tensor, FakeTensor):
             self._aliases.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
+
+    def made(self, tensor: Tensor, written: bool) -> Value:
+        """Makes the value of a result. An operator may return its argument (a `to` that changes nothing), such as a parameter.
+
+        That is then the result for the rest of the call, and itself again in the next one: see `renew`.
+        """
+        before = None if written else self._of.get(id(tensor))
+        value = self.bind(tensor, Origin.NODE)
+        if before is not None:
+            own, last = self._lent.get(id(tensor), (before, before))
+            if last is before and own.origin in (Origin.PARAM, Origin.BUFFER):
+                self._lent[id(tensor)] = own, value
+        return value
+
+    def renew(self) -> None:
+        """Let the model's own tensors that operators returned be themselves again, but for those that were written since."""
+        for key, (own, last) in self._lent.items():
+            if self._of.get(key) is last:
+                self._of[key] = own
+        self._lent.clear()
 
     def adopt(self, tensor: Tensor, node: Node) -> None:
         """Notes the result of a factory function, which is another Python object than the dispatcher's: it stands for the same value."""

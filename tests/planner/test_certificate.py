@@ -20,6 +20,7 @@ from autotp import Plan
 from autotp.errors import PlanError
 from autotp.plan.conversions import Op
 from autotp.planner import make_plan
+from autotp.testing import assert_equivalent
 from autotp.trace import run
 
 OUTER, WIDTH, LAST = 5, 16, 5
@@ -289,3 +290,33 @@ def test_a_replay_that_differs_stops_after_the_first_call(monkeypatch: pytest.Mo
     calls = [{"x": torch.randn(2, 4, OUTER)}, {"x": torch.randn(1, 3, OUTER)}]
     autotp.plan(Between(by_branch), tp=2, example_inputs=calls, check="graph")
     assert traces[0] == traces[-1] > 1 and traces[1:-1] and set(traces[1:-1]) == {1}
+
+
+class Tied(nn.Module):
+    """Two modules share a parameter, which an operator that does nothing returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.first, self.second, self.down = nn.Linear(OUTER, WIDTH), Mark(WIDTH), Mark(WIDTH), nn.Linear(WIDTH, LAST)
+        self.second.mark = self.first.mark
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        h = self.down(self.second(F.relu(self.first(self.up(x)))))
+        return h * 2 if twice else h
+
+
+class Mark(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mark = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mark.to(x.dtype).contiguous()
+
+
+def test_a_tied_parameter_that_an_operator_returns() -> None:
+    """It is itself again in the next call, in the trace and in the replay."""
+    calls = [{"x": torch.randn(2, OUTER, dtype=torch.float64)}, {"x": torch.randn(2, OUTER, dtype=torch.float64), "twice": True}]
+    found = assert_equivalent(Tied, tp=2, inputs=calls[0], steps=1, certificate="graph")
+    assert {"up.weight", "first.mark", "down.weight"} <= found.sharded
+    assert autotp.plan(Tied().double(), tp=2, example_inputs=calls, check="graph").params["up.weight"].layout.dim == 0

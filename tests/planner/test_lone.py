@@ -132,19 +132,6 @@ class Deep(nn.Module):
         return self.layer(x)
 
 
-class Chain(nn.Module):
-    """Blocks alike of one product each: the width of each is that of the next one's argument, so it cannot be cut in every other one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(W, W), nn.Tanh()) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 class Layers(nn.Module):
     """Each layer's result is returned, too, and the next layer takes it in parts."""
 
@@ -166,7 +153,6 @@ CASES = {
     "stages": (Stages, {"x": X}, "between.weight"),
     "a condition": (Conditioned, {"x": X, "condition": torch.randn(2, W, dtype=torch.float64)}, "blocks.1.modulation.weight"),
     "the end of what is whole": (Unshardable, {"x": X}, "b.weight"),
-    "a chain": (Chain, {"x": X}, "blocks.2.0.weight"),
     "sums without a region": (Skips, {"x": IMAGE}, "down.beside.weight"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -40,3 +41,19 @@ def test_values_of_a_path_that_failed_are_forgotten() -> None:
     for node in graph.nodes:
         assert not [v for v in node.inputs() if v.origin is Origin.NODE and v.id not in made], node
         made |= {o.id for o in node.outputs}
+
+
+@pytest.mark.parametrize("fails", ["to make the next call", "in the next call"])
+def test_a_call_that_ran_stays_where_the_one_after_it_fails(fails: str) -> None:
+    x = torch.ones(2, 4)
+
+    def decode(out: Tensor) -> dict[str, object]:
+        if fails == "to make the next call":
+            raise AttributeError("no cache")
+        return {"x": x, "fail": True}
+
+    graph = trace(Scaled(), (Example("first", lambda: {"x": x}), Example("prefill", lambda: {"x": x}, optional=True, decode=decode)), keep)
+    alone = trace(Scaled(), (Example("first", lambda: {"x": x}), Example("prefill", lambda: {"x": x})), keep)
+    assert [result.name for result in graph.results] == ["first", "prefill"]
+    assert [node.opname for node in graph.nodes] == [node.opname for node in alone.nodes]
+    assert any("prefill+decode" in note for note in graph.notes) and not alone.notes
