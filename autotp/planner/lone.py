@@ -13,6 +13,7 @@ call. So it is done for weights that would otherwise make a rank hold noticeably
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
 
@@ -37,9 +38,10 @@ def lone_products(draft: Draft, tp: int, elements: int, wanted: Mapping[int, Lay
         wanted: layouts that are asked for, by the id of the parameter's value; a weight that is asked to be cut may be of any size.
     """
     space, labels = draft.space, draft.choice.labels
-    ending, added = _ending(space, labels), _added(space)
+    products = _products(space)
+    ending, added = _ending(space, labels), _added(space, {w.id: space.leaves[w.id][_rows(n)] for n, w, _ in products.values()})
     found: dict[str, int] = {}
-    for path, (node, weight, result) in _products(space).items():
+    for path, (node, weight, result) in products.items():
         rows = space.leaves[weight.id][_rows(node)]
         if any(labels.of(v) or v.id in labels.partial for v in (*node.inputs(), *node.outputs, result)):
             continue
@@ -58,10 +60,14 @@ def _ending(space: GraphIndex, labels: Labels) -> Atoms:
     return NONE.union(*(space.carried.get(key, NONE) for key in labels.born))
 
 
-def _added(space: GraphIndex) -> Atoms:
-    """Returns the axes of sums of activations: the width of residual networks, also of one without any region."""
-    added = (o.id for n, m in zip(space.graph.nodes, space.axes.meanings, strict=True) if _adds(space, m) for o in n.outputs)
-    return NONE.union(*(space.carried.get(key, NONE) for key in added))
+def _added(space: GraphIndex, rows: Mapping[int, Atoms]) -> Atoms:
+    """Returns the axes that several products make and that sums of activations have: the width of residual networks without a region.
+
+    rows: the axes that each weight gives to its product.
+    """
+    sums = (o.id for n, m in zip(space.graph.nodes, space.axes.meanings, strict=True) if _adds(space, m) for o in n.outputs)
+    makers = Counter(atom for atoms in rows.values() for atom in atoms)
+    return NONE.union(*(space.carried.get(key, NONE) for key in sums)) & {atom for atom, times in makers.items() if times > 1}
 
 
 def _adds(space: GraphIndex, meaning: Meaning) -> bool:
