@@ -11,8 +11,10 @@ axis that it belongs to cannot be sharded.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from typing import Any
 
 from autotp.plan.spec import LocalAttribute
@@ -21,10 +23,10 @@ from autotp.planner.partition import Partitions, local_size
 from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node
-from autotp.trace.ints import AttrRef, IntExpr, SizeRef, evaluate, leaves, show
+from autotp.trace.ints import FLOAT, AttrRef, IntExpr, SizeRef, evaluate, leaves, show
 
 LIMIT = 4000
-#: What is added to each length, and what all are, to see whether a number is the same for others.
+#: What is added to lengths, and what they are, to see whether a number is the same for others.
 MORE = range(1, 9)
 LENGTHS = (*range(1, 65), *(2**n for n in range(7, 20)))
 #: (module, attribute path) → the local value that is tried first.
@@ -66,7 +68,7 @@ def localise(space: GraphIndex, labels: Labels, hints: Hints | None = None) -> L
             return total
         return local_size(dims[leaf.dim], on, labels.cuts)
 
-    search = _Search(every, size, labels.cuts, hints or {}, _equal(space, labels, size), lambda leaf: not _is_length(space, labels, leaf))
+    search = _Search(every, size, labels.cuts, hints or {}, _equal(space, labels, size), partial(_lengths, space, labels))
     solution = search.run()
     try:
         return _localised(space, labels, every, search, solution)
@@ -117,7 +119,11 @@ def _localised(space: GraphIndex, labels: Labels, every: list[Constraint], searc
             literals.add(c.node.index)
         overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
     for name, a, b in space.graph.compared:
-        if not search.same_for_other_lengths([a, b], solution, getattr(operator, name)):
+        if name == FLOAT:
+            if search.value(a, solution) != a.value:
+                text = f"the code makes a float of {show(a)}, which would become local, and what it does with that is not known"
+                raise Refusal(_changed_by(space, every, search, solution, (a,)), text)
+        elif not search.same_for_other_lengths([a, b], solution, getattr(operator, name)):
             text = f"the code compares {show(a)} with {show(b)}, of which one would become local: for other lengths it would go another way"
             raise Refusal(_changed_by(space, every, search, solution, (a, b)), text)
     return Localised(_frozen(attributes), _frozen(overrides), _frozen(multiples), frozenset(literals))
@@ -139,6 +145,14 @@ def _is_length(space: GraphIndex, labels: Labels, leaf: AttrRef | SizeRef) -> bo
     else:
         atoms = space.carried.get(leaf.value_id, NONE)
     return any(is_length(space, labels, a) for a in atoms)
+
+
+def _lengths(space: GraphIndex, labels: Labels, leaf: SizeRef) -> Mapping[Hashable, int]:
+    """Returns the axes of a size that another call may have otherwise, and the size of each: their product is a factor of it."""
+    per_dim = space.leaves.get(leaf.value_id, ())
+    atoms = per_dim[leaf.dim] if 0 <= leaf.dim < len(per_dim) else space.carried.get(leaf.value_id, NONE)
+    found: dict[Hashable, int] = {a: a.size for a in sorted(atoms, key=lambda a: a.id) if is_length(space, labels, a)}
+    return found if found or not _is_length(space, labels, leaf) else {leaf: leaf.value}
 
 
 def _factors(space: GraphIndex, labels: Labels, search: _Search, solution: Mapping[AttrRef, int], c: Constraint) -> tuple[int, int] | None:
@@ -204,11 +218,19 @@ def _scales(cuts: Partitions) -> frozenset[tuple[int, int]]:
     return frozenset(found)
 
 
+def _other_lengths(traced: Mapping[Hashable, int]) -> Iterator[Mapping[Hashable, int]]:
+    """Yields lengths in the place of those that were traced."""
+    varied = (traced, *({axis: n} for axis, n in traced.items())) if len(traced) > 1 else (traced,) if traced else ()
+    for some in varied:
+        yield from ({**traced, **{axis: n + more for axis, n in some.items()}} for more in MORE)
+        yield from ({**traced, **dict.fromkeys(some, n)} for n in LENGTHS)
+
+
 class _Search:
     """Searches depth-first over attributes, one module's at a time; it gives up a module where it fails.
 
-    `equal`: values that attributes are to have where what is constrained lets them, and where nothing is. `fixed`: tells the sizes that
-    are no lengths.
+    `equal`: values that attributes are to have where what is constrained lets them, and where nothing is. `lengths_of`: the axes of a
+    size that other calls may have otherwise.
     """
 
     def __init__(
@@ -218,9 +240,9 @@ class _Search:
         cuts: Partitions,
         hints: Hints,
         equal: Mapping[AttrRef, int],
-        fixed: Callable[[SizeRef], bool],
+        lengths_of: Callable[[SizeRef], Mapping[Hashable, int]],
     ) -> None:
-        self.size, self.hints, self.equal, self.fixed = size, hints, equal, fixed
+        self.size, self.hints, self.equal, self.lengths_of = size, hints, equal, lengths_of
         self.scales = _scales(cuts)
         self.groups: list[list[Constraint]] = []
         self._steps = 0
@@ -245,7 +267,8 @@ class _Search:
 
     def value(self, expr: IntExpr, solution: Mapping[AttrRef, int]) -> int | None:
         """Returns the local value of an expression under a solution."""
-        return evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))
+        found: int | None = evaluate(expr, lambda leaf: solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf))
+        return found
 
     def same_for_other_lengths(self, exprs: Sequence[IntExpr], solution: Mapping[AttrRef, int], what: Callable[..., object]) -> bool:
         """True where `what` of the expressions is on a shard what it is on one device, for other lengths (sizes that are not cut) too."""
@@ -262,18 +285,23 @@ class _Search:
     def for_other_lengths(
         self, exprs: Sequence[IntExpr], solution: Mapping[AttrRef, int]
     ) -> Iterator[tuple[list[int | None], list[int | None]]]:
-        """Yields the expressions' values on one device and on a shard, for each of some other lengths."""
+        """Yields the expressions' values on one device and on a shard, for each of some other lengths: all together, and each alone."""
+        axes = {leaf: self.lengths_of(leaf) for expr in exprs for leaf in leaves(expr) if isinstance(leaf, SizeRef)}
+        traced = {axis: n for found in axes.values() for axis, n in found.items()}
 
-        def local(leaf: AttrRef | SizeRef) -> int:
-            return solution.get(leaf, leaf.value) if isinstance(leaf, AttrRef) else self.size(leaf)
+        def size(leaf: SizeRef, whole: int, lengths: Mapping[Hashable, int]) -> int:
+            """A size is its lengths times what they do not change."""
+            found = axes[leaf]
+            return whole // max(prod(found.values()), 1) * prod(lengths[axis] for axis in found)
 
-        every = {leaf for expr in exprs for leaf in leaves(expr)}
-        lengths = [leaf for leaf in every if isinstance(leaf, SizeRef) and local(leaf) == leaf.value and not self.fixed(leaf)]
-        if not lengths:
-            return
-        for given in (*({leaf: leaf.value + more for leaf in lengths} for more in MORE), *(dict.fromkeys(lengths, n) for n in LENGTHS)):
-            here = [evaluate(e, lambda leaf, given=given: given.get(leaf, leaf.value)) for e in exprs]  # type: ignore[misc]
-            there = [evaluate(e, lambda leaf, given=given: given.get(leaf, local(leaf))) for e in exprs]  # type: ignore[misc]
+        def value(leaf: AttrRef | SizeRef, lengths: Mapping[Hashable, int], on_shard: bool) -> int:
+            if isinstance(leaf, AttrRef):
+                return solution.get(leaf, leaf.value) if on_shard else leaf.value
+            return size(leaf, self.size(leaf) if on_shard else leaf.value, lengths)
+
+        for lengths in _other_lengths(traced):
+            here = [evaluate(e, lambda leaf, lengths=lengths: value(leaf, lengths, False)) for e in exprs]  # type: ignore[misc]
+            there = [evaluate(e, lambda leaf, lengths=lengths: value(leaf, lengths, True)) for e in exprs]  # type: ignore[misc]
             yield here, there
 
     def run(self, leave: bool = False) -> dict[AttrRef, int]:

@@ -79,7 +79,7 @@ def _compared(compute: Callable[[Any, Any], bool], ordered: bool) -> Callable[[D
 
 def _computed(compute: Callable[[Any, Any], Any], reflected: bool) -> Callable[[Drawn, Any], Any]:
     def method(self: Drawn, other: Any) -> Any:
-        if not isinstance(other, int | float) or isinstance(other, TaggedInt):  # a size keeps where it comes from
+        if not isinstance(other, int | float) or (isinstance(self, DrawnInt) and isinstance(other, TaggedInt)):  # a size keeps its origin
             return NotImplemented
         a, b = (other, self) if reflected else (self, other)
         return drawn(compute(_plain(a), _plain(b)), self.ask, self.strict)

@@ -2,12 +2,13 @@
 
 While a model is traced, its plain int attributes and the sizes it reads from tensors are `TaggedInt`s: ints whose arithmetic
 records an expression over *leaves*. Re-evaluating the expression with other leaf values tells what the code would have computed on
-a shard. A tag is valid in its own trace only. A tagged int that outlives it (in a cache, in a dict) counts as a plain number in the
-next one.
+a shard. What arithmetic with floats makes of them are `TaggedFloat`s. A tag is valid in its own trace only. A tagged int that outlives
+it (in a cache, in a dict) counts as a plain number in the next one.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -37,31 +38,46 @@ class SizeRef:
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """A number written in the code, or one whose origin was lost."""
+    """A number written in the code, an int or a float, or one whose origin was lost."""
 
-    value: int
+    value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Arith:
-    """An arithmetic operation on two expressions."""
+    """An arithmetic operation on two expressions; a rounding of `left` has no use for `right`. `value` is an int or a float."""
 
     op: str
     left: IntExpr
     right: IntExpr
-    value: int
+    value: Any
 
 
 IntExpr = AttrRef | SizeRef | Literal | Arith
-#: A comparison: the name of a function of `operator`, and what it compares.
+#: A comparison: the name of a function of `operator`, and what it compares. `FLOAT`: code makes a plain float of the first.
 Compared = tuple[str, IntExpr, IntExpr]
-_OPS: dict[str, Callable[[int, int], int]] = {
+FLOAT = "float"
+_OPS: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
     "//": operator.floordiv,
     "%": operator.mod,
+    "/": operator.truediv,
+    "**": operator.pow,
+    "&": operator.and_,
+    "|": operator.or_,
+    "^": operator.xor,
+    "<<": operator.lshift,
+    ">>": operator.rshift,
+    "int": lambda x, _: int(x),
+    "floor": lambda x, _: math.floor(x),
+    "ceil": lambda x, _: math.ceil(x),
+    "round": lambda x, _: round(x),
+    "abs": lambda x, _: abs(x),
 }
+#: Exponents and shifts up to here are computed: the numbers are sizes.
+_FEW = 64
 
 
 def leaves(expr: IntExpr) -> Iterator[AttrRef | SizeRef]:
@@ -73,15 +89,21 @@ def leaves(expr: IntExpr) -> Iterator[AttrRef | SizeRef]:
         yield expr
 
 
-def evaluate(expr: IntExpr, value_of: Callable[[AttrRef | SizeRef], int]) -> int | None:
-    """Returns the value of `expr` with each leaf replaced by `value_of(leaf)`; None where a division by zero arises."""
+def evaluate(expr: IntExpr, value_of: Callable[[AttrRef | SizeRef], int]) -> Any:
+    """Returns the value of `expr`, an int or a float, with each leaf replaced by `value_of(leaf)`; None where it has none (a division by
+    zero).
+    """
     if isinstance(expr, Literal):
         return expr.value
     if isinstance(expr, Arith):
         left, right = evaluate(expr.left, value_of), evaluate(expr.right, value_of)
-        if left is None or right is None or (expr.op in ("//", "%") and right == 0):
+        if left is None or right is None or (expr.op in ("**", "<<") and abs(right) > _FEW):
             return None
-        return _OPS[expr.op](left, right)
+        try:
+            found = _OPS[expr.op](left, right)
+        except (ArithmeticError, ValueError):  # a division by zero, a negative shift, a float that is too large
+            return None
+        return None if isinstance(found, complex) else found
     return value_of(expr)
 
 
@@ -93,7 +115,7 @@ def show(expr: IntExpr) -> str:
         return f"{expr.module}.{expr.path}" if expr.module else expr.path
     if isinstance(expr, SizeRef):
         return f"size[{expr.dim}]"
-    return f"({show(expr.left)} {expr.op} {show(expr.right)})"
+    return f"{expr.op}({show(expr.left)})" if expr.op.isalpha() else f"({show(expr.left)} {expr.op} {show(expr.right)})"
 
 
 class Life:
@@ -134,14 +156,22 @@ class TaggedInt(int):
     def __deepcopy__(self, memo: Any) -> int:
         return int(self)
 
-    def __truediv__(self, other: Any) -> Any:
-        return _divided(self, other, self.life)
+    def __float__(self) -> float:
+        """The plain float, as Python wants one (`float`, functions of `math`)."""
+        _note(self, FLOAT, 0, 2)
+        return float(int(self))
 
-    def __rtruediv__(self, other: Any) -> Any:
-        return _divided(other, self, self.life)
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
 
     def __neg__(self) -> int:
         return -int(self) if self.life.over else TaggedInt(-int(self), Arith("-", Literal(0), self.expr, -int(self)), self.life)
+
+    def __abs__(self) -> Any:
+        return _rounded(self, "abs")
 
     def __copy__(self) -> TaggedInt:
         return self
@@ -161,51 +191,147 @@ def origin_of(value: int, life: Life) -> IntExpr:
     return life.quotients.get(value, expr) if isinstance(expr, Literal) and value > 1 else expr
 
 
-def _divided(a: Any, b: Any, life: Life) -> Any:
-    if not (isinstance(a, int) and isinstance(b, int)):
-        return NotImplemented
-    left, right = int(a), int(b)
-    if not life.over and right and left % right == 0:
-        life.quotients[left // right] = Arith("//", expr_of(a), expr_of(b), left // right)
-    return left / right
+class TaggedFloat(float):
+    """A float that arithmetic made of tagged ints, with the expression that produced it."""
+
+    expr: IntExpr
+    life: Life
+
+    def __new__(cls, value: float, expr: IntExpr, life: Life) -> TaggedFloat:
+        self = float.__new__(cls, value)
+        self.expr, self.life = expr, life
+        return self
+
+    def __reduce__(self) -> Any:
+        return float, (float(self),)
+
+    def __deepcopy__(self, memo: Any) -> float:
+        return float(self)
+
+    def __copy__(self) -> TaggedFloat:
+        return self
+
+    def __neg__(self) -> float:
+        return -1 * self
+
+    def __abs__(self) -> Any:
+        return _rounded(self, "abs")
+
+    def __int__(self) -> int:
+        """The plain int, as Python wants one. `quotients` has its expression where sizes and attributes of modules meet in it."""
+        found = float.__int__(self)
+        if not self.life.over and {type(leaf) for leaf in leaves(self.expr)} == {AttrRef, SizeRef}:
+            self.life.quotients.setdefault(found, Arith("int", self.expr, Literal(0), found))
+        return found
+
+    def __floor__(self) -> Any:
+        return _rounded(self, "floor")
+
+    def __ceil__(self) -> Any:
+        return _rounded(self, "ceil")
+
+    def __trunc__(self) -> Any:
+        return _rounded(self, "int")
+
+    def __round__(self, digits: Any = None) -> Any:
+        return _rounded(self, "round") if digits is None else round(float(self), digits)
 
 
-def _method(symbol: str, reflected: bool) -> Callable[[TaggedInt, Any], Any]:
+_BITS = (("&", "and"), ("|", "or"), ("^", "xor"), ("<<", "lshift"), (">>", "rshift"))
+_NUMBERS = (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod"), ("/", "truediv"))
+
+
+def _rounded(value: TaggedInt | TaggedFloat, how: str) -> Any:
+    found = _OPS[how](_plain(value), 0)
+    return found if value.life.over else _tagged(found, Arith(how, value.expr, Literal(0), found), value.life)
+
+
+def _tagged(value: Any, expr: IntExpr, life: Life) -> Any:
+    return TaggedInt(value, expr, life) if isinstance(value, int) else TaggedFloat(value, expr, life)
+
+
+def _expr(value: float) -> IntExpr:
+    """Returns the expression behind a number."""
+    if isinstance(value, TaggedFloat):
+        return Literal(float(value)) if value.life.over else value.expr
+    return expr_of(value) if isinstance(value, int) else Literal(float(value))
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def _note(value: TaggedInt | TaggedFloat, name: str, other: float, depth: int) -> None:
+    """Notes what the code `depth` frames above compares."""
+    if not value.life.over and value.life.watches(sys._getframe(depth).f_code.co_filename):
+        value.life.compared[name, value.expr, _expr(other)] = None
+
+
+def _method(symbol: str, reflected: bool) -> Callable[[Any, Any], Any]:
     compute = _OPS[symbol]
+    plain = (int,) if symbol in dict(_BITS) else (int, float)
 
-    def method(self: TaggedInt, other: Any) -> Any:
-        if not isinstance(other, int) or isinstance(other, bool):
+    def method(self: TaggedInt | TaggedFloat, other: Any) -> Any:
+        own = isinstance(other, (TaggedInt, TaggedFloat)) or type(other) in plain  # numbers of other kinds see to it (of numpy, of data)
+        if not own and not (isinstance(self, TaggedInt) and isinstance(other, int) and not isinstance(other, bool)):
             return NotImplemented
         a, b = (other, self) if reflected else (self, other)
-        result = compute(int(a), int(b))
+        left, right = _plain(a), _plain(b)
+        result = compute(left, right)
         life = self.life
-        if life.over and isinstance(other, TaggedInt):
+        if life.over and isinstance(other, (TaggedInt, TaggedFloat)):
             life = other.life
-        return result if life.over else TaggedInt(result, Arith(symbol, expr_of(a), expr_of(b), result), life)
+        if life.over or isinstance(result, complex):
+            return result
+        if symbol == "/" and isinstance(left, int) and isinstance(right, int) and left % right == 0:
+            life.quotients[left // right] = Arith("//", _expr(a), _expr(b), left // right)
+        return _tagged(result, Arith(symbol, _expr(a), _expr(b), result), life)
 
     return method
 
 
-for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
-    setattr(TaggedInt, f"__{_name}__", _method(_symbol, reflected=False))
-    setattr(TaggedInt, f"__r{_name}__", _method(_symbol, reflected=True))
+for _class, _symbols in ((TaggedInt, (*_NUMBERS, *_BITS)), (TaggedFloat, _NUMBERS)):
+    for _symbol, _name in _symbols:
+        setattr(_class, f"__{_name}__", _method(_symbol, reflected=False))
+        setattr(_class, f"__r{_name}__", _method(_symbol, reflected=True))
 
 
-def _comparison(name: str) -> Callable[[TaggedInt, Any], Any]:
-    compute = getattr(int, f"__{name}__")
+def _power(reflected: bool) -> Callable[..., Any]:
+    method = _method("**", reflected)
 
-    def method(self: TaggedInt, other: Any) -> Any:
-        life = self.life
-        if isinstance(other, int) and not life.over and life.watches(sys._getframe(1).f_code.co_filename):
-            life.compared[name, self.expr, expr_of(other)] = None
+    def power(self: Any, other: Any, modulo: Any = None) -> Any:
+        return method(self, other) if modulo is None else pow(int(self), other, modulo)
+
+    return power
+
+
+for _class in (TaggedInt, TaggedFloat):
+    setattr(_class, "__pow__", _power(reflected=False))  # noqa: B010
+    setattr(_class, "__rpow__", _power(reflected=True))  # noqa: B010
+
+
+def _comparison(kind: type, name: str) -> Callable[[Any, Any], Any]:
+    compute = getattr(kind, f"__{name}__")
+
+    def method(self: TaggedInt | TaggedFloat, other: Any) -> Any:
+        if isinstance(other, (int, float)):
+            _note(self, name, other, 2)
         return compute(self, other)
 
     return method
 
 
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(TaggedInt, f"__{_name}__", _comparison(_name))
-TaggedInt.__hash__ = int.__hash__  # type: ignore[method-assign]
+def _truth(self: TaggedInt | TaggedFloat) -> bool:
+    """The truth of a number, as code asks for it: whether it is not 0."""
+    _note(self, "ne", 0, 2)
+    return _plain(self) != 0
+
+
+for _class, _kind in ((TaggedInt, int), (TaggedFloat, float)):
+    for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+        setattr(_class, f"__{_name}__", _comparison(_kind, _name))
+    setattr(_class, "__bool__", _truth)  # noqa: B010
+    setattr(_class, "__hash__", _kind.__hash__)  # noqa: B010
 
 
 class Counter(TaggedInt):

@@ -1,0 +1,123 @@
+"""What code makes of a length and of a number that the plan makes local is that of one device for other lengths too, or is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autotp
+from autotp.api import parallelize_as
+from autotp.planner.local_ints import _Search
+from autotp.testing.ranks.run import run
+from autotp.trace.ints import Arith, AttrRef, Life, SizeRef, TaggedFloat, TaggedInt, evaluate
+from tests.support.ranks import mesh
+
+HEADS, DIM = 4, 4
+WIDTH = HEADS * DIM
+#: name → (a number made of the length, the heads and the query [batch, length, heads, DIM]; whether the heads can be cut all the same)
+MADE: dict[str, tuple[Callable[[int, int, Tensor], float], bool]] = {
+    "truth of a rest": (lambda t, h, q: 2.0 if t % h else 1.0, False),
+    "no quotient": (lambda t, h, q: 2.0 if not t // h else 1.0, False),
+    "bool of a difference": (lambda t, h, q: 1.0 + bool(t - h), False),
+    "any": (lambda t, h, q: 1.0 + any([t - h]), False),
+    "and": (lambda t, h, q: 2.0 if t % h and t else 1.0, False),
+    "a float of the heads": (lambda t, h, q: 2.0 if t > float(h) else 1.0, False),
+    "a quotient": (lambda t, h, q: 2.0 if t / h >= 1 else 1.0, False),
+    "a power": (lambda t, h, q: 2.0 if t**0.5 >= h else 1.0, False),
+    "a product with a float": (lambda t, h, q: 2.0 if t * 1.0 > h else 1.0, False),
+    "divmod": (lambda t, h, q: divmod(t, h)[1] + 1, True),
+    "bits": (lambda t, h, q: (t & (h - 1)) + 1, True),
+    "a quotient rounded up": (lambda t, h, q: math.ceil(t / h), True),
+    "rounded": (lambda t, h, q: round(t / h) + 1, True),
+    "an absolute value": (lambda t, h, q: 2.0 if abs(t - h) < 2 else 1.0, False),
+    "elements": (lambda t, h, q: 2.0 if q.numel() > 200 else 1.0, False),
+    "a length times heads": (lambda t, h, q: 2.0 if q.transpose(1, 2).flatten(0, 1).shape[0] > 9 else 1.0, False),
+    "two lengths": (lambda t, h, q: 2.0 if t > q.shape[0] * h else 1.0, False),
+    "two lengths alone": (lambda t, h, q: 2.0 if t > q.shape[0] else 1.0, True),
+    "elements of any": (lambda t, h, q: 2.0 if q.numel() > 0 else 1.0, True),
+    "elements over heads": (lambda t, h, q: 2.0 if q.numel() // h > 50 else 1.0, True),
+    "a flattened size and its factors": (lambda t, h, q: 2.0 if q.transpose(1, 2).flatten(0, 1).shape[0] == q.shape[0] * h else 1.0, True),
+    "a root of the width of a head": (lambda t, h, q: math.sqrt(q.shape[-1]) * t, True),
+}
+CALLS = [(2, 2), (2, 4), (2, 9), (3, 3), (1, 3), (1, 4), (2, 8)]
+
+
+class Weighed(nn.Module):
+    """Attention-like heads between two linears, weighed with a number."""
+
+    def __init__(self, made: Callable[[int, int, Tensor], float]) -> None:
+        super().__init__()
+        self.heads, self.made = HEADS, made
+        self.query, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(x).unflatten(-1, (self.heads, DIM))
+        return self.out((query.softmax(-1) * self.made(x.shape[1], self.heads, query)).flatten(-2))  # type: ignore[no-any-return]
+
+
+def differences(made: Callable[[int, int, Tensor], float], length: int) -> tuple[list[tuple[int, int]], bool]:
+    """Calls whose results are not those of one device, and whether the heads were cut; traced at one length."""
+
+    def work(_: Any) -> tuple[list[tuple[int, int]], bool]:
+        torch.manual_seed(0)
+        one = Weighed(made).double().eval()
+        torch.manual_seed(0)
+        model = Weighed(made).double().eval()
+        plan = autotp.plan(model, tp=2, example_inputs={"x": torch.ones(2, length, WIDTH, dtype=torch.float64)})
+        parallelize_as(model, mesh(), plan)
+        wrong = []
+        with torch.no_grad():
+            for shape in CALLS:
+                x = torch.arange(WIDTH * shape[0] * shape[1], dtype=torch.float64).sin().view(*shape, WIDTH)
+                if not torch.allclose(model(x), one(x), rtol=1e-9, atol=1e-12):
+                    wrong.append(shape)
+        return wrong, plan.params["query.weight"].layout.dim == 0
+
+    found: tuple[list[tuple[int, int]], bool] = run("local", work, None, 2, 60)[0]
+    return found
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_other_lengths_go_the_way_of_one_device(name: str) -> None:
+    made, cut = MADE[name]
+    for length in (5, 3, 2):
+        wrong, heads = differences(made, length)
+        assert not wrong
+        assert heads is cut
+
+
+def test_without_the_check_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Search, "same_for_other_lengths", lambda *_: True)
+    for name in ("truth of a rest", "elements", "two lengths", "a quotient"):
+        assert any(differences(MADE[name][0], length)[0] for length in (5, 3, 2)), name
+
+
+def test_numbers_keep_where_they_come_from() -> None:
+    life = Life()
+    t, h = TaggedInt(6, SizeRef(0, 1, 6), life), TaggedInt(4, AttrRef("a", "heads", 4), life)
+    quotient = t / h
+    made = [t % h, quotient, math.ceil(quotient), math.floor(quotient), round(quotient), -quotient, abs(h - t), t & 3, t << 1, t**2]
+    made += [h**-0.5, t * 0.5, 1 / t, *divmod(t, h)]
+    for number in made:
+        assert isinstance(number, (TaggedInt, TaggedFloat))
+        assert evaluate(number.expr, lambda leaf: leaf.value) == number
+    assert evaluate((t / h).expr, lambda leaf: 12 if isinstance(leaf, SizeRef) else 2) == 6
+    assert evaluate((t / h).expr, lambda leaf: 0) is None
+    assert int(t / h) == 1 and isinstance(life.quotients[1], Arith)
+    assert bool(t - 6) is False and ("ne", (t - 6).expr) in {c[:2] for c in life.compared}
+    life.over = True
+    assert type(t / h) is float and type(t % h) is int
+
+
+def test_numbers_of_other_kinds_see_to_themselves() -> None:
+    import numpy as np
+
+    t = TaggedInt(6, SizeRef(0, 1, 6), Life())
+    assert type(t * np.float64(2)) is np.float64 and type(np.float64(2) * t) is np.float64
+    with pytest.raises(TypeError):
+        t << 0.5  # type: ignore[operator]
