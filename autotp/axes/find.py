@@ -20,13 +20,28 @@ from autotp.axes.operators import (
     reductions,
     shapes,
     slicing,
+    transforms,
 )
 from autotp.axes.operators.elementwise import pointwise
 from autotp.axes.operators.table import OPERATORS, Is, entry, is_a
 from autotp.trace.graph import Graph, Node, Pseudo
 
 #: Importing a room of rules enters them into the table.
-ROOMS = (attention, constructors, elementwise, indexing, norms, pooling, products, pseudo, recurrent, reductions, shapes, slicing)
+ROOMS = (
+    attention,
+    constructors,
+    elementwise,
+    indexing,
+    norms,
+    pooling,
+    products,
+    pseudo,
+    recurrent,
+    reductions,
+    shapes,
+    slicing,
+    transforms,
+)
 
 
 def keep(op: Any) -> bool:

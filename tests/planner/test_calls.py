@@ -47,6 +47,10 @@ COMPOSITES: dict[str, tuple[Function, bool]] = {
     "reshape_as": (lambda h: (h * 2).flatten(0, 1).relu().reshape_as(h), True),
     "view_as": (lambda h: h.flatten(1).relu().view_as(h.exp()), True),
     "the shape of a whole tensor": (lambda h: h.flatten(0, 1).relu().reshape_as(torch.zeros(2, 6, 24)), False),
+    "windows along the length": (lambda h: h.unfold(1, 3, 1).amax(-1), True),
+    "a long convolution": (lambda h: torch.fft.irfft(torch.fft.rfft(h, n=12, dim=1) * torch.fft.rfft(h, n=12, dim=1), n=12, dim=1), True),
+    "frequencies of the width": (lambda h: torch.fft.rfft(h, dim=-1).abs().sum(-1, keepdim=True) * h, False),
+    "errors of elements": (lambda h: F.huber_loss(h, h.roll(1, 1), reduction="none"), True),
     "values of max": (lambda h: (lambda m: h + m.values + m.indices)(h.max(1, keepdim=True)), True),
 }
 

@@ -57,7 +57,7 @@ def statistic(context: Context, node: Node) -> None:
 @rule("amax", "amin", padded=Padded.MOVED)
 @rule("max", "min", padded=Padded.MOVED, traits=Is.MIXES)
 @rule("argmax", "argmin", "any", "all", "logsumexp", "count_nonzero", padded=Padded.FINITE)
-@rule("prod", "median", "mode")
+@rule("prod", "median", "mode", "nanmedian", "kthvalue", "aminmax")
 def extreme(context: Context, node: Node) -> None:
     """Reductions that are not sums; `max(a, b)` is elementwise."""
     values = list(node.inputs())
@@ -65,7 +65,7 @@ def extreme(context: Context, node: Node) -> None:
         broadcast(context, values, node.outputs[0])
         return
     x = values[0]
-    gone = dims_of(arg(node, 1, "dim"), x)
+    gone = dims_of(arg(node, 2, "dim", -1) if node.opname == "kthvalue" else arg(node, 1, "dim"), x)
     for i in gone:
         context.mix(x, i)
     reduced(context, node, x, gone)
@@ -130,9 +130,17 @@ def glu(context: Context, node: Node) -> None:
     context.set(out, [a if i == d else dim for i, dim in enumerate(context.of(x))])
 
 
-@rule(
-    "cross_entropy_loss", "nll_loss", "nll_loss_nd", "kl_div", "mse_loss", "binary_cross_entropy_with_logits", "l1_loss", "smooth_l1_loss"
-)
+@rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits")
+def loss_of_elements(context: Context, node: Node) -> None:
+    """Losses of each element, which may be summed up."""
+    weights = {"binary_cross_entropy": 1, "binary_cross_entropy_with_logits": 2}.get(node.opname, 0)
+    if arg(node, 2 + weights, "reduction", 1) == 0:
+        broadcast(context, list(node.inputs()), node.outputs[0])
+    else:
+        loss(context, node)
+
+
+@rule("cross_entropy_loss", "nll_loss", "nll_loss_nd", "kl_div")
 def loss(context: Context, node: Node) -> None:
     """Losses see whole dims."""
     context.opaque(f"{node.opname} needs whole dims")
