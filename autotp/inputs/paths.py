@@ -179,7 +179,7 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
         yield Example("mask", call(*mask, **without), optional=True)
     mask = tuple(m for m in mask if m not in base)
     if cached and facts.generates and {"input_ids", "decoder_input_ids"} & set(base):
-        yield Example("prefill", call(*mask, use_cache=True), partial(_decode, facts, base, mask), optional=True)
+        yield Example("prefill", call(*mask, use_cache=True, **_asked(facts)), partial(_decode, facts, base, mask), optional=True)
     given = labels(facts)
     if given is not None:
         heard = mask or (("attention_mask",) if facts.takes("attention_mask") and "input_features" in base else ())
@@ -191,6 +191,11 @@ def _examples(facts: Facts, base: list[str]) -> Iterator[Example]:
         value = medium.value(facts)
         if reads_text and value is not None and value not in base:
             yield Example(medium.name, partial(with_medium, facts, tuple(base), medium), optional=True, sought=True)
+
+
+def _asked(facts: Facts) -> Inputs:
+    """What generation asks of each call beside a cache, where the forward names it."""
+    return {"return_dict": True} if facts.takes("return_dict") else {}
 
 
 def internals(facts: Facts, call: Callable[..., Callable[[], Inputs]]) -> Iterator[Example]:
@@ -256,8 +261,8 @@ def _decode(facts: Facts, base: list[str], mask: tuple[str, ...], outputs: Any) 
             return None
         from transformers import DynamicCache
 
-        return {"input_ids": token_ids(facts, BATCH, 1), "past_key_values": DynamicCache(config=facts.config), "use_cache": True}
-    step: Inputs = {names[0]: getattr(outputs, names[0]), "use_cache": True}
+        return {"input_ids": token_ids(facts, BATCH, 1), "past_key_values": DynamicCache(config=facts.config), "use_cache": True} | _asked(facts)
+    step: Inputs = {names[0]: getattr(outputs, names[0]), "use_cache": True} | _asked(facts)
     token = token_ids(facts, BATCH, 1)
     encoded = getattr(outputs, "encoder_last_hidden_state", None)
     if facts.is_encoder_decoder:

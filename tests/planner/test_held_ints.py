@@ -180,7 +180,7 @@ class OnePlace(Attention):
         return super().forward(self.split(x, *x.shape[:2]).flatten(2))
 
 
-@pytest.mark.parametrize(("model", "why"), [(RootOfWidth, "becomes"), (OnePlace, "only some of the calls from one place")])
+@pytest.mark.parametrize(("model", "why"), [(RootOfWidth, "makes a float of"), (OnePlace, "only some of the calls from one place")])
 def test_what_is_lost_stays_whole_with_a_reason(model: type[Attention], why: str) -> None:
     plan = assert_equivalent(model, tp=2, inputs=X).plan
     assert why in plan.replicated["q.weight"]
