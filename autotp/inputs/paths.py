@@ -261,7 +261,8 @@ def _decode(facts: Facts, base: list[str], mask: tuple[str, ...], outputs: Any) 
             return None
         from transformers import DynamicCache
 
-        return {"input_ids": token_ids(facts, BATCH, 1), "past_key_values": DynamicCache(config=facts.config), "use_cache": True} | _asked(facts)
+        own = DynamicCache(config=facts.config)
+        return {"input_ids": token_ids(facts, BATCH, 1), "past_key_values": own, "use_cache": True} | _asked(facts)
     step: Inputs = {names[0]: getattr(outputs, names[0]), "use_cache": True} | _asked(facts)
     token = token_ids(facts, BATCH, 1)
     encoded = getattr(outputs, "encoder_last_hidden_state", None)
