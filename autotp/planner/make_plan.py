@@ -141,18 +141,20 @@ def _certified(
     first: Draft | None = plain
     if lone := lone_products(plain, tp, sum(p.numel() for p in model.parameters()), asked):
         space, bans, first = GraphIndex(find_axes(graph, lone), apart), Bans({}), None
+    few = runs
     for attempt in range(MAX_REPLAYS + 1):
         before = bans.size
         draft = first or solve(space, tp, bans, name, linears, asked, hints)
         first = None
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
         again = partial(replay, model, examples, draft, dict(plan.params), tp, known)
-        difference, found = again(few=runs) if replayed else None, None
+        difference, found = again(few=few) if replayed else None, None
         if difference is None or not draft.choice.on:
             plan = with_uncalled(plan, draft, model)
             found = examine(plan, traced(examples, graph))
-            if replayed and runs and difference is None and not found.run:  # then the replay is all that is known of a call
+            if replayed and few and difference is None and not found.run:  # then the replay is all that is known of a call
                 difference = again()
+        few = few and difference is None  # the replay of all calls stops after the first, where most differences are
         if difference is not None and draft.choice.on:
             bans.blame(space, draft.choice, difference.node, difference.reason)
             reason = f"{difference.reason}: {difference.node}"
