@@ -20,6 +20,7 @@ from autotp.inputs.facts import Guess
 from autotp.inputs.paths import calls_to_trace, calls_with, settled
 from autotp.inputs.search import search
 from autotp.inputs.unread import calls_for_unread
+from autotp.numeric.untouched import one_thread
 from autotp.plan.layout import Layout, replicated
 from autotp.plan.plan import Plan
 from autotp.plan.spec import ParamPlan
@@ -68,14 +69,15 @@ def _only_replayed(plan: Plan, examples: tuple[Example, ...]) -> Examined:
 
 @contextmanager
 def _lean() -> Iterator[None]:
-    """Runs its block without garbage collection and compilation.
+    """Runs its block without garbage collection, compilation and further threads.
 
     Planning makes many small objects and no cycles worth a pass over the whole model's objects, and runs compiled code a few times only.
+    It computes with small tensors alone.
     """
     was = gc.isenabled()
     gc.disable()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), one_thread():
             yield
     finally:
         if was:
