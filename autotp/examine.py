@@ -68,7 +68,8 @@ def checked_plan(
     Raises:
         AutoTPError: as for `make_plan`.
     """
-    return make_plan(model, tp, inputs, wanted, hints, _examine(model, tp, check, apart, plain=not wanted), apart=apart)
+    examine = _examine(model, tp, check, apart, plain=not wanted)
+    return make_plan(model, tp, inputs, wanted, hints, examine, runs=isinstance(examine, _ByNumbers), apart=apart)
 
 
 def _examine(model: nn.Module, tp: int, check: Check, apart: frozenset[str], *, plain: bool) -> Examine:

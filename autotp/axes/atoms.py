@@ -15,7 +15,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import count
-from math import prod
 
 _ids = count()
 
@@ -77,7 +76,10 @@ def flat(dim: Sequence[Atom]) -> Dim:
 
 def dim_size(dim: Sequence[Atom]) -> int:
     """Returns the number of indices of a dim."""
-    return prod(a.size for a in dim)
+    size = 1
+    for atom in dim:
+        size *= atom.size
+    return size
 
 
 def join(left: Sequence[Atom], right: Sequence[Atom]) -> None:

@@ -8,6 +8,8 @@ demands. This finds code that computes with the size of a shard (`x / x.shape[-1
 One other path is allowed: code may leave out operators that do nothing on a shard. Where each rank has one query head for its
 key/value head, `if groups > 1` repeats no keys, and attention is not told to group. The operators left out must keep every element
 and its place; their result then stands for their argument.
+
+Where all calls are run with numbers too, some need not be replayed: see `replayed`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from autotp.plan.spec import ParamPlan
 from autotp.planner.assemble import Draft
 from autotp.planner.partition import local_size
 from autotp.planner.placements import NONE
+from autotp.planner.replayed import PLAIN, Replayed, every, fewest
 from autotp.rewrite.apply import apply
 from autotp.rewrite.collectives.comm import DryComm
 from autotp.trace.example import Example
@@ -63,14 +66,32 @@ def traced(examples: Sequence[Example], graph: Graph) -> tuple[Example, ...]:
 
 
 def replay(
-    model: nn.Module, examples: Sequence[Example], draft: Draft, params: dict[str, ParamPlan], tp: int, known: Known | None = None
+    model: nn.Module,
+    examples: Sequence[Example],
+    draft: Draft,
+    params: dict[str, ParamPlan],
+    tp: int,
+    known: Known | None = None,
+    *,
+    few: bool = False,
 ) -> Difference | None:
     """Run the rewritten model on fake tensors.
 
-    Return the first difference from the plan, or None when it follows it. `known`: see `trace`.
+    Return the first difference from the plan, or None when it follows it. `known`: see `trace`. `few`: calls are left out that do
+    nothing but what others do, which is enough where all of them are run with numbers.
     """
+    ran = traced(examples, draft.space.graph)
+    calls = fewest(draft, ran) if few else every(draft, ran)
+    found = _replay(model, calls, draft, params, tp, known)
+    if found is None or calls.all:
+        return found
+    return _replay(model, every(draft, ran), draft, params, tp, known)  # it may be that a call differs for want of one before it
+
+
+def _replay(
+    model: nn.Module, calls: Replayed, draft: Draft, params: dict[str, ParamPlan], tp: int, known: Known | None
+) -> Difference | None:
     expected = draft.space.graph
-    ran = traced(examples, expected)
 
     def before(fake: FakeTensorMode) -> Callable[[], None]:
         def make(name: str, old: nn.Parameter, layout: Layout) -> nn.Parameter:
@@ -87,7 +108,7 @@ def replay(
 
     def enough(first: Graph) -> bool:
         """Most differences are in the first call: the others then need not be run."""
-        found = _compare(draft, first, complete=False)
+        found = _compare(draft, calls, first, complete=False)
         if found is not None and found.node.op is not Pseudo.WRITE:  # which another call may read
             early.append(found)
         return bool(early)
@@ -95,16 +116,23 @@ def replay(
     hidden = lambda f: f.startswith(_REWRITE)  # noqa: E731
     try:
         actual = trace(
-            model, ran, keep, tag=False, hidden=hidden, before=before, repeats=expected.repeats, fixed=True, known=known, enough=enough
+            *(model, calls.examples, keep),
+            tag=False,
+            hidden=hidden,
+            before=before,
+            repeats=expected.repeats,
+            fixed=True,
+            known=known,
+            enough=enough,
         )
     except TraceError as error:
         done = error.partial if isinstance(error.partial, Graph) else None
-        found = _compare(draft, done, complete=False) if done is not None else None
+        found = _compare(draft, calls, done, complete=False) if done is not None else None
         if found is None:
             found = Difference(_where(draft, error.module), "")
         cause = error.__cause__ or error
         return Difference(found.node, f"the code fails on a shard ({type(cause).__name__}: {cause})")
-    return early[0] if early else _compare(draft, actual, complete=True)
+    return early[0] if early else _compare(draft, calls, actual, complete=True)
 
 
 def _where(draft: Draft, module: str) -> Node:
@@ -128,9 +156,9 @@ def _actual(nodes: Iterable[Node]) -> Iterable[Node]:
     return (n for n in nodes if n.place is None or n.place.file not in _FUSED)
 
 
-def _compare(draft: Draft, actual: Graph, complete: bool) -> Difference | None:
-    twins = _Twins({}, {}, {})
-    want = _without_copies(_visible(draft, draft.space.graph.nodes), twins.stands)
+def _compare(draft: Draft, calls: Replayed, actual: Graph, complete: bool) -> Difference | None:
+    twins = _Twins({}, dict(calls.stands), {})
+    want = _without_copies(_visible(draft, calls.nodes), twins.stands)
     got = _without_copies(_actual(actual.nodes), twins.copies)
     at = left_out = 0
     for b in got:
@@ -150,7 +178,7 @@ def _compare(draft: Draft, actual: Graph, complete: bool) -> Difference | None:
         last = want[min(at, len(want) - 1)]
         return Difference(last, f"the code takes another path on a shard ({len(got)} operators instead of {len(want) - left_out})")
     if complete:
-        return _results(draft, actual, want)
+        return _results(calls, actual, want)
     return None
 
 
@@ -293,10 +321,10 @@ def _short(tensor: Tensor) -> str:
     return str(tensor.flatten()[:4].tolist())
 
 
-def _results(draft: Draft, actual: Graph, want: list[Node]) -> Difference | None:
-    for x, y in zip(draft.space.graph.results, actual.results, strict=False):
-        before = [(path, leaf) for path, leaf in x.leaves if isinstance(leaf, (int, float, str, bool))]
-        after = [(path, leaf) for path, leaf in y.leaves if isinstance(leaf, (int, float, str, bool))]
+def _results(calls: Replayed, actual: Graph, want: list[Node]) -> Difference | None:
+    for x, y in zip(calls.results, actual.results, strict=False):
+        before = [(path, leaf) for path, leaf in x.leaves if isinstance(leaf, PLAIN)]
+        after = [(path, leaf) for path, leaf in y.leaves if isinstance(leaf, PLAIN)]
         if len(before) != len(after) or not all(p == q and _same(x, y) for (p, x), (q, y) in zip(before, after, strict=True)):
             return Difference(want[-1], f"the model returns {after} on a shard where it returns {before}")
         shapes = [tuple(v.shape) for _, v in x.leaves if isinstance(v, Value)]

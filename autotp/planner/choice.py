@@ -17,9 +17,10 @@ from autotp.axes.atoms import Atom
 from autotp.axes.operators.table import Is, is_a
 from autotp.planner.gathers import GATHER_TRIES, gather_slots, head_gather, whole_results
 from autotp.planner.heads import head_widths
+from autotp.planner.labelling import label
 from autotp.planner.padding import padding_conflict
 from autotp.planner.partition import Atoms, Partition, Partitions, last_atoms, local_size, neighbours
-from autotp.planner.placements import NONE, GraphIndex, Labels, SlotKey, label, leaf_atoms
+from autotp.planner.placements import NONE, GraphIndex, Labels, SlotKey, leaf_atoms
 from autotp.planner.refusals import Conflict
 from autotp.planner.requested import Reason, Wanted, claimed, granules, ruled_out
 from autotp.trace.graph import Origin, Value
@@ -208,10 +209,10 @@ def _tried(space: GraphIndex, cuts: tuple[Partition, ...], state: Taken, carrier
         if isinstance(alone, Conflict):
             return alone
     wanted, gathers, whole = {**state.cuts, **fresh}, state.gathers, state.whole
-    labels = label(space, wanted, gathers, whole)
+    labels = label(space, wanted, gathers, whole, state.labels)
     made = labels.generated - state.labels.generated
     if labels.conflicts and made:
-        again = label(space, wanted, gathers, whole | made)
+        again = label(space, wanted, gathers, whole | made, state.labels)
         if not again.conflicts:
             whole, labels = whole | made, again
     if labels.conflicts:
@@ -219,7 +220,7 @@ def _tried(space: GraphIndex, cuts: tuple[Partition, ...], state: Taken, carrier
         for cut in cuts:
             for slot in gather_slots(space, cut.major, labels, carriers[cut.major])[:GATHER_TRIES]:
                 trial = {**gathers, slot: gathers.get(slot, NONE) | cut.atoms}
-                again = label(space, wanted, trial, whole)
+                again = label(space, wanted, trial, whole, state.labels)
                 if not again.conflicts:
                     gathers, labels = trial, again
                     break

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from autotp.axes.atoms import Atom
 from autotp.axes.operators.table import Is, is_a
+from autotp.planner.labelling import label
 from autotp.planner.partition import Atoms, Partition, Partitions
-from autotp.planner.placements import NONE, GraphIndex, Labels, SlotKey, label
+from autotp.planner.placements import NONE, GraphIndex, Labels, SlotKey
 from autotp.planner.refusals import Conflict
 from autotp.trace.graph import Node, Pseudo, Value
 
@@ -53,7 +54,7 @@ def head_gather(
     for slot in gather_slots(space, cut.major, labels, carriers):
         if slot[1] and slot[1] not in callers:
             trial = {**gathers, slot: gathers.get(slot, NONE) | cut.atoms}
-            again = label(space, wanted, trial, whole)
+            again = label(space, wanted, trial, whole, labels)
             if not again.conflicts and not returned(space, again, cut):
                 return trial, again
     return Conflict(cut.atoms, None, "no module of its own makes this result, and code that was not traced could take a part of it for all")
@@ -81,7 +82,7 @@ def whole_results(
             assert node.slot is not None
             key: SlotKey = (Pseudo.EXIT, *node.slot)
             trial[key] = trial.get(key, NONE) | cut.atoms
-        again = label(space, wanted, trial, whole)
+        again = label(space, wanted, trial, whole, labels)
         if not again.conflicts and not returned(space, again, cut):
             return trial, again
         conflict = again.conflicts[0] if again.conflicts else conflict

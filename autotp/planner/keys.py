@@ -46,15 +46,21 @@ def slot_key(node: Node) -> SlotKey | None:
 
 
 class Keys:
-    """The keys of all results of a graph. of: value → its key. at: key → (node, number of the result) of each."""
+    """The keys of all results of a graph. of: value → its key. at: key → (node, number of the result) of each.
+
+    numbers: value → a number, equal where the keys are.
+    """
 
     def __init__(self, space: GraphIndex) -> None:
         self.of: dict[int, Key] = {}
         self.at: dict[Key, list[tuple[Node, int]]] = {}
+        self.numbers: dict[int, int] = {}
+        numbers: dict[Key, int] = {}
         for node in space.graph.nodes:
             for i, o in enumerate(node.outputs):
                 key = self.of[o.id] = _key_of(space, node, i)
                 self.at.setdefault(key, []).append((node, i))
+                self.numbers[o.id] = numbers.setdefault(key, len(numbers))
 
 
 def _key_of(space: GraphIndex, node: Node, index: int) -> Key:

@@ -8,6 +8,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -19,6 +20,7 @@ from autotp.inputs.facts import Guess
 from autotp.inputs.paths import calls_to_trace, calls_with, settled
 from autotp.inputs.search import search
 from autotp.inputs.unread import calls_for_unread
+from autotp.numeric.untouched import one_thread
 from autotp.plan.layout import Layout, replicated
 from autotp.plan.plan import Plan
 from autotp.plan.spec import ParamPlan
@@ -67,14 +69,15 @@ def _only_replayed(plan: Plan, examples: tuple[Example, ...]) -> Examined:
 
 @contextmanager
 def _lean() -> Iterator[None]:
-    """Runs its block without garbage collection and compilation.
+    """Runs its block without garbage collection, compilation and further threads.
 
     Planning makes many small objects and no cycles worth a pass over the whole model's objects, and runs compiled code a few times only.
+    It computes with small tensors alone.
     """
     was = gc.isenabled()
     gc.disable()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), one_thread():
             yield
     finally:
         if was:
@@ -91,6 +94,7 @@ def make_plan(
     examine: Examine = _only_replayed,
     *,
     replayed: bool = True,
+    runs: bool = False,
     apart: frozenset[str] = frozenset(),
 ) -> Plan:
     """The certified plan of `model` over `tp` ranks. The model is left as it was.
@@ -98,7 +102,8 @@ def make_plan(
     `wanted`: layouts by name that it is to have where that can be proven; compare the plan's own with them. The rest is planned
     around them. `hints`: local values of attributes that are taken where they do (module, path). `examine`: says what is wrong with a
     plan that passed its replay; it is then planned again without that. `replayed`: False leaves the replay out, where the examination
-    is all that is wanted. `apart`: modules that are to be regions of their own.
+    is all that is wanted. `runs`: the examination runs all calls with numbers, or says that it did not. `apart`: modules that are to
+    be regions of their own.
 
     Raises:
         InputError: example inputs are needed or do not fit. TraceError: the model cannot be run on fake tensors.
@@ -106,7 +111,7 @@ def make_plan(
     if tp == 1:
         return whole_plan(model, "tp is 1")
     with undisturbed(model):
-        return _certified(model, tp, inputs, wanted or {}, hints, examine, replayed, apart)
+        return _certified(model, tp, inputs, wanted or {}, hints, examine, replayed, runs, apart)
 
 
 def _certified(
@@ -117,6 +122,7 @@ def _certified(
     hints: Hints | None,
     examine: Examine,
     replayed: bool,
+    runs: bool,
     apart: frozenset[str],
 ) -> Plan:
     made = next((path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
@@ -140,18 +146,25 @@ def _certified(
         alone = solve(ends, tp, bans_there, name, linears, asked, hints)
         if alone.plan.local_share < plain.plan.local_share or asked:  # axes that end there are missing in what follows
             space, bans, first = ends, bans_there, alone
+    few = runs
     for attempt in range(MAX_REPLAYS + 1):
         before = bans.size
         draft = first or solve(space, tp, bans, name, linears, asked, hints)
         first = None
         plan = lift(draft.plan, shapes, graph.repeats, shapes)
-        difference = replay(model, examples, draft, dict(plan.params), tp, known) if replayed else None
+        again = partial(replay, model, examples, draft, dict(plan.params), tp, known)
+        difference, found = again(few=few) if replayed else None, None
+        if difference is None or not draft.choice.on:
+            plan = with_uncalled(plan, draft, model)
+            found = examine(plan, traced(examples, graph))
+            if replayed and few and difference is None and not found.run:  # then the replay is all that is known of a call
+                difference = again()
+        few = few and difference is None  # the replay of all calls stops after the first, where most differences are
         if difference is not None and draft.choice.on:
             bans.blame(space, draft.choice, difference.node, difference.reason)
             reason = f"{difference.reason}: {difference.node}"
         else:
-            plan = with_uncalled(plan, draft, model)
-            found = examine(plan, traced(examples, graph))
+            assert found is not None
             if difference is not None and not found.run:  # nothing is sharded, and no run says that all is well
                 raise PlanError(f"{name} {_NOT_EVEN_WHOLE}: {difference.reason}: {difference.node}")
             if not found.wrong:

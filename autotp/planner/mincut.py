@@ -2,78 +2,162 @@
 
 Each value is two vertices, before and after a possible conversion. The source side is "not converted yet" (a partial sum, an
 unreduced gradient); values that must be whole are on the sink side. An edge before → after has the conversion's cost; every other
-edge is a demand and infinite.
+edge is a demand and infinite. Of all cuts of the least cost it is the one with the largest source side: conversions stand late.
+
+Vertices that demand each other are one. Most are, so the flow is found on what is left, in whole numbers: it is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
-
-import networkx as nx
+from collections import deque
+from collections.abc import Hashable, Iterable
+from itertools import pairwise
+from math import ldexp
 
 Vertex = Hashable
 SOURCE, SINK = "source", "sink"
+_BITS = 60  # costs are whole numbers of 2⁻⁶⁰: a double of at least 1 is one of 2⁻⁵²
 
 
 class MinCut:
     """Collects demands and costs, then solves."""
 
     def __init__(self) -> None:
-        self._graph: Any = nx.DiGraph()
-        self._conversions: dict[Hashable, tuple[int, int]] = {}
         self._number: dict[Vertex, int] = {}
+        self._parent: list[int] = []  # of a union of vertices that are one
+        self._demands: list[tuple[int, int]] = []
+        self._costs: dict[tuple[int, int], int] = {}
+        self._conversions: dict[Hashable, tuple[int, int]] = {}
 
     def _of(self, vertex: Vertex) -> int:
-        """Vertices are numbered as they come: the solver's sets then have the same order in every process."""
-        return self._number.setdefault(vertex, len(self._number))
+        number = self._number.get(vertex)
+        if number is None:
+            number = self._number[vertex] = len(self._parent)
+            self._parent.append(number)
+        return number
+
+    def _root(self, number: int) -> int:
+        parent = self._parent
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
 
     def convertible(self, key: Hashable, before: Vertex, after: Vertex, cost: float | None) -> None:
         """`key` can be converted between its two vertices at `cost` (None: cannot)."""
-        self.implies(after, before)
         if cost is None:
-            self.implies(before, after)
+            self.same(before, after)
             return
-        a, b = self._of(before), self._of(after)
-        if self._graph.has_edge(a, b):
-            edge = self._graph[a][b]
-            if "capacity" in edge:
-                edge["capacity"] += cost
-        else:
-            self._graph.add_edge(a, b, capacity=cost)
-        self._conversions[key] = (a, b)
+        edge = self._of(before), self._of(after)
+        self._demands.append(edge[::-1])
+        self._costs[edge] = self._costs.get(edge, 0) + int(ldexp(cost, _BITS))
+        self._conversions[key] = edge
 
     def implies(self, a: Vertex, b: Vertex) -> None:
         """If `a` is unconverted, so is `b`."""
-        self._graph.add_edge(self._of(a), self._of(b))
+        self._demands.append((self._of(a), self._of(b)))
 
     def same(self, a: Vertex, b: Vertex) -> None:
         """Both are converted or neither is."""
-        self.implies(a, b)
-        self.implies(b, a)
+        self._parent[self._root(self._of(a))] = self._root(self._of(b))
 
     def born(self, vertex: Vertex) -> None:
         """`vertex` is unconverted."""
-        self._graph.add_edge(self._of(SOURCE), self._of(vertex))
+        self.implies(SOURCE, vertex)
 
     def needed(self, vertex: Vertex) -> None:
         """`vertex` must be converted."""
-        self._graph.add_edge(self._of(vertex), self._of(SINK))
+        self.implies(vertex, SINK)
 
     def solve(self) -> tuple[set[Hashable], set[Vertex]] | None:
         """The keys to convert and the vertices left unconverted; None where the demands contradict each other."""
         source, sink = self._of(SOURCE), self._of(SINK)
-        self._graph.add_nodes_from((source, sink))
-        reach = nx.descendants(self._graph, source) | {source}
-        name = {number: vertex for vertex, number in self._number.items()}
-        if sink not in reach:
-            return set(), {name[n] for n in reach}
-        live = nx.DiGraph()
-        live.add_nodes_from(n for n in self._graph if n in reach)
-        live.add_edges_from((a, b, d) for a, b, d in self._graph.edges(data=True) if a in reach and b in reach)
-        try:
-            _, (source_side, _) = nx.minimum_cut(live, source, sink)
-        except nx.NetworkXUnbounded:
+        roots = [self._root(n) for n in range(len(self._parent))]
+        source, sink = roots[source], roots[sink]
+        demands, costs = {(roots[a], roots[b]) for a, b in self._demands}, dict[tuple[int, int], int]()
+        for (a, b), cost in self._costs.items():
+            costs[roots[a], roots[b]] = costs.get((roots[a], roots[b]), 0) + cost
+        live = _reached(source, [*demands, *costs])
+        unconverted = _reached(source, demands)
+        if sink in unconverted:
             return None
-        chosen = {key for key, (a, b) in self._conversions.items() if a in source_side and b not in source_side}
-        return chosen, {name[n] for n in source_side}
+        at = {**dict.fromkeys(unconverted, source), **dict.fromkeys(_reached(sink, [(b, a) for a, b in demands]), sink)}
+        flow, unbounded = _Flow(), sum(costs.values()) + 1
+        for (a, b), capacity in (*costs.items(), *((edge, unbounded) for edge in demands)):
+            if a in live and b in live:
+                flow.edge(at.get(a, a), at.get(b, b), capacity)
+        flow.fill(source, sink)
+        reaching = flow.reaching(sink)
+        side = [n in live and at.get(n, n) not in reaching for n in roots]
+        chosen = {key for key, (a, b) in self._conversions.items() if side[a] and not side[b]}
+        return chosen, {vertex for vertex, n in self._number.items() if side[n]}
+
+
+def _reached(start: int, edges: Iterable[tuple[int, int]]) -> set[int]:
+    ends: dict[int, list[int]] = {}
+    for a, b in edges:
+        ends.setdefault(a, []).append(b)
+    seen, queue = {start}, [start]
+    while queue:
+        for n in ends.get(queue.pop(), ()):
+            if n not in seen:
+                seen.add(n)
+                queue.append(n)
+    return seen
+
+
+class _Flow:
+    """A largest flow, along the shortest paths that are left (Dinic)."""
+
+    def __init__(self) -> None:
+        self.left: dict[int, dict[int, int]] = {}  # vertex → vertex → what can still flow
+
+    def edge(self, a: int, b: int, capacity: int) -> None:
+        if a != b:
+            out = self.left.setdefault(a, {})
+            out[b] = out.get(b, 0) + capacity
+            self.left.setdefault(b, {}).setdefault(a, 0)
+
+    def reaching(self, sink: int) -> set[int]:
+        """Returns the vertices from which more could flow into `sink`."""
+        return _reached(sink, ((b, a) for a, out in self.left.items() for b, room in out.items() if room))
+
+    def fill(self, source: int, sink: int) -> None:
+        """Let flow as much as can."""
+        left = self.left
+        while levels := self._levels(source, sink):
+            further = {n: [m for m in left[n] if levels.get(m) == levels[n] + 1] for n in levels}  # dead ends are taken out
+            path = [source]
+            while path:
+                n = path[-1]
+                if n == sink:
+                    self._push(path)
+                    path = [source]
+                    continue
+                ways = further[n]
+                while ways and not left[n][ways[-1]]:
+                    ways.pop()
+                if ways:
+                    path.append(ways[-1])
+                else:
+                    path.pop()
+                    if path:
+                        further[path[-1]].pop()
+
+    def _levels(self, source: int, sink: int) -> dict[int, int]:
+        """Returns the distances from `source` on edges with room; nothing where `sink` is not reached."""
+        levels, queue = {source: 0}, deque([source])
+        while queue:
+            n = queue.popleft()
+            for m, room in self.left.get(n, {}).items():
+                if room and m not in levels:
+                    levels[m] = levels[n] + 1
+                    queue.append(m)
+        return levels if sink in levels else {}
+
+    def _push(self, path: list[int]) -> None:
+        steps = list(pairwise(path))
+        room = min(self.left[a][b] for a, b in steps)
+        for a, b in steps:
+            self.left[a][b] -= room
+            self.left[b][a] += room

@@ -12,14 +12,14 @@ Value and gradient types (forward → backward): P → its gradient is whole; S 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
 from autotp.axes.operators.table import Is, is_a
 from autotp.planner.keys import AtPlace, AtSlot, AtValue, Key, Keys, slot_key
-from autotp.planner.mincut import MinCut
+from autotp.planner.mincut import MinCut, Vertex
 from autotp.planner.placements import GraphIndex, Labels, SlotKey
 from autotp.planner.refusals import Refusal
 from autotp.planner.repeats import times
@@ -50,18 +50,10 @@ class Moves:
 class Side(Enum):
     """The side of a possible conversion that a vertex is on: of a sum on its way, or of a gradient on its way back."""
 
-    BEFORE = "before"  # the value as it is made
-    AFTER = "after"  # the value as it is used
-    BELOW = "below"  # the gradient as the uses give it
-    ABOVE = "above"  # the gradient as it arrives at the node that made the value
-
-
-@dataclass(frozen=True, slots=True)
-class _At:
-    """The vertex of the tensor that one conversion acts on, on one side of the conversion."""
-
-    side: Side
-    key: Key
+    BEFORE = 0  # the value as it is made
+    AFTER = 1  # the value as it is used
+    BELOW = 2  # the gradient as the uses give it
+    ABOVE = 3  # the gradient as it arrives at the node that made the value
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +72,50 @@ class _Param:
 
 
 class _Vertices:
-    """Vertices of values; values that one conversion would act on share theirs."""
+    """Vertices of values; values that one conversion would act on share theirs. Both keys and vertices are numbers here."""
 
     def __init__(self, space: GraphIndex, keys: Keys, places: bool) -> None:
         """`places`: calls from one place in the code share their vertices; otherwise each value outside slots is alone."""
-        self.key: dict[int, Key] = {}
+        self.keys: list[Key] = []
         self.order: dict[int, int] = {}
-        self.fixed: set[Key] = set()  # of what no conversion reaches
+        self.fixed: set[int] = set()  # of what no conversion reaches
+        self._number: dict[int, int] = {}  # value → the number of its key
+        shared: dict[int, int] = {}
         for node in space.graph.nodes:
             for o in node.outputs:
-                key = keys.of[o.id]
+                key, number = keys.of[o.id], keys.numbers[o.id]
+                if places or isinstance(key, AtSlot):
+                    self._number[o.id] = shared[number] if number in shared else shared.setdefault(number, self._new(key))
+                else:
+                    self._number[o.id] = self._new(AtValue(o.id))
                 if isinstance(key, AtValue):
-                    self.fixed.add(key)
-                self.key[o.id] = key if places or isinstance(key, AtSlot) else AtValue(o.id)
+                    self.fixed.add(self._number[o.id])
                 self.order[o.id] = node.index
 
-    def of(self, value: Value) -> Key:
-        return self.key.get(value.id) or AtValue(value.id)
+    def _new(self, key: Key) -> int:
+        self.keys.append(key)
+        return len(self.keys) - 1
 
-    def at(self, side: Side, value: Value) -> _At:
-        return _At(side, self.of(value))
+    def of(self, value: Value | int) -> int:
+        """Returns the number of the key of a value."""
+        value = value if isinstance(value, int) else value.id
+        number = self._number.get(value)
+        if number is None:  # no node makes it
+            number = self._number[value] = self._new(AtValue(value))
+        return number
+
+    def side(self, side: Side, number: int) -> int:
+        """Returns the vertex of the tensor that a conversion acts on, on one side of the conversion."""
+        return 4 * number + side.value
+
+    def at(self, side: Side, value: Value | int) -> int:
+        """Returns the vertex of a value on one side of its conversion."""
+        return 4 * self.of(value) + side.value
+
+    def hanging(self, vertices: Iterable[Vertex]) -> frozenset[tuple[Side, SlotKey]]:
+        """Returns the boundaries among vertices, with the side that each is on."""
+        found = ((Side(v % 4), self.keys[v // 4]) for v in vertices if isinstance(v, int))
+        return frozenset((side, key.slot) for side, key in found if isinstance(key, AtSlot))
 
 
 def _elements(value: Value) -> float:
@@ -123,11 +139,11 @@ def _cost(key: Key, elements: float, order: int, late: bool = False) -> float:
     return 2 * SITE + base if key.slot[:2] == (Pseudo.EXIT, "") else base
 
 
-def place_reductions(space: GraphIndex, labels: Labels, keys: Keys, places: bool) -> tuple[frozenset[Key], frozenset[int]]:
-    """Returns (where partial sums are reduced, values still partial after that)."""
-    cut, vertices = MinCut(), _Vertices(space, keys, places)
+def place_reductions(space: GraphIndex, labels: Labels, vertices: _Vertices) -> tuple[frozenset[int], frozenset[int]]:
+    """Returns (numbers of the keys where partial sums are reduced, values still partial after that)."""
+    cut = MinCut()
     mixed = _mixed(space, vertices, lambda v: v.id in labels.partial, lambda v: True) | _sealed(space, vertices)
-    stops, first = [result.stop for result in space.graph.results], dict[Key, int]()
+    stops, first = [result.stop for result in space.graph.results], dict[int, int]()
     summed = labels.partial - {key for key, number in space.graph.fills.items() if number == 0.0}  # zeros are whole and partial
     weights: dict[int, float] = {}
     for node in space.graph.nodes:
@@ -136,31 +152,29 @@ def place_reductions(space: GraphIndex, labels: Labels, keys: Keys, places: bool
             if o.id not in summed:
                 continue
             key, born = vertices.of(o), o.id in labels.born
-            weights[o.id] = _elements(o) * _times(space, key, node)
+            weights[o.id] = _elements(o) * _times(space, vertices.keys[key], node)
             if not born and is_a(node, Is.SELECTION):  # the entries left out are no gain: they were a sum too
                 weights[o.id] = max([weights[o.id], *(weights.get(v.id, 0.0) for v in partial_in)])
             if born:
-                cut.born(_At(Side.BEFORE, key))
+                cut.born(vertices.side(Side.BEFORE, key))
             else:
                 for v in partial_in:
-                    cut.same(vertices.at(Side.AFTER, v), _At(Side.BEFORE, key))
+                    cut.same(vertices.at(Side.AFTER, v), vertices.side(Side.BEFORE, key))
             path = bisect_right(stops, node.index)
             if first.setdefault(key, path) == path:  # a module that one path calls twice is no cheaper than two modules
                 cut.convertible(
                     key,
-                    _At(Side.BEFORE, key),
-                    _At(Side.AFTER, key),
-                    None if key in mixed else _cost(key, weights[o.id], node.index, not born),
+                    vertices.side(Side.BEFORE, key),
+                    vertices.side(Side.AFTER, key),
+                    None if key in mixed else _cost(vertices.keys[key], weights[o.id], node.index, not born),
                 )
     for value in space.graph.params.values():
         if value.id in labels.once:
             key = vertices.of(value)
-            cut.born(_At(Side.BEFORE, key))
-            cut.same(_At(Side.BEFORE, key), _At(Side.AFTER, key))
-    made = {o.id: n for n in space.graph.nodes for o in n.outputs}
+            cut.born(vertices.side(Side.BEFORE, key))
+            cut.same(vertices.side(Side.BEFORE, key), vertices.side(Side.AFTER, key))
     for _, number in labels.reduces:
-        reduced = next((o for n in (made.get(number),) if n is not None for o in n.outputs if o.id == number), None)
-        cut.needed(_At(Side.AFTER, vertices.of(reduced) if reduced is not None else AtValue(number)))
+        cut.needed(vertices.at(Side.AFTER, number))
     for node in space.graph.nodes:
         if node.op is Pseudo.EXIT and node.slot is not None and node.slot[0] in space.apart:
             for o in node.outputs:
@@ -178,22 +192,22 @@ def place_reductions(space: GraphIndex, labels: Labels, keys: Keys, places: bool
     if solved is None:
         raise Refusal(None, "a partial sum cannot be reduced on every path exactly once")
     chosen, unconverted = solved
-    partial = frozenset(k for k in labels.partial if _At(Side.AFTER, vertices.key.get(k) or AtValue(k)) in unconverted)
-    return frozenset(k for k in chosen if isinstance(k, AtSlot | AtPlace | AtValue)), partial
+    partial = frozenset(k for k in labels.partial if vertices.at(Side.AFTER, k) in unconverted)
+    return frozenset(k for k in chosen if isinstance(k, int)), partial
 
 
-def _mixed(space: GraphIndex, vertices: _Vertices, holds: Callable[[Value], bool], matters: Callable[[Value], bool]) -> set[Key]:
+def _mixed(space: GraphIndex, vertices: _Vertices, holds: Callable[[Value], bool], matters: Callable[[Value], bool]) -> set[int]:
     """Returns the keys that no conversion reaches, and slots and places in the code that get both kinds of values in different calls.
 
     `matters`: tells the values that a conversion at a place would change.
     """
-    seen: dict[Key, bool] = {}
+    seen: dict[int, bool] = {}
     mixed = set(vertices.fixed)
     for node in space.graph.nodes:
         slot = slot_key(node) is not None
         for o in node.outputs:
             key = vertices.of(o)
-            if not slot and not (isinstance(key, AtPlace) and matters(o)):
+            if not slot and not (isinstance(vertices.keys[key], AtPlace) and matters(o)):
                 continue
             if space.graph.fills.get(o.id) == 0.0:
                 continue  # zeros are whole and a partial sum (experts that no token chose)
@@ -203,7 +217,7 @@ def _mixed(space: GraphIndex, vertices: _Vertices, holds: Callable[[Value], bool
     return mixed
 
 
-def _sealed(space: GraphIndex, vertices: _Vertices) -> set[Key]:
+def _sealed(space: GraphIndex, vertices: _Vertices) -> set[int]:
     """Returns the keys where no conversion can stand: results of operators inside of autograd functions, and outside of the model's
     forward.
     """
@@ -222,12 +236,12 @@ def _seen_whole(space: GraphIndex, node: Node) -> tuple[Value, ...]:
 
 
 def place_copies(
-    space: GraphIndex, labels: Labels, partial: frozenset[int], reduces: frozenset[Key], keys: Keys, places: bool
+    space: GraphIndex, labels: Labels, partial: frozenset[int], reduces: frozenset[int], vertices: _Vertices
 ) -> tuple[frozenset[Key], frozenset[tuple[int, int]], frozenset[int], frozenset[tuple[Side, SlotKey]]]:
     """Returns (where gradients are reduced, values whose uses in regions are converted, parameters whose gradients are summed,
     hanging slots).
     """
-    cut, vertices = MinCut(), _Vertices(space, keys, places)
+    cut = MinCut()
     flows = space.flows
     sharded = labels.shard
 
@@ -302,29 +316,28 @@ def place_copies(
     if solved is None:
         raise Refusal(None, "the gradients of a region cannot be reduced on every path exactly once")
     chosen = solved[0]
-    copies = frozenset(k for k in chosen if isinstance(k, AtSlot | AtPlace | AtValue))
     return (
-        copies,
+        frozenset(vertices.keys[k] for k in chosen if isinstance(k, int)),
         frozenset(e for e in edges if _Group(e[1]) in chosen),
         frozenset(k.value for k in chosen if isinstance(k, _Param)),
-        frozenset((v.side, v.key.slot) for v in solved[1] if isinstance(v, _At) and isinstance(v.key, AtSlot)),
+        vertices.hanging(solved[1]),
     )
 
 
-def _ends(space: GraphIndex, cut: MinCut, vertices: _Vertices, seen: dict[int, Value], flows: set[int], mixed: set[Key]) -> None:
-    done: set[Key] = set()
+def _ends(space: GraphIndex, cut: MinCut, vertices: _Vertices, seen: dict[int, Value], flows: set[int], mixed: set[int]) -> None:
+    done: set[int] = set()
     for v in seen.values():
         key = vertices.of(v)
         if key in done:
             continue
         done.add(key)
-        before, after = _At(Side.BELOW, key), _At(Side.ABOVE, key)
+        before, after = vertices.side(Side.BELOW, key), vertices.side(Side.ABOVE, key)
         if v.origin is Origin.PARAM:
             cut.convertible(_Param(v.id), before, after, float(prod(v.shape)) * times(v.name, space.graph.repeats))
             cut.needed(after)
         elif v.origin is Origin.NODE:
-            elements = _elements(v) * _times(space, key, space.made[v.id])
-            cut.convertible(key, before, after, None if key in mixed else _cost(key, elements, -vertices.order[v.id]))
+            elements = _elements(v) * _times(space, vertices.keys[key], space.made[v.id])
+            cut.convertible(key, before, after, None if key in mixed else _cost(vertices.keys[key], elements, -vertices.order[v.id]))
         else:
             cut.convertible(key, before, after, SITE + _elements(v))
             cut.needed(after)
@@ -364,5 +377,7 @@ def place(space: GraphIndex, labels: Labels, keys: Keys) -> Moves:
 
 
 def _place(space: GraphIndex, labels: Labels, keys: Keys, places: bool) -> Moves:
-    reduces, partial = place_reductions(space, labels, keys, places)
-    return Moves(reduces, partial, *place_copies(space, labels, partial, reduces, keys, places))
+    vertices = _Vertices(space, keys, places)
+    reduces, partial = place_reductions(space, labels, vertices)
+    copies = place_copies(space, labels, partial, reduces, vertices)
+    return Moves(frozenset(vertices.keys[k] for k in reduces), partial, *copies)

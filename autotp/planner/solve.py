@@ -14,9 +14,10 @@ from autotp.planner.boundaries import find_boundaries, find_copies, find_inside
 from autotp.planner.choice import Choice, choose
 from autotp.planner.joint_reductions import find_joints
 from autotp.planner.keys import Keys
+from autotp.planner.labelling import label
 from autotp.planner.local_ints import Hints, localise
 from autotp.planner.naming import Namer, pattern_of
-from autotp.planner.placements import GraphIndex, label
+from autotp.planner.placements import GraphIndex
 from autotp.planner.realise import Builder
 from autotp.planner.reductions import place
 from autotp.planner.refusals import Refusal

@@ -27,6 +27,16 @@ _SPACES = ("aten", "prims")
 #: It looks at the size of the storage, which is not in the form.
 _STRIDED = frozenset(("as_strided", "as_strided_copy", "as_strided_scatter"))
 _DEVICE = torch.ops.prim.device.default
+#: Operators that only look at memory in another way: what they give is computed where tensors have no data, without the Python code that
+#: stands for them there.
+_VIEWS = frozenset(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
+        *((name, "default") for name in ("view", "_unsafe_view", "unsqueeze", "squeeze", "permute", "expand", "alias", "detach", "t")),
+        *(("transpose", "int"), ("slice", "Tensor"), ("select", "int"), ("squeeze", "dim"), ("squeeze", "dims")),
+    )
+)
+_AROUND = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch) | torch._C.DispatchKeySet(torch._C.DispatchKey.PythonDispatcher)
 _UNFIT = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 
 
@@ -117,11 +127,27 @@ class Memo:
             return run(*args, **kwargs)
         if known is not None and known is not _UNSEEN:
             return self._again(known, tensors)
+        if known is _UNSEEN and func in _VIEWS and (viewed := self._viewed(func, args, kwargs, tensors)) is not None:
+            self._known[key] = viewed
+            return self._make(viewed, tensors)
         result = run(*args, **kwargs)
         if known is _UNSEEN:
             with torch._C.DisableTorchFunction():
                 self._known[key] = self._seen(result, tensors) if self._kept(func, args, key) else None
         return result
+
+    def _viewed(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[FakeTensor]) -> _Made | None:
+        """Says how to make the view that `func` gives; None where fake tensors are to say it, and what is wrong with the call."""
+        if len(tensors) != 1 or type(args[0]) is not FakeTensor:
+            return None
+        try:
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_AROUND):
+                view = func(*args, **kwargs)
+                if view.is_conj() or view.is_neg() or view.is_inference():
+                    return None
+                return _Made(0, tuple(view.shape), view.stride(), int(view.storage_offset()), view.dtype, tensors[0].fake_device)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return None
 
     def _kept(self, func: OpOverload, args: tuple[Any, ...], key: Any) -> bool:
         """Returns whether an operator that writes has left the form of what it writes into as it was."""

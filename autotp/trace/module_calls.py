@@ -30,6 +30,7 @@ from autotp.trace.values import Values
 from autotp.trace.watch import CHECKPOINT, Refused, compiler_code
 
 _ALIAS = torch.ops.aten.alias.default
+_RECORDED = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)  # where the mode is that records operators
 
 Forward = Callable[..., Any]
 
@@ -111,7 +112,8 @@ class ModuleCalls:
         """Run the forward `inner` of a module; its tensors are aliased where a rewrite acts on them."""
         self.check_forward(sys._getframe(1))
         signature = Signature.of(inner)
-        kinds = signature.kinds_of(args, kwargs, shallow=not self._questions.data_vary)
+        with torch._C.DisableTorchFunction():  # these are no questions of the model's code
+            kinds = signature.kinds_of(args, kwargs, shallow=not self._questions.data_vary)
         self._forms.append((len(self._tape.nodes), path, kinds))
         if asks_dims(self._reading.of(type(module)).read):
             self.asks_dims.add(path)
@@ -151,17 +153,26 @@ class ModuleCalls:
 
     def _cross(self, tensor: Tensor, kind: Pseudo, module: str, path: Path) -> Tensor:
         """Returns an alias of `tensor` on the other side of a module boundary."""
-        with torch._C.DisableTorchFunction():
-            differentiable = tensor.requires_grad
-        with self._tape.paused(), torch.set_grad_enabled(differentiable):  # the alias of what requires a gradient does, whatever the mode
-            alias: Tensor = self._memo.run(_ALIAS, (tensor,), {})
-        before = self._values.of(tensor)
-        after = self._values.bind(alias, Origin.NODE)
-        self._values.alike(before, after)
-        self._tape.add(kind, (before,), {}, (after,), slot=(module, path))
+        with torch._C.DisableTorchFunction():  # the modes record what code of the model does
+            alias = self._alias(tensor)
+            before = self._values.of(tensor)
+            after = self._values.bind(alias, Origin.NODE)
+            self._values.alike(before, after)
+            self._tape.add(kind, (before,), {}, (after,), slot=(module, path))
         for name, held in vars(tensor).items():  # what code has put on it
             vars(alias).setdefault(name, held)
         return alias
+
+    def _alias(self, tensor: Tensor) -> Tensor:
+        """Returns an alias that requires a gradient where `tensor` does, whatever the mode."""
+        was, differentiable = torch._C.is_grad_enabled(), tensor.requires_grad  # torch's own function is watched
+        torch._C._set_grad_enabled(differentiable)
+        try:
+            with self._tape.paused(), torch._C._ExcludeDispatchKeyGuard(_RECORDED):
+                alias: Tensor = self._memo.run(_ALIAS, (tensor,), {})
+            return alias
+        finally:
+            torch._C._set_grad_enabled(was)
 
     def check_forward(self, frame: FrameType | None) -> str:
         """Says why code between `frame` and the forward of the module that runs is apart from it when it is not traced; "" where it

@@ -5,8 +5,7 @@ Every part of the recorder appends to one `Tape`, so the order of its nodes is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -23,6 +22,21 @@ class Caller(NamedTuple):
     args: Any
     kwargs: Any
     place: Place
+
+
+class Paused:
+    """The context in which a tape is paused. Each boundary of a module enters one, so it is no generator."""
+
+    __slots__ = ("_tape",)
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+
+    def __enter__(self) -> None:
+        self._tape.quiet += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._tape.quiet -= 1
 
 
 class Tape:
@@ -80,14 +94,9 @@ class Tape:
             self._scopes.pop()
         return self._scopes[-1][1] if self._scopes else -1
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Paused:
         """Runs operators inside without recording them."""
-        self.quiet += 1
-        try:
-            yield
-        finally:
-            self.quiet -= 1
+        return Paused(self)
 
     def rewind(self, mark: int) -> None:
         """Forget the nodes after the first `mark` ones; no call of the model runs any more."""

@@ -96,7 +96,7 @@ class UnknownData:
         """
         self.drawn = False
         known, real = self._real(func, args, kwargs)
-        if func._schema.is_mutable:
+        if func._schema.is_mutable and not all(isinstance(t, FakeTensor) for t in tensors_in((*args, *kwargs.values()))):
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
         shape = _SHAPES.get(func._schema.name)
         if shape is not None:

@@ -32,10 +32,11 @@ from autotp.axes.operators.table import OPERATORS
 from autotp.plan.expressions import size
 from autotp.plan.layout import Layout
 from autotp.plan.spec import DistributedForm
+from autotp.planner.labelling import label
 from autotp.planner.naming import Namer
 from autotp.planner.padding import padding_conflict
 from autotp.planner.partition import Atoms, Partition, Partitions, in_order, local_size, neighbours
-from autotp.planner.placements import NONE, GraphIndex, Labels, label
+from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.testing import assert_equivalent
 from autotp.trace.example import Example
 from autotp.trace.graph import Node, Pseudo, Value

@@ -67,7 +67,7 @@ def test_what_cannot_be_placed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("blamed", [True, False])
 def test_a_replay_that_never_agrees(monkeypatch: pytest.MonkeyPatch, blamed: bool) -> None:
-    monkeypatch.setattr(make_plan, "replay", lambda model, examples, draft, *rest: Difference(draft.space.graph.nodes[0], "it differs"))
+    monkeypatch.setattr(make_plan, "replay", lambda model, examples, draft, *_, **__: Difference(draft.space.graph.nodes[0], "it differs"))
     if not blamed:
         monkeypatch.setattr(Bans, "blame", lambda *_: None)
     plan = autotp.plan(small(), tp=2, example_inputs={"input": X})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from autotp.axes.find import keep
 from autotp.inputs.paths import user_examples
 from autotp.trace.graph import Graph, Pseudo
+from autotp.trace.python_mode import PythonMode
 from autotp.trace.run import trace
 from autotp.trace.tape import Tape
 
@@ -64,3 +65,31 @@ def test_a_view_that_is_held_is_another_value() -> None:
         writes = [n for n in traced(Rows(rows, held=True)).nodes if n.op is Pseudo.WRITE]
         last = {o.id for n in writes for o in n.outputs}
         assert len(last) > rows
+
+
+class Nested(nn.Module):
+    """Modules around modules that hand their argument on."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.inner = Nested(depth - 1) if depth else nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_crossing_a_module_asks_the_recorder_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the recorder itself does with tensors at a boundary goes past its mode, with gradients too."""
+    seen: list[int] = []
+    usual = PythonMode.__torch_function__
+
+    def counted(self: PythonMode, *rest: Any) -> Any:
+        seen[-1] += 1
+        return usual(self, *rest)
+
+    monkeypatch.setattr(PythonMode, "__torch_function__", counted)
+    for depth in (1, 9):
+        seen.append(0)
+        graph = traced(Nested(depth))
+        assert sum(node.op is Pseudo.ENTER for node in graph.nodes) >= depth
+    assert seen[0] == seen[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from autotp.trace import memo as memory
 from autotp.trace.memo import Fakes, Known, Memo
 
 ATEN = torch.ops.aten
@@ -213,3 +215,46 @@ def test_what_changes_its_form_is_not_remembered() -> None:
             assert x.squeeze_(0).shape == (4,)
             assert x.resize_(9).shape == (9,)
     assert not any("squeeze_" in str(key[0]) or "resize_" in str(key[0]) for key, made in known.items() if made is not None)
+
+
+VIEWS: dict[str, Callable[[], Made]] = {
+    "view": one(ATEN.view.default, lambda: fake(4, 6), [2, 2, -1]),
+    "view of a part": one(ATEN.view.default, inside, [4, 2, 3]),
+    "view of none": one(ATEN.view.default, lambda: fake(0, 6), [3, 0]),
+    "view as another dtype is none of them": one(ATEN.view.dtype, lambda: fake(4, 6), torch.int32),
+    "unsqueezed": one(ATEN.unsqueeze.default, flipped, -2),
+    "squeezed": one(ATEN.squeeze.dims, lambda: fake(1, 4, 1), [0, 2]),
+    "transposed": one(ATEN.transpose.int, inside, 0, 1),
+    "permuted": one(ATEN.permute.default, lambda: fake(2, 1, 4), [2, 0, 1]),
+    "expanded": one(ATEN.expand.default, lambda: fake(1, 4), [3, 2, -1]),
+    "sliced": one(ATEN.slice.Tensor, flipped, 1, 1, 9, 2),
+    "selected": one(ATEN.select.int, inside, 0, -1),
+    "turned over": one(ATEN.t.default, lambda: fake(4)),
+    "not viewed": one(ATEN.view.default, flipped, [24]),
+    "out of range": one(ATEN.select.int, inside, 0, 9),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_is_what_fake_tensors_say(name: str) -> None:
+    func, args, kwargs = VIEWS[name]()
+    said: Any = None
+    try:
+        with FAKE:
+            said = described(func(*args, **kwargs), [args[0]])
+    except (RuntimeError, ValueError, IndexError) as error:
+        said = error
+    memo = Memo(FAKE, {})
+    if isinstance(said, Exception):
+        with pytest.raises(type(said), match=re.escape(str(said))), FAKE, torch.no_grad():
+            memo.run(func, args, kwargs)
+        return
+    with FAKE, torch.no_grad():
+        assert described(memo.run(func, args, kwargs), [args[0]]) == said
+        assert described(memo.run(func, args, kwargs), [args[0]]) == said  # and remembered
+
+
+def test_the_operators_that_are_views_are_those_that_torch_has() -> None:
+    """Asking a packet past its cache would put another object in the place of each."""
+    assert all(getattr(getattr(ATEN, view._schema.name.split("::")[1]), view._overloadname) is view for view in memory._VIEWS)
+    assert ATEN.detach.default in memory._VIEWS
