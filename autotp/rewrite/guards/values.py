@@ -14,37 +14,23 @@ import reprlib
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from itertools import chain
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy
-import torch
 from torch import Tensor, nn
 
 from autotp.errors import ChangedError
 from autotp.rewrite.guards.functions import kept_by
-from autotp.rewrite.guards.watchers import MISSING, Absent, Items, Kept, Kinds, One, Same, Watcher, copied
+from autotp.rewrite.guards.methods import code_of, methods_of, of_classes
+from autotp.rewrite.guards.plain import MOST, has_slots, is_equal, is_method_of_module, is_plain
+from autotp.rewrite.guards.watchers import MISSING, Absent, Items, Kept, Kinds, Methods, One, Same, Watcher, copied
 from autotp.trace.reading import Reading
 
-_PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType, type, bytes, complex, range, torch.dtype)
 _TABLES = frozenset(nn.Module().__dict__)  # hooks and the like, which others look at
-_MOST = 1024  # items of a list or dict
 _DEEPEST = 3  # settings in settings in settings
-
-
-def _plain(value: Any, floats: bool = False) -> bool:
-    if type(value) in (tuple, list, set, frozenset):
-        return len(value) < _MOST and all(_plain(v, True) for v in value)
-    if isinstance(value, dict):
-        return len(value) < _MOST and all(_plain(k, True) and _plain(v, True) for k, v in value.items())
-    if isinstance(value, partial):
-        return _plain(value.func)
-    if isinstance(value, float | numpy.floating) and not isinstance(value, Enum):
-        return floats
-    return type(value) in _PLAIN or isinstance(value, (Enum, numpy.generic))
 
 
 class Values:
@@ -70,7 +56,7 @@ class Values:
     def _switched(self) -> bool:
         """True where the values are those of another setting, which become those to watch for."""
         for values in self.settings:
-            if [one.get(one.object) for one in self.found[: len(values)]] == values:
+            if all(is_equal(one.get(one.object), value) for one, value in zip(self.found, values, strict=False)):
                 for one, value in zip(self.found, values, strict=False):  # entries share these: another one's may be current
                     one.values = value
                 return True
@@ -108,24 +94,29 @@ class Values:
 
     def _are_as_before(self) -> bool:
         try:
-            return all(one.get(one.object) == one.values for one in self.found)
-        except AttributeError:
+            for one in self.found:
+                now = one.get(one.object)
+                if now is not one.values and now != one.values:
+                    return False
+        except Exception:  # one is gone, or is something that cannot be compared
             return False
+        return True
 
     def _compare(self) -> None:
         for one in self.found:
             now = one.all(one.get(one.object)) if isinstance(one, Items) else [getattr(one.object, n, MISSING) for n in one.names]
             for name, old, new in zip(one.names, one.all(one.values), now, strict=True):
-                if name in one.wholes and new == one.wholes[name]:  # the model's own value, of which this rank has a part
+                changed = new is not MISSING and not is_equal(new, old)
+                if name in one.wholes and is_equal(new, one.wholes[name]):  # the model's own value, of which this rank has a part
                     setattr(one.object, name, old)
-                elif new is not MISSING and new != old and isinstance(one, Kept):
-                    raise ChangedError(_changed(f"{one.called} ({one.where.removesuffix('.') or 'the model'})", _brief(old), _brief(new)))
-                elif new is MISSING or new != old:
-                    raise ChangedError(_changed(one.where + name, _brief(old), "gone" if new is MISSING else _brief(new)))
+                elif new is MISSING or changed:
+                    raise ChangedError(_changed(one.told(name), _brief(old), "gone" if new is MISSING else _brief(new)))
 
 
 def _brief(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else reprlib.repr(value)
+    if is_method_of_module(value):  # whose own text is that of the whole module
+        return f"the method {value.__qualname__}"
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else " ".join(reprlib.repr(value).split())
 
 
 def _changed(name: str, before: str, now: str) -> str:
@@ -161,23 +152,29 @@ def watched(
 ) -> Iterator[tuple[str, Watcher]]:
     """Yields (path of a module, values of it or of its contents) to watch. `modules`: those that run on parts."""
     defaults: dict[tuple[type, bool], frozenset[str]] = {}
+    classes: dict[tuple[type, frozenset[str]], list[Methods]] = {}
     seen: set[tuple[int, str]] = set()  # blocks share the functions of their class
     for path, module in modules:
-        code = reading.of(type(module))
-        names = code.read - stored - code.own
+        cls = type(module)
+        code, reached = code_of(module, reading)
+        names = (code.read | reached) - stored - code.own
         tested = names if path in what.floats else code.tested - stored - code.own
         where = f"{path}." if path else ""
-        kind = type(module), path in what.floats
+        kind = cls, path in what.floats
         if kind not in defaults:
-            plain = (n for n in names if _plain(inspect.getattr_static(type(module), n, None), n in tested) and hasattr(type(module), n))
-            defaults[kind] = frozenset(n for n in plain if not callable(getattr(type(module), n)))
-        own = {n for n in _own_names(module, names) if _plain(module.__dict__[n], n in tested)}
-        own -= {n for n in own if hasattr(inspect.getattr_static(type(module), n, None), "__set__")}  # what guards it itself (`stash`)
+            found = {n: inspect.getattr_static(cls, n, None) for n in names if hasattr(cls, n)}
+            defaults[kind] = frozenset(n for n, v in found.items() if is_plain(v, n in tested) and not hasattr(type(v), "__get__"))
+        called = names & methods_of(cls)
+        if (cls, called) not in classes:
+            classes[cls, called] = list(of_classes(cls, called))
+        yield from ((path, one) for one in classes[cls, called])
+        own = {n for n in _own_names(module, names) if is_plain(module.__dict__[n], n in tested)} - {"forward"}
+        own -= {n for n in own if hasattr(inspect.getattr_static(cls, n, None), "__set__")}  # what guards it itself (`stash`)
         own |= defaults[kind] - module.__dict__.keys()
         wholes = {n: what.wholes[path, n] for n in own if (path, n) in what.wholes}
         if own:
             yield path, One(where, module, sorted(own), wholes)
-        methods = (names & _methods(type(module))) - module.__dict__.keys() - {"forward"}  # one of the instance would hide it
+        methods = called - module.__dict__.keys() - {"forward"}  # one of the instance would hide it
         if absent := frozenset(n for n in code.asked - stored - code.own if not hasattr(module, n)) | methods:
             yield path, Absent(where, module, absent)
         if mixed := [n for n in _own_names(module, names) if n not in own and _is_mixed(module.__dict__[n], module)]:
@@ -189,19 +186,19 @@ def watched(
             elif _holds_values(value) and name not in mixed:
                 yield path, Same(where + name, module, name, value)
                 yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
-        code_of = [inspect.getattr_static(type(module), n, None) for n in sorted((names & _methods(type(module))) | {"forward"})]
-        for function in (*code_of, *(module.__dict__[n] for n in _own_names(module, names))):
-            for called, holder, name, is_tested in kept_by(function):
+        functions = [inspect.getattr_static(cls, n, None) for n in sorted(called | {"forward"})]
+        for function in (*functions, *(module.__dict__[n] for n in _own_names(module, names))):
+            for said, holder, name, is_tested in kept_by(function):
                 held = getattr(holder, name)
-                if (id(holder), name) not in seen and (_plain(held, is_tested) or isinstance(held, nn.Module)):
+                if (id(holder), name) not in seen and (is_plain(held, is_tested) or isinstance(held, nn.Module)):
                     seen.add((id(holder), name))
-                    yield path, Kept(where, called, holder, name)
+                    yield path, Kept(where, said, holder, name)
         for (owner, name), value in what.originals.items():
             if owner == path and value is not module.__dict__.get(name):
                 yield from _of_object(path, f"{where}{name}.", value, names, names, reading)
         for name, child in _children(module):
             changes = reading.of(type(child)).own
-            inside = {n for n in _own_names(child, names) if _plain(child.__dict__[n], n in tested)} - changes
+            inside = {n for n in _own_names(child, names) if is_plain(child.__dict__[n], n in tested)} - changes - {"forward"}
             if inside:
                 yield path, One(f"{where}{name}.", child, sorted(inside))
             if absent := frozenset(n for n in code.asked - stored - changes if not hasattr(child, n)):
@@ -226,9 +223,9 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _is_mixed(value: object, module: nn.Module) -> bool:
     """True for a container of other things than plain values, and for a method of an object that is no module."""
     if isinstance(value, MethodType):
-        return not isinstance(value.__self__, nn.Module)
+        return not is_method_of_module(value)
     if isinstance(value, (list, tuple, dict, deque)):
-        return bool(value) and len(value) < _MOST and not any(isinstance(v, nn.Module) for v in _leaves(value))
+        return bool(value) and len(value) < MOST and not any(isinstance(v, nn.Module) for v in _leaves(value))
     return isinstance(value, numpy.ndarray)
 
 
@@ -242,9 +239,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _holds_values(value: object) -> bool:
     """True for settings, for a function with arguments, and for a module that another one holds beside its children."""
-    kind = type(value)
-    slots = hasattr(kind, "__slots__") and kind.__module__ != "builtins" and not kind.__module__.startswith("torch")
-    return (hasattr(value, "__dict__") or slots) and not isinstance(value, (Tensor, type, FunctionType, MethodType))
+    return (hasattr(value, "__dict__") or has_slots(type(value))) and not isinstance(value, (Tensor, type, FunctionType, MethodType))
 
 
 def _of_object(
@@ -254,24 +249,19 @@ def _of_object(
     if isinstance(value, partial):
         names = names | {"keywords", "args"}
     elif not isinstance(value, nn.Module):
-        own = reading.of_methods(type(value), (names | {"__call__"}) & _methods(type(value)))
+        own = reading.of_methods(type(value), (names | {"__call__"}) & methods_of(type(value)))
         names, tested = names | (own.read - own.stored - own.own), tested | own.tested
-    found: list[str] = []
-    for name in sorted(names):
+        yield from ((path, one) for one in of_classes(type(value), names | {"__call__"}))
+    found = [] if isinstance(value, (nn.Module, type)) else ["__class__"]
+    for name in sorted(names - {"__class__"}):
         try:
             held = getattr(value, name)
         except Exception:  # a property of the user's may raise anything
             continue
-        if _plain(held, name in tested):
+        if is_plain(held, name in tested) and getattr(held, "__self__", None) is not value:
             found.append(name)
         elif depth < _DEEPEST and name in getattr(value, "__dict__", {}) and _holds_values(held) and not isinstance(held, nn.Module):
             yield path, Same(where + name, value, name, held)
             yield from _of_object(path, f"{where}{name}.", held, names, tested, reading, depth + 1)
     if found:
         yield path, One(where, value, found)
-
-
-def _methods(cls: type) -> frozenset[str]:
-    """The names of the methods and properties that a class has from code in Python."""
-    kinds = (FunctionType, property, staticmethod, classmethod)
-    return frozenset(n for c in cls.__mro__ for n, f in vars(c).items() if isinstance(f, kinds))
