@@ -19,7 +19,7 @@ from autotp.plan.plan import Plan
 from autotp.plan.spec import ModulePlan
 from autotp.planner.assemble import Draft
 from autotp.trace.graph import Pseudo
-from autotp.trace.reading import is_container
+from autotp.trace.reading import is_container, is_list
 
 _TABLES = frozenset(nn.Module().__dict__) - {"training"}
 
@@ -49,7 +49,7 @@ def with_uncalled(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
 def _idle(model: nn.Module, called: Mapping[str, nn.Module]) -> Iterator[str]:
     """Yields the modules that no traced call ran though the module did whose code reaches them."""
     for path, module in model.named_modules():
-        if not path or path in called or is_container(module):
+        if not path or path in called or is_list(module):
             continue
         owner = path.rpartition(".")[0]
         while owner and is_container(model.get_submodule(owner)):

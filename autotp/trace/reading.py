@@ -63,6 +63,30 @@ def is_container(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward and "forward" not in module.__dict__
 
 
+def is_list(module: nn.Module) -> bool:
+    """True for such a one of a class of torch's or made of one, and without methods: code reaches no more than the modules in it."""
+    return is_container(module) and (isinstance(module, nn.ModuleList | nn.ModuleDict) or not methods_outside(type(module)))
+
+
+#: Packages whose classes nobody changes between two calls.
+_OTHERS = frozenset(("torch", "builtins", "abc", "typing", "functools"))
+
+
+def outside(cls: type) -> tuple[type, ...]:
+    """Returns a class and its bases as far as they are not torch's or Python's."""
+    return tuple(c for c in cls.__mro__ if c.__module__.partition(".")[0] not in _OTHERS)
+
+
+def own_methods(cls: type) -> frozenset[str]:
+    """Returns the names of the methods and properties in the body of a class."""
+    return frozenset(n for n, f in vars(cls).items() if isinstance(f, FunctionType | property | staticmethod | classmethod))
+
+
+def methods_outside(cls: type) -> frozenset[str]:
+    """Returns the names of the methods and properties that a class has from other code than torch's or Python's."""
+    return frozenset().union(*map(own_methods, outside(cls))) - {"__init__"}
+
+
 class Reading:
     """Finds the names in the code of classes; each class is read once."""
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import FunctionType
 
 from torch import nn
 
 from autotp.rewrite.guards.watchers import Methods
-from autotp.trace.reading import Names, Reading
+from autotp.trace.reading import Names, Reading, is_container, is_list, methods_outside, outside, own_methods
 
-_KINDS = (FunctionType, property, staticmethod, classmethod)
-_OTHERS = frozenset(("torch", "builtins", "abc", "typing", "functools"))  # whose classes nobody changes between two calls
+_DEEPEST = 4  # modules in modules that code calls methods of
 
 
 def methods_of(cls: type) -> frozenset[str]:
     """Returns the names of the methods and properties that a class has from code in Python."""
-    return frozenset(n for c in cls.__mro__ for n in _own(c))
-
-
-def _own(cls: type) -> Iterator[str]:
-    return (n for n, f in vars(cls).items() if isinstance(f, _KINDS))
+    return frozenset().union(*map(own_methods, cls.__mro__))
 
 
 def code_of(module: nn.Module, reading: Reading) -> tuple[Names, frozenset[str]]:
@@ -33,10 +27,28 @@ def code_of(module: nn.Module, reading: Reading) -> tuple[Names, frozenset[str]]
     if not code.computed:
         return code, frozenset()
     texts = frozenset(v for v in module.__dict__.values() if isinstance(v, str))
-    reached = frozenset(n for c in cls.__mro__ if c.__module__ == cls.__module__ for n in _own(c) if not n.startswith("__"))
-    reached |= texts.intersection((*module.__dict__, *(n for c in _watched(cls) for n in _own(c))))
-    reached = reached.difference(vars(nn.Module))
+    reached = frozenset().union(*(own_methods(c) for c in cls.__mro__ if c.__module__ == cls.__module__))
+    reached = frozenset(n for n in reached if not n.startswith("__")).difference(vars(nn.Module))
+    reached |= texts.intersection((*module.__dict__, *methods_outside(cls)))
     return reading.of_methods(cls, reached | {"forward"}), reached
+
+
+def below(module: nn.Module, names: frozenset[str], reading: Reading, depth: int = 0) -> Iterator[tuple[str, nn.Module, Names]]:
+    """Yields the modules in one that its code reaches by an attribute, and those in lists and dicts of modules there.
+
+    With each the names in the code of those of its methods that `names` are of: it runs as code of the module above.
+    """
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        code = reading.of_methods(type(child), names & methods_outside(type(child)) - {"forward"})
+        if not is_list(child):
+            yield name, child, code
+        if is_container(child) or (depth < _DEEPEST and (depth or name in names)):
+            inner = names | code.read
+            for inside, other, its in below(child, inner, reading, depth + (not is_container(child))):
+                if is_container(child) or inside.partition(".")[0] in inner:
+                    yield f"{name}.{inside}", other, its
 
 
 def of_classes(cls: type, names: frozenset[str]) -> Iterator[Methods]:
@@ -44,7 +56,7 @@ def of_classes(cls: type, names: frozenset[str]) -> Iterator[Methods]:
 
     Its forward is watched elsewhere.
     """
-    found = {c: names.intersection(_own(c)) for c in _watched(cls)}
+    found = {c: names & own_methods(c) for c in outside(cls)}
     for c, own in found.items():
         every = own.union(*found.values()) - {"forward"} if c is cls else own
         kept = [
@@ -52,7 +64,3 @@ def of_classes(cls: type, names: frozenset[str]) -> Iterator[Methods]:
         ]  # what is made anew at each access cannot be compared
         if kept:
             yield Methods(c, kept)
-
-
-def _watched(cls: type) -> Iterator[type]:
-    return (c for c in cls.__mro__ if c.__module__.partition(".")[0] not in _OTHERS)

@@ -28,7 +28,7 @@ from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.modules.classes import BASE
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.trace.forms import class_name
-from autotp.trace.reading import Reading, is_container
+from autotp.trace.reading import Reading, is_container, is_list
 
 #: By which code goes over the modules in its own.
 _ALL_OF_THEM = ("_modules", "children", "modules", "named_children", "named_modules")
@@ -137,7 +137,7 @@ class Structure:
                     f"{path}, a {_name(type(new))}, was added after parallelize to a module that runs on a rank's part, and {why}. "
                     f"{_ADVICE}"
                 )
-        elif is_container(old) and is_container(new):
+        elif is_list(old) and is_list(new):
             for name in dict.fromkeys((*old._modules, *new._modules)):
                 one, other = old._modules.get(name), new._modules.get(name)
                 if one is not other:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from autotp.errors import ChangedError
 from autotp.rewrite.guards.functions import kept_by
-from autotp.rewrite.guards.methods import code_of, methods_of, of_classes
+from autotp.rewrite.guards.methods import below, code_of, methods_of, of_classes
 from autotp.rewrite.guards.plain import MOST, has_slots, is_equal, is_method_of_module, is_plain
 from autotp.rewrite.guards.watchers import MISSING, Absent, Items, Kept, Kinds, Methods, One, Same, Watcher, copied
-from autotp.trace.reading import Reading
+from autotp.trace.reading import Reading, methods_outside
 
 _TABLES = frozenset(nn.Module().__dict__)  # hooks and the like, which others look at
+_OURS = "autotp.rewrite."
 _DEEPEST = 3  # settings in settings in settings
 
 
@@ -151,76 +152,93 @@ def watched(
     modules: Iterable[tuple[str, nn.Module]], reading: Reading, stored: frozenset[str], what: Watched
 ) -> Iterator[tuple[str, Watcher]]:
     """Yields (path of a module, values of it or of its contents) to watch. `modules`: those that run on parts."""
-    defaults: dict[tuple[type, bool], frozenset[str]] = {}
-    classes: dict[tuple[type, frozenset[str]], list[Methods]] = {}
-    seen: set[tuple[int, str]] = set()  # blocks share the functions of their class
+    look = _Look(reading)
+    wholes: dict[str, dict[str, int]] = defaultdict(dict)
+    for (owner, name), value in what.wholes.items():
+        wholes[owner][name] = value
     for path, module in modules:
-        cls = type(module)
         code, reached = code_of(module, reading)
-        names = (code.read | reached) - stored - code.own
-        tested = names if path in what.floats else code.tested - stored - code.own
+        ours = stored | code.own
+        names = (code.read | reached) - ours
+        tested = names if path in what.floats else code.tested - ours
         where = f"{path}." if path else ""
-        kind = cls, path in what.floats
-        if kind not in defaults:
-            found = {n: inspect.getattr_static(cls, n, None) for n in names if hasattr(cls, n)}
-            defaults[kind] = frozenset(n for n, v in found.items() if is_plain(v, n in tested) and not hasattr(type(v), "__get__"))
-        called = names & methods_of(cls)
-        if (cls, called) not in classes:
-            classes[cls, called] = list(of_classes(cls, called))
-        yield from ((path, one) for one in classes[cls, called])
-        own = {n for n in _own_names(module, names) if is_plain(module.__dict__[n], n in tested)} - {"forward"}
-        own -= {n for n in own if hasattr(inspect.getattr_static(cls, n, None), "__set__")}  # what guards it itself (`stash`)
-        own |= defaults[kind] - module.__dict__.keys()
-        wholes = {n: what.wholes[path, n] for n in own if (path, n) in what.wholes}
-        if own:
-            yield path, One(where, module, sorted(own), wholes)
-        methods = called - module.__dict__.keys() - {"forward"}  # one of the instance would hide it
-        if absent := frozenset(n for n in code.asked - stored - code.own if not hasattr(module, n)) | methods:
-            yield path, Absent(where, module, absent)
-        if mixed := [n for n in _own_names(module, names) if n not in own and _is_mixed(module.__dict__[n], module)]:
-            yield path, Kinds(where, module, mixed)
-        for name in _own_names(module, names):
-            value = module.__dict__[name]
-            if isinstance(value, type):
-                yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
-            elif _holds_values(value) and name not in mixed:
-                yield path, Same(where + name, module, name, value)
-                yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
-        functions = [inspect.getattr_static(cls, n, None) for n in sorted(called | {"forward"})]
-        for function in (*functions, *(module.__dict__[n] for n in _own_names(module, names))):
-            for said, holder, name, is_tested in kept_by(function):
-                held = getattr(holder, name)
-                if (id(holder), name) not in seen and (is_plain(held, is_tested) or isinstance(held, nn.Module)):
-                    seen.add((id(holder), name))
-                    yield path, Kept(where, said, holder, name)
+        called = names & methods_of(type(module))
+        yield from ((path, one) for one in look.at(module, where, names, tested, code.asked - ours, called, wholes[path]))
         for (owner, name), value in what.originals.items():
             if owner == path and value is not module.__dict__.get(name):
-                yield from _of_object(path, f"{where}{name}.", value, names, names, reading)
-        for name, child in _children(module):
-            changes = reading.of(type(child)).own
-            inside = {n for n in _own_names(child, names) if is_plain(child.__dict__[n], n in tested)} - changes - {"forward"}
-            if inside:
-                yield path, One(f"{where}{name}.", child, sorted(inside))
-            if absent := frozenset(n for n in code.asked - stored - changes if not hasattr(child, n)):
-                yield path, Absent(f"{where}{name}.", child, absent)
+                yield from ((path, one) for one in _of_object(f"{where}{name}.", value, names, names, reading))
+        for name, child, its in below(module, names, reading):
+            ours = stored | its.own | reading.of(type(child)).own
+            called = names & methods_outside(type(child)) - {"forward"}
+            asked = (code.asked | its.asked) - ours
+            its_names, its_tested, its_wholes = (names | its.read) - ours, (tested | its.tested) - ours, wholes[f"{where}{name}"]
+            yield from ((path, one) for one in look.at(child, f"{where}{name}.", its_names, its_tested, asked, called, its_wholes))
+
+
+class _Look:
+    """Finds what to watch at a module."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.seen: set[tuple[int, str]] = set()  # blocks share the functions of their class
+        self.defaults: dict[tuple[type, frozenset[str], frozenset[str]], frozenset[str]] = {}
+        self.classes: dict[tuple[type, frozenset[str]], list[Methods]] = {}
+
+    def at(
+        self,
+        module: nn.Module,
+        where: str,
+        names: frozenset[str],
+        tested: frozenset[str],
+        asked: frozenset[str],
+        called: frozenset[str],
+        wholes: Mapping[str, int],
+    ) -> Iterator[Watcher]:
+        """Yields the watchers of a module for code that reads `names`, and runs the methods `called`."""
+        cls, attributes = type(module), module.__dict__
+        if (cls, called) not in self.classes:
+            self.classes[cls, called] = list(of_classes(cls, called))
+        yield from self.classes[cls, called]
+        own = {n for n in _own_names(module, names) if is_plain(attributes[n], n in tested)} - {"forward"}
+        own -= {n for n in own if hasattr(inspect.getattr_static(cls, n, None), "__set__")}  # what guards it itself (`stash`)
+        own |= self._defaults(cls, names, tested) - attributes.keys()
+        if own:
+            yield One(where, module, sorted(own), {n: wholes[n] for n in own & wholes.keys()})
+        methods = called - attributes.keys() - {"forward"}  # one of the instance would hide it
+        if absent := frozenset(n for n in asked if not hasattr(module, n)) | methods:
+            yield Absent(where, module, absent)
+        if mixed := [n for n in _own_names(module, names) if n not in own and _is_mixed(attributes[n])]:
+            yield Kinds(where, module, mixed)
+        for name in _own_names(module, names):
+            value = attributes[name]
+            if isinstance(value, type):
+                yield from _of_object(f"{where}{name}.", value, names, tested, self.reading)
+            elif _holds_values(value) and name not in mixed:
+                yield Same(where + name, module, name, value)
+                yield from _of_object(f"{where}{name}.", value, names, tested, self.reading)
+        functions = [inspect.getattr_static(cls, n, None) for n in sorted(called | {"forward"})]
+        for function in (*functions, *(attributes[n] for n in _own_names(module, names))):
+            for said, holder, name, is_tested in kept_by(function):
+                held = getattr(holder, name)
+                if (id(holder), name) not in self.seen and (is_plain(held, is_tested) or isinstance(held, nn.Module)):
+                    self.seen.add((id(holder), name))
+                    yield Kept(where, said, holder, name)
+
+    def _defaults(self, cls: type, names: frozenset[str], tested: frozenset[str]) -> frozenset[str]:
+        key = cls, names, tested
+        if key not in self.defaults:
+            found = {n: inspect.getattr_static(cls, n, None) for n in names if hasattr(cls, n)}
+            self.defaults[key] = frozenset(n for n, v in found.items() if is_plain(v, n in tested) and not hasattr(type(v), "__get__"))
+        return self.defaults[key]
 
 
 def _own_names(module: nn.Module, names: frozenset[str]) -> list[str]:
-    return [n for n in module.__dict__ if n in names and n not in _TABLES and not n.startswith("_autotp")]
+    """The names of its attributes, without those that the rewrite put there."""
+    found = [n for n in module.__dict__ if n in names and n not in _TABLES and not n.startswith("_autotp")]
+    return [n for n in found if not type(module.__dict__[n]).__module__.startswith(_OURS)]
 
 
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that its code can reach by an attribute, and those in lists and dicts of modules there."""
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        if type(child).forward is nn.Module.forward:
-            yield from ((f"{name}.{n}", m) for n, m in _children(child))
-        else:
-            yield name, child
-
-
-def _is_mixed(value: object, module: nn.Module) -> bool:
+def _is_mixed(value: object) -> bool:
     """True for a container of other things than plain values, and for a method of an object that is no module."""
     if isinstance(value, MethodType):
         return not is_method_of_module(value)
@@ -243,15 +261,15 @@ def _holds_values(value: object) -> bool:
 
 
 def _of_object(
-    path: str, where: str, value: Any, names: frozenset[str], tested: frozenset[str], reading: Reading, depth: int = 0
-) -> Iterator[tuple[str, Watcher]]:
+    where: str, value: Any, names: frozenset[str], tested: frozenset[str], reading: Reading, depth: int = 0
+) -> Iterator[Watcher]:
     """Yields the values in an object: those that the code reads itself, and those that the methods read that the code names."""
     if isinstance(value, partial):
         names = names | {"keywords", "args"}
     elif not isinstance(value, nn.Module):
         own = reading.of_methods(type(value), (names | {"__call__"}) & methods_of(type(value)))
         names, tested = names | (own.read - own.stored - own.own), tested | own.tested
-        yield from ((path, one) for one in of_classes(type(value), names | {"__call__"}))
+        yield from of_classes(type(value), names | {"__call__"})
     found = [] if isinstance(value, (nn.Module, type)) else ["__class__"]
     for name in sorted(names - {"__class__"}):
         try:
@@ -261,7 +279,7 @@ def _of_object(
         if is_plain(held, name in tested) and getattr(held, "__self__", None) is not value:
             found.append(name)
         elif depth < _DEEPEST and name in getattr(value, "__dict__", {}) and _holds_values(held) and not isinstance(held, nn.Module):
-            yield path, Same(where + name, value, name, held)
-            yield from _of_object(path, f"{where}{name}.", held, names, tested, reading, depth + 1)
+            yield Same(where + name, value, name, held)
+            yield from _of_object(f"{where}{name}.", held, names, tested, reading, depth + 1)
     if found:
-        yield path, One(where, value, found)
+        yield One(where, value, found)

@@ -474,6 +474,61 @@ def in_class(name: str, value: Any, above: int = 0) -> Callable[[Any], Any]:
     return change
 
 
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed, self.options = False, Switch()
+
+    def step(self) -> bool:
+        return self.mixed or self.options.on()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Outer(nn.Module):
+    """Has methods that code of the module above calls, and a module with such methods; it has no forward."""
+
+    kept = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def step(self) -> bool:
+        return self.inner.step() or getattr(self, "extra", False)
+
+    @property
+    def also(self) -> bool:
+        return self.kept
+
+
+class CallsMethods(Reads):
+    """Calls methods of modules in it, rather than the modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.rest, self.inner = Outer(), nn.ModuleList([Inner()]), Inner()
+
+    def asks(self) -> Any:
+        return self.outer.step() or self.outer.also or self.rest[0].step() or self.inner.step()
+
+
+def inner_patched() -> Any:
+    """A model with a module of a class of its own."""
+
+    class Own(Inner):
+        pass
+
+    model = CallsMethods()
+    model.inner = Own()
+    return model
+
+
+def in_class_of_inner(model: Any) -> None:
+    type(model.inner).step = lambda self: True
+
+
 def in_class_of_settings(model: Any) -> None:
     type(model.options).on = lambda self: True
 
@@ -720,6 +775,28 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     "a class method of its class": (patched, in_class("of_class", classmethod(lambda cls: True)), "Patched.of_class was <bound method"),
     "a method that a method below calls": (patched_below, in_class("step", lambda self: True, above=1), "Root.step was <function"),
     "a method of the class of settings": (patched_settings, in_class_of_settings, "Own.on was <function"),
+    "a method of a module in it": (CallsMethods, lambda m: setattr(m.inner, "step", lambda: True), "inner.step was not there"),
+    "a method of a module in a list": (CallsMethods, lambda m: setattr(m.rest[0], "step", lambda: True), "rest.0.step was not there"),
+    "a method of a module in a module": (
+        CallsMethods,
+        lambda m: setattr(m.outer.inner, "step", lambda: True),
+        "outer.inner.step was not there",
+    ),
+    "a method of the class of a module": (inner_patched, in_class_of_inner, "step was <function"),
+    "a flag that such a method reads": (CallsMethods, lambda m: setattr(m.inner, "mixed", True), "inner.mixed was False"),
+    "a flag that such a method of a module in a module reads": (
+        CallsMethods,
+        lambda m: setattr(m.outer.inner, "mixed", True),
+        "outer.inner.mixed was False",
+    ),
+    "settings that such a method reads": (CallsMethods, lambda m: setattr(m.rest[0].options, "mixed", True), "rest.0.options.also was"),
+    "what such a method asks for": (CallsMethods, lambda m: setattr(m.outer, "extra", True), "outer.extra was not there"),
+    "what a property of such a module reads": (CallsMethods, lambda m: setattr(m.outer, "kept", True), "outer.kept was False"),
+    "another module with such methods": (
+        CallsMethods,
+        lambda m: setattr(m, "outer", Outer()),
+        "outer was a Outer when the model was made parallel, is another Outer now, and no call that was traced ran it",
+    ),
     "a class where its class has one": (patched, lambda m: setattr(m, "kept", lambda: True), "kept was <class 'bool'>"),
     "another module for one that no call ran": (
         lambda: Idle("class"),
@@ -771,6 +848,7 @@ HARMLESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda m: setattr(m, "source", torch.Generator().manual_seed(1)),
     ),
     "a method that no code reads": (patched, lambda m: (in_class("unread", lambda self: True)(m), setattr(m, "unread", lambda: True))),
+    "a method of a module in it that no code calls": (CallsMethods, lambda m: setattr(m.inner, "other", lambda: True)),
     "another module of whole values": (AsksOfWhole, lambda m: setattr(m, "first", nn.Tanh())),
     "what no code reads": (Reads, lambda m: setattr(m, "note", "x")),
 }
@@ -842,7 +920,9 @@ def test_a_variable_that_a_forward_changes_is_its_own() -> None:
     values.check()
 
 
-@pytest.mark.parametrize("name", ["a dict", "a method that is a setting", "a slice", "a method of its class", "the class of settings"])
+@pytest.mark.parametrize(
+    "name", ["a dict", "a method that is a setting", "a slice", "a method of its class", "a flag that such a method reads"]
+)
 def test_without_the_guards_it_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
     monkeypatch.setattr(entry, "watched", lambda *_: iter(()))
