@@ -156,9 +156,13 @@ def watched(
     wholes: dict[str, dict[str, int]] = defaultdict(dict)
     for (owner, name), value in what.wholes.items():
         wholes[owner][name] = value
-    for path, module in modules:
-        code, reached = code_of(module, reading)
-        ours = stored | code.own
+    read = [(path, module, *code_of(module, reading)) for path, module in modules]
+    inside = [list(below(module, (code.read | reached) - stored, reading)) for _, module, code, reached in read]
+    theirs: dict[int, frozenset[str]] = defaultdict(frozenset)  # what methods store that code above calls
+    for _, child, its in chain.from_iterable(inside):
+        theirs[id(child)] |= its.own
+    for (path, module, code, reached), modules_inside in zip(read, inside, strict=True):
+        ours = stored | code.own | theirs[id(module)]
         names = (code.read | reached) - ours
         tested = names if path in what.floats else code.tested - ours
         where = f"{path}." if path else ""
@@ -167,8 +171,8 @@ def watched(
         for (owner, name), value in what.originals.items():
             if owner == path and value is not module.__dict__.get(name):
                 yield from ((path, one) for one in _of_object(f"{where}{name}.", value, names, names, reading))
-        for name, child, its in below(module, names, reading):
-            ours = stored | its.own | reading.of(type(child)).own
+        for name, child, its in modules_inside:
+            ours = stored | reading.of(type(child)).own | theirs[id(child)]
             called = names & methods_outside(type(child)) - {"forward"}
             asked = (code.asked | its.asked) - ours
             its_names, its_tested, its_wholes = (names | its.read) - ours, (tested | its.tested) - ours, wholes[f"{where}{name}"]

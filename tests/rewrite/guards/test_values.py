@@ -477,13 +477,14 @@ def in_class(name: str, value: Any, above: int = 0) -> Callable[[Any], Any]:
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.mixed, self.options = False, Switch()
+        self.mixed, self.options, self.calls = False, Switch(), 0
 
     def step(self) -> bool:
+        self.steps = self.calls = getattr(self, "steps", 0) + 1
         return self.mixed or self.options.on()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        return x * min(self.calls, 1)
 
 
 class Outer(nn.Module):
@@ -512,6 +513,9 @@ class CallsMethods(Reads):
 
     def asks(self) -> Any:
         return self.outer.step() or self.outer.also or self.rest[0].step() or self.inner.step()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.inner(self.a(x)).mean() * 0
 
 
 def inner_patched() -> Any:
