@@ -291,10 +291,10 @@ class PlanSpec:
     ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
     boundaries: path of a module → its tensors that code outside of it does not get whole (`autotp.planner.boundaries`). inside:
     path of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is
-    known. swapped: (path, class) of each module that a forward put in place of another while tracing. untrained: why calls in
-    training mode are refused, "" where they were traced. copies: path of a module → its results that callers get gathered or
-    summed, while code inside goes on with the part. settings: names of settings of the model's adapters that were traced beside
-    the one that it has. tokens: where hidden states may stay in token
+    known. swapped: (path, class) of each module that a forward put in place of another while tracing. idle: modules that no traced
+    call ran, in modules that one did. untrained: why calls in training mode are refused, "" where they were traced. copies: path of
+    a module → its results that callers get gathered or summed, while code inside goes on with the part. settings: names of settings
+    of the model's adapters that were traced beside the one that it has. tokens: where hidden states may stay in token
     parts. together: groups of Linears that read one tensor. least_scattered: bytes of a sum from which a SCATTER scatters it; a
     smaller one is all-reduced.
     """
@@ -312,6 +312,7 @@ class PlanSpec:
     boundaries: Mapping[str, tuple[Boundary, ...]] = field(default_factory=dict)
     inside: Mapping[str, Forms] = field(default_factory=dict)
     swapped: frozenset[tuple[str, str]] = frozenset()
+    idle: frozenset[str] = frozenset()
     untrained: str = ""
     copies: Mapping[str, tuple[tuple[str | int, ...], ...]] = field(default_factory=dict)
     settings: frozenset[str] = frozenset()

@@ -19,13 +19,15 @@ from autotp.plan.plan import Plan
 from autotp.plan.spec import ModulePlan
 from autotp.planner.assemble import Draft
 from autotp.trace.graph import Pseudo
+from autotp.trace.reading import is_container, is_list
 
 _TABLES = frozenset(nn.Module().__dict__) - {"training"}
 
 
 def with_uncalled(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
-    """Returns `plan` with an entry for each module that owns a sharded parameter and that no traced call ran."""
+    """Returns `plan` with an entry for each module that owns a sharded parameter and that no traced call ran, and with all idle ones."""
     called = _called(draft, model)
+    plan = replace(plan, idle=frozenset(_idle(model, called)))
     plans = {m.path: m for m in plan.modules}
     complete = {path: module for path, module in called.items() if not module._modules and _complete(path, draft, plans)}
     more: list[ModulePlan] = []
@@ -42,6 +44,18 @@ def with_uncalled(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
         return plan
     fresh = {m.path for m in more}
     return replace(plan, modules=(*(m for m in plan.modules if m.path not in fresh), *more))
+
+
+def _idle(model: nn.Module, called: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yields the modules that no traced call ran though the module did whose code reaches them."""
+    for path, module in model.named_modules():
+        if not path or path in called or is_list(module):
+            continue
+        owner = path.rpartition(".")[0]
+        while owner and is_container(model.get_submodule(owner)):
+            owner = owner.rpartition(".")[0]
+        if owner in called:
+            yield path
 
 
 def _join(path: str, name: str) -> str:

@@ -316,7 +316,7 @@ def _places(plan: Plan) -> Places:
     for path in changed | inner | {u.owner for m in plan.modules for u in m.uses}:
         touched.update(_above(path))
     local = frozenset((m.path, a.path.rpartition(".")[2]) for m in plan.modules for a in m.attributes)
-    return Places(inner, runs, frozenset(changed | runs), frozenset(touched), plan.swapped, local)
+    return Places(inner, runs, frozenset(changed | runs), frozenset(touched), plan.swapped, local, plan.idle)
 
 
 def _floats(plan: Plan, paths: Collection[str]) -> frozenset[str]:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -38,20 +39,52 @@ class Names:
 
     stored: that are stored or deleted, in other objects than the module itself. own: in the module itself. asked: that need not be
     there, because it uses `getattr` and its like, or expects an AttributeError. tested: that a condition is about, as far as can be
-    told.
+    told. classed: whose class is asked for (`isinstance(self.norm, nn.Identity)`). computed: there may be others, as the code computes
+    the name that it gives to `getattr`.
     """
 
+    computed: bool
     read: frozenset[str]
     stored: frozenset[str]
     own: frozenset[str]
     asked: frozenset[str]
     tested: frozenset[str]
+    classed: frozenset[str]
 
 
 def has_forward_of(cls: type[nn.Module], base: type[nn.Module]) -> bool:
     """True where a class has the forward that torch wrote for `base`, and not one that a library has put there."""
     forward: Any = cls.forward
     return forward is base.forward and (forward.__module__, forward.__qualname__) == (base.__module__, f"{base.__qualname__}.forward")
+
+
+def is_container(module: nn.Module) -> bool:
+    """True for lists and dicts of modules, which are not called themselves."""
+    return type(module).forward is nn.Module.forward and "forward" not in module.__dict__
+
+
+def is_list(module: nn.Module) -> bool:
+    """True for such a one of a class of torch's or made of one, and without methods: code reaches no more than the modules in it."""
+    return is_container(module) and (isinstance(module, nn.ModuleList | nn.ModuleDict) or not methods_outside(type(module)))
+
+
+#: Packages whose classes nobody changes between two calls.
+_OTHERS = frozenset(("torch", "builtins", "abc", "typing", "functools"))
+
+
+def outside(cls: type) -> tuple[type, ...]:
+    """Returns a class and its bases as far as they are not torch's or Python's."""
+    return tuple(c for c in cls.__mro__ if c.__module__.partition(".")[0] not in _OTHERS)
+
+
+def own_methods(cls: type) -> frozenset[str]:
+    """Returns the names of the methods and properties in the body of a class."""
+    return frozenset(n for n, f in vars(cls).items() if isinstance(f, FunctionType | property | staticmethod | classmethod))
+
+
+def methods_outside(cls: type) -> frozenset[str]:
+    """Returns the names of the methods and properties that a class has from other code than torch's or Python's."""
+    return frozenset().union(*map(own_methods, outside(cls))) - {"__init__"}
 
 
 class Reading:
@@ -82,15 +115,17 @@ def _function_of(found: Any) -> Any:
 class _Facts:
     """Holds the names in the bytecode of one function, and of the functions inside of it.
 
-    own: names that it stores in its first argument. called: names of globals. asked: as in `Names`.
+    own: names that it stores in its first argument. called: names of globals. The others: as in `Names`.
     """
 
+    computed: bool
     read: tuple[str, ...]
     stored: tuple[str, ...]
     own: tuple[str, ...]
     called: tuple[str, ...]
     asked: tuple[str, ...]
     tested: tuple[str, ...]
+    classed: tuple[str, ...]
 
 
 @lru_cache(maxsize=4096)  # code does not change, and that of a library's classes is read for every model of theirs
@@ -101,12 +136,16 @@ def _facts(code: CodeType) -> _Facts:
     called: list[str] = []
     asked: list[str] = []
     tested: list[str] = []
+    of_class: list[str] = []
+    computed = False
     for inner in _codes(code):
         found = [i for i in dis.get_instructions(inner) if i.opname not in IGNORED]
         loads: list[str] = []
         for at, i in enumerate(found):
             if i.opname in _LOADS:
                 loads.append(i.argval)
+                if i.argval == "__class__" and at and found[at - 1].opname in _LOADS:
+                    of_class.append(found[at - 1].argval)
                 if any(map(tests, found[at + 1 : at + 1 + NEAR])):
                     tested.append(i.argval)
             elif i.opname in _STORES:
@@ -114,12 +153,28 @@ def _facts(code: CodeType) -> _Facts:
                 (own if in_self else stored).append(i.argval)
             elif i.opname == "LOAD_GLOBAL":
                 called.append(i.argval)
+                computed = computed or (i.argval == "getattr" and _computes(found[at + 1 :]))
+                if i.argval in ("isinstance", "type"):
+                    of_class += [j.argval for j in _chain(found[at + 1 :])[-1:]]
         read += loads
         if not _ASKING.isdisjoint(inner.co_names):
             asked += [c for c in inner.co_consts if isinstance(c, str) and c.isidentifier()]
         if "AttributeError" in inner.co_names:
             asked += loads
-    return _Facts(*(tuple(dict.fromkeys(names)) for names in (read, stored, own, called, asked, tested)))
+    each = [tuple(dict.fromkeys(names)) for names in (read, stored, own, called, asked, tested, of_class)]
+    return _Facts(computed, *each)
+
+
+def _chain(found: list[dis.Instruction]) -> list[dis.Instruction]:
+    """Returns the loads of attributes of the first argument of a call, `self.a.b`; `found`: what follows the load of its function."""
+    return list(takewhile(lambda i: i.opname in _LOADS, found[1:]))
+
+
+def _computes(found: list[dis.Instruction]) -> bool:
+    """True where the second argument of a call is no constant, as far as can be told."""
+    given = list(takewhile(lambda i: not i.opname.startswith("CALL"), found))
+    rest = given[1 + len(_chain(found)) :]
+    return not rest or rest[0].opname != "LOAD_CONST" or any(i.opname in ("BUILD_STRING", "BINARY_OP") for i in rest)
 
 
 def _names(cls: type, todo: list[Any]) -> Names:
@@ -128,6 +183,8 @@ def _names(cls: type, todo: list[Any]) -> Names:
     stored: set[str] = set()
     own: set[str] = set()
     tested: set[str] = set()
+    of_class: set[str] = set()
+    computed = False
     seen: set[CodeType] = set()
     while todo and len(seen) < _MOST:
         function = todo.pop()
@@ -138,10 +195,12 @@ def _names(cls: type, todo: list[Any]) -> Names:
             read.update(facts.read)
             asked.update(facts.asked)
             tested.update(facts.tested)
+            of_class.update(facts.classed)
+            computed = computed or facts.computed
             stored.update(facts.stored)
             is_method = any(function is _function_of(f) for c in cls.__mro__ for f in (vars(c).get(function.__name__),) if f is not None)
             (own if is_method else stored).update(facts.own)
-    return Names(frozenset(read | asked), frozenset(stored), frozenset(own), frozenset(asked), frozenset(tested))
+    return Names(computed, *map(frozenset, (read | asked, stored, own, asked, tested, of_class)))
 
 
 def _functions(function: FunctionType, cls: type, facts: _Facts) -> Iterator[Any]:

@@ -25,10 +25,13 @@ from torch import nn
 from autotp.digest import digest, tensor_digest
 from autotp.errors import AutoTPError, ChangedError
 from autotp.rewrite.collectives.comm import Comm
+from autotp.rewrite.modules.classes import BASE
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.trace.forms import class_name
-from autotp.trace.reading import Reading
+from autotp.trace.reading import Reading, is_container, is_list
 
+#: By which code goes over the modules in its own.
+_ALL_OF_THEM = ("_modules", "children", "modules", "named_children", "named_modules")
 _ADVICE = "Make the change before parallelize (build the model again), or take it back"
 
 
@@ -38,7 +41,7 @@ class Places:
 
     inner: not every value at its boundary is whole. runs: its own code runs on parts. changed: that, or something is done around
     it. touched: it, or something in it, is sharded or rewritten. swapped: (path, class) of the modules that its own forwards put
-    there while tracing. local: (path, name) of attributes that have this rank's value.
+    there while tracing. local: (path, name) of attributes that have this rank's value. idle: no traced call ran it.
     """
 
     inner: Collection[str]
@@ -47,6 +50,7 @@ class Places:
     touched: Collection[str]
     swapped: Collection[tuple[str, str]] = ()
     local: Collection[tuple[str, str]] = ()
+    idle: Collection[str] = ()
 
     def parts_of(self, path: str) -> set[str]:
         """Returns the names by which code around the module at `path` would reach what is a rank's own in it."""
@@ -108,7 +112,7 @@ class Structure:
         kind, now = self.kinds[i], type(module)
         if now is not kind:
             passes = issubclass(now, kind) and _calls(now.forward, kind.forward, kind)  # type: ignore[attr-defined]
-            if not passes and path in self.places.touched:
+            if not passes and (path in self.places.touched or self._asks_for(path, True)):
                 where = path or "the model"
                 raise ChangedError(f"{where} was a {_name(kind)} when the model was made parallel, is a {_name(now)} now. {_ADVICE}")
             self.kinds[i] = now
@@ -126,15 +130,14 @@ class Structure:
         if new is None:
             raise ChangedError(f"{path}, a {_name(type(old))} when the model was made parallel, is gone. {_ADVICE}")
         if old is None:
-            while parent and _is_container(self.modules[self.paths.index(parent)]):  # whose code goes over it
-                parent = parent.rpartition(".")[0]
+            parent, _ = self._owner(path)
             if parent in places.runs:
                 why = self._made_parallel(new) or "would compute as if it were whole"
                 raise ChangedError(
                     f"{path}, a {_name(type(new))}, was added after parallelize to a module that runs on a rank's part, and {why}. "
                     f"{_ADVICE}"
                 )
-        elif _is_container(old) and _is_container(new):
+        elif is_list(old) and is_list(new):
             for name in dict.fromkeys((*old._modules, *new._modules)):
                 one, other = old._modules.get(name), new._modules.get(name)
                 if one is not other:
@@ -156,9 +159,39 @@ class Structure:
                 )
         else:
             return
+        if old is not None and (asks := self._asks_for(path, type(new) is not type(old))):
+            raise ChangedError(
+                f"{path} was a {_name(type(old))} when the model was made parallel, is {_another(old, new)} now, and {asks}. {_ADVICE}"
+            )
         if why := self._made_parallel(new, () if old is None else old.modules()):
             raise ChangedError(f"{path}, a {_name(type(new))} that came after parallelize, {why}. {_ADVICE}")
         self._same_everywhere(path, old, new)
+
+    def _owner(self, path: str) -> tuple[str, nn.Module | None]:
+        """Returns the module whose code reaches the one at `path`, past lists and dicts."""
+        known = dict(zip(self.paths, self.modules, strict=True))
+        owner = path.rpartition(".")[0]
+        while owner in known and owner and is_container(known[owner]):  # whose code goes over it
+            owner = owner.rpartition(".")[0]
+        return owner, known.get(owner)
+
+    def _asks_for(self, path: str, differs: bool) -> str:
+        """Says what code on parts may do otherwise for a module in the place of another, though what it makes is whole; "" for nothing.
+
+        differs: it is of another class.
+
+        What the code does with a module that no traced call ran is not known: it may ask for its class, or read what it holds.
+        """
+        owner, module = self._owner(path)
+        if module is None or owner not in self.places.runs:
+            return ""
+        name = path[len(owner) + 1 :] if owner else path
+        code = Reading().of(getattr(type(module), BASE, type(module)))
+        if name in code.classed and differs:
+            return f"the code of {owner or 'the model'}, which runs on a rank's part, asks for its class"
+        if path in self.places.idle and not (code.read | code.asked).isdisjoint((*name.split("."), *_ALL_OF_THEM)):
+            return f"no call that was traced ran it: the code of {owner or 'the model'}, which runs on a rank's part, may take another path"
+        return ""
 
     def _made_parallel(self, new: nn.Module, known: Iterable[nn.Module] = ()) -> str:
         """Says why `new`, besides the modules `known`, is fit for one place of this plan alone; "" where it is not.
@@ -200,11 +233,6 @@ def _name(kind: type) -> str:
     return kind.__qualname__
 
 
-def _is_container(module: nn.Module) -> bool:
-    """True for lists and dicts of modules, which are not called themselves."""
-    return type(module).forward is nn.Module.forward and "forward" not in module.__dict__
-
-
 def _another(old: nn.Module, new: nn.Module) -> str:
     return f"another {_name(type(new))}" if _name(type(new)) == _name(type(old)) else f"a {_name(type(new))}"
 
@@ -215,7 +243,7 @@ def _reached(new: nn.Module, old: nn.Module, parts: Collection[str]) -> str:
         return ""
     reading, known = Reading(), {*map(id, old.modules())}
     for module in new.modules():
-        if id(module) not in known and not _is_container(module):
+        if id(module) not in known and not is_container(module):
             read = reading.of(type(module)).read
             if clash := sorted(read.intersection(parts)):
                 return clash[0]

@@ -11,40 +11,27 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from itertools import chain
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy
-import torch
 from torch import Tensor, nn
 
 from autotp.errors import ChangedError
 from autotp.rewrite.guards.functions import kept_by
-from autotp.rewrite.guards.watchers import MISSING, Absent, Items, Kept, Kinds, One, Same, Watcher, copied
-from autotp.trace.reading import Reading
+from autotp.rewrite.guards.methods import below, code_of, methods_of, of_classes
+from autotp.rewrite.guards.plain import MOST, has_slots, is_equal, is_method_of_module, is_plain
+from autotp.rewrite.guards.watchers import MISSING, Absent, Items, Kept, Kinds, Methods, One, Same, Watcher, copied
+from autotp.trace.reading import Reading, methods_outside
 
-_PLAIN = (bool, int, str, type(None), FunctionType, BuiltinFunctionType, type, bytes, complex, range, torch.dtype)
 _TABLES = frozenset(nn.Module().__dict__)  # hooks and the like, which others look at
-_MOST = 1024  # items of a list or dict
+_OURS = "autotp.rewrite."
 _DEEPEST = 3  # settings in settings in settings
-
-
-def _plain(value: Any, floats: bool = False) -> bool:
-    if type(value) in (tuple, list, set, frozenset):
-        return len(value) < _MOST and all(_plain(v, True) for v in value)
-    if isinstance(value, dict):
-        return len(value) < _MOST and all(_plain(k, True) and _plain(v, True) for k, v in value.items())
-    if isinstance(value, partial):
-        return _plain(value.func)
-    if isinstance(value, float | numpy.floating) and not isinstance(value, Enum):
-        return floats
-    return type(value) in _PLAIN or isinstance(value, (Enum, numpy.generic))
 
 
 class Values:
@@ -70,7 +57,7 @@ class Values:
     def _switched(self) -> bool:
         """True where the values are those of another setting, which become those to watch for."""
         for values in self.settings:
-            if [one.get(one.object) for one in self.found[: len(values)]] == values:
+            if all(is_equal(one.get(one.object), value) for one, value in zip(self.found, values, strict=False)):
                 for one, value in zip(self.found, values, strict=False):  # entries share these: another one's may be current
                     one.values = value
                 return True
@@ -108,24 +95,29 @@ class Values:
 
     def _are_as_before(self) -> bool:
         try:
-            return all(one.get(one.object) == one.values for one in self.found)
-        except AttributeError:
+            for one in self.found:
+                now = one.get(one.object)
+                if now is not one.values and now != one.values:
+                    return False
+        except Exception:  # one is gone, or is something that cannot be compared
             return False
+        return True
 
     def _compare(self) -> None:
         for one in self.found:
             now = one.all(one.get(one.object)) if isinstance(one, Items) else [getattr(one.object, n, MISSING) for n in one.names]
             for name, old, new in zip(one.names, one.all(one.values), now, strict=True):
-                if name in one.wholes and new == one.wholes[name]:  # the model's own value, of which this rank has a part
+                changed = new is not MISSING and not is_equal(new, old)
+                if name in one.wholes and is_equal(new, one.wholes[name]):  # the model's own value, of which this rank has a part
                     setattr(one.object, name, old)
-                elif new is not MISSING and new != old and isinstance(one, Kept):
-                    raise ChangedError(_changed(f"{one.called} ({one.where.removesuffix('.') or 'the model'})", _brief(old), _brief(new)))
-                elif new is MISSING or new != old:
-                    raise ChangedError(_changed(one.where + name, _brief(old), "gone" if new is MISSING else _brief(new)))
+                elif new is MISSING or changed:
+                    raise ChangedError(_changed(one.told(name), _brief(old), "gone" if new is MISSING else _brief(new)))
 
 
 def _brief(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else reprlib.repr(value)
+    if is_method_of_module(value):  # whose own text is that of the whole module
+        return f"the method {value.__qualname__}"
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else " ".join(reprlib.repr(value).split())
 
 
 def _changed(name: str, before: str, now: str) -> str:
@@ -160,75 +152,102 @@ def watched(
     modules: Iterable[tuple[str, nn.Module]], reading: Reading, stored: frozenset[str], what: Watched
 ) -> Iterator[tuple[str, Watcher]]:
     """Yields (path of a module, values of it or of its contents) to watch. `modules`: those that run on parts."""
-    defaults: dict[tuple[type, bool], frozenset[str]] = {}
-    seen: set[tuple[int, str]] = set()  # blocks share the functions of their class
-    for path, module in modules:
-        code = reading.of(type(module))
-        names = code.read - stored - code.own
-        tested = names if path in what.floats else code.tested - stored - code.own
+    look = _Look(reading)
+    wholes: dict[str, dict[str, int]] = defaultdict(dict)
+    for (owner, name), value in what.wholes.items():
+        wholes[owner][name] = value
+    read = [(path, module, *code_of(module, reading)) for path, module in modules]
+    inside = [list(below(module, (code.read | reached) - stored, reading)) for _, module, code, reached in read]
+    theirs: dict[int, frozenset[str]] = defaultdict(frozenset)  # what methods store that code above calls
+    for _, child, its in chain.from_iterable(inside):
+        theirs[id(child)] |= its.own
+    for (path, module, code, reached), modules_inside in zip(read, inside, strict=True):
+        ours = stored | code.own | theirs[id(module)]
+        names = (code.read | reached) - ours
+        tested = names if path in what.floats else code.tested - ours
         where = f"{path}." if path else ""
-        kind = type(module), path in what.floats
-        if kind not in defaults:
-            plain = (n for n in names if _plain(inspect.getattr_static(type(module), n, None), n in tested) and hasattr(type(module), n))
-            defaults[kind] = frozenset(n for n in plain if not callable(getattr(type(module), n)))
-        own = {n for n in _own_names(module, names) if _plain(module.__dict__[n], n in tested)}
-        own -= {n for n in own if hasattr(inspect.getattr_static(type(module), n, None), "__set__")}  # what guards it itself (`stash`)
-        own |= defaults[kind] - module.__dict__.keys()
-        wholes = {n: what.wholes[path, n] for n in own if (path, n) in what.wholes}
-        if own:
-            yield path, One(where, module, sorted(own), wholes)
-        methods = (names & _methods(type(module))) - module.__dict__.keys() - {"forward"}  # one of the instance would hide it
-        if absent := frozenset(n for n in code.asked - stored - code.own if not hasattr(module, n)) | methods:
-            yield path, Absent(where, module, absent)
-        if mixed := [n for n in _own_names(module, names) if n not in own and _is_mixed(module.__dict__[n], module)]:
-            yield path, Kinds(where, module, mixed)
-        for name in _own_names(module, names):
-            value = module.__dict__[name]
-            if isinstance(value, type):
-                yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
-            elif _holds_values(value) and name not in mixed:
-                yield path, Same(where + name, module, name, value)
-                yield from _of_object(path, f"{where}{name}.", value, names, tested, reading)
-        code_of = [inspect.getattr_static(type(module), n, None) for n in sorted((names & _methods(type(module))) | {"forward"})]
-        for function in (*code_of, *(module.__dict__[n] for n in _own_names(module, names))):
-            for called, holder, name, is_tested in kept_by(function):
-                held = getattr(holder, name)
-                if (id(holder), name) not in seen and (_plain(held, is_tested) or isinstance(held, nn.Module)):
-                    seen.add((id(holder), name))
-                    yield path, Kept(where, called, holder, name)
+        called = names & methods_of(type(module))
+        yield from ((path, one) for one in look.at(module, where, names, tested, code.asked - ours, called, wholes[path]))
         for (owner, name), value in what.originals.items():
             if owner == path and value is not module.__dict__.get(name):
-                yield from _of_object(path, f"{where}{name}.", value, names, names, reading)
-        for name, child in _children(module):
-            changes = reading.of(type(child)).own
-            inside = {n for n in _own_names(child, names) if _plain(child.__dict__[n], n in tested)} - changes
-            if inside:
-                yield path, One(f"{where}{name}.", child, sorted(inside))
-            if absent := frozenset(n for n in code.asked - stored - changes if not hasattr(child, n)):
-                yield path, Absent(f"{where}{name}.", child, absent)
+                yield from ((path, one) for one in _of_object(f"{where}{name}.", value, names, names, reading))
+        for name, child, its in modules_inside:
+            ours = stored | reading.of(type(child)).own | theirs[id(child)]
+            called = names & methods_outside(type(child)) - {"forward"}
+            asked = (code.asked | its.asked) - ours
+            its_names, its_tested, its_wholes = (names | its.read) - ours, (tested | its.tested) - ours, wholes[f"{where}{name}"]
+            yield from ((path, one) for one in look.at(child, f"{where}{name}.", its_names, its_tested, asked, called, its_wholes))
+
+
+class _Look:
+    """Finds what to watch at a module."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.seen: set[tuple[int, str]] = set()  # blocks share the functions of their class
+        self.defaults: dict[tuple[type, frozenset[str], frozenset[str]], frozenset[str]] = {}
+        self.classes: dict[tuple[type, frozenset[str]], list[Methods]] = {}
+
+    def at(
+        self,
+        module: nn.Module,
+        where: str,
+        names: frozenset[str],
+        tested: frozenset[str],
+        asked: frozenset[str],
+        called: frozenset[str],
+        wholes: Mapping[str, int],
+    ) -> Iterator[Watcher]:
+        """Yields the watchers of a module for code that reads `names`, and runs the methods `called`."""
+        cls, attributes = type(module), module.__dict__
+        if (cls, called) not in self.classes:
+            self.classes[cls, called] = list(of_classes(cls, called))
+        yield from self.classes[cls, called]
+        own = {n for n in _own_names(module, names) if is_plain(attributes[n], n in tested)} - {"forward"}
+        own -= {n for n in own if hasattr(inspect.getattr_static(cls, n, None), "__set__")}  # what guards it itself (`stash`)
+        own |= self._defaults(cls, names, tested) - attributes.keys()
+        if own:
+            yield One(where, module, sorted(own), {n: wholes[n] for n in own & wholes.keys()})
+        methods = called - attributes.keys() - {"forward"}  # one of the instance would hide it
+        if absent := frozenset(n for n in asked if not hasattr(module, n)) | methods:
+            yield Absent(where, module, absent)
+        if mixed := [n for n in _own_names(module, names) if n not in own and _is_mixed(attributes[n])]:
+            yield Kinds(where, module, mixed)
+        for name in _own_names(module, names):
+            value = attributes[name]
+            if isinstance(value, type):
+                yield from _of_object(f"{where}{name}.", value, names, tested, self.reading)
+            elif _holds_values(value) and name not in mixed:
+                yield Same(where + name, module, name, value)
+                yield from _of_object(f"{where}{name}.", value, names, tested, self.reading)
+        functions = [inspect.getattr_static(cls, n, None) for n in sorted(called | {"forward"})]
+        for function in (*functions, *(attributes[n] for n in _own_names(module, names))):
+            for said, holder, name, is_tested in kept_by(function):
+                held = getattr(holder, name)
+                if (id(holder), name) not in self.seen and (is_plain(held, is_tested) or isinstance(held, nn.Module)):
+                    self.seen.add((id(holder), name))
+                    yield Kept(where, said, holder, name)
+
+    def _defaults(self, cls: type, names: frozenset[str], tested: frozenset[str]) -> frozenset[str]:
+        key = cls, names, tested
+        if key not in self.defaults:
+            found = {n: inspect.getattr_static(cls, n, None) for n in names if hasattr(cls, n)}
+            self.defaults[key] = frozenset(n for n, v in found.items() if is_plain(v, n in tested) and not hasattr(type(v), "__get__"))
+        return self.defaults[key]
 
 
 def _own_names(module: nn.Module, names: frozenset[str]) -> list[str]:
-    return [n for n in module.__dict__ if n in names and n not in _TABLES and not n.startswith("_autotp")]
+    """The names of its attributes, without those that the rewrite put there."""
+    found = [n for n in module.__dict__ if n in names and n not in _TABLES and not n.startswith("_autotp")]
+    return [n for n in found if not type(module.__dict__[n]).__module__.startswith(_OURS)]
 
 
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that its code can reach by an attribute, and those in lists and dicts of modules there."""
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        if type(child).forward is nn.Module.forward:
-            yield from ((f"{name}.{n}", m) for n, m in _children(child))
-        else:
-            yield name, child
-
-
-def _is_mixed(value: object, module: nn.Module) -> bool:
+def _is_mixed(value: object) -> bool:
     """True for a container of other things than plain values, and for a method of an object that is no module."""
     if isinstance(value, MethodType):
-        return not isinstance(value.__self__, nn.Module)
+        return not is_method_of_module(value)
     if isinstance(value, (list, tuple, dict, deque)):
-        return bool(value) and len(value) < _MOST and not any(isinstance(v, nn.Module) for v in _leaves(value))
+        return bool(value) and len(value) < MOST and not any(isinstance(v, nn.Module) for v in _leaves(value))
     return isinstance(value, numpy.ndarray)
 
 
@@ -242,36 +261,29 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _holds_values(value: object) -> bool:
     """True for settings, for a function with arguments, and for a module that another one holds beside its children."""
-    kind = type(value)
-    slots = hasattr(kind, "__slots__") and kind.__module__ != "builtins" and not kind.__module__.startswith("torch")
-    return (hasattr(value, "__dict__") or slots) and not isinstance(value, (Tensor, type, FunctionType, MethodType))
+    return (hasattr(value, "__dict__") or has_slots(type(value))) and not isinstance(value, (Tensor, type, FunctionType, MethodType))
 
 
 def _of_object(
-    path: str, where: str, value: Any, names: frozenset[str], tested: frozenset[str], reading: Reading, depth: int = 0
-) -> Iterator[tuple[str, Watcher]]:
+    where: str, value: Any, names: frozenset[str], tested: frozenset[str], reading: Reading, depth: int = 0
+) -> Iterator[Watcher]:
     """Yields the values in an object: those that the code reads itself, and those that the methods read that the code names."""
     if isinstance(value, partial):
         names = names | {"keywords", "args"}
     elif not isinstance(value, nn.Module):
-        own = reading.of_methods(type(value), (names | {"__call__"}) & _methods(type(value)))
+        own = reading.of_methods(type(value), (names | {"__call__"}) & methods_of(type(value)))
         names, tested = names | (own.read - own.stored - own.own), tested | own.tested
-    found: list[str] = []
-    for name in sorted(names):
+        yield from of_classes(type(value), names | {"__call__"})
+    found = [] if isinstance(value, (nn.Module, type)) else ["__class__"]
+    for name in sorted(names - {"__class__"}):
         try:
             held = getattr(value, name)
         except Exception:  # a property of the user's may raise anything
             continue
-        if _plain(held, name in tested):
+        if is_plain(held, name in tested) and getattr(held, "__self__", None) is not value:
             found.append(name)
         elif depth < _DEEPEST and name in getattr(value, "__dict__", {}) and _holds_values(held) and not isinstance(held, nn.Module):
-            yield path, Same(where + name, value, name, held)
-            yield from _of_object(path, f"{where}{name}.", held, names, tested, reading, depth + 1)
+            yield Same(where + name, value, name, held)
+            yield from _of_object(f"{where}{name}.", held, names, tested, reading, depth + 1)
     if found:
-        yield path, One(where, value, found)
-
-
-def _methods(cls: type) -> frozenset[str]:
-    """The names of the methods and properties that a class has from code in Python."""
-    kinds = (FunctionType, property, staticmethod, classmethod)
-    return frozenset(n for c in cls.__mro__ for n, f in vars(c).items() if isinstance(f, kinds))
+        yield One(where, value, found)

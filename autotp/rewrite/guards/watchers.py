@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
@@ -9,16 +10,19 @@ from typing import Any
 
 from torch import nn
 
+from autotp.rewrite.guards.plain import is_equal
 from autotp.trace.forms import kind_of
 
-FILLED = (list, dict, set)
+FILLED = (list, dict, set, bytearray, array)
 MISSING: Any = object()
 
 
 def copied(value: Any) -> Any:
-    """A copy of a list, a dict or a set, so that changes in it show."""
+    """A copy of a list, a dict, a set or an array of bytes or numbers, so that changes in it show."""
     if isinstance(value, dict):
         return {k: copied(v) for k, v in value.items()}
+    if type(value) in (bytearray, array):
+        return value[:]
     return type(value)(map(copied, value)) if type(value) in (list, tuple, set) else value
 
 
@@ -35,6 +39,10 @@ class One:
     def all(self, values: Any) -> tuple[Any, ...]:
         return tuple(values) if len(self.names) != 1 else (values,)
 
+    def told(self, name: str) -> str:
+        """Says which value it is."""
+        return f"{self.where}{name}"
+
     def holds_lists(self) -> bool:
         return any(type(v) in FILLED for v in self.all(self.values))
 
@@ -44,7 +52,7 @@ class One:
         A dict that a forward changes stays watched for its other items.
         """
         now = self.all(self.get(self.object))
-        if now != (old := self.all(self.values)):
+        if not is_equal(now, old := self.all(self.values)):
             for name, a, b in zip(self.names, old, now, strict=True):
                 if isinstance(a, dict) and isinstance(b, dict) and (rest := [k for k in b if k not in a or a[k] == b[k]]):
                     yield Items(f"{self.where}{name}", self.object, name, rest)
@@ -73,7 +81,29 @@ class Items(One):
         yield from ()
 
 
-class Kept(One):
+class _Shared(One):
+    """Watches what copies of a model share."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        made = object.__new__(type(self))
+        for cls in type(self).__mro__:
+            for name in cls.__dict__.get("__slots__", ()):
+                setattr(made, name, getattr(self, name))
+        return made
+
+
+class Methods(_Shared):
+    """Watches methods of a class."""
+
+    __slots__ = ()
+
+    def __init__(self, cls: type, names: Sequence[str]) -> None:
+        super().__init__(f"{cls.__qualname__}.", cls, names)
+
+
+class Kept(_Shared):
     """Watches a value that a function keeps, by a name of its own. A forward that changes it may."""
 
     __slots__ = ("called",)
@@ -82,12 +112,9 @@ class Kept(One):
         super().__init__(where, object, (name,))
         self.called = called
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
-        """Watches the same function: copies of a model share its functions."""
-        made: Kept = object.__new__(type(self))
-        for name in (*One.__slots__, *Kept.__slots__):
-            setattr(made, name, getattr(self, name))
-        return made
+    def told(self, name: str) -> str:
+        """Says which it is."""
+        return f"{self.called} ({self.where.removesuffix('.') or 'the model'})"
 
     def holds_lists(self) -> bool:
         return True

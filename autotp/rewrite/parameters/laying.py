@@ -1,6 +1,7 @@
 """Makes a parameter whole, and lays a whole gradient out: each is the other's gradient, so second derivatives are right too.
 
-What is whole is the same on every rank, and so is every copy of an index.
+What is whole is the same on every rank, and so is every copy of an index. A rank's part and what is laid out of it are such a pair, too.
+DTensor's own functions would give an ordinary DTensor for a gradient, which the operators before do not take beside plain tensors.
 """
 
 from __future__ import annotations
@@ -25,6 +26,30 @@ class Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return lay_out(grad, ctx.of._laid)
+
+
+class Local(torch.autograd.Function):
+    """This rank's part of a tensor that is laid out; its gradient is laid out so too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Tensor:
+        ctx.of = x.detach()
+        local: Tensor = x._local_tensor
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _OfLocal.apply(grad, ctx.of)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _OfLocal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, of: Any) -> Tensor:
+        return of._of_local(local)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Tensor, None]:
+        return grad.to_local(), None
 
 
 class _Lay(torch.autograd.Function):

@@ -30,12 +30,10 @@ from autotp.plan.expressions import Concat, Factor, Product
 from autotp.plan.layout import Interval, Layout, replicated, take
 from autotp.rewrite.collectives.comm import GroupComm, Watches
 from autotp.rewrite.parameters.dcp import Sharded
-from autotp.rewrite.parameters.laying import Whole
 from autotp.rewrite.parameters.numbers import Numbers
 from autotp.rewrite.parameters.own_memory import own_memory
 from autotp.rewrite.parameters.placements import InLayout, end_to_end, in_dtype
 from autotp.rewrite.parameters.quantized_form import is_quantized, refuse_quantized
-from autotp.rewrite.transforms import refuse_transforms
 
 _detach = torch.ops.aten.detach.default
 # DTensor's own constructor spends 3 µs in Python before it comes to this one.
@@ -224,6 +222,9 @@ class LayoutDTensor(Numbers):
         local = own_memory(self._part(whole).contiguous(), whole, self._is_whole)
         return local if local.layout is not torch.strided else self._like(local, in_dtype(self._spec, local.dtype))
 
+    def _of_local(self, local: Tensor) -> Tensor:
+        return self._like(local, in_dtype(self._spec, local.dtype))
+
     def _fill_(self, whole: Tensor) -> None:
         """Take the values of a plain whole tensor."""
         if whole is self._local_tensor and self._is_whole:
@@ -239,13 +240,6 @@ class LayoutDTensor(Numbers):
     def _clear_padding_(self) -> None:
         for a, b in self._held_of(self._layout.padding(self._rank)):
             self._local_tensor.narrow(self._layout.dim or 0, a, b - a).zero_()
-
-    def full_tensor(self, *, grad_placements: Sequence[Any] | None = None) -> Tensor:
-        """Returns the whole tensor in the model's order and shape, differentiable. Collective."""
-        if grad_placements is not None:
-            raise AutoTPError("full_tensor(grad_placements=…) of a parameter that is not cut evenly takes gradients that are whole only")
-        refuse_transforms()
-        return Whole.apply(self)  # type: ignore[no-any-return, no-untyped-call]
 
     def redistribute(self, device_mesh: Any = None, placements: Sequence[Any] | None = None, **options: Any) -> DTensor:
         """Returns the whole tensor in the model's order and shape for `Replicate`. Collective.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from autotp.errors import AutoTPError
+from autotp.rewrite.parameters.laying import Local, Whole
+from autotp.rewrite.transforms import refuse_transforms
 
 
 class Numbers(DTensor):
@@ -18,6 +22,31 @@ class Numbers(DTensor):
     """
 
     operate: ClassVar[Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]]
+
+    def _whole(self) -> Tensor:
+        """The plain whole tensor; the local tensor itself where every rank holds all. Collective."""
+        raise NotImplementedError
+
+    def _laid(self, whole: Tensor) -> Tensor:
+        """A gradient, plain and whole on every rank, laid out as this is."""
+        raise NotImplementedError
+
+    def _of_local(self, local: Tensor) -> Tensor:
+        """The tensor, laid out as this is, of which every rank has `local`."""
+        raise NotImplementedError
+
+    def full_tensor(self, *, grad_placements: Sequence[Any] | None = None) -> Tensor:
+        """Returns the whole tensor in the model's order and shape, differentiable. Collective."""
+        if grad_placements is not None:
+            raise AutoTPError("full_tensor(grad_placements=…) of a parameter that is not cut evenly takes gradients that are whole only")
+        refuse_transforms()
+        return Whole.apply(self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def to_local(self, *, grad_placements: Sequence[Any] | None = None) -> Tensor:
+        """Returns this rank's part, differentiable."""
+        if grad_placements is None and not self.is_leaf and torch.is_grad_enabled():
+            return Local.apply(self)  # type: ignore[no-any-return, no-untyped-call]
+        return super().to_local(grad_placements=grad_placements)
 
     def numpy(self, *, force: bool = False) -> Any:
         """Returns the whole tensor as an array. One that was put together is read-only: a write to it would reach no part."""

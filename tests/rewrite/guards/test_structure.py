@@ -172,6 +172,7 @@ EQUAL: dict[str, tuple[Change, Use]] = {
     "a LoRA layer on a whole result": (replaced("core.blocks.0.mlp", Around), gradients),
     "another norm": (replaced("core.blocks.1.norm", lambda old: nn.LayerNorm(WIDTH, eps=0.1).double()), forward),
     "a norm again": (lambda m: m.core.blocks.append(m.core.blocks[1].norm), forward),
+    "a module that no call ran, in code on whole values": (replaced("core.spare", lambda old: nn.Tanh()), gradients),
     "a new block": (_block_of_its_own, gradients),
     "a new head": (lambda m: m.add_module("extra", nn.Linear(2, 2)), gradients),
     "a forward that says what it wraps": (_forward_of("core.blocks.0.mlp", lambda old: _scaled(old)), gradients),

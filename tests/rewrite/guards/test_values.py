@@ -5,8 +5,13 @@ from __future__ import annotations
 import copy
 import enum
 import functools
+import re
+from array import array
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date, timedelta
+from decimal import Decimal
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,10 +26,12 @@ import autotp
 from autotp.errors import AutoTPError, ChangedError
 from autotp.rewrite import entry
 from autotp.rewrite.guards.functions import kept_by
+from autotp.rewrite.guards.structure import Structure
 from autotp.rewrite.guards.values import Values
 from autotp.rewrite.guards.watchers import Kept
 from autotp.testing.ranks.run import run
 from autotp.testing.tiny.models import randomise
+from tests.support.ranks import Pool, mesh
 
 X = torch.randn(2, 3, 16, dtype=torch.float64)
 
@@ -350,6 +357,269 @@ class Listed(Reads):
         return self.b(h)
 
 
+class Differs(Reads):
+    """Asks whether a setting of any kind is another one."""
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options=options, first=copy.copy(options))
+
+    def asks(self) -> Any:
+        return self.options != self.first
+
+
+class ByOneOfItsMethods(Reads):
+    """Calls a method that is a setting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = self.plainly
+        self.within = (functools.partial(self.plainly), [self.plainly])
+
+    def plainly(self) -> bool:
+        return False
+
+    def other(self) -> bool:
+        return True
+
+    def asks(self) -> Any:
+        return self.options() or self.within[0]() or self.within[1][0]()
+
+
+class ByName(ByOneOfItsMethods):
+    """Calls a method by a name that is a setting."""
+
+    kind = "plainly"
+
+    def asks(self) -> Any:
+        return getattr(self, f"{self.kind[:5]}ly")()
+
+
+class ByNameOfFlag(Reads):
+    def __init__(self) -> None:
+        super().__init__(kind="answer", answer=False)
+
+    def asks(self) -> Any:
+        return getattr(self, self.kind)
+
+
+class Base(Reads):
+    """Has what classes below call or hide."""
+
+    def step(self) -> bool:
+        return False
+
+
+def patched() -> Any:
+    """A model of a class of its own, with methods of each kind, on which nothing depends but its code."""
+
+    class Patched(Base):
+        kept = bool
+
+        def step(self) -> bool:
+            return super().step()
+
+        @property
+        def also(self) -> bool:
+            return False
+
+        @staticmethod
+        def still() -> bool:
+            return False
+
+        @classmethod
+        def of_class(cls) -> bool:
+            return False
+
+        def asks(self) -> Any:
+            return self.step() or self.also or self.still() or self.of_class() or self.kept()
+
+        def unread(self) -> bool:
+            return False
+
+    return Patched()
+
+
+def patched_below() -> Any:
+    """One whose base has its own class."""
+
+    class Root(Reads):
+        def step(self) -> bool:
+            return False
+
+    class Below(Root):
+        def step(self) -> bool:
+            return super().step()
+
+        def asks(self) -> Any:
+            return self.step()
+
+    return Below()
+
+
+def patched_settings() -> Any:
+    """One whose settings have a class of their own."""
+
+    class Own(Switch):
+        pass
+
+    return ByMethod(options=Own())
+
+
+def in_class(name: str, value: Any, above: int = 0) -> Callable[[Any], Any]:
+    """Puts `value` into the class in which `name` is found; `above`: into that of how many bases further."""
+
+    def change(model: Any) -> None:
+        setattr([c for c in type(model).__mro__ if name in vars(c)][above], name, value)
+
+    return change
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed, self.options, self.calls = False, Switch(), 0
+
+    def step(self) -> bool:
+        self.steps = self.calls = getattr(self, "steps", 0) + 1
+        return self.mixed or self.options.on()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * min(self.calls, 1)
+
+
+class Outer(nn.Module):
+    """Has methods that code of the module above calls, and a module with such methods; it has no forward."""
+
+    kept = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def step(self) -> bool:
+        return self.inner.step() or getattr(self, "extra", False)
+
+    @property
+    def also(self) -> bool:
+        return self.kept
+
+
+class CallsMethods(Reads):
+    """Calls methods of modules in it, rather than the modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.rest, self.inner = Outer(), nn.ModuleList([Inner()]), Inner()
+
+    def asks(self) -> Any:
+        return self.outer.step() or self.outer.also or self.rest[0].step() or self.inner.step()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.inner(self.a(x)).mean() * 0
+
+
+def inner_patched() -> Any:
+    """A model with a module of a class of its own."""
+
+    class Own(Inner):
+        pass
+
+    model = CallsMethods()
+    model.inner = Own()
+    return model
+
+
+def in_class_of_inner(model: Any) -> None:
+    type(model.inner).step = lambda self: True
+
+
+def in_class_of_settings(model: Any) -> None:
+    type(model.options).on = lambda self: True
+
+
+class Idle(Reads):
+    """Has a module that it never calls, and asks for its class or for what it holds."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__(by=by)
+        self.extra, self.rest = nn.Identity(), nn.ModuleList([nn.Identity()])
+
+    def asks(self) -> Any:
+        if self.by == "class":
+            return not isinstance(self.extra, nn.Identity)
+        return next(self.rest.parameters(), None) is not None if self.by == "list" else getattr(self.extra, "bias", None) is not None
+
+
+class AsksOfWhole(Reads):
+    """Asks for the class of a module whose argument and result are whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(self.first(x))
+        return self.b(h.softmax(-1) if self.first.__class__ is nn.Sigmoid else h)
+
+
+class Fills(Reads):
+    """Writes into arrays of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(seen=bytearray(1), counted=array("l", [0]))
+
+    def asks(self) -> Any:
+        self.seen[0] += 1
+        self.counted[0] += 1
+        return self.seen[0] == 0 and self.counted[0] == 0
+
+
+class Draws(Reads):
+    """Has a source of random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x))) if self.source is not None else x
+
+
+class Odd:
+    """Cannot be compared."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _set(value: Any) -> Callable[[Any], Any]:
+    return lambda m: setattr(m, "options", value)
+
+
+#: Settings of kinds that hold no values of their own, and others of their kind.
+KINDS: dict[str, tuple[Any, Any]] = {
+    "a slice": (slice(0, 1), slice(0, 2)),
+    "slices": ((slice(0, 1), ...), (slice(0, 2), ...)),
+    "a device": (torch.device("cpu"), torch.device("meta")),
+    "a format": (torch.contiguous_format, torch.channels_last),
+    "a dtype of numpy": (np.dtype("f4"), np.dtype("f8")),
+    "a decimal": (Decimal(0), Decimal(1)),
+    "a pattern": (re.compile("a"), re.compile("b")),
+    "patterns": ([re.compile("a")], [re.compile("b")]),
+    "bytes": (bytearray(b"a"), bytearray(b"b")),
+    "numbers": (array("i", [0]), array("i", [1])),
+    "an item": (itemgetter(0), itemgetter(1)),
+    "a date": (date(2020, 1, 1), date(2021, 1, 1)),
+    "a time": (timedelta(1), timedelta(2)),
+    "an ellipsis": (..., None),
+    "a method of torch": (torch.Tensor.relu, torch.Tensor.tanh),
+    "a method of int": (int.__add__, int.__sub__),
+    "a class with a metaclass": (Mapping, Sequence),
+    "a number, then numbers": (0, np.arange(2)),
+    "a number, then a tensor": (0, torch.arange(2)),
+    "a number, then what cannot be compared": (0, Odd()),
+}
+
 CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     "a dict": (lambda: InDict(options={"mixed": False}), lambda m: m.options.update(mixed=True), "options was"),
     "a dict of an object": (
@@ -482,6 +752,76 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
         lambda m: setattr(m.options, "__defaults__", (True,)),
         "a default of answer",
     ),
+    **{name: (functools.partial(Differs, options), _set(other), "options was") for name, (options, other) in KINDS.items()},
+    "bytes that are written to": (lambda: Differs(bytearray(b"a")), lambda m: m.options.__setitem__(0, 0), "options was bytearray(b'a')"),
+    "numbers that are written to": (lambda: Differs(array("i", [0])), lambda m: m.options.append(1), "options was array('i', [0])"),
+    "a method that is a setting": (
+        ByOneOfItsMethods,
+        lambda m: setattr(m, "options", m.other),
+        "options was the method ByOneOfItsMethods.plainly",
+    ),
+    "a method in a partial function": (
+        ByOneOfItsMethods,
+        lambda m: setattr(m, "within", (m.other, m.within[1])),
+        "within was (functools.par",
+    ),
+    "a method in a list": (ByOneOfItsMethods, lambda m: m.within[1].__setitem__(0, m.other), "within was"),
+    "a method by a name that is a setting": (ByName, lambda m: setattr(m, "plainly", lambda: True), "plainly was not there"),
+    "a flag by a name that is a setting": (ByNameOfFlag, lambda m: setattr(m, "answer", True), "answer was False"),
+    "the class of settings": (
+        lambda: ByMethod(options=Switch()),
+        lambda m: setattr(m.options, "__class__", type("Other", (Switch,), {"on": lambda self: True})),
+        "options.__class__ was <class",
+    ),
+    "a method of its class": (patched, in_class("asks", lambda self: True), "Patched.asks was <function"),
+    "a property of its class": (patched, in_class("also", property(lambda self: True)), "Patched.also was <property"),
+    "a static method of its class": (patched, in_class("still", staticmethod(lambda: True)), "Patched.still was <function"),
+    "a class method of its class": (patched, in_class("of_class", classmethod(lambda cls: True)), "Patched.of_class was <bound method"),
+    "a method that a method below calls": (patched_below, in_class("step", lambda self: True, above=1), "Root.step was <function"),
+    "a method of the class of settings": (patched_settings, in_class_of_settings, "Own.on was <function"),
+    "a method of a module in it": (CallsMethods, lambda m: setattr(m.inner, "step", lambda: True), "inner.step was not there"),
+    "a method of a module in a list": (CallsMethods, lambda m: setattr(m.rest[0], "step", lambda: True), "rest.0.step was not there"),
+    "a method of a module in a module": (
+        CallsMethods,
+        lambda m: setattr(m.outer.inner, "step", lambda: True),
+        "outer.inner.step was not there",
+    ),
+    "a method of the class of a module": (inner_patched, in_class_of_inner, "step was <function"),
+    "a flag that such a method reads": (CallsMethods, lambda m: setattr(m.inner, "mixed", True), "inner.mixed was False"),
+    "a flag that such a method of a module in a module reads": (
+        CallsMethods,
+        lambda m: setattr(m.outer.inner, "mixed", True),
+        "outer.inner.mixed was False",
+    ),
+    "settings that such a method reads": (CallsMethods, lambda m: setattr(m.rest[0].options, "mixed", True), "rest.0.options.also was"),
+    "what such a method asks for": (CallsMethods, lambda m: setattr(m.outer, "extra", True), "outer.extra was not there"),
+    "what a property of such a module reads": (CallsMethods, lambda m: setattr(m.outer, "kept", True), "outer.kept was False"),
+    "another module with such methods": (
+        CallsMethods,
+        lambda m: setattr(m, "outer", Outer()),
+        "outer was a Outer when the model was made parallel, is another Outer now, and no call that was traced ran it",
+    ),
+    "a class where its class has one": (patched, lambda m: setattr(m, "kept", lambda: True), "kept was <class 'bool'>"),
+    "another module for one that no call ran": (
+        lambda: Idle("class"),
+        lambda m: setattr(m, "extra", nn.Tanh()),
+        "extra was a Identity when the model was made parallel, is a Tanh now, and the code of the model, which runs",
+    ),
+    "a module with more for one that no call ran": (
+        lambda: Idle("bias"),
+        lambda m: setattr(m, "extra", nn.Linear(2, 2)),
+        "is a Linear now, and the code of the model",
+    ),
+    "a module in a list for one that no call ran": (
+        lambda: Idle("list"),
+        lambda m: m.rest.__setitem__(0, nn.Linear(2, 2)),
+        "rest.0 was a Identity when the model was made parallel, is a Linear now, and no call",
+    ),
+    "another module whose class is asked for": (
+        AsksOfWhole,
+        lambda m: setattr(m, "first", nn.Sigmoid()),
+        "first was a Tanh when the model was made parallel, is a Sigmoid now, and the code of the model",
+    ),
     "a list of modules": (Listed, lambda m: m.acts.append(nn.Softmax(-1)), "acts.1, a Softmax, was added"),
 }
 
@@ -503,6 +843,17 @@ HARMLESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda m: put_into(m.options, np.float64("nan")),
     ),
     "a variable that no path depends on": (lambda: Partly(options=enclosed(0.0)), lambda m: put_into(m.options, -0.0)),
+    "an equal slice": (lambda: Differs(slice(0, 1)), lambda m: setattr(m, "options", slice(0, 1))),
+    "equal bytes": (lambda: Differs(bytearray(b"a")), lambda m: setattr(m, "options", bytearray(b"a"))),
+    "the same method": (ByOneOfItsMethods, lambda m: setattr(m, "options", m.plainly)),
+    "what a forward wrote": (Fills, lambda m: m.seen.__setitem__(0, 7)),
+    "another source of random numbers": (
+        lambda: Draws(source=torch.Generator()),
+        lambda m: setattr(m, "source", torch.Generator().manual_seed(1)),
+    ),
+    "a method that no code reads": (patched, lambda m: (in_class("unread", lambda self: True)(m), setattr(m, "unread", lambda: True))),
+    "a method of a module in it that no code calls": (CallsMethods, lambda m: setattr(m.inner, "other", lambda: True)),
+    "another module of whole values": (AsksOfWhole, lambda m: setattr(m, "first", nn.Tanh())),
     "what no code reads": (Reads, lambda m: setattr(m, "note", "x")),
 }
 
@@ -573,8 +924,35 @@ def test_a_variable_that_a_forward_changes_is_its_own() -> None:
     values.check()
 
 
-def test_without_the_guards_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["a dict", "a method that is a setting", "a slice", "a method of its class", "a flag that such a method reads"]
+)
+def test_without_the_guards_it_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
     monkeypatch.setattr(entry, "watched", lambda *_: iter(()))
-    _, said, _ = changed(*CHANGES["a dict"][:2])
+    _, said, _ = changed(*CHANGES[name][:2])
     assert said.startswith("differs by") and float(said.rpartition(" ")[2]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["another module for one that no call ran", "another module whose class is asked for"])
+def test_without_a_look_at_the_code_it_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control for modules."""
+    monkeypatch.setattr(Structure, "_asks_for", lambda *_: "")
+    _, said, _ = changed(*CHANGES[name][:2])
+    assert said.startswith("differs by") and float(said.rpartition(" ")[2]) > 1e-3
+
+
+def _on_processes(name: str) -> str:
+    factory, change, _ = CHANGES[name]
+    torch.manual_seed(0)
+    model = autotp.parallelize(factory().double(), mesh(), example_inputs={"x": X}, check="graph")
+    model(X)
+    change(model)
+    with pytest.raises(ChangedError) as refused:
+        model(X)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["a method that is a setting", "a property of its class", "another module for one that no call ran"])
+def test_on_processes(name: str, pool: Pool) -> None:
+    assert all(CHANGES[name][2] in said for said in pool.run(_on_processes, name))

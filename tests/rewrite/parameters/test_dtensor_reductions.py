@@ -13,20 +13,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_leaves
 
+from autotp.errors import AutoTPError
 from autotp.plan.layout import Layout
 from autotp.rewrite.parameters.compiled_grads import _Ordered
 from autotp.rewrite.parameters.dtensor_operators import dispatch
+from autotp.rewrite.parameters.dtensor_operators.sums import Summed
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.rewrite.parameters.make import as_dtensor
+from autotp.rewrite.parameters.numbers import Numbers
 from tests.rewrite.parameters.test_dtensor_operators import full, layouts, same, whole
 from tests.support.ranks import Pool, mesh
 from tests.support.slow import swept
 
 _norm = torch.linalg.vector_norm
 _inf = math.inf
+
+
+def _old(w: Any) -> Tensor:
+    """A plain tensor of the shape of a parameter, as the weights at the start."""
+    return torch.linspace(0.5, 2, w.numel(), dtype=w.dtype).view(w.shape)
+
+
+def _made_whole(x: Any) -> Any:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _placed_whole(x: Any) -> Any:
+    return x.redistribute(placements=[Replicate()]).to_local() if isinstance(x, DTensor) else x
+
 
 #: Parameter → tensors, all differentiable.
 REDUCTIONS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
@@ -50,6 +67,19 @@ REDUCTIONS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         F.l1_loss(w, torch.ones_like(w)),
         F.huber_loss(w, torch.zeros_like(w)),
         torch.dist(w, torch.ones(w.shape).to(w.dtype), _inf),
+    ),
+    "made whole": lambda w: (
+        _made_whole((w * _old(w)).sum()) * 0.1,
+        _made_whole((w / _old(w)).sum(-1)) ** 2,
+        _made_whole(torch.where(_old(w) > 1, w, 0.0).sum(0)).sin(),
+        _made_whole((w * _old(w)).norm()),
+        _made_whole(F.cosine_similarity(w.flatten(), _old(w).flatten(), dim=0)) * _made_whole((w * _old(w)).mean()),
+    ),
+    "placed whole": lambda w: (
+        _placed_whole((w * _old(w)).sum()) ** 2,
+        _placed_whole((w * _old(w)).sum(-1)).sin(),
+        _placed_whole(torch.linalg.vecdot(w, _old(w))) * _made_whole(w.sum()),
+        _placed_whole(w * _old(w)) ** 2,
     ),
     "lists": lambda w: (
         torch._foreach_max([w - 2])[0],
@@ -107,20 +137,54 @@ def test_reductions_and_their_gradients(pool: Pool, world: int, every: bool) -> 
         assert not wrong, "\n".join(wrong)
 
 
+def parts() -> None:
+    """What a rank takes of tensors that were made of a parameter and plain tensors has gradients, second ones too."""
+    line = mesh()
+    for kind, layout in layouts(line.size()).items():
+        old = _old(full(layout))
+        plain = nn.Parameter(full(layout))
+        w = nn.Parameter(as_dtensor(layout.shard(full(layout), line.get_local_rank()), layout, line))
+        made = (w * old).to_local()
+        (first,) = torch.autograd.grad(made.pow(3).sum(), w, create_graph=True)
+        first.to_local().sin().sum().backward()  # type: ignore[no-untyped-call]
+        (wanted,) = torch.autograd.grad((plain * old).pow(3).sum(), plain, create_graph=True)
+        wanted.sin().sum().backward()  # type: ignore[no-untyped-call]
+        assert same(wanted.detach(), first.full_tensor().detach()), kind
+        assert plain.grad is not None and w.grad is not None and same(plain.grad, w.grad.full_tensor()), kind
+        number = (w * old).sum()
+        assert isinstance(number, Summed)
+        with pytest.raises(AutoTPError, match="can be made whole, not placed as"):
+            number.redistribute(placements=[Shard(0)])
+        with pytest.raises(AutoTPError, match="gradients that are whole only"):
+            number.full_tensor(grad_placements=[Replicate()])
+
+
+@pytest.mark.parametrize("world", swept([2, 3], 2))
+def test_parts_and_their_gradients(pool: Pool, world: int) -> None:
+    pool.run(parts, world=world)
+
+
 def unmended(attribute: str) -> list[str]:
     """What differs where one part of the rules is left out."""
     kept = dispatch.with_dims, LayoutDTensor._clear_padding_
+    whole_of = Numbers.full_tensor
     try:
-        if attribute == "dims":
+        if attribute == "whole":
+            Numbers.full_tensor = DTensor.full_tensor  # type: ignore[method-assign]
+        elif attribute == "dims":
             dispatch.with_dims = lambda func, args, kwargs: (args, dict(kwargs))
         else:
             LayoutDTensor._clear_padding_ = lambda self: None  # type: ignore[method-assign]
         return reductions()
     finally:
+        Numbers.full_tensor = whole_of  # type: ignore[method-assign]
         dispatch.with_dims, LayoutDTensor._clear_padding_ = kept  # type: ignore[method-assign]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("attribute", "sign"), [("dims", "extremes: the gradient differs"), ("padding", "padding has a gradient")])
+@pytest.mark.parametrize(
+    ("attribute", "sign"),
+    [("dims", "extremes: the gradient differs"), ("padding", "padding has a gradient"), ("whole", "made whole: RuntimeError")],
+)
 def test_the_comparison_sees_each_rule(pool: Pool, attribute: str, sign: str) -> None:
     assert any(sign in wrong for of_rank in pool.run(unmended, attribute) for wrong in of_rank)

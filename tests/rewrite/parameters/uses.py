@@ -314,6 +314,15 @@ def from_start(m: Any, ids: Tensor) -> Found:
     return trained(m, loss_of(m, ids) + sum((start[n].abs() * (p - start[n]) ** 2).sum() for n, p in m.named_parameters()))
 
 
+def near_start(m: Any, ids: Tensor) -> Found:
+    """How near the weights are to those at the start, as a plain number."""
+    start = {n: whole(p) * 0.5 + 0.1 for n, p in m.named_parameters()}
+    sums = [(p * start[n]).sum() for n, p in m.named_parameters()]
+    rows = F.cosine_similarity(inner(m).weight, start[f"{_inner_path(m)}.weight"], dim=-1)
+    made = [x.full_tensor() if isinstance(x, DTensor) else x for x in (*sums, rows)]
+    return trained(m, loss_of(m, ids) + 0.1 * sum(x.pow(2).sum() for x in made))
+
+
 def power_iteration(m: Any, ids: Tensor) -> Found:
     """The spectral norm by power iteration, as torch's spectral_norm has it."""
     w = inner(m).weight
@@ -814,6 +823,7 @@ USES: dict[str, Use] = {
     "spectral": spectral,
     "orthogonal": orthogonal,
     "from the start": from_start,
+    "near the start": near_start,
     "power iteration": power_iteration,
     "row": row,
     "row of data": row_of_data,
