@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from autotp.trace.accesses import Accesses
+from autotp.trace.batched import Batches
 from autotp.trace.graph import Origin, Pseudo, Random
 from autotp.trace.ints import IntExpr, Life
 from autotp.trace.lengths import BY_LENGTH, with_tensors
@@ -36,6 +37,7 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
         """`keep`: operators recorded whole. `life`: of the tags of this trace."""
         TorchDispatchMode.__init__(self, _dispatch_key=DispatchKey.PreDispatch)  # type: ignore[no-untyped-call]
         self.keep, self.tape, self.values, self.accesses, self.data, self.life = keep, tape, values, accesses, data, life
+        self.batches = Batches(tape, values)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -47,7 +49,7 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
     def _recorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run and record one ATen call."""
         if torch._C._are_functorch_transforms_active():
-            self._escape(args)
+            self._escape((args, kwargs), func._schema.is_mutable)
             return func(*args, **kwargs)
         tape, values = self.tape, self.values
         place = tape.caller.place if tape.caller else None
@@ -109,8 +111,10 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
             return Random.of(tree)
         return type(tree)(map(self._values_for, tree)) if type(tree) in (tuple, list) else tree
 
-    def _escape(self, args: tuple[Any, ...]) -> None:
+    def _escape(self, args: tuple[Any, ...], written: bool) -> None:
         """Note which values are used inside a functorch transform, whose tensors are wrappers that cannot be told apart."""
+        if self.tape.quiet:
+            return
         functorch = torch._C._functorch
         for tensor in (a for a in tree_flatten(args)[0] if isinstance(a, Tensor)):
             while functorch.is_functorch_wrapped_tensor(tensor):
@@ -119,7 +123,7 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
             if value is None:
                 continue
             if value.dtype.is_floating_point and value.origin is not Origin.CONST:
-                raise RuntimeError("a vmap over activations cannot be traced")
+                self.batches.take(value, written)
             self.tape.add(Pseudo.ESCAPE, (value,), {}, ())
 
     def _provenance(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Pseudo(Enum):
     EXIT = "exit"
     REPEAT = "repeat"
     ESCAPE = "escape"  # a tensor goes where operators cannot be recorded (inside vmap)
+    BATCHED = "vmap"  # a vmap makes tensors of those that escaped into it
     WRITE = "write"  # an in-place operator changed this alias of its target
     APPLY = "apply"  # tensors go into an autograd.Function; its operators follow, with the same scope
     HOOK = "hook"  # code of the model sees the gradient of a tensor

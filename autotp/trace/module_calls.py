@@ -102,7 +102,8 @@ class ModuleCalls:
 
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return inner(*args, **kwargs) if self._tape.quiet else self._call(module, path, inner, args, kwargs)
+            hidden = self._tape.quiet or torch._C._are_functorch_transforms_active()
+            return inner(*args, **kwargs) if hidden else self._call(module, path, inner, args, kwargs)
 
         if own is None:
             self._wrappers[path] = of_class, forward

@@ -101,7 +101,7 @@ class PythonMode(TorchFunctionMode):
         frame = sys._getframe(1)
         while frame.f_code is not code and frame.f_back is not None:
             frame = frame.f_back
-        if not tape.quiet:
+        if not tape.quiet and not torch._C._are_functorch_transforms_active():
             tape.apart = self.calls.check_forward(frame)
         tape.number += 1
         tape.caller = Caller(args, kwargs or {}, Place.of(code, call_of(code, offset), frame.f_lineno))

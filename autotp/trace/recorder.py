@@ -94,6 +94,7 @@ class Recorder:
             enable_python_dispatcher(),
             self._aten,
             self.calls.wrapped(),
+            self._aten.batches.watched(),
             watched,
         ):
             yield

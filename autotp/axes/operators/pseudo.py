@@ -57,7 +57,7 @@ def hook(context: Context, node: Node) -> None:
     context.opaque("a hook sees its gradient")
 
 
-@rule(Pseudo.ESCAPE)
+@rule(Pseudo.ESCAPE, Pseudo.BATCHED)
 def escape(context: Context, node: Node) -> None:
-    """A value that is used where nothing is recorded."""
+    """A value that is used where nothing is recorded, or that is made there."""
     context.opaque("it is used inside a vmap")
