@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -156,7 +156,8 @@ def _certified(
         difference, found = again(few=few) if replayed else None, None
         if difference is None or not draft.choice.on:
             plan = with_uncalled(plan, draft, model)
-            found = examine(plan, traced(examples, graph))
+            with undisturbed(model) if few else nullcontext():  # another replay begins where the first one did
+                found = examine(plan, traced(examples, graph))
             if replayed and few and difference is None and not found.run:  # then the replay is all that is known of a call
                 difference = again()
         few = few and difference is None  # the replay of all calls stops after the first, where most differences are
