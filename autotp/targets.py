@@ -119,6 +119,20 @@ def build(loaded: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype
     return module if dtype is None else module.to(dtype)
 
 
+def inputs_of(source: str) -> Any:
+    """What the callable named by `source` returns: the keyword arguments of a call, or several of them.
+
+    Raises:
+        InputError: it names nothing, or fails.
+    """
+    try:
+        return load(source)()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"inputs {source}: making them failed with {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
 def model_class(config: Any) -> Any:
     """The transformers class for `config`.
 

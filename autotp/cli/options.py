@@ -14,7 +14,7 @@ TargetArgument = Annotated[
 ]
 TpOption = Annotated[int, typer.Option("--tp", min=1, help="number of ranks")]
 InputsOption = Annotated[
-    str | None, typer.Option("--inputs", metavar="MODULE:CALLABLE", help="returns the keyword arguments of a call of the model")
+    str | None, typer.Option("--inputs", metavar="MODULE:CALLABLE", help="returns the keyword arguments of a call, or a list of several")
 ]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="recipe to follow: YAML file or bundled name")]
 
@@ -46,11 +46,11 @@ def placements(loss_parallel: bool, sequence_parallel: str, experts: str) -> Map
     return {"loss_parallel": loss_parallel, "sequence_parallel": asked, "experts": experts}
 
 
-def examples(inputs: str | None) -> Mapping[str, Any] | None:
-    """Returns the keyword arguments that the callable named by `--inputs` makes; None without one."""
+def examples(inputs: str | None) -> Any:
+    """Returns the keyword arguments that the callable named by `--inputs` makes, or a list of them; None without one."""
     from autotp import targets
 
-    return None if inputs is None else targets.load(inputs)()
+    return None if inputs is None else targets.inputs_of(inputs)
 
 
 @contextmanager

@@ -108,7 +108,10 @@ def _inputs(model: nn.Module, job: Mapping[str, Any], precision: Precision) -> d
     from transformers import PreTrainedModel
 
     if job["inputs"] is not None:
-        inputs = dict(job["inputs"] if isinstance(job["inputs"], Mapping) else targets.load(job["inputs"])())
+        given = job["inputs"] if isinstance(job["inputs"], Mapping) else targets.inputs_of(job["inputs"])
+        if not isinstance(given, Mapping):
+            raise InputError(f"inputs {job['inputs']}: verify compares one call, wanted its keyword arguments, got {type(given).__name__}")
+        inputs = dict(given)
     elif isinstance(model, PreTrainedModel):
         inputs = _model_inputs(model, precision)
     else:

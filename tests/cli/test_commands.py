@@ -231,3 +231,19 @@ def test_a_plan_of_a_module_of_ones_own(run):
     code, out, err = run("plan", "tests.cli.test_commands:mlp", "--tp", "2", "--inputs", "tests.cli.test_commands:mlp_inputs")
     assert (code, err) == (0, "")
     assert "0.weight" in out
+
+
+def test_inputs_that_cannot_be_used_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (
+        "def boom():\n    raise ValueError('my own bug')\ndef several():\n    import torch\n    return [{'input': torch.ones(2, 4)}] * 2\n"
+    )
+    (tmp_path / "own_inputs.py").write_text(text + "def model():\n    import torch\n    return torch.nn.Linear(4, 4)\n")
+    monkeypatch.chdir(tmp_path)
+    assert commands.run(["plan", "own_inputs:model", "--tp", "2", "--inputs", "own_inputs:boom"]) == 2
+    assert "inputs own_inputs:boom: making them failed with ValueError: my own bug" in capsys.readouterr().err
+    assert commands.run(["plan", "own_inputs:model", "--tp", "2", "--inputs", "own_inputs:several", "--check", "graph"]) == 0
+    assert commands.run(["verify", "own_inputs:model", "--tp", "2", "--inputs", "own_inputs:several"]) != 0
+    told = capsys.readouterr()
+    assert "verify compares one call" in told.err + told.out

@@ -117,6 +117,8 @@ class Values:
 def _brief(value: Any) -> str:
     if is_method_of_module(value):  # whose own text is that of the whole module
         return f"the method {value.__qualname__}"
+    if isinstance(value, FunctionType):
+        return f"the function {value.__qualname__}"
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else " ".join(reprlib.repr(value).split())
 
 
