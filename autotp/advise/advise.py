@@ -85,5 +85,5 @@ def advise(
     unit = "tokens/s" if subject.calls is not None else "calls/s"
     best, sentence = advised(options, machine, unit)
     elements = sum(p.numel() for p in model.parameters())
-    notes = (*subject.too_long(workload), *subject.notes, _LEFT_OUT)
+    notes = (*subject.too_long(workload), *machine.notes(workload.torch_dtype), *subject.notes, _LEFT_OUT)
     return Advice(type(model).__name__, elements, workload, machine, options, best, sentence, notes, unit)

@@ -14,6 +14,7 @@ from autotp.advise.rank import one_rank
 from autotp.advise.workload import Checkpointing, Serve, Train, Workload
 from autotp.api import plan
 from autotp.data_parallel import units
+from autotp.plan.experts import whole_experts
 from autotp.plan.plan import Plan
 
 
@@ -82,11 +83,13 @@ class Subject:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks for the reader: plans that leave operands of products whole."""
+        """Remarks for the reader: whole experts, whose tokens are drawn, and plans that leave operands of products whole."""
+        dealt = next((paths for made in self._plans.values() if (paths := whole_experts(made))), ())
+        drawn = (f"{dealt[0]} has whole experts: tokens are routed evenly, and the rank with most of them is measured",) if dealt else ()
         whole = sorted({tp for (tp, *_), made in self._plans.items() if tp > 1 and made.replicated_products})
         if not whole:
-            return ()
+            return drawn
         names = self._plans[next(key for key in self._plans if key[0] == whole[0])].replicated_products
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         sizes = ", ".join(map(str, whole))
-        return (f"each rank holds {names[0]}{more} whole where tp is {sizes}: `autotp plan --tp {whole[0]}` says why",)
+        return (*drawn, f"each rank holds {names[0]}{more} whole where tp is {sizes}: `autotp plan --tp {whole[0]}` says why")

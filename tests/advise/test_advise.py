@@ -321,3 +321,4 @@ def test_whole_experts_do_as_much_work_as_experts_that_are_cut() -> None:
     prefills = [next(o for o in advice.options if o.tp == 2).steps[0] for advice in (cut, whole)]
     assert prefills[0].flops < prefills[1].flops < 1.1 * prefills[0].flops  # the rank with most tokens is measured
     assert prefills[0].message_bytes == prefills[1].message_bytes
+    assert not any("whole experts" in note for note in cut.notes) and any("routed evenly" in note for note in whole.notes)

@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from autotp.advise.hardware import TABLE, bundled, gpu, link, read
+from autotp.advise.hardware import TABLE, Gpu, Link, bundled, gpu, link, read
+from autotp.advise.machine import Machine
 from autotp.advise.measured import Pass
 from autotp.advise.operators import Work
 from autotp.advise.timing import seconds
@@ -103,3 +104,12 @@ def test_hardware_that_is_not_known(name: object):
         gpu(name)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"link is 'nvlink9'.*near names: nvlink"):
         link("nvlink9", bundled())
+
+
+def test_what_is_left_out_is_said() -> None:
+    here, gloo = Gpu("here", 1e9, 1e9, {"float32": 1e9}, 1, 1, 0, True), Link("gloo", 1e9, 1, 1e-4, 0, most=2)
+    assert Machine(6, here, gloo, gloo, False).notes(torch.bfloat16) == (
+        "tp=3, 6 is left out: the link gloo joins 2 GPUs",
+        "here has no rate for products in bfloat16: another of its rates stands for it",
+    )
+    assert Machine(2, here, gloo, gloo, False).notes(torch.float32) == ()
