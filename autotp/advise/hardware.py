@@ -1,7 +1,7 @@
 """What GPUs and the links between them can do: the bundled table, and files of the same form.
 
-compute    t = max(flops / (compute · rate), bytes / (stream · bandwidth))            of each operator (roofline); `rows` for `stream`
-                                                                                      where it is a product, a convolution or attention
+compute    t = max(flops / (compute · rate), bytes / (stream · bandwidth))            of each operator (roofline)
+           `rows` in the place of `stream` where it has flops: products of few rows read weights slower than additions do
 all-reduce t = base + 2(n−1) · step + 2(n−1)/n · S / (efficiency · bandwidth)         S bytes of the result, n ranks (ring)
 all-gather t = base +  (n−1) · step +  (n−1)/n · S / (efficiency · bandwidth)         a reduce-scatter likewise
 """

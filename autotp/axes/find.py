@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+from autotp.axes import operators
 from autotp.axes.analysis import Axes, Context, Rule, analyse, is_pointwise
-from autotp.axes.operators import (
-    attention,
-    constructors,
-    elementwise,
-    indexing,
-    norms,
-    pooling,
-    products,
-    pseudo,
-    recurrent,
-    reductions,
-    shapes,
-    slicing,
-    transforms,
-)
 from autotp.axes.operators.elementwise import pointwise
 from autotp.axes.operators.table import OPERATORS, Is, entry, is_a
 from autotp.trace.graph import Graph, Node, Pseudo
 
-#: Importing a room of rules enters them into the table.
-ROOMS = (
-    attention,
-    constructors,
-    elementwise,
-    indexing,
-    norms,
-    pooling,
-    products,
-    pseudo,
-    recurrent,
-    reductions,
-    shapes,
-    slicing,
-    transforms,
-)
+for _room in pkgutil.iter_modules(operators.__path__, operators.__name__ + "."):  # importing a room of rules enters them into the table
+    import_module(_room.name)
 
 
 def keep(op: Any) -> bool:

@@ -17,10 +17,11 @@ from functools import partial
 from math import prod
 from typing import Any
 
+from autotp.axes.atoms import flat
 from autotp.plan.spec import LocalAttribute
 from autotp.planner.demands import Constraint, constraints, is_length
 from autotp.planner.partition import Partitions, local_size
-from autotp.planner.placements import NONE, GraphIndex, Labels
+from autotp.planner.placements import NONE, GraphIndex, Labels, leaf_atoms
 from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node
 from autotp.trace.ints import FLOAT, AttrRef, IntExpr, SizeRef, evaluate, leaves, show
@@ -135,24 +136,23 @@ def _frozen(lists: Mapping[Any, list[Any]]) -> dict[Any, tuple[Any, ...]]:
 
 def _is_length(space: GraphIndex, labels: Labels, leaf: AttrRef | SizeRef) -> bool:
     """True for a size that another call may have otherwise."""
-    if isinstance(leaf, AttrRef):
-        return False
-    per_dim = space.leaves.get(leaf.value_id, ())
-    if 0 <= leaf.dim < len(per_dim):
-        atoms = per_dim[leaf.dim]
-        if not atoms:  # no axis follows it: the number of rows that a mask selects, a batch of one
-            return not space.is_parameter(leaf.value_id)
-    else:
-        atoms = space.carried.get(leaf.value_id, NONE)
-    return any(is_length(space, labels, a) for a in atoms)
+    return isinstance(leaf, SizeRef) and bool(_lengths(space, labels, leaf))
 
 
 def _lengths(space: GraphIndex, labels: Labels, leaf: SizeRef) -> Mapping[Hashable, int]:
-    """Returns the axes of a size that another call may have otherwise, and the size of each: their product is a factor of it."""
-    per_dim = space.leaves.get(leaf.value_id, ())
-    atoms = per_dim[leaf.dim] if 0 <= leaf.dim < len(per_dim) else space.carried.get(leaf.value_id, NONE)
-    found: dict[Hashable, int] = {a: a.size for a in sorted(atoms, key=lambda a: a.id) if is_length(space, labels, a)}
-    return found if found or not _is_length(space, labels, leaf) else {leaf: leaf.value}
+    """Returns the axes of a size that another call may have otherwise, and the size of each: their product is a factor of it.
+
+    A size that is no such product counts as one length: that of a concatenation, and one that no axis follows (the number of rows that
+    a mask selects, a batch of one).
+    """
+    per_dim = space.axes.dims.get(leaf.value_id, ())
+    one = 0 <= leaf.dim < len(per_dim)
+    dims = per_dim[leaf.dim : leaf.dim + 1] if one else per_dim
+    if one and not space.leaves[leaf.value_id][leaf.dim]:
+        return {} if space.is_parameter(leaf.value_id) else {leaf: leaf.value}
+    found: dict[Hashable, int] = {a: a.size for dim in dims for a in leaf_atoms(dim) if is_length(space, labels, a)}
+    joined = any(a.segments is not None for dim in dims for a in flat(list(dim)))
+    return {leaf: leaf.value} if found and joined else found
 
 
 def _factors(space: GraphIndex, labels: Labels, search: _Search, solution: Mapping[AttrRef, int], c: Constraint) -> tuple[int, int] | None:

@@ -59,8 +59,7 @@ def of_classes(cls: type, names: frozenset[str]) -> Iterator[Methods]:
     found = {c: names & own_methods(c) for c in outside(cls)}
     for c, own in found.items():
         every = own.union(*found.values()) - {"forward"} if c is cls else own
-        kept = [
-            n for n in sorted(every) if getattr(c, n, None) == getattr(c, n, None)
-        ]  # what is made anew at each access cannot be compared
+        # What is made anew at each access cannot be compared.
+        kept = [n for n in sorted(every) if getattr(c, n, None) == getattr(c, n, None)]
         if kept:
             yield Methods(c, kept)
