@@ -151,8 +151,8 @@ def _lengths(space: GraphIndex, labels: Labels, leaf: SizeRef) -> Mapping[Hashab
     if one and not space.leaves[leaf.value_id][leaf.dim]:
         return {} if space.is_parameter(leaf.value_id) else {leaf: leaf.value}
     found: dict[Hashable, int] = {a: a.size for dim in dims for a in leaf_atoms(dim) if is_length(space, labels, a)}
-    joined = any(a.segments is not None for dim in dims for a in flat(list(dim)))
-    return {leaf: leaf.value} if found and joined else found
+    joined = (leaf_atoms([a]) for dim in dims for a in flat(list(dim)) if a.segments is not None)
+    return {leaf: leaf.value} if any(a in found for inside in joined for a in inside) else found
 
 
 def _factors(space: GraphIndex, labels: Labels, search: _Search, solution: Mapping[AttrRef, int], c: Constraint) -> tuple[int, int] | None:
@@ -292,7 +292,7 @@ class _Search:
         def size(leaf: SizeRef, whole: int, lengths: Mapping[Hashable, int]) -> int:
             """A size is its lengths times what they do not change."""
             found = axes[leaf]
-            return whole // max(prod(found.values()), 1) * prod(lengths[axis] for axis in found)
+            return whole * prod(lengths[axis] for axis in found) // max(prod(found.values()), 1)
 
         def value(leaf: AttrRef | SizeRef, lengths: Mapping[Hashable, int], on_shard: bool) -> int:
             if isinstance(leaf, AttrRef):

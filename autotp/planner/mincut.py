@@ -9,10 +9,10 @@ Vertices that demand each other are one. Most are, so the flow is found on what 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Iterable
-from itertools import pairwise
+from collections.abc import Hashable, Iterable, Mapping
 from math import ldexp
+
+import networkx as nx
 
 Vertex = Hashable
 SOURCE, SINK = "source", "sink"
@@ -82,13 +82,14 @@ class MinCut:
         if sink in unconverted:
             return None
         at = {**dict.fromkeys(unconverted, source), **dict.fromkeys(_reached(sink, [(b, a) for a, b in demands]), sink)}
-        flow, unbounded = _Flow(), sum(costs.values()) + 1
+        capacities = dict[tuple[int, int], int]()
+        unbounded = sum(costs.values()) + 1
         for (a, b), capacity in (*costs.items(), *((edge, unbounded) for edge in demands)):
-            if a in live and b in live:
-                flow.edge(at.get(a, a), at.get(b, b), capacity)
-        flow.fill(source, sink)
-        reaching = flow.reaching(sink)
-        side = [n in live and at.get(n, n) not in reaching for n in roots]
+            edge = at.get(a, a), at.get(b, b)
+            if a in live and b in live and edge[0] != edge[1]:
+                capacities[edge] = capacities.get(edge, 0) + capacity
+        unconverted = _unconverted(source, sink, capacities)
+        side = [n in live and at.get(n, n) in unconverted for n in roots]
         chosen = {key for key, (a, b) in self._conversions.items() if side[a] and not side[b]}
         return chosen, {vertex for vertex, n in self._number.items() if side[n]}
 
@@ -106,58 +107,9 @@ def _reached(start: int, edges: Iterable[tuple[int, int]]) -> set[int]:
     return seen
 
 
-class _Flow:
-    """A largest flow, along the shortest paths that are left (Dinic)."""
-
-    def __init__(self) -> None:
-        self.left: dict[int, dict[int, int]] = {}  # vertex → vertex → what can still flow
-
-    def edge(self, a: int, b: int, capacity: int) -> None:
-        if a != b:
-            out = self.left.setdefault(a, {})
-            out[b] = out.get(b, 0) + capacity
-            self.left.setdefault(b, {}).setdefault(a, 0)
-
-    def reaching(self, sink: int) -> set[int]:
-        """Returns the vertices from which more could flow into `sink`."""
-        return _reached(sink, ((b, a) for a, out in self.left.items() for b, room in out.items() if room))
-
-    def fill(self, source: int, sink: int) -> None:
-        """Let flow as much as can."""
-        left = self.left
-        while levels := self._levels(source, sink):
-            further = {n: [m for m in left[n] if levels.get(m) == levels[n] + 1] for n in levels}  # dead ends are taken out
-            path = [source]
-            while path:
-                n = path[-1]
-                if n == sink:
-                    self._push(path)
-                    path = [source]
-                    continue
-                ways = further[n]
-                while ways and not left[n][ways[-1]]:
-                    ways.pop()
-                if ways:
-                    path.append(ways[-1])
-                else:
-                    path.pop()
-                    if path:
-                        further[path[-1]].pop()
-
-    def _levels(self, source: int, sink: int) -> dict[int, int]:
-        """Returns the distances from `source` on edges with room; nothing where `sink` is not reached."""
-        levels, queue = {source: 0}, deque([source])
-        while queue:
-            n = queue.popleft()
-            for m, room in self.left.get(n, {}).items():
-                if room and m not in levels:
-                    levels[m] = levels[n] + 1
-                    queue.append(m)
-        return levels if sink in levels else {}
-
-    def _push(self, path: list[int]) -> None:
-        steps = list(pairwise(path))
-        room = min(self.left[a][b] for a, b in steps)
-        for a, b in steps:
-            self.left[a][b] -= room
-            self.left[b][a] += room
+def _unconverted(source: int, sink: int, capacities: Mapping[tuple[int, int], int]) -> set[int]:
+    graph = nx.DiGraph()
+    graph.add_nodes_from((source, sink))
+    graph.add_edges_from((a, b, {"capacity": capacity}) for (a, b), capacity in capacities.items())
+    found: set[int] = nx.minimum_cut(graph, source, sink)[1][0]  # those from which no more could flow into the sink
+    return found

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
+from autotp.axes import atoms
 from autotp.errors import ChangedError
 from autotp.planner.local_ints import _is_length
+from autotp.planner.placements import NONE
 from autotp.testing import assert_equivalent
 from autotp.testing.ranks.threads import ThreadRanks
 from autotp.trace.ints import SizeRef
@@ -228,7 +230,11 @@ def test_changes_afterwards_are_refused() -> None:
 
 
 def test_a_size_that_no_axis_follows_is_a_length() -> None:
-    space = SimpleNamespace(leaves={1: ((), ("width",)), 2: ((),)}, carried={}, of_parameters={"width"}, is_parameter=lambda key: key == 2)
+    width = tuple(atoms.new(8))
+    axes, of_parameters = SimpleNamespace(dims={1: ((), width), 2: ((),)}), set(width)
+    space = SimpleNamespace(
+        axes=axes, leaves={1: (NONE, frozenset(width)), 2: (NONE,)}, of_parameters=of_parameters, is_parameter=lambda key: key == 2
+    )
     labels = SimpleNamespace(cuts={})
     sizes = (SizeRef(1, 0, 3), SizeRef(1, 0, 1), SizeRef(1, 1, 8), SizeRef(2, 0, 1))
     found = [_is_length(space, labels, size) for size in sizes]  # type: ignore[arg-type]
