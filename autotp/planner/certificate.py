@@ -157,7 +157,7 @@ def _actual(nodes: Iterable[Node]) -> Iterable[Node]:
 
 
 def _compare(draft: Draft, calls: Replayed, actual: Graph, complete: bool) -> Difference | None:
-    twins = _Twins({}, dict(calls.stands), {})
+    twins = _Twins({}, {}, {})
     want = _without_copies(_visible(draft, calls.nodes), twins.stands)
     got = _without_copies(_actual(actual.nodes), twins.copies)
     at = left_out = 0

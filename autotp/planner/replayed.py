@@ -11,8 +11,8 @@ another path with or without gradients or the other answer to a condition, one a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from autotp.planner.assemble import Draft
@@ -20,25 +20,17 @@ from autotp.planner.placements import NONE
 from autotp.trace.example import Example
 from autotp.trace.graph import Node, Origin, Result, Value
 
-#: Operators that return their argument itself where it is so already: a parameter or buffer is then a value of each call anew.
-_ITSELF = frozenset(("to", "contiguous", "type_as"))
-
-
 #: Leaves of results that are compared by value.
 PLAIN = (int, float, str, bool)
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """The calls that are replayed, with their nodes and results in the trace.
-
-    `stands`: value of a call that is left out → the value that it is itself. `all`: no call is left out.
-    """
+    """The calls that are replayed, with their nodes and results in the trace. `all`: no call is left out."""
 
     examples: tuple[Example, ...]
     nodes: Sequence[Node]
     results: Sequence[Result]
-    stands: Mapping[int, int] = field(default_factory=dict)
     all: bool = True
 
 
@@ -77,35 +69,11 @@ def fewest(draft: Draft, examples: tuple[Example, ...]) -> Replayed:
             kept[at] = False
             counts.subtract(steps[at])
     chosen = [span for span, keep in zip(spans, kept, strict=True) if keep]
-    made = {o.id: n for span, keep in zip(spans, kept, strict=True) if not keep for n in span.nodes for o in n.outputs}
-    stands = _standing({v.id for span in chosen for n in span.nodes for v in n.inputs() if v.id in made}, made)
-    if not made or stands is None:
-        return every(draft, examples)
+    made = {o.id for span, keep in zip(spans, kept, strict=True) if not keep for n in span.nodes for o in n.outputs}
     nodes = [n for span in chosen for n in span.nodes]
-    return Replayed(tuple(s.example for s in chosen), nodes, [r for s in chosen for r in s.results], stands, all=False)
-
-
-def _standing(read: Iterable[int], made: Mapping[int, Node]) -> dict[int, int] | None:
-    """Returns what stands for the values that are `read` of calls that are left out; None where such a call left something of its own."""
-    stands: dict[int, int] = {}
-    queue = list(read)
-    while queue:
-        key = queue.pop()
-        argument = _itself(made[key])
-        if argument is None:
-            return None
-        stands[key] = argument.id
-        if argument.id in made:
-            queue.append(argument.id)
-    return stands
-
-
-def _itself(node: Node) -> Value | None:
-    """Returns the argument that a node returns as it is; None where it makes something new of it."""
-    argument = node.args[0] if node.opname in _ITSELF and node.args else None
-    if not isinstance(argument, Value) or len(node.outputs) != 1:
-        return None
-    return argument if (argument.shape, argument.dtype) == (node.outputs[0].shape, node.outputs[0].dtype) else None
+    if not made or any(v.id in made for n in nodes for v in n.inputs()):  # a call that is left out left something for another one
+        return every(draft, examples)
+    return Replayed(tuple(s.example for s in chosen), nodes, [r for s in chosen for r in s.results], all=False)
 
 
 def _spans(draft: Draft, examples: tuple[Example, ...]) -> list[_Span] | None:
@@ -143,9 +111,7 @@ def _steps(draft: Draft) -> Callable[[_Span], Iterator[Hashable]]:
     def value(v: Value) -> int:
         """A number, equal for values that are alike and made alike."""
         if v.id not in known:
-            made = space.made.get(v.id) if v.origin is Origin.NODE else None
-            same = None if made is None else _itself(made)
-            known[v.id] = value(same) if same is not None else numbers.setdefault(facts(v, made), len(numbers))
+            known[v.id] = numbers.setdefault(facts(v, space.made.get(v.id) if v.origin is Origin.NODE else None), len(numbers))
         return known[v.id]
 
     def form(tree: Any) -> Hashable:
