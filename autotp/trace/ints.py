@@ -139,42 +139,48 @@ class Life:
                 del self.compared[item]
 
 
-class TaggedInt(int):
-    """An int with the expression that produced it, in the trace that `life` belongs to."""
+class _Tagged:
+    """A number with the expression that produced it, in the trace that `life` belongs to."""
 
     expr: IntExpr
     life: Life
 
-    def __new__(cls, value: int, expr: IntExpr, life: Life) -> TaggedInt:
-        self = int.__new__(cls, value)
+    def __new__(cls, value: float, expr: IntExpr, life: Life) -> Any:
+        self: Any = super().__new__(cls, value)  # type: ignore[call-arg]
         self.expr, self.life = expr, life
         return self
 
     def __reduce__(self) -> Any:
-        return int, (int(self),)
+        plain = _plain(self)
+        return type(plain), (plain,)
 
-    def __deepcopy__(self, memo: Any) -> int:
-        return int(self)
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _plain(self)
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other  # type: ignore[operator]
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __neg__(self) -> Any:
+        found = -_plain(self)
+        return found if self.life.over else _tagged(found, Arith("-", Literal(0), self.expr, found), self.life)
+
+    def __abs__(self) -> Any:
+        return _rounded(self, "abs")
+
+
+class TaggedInt(_Tagged, int):
+    """An int that remembers where it comes from."""
 
     def __float__(self) -> float:
         """The plain float, as Python wants one (`float`, functions of `math`)."""
         _note(self, FLOAT, 0, 2)
         return float(int(self))
-
-    def __divmod__(self, other: Any) -> Any:
-        return self // other, self % other
-
-    def __rdivmod__(self, other: Any) -> Any:
-        return other // self, other % self
-
-    def __neg__(self) -> int:
-        return -int(self) if self.life.over else TaggedInt(-int(self), Arith("-", Literal(0), self.expr, -int(self)), self.life)
-
-    def __abs__(self) -> Any:
-        return _rounded(self, "abs")
-
-    def __copy__(self) -> TaggedInt:
-        return self
 
 
 def expr_of(value: int) -> IntExpr:
@@ -191,31 +197,8 @@ def origin_of(value: int, life: Life) -> IntExpr:
     return life.quotients.get(value, expr) if isinstance(expr, Literal) and value > 1 else expr
 
 
-class TaggedFloat(float):
-    """A float that arithmetic made of tagged ints, with the expression that produced it."""
-
-    expr: IntExpr
-    life: Life
-
-    def __new__(cls, value: float, expr: IntExpr, life: Life) -> TaggedFloat:
-        self = float.__new__(cls, value)
-        self.expr, self.life = expr, life
-        return self
-
-    def __reduce__(self) -> Any:
-        return float, (float(self),)
-
-    def __deepcopy__(self, memo: Any) -> float:
-        return float(self)
-
-    def __copy__(self) -> TaggedFloat:
-        return self
-
-    def __neg__(self) -> float:
-        return -1 * self
-
-    def __abs__(self) -> Any:
-        return _rounded(self, "abs")
+class TaggedFloat(_Tagged, float):
+    """A float that arithmetic made of tagged ints."""
 
     def __int__(self) -> int:
         """The plain int, as Python wants one. `quotients` has its expression where sizes and attributes of modules meet in it."""
@@ -241,7 +224,7 @@ _BITS = (("&", "and"), ("|", "or"), ("^", "xor"), ("<<", "lshift"), (">>", "rshi
 _NUMBERS = (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod"), ("/", "truediv"))
 
 
-def _rounded(value: TaggedInt | TaggedFloat, how: str) -> Any:
+def _rounded(value: _Tagged, how: str) -> Any:
     found = _OPS[how](_plain(value), 0)
     return found if value.life.over else _tagged(found, Arith(how, value.expr, Literal(0), found), value.life)
 
@@ -250,18 +233,18 @@ def _tagged(value: Any, expr: IntExpr, life: Life) -> Any:
     return TaggedInt(value, expr, life) if isinstance(value, int) else TaggedFloat(value, expr, life)
 
 
-def _expr(value: float) -> IntExpr:
+def _expr(value: Any) -> IntExpr:
     """Returns the expression behind a number."""
     if isinstance(value, TaggedFloat):
         return Literal(float(value)) if value.life.over else value.expr
     return expr_of(value) if isinstance(value, int) else Literal(float(value))
 
 
-def _plain(value: float) -> int | float:
+def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, int) else float(value)
 
 
-def _note(value: TaggedInt | TaggedFloat, name: str, other: float, depth: int) -> None:
+def _note(value: _Tagged, name: str, other: float, depth: int) -> None:
     """Notes what the code `depth` frames above compares."""
     if not value.life.over and value.life.watches(sys._getframe(depth).f_code.co_filename):
         value.life.compared[name, value.expr, _expr(other)] = None
@@ -271,15 +254,15 @@ def _method(symbol: str, reflected: bool) -> Callable[[Any, Any], Any]:
     compute = _OPS[symbol]
     plain = (int,) if symbol in dict(_BITS) else (int, float)
 
-    def method(self: TaggedInt | TaggedFloat, other: Any) -> Any:
-        own = isinstance(other, (TaggedInt, TaggedFloat)) or type(other) in plain  # numbers of other kinds see to it (of numpy, of data)
+    def method(self: _Tagged, other: Any) -> Any:
+        own = isinstance(other, _Tagged) or type(other) in plain  # numbers of other kinds see to it (of numpy, of data)
         if not own and not (isinstance(self, TaggedInt) and isinstance(other, int) and not isinstance(other, bool)):
             return NotImplemented
         a, b = (other, self) if reflected else (self, other)
         left, right = _plain(a), _plain(b)
         result = compute(left, right)
         life = self.life
-        if life.over and isinstance(other, (TaggedInt, TaggedFloat)):
+        if life.over and isinstance(other, _Tagged):
             life = other.life
         if life.over or isinstance(result, complex):
             return result
@@ -313,7 +296,7 @@ for _class in (TaggedInt, TaggedFloat):
 def _comparison(kind: type, name: str) -> Callable[[Any, Any], Any]:
     compute = getattr(kind, f"__{name}__")
 
-    def method(self: TaggedInt | TaggedFloat, other: Any) -> Any:
+    def method(self: _Tagged, other: Any) -> Any:
         if isinstance(other, (int, float)):
             _note(self, name, other, 2)
         return compute(self, other)
@@ -321,10 +304,10 @@ def _comparison(kind: type, name: str) -> Callable[[Any, Any], Any]:
     return method
 
 
-def _truth(self: TaggedInt | TaggedFloat) -> bool:
+def _truth(self: _Tagged) -> bool:
     """The truth of a number, as code asks for it: whether it is not 0."""
     _note(self, "ne", 0, 2)
-    return _plain(self) != 0
+    return bool(_plain(self) != 0)
 
 
 for _class, _kind in ((TaggedInt, int), (TaggedFloat, float)):
@@ -346,7 +329,7 @@ class Counter(TaggedInt):
     @classmethod
     def of(cls, value: int, expr: IntExpr, life: Life, used: Callable[[], None]) -> Counter:
         """Makes a counter that calls `used`."""
-        self = cls(value, expr, life)
+        self: Counter = cls(value, expr, life)
         self.used = used
         return self
 

@@ -241,18 +241,8 @@ class LayoutDTensor(Numbers):
         for a, b in self._held_of(self._layout.padding(self._rank)):
             self._local_tensor.narrow(self._layout.dim or 0, a, b - a).zero_()
 
-    def redistribute(self, device_mesh: Any = None, placements: Sequence[Any] | None = None, **options: Any) -> DTensor:
-        """Returns the whole tensor in the model's order and shape for `Replicate`. Collective.
-
-        Raises:
-            AutoTPError: for other placements than its own and `Replicate`.
-        """
-        wanted = tuple(placements or ())
-        if wanted == tuple(self._spec.placements):
-            return self
-        if device_mesh not in (None, self._spec.mesh) or not all(p.is_replicate() for p in wanted) or not wanted:
-            raise AutoTPError(f"a tensor with the layout {self._layout} is not cut evenly: it can be made whole, not placed as {wanted}")
-        return DTensor.from_local(self.full_tensor(), self._spec.mesh, wanted, run_check=False)
+    def _told(self) -> str:
+        return f"a tensor that is not cut evenly, of layout {self._layout},"
 
     def __create_write_items__(self, fqn: str, object: object) -> list[Any]:
         return self._sharded().__create_write_items__(fqn, object)

@@ -35,10 +35,14 @@ class Numbers(DTensor):
         """The tensor, laid out as this is, of which every rank has `local`."""
         raise NotImplementedError
 
+    def _told(self) -> str:
+        """What this is, for errors."""
+        raise NotImplementedError
+
     def full_tensor(self, *, grad_placements: Sequence[Any] | None = None) -> Tensor:
         """Returns the whole tensor in the model's order and shape, differentiable. Collective."""
         if grad_placements is not None:
-            raise AutoTPError("full_tensor(grad_placements=…) of a parameter that is not cut evenly takes gradients that are whole only")
+            raise AutoTPError(f"full_tensor(grad_placements=…) of {self._told()} takes gradients that are whole only")
         refuse_transforms()
         return Whole.apply(self)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -47,6 +51,19 @@ class Numbers(DTensor):
         if grad_placements is None and not self.is_leaf and torch.is_grad_enabled():
             return Local.apply(self)  # type: ignore[no-any-return, no-untyped-call]
         return super().to_local(grad_placements=grad_placements)
+
+    def redistribute(self, device_mesh: Any = None, placements: Sequence[Any] | None = None, **options: Any) -> DTensor:
+        """Returns the whole tensor in the model's order and shape for `Replicate`. Collective.
+
+        Raises:
+            AutoTPError: for other placements than its own and `Replicate`.
+        """
+        wanted = tuple(placements or ())
+        if wanted == tuple(self._spec.placements):
+            return self
+        if device_mesh not in (None, self._spec.mesh) or not all(p.is_replicate() for p in wanted) or not wanted:
+            raise AutoTPError(f"{self._told()} can be made whole, not placed as {wanted}")
+        return DTensor.from_local(self.full_tensor(), self._spec.mesh, wanted, run_check=False)
 
     def numpy(self, *, force: bool = False) -> Any:
         """Returns the whole tensor as an array. One that was put together is read-only: a write to it would reach no part."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from math import isinf
 from typing import Any
@@ -14,7 +14,6 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._ops._math_ops import _NormPartial
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from autotp.errors import AutoTPError
 from autotp.plan.boxes import is_even
 from autotp.plan.layout import replicated
 from autotp.rewrite.parameters.dtensor_operators.arguments import named
@@ -75,18 +74,8 @@ class Summed(Numbers):
         spec = DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=TensorMeta(local.shape, local.stride(), local.dtype))
         return laid_out(spec, local, replicated(local.shape, mesh.size(mesh.ndim - 1)))
 
-    def redistribute(self, device_mesh: Any = None, placements: Sequence[Any] | None = None, **options: Any) -> DTensor:
-        """Returns the reduced number for `Replicate`. Collective.
-
-        Raises:
-            AutoTPError: for other placements than its own and `Replicate`.
-        """
-        wanted = tuple(placements or ())
-        if wanted == tuple(self._spec.placements):
-            return self
-        if device_mesh not in (None, self._spec.mesh) or not all(p.is_replicate() for p in wanted) or not wanted:
-            raise AutoTPError(f"a sum over a tensor that is laid out over ranks can be made whole, not placed as {wanted}")
-        return DTensor.from_local(self.full_tensor(), self._spec.mesh, wanted, run_check=False)
+    def _told(self) -> str:
+        return "a sum over a tensor that is laid out over ranks"
 
     def _reduced(self) -> LayoutDTensor:
         """Returns the number itself, on every rank; it is reduced once."""
