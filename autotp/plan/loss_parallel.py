@@ -53,10 +53,11 @@ def _lazy(plan: PlanSpec, m: ModulePlan) -> ModulePlan:
 
 
 def _each(m: ModulePlan, old: Op, new: Op, where: Callable[[Conversion], bool]) -> ModulePlan:
-    def changed(c: Conversion) -> Conversion:
-        return replace(c, op=new) if c.op is old and where(c) else c
+    def changed(s: Slot) -> Slot:
+        alone = s.conversions[0] if len(s.conversions) == 1 else None  # what goes on into a region is gathered at once
+        return Slot(s.path, (replace(alone, op=new),)) if alone is not None and alone.op is old and where(alone) else s
 
-    outputs = tuple(Slot(s.path, tuple(map(changed, s.conversions))) for s in m.outputs)
+    outputs = tuple(map(changed, m.outputs))
     return m if outputs == m.outputs else replace(m, outputs=outputs)
 
 
