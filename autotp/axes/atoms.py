@@ -13,7 +13,7 @@ Invariant: joined dims have equal sizes and, after `flat`, the same atoms in the
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 _ids = count()
@@ -72,6 +72,16 @@ def flat(dim: Sequence[Atom]) -> Dim:
         else:
             out += flat(root.parts)
     return out
+
+
+def leaf_atoms(dim: Sequence[Atom]) -> Iterator[Atom]:
+    """Yields the leaf atoms of a dim, in order."""
+    for atom in flat(dim):
+        if atom.segments is None:
+            yield atom
+        else:
+            for segment in atom.segments:
+                yield from leaf_atoms(segment)
 
 
 def dim_size(dim: Sequence[Atom]) -> int:

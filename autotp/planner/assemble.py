@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autotp.axes.atoms import Atom
+from autotp.axes.atoms import Atom, leaf_atoms
 from autotp.axes.operators.table import Is, is_a
 from autotp.plan.layout import Layout
 from autotp.plan.plan import Plan
@@ -13,7 +13,7 @@ from autotp.plan.spec import AxisInfo, ModulePlan, ParamPlan
 from autotp.planner.choice import HEAD_WIDTH, Choice
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
-from autotp.planner.placements import GraphIndex, leaf_atoms
+from autotp.planner.placements import GraphIndex
 from autotp.planner.reductions import Moves
 from autotp.planner.requested import Reason
 from autotp.planner.traffic import traffic

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from itertools import islice, product
 from math import gcd, prod
 
-from autotp.axes.atoms import Atom
+from autotp.axes.atoms import Atom, leaf_atoms
 from autotp.axes.operators.table import Is, is_a
 from autotp.planner.gathers import GATHER_TRIES, gather_slots, head_gather, whole_results
 from autotp.planner.heads import head_widths
 from autotp.planner.labelling import label
 from autotp.planner.padding import padding_conflict
 from autotp.planner.partition import Atoms, Partition, Partitions, last_atoms, local_size, neighbours
-from autotp.planner.placements import NONE, GraphIndex, Labels, SlotKey, leaf_atoms
+from autotp.planner.placements import NONE, GraphIndex, Labels, SlotKey
 from autotp.planner.refusals import Conflict
 from autotp.planner.requested import Reason, Wanted, claimed, granules, ruled_out
 from autotp.trace.graph import Origin, Value
@@ -85,9 +85,11 @@ def choose(
         refused.setdefault(atom, Reason(HEAD_WIDTH))
     unread = {atom for value in space.graph.params.values() if value.id not in space.users for atom in space.carried[value.id]}
     refused.update(dict.fromkeys(unread, Reason(UNREAD)))
+    by_length = {atom: space.varying[atom] for atom in carriers if atom in space.varying}
+    refused.update((atom, Reason(f"a length says how much of the parameter is used: {node}")) for atom, node in by_length.items())
     if nothing:
         refused.update((atom, Reason(nothing)) for atom in carriers if atom not in refused)
-    free = {atom for atom in carriers if atom not in widths and atom not in unread and not nothing}
+    free = {atom for atom in carriers if not nothing and atom not in widths and atom not in unread and atom not in by_length}
     candidates = [c for c in _candidates(space, carriers, free, tp, wanted) if c not in banned]
     against = {c: ruled_out(space, c, carriers, wanted) for c in candidates}
     for cut, reason in against.items():

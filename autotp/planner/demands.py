@@ -10,6 +10,7 @@ from autotp.axes.atoms import Atom, flat
 from autotp.planner.partition import Atoms, local_size
 from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.planner.refusals import Refusal
+from autotp.planner.varying import positions
 from autotp.trace.graph import Node
 from autotp.trace.ints import IntExpr, leaves
 
@@ -30,20 +31,6 @@ class Constraint:
     local: int
     demanded: bool
     unit: tuple[int, int] | None = None
-
-
-def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
-    """Returns the positions among a call's ints that may be int `number` of the ATen call (the `at`-th of a list of `listed`)."""
-    values = [e.value for e in node.ints]
-    if listed:
-        sizes = next(
-            (a for a in node.args if isinstance(a, (list, tuple)) and len(a) == listed and all(isinstance(x, int) for x in a)), None
-        )
-        if sizes is not None:
-            runs = [i for i in range(len(values) - listed + 1) if values[i : i + listed] == list(sizes)]
-            if runs:
-                return [runs[-1] + at]
-    return [i for i, v in enumerate(values) if v == number]
 
 
 def constraints(space: GraphIndex, labels: Labels) -> list[Constraint]:
@@ -98,8 +85,8 @@ def _unit(space: GraphIndex, demand: Demand, labels: Labels, node: Node) -> tupl
 
 
 def is_length(space: GraphIndex, labels: Labels, atom: Atom) -> bool:
-    """True for an axis that no parameter has and that is not cut: another call may have another size."""
-    return atom not in space.of_parameters and atom not in labels.cuts
+    """True for an axis that is not cut, and that no parameter has or that varies: another call may have another size."""
+    return atom not in labels.cuts and (atom not in space.of_parameters or atom in space.varying)
 
 
 def _on(node: Node, demand: Demand, labels: Labels) -> Atoms:

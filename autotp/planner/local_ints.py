@@ -17,11 +17,11 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from autotp.axes.atoms import flat
+from autotp.axes.atoms import flat, leaf_atoms
 from autotp.plan.spec import LocalAttribute
 from autotp.planner.demands import Constraint, constraints, is_length
 from autotp.planner.partition import Partitions, local_size
-from autotp.planner.placements import NONE, GraphIndex, Labels, leaf_atoms
+from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node
 from autotp.trace.ints import FLOAT, AttrRef, IntExpr, SizeRef, evaluate, leaves, show

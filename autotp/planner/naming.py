@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count, pairwise
 
-from autotp.axes.atoms import Atom, flat
+from autotp.axes.atoms import Atom, flat, leaf_atoms
 from autotp.axes.operators.table import Is, is_a
 from autotp.plan.expressions import Concat, Expr, Factor, Product
 from autotp.planner.partition import Atoms, Partitions
-from autotp.planner.placements import GraphIndex, SlotKey, leaf_atoms
+from autotp.planner.placements import GraphIndex, SlotKey
 
 #: Factors up to this size are called by it, as the 3 of a fused q, k, v.
 SMALL = 4

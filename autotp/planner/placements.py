@@ -8,12 +8,12 @@ Invariant: a value is sharded on at most one atom of each index path, and never 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from autotp.axes.analysis import Axes
-from autotp.axes.atoms import Atom, flat
+from autotp.axes.atoms import Atom, leaf_atoms
 from autotp.axes.operators.table import Is, is_a
 from autotp.plan.spec import DistributedForm
 from autotp.planner.aliases import Storage
@@ -22,6 +22,7 @@ from autotp.planner.faults import Faults
 from autotp.planner.flows import differentiable, made_of_arguments
 from autotp.planner.partition import Atoms, Partitions
 from autotp.planner.refusals import Conflict
+from autotp.planner.varying import varying
 from autotp.trace.graph import Node, Pseudo, Value
 
 NONE: Atoms = frozenset()
@@ -109,6 +110,7 @@ class GraphIndex:
         for node in self.graph.nodes:
             if node.op is Pseudo.EXIT and node.slot is not None:
                 self.exits.setdefault((Pseudo.EXIT, *node.slot), []).append(node.index)
+        self.varying = varying(axes)
         self._meeting: dict[Atom, list[Node]] | None = None
 
     def meeting(self, atom: Atom) -> list[Node]:
@@ -137,19 +139,9 @@ class GraphIndex:
             key = next(node.inputs()).id
         return key
 
-    def atoms(self, dim: Iterable[Atom]) -> Atoms:
+    def atoms(self, dim: Sequence[Atom]) -> Atoms:
         """Returns the leaf atoms of a dim, those inside concatenations included."""
         key = tuple(a.id for a in dim)
         if key not in self._cache:
             self._cache[key] = frozenset(leaf_atoms(dim))
         return self._cache[key]
-
-
-def leaf_atoms(dim: Iterable[Atom]) -> Iterable[Atom]:
-    """Yields the leaf atoms of a dim, in order."""
-    for atom in flat(list(dim)):
-        if atom.segments is None:
-            yield atom
-        else:
-            for segment in atom.segments:
-                yield from leaf_atoms(segment)

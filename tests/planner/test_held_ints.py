@@ -233,7 +233,11 @@ def test_a_size_that_no_axis_follows_is_a_length() -> None:
     width = tuple(atoms.new(8))
     axes, of_parameters = SimpleNamespace(dims={1: ((), width), 2: ((),)}), set(width)
     space = SimpleNamespace(
-        axes=axes, leaves={1: (NONE, frozenset(width)), 2: (NONE,)}, of_parameters=of_parameters, is_parameter=lambda key: key == 2
+        axes=axes,
+        leaves={1: (NONE, frozenset(width)), 2: (NONE,)},
+        of_parameters=of_parameters,
+        varying={},
+        is_parameter=lambda key: key == 2,
     )
     labels = SimpleNamespace(cuts={})
     sizes = (SizeRef(1, 0, 3), SizeRef(1, 0, 1), SizeRef(1, 1, 8), SizeRef(2, 0, 1))

@@ -25,8 +25,8 @@ def _with(context: Context, x: Value, d: int, dim: Dim) -> list[Dim]:
     return dims
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_split", padded=Padded.MOVED, traits=Is.MAY_BE_EMPTY)
-@rule("unsafe_chunk", "tensor_split", padded=Padded.MOVED)
+@rule("split", "split_with_sizes", "chunk", "unsafe_split", padded=Padded.MOVED, traits=Is.CUTS | Is.MAY_BE_EMPTY)
+@rule("unsafe_chunk", "tensor_split", padded=Padded.MOVED, traits=Is.CUTS)
 def split(context: Context, node: Node) -> None:
     """A dim is cut into consecutive pieces."""
     x = node.args[0]
@@ -47,6 +47,8 @@ def split(context: Context, node: Node) -> None:
     elif isinstance(wanted, (list, tuple)):
         for i, n in enumerate(wanted):
             context.demand(n, node.outputs[i], [pieces[i]], i, len(wanted))
+            if n == x.shape[d]:
+                context.takes(n, x, d)
     elif node.opname in ("split", "unsafe_split") and wanted == sizes[0]:  # a larger number gives one piece, of any shard too
         context.demand(wanted, node.outputs[0], [pieces[0]])
 
@@ -56,9 +58,9 @@ def _same_cut(a: Dim, b: Dim) -> bool:
     return atoms.dim_size(a) == atoms.dim_size(b)
 
 
-@rule("slice", padded=Padded.MOVED, traits=Is.MAY_BE_EMPTY | Is.PASSES_ARGUMENTS | Is.PASSES_SCORES | Is.SELECTION)
-@rule("narrow", padded=Padded.MOVED, traits=Is.MAY_BE_EMPTY)
-@rule("slice_copy", padded=Padded.MOVED)
+@rule("slice", padded=Padded.MOVED, traits=Is.CUTS | Is.MAY_BE_EMPTY | Is.PASSES_ARGUMENTS | Is.PASSES_SCORES | Is.SELECTION)
+@rule("narrow", padded=Padded.MOVED, traits=Is.CUTS | Is.MAY_BE_EMPTY)
+@rule("slice_copy", padded=Padded.MOVED, traits=Is.CUTS)
 def slice_(context: Context, node: Node) -> None:
     """A run of a dim."""
     x, out = node.args[0], node.outputs[0]
@@ -87,6 +89,8 @@ def slice_(context: Context, node: Node) -> None:
         context.set(out, context.of(x))
         if node.opname == "narrow":
             context.demand(node.args[3], x, [context.of(x)[d]])
+        for number in (node.args[3],) if node.opname == "narrow" else raw:
+            context.takes(number, x, d)
         return
     sizes = [start, stop - start, n - stop]
     before, piece, after = _cut(context, node, x, d, sizes)

@@ -57,6 +57,7 @@ class Is(Flag):
     DIFFERENCE = auto()
     FILLS = auto()  # it puts zeros, or the number `at` its position, beside elements
     MIXES = auto()  # it puts elements of several arguments together
+    CUTS = auto()  # its numbers say where a dim is cut
     MAY_BE_EMPTY = auto()  # nothing may be left of a cut; what is cut can be sharded all the same
     DROPOUT = auto()  # in eval mode it returns its argument, which its schema does not say
     FRESH = auto()  # nobody else has its argument

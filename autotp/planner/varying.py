@@ -1,0 +1,173 @@
+"""Finds the axes of parameters that another call may size otherwise.
+
+``positions[:, :x.shape[1]]`` takes as many rows as there are tokens. What it takes, and what it leaves, are axes of the parameter for
+the traced length alone, and a rank keeps the rows of the plan for good. So none of the two is cut.
+
+An axis is *settled* where a parameter's dim, or a number that no length is part of, says its size. A number of the code that is made
+of other sizes is a length. It must not change, for another length, what the dim of a parameter is made of. A plain number may be a
+length whose origin was lost (``len(x[0])``, ``int(n)``): where it cuts a dim, it does not settle an axis that arguments bring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from autotp.axes.analysis import Axes, Demand
+from autotp.axes.atoms import Atom, flat, leaf_atoms
+from autotp.axes.operators.table import Is, is_a
+from autotp.trace.graph import Node, Origin
+from autotp.trace.ints import AttrRef, IntExpr, Literal, SizeRef, evaluate, leaves
+
+Atoms = frozenset[Atom]
+#: How much longer than the traced ones the lengths are that are tried.
+MORE = (1, 2, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A number of the code that the size of dims of a value follows. `all`: it takes all of a dim, which may be longer."""
+
+    node: Node
+    demand: Demand
+    exprs: tuple[IntExpr, ...]
+    all: bool
+
+    @property
+    def plain(self) -> bool:
+        """True where a number that is written in the code, or whose origin is unknown, cuts the dim."""
+        return is_a(self.node, Is.CUTS) and any(isinstance(expr, Literal) for expr in self.exprs)
+
+    @property
+    def sized(self) -> bool:
+        """True where sizes of tensors are part of one of the numbers."""
+        return any(isinstance(leaf, SizeRef) for expr in self.exprs for leaf in leaves(expr))
+
+    @property
+    def axes(self) -> Atoms:
+        """Returns the axes of the dims."""
+        return frozenset(a for dim in self.demand.dims for a in leaf_atoms(dim))
+
+
+def varying(axes: Axes) -> Mapping[Atom, Node]:
+    """Returns axes of parameters that the code sizes by a length, each with the node that does so."""
+    params: list[Sequence[Atom]] = [d for v in {v.id: v for v in axes.graph.params.values()}.values() for d in axes.dims.get(v.id, ())]
+    asked, given = list(_asked(axes)), _given(axes)
+    unsettled = given - _settled(axes, params, asked, given)
+    dims_of: dict[Atom, list[Sequence[Atom]]] = {}
+    for dim in params:
+        for atom in leaf_atoms(dim):
+            dims_of.setdefault(atom, []).append(dim)
+    found: dict[Atom, Node] = {}
+    for each in asked:
+        own = [a for a in each.axes if a in dims_of]
+        lengths = (
+            {*(a for expr in each.exprs for a in _atoms(axes, expr)), *(each.axes if each.plain else ())} & unsettled if own else set()
+        )
+        if not lengths:
+            continue
+        wrong = each.all or not all(_follows(axes, each, lengths, more) for more in MORE)
+        for dim in {id(d): d for a in own for d in dims_of[a]}.values():
+            if wrong or _size(dim, lengths, 1) != _size(dim, lengths, 0):
+                found.update((a, each.node) for a in leaf_atoms(dim) if a not in found)
+    return found
+
+
+def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
+    """Returns the positions among a call's ints that may be int `number` of the ATen call (the `at`-th of a list of `listed`)."""
+    values = [e.value for e in node.ints]
+    if listed:
+        sizes = next(
+            (a for a in node.args if isinstance(a, (list, tuple)) and len(a) == listed and all(isinstance(x, int) for x in a)), None
+        )
+        if sizes is not None:
+            runs = [i for i in range(len(values) - listed + 1) if values[i : i + listed] == list(sizes)]
+            if runs:
+                return [runs[-1] + at]
+    return [i for i, v in enumerate(values) if v == number]
+
+
+def _asked(axes: Axes) -> Iterator[_Asked]:
+    for node, meaning in zip(axes.graph.nodes, axes.meanings, strict=True):
+        for demand in (*meaning.demands, *meaning.taken) if node.ints else ():
+            exprs = tuple(node.ints[p] for p in positions(node, demand.number, demand.at, demand.listed))
+            if exprs:
+                yield _Asked(node, demand, exprs, demand in meaning.taken)
+
+
+def _given(axes: Axes) -> Atoms:
+    """Returns the axes that arguments of the model bring, and those that operators make of them (the patches of an image)."""
+    found: set[Atom] = set()
+    activations: set[int] = set()
+    for node in axes.graph.nodes:
+        inputs = list(node.inputs())
+        carried: set[Atom] = set()
+        for v in inputs:
+            own = {a for dim in axes.dims[v.id] for a in leaf_atoms(dim)}
+            carried |= own
+            if v.origin is Origin.INPUT:
+                found |= own
+                activations.add(v.id)
+        if any(v.id in activations for v in inputs):
+            for v in node.outputs:
+                activations.add(v.id)
+                found |= {a for dim in axes.dims[v.id] for a in leaf_atoms(dim)} - carried
+    return frozenset(found)
+
+
+def _settled(axes: Axes, params: Sequence[Sequence[Atom]], asked: Sequence[_Asked], given: Atoms) -> set[Atom]:
+    """Returns the axes whose size parameters and plain numbers say."""
+    longer = {each.axes for each in asked if each.all and (each.sized or each.plain) and each.axes & given}
+    said = [atoms for atoms in map(frozenset, map(leaf_atoms, params)) if atoms not in longer]
+    found: set[Atom] = set()
+    while True:
+        before = len(found)
+        for atoms in said:
+            _settle(found, atoms)
+        for each in asked:
+            if not each.all and all(a in found for expr in each.exprs for a in _atoms(axes, expr)):
+                _settle(found, each.axes, given if each.plain else frozenset())
+        if len(found) == before:
+            return found
+
+
+def _settle(found: set[Atom], atoms: Atoms, given: Atoms = frozenset()) -> None:
+    """Adds the one axis of a known size that is not settled, if it is not given."""
+    rest = atoms - found
+    if len(rest) == 1 and not rest & given:
+        found |= rest
+
+
+def _atoms(axes: Axes, expr: IntExpr) -> Iterator[Atom]:
+    for leaf in leaves(expr):
+        if isinstance(leaf, SizeRef):
+            dims = axes.dims.get(leaf.value_id, ())
+            for dim in dims[leaf.dim : leaf.dim + 1] if leaf.dim >= 0 else dims:
+                yield from leaf_atoms(dim)
+
+
+def _follows(axes: Axes, each: _Asked, lengths: set[Atom], more: int) -> bool:
+    """True where a number is the size of its dims for longer lengths, too."""
+
+    def value(leaf: AttrRef | SizeRef) -> int:
+        if isinstance(leaf, AttrRef) or leaf.value_id not in axes.dims:
+            return leaf.value
+        dims = axes.dims[leaf.value_id]
+        size = 1
+        for dim in dims[leaf.dim : leaf.dim + 1] if leaf.dim >= 0 else dims:
+            size *= _size(dim, lengths, more)
+        return size
+
+    wanted = sum(_size(dim, lengths, more) for dim in each.demand.dims)
+    return all(evaluate(expr, value) in (wanted, -wanted) for expr in each.exprs)
+
+
+def _size(dim: Sequence[Atom], lengths: set[Atom], more: int) -> int:
+    """Returns the size of a dim where lengths are `more` than they were traced with."""
+    size = 1
+    for atom in flat(dim):
+        if atom.segments is None:
+            size *= atom.size + (more if atom in lengths else 0)
+        else:
+            size *= sum(_size(segment, lengths, more) for segment in atom.segments)
+    return size
