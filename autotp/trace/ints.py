@@ -145,9 +145,13 @@ class _Tagged:
     expr: IntExpr
     life: Life
 
-    def __new__(cls, value: float, expr: IntExpr, life: Life) -> Any:
+    def __new__(cls, value: Any = 0, *tag: Any) -> Any:
+        if len(tag) != 2:  # code makes a number of the same type, as `statistics.mean` does
+            if isinstance(value, TaggedInt) and issubclass(cls, float):
+                _note(value, FLOAT, 0, 2)
+            return int(value, *tag) if issubclass(cls, int) else float(value, *tag)
         self: Any = super().__new__(cls, value)  # type: ignore[call-arg]
-        self.expr, self.life = expr, life
+        self.expr, self.life = tag
         return self
 
     def __reduce__(self) -> Any:
@@ -250,13 +254,14 @@ def _note(value: _Tagged, name: str, other: float, depth: int) -> None:
         value.life.compared[name, value.expr, _expr(other)] = None
 
 
-def _method(symbol: str, reflected: bool) -> Callable[[Any, Any], Any]:
-    compute = _OPS[symbol]
+def _method(symbol: str, name: str, reflected: bool) -> Callable[[Any, Any], Any]:
+    compute, theirs = _OPS[symbol], f"__r{name}__"
     plain = (int,) if symbol in dict(_BITS) else (int, float)
 
     def method(self: _Tagged, other: Any) -> Any:
-        own = isinstance(other, _Tagged) or type(other) in plain  # numbers of other kinds see to it (of numpy, of data)
-        if not own and not (isinstance(self, TaggedInt) and isinstance(other, int) and not isinstance(other, bool)):
+        own = isinstance(other, _Tagged) or type(other) in plain or (isinstance(self, TaggedInt) and isinstance(other, int))
+        # Numbers with an operator of their own see to it (of numpy, of data); flags and members of enumerations have none.
+        if not own and not (isinstance(other, plain) and getattr(type(other), theirs) in [getattr(kind, theirs) for kind in plain]):
             return NotImplemented
         a, b = (other, self) if reflected else (self, other)
         left, right = _plain(a), _plain(b)
@@ -275,12 +280,28 @@ def _method(symbol: str, reflected: bool) -> Callable[[Any, Any], Any]:
 
 for _class, _symbols in ((TaggedInt, (*_NUMBERS, *_BITS)), (TaggedFloat, _NUMBERS)):
     for _symbol, _name in _symbols:
-        setattr(_class, f"__{_name}__", _method(_symbol, reflected=False))
-        setattr(_class, f"__r{_name}__", _method(_symbol, reflected=True))
+        setattr(_class, f"__{_name}__", _method(_symbol, _name, reflected=False))
+        setattr(_class, f"__r{_name}__", _method(_symbol, _name, reflected=True))
+
+
+def _read(name: str) -> Callable[[Any], Any]:
+    plain = getattr(float, name)
+
+    def method(self: TaggedFloat) -> Any:
+        """What a float is made of, a plain number: also for Python's own code, as in `statistics.mean`."""
+        if not self.life.over:
+            self.life.compared[FLOAT, self.expr, Literal(0)] = None
+        return plain(self)
+
+    return method
+
+
+for _name in ("as_integer_ratio", "is_integer"):
+    setattr(TaggedFloat, _name, _read(_name))
 
 
 def _power(reflected: bool) -> Callable[..., Any]:
-    method = _method("**", reflected)
+    method = _method("**", "pow", reflected)
 
     def power(self: Any, other: Any, modulo: Any = None) -> Any:
         return method(self, other) if modulo is None else pow(int(self), other, modulo)

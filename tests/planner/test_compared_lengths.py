@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,14 @@ from tests.support.ranks import mesh
 
 HEADS, DIM = 4, 4
 WIDTH = HEADS * DIM
+
+
+class Member(enum.IntEnum):
+    """A number with a name."""
+
+    TWO = 2
+
+
 #: name → (a number made of the length, the heads and the query [batch, length, heads, DIM]; whether the heads can be cut all the same, None
 #: where that depends on the traced length)
 MADE: dict[str, tuple[Callable[[int, int, Tensor], float], bool | None]] = {
@@ -44,6 +54,12 @@ MADE: dict[str, tuple[Callable[[int, int, Tensor], float], bool | None]] = {
     "elements of any": (lambda t, h, q: 2.0 if q.numel() > 0 else 1.0, True),
     "elements over heads": (lambda t, h, q: 2.0 if q.numel() // h > 50 else 1.0, True),
     "a flattened size and its factors": (lambda t, h, q: 2.0 if q.transpose(1, 2).flatten(0, 1).shape[0] == q.shape[0] * h else 1.0, True),
+    "a flag and a member with a quotient": (lambda t, h, q: 2.0 if Member.TWO * (t / h) + True >= 3 else 1.0, False),
+    "a flag with a length": (lambda t, h, q: 2.0 if t + True > h else 1.0, None),
+    "numbers of the same types": (lambda t, h, q: 2.0 if type(t / h)(t) > type(h / 2)(h) else 1.0, False),
+    "a mean of quotients": (lambda t, h, q: 2.0 if statistics.mean([t / h, 1.0]) > 1 else 1.0, False),
+    "whether a quotient is whole": (lambda t, h, q: 2.0 if (t / h).is_integer() else 1.0, False),
+    "a mean of lengths": (lambda t, h, q: statistics.mean([t / 3, t * 0.5]) * (t / 2 + Member.TWO), True),
     "a root of the width of a head": (lambda t, h, q: math.sqrt(q.shape[-1]) * t, True),
 }
 CALLS = [(2, 2), (2, 4), (2, 9), (3, 3), (1, 3), (1, 4), (2, 8)]
@@ -95,7 +111,7 @@ def test_other_lengths_go_the_way_of_one_device(name: str) -> None:
 
 def test_without_the_check_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Search, "same_for_other_lengths", lambda *_: True)
-    for name in ("truth of a rest", "elements", "two lengths", "a quotient"):
+    for name in ("truth of a rest", "elements", "two lengths", "a quotient", "a flag and a member with a quotient"):
         assert any(differences(MADE[name][0], length)[0] for length in (5, 3, 2)), name
 
 
@@ -123,3 +139,8 @@ def test_numbers_of_other_kinds_see_to_themselves() -> None:
     assert type(t * np.float64(2)) is np.float64 and type(np.float64(2) * t) is np.float64
     with pytest.raises(TypeError):
         t << 0.5  # type: ignore[operator]
+    assert type(t / 4 * np.float64(2)) is np.float64 and type(np.float64(2) * (t / 4)) is np.float64
+    for number in (t / 4 + True, True * (t / 4), t / 4 + Member.TWO, Member.TWO ** (t / 4), t + True, t * Member.TWO):
+        assert isinstance(number, (TaggedInt, TaggedFloat)) and evaluate(number.expr, lambda leaf: leaf.value) == number
+    for made, plain in ((type(t)(2), 2), (type(t)("ff", 16), 255), (type(t)(), 0), (type(t / 4)(2), 2.0), (type(t / 4)(t), 6.0)):
+        assert made == plain and type(made) is type(plain)
