@@ -24,7 +24,7 @@ from autotp.planner.partition import Partitions, local_size
 from autotp.planner.placements import NONE, GraphIndex, Labels
 from autotp.planner.refusals import Refusal
 from autotp.trace.graph import Node
-from autotp.trace.ints import FLOAT, AttrRef, IntExpr, SizeRef, evaluate, leaves, show
+from autotp.trace.ints import FLOAT, MADE, AttrRef, IntExpr, SizeRef, evaluate, leaves, parts, show
 
 LIMIT = 4000
 #: What is added to lengths, and what they are, to see whether a number is the same for others.
@@ -119,10 +119,15 @@ def _localised(space: GraphIndex, labels: Labels, every: list[Constraint], searc
         if not any(True for _ in leaves(c.expr)):
             literals.add(c.node.index)
         overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
+    passed_on = {part for n in space.graph.nodes for expr in n.ints for part in parts(expr)}
+    passed_on |= {part for name, a, b in space.graph.compared if name not in (FLOAT, MADE) for part in (*parts(a), *parts(b))}
     for name, a, b in space.graph.compared:
-        if name == FLOAT:
-            if search.value(a, solution) != a.value:
-                text = f"the code makes a float of {show(a)}, which would become local, and what it does with that is not known"
+        if name in (FLOAT, MADE):
+            # An int that is another one for the traced lengths is met by the replay of the code. A float may be rounded there.
+            changes = search.value(a, solution) != a.value
+            known = a in passed_on or (changes and isinstance(a.value, int)) if name == MADE else False
+            if not known and (changes or not search.same_for_other_lengths([a], solution, _itself)):
+                text = f"the code makes {show(a)}, which would become local, and what it does with that is not known"
                 raise Refusal(_changed_by(space, every, search, solution, (a,)), text)
         elif not search.same_for_other_lengths([a, b], solution, getattr(operator, name)):
             text = f"the code compares {show(a)} with {show(b)}, of which one would become local: for other lengths it would go another way"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from autotp.axes.analysis import Axes, Demand
 from autotp.axes.atoms import Atom, flat, leaf_atoms
 from autotp.axes.operators.table import Is, is_a
-from autotp.trace.graph import Node, Origin
+from autotp.trace.graph import Node, Origin, Value
 from autotp.trace.ints import AttrRef, IntExpr, Literal, SizeRef, evaluate, leaves
 
 Atoms = frozenset[Atom]
@@ -96,23 +96,30 @@ def _asked(axes: Axes) -> Iterator[_Asked]:
 
 
 def _given(axes: Axes) -> Atoms:
-    """Returns the axes that arguments of the model bring, and those that operators make of them (the patches of an image)."""
+    """Returns the axes that arguments of the model bring, and those that operators make of them first (the patches of an image)."""
     found: set[Atom] = set()
+    met: set[Atom] = set()
     activations: set[int] = set()
     for node in axes.graph.nodes:
         inputs = list(node.inputs())
-        carried: set[Atom] = set()
         for v in inputs:
-            own = {a for dim in axes.dims[v.id] for a in leaf_atoms(dim)}
-            carried |= own
+            own = _axes_of(axes, v)
+            met |= own
             if v.origin is Origin.INPUT:
                 found |= own
                 activations.add(v.id)
-        if any(v.id in activations for v in inputs):
-            for v in node.outputs:
+        made = any(v.id in activations for v in inputs)
+        for v in node.outputs:
+            own = _axes_of(axes, v)
+            if made:
                 activations.add(v.id)
-                found |= {a for dim in axes.dims[v.id] for a in leaf_atoms(dim)} - carried
+                found |= own - met
+            met |= own
     return frozenset(found)
+
+
+def _axes_of(axes: Axes, value: Value) -> set[Atom]:
+    return {a for dim in axes.dims[value.id] for a in leaf_atoms(dim)}
 
 
 def _settled(axes: Axes, params: Sequence[Sequence[Atom]], asked: Sequence[_Asked], given: Atoms) -> set[Atom]:

@@ -15,8 +15,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 
 @dataclass(frozen=True, slots=True)
 class AttrRef:
@@ -54,9 +52,10 @@ class Arith:
 
 
 IntExpr = AttrRef | SizeRef | Literal | Arith
-#: A comparison: the name of a function of `operator`, and what it compares. `FLOAT`: code makes a plain float of the first.
+#: A comparison: the name of a function of `operator`, and what it compares. `FLOAT`: code makes a plain float of the first. `MADE`: code
+#: makes the first, and no other number of it.
 Compared = tuple[str, IntExpr, IntExpr]
-FLOAT = "float"
+FLOAT, MADE = "float", "made"
 _OPS: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -87,6 +86,14 @@ def leaves(expr: IntExpr) -> Iterator[AttrRef | SizeRef]:
         yield from leaves(expr.right)
     elif not isinstance(expr, Literal):
         yield expr
+
+
+def parts(expr: IntExpr) -> Iterator[IntExpr]:
+    """Yields `expr` and what it is made of."""
+    yield expr
+    if isinstance(expr, Arith):
+        yield from parts(expr.left)
+        yield from parts(expr.right)
 
 
 def evaluate(expr: IntExpr, value_of: Callable[[AttrRef | SizeRef], int]) -> Any:
@@ -123,20 +130,37 @@ class Life:
 
     `quotients`: the last exact division in floats that gave a number, by that number. `int(width / heads)` is a plain int.
     `compared`: (operator, left, right) of each comparison in code that `watches` the name of its file.
+    `made`: what arithmetic made and made nothing else of.
     """
 
-    __slots__ = ("compared", "over", "quotients", "watches")
+    __slots__ = ("compared", "made", "over", "quotients", "watches")
 
     def __init__(self, watches: Callable[[str], bool] = lambda file: True) -> None:
         self.over, self.watches = False, watches
         self.quotients: dict[int, IntExpr] = {}
         self.compared: dict[Compared, None] = {}
+        self.made: dict[Arith, None] = {}
 
     def forget(self, values: Collection[int]) -> None:
-        """Forgets the comparisons of sizes of these values, which are no longer in the trace."""
-        for item in list(self.compared):
-            if any(isinstance(leaf, SizeRef) and leaf.value_id in values for side in item[1:] for leaf in leaves(side)):
-                del self.compared[item]
+        """Forgets the comparisons of sizes of these values, which are no longer in the trace, and what was made of them."""
+
+        def gone(expr: IntExpr) -> bool:
+            return any(isinstance(leaf, SizeRef) and leaf.value_id in values for leaf in leaves(expr))
+
+        self.compared = {item: None for item in self.compared if not (gone(item[1]) or gone(item[2]))}
+        self.made = {expr: None for expr in self.made if not gone(expr)}
+
+    def make(self, expr: Arith) -> None:
+        """Notes what arithmetic makes."""
+        for part in (expr.left, expr.right):
+            if isinstance(part, Arith):
+                self.made.pop(part, None)
+        self.made[expr] = None
+
+    def noted(self) -> tuple[Compared, ...]:
+        """Returns the comparisons, and what was made of a size and of something else."""
+        mixed = [e for e in self.made if len(found := set(leaves(e))) > 1 and any(isinstance(leaf, SizeRef) for leaf in found)]
+        return *self.compared, *((MADE, expr, Literal(0)) for expr in mixed)
 
 
 class _Tagged:
@@ -172,7 +196,7 @@ class _Tagged:
 
     def __neg__(self) -> Any:
         found = -_plain(self)
-        return found if self.life.over else _tagged(found, Arith("-", Literal(0), self.expr, found), self.life)
+        return found if self.life.over else _made(found, Arith("-", Literal(0), self.expr, found), self.life)
 
     def __abs__(self) -> Any:
         return _rounded(self, "abs")
@@ -230,10 +254,11 @@ _NUMBERS = (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", 
 
 def _rounded(value: _Tagged, how: str) -> Any:
     found = _OPS[how](_plain(value), 0)
-    return found if value.life.over else _tagged(found, Arith(how, value.expr, Literal(0), found), value.life)
+    return found if value.life.over else _made(found, Arith(how, value.expr, Literal(0), found), value.life)
 
 
-def _tagged(value: Any, expr: IntExpr, life: Life) -> Any:
+def _made(value: Any, expr: Arith, life: Life) -> Any:
+    life.make(expr)
     return TaggedInt(value, expr, life) if isinstance(value, int) else TaggedFloat(value, expr, life)
 
 
@@ -273,7 +298,7 @@ def _method(symbol: str, name: str, reflected: bool) -> Callable[[Any, Any], Any
             return result
         if symbol == "/" and isinstance(left, int) and isinstance(right, int) and left % right == 0:
             life.quotients[left // right] = Arith("//", _expr(a), _expr(b), left // right)
-        return _tagged(result, Arith(symbol, _expr(a), _expr(b), result), life)
+        return _made(result, Arith(symbol, _expr(a), _expr(b), result), life)
 
     return method
 
@@ -336,47 +361,3 @@ for _class, _kind in ((TaggedInt, int), (TaggedFloat, float)):
         setattr(_class, f"__{_name}__", _comparison(_kind, _name))
     setattr(_class, "__bool__", _truth)  # noqa: B010
     setattr(_class, "__hash__", _kind.__hash__)  # noqa: B010
-
-
-class Counter(TaggedInt):
-    """The number of a block among blocks alike to it, of which one runs for all.
-
-    Every block does the same with it where code passes it on, or indexes something with it that is not the module's own (a cache).
-    Module code that compares it or computes with it may do another thing in another block: it then calls `used`.
-    """
-
-    used: Callable[[], None]
-
-    @classmethod
-    def of(cls, value: int, expr: IntExpr, life: Life, used: Callable[[], None]) -> Counter:
-        """Makes a counter that calls `used`."""
-        self: Counter = cls(value, expr, life)
-        self.used = used
-        return self
-
-
-def _in_module(depth: int) -> bool:
-    """True where the code that runs `depth` frames above the caller has a module for its first argument, or closes over one."""
-    frame = sys._getframe(depth + 1)
-    while frame.f_code.co_name in ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>") and frame.f_back is not None:
-        frame = frame.f_back
-    names = (*frame.f_code.co_varnames[:1], *frame.f_code.co_freevars)
-    return any(isinstance(frame.f_locals.get(name), nn.Module) for name in names)
-
-
-def _watched(name: str) -> Callable[..., Any]:
-    plain = getattr(TaggedInt, name)
-
-    def method(self: Counter, *args: Any) -> Any:
-        if not self.life.over and _in_module(1):
-            self.used()
-        return plain(self, *args)
-
-    return method
-
-
-for _name in ["eq", "ne", "lt", "le", "gt", "ge", "bool", "hash", "float", "neg", "divmod", "and", "or", "xor", "lshift", "rshift"]:
-    setattr(Counter, f"__{_name}__", _watched(f"__{_name}__"))
-for _name in ["add", "sub", "mul", "floordiv", "mod", "truediv", "pow"]:
-    setattr(Counter, f"__{_name}__", _watched(f"__{_name}__"))
-    setattr(Counter, f"__r{_name}__", _watched(f"__r{_name}__"))

@@ -158,7 +158,7 @@ class Recorder:
             forms=calls.forms(),
             asks_dims=frozenset(calls.asks_dims),
             sized=frozenset(self._python.sized),
-            compared=tuple(self.life.compared),
+            compared=self.life.noted(),
             swapped=frozenset(calls.swapped),
             untrained="" if any(result.training for result in results) else self.untrained,
         )

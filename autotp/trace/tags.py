@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotp.trace.ints import AttrRef, Counter, Life, TaggedInt
+from autotp.trace.counter import Counter
+from autotp.trace.ints import AttrRef, Life, TaggedInt
 from autotp.trace.keep import Undo
 
 _DEEPEST = 3  # settings in settings in settings

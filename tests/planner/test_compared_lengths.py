@@ -31,7 +31,7 @@ class Member(enum.IntEnum):
 
 #: name → (a number made of the length, the heads and the query [batch, length, heads, DIM]; whether the heads can be cut all the same, None
 #: where that depends on the traced length)
-MADE: dict[str, tuple[Callable[[int, int, Tensor], float], bool | None]] = {
+MADE: dict[str, tuple[Callable[[int, int, Tensor], Any], bool | None]] = {
     "truth of a rest": (lambda t, h, q: 2.0 if t % h else 1.0, False),
     "no quotient": (lambda t, h, q: 2.0 if not t // h else 1.0, False),
     "bool of a difference": (lambda t, h, q: 1.0 + bool(t - h), False),
@@ -54,6 +54,15 @@ MADE: dict[str, tuple[Callable[[int, int, Tensor], float], bool | None]] = {
     "elements of any": (lambda t, h, q: 2.0 if q.numel() > 0 else 1.0, True),
     "elements over heads": (lambda t, h, q: 2.0 if q.numel() // h > 50 else 1.0, True),
     "a flattened size and its factors": (lambda t, h, q: 2.0 if q.transpose(1, 2).flatten(0, 1).shape[0] == q.shape[0] * h else 1.0, True),
+    "a loop": (lambda t, h, q: 1.0 + sum(0.5 for _ in range(t // h)), None),
+    "a number of a list": (lambda t, h, q: [1.0, 2.0, 3.0, 4.0, 5.0][t // h], None),
+    "the length of a list": (lambda t, h, q: 1.0 + len([0] * (t // h)), None),
+    "a key": (lambda t, h, q: {0: 1.0, 1: 2.0}.get(t // h, 3.0), None),
+    "a text": (lambda t, h, q: 2.0 if f"{t // h}" == "1" else 1.0, None),
+    "a root of a quotient": (lambda t, h, q: float(math.ceil(math.sqrt(t / h))), None),
+    "a float that is an argument": (lambda t, h, q: q.new_full((), 1.5 * float(t // h)) + 1, None),
+    "rounded to digits": (lambda t, h, q: round(t / h, 1) + 1, None),
+    "a product of sizes that nobody reads": (lambda t, h, q: [1.0, t * h][0], True),
     "a flag and a member with a quotient": (lambda t, h, q: 2.0 if Member.TWO * (t / h) + True >= 3 else 1.0, False),
     "a flag with a length": (lambda t, h, q: 2.0 if t + True > h else 1.0, None),
     "numbers of the same types": (lambda t, h, q: 2.0 if type(t / h)(t) > type(h / 2)(h) else 1.0, False),
@@ -103,7 +112,7 @@ def differences(made: Callable[[int, int, Tensor], float], length: int) -> tuple
 @pytest.mark.parametrize("name", MADE)
 def test_other_lengths_go_the_way_of_one_device(name: str) -> None:
     made, cut = MADE[name]
-    for length in (5, 3, 2):
+    for length in (5, 3, 2, 1):
         wrong, heads = differences(made, length)
         assert not wrong
         assert cut is None or heads is cut
@@ -111,8 +120,8 @@ def test_other_lengths_go_the_way_of_one_device(name: str) -> None:
 
 def test_without_the_check_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Search, "same_for_other_lengths", lambda *_: True)
-    for name in ("truth of a rest", "elements", "two lengths", "a quotient", "a flag and a member with a quotient"):
-        assert any(differences(MADE[name][0], length)[0] for length in (5, 3, 2)), name
+    for name in ("truth of a rest", "elements", "two lengths", "a quotient", "a flag and a member with a quotient", "a loop", "a text"):
+        assert any(differences(MADE[name][0], length)[0] for length in (5, 3, 2, 1)), name
 
 
 def test_numbers_keep_where_they_come_from() -> None:
