@@ -122,12 +122,16 @@ def _localised(space: GraphIndex, labels: Labels, every: list[Constraint], searc
     passed_on = {part for n in space.graph.nodes for expr in n.ints for part in parts(expr)}
     passed_on |= {part for name, a, b in space.graph.compared if name not in (FLOAT, MADE) for part in (*parts(a), *parts(b))}
     for name, a, b in space.graph.compared:
-        if name in (FLOAT, MADE):
+        changes = search.value(a, solution) != a.value
+        if name == FLOAT:
+            if changes or not search.same_for_other_lengths([a], solution, _itself):
+                text = f"the code makes a float of {show(a)}, which would become local, and what it does with that is not known"
+                raise Refusal(_changed_by(space, every, search, solution, (a,)), text)
+        elif name == MADE:
             # An int that is another one for the traced lengths is met by the replay of the code. A float may be rounded there.
-            changes = search.value(a, solution) != a.value
-            known = a in passed_on or (changes and isinstance(a.value, int)) if name == MADE else False
-            if not known and (changes or not search.same_for_other_lengths([a], solution, _itself)):
-                text = f"the code makes {show(a)}, which would become local, and what it does with that is not known"
+            known = a in passed_on or (changes and isinstance(a.value, int))
+            if not known and not search.same_for_other_lengths([a], solution, _itself):
+                text = f"the code makes {show(a)}, which for other lengths would be another number, and what it does with that is not known"
                 raise Refusal(_changed_by(space, every, search, solution, (a,)), text)
         elif not search.same_for_other_lengths([a, b], solution, getattr(operator, name)):
             text = f"the code compares {show(a)} with {show(b)}, of which one would become local: for other lengths it would go another way"

@@ -51,7 +51,8 @@ def equal_or_refused(
 
     Args:
         factory, inputs, tp, steps, backend, timeout, certificate: as for `assert_equivalent`; autotp plans with `inputs`.
-        more: further calls after planning, which the plan has not seen: changes to the arguments, by name. One more has a row more.
+        more: further calls after planning, which the plan has not seen: changes to the arguments, by name.
+            One more has a row more, and a token less.
 
     Raises:
         NotEquivalent: neither. InputError: the model itself does not run on these inputs.

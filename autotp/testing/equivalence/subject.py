@@ -216,23 +216,31 @@ def _further(subject: Subject) -> dict[str, Changes]:
 
 
 def with_one_row_more(subject: Subject) -> Subject:
-    """Adds a call with one index more in dim 0, mostly the batch, of each tensor that has as many as the first, where that runs."""
+    """Adds a call with one index more in dim 0, mostly the batch, of each tensor that has as many as the first.
+
+    Where that runs, it has one index less in dim 1, mostly the tokens, of each tensor that has as many as the first one, too.
+    """
     given: dict[str | int, Any] = dict(enumerate(subject.args))
     given.update(subject.kwargs.items())
-    rows = next((t.shape[0] for t in tensors_of(list(given.values())).values() if t.dim()), 0)
-    if not rows:
+    first = next((t for t in tensors_of(list(given.values())).values() if t.dim()), None)
+    if first is None or not len(first):
         return subject
+    rows, tokens = first.shape[0], first.shape[1] if first.dim() > 1 else 0
 
-    def longer(value: Any) -> Any:
+    def changed(value: Any, less: int) -> Any:
         if isinstance(value, Tensor):
+            if less and value.dim() > 1 and value.shape[1] == tokens:
+                value = value[:, :-less]
             return torch.cat([value, value[:1]]) if value.dim() and value.shape[0] == rows else value
         if isinstance(value, Mapping):
-            return {k: longer(v) for k, v in value.items()}
-        return type(value)(map(longer, value)) if type(value) in (tuple, list) else value
+            return {k: changed(v, less) for k, v in value.items()}
+        return type(value)([changed(v, less) for v in value]) if type(value) in (tuple, list) else value
 
-    name = "with one row more"
-    found = replace(subject, more={**subject.more, name: {n: longer(v) for n, v in given.items()}})
-    return found if _runs(partial(found.call, twin(found.model), name=name)) else subject
+    for name, less in (("with one token less and one row more", 1), ("with one row more", 0))[tokens < 3 :]:
+        found = replace(subject, more={**subject.more, name: {n: changed(v, less) for n, v in given.items()}})
+        if _runs(partial(found.call, twin(found.model), name=name)):
+            return found
+    return subject
 
 
 def _left_out(labels: Tensor) -> Tensor:
