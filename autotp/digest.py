@@ -8,6 +8,7 @@ tensor's device.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,16 +89,21 @@ def _weights(device: torch.device) -> Tensor:
     return (low | (high << 32)).to(device)
 
 
+def is_log(value: Any) -> bool:
+    """True for a logger and its like: its level, its cache and its handlers are no settings of a model, and each rank's own."""
+    return isinstance(value, logging.Filterer | logging.LoggerAdapter)
+
+
 def plain_text(value: Any, depth: int = 0) -> str | None:
     """A text for a value that is plain data, the same on every rank where the values are equal; None for anything else.
 
-    Devices are not among it: they differ rightly. Of objects with attributes (configs) those count that do not begin with `_`.
+    Devices and loggers are not among it: they differ rightly. Of objects with attributes (configs) those count that do not begin with `_`.
     """
     if value is None or isinstance(value, bool | int | str | torch.dtype):
         return None if isinstance(value, str) and value.startswith(("cuda", "cpu", "xpu", "mps", "npu")) else repr(value)
     if isinstance(value, float):
         return repr(float(value))
-    if depth > 4 or isinstance(value, Tensor | torch.nn.Module | torch.device):
+    if depth > 4 or isinstance(value, Tensor | torch.nn.Module | torch.device) or is_log(value):
         return None
     if isinstance(value, tuple | list):
         return f"{type(value).__name__}{[plain_text(v, depth + 1) for v in value]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 
 import pytest
@@ -65,6 +66,8 @@ def build(how: str) -> str:
     model = Net()
     model.rank = dist.get_rank()  # each rank's own number is no difference
     model.key, model.label = str(uuid.uuid4()), "one"  # nor is a name that is random by intention
+    model.log = logging.getLogger("autotp.tests.net")  # nor what a rank says
+    model.log.setLevel(10 * dist.get_rank())
     if dist.get_rank():
         _other(model, how)
     try:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 _MOST = 300  # functions that are looked into for one class
 _LOADS = frozenset(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
 _ASKING = frozenset(("getattr", "hasattr", "vars", "__dict__"))
+_SETTING = frozenset(("setattr", "vars", "__dict__", "__setattr__"))
 _STORES = frozenset(("STORE_ATTR", "DELETE_ATTR"))
 _TESTS = frozenset(("COMPARE_OP", "CONTAINS_OP", "IS_OP", "UNARY_NOT", "TO_BOOL"))
 NEAR = 3  # instructions after an attribute is read in which a test is one of it: `self.alpha > 0`, `if self.alpha`
@@ -40,10 +41,11 @@ class Names:
     stored: that are stored or deleted, in other objects than the module itself. own: in the module itself. asked: that need not be
     there, because it uses `getattr` and its like, or expects an AttributeError. tested: that a condition is about, as far as can be
     told. classed: whose class is asked for (`isinstance(self.norm, nn.Identity)`). computed: there may be others, as the code computes
-    the name that it gives to `getattr`.
+    the name that it gives to `getattr`. sets: it may put attributes there by `setattr` and its like.
     """
 
     computed: bool
+    sets: bool
     read: frozenset[str]
     stored: frozenset[str]
     own: frozenset[str]
@@ -119,6 +121,7 @@ class _Facts:
     """
 
     computed: bool
+    sets: bool
     read: tuple[str, ...]
     stored: tuple[str, ...]
     own: tuple[str, ...]
@@ -137,32 +140,47 @@ def _facts(code: CodeType) -> _Facts:
     asked: list[str] = []
     tested: list[str] = []
     of_class: list[str] = []
-    computed = False
+    computed = sets = False
     for inner in _codes(code):
         found = [i for i in dis.get_instructions(inner) if i.opname not in IGNORED]
         loads: list[str] = []
+        variables: list[tuple[str, str]] = []  # what an attribute is kept in, and the attribute
         for at, i in enumerate(found):
             if i.opname in _LOADS:
                 loads.append(i.argval)
                 if i.argval == "__class__" and at and found[at - 1].opname in _LOADS:
                     of_class.append(found[at - 1].argval)
-                if any(map(tests, found[at + 1 : at + 1 + NEAR])):
+                if _is_tested(found, at):
                     tested.append(i.argval)
+                variables += [(j.argval, i.argval) for j in found[at + 1 : at + 2] if j.opname == "STORE_FAST"]
             elif i.opname in _STORES:
                 in_self = inner is code and at and (found[at - 1].opname, found[at - 1].argval) == _self_of(code)
                 (own if in_self else stored).append(i.argval)
             elif i.opname == "LOAD_GLOBAL":
                 called.append(i.argval)
                 computed = computed or (i.argval == "getattr" and _computes(found[at + 1 :]))
+                if i.argval == "setattr" and (name := _text(_second(found[at + 1 :]))):
+                    in_self = (
+                        inner is code and (found[at + 1].opname, found[at + 1].argval) == _self_of(code) and not _chain(found[at + 1 :])
+                    )
+                    (own if in_self else stored).append(name)
                 if i.argval in ("isinstance", "type"):
                     of_class += [j.argval for j in _chain(found[at + 1 :])[-1:]]
         read += loads
+        asked_of = {i.argval for at, i in enumerate(found) if i.opname == "LOAD_FAST" and _is_tested(found, at)} if variables else ()
+        tested += [name for variable, name in variables if variable in asked_of]
+        sets = sets or not _SETTING.isdisjoint(inner.co_names)
         if not _ASKING.isdisjoint(inner.co_names):
             asked += [c for c in inner.co_consts if isinstance(c, str) and c.isidentifier()]
         if "AttributeError" in inner.co_names:
             asked += loads
     each = [tuple(dict.fromkeys(names)) for names in (read, stored, own, called, asked, tested, of_class)]
-    return _Facts(computed, *each)
+    return _Facts(computed, sets, *each)
+
+
+def _is_tested(found: list[dis.Instruction], at: int) -> bool:
+    """True where a condition follows on what an instruction loads."""
+    return any(map(tests, found[at + 1 : at + 1 + NEAR]))
 
 
 def _chain(found: list[dis.Instruction]) -> list[dis.Instruction]:
@@ -172,9 +190,19 @@ def _chain(found: list[dis.Instruction]) -> list[dis.Instruction]:
 
 def _computes(found: list[dis.Instruction]) -> bool:
     """True where the second argument of a call is no constant, as far as can be told."""
-    given = list(takewhile(lambda i: not i.opname.startswith("CALL"), found))
-    rest = given[1 + len(_chain(found)) :]
-    return not rest or rest[0].opname != "LOAD_CONST" or any(i.opname in ("BUILD_STRING", "BINARY_OP") for i in rest)
+    rest = _second(found)
+    return not _text(rest) or any(i.opname in ("BUILD_STRING", "BINARY_OP") for i in rest)
+
+
+def _second(found: list[dis.Instruction]) -> list[dis.Instruction]:
+    """Returns what loads the arguments of a call after the first; `found`: what follows the load of its function."""
+    return list(takewhile(lambda i: not i.opname.startswith("CALL"), found))[1 + len(_chain(found)) :]
+
+
+def _text(found: list[dis.Instruction]) -> str:
+    """Returns the text that the first of these loads; "" where it loads another thing."""
+    text = found[0].argval if found and found[0].opname == "LOAD_CONST" else ""
+    return text if isinstance(text, str) else ""
 
 
 def _names(cls: type, todo: list[Any]) -> Names:
@@ -184,7 +212,7 @@ def _names(cls: type, todo: list[Any]) -> Names:
     own: set[str] = set()
     tested: set[str] = set()
     of_class: set[str] = set()
-    computed = False
+    computed = sets = False
     seen: set[CodeType] = set()
     while todo and len(seen) < _MOST:
         function = todo.pop()
@@ -195,12 +223,15 @@ def _names(cls: type, todo: list[Any]) -> Names:
             read.update(facts.read)
             asked.update(facts.asked)
             tested.update(facts.tested)
+            for found in map(_function_of, chain.from_iterable(_definitions(cls, name) for name in facts.tested)):
+                if isinstance(found, FunctionType):  # a property, or a method: the condition is about what it reads
+                    tested.update(_facts(found.__code__).read)
             of_class.update(facts.classed)
-            computed = computed or facts.computed
+            computed, sets = computed or facts.computed, sets or facts.sets
             stored.update(facts.stored)
             is_method = any(function is _function_of(f) for c in cls.__mro__ for f in (vars(c).get(function.__name__),) if f is not None)
             (own if is_method else stored).update(facts.own)
-    return Names(computed, *map(frozenset, (read | asked, stored, own, asked, tested, of_class)))
+    return Names(computed, sets, *map(frozenset, (read | asked, stored, own, asked, tested, of_class)))
 
 
 def _functions(function: FunctionType, cls: type, facts: _Facts) -> Iterator[Any]:

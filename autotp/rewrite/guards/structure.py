@@ -28,7 +28,7 @@ from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.modules.classes import BASE
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.trace.forms import class_name
-from autotp.trace.reading import Reading, is_container, is_list
+from autotp.trace.reading import Reading, is_container, is_list, own_methods
 
 #: By which code goes over the modules in its own.
 _ALL_OF_THEM = ("_modules", "children", "modules", "named_children", "named_modules")
@@ -111,7 +111,7 @@ class Structure:
             self.children[i] = dict(module._modules)
         kind, now = self.kinds[i], type(module)
         if now is not kind:
-            passes = issubclass(now, kind) and _calls(now.forward, kind.forward, kind)  # type: ignore[attr-defined]
+            passes = issubclass(now, kind) and _calls(now.forward, kind.forward, kind) and not _replaces(now, kind)  # type: ignore[attr-defined]
             if not passes and (path in self.places.touched or self._asks_for(path, True)):
                 where = path or "the model"
                 raise ChangedError(f"{where} was a {_name(kind)} when the model was made parallel, is a {_name(now)} now. {_ADVICE}")
@@ -231,6 +231,12 @@ class Structure:
 
 def _name(kind: type) -> str:
     return kind.__qualname__
+
+
+def _replaces(now: type, kind: type) -> bool:
+    """True where a class made of another has methods of its own in the place of those that the forward of the other calls."""
+    own = frozenset[str]().union(*(own_methods(c) for c in now.__mro__ if c not in kind.__mro__)) - {"forward"}
+    return not own.isdisjoint(Reading().of(getattr(kind, BASE, kind)).read)
 
 
 def _another(old: nn.Module, new: nn.Module) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy
 from torch import Tensor, nn
 
+from autotp.digest import is_log
 from autotp.errors import ChangedError
 from autotp.rewrite.guards.functions import kept_by
 from autotp.rewrite.guards.methods import below, code_of, methods_of, of_classes
@@ -31,19 +32,21 @@ from autotp.trace.reading import Reading, methods_outside
 
 _TABLES = frozenset(nn.Module().__dict__)  # hooks and the like, which others look at
 _OURS = "autotp.rewrite."
+_METHODS = (FunctionType, staticmethod, classmethod)
 _DEEPEST = 3  # settings in settings in settings
 
 
 class Values:
     """Watches the plain values that the modules under one module rest on."""
 
-    __slots__ = ("absent", "found", "kinds", "lists", "same", "settings")
+    __slots__ = ("absent", "found", "kinds", "lists", "same", "set", "settings")
 
     def __init__(self, found: Sequence[Watcher]) -> None:
         self.kinds = tuple(one for one in found if isinstance(one, Kinds))
         self.same = tuple(one for one in found if isinstance(one, Same))
         self.found = tuple(one for one in found if isinstance(one, One))
         self.absent = tuple(one for one in found if isinstance(one, Absent))
+        self.set = tuple(one for one in self.absent if one.sets)
         self.lists = tuple(one for one in self.found if one.holds_lists())
         self.settings: list[list[Any]] = []
 
@@ -69,6 +72,8 @@ class Values:
             self.found, self.lists = (*self.found, *more), (*self.lists, *more)
         for kinds in self.kinds:
             kinds.again()
+        for none in self.set:
+            none.again()
 
     def check(self) -> None:
         """Raise where one has changed.
@@ -142,6 +147,19 @@ class Watched:
     floats: Collection[str] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The names that code reads from an object, those of them that a condition is about, and those that need not be there.
+
+    sets: the code may put some there.
+    """
+
+    names: frozenset[str]
+    tested: frozenset[str]
+    asked: frozenset[str]
+    sets: bool
+
+
 def stored_names(reading: Reading, modules: Iterable[nn.Module]) -> frozenset[str]:
     """Returns the names that any forward of the model stores in another object: they are its own to change.
 
@@ -169,16 +187,18 @@ def watched(
         tested = names if path in what.floats else code.tested - ours
         where = f"{path}." if path else ""
         called = names & methods_of(type(module))
-        yield from ((path, one) for one in look.at(module, where, names, tested, code.asked - ours, called, wholes[path]))
+        yield from ((path, one) for one in look.at(module, where, Asked(names, tested, code.asked - ours, code.sets), called, wholes[path]))
         for (owner, name), value in what.originals.items():
             if owner == path and value is not module.__dict__.get(name):
-                yield from ((path, one) for one in _of_object(f"{where}{name}.", value, names, names, reading))
+                yield from (
+                    (path, one) for one in _of_object(f"{where}{name}.", value, Asked(names, names, code.asked - ours, code.sets), reading)
+                )
         for name, child, its in modules_inside:
             ours = stored | reading.of(type(child)).own | theirs[id(child)]
             called = names & methods_outside(type(child)) - {"forward"}
-            asked = (code.asked | its.asked) - ours
-            its_names, its_tested, its_wholes = (names | its.read) - ours, (tested | its.tested) - ours, wholes[f"{where}{name}"]
-            yield from ((path, one) for one in look.at(child, f"{where}{name}.", its_names, its_tested, asked, called, its_wholes))
+            asked, sets = (code.asked | its.asked) - ours, code.sets or its.sets
+            by = Asked((names | its.read) - ours, (tested | its.tested) - ours, asked, sets)
+            yield from ((path, one) for one in look.at(child, f"{where}{name}.", by, called, wholes[f"{where}{name}"]))
 
 
 class _Look:
@@ -194,34 +214,32 @@ class _Look:
         self,
         module: nn.Module,
         where: str,
-        names: frozenset[str],
-        tested: frozenset[str],
-        asked: frozenset[str],
+        by: Asked,
         called: frozenset[str],
         wholes: Mapping[str, int],
     ) -> Iterator[Watcher]:
-        """Yields the watchers of a module for code that reads `names`, and runs the methods `called`."""
-        cls, attributes = type(module), module.__dict__
+        """Yields the watchers of a module for code that reads such names, and runs the methods `called`."""
+        cls, attributes, names, tested = type(module), module.__dict__, by.names, by.tested
         if (cls, called) not in self.classes:
             self.classes[cls, called] = list(of_classes(cls, called))
         yield from self.classes[cls, called]
         own = {n for n in _own_names(module, names) if is_plain(attributes[n], n in tested)} - {"forward"}
-        own -= {n for n in own if hasattr(inspect.getattr_static(cls, n, None), "__set__")}  # what guards it itself (`stash`)
+        guarded = {n for n in _own_names(module, names) if hasattr(inspect.getattr_static(cls, n, None), "__set__")}  # by itself (`stash`)
+        own -= guarded
         own |= self._defaults(cls, names, tested) - attributes.keys()
         if own:
             yield One(where, module, sorted(own), {n: wholes[n] for n in own & wholes.keys()})
         methods = called - attributes.keys() - {"forward"}  # one of the instance would hide it
-        if absent := frozenset(n for n in asked if not hasattr(module, n)) | methods:
-            yield Absent(where, module, absent)
-        if mixed := [n for n in _own_names(module, names) if n not in own and _is_mixed(attributes[n])]:
+        if absent := frozenset(n for n in by.asked if not hasattr(module, n)) | methods:
+            yield Absent(where, module, absent, by.sets)
+        if mixed := [n for n in _own_names(module, names) if n not in own | guarded and _is_mixed(attributes[n])]:
             yield Kinds(where, module, mixed)
         for name in _own_names(module, names):
             value = attributes[name]
-            if isinstance(value, type):
-                yield from _of_object(f"{where}{name}.", value, names, tested, self.reading)
-            elif _holds_values(value) and name not in mixed:
-                yield Same(where + name, module, name, value)
-                yield from _of_object(f"{where}{name}.", value, names, tested, self.reading)
+            if isinstance(value, type) or (_holds_values(value) and name not in mixed):
+                if not isinstance(value, type) and not is_log(value):
+                    yield Same(where + name, module, name, value)
+                yield from _of_object(f"{where}{name}.", value, by, self.reading)
         functions = [inspect.getattr_static(cls, n, None) for n in sorted(called | {"forward"})]
         for function in (*functions, *(attributes[n] for n in _own_names(module, names))):
             for said, holder, name, is_tested in kept_by(function):
@@ -249,7 +267,7 @@ def _is_mixed(value: object) -> bool:
     if isinstance(value, MethodType):
         return not is_method_of_module(value)
     if isinstance(value, (list, tuple, dict, deque)):
-        return bool(value) and len(value) < MOST and not any(isinstance(v, nn.Module) for v in _leaves(value))
+        return len(value) < MOST and not any(isinstance(v, nn.Module) for v in _leaves(value))
     return isinstance(value, numpy.ndarray)
 
 
@@ -266,16 +284,17 @@ def _holds_values(value: object) -> bool:
     return (hasattr(value, "__dict__") or has_slots(type(value))) and not isinstance(value, (Tensor, type, FunctionType, MethodType))
 
 
-def _of_object(
-    where: str, value: Any, names: frozenset[str], tested: frozenset[str], reading: Reading, depth: int = 0
-) -> Iterator[Watcher]:
+def _of_object(where: str, value: Any, by: Asked, reading: Reading, depth: int = 0) -> Iterator[Watcher]:
     """Yields the values in an object: those that the code reads itself, and those that the methods read that the code names."""
+    names, tested, asked = by.names, by.tested, by.asked
     if isinstance(value, partial):
         names = names | {"keywords", "args"}
-    elif not isinstance(value, nn.Module):
+    elif not isinstance(value, nn.Module) and not is_log(value):
         own = reading.of_methods(type(value), (names | {"__call__"}) & methods_of(type(value)))
-        names, tested = names | (own.read - own.stored - own.own), tested | own.tested
+        names, tested, asked = names | (own.read - own.stored - own.own), tested | own.tested, asked | (own.asked - own.stored - own.own)
         yield from of_classes(type(value), names | {"__call__"})
+        if absent := frozenset(_missing(value, asked, names)):
+            yield Absent(where, value, absent, by.sets or own.sets)
     found = [] if isinstance(value, (nn.Module, type)) else ["__class__"]
     for name in sorted(names - {"__class__"}):
         try:
@@ -285,7 +304,24 @@ def _of_object(
         if is_plain(held, name in tested) and getattr(held, "__self__", None) is not value:
             found.append(name)
         elif depth < _DEEPEST and name in getattr(value, "__dict__", {}) and _holds_values(held) and not isinstance(held, nn.Module):
-            yield Same(where + name, value, name, held)
-            yield from _of_object(f"{where}{name}.", held, names, tested, reading, depth + 1)
+            if not is_log(held):
+                yield Same(where + name, value, name, held)
+            yield from _of_object(f"{where}{name}.", held, Asked(names, tested, asked, by.sets), reading, depth + 1)
     if found:
         yield One(where, value, found)
+
+
+def _missing(value: Any, asked: frozenset[str], names: frozenset[str]) -> Iterator[str]:
+    """Yields the names that code asks for in vain, and those of methods that an attribute of the object would hide."""
+    held = getattr(value, "__dict__", None)
+    if not isinstance(held, dict):
+        return
+    for name in asked | names:
+        if name not in held and isinstance(inspect.getattr_static(type(value), name, None), _METHODS):
+            yield name
+        elif name in asked:
+            try:
+                if not hasattr(value, name):
+                    yield name
+            except Exception:  # a property of the user's may raise anything
+                continue

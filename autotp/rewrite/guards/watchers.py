@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+import numpy
 
 from autotp.rewrite.guards.plain import is_equal
 from autotp.trace.forms import kind_of
@@ -55,29 +55,34 @@ class One:
         if not is_equal(now, old := self.all(self.values)):
             for name, a, b in zip(self.names, old, now, strict=True):
                 if isinstance(a, dict) and isinstance(b, dict) and (rest := [k for k in b if k not in a or a[k] == b[k]]):
-                    yield Items(f"{self.where}{name}", self.object, name, rest)
+                    yield Items(f"{self.where}{name}", self.object, name, rest, b.keys() - a.keys())
             self.names = tuple(n for n, a, b in zip(self.names, old, now, strict=True) if not (type(a) in FILLED and a != b))
             self.get = attrgetter(*self.names) if self.names else lambda _: ()
             self.values = copied(self.get(self.object))
 
 
 class Items(One):
-    """Watches some items of a dict; a forward changes others."""
+    """Watches some items of a dict; a forward changes others. Those that `came` by a forward may go again: it puts them back."""
 
-    __slots__ = ()
+    __slots__ = ("came",)
 
-    def __init__(self, where: str, object: Any, name: str, keys: Sequence[Any]) -> None:
-        self.where, self.object, self.names, self.wholes = where, object, (name,), {}
-        self.get = partial(_items, name, tuple(keys))
-        self.values = copied(self.get(object))
+    def __init__(self, where: str, object: Any, name: str, keys: Sequence[Any], came: Collection[Any]) -> None:
+        self.where, self.object, self.names, self.wholes, self.came = where, object, (name,), {}, frozenset(came)
+        self._keep(_items(name, dict.fromkeys(keys, MISSING), object))
+
+    def _keep(self, values: dict[Any, Any]) -> None:
+        self.values = copied(values)
+        self.get = partial(_items, self.names[0], {k: v if k in self.came else MISSING for k, v in self.values.items()})
+
+    def told(self, name: str) -> str:
+        """Says which dict it is."""
+        return self.where
 
     def again(self) -> Iterator[One]:
         """Stops watching the items that a forward changed."""
         now = self.get(self.object)
         if now != self.values:
-            keys = tuple(k for k, v in self.values.items() if now[k] == v)
-            self.get = partial(_items, self.names[0], keys)
-            self.values = copied(self.get(self.object))
+            self._keep({k: v for k, v in self.values.items() if now[k] == v})
         yield from ()
 
 
@@ -130,9 +135,9 @@ def _nothing(object: Any) -> tuple[()]:
     return ()
 
 
-def _items(name: str, keys: tuple[Any, ...], object: Any) -> dict[Any, Any]:
+def _items(name: str, missing: dict[Any, Any], object: Any) -> dict[Any, Any]:
     found = getattr(object, name)
-    return {key: found.get(key, MISSING) for key in keys}
+    return {key: found.get(key, instead) for key, instead in missing.items()}
 
 
 class Kinds:
@@ -146,7 +151,7 @@ class Kinds:
 
     def now(self) -> tuple[str, ...]:
         """Returns their contents."""
-        return tuple(kind_of(getattr(self.object, name, None)) for name in self.names)
+        return tuple(map(_contents, (getattr(self.object, name, None) for name in self.names)))
 
     def again(self) -> None:
         """Stops watching attributes that a forward has changed: they are its own to change."""
@@ -154,13 +159,22 @@ class Kinds:
         self.names, self.kinds = tuple(n for n, _ in kept), tuple(a for _, a in kept)
 
 
+def _contents(value: Any) -> str:
+    """A text for the contents: of an array its shape."""
+    return f"an array of shape {value.shape} ({value.dtype})" if isinstance(value, numpy.ndarray) else kind_of(value)
+
+
 class Absent:
-    """Attributes that code asks for by name, and that are not there: `value` of each stays missing."""
+    """Attributes that code asks for by name, and that are not there: each stays missing. `sets`: a forward may put one there itself."""
 
-    __slots__ = ("names", "object", "where")
+    __slots__ = ("names", "object", "sets", "where")
 
-    def __init__(self, where: str, object: nn.Module, names: frozenset[str]) -> None:
-        self.where, self.object, self.names = where, object, names
+    def __init__(self, where: str, object: Any, names: frozenset[str], sets: bool) -> None:
+        self.where, self.object, self.names, self.sets = where, object, names, sets
+
+    def again(self) -> None:
+        """Stops watching those that a forward has put there."""
+        self.names = self.names.difference(self.object.__dict__)
 
 
 class Same:

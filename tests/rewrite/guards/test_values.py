@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import functools
+import logging
 import re
 from array import array
 from collections import OrderedDict, defaultdict, deque
@@ -224,6 +225,75 @@ class Switch:
 
     def __call__(self) -> bool:
         return self.also
+
+
+class OfSettingsByGetattr(Reads):
+    def asks(self) -> Any:
+        return getattr(self.options, "extra", False) or self.options.also_extra()
+
+
+class Extra:
+    """Settings that ask for one that is not there, and that note by themselves how often they are asked."""
+
+    def also_extra(self) -> bool:
+        setattr(self, "asked", getattr(self, "asked", 0) + 1)  # noqa: B010  # by name
+        return hasattr(self, "another")
+
+
+class OfLength(Reads):
+    def asks(self) -> Any:
+        return len(self.options) > 1
+
+
+class ByVariable(Reads):
+    share = 0.0
+
+    def asks(self) -> Any:
+        share = self.share
+        other = 1
+        return other if share > 0 else 0
+
+
+class ByProperty(Reads):
+    share = 0.0
+
+    @property
+    def kept(self) -> float:
+        return self.share
+
+    def asks(self) -> Any:
+        return self.kept > 0
+
+
+class Caches(Reads):
+    """Keeps what it made for a width, and what it was asked first."""
+
+    def __init__(self) -> None:
+        super().__init__(options={})
+
+    @functools.lru_cache  # noqa: B019  # as models have it
+    def made(self, width: int) -> float:
+        return float(width)
+
+    def asks(self) -> Any:
+        if getattr(self, "first", None) is None:
+            setattr(self, "first", 1)  # noqa: B010  # by name
+        key = self.a.in_features, dist.is_initialized()  # nothing is kept before the model is made parallel
+        if key not in self.options:
+            self.options[key] = self.made(key[0])
+        return self.options[key] != key[0]
+
+
+class Logs(Reads):
+    def asks(self) -> Any:
+        self.options.debug("asked")
+        return False
+
+
+def _quieter(model: Any) -> None:
+    """Sets another level, which clears what a logger keeps for itself."""
+    model.options.setLevel(logging.ERROR)
+    logging.getLogger("autotp.tests.model").addHandler(logging.NullHandler())
 
 
 class ByDict(Reads):
@@ -662,6 +732,39 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     ),
     "a deque": (lambda: InSet(options=deque(["plain"])), lambda m: m.options.append("mixed"), "options was a list ('plain')"),
     "a method of an object": (lambda: Partly(options=Switch().on), lambda m: setattr(m.options.__self__, "mixed", True), "options was"),
+    "a setting that is asked for": (
+        lambda: OfSettingsByGetattr(options=Extra()),
+        lambda m: setattr(m.options, "extra", True),
+        "options.extra was not there",
+    ),
+    "a setting that a method of theirs asks for": (
+        lambda: OfSettingsByGetattr(options=Extra()),
+        lambda m: setattr(m.options, "another", True),
+        "options.another was not there",
+    ),
+    "a method of settings that an attribute hides": (
+        lambda: ByMethod(options=Switch()),
+        lambda m: setattr(m.options, "on", lambda: True),
+        "options.on was not there",
+    ),
+    "an array of another length": (
+        lambda: OfLength(options=np.zeros(1)),
+        lambda m: setattr(m, "options", np.zeros(2)),
+        "options was an array of shape (1,)",
+    ),
+    "an empty deque": (lambda: InSet(options=deque()), lambda m: m.options.append("mixed"), "options was a list ()"),
+    "a float in a variable": (ByVariable, lambda m: setattr(m, "share", 0.5), "share was 0.0"),
+    "a float behind a property": (ByProperty, lambda m: setattr(m, "share", 0.5), "share was 0.0"),
+    "a class made of its own": (
+        OfClass,
+        lambda m: setattr(m, "__class__", type("Sub", (type(m),), {"asks": lambda self: True})),
+        "the model was a OfClass when the model was made parallel, is a Sub now",
+    ),
+    "an item that a forward made": (
+        Caches,
+        lambda m: m.options.update({(16, True): 0.0}),
+        "options was {(16, False): 16.0, (16, True): 16.0}",
+    ),
     "a class": (lambda: InSlots(options=OfSettings), lambda m: setattr(m, "options", Mixed), "options was"),
     "a method of its own": (Reads, lambda m: setattr(m, "asks", lambda: True), "asks was not there"),
     "a set": (lambda: InSet(options=set()), lambda m: m.options.add("mixed"), "options was"),
@@ -854,6 +957,11 @@ HARMLESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a method that no code reads": (patched, lambda m: (in_class("unread", lambda self: True)(m), setattr(m, "unread", lambda: True))),
     "a method of a module in it that no code calls": (CallsMethods, lambda m: setattr(m.inner, "other", lambda: True)),
     "another module of whole values": (AsksOfWhole, lambda m: setattr(m, "first", nn.Tanh())),
+    "a class made of its own, with the same methods": (OfClass, lambda m: setattr(m, "__class__", type("Sub", (type(m),), {"more": 1}))),
+    "caches that are cleared": (Caches, lambda m: (m.options.pop((16, True), None), m.made.cache_clear())),
+    "a logger": (lambda: Logs(options=logging.getLogger("autotp.tests.model")), _quieter),
+    "a logger with more to say": (lambda: Logs(options=logging.LoggerAdapter(logging.getLogger("autotp.tests.model"))), _quieter),
+    "what settings note themselves": (lambda: OfSettingsByGetattr(options=Extra()), lambda m: setattr(m.options, "asked", 0)),
     "what no code reads": (Reads, lambda m: setattr(m, "note", "x")),
 }
 
@@ -925,7 +1033,12 @@ def test_a_variable_that_a_forward_changes_is_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a dict", "a method that is a setting", "a slice", "a method of its class", "a flag that such a method reads"]
+    "name",
+    [
+        *("a dict", "a method that is a setting", "a slice", "a method of its class", "a flag that such a method reads"),
+        *("a setting that is asked for", "a method of settings that an attribute hides", "an array of another length"),
+        *("a float in a variable", "a float behind a property"),
+    ],
 )
 def test_without_the_guards_it_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
