@@ -296,7 +296,9 @@ def _arguments(a: Any, b: Any, wanted: dict[tuple[int, int], int], at: int) -> s
 
 
 def _same(a: Any, b: Any) -> bool:
-    """True for equal things. NaN counts as equal to itself."""
+    """True for equal things. NaN counts as equal to itself, and a handle of torch's own (a range of the profiler) as any of its kind."""
+    if isinstance(a, torch.ScriptObject):  # made anew in each call, and without an `==`
+        return isinstance(b, torch.ScriptObject) and a._type() == b._type()
     return bool(a == b or (isinstance(a, (float, complex)) and isinstance(b, (float, complex)) and a != a and b != b))
 
 

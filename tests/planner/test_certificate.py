@@ -156,6 +156,11 @@ def _seeded_anew(h: Tensor) -> Tensor:
     return h * torch.rand(3, 1, generator=generator)
 
 
+def _in_a_range(h: Tensor) -> Tensor:
+    with torch.profiler.record_function("a range"):
+        return h * 2
+
+
 #: Arguments and constants that are not equal to themselves, or are made anew in each run.
 ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
     "a generator": lambda h: h * _drawn(h, 3),
@@ -164,6 +169,7 @@ ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
     "one that permutes": lambda h: h[:, torch.randperm(3, generator=torch.Generator().manual_seed(2))],
     "not a number": lambda h: h.nan_to_num(0.0).masked_fill(torch.zeros(3, 1, dtype=torch.bool), math.nan),
     "a constant with one": lambda h: h * torch.tensor([math.nan, 1.0]).nan_to_num(0.5).sum(),
+    "a range of the profiler": _in_a_range,
     "a device": lambda h: h.to(torch.device("cpu"), torch.float64).to(h.dtype),
 }
 

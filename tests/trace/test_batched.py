@@ -48,12 +48,16 @@ def nested(model: Any, h: Tensor) -> Tensor:
     return torch.vmap(torch.vmap(lambda t: t.softmax(-1) * t))(h)
 
 
+def of_parameters(model: Any, h: Tensor) -> Tensor:
+    return torch.vmap(lambda t: F.linear(t, model.inner.weight, model.inner.bias) + model.inner.weight.t()[0])(h)
+
+
 def with_a_whole_tensor(model: Any, h: Tensor) -> Tensor:
     return torch.vmap(lambda t, u: t * u.sum(0), in_dims=(0, None))(h, h[0])
 
 
 @pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("function", [attention, in_parts, of_a_tree, nested, with_a_whole_tensor])
+@pytest.mark.parametrize("function", [attention, in_parts, of_a_tree, nested, of_parameters, with_a_whole_tensor])
 def test_what_is_around_is_cut(function: Callable[[nn.Module, Tensor], Tensor], tp: int) -> None:
     found = assert_equivalent(lambda: Around(function), tp=tp, inputs={"x": X}, steps=1)
     assert {"up.weight", "down.weight"} <= found.sharded

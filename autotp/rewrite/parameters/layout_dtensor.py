@@ -53,6 +53,10 @@ class LayoutDTensor(Numbers):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         first = args[0] if args else None
+        if torch.is_inference_mode_enabled() and isinstance(first, LayoutDTensor) and not first.is_inference() and _is_of_memory(func):
+            # A view of a tensor from outside of inference mode is no inference tensor, and a write to one is counted.
+            with torch.inference_mode(False), torch.no_grad():
+                return cls.__torch_dispatch__(func, types, args, kwargs)
         if func is _detach and type(first) is LayoutDTensor:
             made = first._like(first._local_tensor, first._spec)
             if first.guarded_by is not None:
@@ -60,7 +64,7 @@ class LayoutDTensor(Numbers):
             return made
         if isinstance(first, LayoutDTensor) and first.guarded_by is not None:
             first.guarded_by.ask()  # whether it is read or written
-        if not (func.is_view or func._schema.is_mutable):
+        if not _is_of_memory(func):
             return cls.operate(func, args, kwargs or {})
         # Autograd tells by the versions of local tensors, too, that what a backward reads was changed. Down here they are not counted.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
@@ -279,6 +283,11 @@ class LayoutDTensor(Numbers):
     def __reduce_ex__(self, protocol: Any) -> Any:
         ordinary = new_dtensor(DTensor, self._local_tensor, self._spec, requires_grad=False)
         return _rebuilt, (ordinary, self._layout, self.requires_grad)
+
+
+def _is_of_memory(func: Any) -> bool:
+    """True for an operator that gives a view or writes."""
+    return func.is_view or func._schema.is_mutable  # type: ignore[no-any-return]
 
 
 class _Meta(TensorMeta):

@@ -103,6 +103,44 @@ def test_as_on_one_device(pool: Pool, kind: str) -> None:
         assert not said and refused, "\n".join(said)
 
 
+#: What code does with a parameter in inference mode: (what it gives, which is compared).
+IN_INFERENCE: dict[str, Callable[[Any], Tensor]] = {
+    "a view": lambda p: p.view(-1),
+    "a row": lambda p: p[0],
+    "detached": lambda p: p.detach().unsqueeze(0),
+    "a clone": lambda p: p.clone().mul_(3),
+    "multiplied": lambda p: p.mul_(2),
+    "copied": lambda p: p.copy_(p.detach() * 3),
+    "data": lambda p: p.data.mul_(2),
+}
+
+
+def in_inference(modes: bool) -> list[str]:
+    """What of `IN_INFERENCE` is not as on one device; `modes`: False where the mode is not asked for."""
+    alone, said = uses.build("fused", eager=False), []
+    model = autotp.parallelize(copy.deepcopy(alone), mesh(), check="graph")
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        if not modes:
+            patch.setattr(torch, "is_inference_mode_enabled", lambda: False)
+        for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
+            for how, does in IN_INFERENCE.items():
+                versions = p._version, q._version
+                try:
+                    wanted, got = does(p), uses.whole(does(q))
+                except RuntimeError as error:
+                    said.append(f"{name}, {how}: {error}")
+                    continue
+                if not torch.allclose(wanted.detach(), got, rtol=1e-9) or p._version - versions[0] != q._version - versions[1]:
+                    said.append(f"{name}, {how}: {wanted}, {got}")
+    return said
+
+
+def test_in_inference_mode(pool: Pool) -> None:
+    assert pool.run(in_inference, True) == [[], []]
+    for said in pool.run(in_inference, False):  # the control
+        assert any("version_counter" in each for each in said)
+
+
 def uncounted() -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._C, "_SetExcludeDispatchKeyGuard", lambda *_: nullcontext())
