@@ -36,7 +36,7 @@ from benchmarks.subjects import autotp
 
 Call = Callable[[], Any]
 GUARDS: tuple[tuple[Any, str, str], ...] = (
-    (Structure, "check", "structure"),
+    (Structure, "differs", "structure"),
     (Values, "check", "values"),
     (Tensors, "check", "tensors that are there"),
     (Values, "again", "values, after the call"),
