@@ -151,17 +151,14 @@ def _is_length(space: GraphIndex, labels: Labels, leaf: AttrRef | SizeRef) -> bo
 def _lengths(space: GraphIndex, labels: Labels, leaf: SizeRef) -> Mapping[Hashable, int]:
     """Returns the axes of a size that another call may have otherwise, and the size of each: their product is a factor of it.
 
-    A size that is no such product counts as one length: that of a concatenation, and one that no axis follows (the number of rows that
-    a mask selects, a batch of one).
+    A concatenation counts as one axis. A size that no axis follows is one length (the number of rows that a mask selects, a batch of one).
     """
     per_dim = space.axes.dims.get(leaf.value_id, ())
     one = 0 <= leaf.dim < len(per_dim)
     dims = per_dim[leaf.dim : leaf.dim + 1] if one else per_dim
     if one and not space.leaves[leaf.value_id][leaf.dim]:
         return {} if space.is_parameter(leaf.value_id) else {leaf: leaf.value}
-    found: dict[Hashable, int] = {a: a.size for dim in dims for a in leaf_atoms(dim) if is_length(space, labels, a)}
-    joined = (leaf_atoms([a]) for dim in dims for a in flat(list(dim)) if a.segments is not None)
-    return {leaf: leaf.value} if any(a in found for inside in joined for a in inside) else found
+    return {a: a.size for dim in dims for a in flat(dim) if any(is_length(space, labels, inner) for inner in leaf_atoms([a]))}
 
 
 def _factors(space: GraphIndex, labels: Labels, search: _Search, solution: Mapping[AttrRef, int], c: Constraint) -> tuple[int, int] | None:

@@ -52,6 +52,7 @@ MADE: dict[str, tuple[Callable[[int, int, Tensor], Any], bool | None]] = {
     "a length of several, joined": (lambda t, h, q: 2.0 if torch.cat([q, q, q[:, :1]], 1).shape[1] == h + 1 else 1.0, False),
     "two lengths alone": (lambda t, h, q: 2.0 if t > q.shape[0] else 1.0, True),
     "elements of any": (lambda t, h, q: 2.0 if q.numel() > 0 else 1.0, True),
+    "elements of joined lengths": (lambda t, h, q: 2.0 if torch.cat([q, q[:, :1]], 1).numel() > 0 else 1.0, True),
     "elements over heads": (lambda t, h, q: 2.0 if q.numel() // h > 50 else 1.0, True),
     "a flattened size and its factors": (lambda t, h, q: 2.0 if q.transpose(1, 2).flatten(0, 1).shape[0] == q.shape[0] * h else 1.0, True),
     "a loop": (lambda t, h, q: 1.0 + sum(0.5 for _ in range(t // h)), None),
