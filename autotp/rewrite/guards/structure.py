@@ -28,7 +28,7 @@ from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.modules.classes import BASE
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 from autotp.trace.forms import class_name
-from autotp.trace.reading import Reading, is_container, is_list, own_methods
+from autotp.trace.reading import Reading, is_container, is_list, outside, own_methods
 
 #: By which code goes over the modules in its own.
 _ALL_OF_THEM = ("_modules", "children", "modules", "named_children", "named_modules")
@@ -234,8 +234,8 @@ def _name(kind: type) -> str:
 
 
 def _replaces(now: type, kind: type) -> bool:
-    """True where a class made of another has methods of its own in the place of those that the forward of the other calls."""
-    own = frozenset[str]().union(*(own_methods(c) for c in now.__mro__ if c not in kind.__mro__)) - {"forward"}
+    """True where a class made of another has methods in place of those that the forward of the other calls. Torch's (FSDP's) pass on."""
+    own = frozenset[str]().union(*(own_methods(c) for c in outside(now) if c not in kind.__mro__)) - {"forward"}
     return not own.isdisjoint(Reading().of(getattr(kind, BASE, kind)).read)
 
 
