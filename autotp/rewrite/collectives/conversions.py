@@ -24,6 +24,7 @@ from autotp.errors import PlanError
 from autotp.plan.conversions import Conversion, Op
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.split import Dealing, split_of
+from autotp.rewrite.collectives.strides import laid_out
 from autotp.rewrite.transforms import direct, refuse_transforms, unwrapped
 
 Convert = Callable[[Tensor], Tensor]
@@ -54,7 +55,7 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
         ctx.comm = comm
-        return comm.all_reduce(x)
+        return laid_out(comm.all_reduce(x), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -65,7 +66,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, split: Dealing) -> Tensor:
         ctx.split = split
-        return split.join(x)
+        return laid_out(split.join(x), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -76,7 +77,7 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, split: Dealing) -> Tensor:
         ctx.split = split
-        return split.own(x)
+        return laid_out(split.own(x), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -93,7 +94,7 @@ class _Slice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad if ctx.whole else ctx.split.pad(grad), None
+        return grad if ctx.whole else laid_out(ctx.split.pad(grad), grad), None
 
 
 class _Once(torch.autograd.Function):
@@ -145,7 +146,7 @@ def reduce(x: Tensor, comm: Comm) -> Tensor:
     """P → R."""
     x = _plain(x)
     if not _records(x):
-        return comm.all_reduce(x)
+        return laid_out(comm.all_reduce(x), x)
     if is_dynamo_compiling():
         return _Reduce.apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
     return _reduce(unwrapped(x), comm)  # type: ignore[no-any-return]
@@ -154,7 +155,7 @@ def reduce(x: Tensor, comm: Comm) -> Tensor:
 def gather(x: Tensor, split: Dealing) -> Tensor:
     """S → R: the full dim in the model's order."""
     x = _plain(x)
-    return _Gather.apply(x, split) if _records(x) else split.join(x)  # type: ignore[no-untyped-call]
+    return _Gather.apply(x, split) if _records(x) else laid_out(split.join(x), x)  # type: ignore[no-untyped-call]
 
 
 def slice_part(x: Tensor, split: Dealing) -> Tensor:
@@ -179,7 +180,7 @@ def taken_once(x: Tensor, comm: Comm) -> Tensor:
 def own(x: Tensor, split: Dealing) -> Tensor:
     """R → S, the dual of `gather`: this rank's part, with zeros at what it does not own."""
     x = _plain(x)
-    return _Own.apply(x, split) if _records(x) else split.own(x)  # type: ignore[no-untyped-call]
+    return _Own.apply(x, split) if _records(x) else laid_out(split.own(x), x)  # type: ignore[no-untyped-call]
 
 
 def bind(conversion: Conversion, comm: Comm) -> Convert:
