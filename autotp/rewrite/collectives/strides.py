@@ -16,7 +16,7 @@ def laid_out(found: Tensor, like: Tensor) -> Tensor:
     if is_dynamo_compiling() or type(like) is not Tensor or like.is_contiguous() or found is like:
         return found
     strides = like.stride()
-    order = sorted(range(like.dim()), key=lambda dim: -strides[dim])
+    order = sorted(range(like.dim()), key=lambda dim: (-strides[dim], like.shape[dim] == 1))
     if 0 in strides or found.stride() == strides:  # an expanded tensor has no order
         return found
     back = sorted(range(like.dim()), key=order.__getitem__)
