@@ -17,6 +17,7 @@ from autotp.axes import atoms
 from autotp.axes.atoms import Atom, Dim, Opaque
 from autotp.plan.spec import DistributedForm
 from autotp.trace.graph import Graph, Node, Pseudo, Value, outside
+from autotp.trace.ints import SizeRef, leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class Context:
     def __init__(self, graph: Graph, ends: Mapping[str, int]) -> None:
         self.graph, self.ends = graph, ends
         self.dims: dict[int, list[Dim]] = {}
+        self.made = {o.id: n for n in graph.nodes for o in n.outputs}
         self.meanings: list[Meaning] = []
         self.node: Node
 
@@ -144,6 +146,14 @@ class Context:
         """Records that the int `number` takes all of dim `index` of `value` in this call."""
         if isinstance(number, int):
             self.meaning.taken.append(Demand(int(number), value.id, (tuple(self.of(value)[index]),)))
+
+    def of_lengths(self, constant: Value) -> bool:
+        """True where operators made a constant of sizes of tensors."""
+        node = self.made.get(constant.id)
+        if node is None:
+            return False
+        sized = any(isinstance(leaf, SizeRef) for expr in node.ints for leaf in leaves(expr))
+        return sized or any(self.of_lengths(v) for v in node.inputs())
 
     def opaque(self, reason: str | None = None) -> None:
         """Forbids to shard any dim of any argument; results are fresh."""

@@ -58,15 +58,17 @@ def varying(axes: Axes) -> Mapping[Atom, Node]:
     for dim in params:
         for atom in leaf_atoms(dim):
             dims_of.setdefault(atom, []).append(dim)
+    ones = any(1 in v.shape for n in axes.graph.nodes for v in n.inputs() if v.origin is Origin.INPUT)
     found: dict[Atom, Node] = {}
     for each in asked:
-        own = [a for a in each.axes if a in dims_of]
-        lengths = (
-            {*(a for expr in each.exprs for a in _atoms(axes, expr)), *(each.axes if each.plain else ())} & unsettled if own else set()
-        )
-        if not lengths:
+        own = [a for a in _cut_axes(axes, each) if a in dims_of]
+        if not own:
             continue
-        wrong = each.all or not all(_follows(axes, each, lengths, more) for more in MORE)
+        lengths = {*(a for expr in each.exprs for a in _atoms(axes, expr)), *(each.axes if each.plain else ())} & unsettled
+        one = is_a(each.node, Is.CUTS) and _is_one(axes, each, ones)
+        if not lengths and not one:
+            continue
+        wrong = one or each.all or not all(_follows(axes, each, lengths, more) for more in MORE)
         for dim in {id(d): d for a in own for d in dims_of[a]}.values():
             if wrong or _size(dim, lengths, 1) != _size(dim, lengths, 0):
                 found.update((a, each.node) for a in leaf_atoms(dim) if a not in found)
@@ -95,6 +97,24 @@ def _asked(axes: Axes) -> Iterator[_Asked]:
                 yield _Asked(node, demand, exprs, demand in meaning.taken)
 
 
+def _cut_axes(axes: Axes, each: _Asked) -> Atoms:
+    """Returns the axes of the dim that a cut takes a piece of, those of a number's dims otherwise: a piece of one index has none."""
+    if is_a(each.node, Is.CUTS) and not each.all:
+        x, out = each.node.args[0], each.node.outputs[0]
+        for dim, before, after in zip(axes.dims[x.id], x.shape, out.shape, strict=True):
+            if before != after:
+                return frozenset(leaf_atoms(dim))
+    return each.axes
+
+
+def _is_one(axes: Axes, each: _Asked, ones: bool) -> bool:
+    """True where a number that cuts may be a length or a batch of one, which no axis follows. `ones`: arguments have such."""
+    if ones and each.plain and each.node.args[0].origin is Origin.PARAM and abs(each.demand.number) == 1:
+        return True
+    sizes = [leaf for expr in each.exprs for leaf in leaves(expr) if isinstance(leaf, SizeRef)]
+    return any(abs(each.demand.number) == 1 or (leaf.value == 1 and not any(True for _ in _atoms(axes, leaf))) for leaf in sizes)
+
+
 def _given(axes: Axes) -> Atoms:
     """Returns the axes that arguments of the model bring, and those that operators make of them first (the patches of an image)."""
     found: set[Atom] = set()
@@ -119,7 +139,7 @@ def _given(axes: Axes) -> Atoms:
 
 
 def _axes_of(axes: Axes, value: Value) -> set[Atom]:
-    return {a for dim in axes.dims[value.id] for a in leaf_atoms(dim)}
+    return {a for dim in axes.dims[value.id] for a in leaf_atoms(dim) if a.size}
 
 
 def _settled(axes: Axes, params: Sequence[Sequence[Atom]], asked: Sequence[_Asked], given: Atoms) -> set[Atom]:

@@ -29,6 +29,8 @@ TAKES: dict[str, Callable[[Tensor, Tensor, nn.Module], Tensor]] = {
     "a length that is no number of the trace any more": lambda x, table, up: table[: len(x[0])],
     "a length made plain": lambda x, table, up: table[: int(str(x.shape[1]))],
     "elements": lambda x, table, up: table[: x.numel() // (x.shape[0] * x.shape[2])],
+    "rows by a list": lambda x, table, up: table[list(range(x.shape[1]))],
+    "rows by numbers": lambda x, table, up: table[torch.arange(x.shape[1])],
     "columns of a product": lambda x, table, up: up(x).relu()[..., : x.shape[1]] @ x,
     "columns of a product of another number": lambda x, table, up: up(x).relu()[..., : len(x[0])] @ x,
     "both sides of a cut": lambda x, table, up: torch.cat([up(x)[..., : x.shape[1]].relu(), up(x)[..., x.shape[1] :].tanh()], -1).sum(
@@ -89,7 +91,12 @@ def error(name: str, length: int, check: str) -> tuple[float, int | None]:
 
 @pytest.mark.parametrize("name", TAKES)
 def test_other_lengths_are_equal(name: str) -> None:
-    for length, check in ((5, "numbers"), (ROWS - 1, "graph"), *([(ROWS, "graph")] if "row" in name and "second" not in name else [])):
+    for length, check in (
+        (5, "numbers"),
+        (ROWS - 1, "graph"),
+        (1, "graph"),
+        *([(ROWS, "graph")] if "row" in name and "second" not in name else []),
+    ):
         most, heads = error(name, length, check)
         assert most < 1e-9 and heads == 0, (length, check, most)
 

@@ -52,6 +52,7 @@ def test_the_order_of_memory_is_that_of_the_other(order: tuple[int, ...], shape:
     found = torch.randn(shape[0], 6, *shape[2:])
     kept = laid_out(found, like)
     assert torch.equal(kept, found)
-    assert kept.is_contiguous() or sorted(range(4), key=lambda d: -kept.stride(d)) == sorted(range(4), key=lambda d: -like.stride(d))
+    long = [d for d in range(4) if shape[d] > 1]
+    assert kept.is_contiguous() or sorted(long, key=lambda d: -kept.stride(d)) == sorted(long, key=lambda d: -like.stride(d))
     assert laid_out(found, torch.zeros(1).expand(shape)).stride() == found.stride()
     assert like.is_contiguous() or laid_out(torch.randn(shape), like).stride() == like.stride()

@@ -9,7 +9,7 @@ from autotp.axes.analysis import Context
 from autotp.axes.atoms import Dim
 from autotp.axes.operators.table import Is, Padded, arg, dim_of, rule
 from autotp.plan.spec import DistributedForm
-from autotp.trace.graph import Node, Value
+from autotp.trace.graph import Node, Origin, Value
 
 
 @rule("embedding", padded=Padded.MOVED, traits=Is.LOOKUP | Is.ON_LAST_DIM)
@@ -26,9 +26,14 @@ def embedding(context: Context, node: Node) -> None:
 
 
 def _known_row(context: Context, node: Node, x: Value, d: int, where: Value) -> bool:
-    """`x[..., [k], ...]` with a number k: a piece of size 1, where what is counted over to reach it is whole."""
+    """`x[..., [k], ...]` with a number k: a piece of size 1, where what is counted over to reach it is whole.
+
+    Of a parameter it may be a table's row for a length of one (`positions[list(range(n))]`), as is a number made of a length.
+    """
     known = context.graph.constants.get(where.id)
     if known is None or known.numel() != 1 or known.dim() != 1 or known.dtype == torch.bool:
+        return False
+    if x.origin is Origin.PARAM or context.of_lengths(where):
         return False
     k, n = int(known), x.shape[d]
     at = k % n
