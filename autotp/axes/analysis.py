@@ -58,7 +58,7 @@ class Meaning:
     linear: list[frozenset[int]] = field(default_factory=list)  # sets of values that may be partial sums together
     blocked: list[Blocked] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
-    taken: list[Demand] = field(default_factory=list)  # numbers that take all of a dim; another call may take less
+    taken: list[Demand] = field(default_factory=list)  # numbers that take all of a dim, or nothing, where another call may not
     once: list[int] = field(default_factory=list)  # values added once to a partial sum (a bias)
     generates: bool = False  # the result's content does not depend on its position: it can be made sharded
 
@@ -143,7 +143,7 @@ class Context:
             self.meaning.demands.append(Demand(int(number), value.id, tuple(tuple(d) for d in dims), at, listed))
 
     def takes(self, number: Any, value: Value, index: int) -> None:
-        """Records that the int `number` takes all of dim `index` of `value` in this call."""
+        """Records that the int `number` takes all of dim `index` of `value`, or nothing, in this call."""
         if isinstance(number, int):
             self.meaning.taken.append(Demand(int(number), value.id, (tuple(self.of(value)[index]),)))
 

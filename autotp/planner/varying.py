@@ -26,7 +26,7 @@ MORE = (1, 2, 5)
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A number of the code that the size of dims of a value follows. `all`: it takes all of a dim, which may be longer."""
+    """A number of the code that the size of dims of a value follows. `all`: it takes all of a dim, which may be longer, or nothing."""
 
     node: Node
     demand: Demand
@@ -58,17 +58,17 @@ def varying(axes: Axes) -> Mapping[Atom, Node]:
     for dim in params:
         for atom in leaf_atoms(dim):
             dims_of.setdefault(atom, []).append(dim)
-    ones = any(1 in v.shape for n in axes.graph.nodes for v in n.inputs() if v.origin is Origin.INPUT)
+    reads, ones = axes.graph.reads_data, any(1 in v.shape for n in axes.graph.nodes for v in n.inputs() if v.origin is Origin.INPUT)
     found: dict[Atom, Node] = {}
     for each in asked:
         own = [a for a in _cut_axes(axes, each) if a in dims_of]
         if not own:
             continue
         lengths = {*(a for expr in each.exprs for a in _atoms(axes, expr)), *(each.axes if each.plain else ())} & unsettled
-        one = is_a(each.node, Is.CUTS) and _is_one(axes, each, ones)
-        if not lengths and not one:
+        unknown = is_a(each.node, Is.CUTS) and _is_unknown(axes, each, reads, ones)
+        if not lengths and not unknown:
             continue
-        wrong = one or each.all or not all(_follows(axes, each, lengths, more) for more in MORE)
+        wrong = unknown or each.all or not all(_follows(axes, each, lengths, more) for more in MORE)
         for dim in {id(d): d for a in own for d in dims_of[a]}.values():
             if wrong or _size(dim, lengths, 1) != _size(dim, lengths, 0):
                 found.update((a, each.node) for a in leaf_atoms(dim) if a not in found)
@@ -91,9 +91,10 @@ def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
 
 def _asked(axes: Axes) -> Iterator[_Asked]:
     for node, meaning in zip(axes.graph.nodes, axes.meanings, strict=True):
-        for demand in (*meaning.demands, *meaning.taken) if node.ints else ():
+        read = is_a(node, Is.CUTS) and len(node.tensors) > 1  # a tensor is a number there (`x[:n]`)
+        for demand in (*meaning.demands, *meaning.taken) if node.ints or read else ():
             exprs = tuple(node.ints[p] for p in positions(node, demand.number, demand.at, demand.listed))
-            if exprs:
+            if exprs or read:
                 yield _Asked(node, demand, exprs, demand in meaning.taken)
 
 
@@ -107,9 +108,14 @@ def _cut_axes(axes: Axes, each: _Asked) -> Atoms:
     return each.axes
 
 
-def _is_one(axes: Axes, each: _Asked, ones: bool) -> bool:
-    """True where a number that cuts may be a length or a batch of one, which no axis follows. `ones`: arguments have such."""
-    if ones and each.plain and each.node.args[0].origin is Origin.PARAM and abs(each.demand.number) == 1:
+def _is_unknown(axes: Axes, each: _Asked, reads: bool, ones: bool) -> bool:
+    """True where a number that cuts was read from data, or may be a length or a batch of one, which no axis follows.
+
+    A plain number that cuts a parameter itself may be read, where code `reads` numbers, or one, where arguments have such.
+    """
+    if not each.exprs:
+        return True
+    if each.plain and each.node.args[0].origin is Origin.PARAM and (reads or (ones and abs(each.demand.number) == 1)):
         return True
     sizes = [leaf for expr in each.exprs for leaf in leaves(expr) if isinstance(leaf, SizeRef)]
     return any(abs(each.demand.number) == 1 or (leaf.value == 1 and not any(True for _ in _atoms(axes, leaf))) for leaf in sizes)

@@ -159,6 +159,7 @@ class Recorder:
             asks_dims=frozenset(calls.asks_dims),
             sized=frozenset(self._python.sized),
             compared=self.life.noted(),
+            reads_data=self.data.reads,
             swapped=frozenset(calls.swapped),
             untrained="" if any(result.training for result in results) else self.untrained,
         )

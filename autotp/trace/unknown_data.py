@@ -76,14 +76,15 @@ class UnknownData:
 
     ends: an unknown mask selects its last row too. number: the number that stands for an unknown one. guessed: code has read one in
     this call. chose: a shape was chosen in it. along: integers that operators make of unknown floats are drawn (`autotp.trace.draw`),
-    and computed with as if they were known. drawn: the real result of the last operator is made of such numbers.
+    and computed with as if they were known. drawn: the real result of the last operator is made of such numbers. reads: data gave a
+    number, or a shape, in some call.
     """
 
     def __init__(self, fake: FakeTensorMode, memo: Memo, tape: Tape, values: Values, questions: Questions) -> None:
         self.ends = True
         self.number = 0
         self.guessed = self.chose = False
-        self.along = self.drawn = False
+        self.along = self.drawn = self.reads = False
         self._fake_mode, self._memo, self._tape, self._values, self.questions = fake, memo, tape, values, questions
 
     # running ------------------------------------------------------------------------------------------------------------------
@@ -114,12 +115,14 @@ class UnknownData:
         except DataDependentOutputException:
             if gives_tensors(func):
                 raise Unfolded from None
+            self.reads |= not (known and isinstance(real, bool))
             if not known:
                 return self._unknown_number(args[0]), None
             if (self.questions.data_vary or self.drawn) and isinstance(real, bool):
                 return self.questions.condition(real, self._tape.last()), None
             return real, None
         except DynamicOutputShapeException:
+            self.reads = True
             if known:
                 return _fakes(args, real), real
             return self._chosen_shape(func, args, kwargs), self._chosen_rows(func, args[0])
@@ -195,6 +198,7 @@ class UnknownData:
             return [self._numbers(item) for item in items]
         if not isinstance(items, FakeTensor):
             return items
+        self.reads = True
         known = self._values.real_of(items)
         if known is not None:
             return known.tolist()

@@ -118,6 +118,8 @@ def _empty(context: Context, node: Node, x: Value, d: int, bounds: tuple[int | N
     start, stop = bounds
     if start is not None and start < 0 and stop is not None and stop > 0:
         context.block(x, context.of(x)[d], "the ends of an empty slice would cross on a shard")
+    for number in bounds:  # another call may take something
+        context.takes(number, x, d)
     if node.opname == "narrow" and node.args[2] == x.shape[d]:
         context.demand(node.args[2], x, [context.of(x)[d]])
     context.set(node.outputs[0], _with(context, x, d, atoms.new(0)))
