@@ -61,14 +61,16 @@ def varying(axes: Axes) -> Mapping[Atom, Node]:
     reads, ones = axes.graph.reads_data, any(1 in v.shape for n in axes.graph.nodes for v in n.inputs() if v.origin is Origin.INPUT)
     found: dict[Atom, Node] = {}
     for each in asked:
-        own = [a for a in _cut_axes(axes, each) if a in dims_of]
+        cut = _cut_dim(axes, each)
+        own = [a for a in (each.axes if cut is None else frozenset(leaf_atoms(cut))) if a in dims_of]
         if not own:
             continue
         lengths = {*(a for expr in each.exprs for a in _atoms(axes, expr)), *(each.axes if each.plain else ())} & unsettled
         unknown = is_a(each.node, Is.CUTS) and _is_unknown(axes, each, reads, ones)
         if not lengths and not unknown:
             continue
-        wrong = unknown or each.all or not all(_follows(axes, each, lengths, more) for more in MORE)
+        fixed = cut is not None and _size(cut, lengths, 1) == _size(cut, lengths, 0)
+        wrong = unknown or fixed or each.all or not all(_follows(axes, each, lengths, more) for more in MORE)
         for dim in {id(d): d for a in own for d in dims_of[a]}.values():
             if wrong or _size(dim, lengths, 1) != _size(dim, lengths, 0):
                 found.update((a, each.node) for a in leaf_atoms(dim) if a not in found)
@@ -98,18 +100,19 @@ def _asked(axes: Axes) -> Iterator[_Asked]:
                 yield _Asked(node, demand, exprs, demand in meaning.taken)
 
 
-def _cut_axes(axes: Axes, each: _Asked) -> Atoms:
-    """Returns the axes of the dim that a cut takes a piece of, those of a number's dims otherwise: a piece of one index has none."""
+def _cut_dim(axes: Axes, each: _Asked) -> Sequence[Atom] | None:
+    """Returns the dim that a cut takes a piece of: a piece of one index has no axis."""
     if is_a(each.node, Is.CUTS) and not each.all:
         x, out = each.node.args[0], each.node.outputs[0]
         for dim, before, after in zip(axes.dims[x.id], x.shape, out.shape, strict=True):
             if before != after:
-                return frozenset(leaf_atoms(dim))
-    return each.axes
+                return dim
+    return None
 
 
 def _is_unknown(axes: Axes, each: _Asked, reads: bool, ones: bool) -> bool:
-    """True where a number that cuts was read from data, or may be a length or a batch of one, which no axis follows.
+    """True where a number that cuts was read from data, or is a size that no axis follows: that of one row, and one that was cut up into
+    rows (`torch.cat([x[:, 1:], x[:, :1]], 1)`).
 
     A plain number that cuts a parameter itself may be read, where code `reads` numbers, or one, where arguments have such.
     """
@@ -118,7 +121,10 @@ def _is_unknown(axes: Axes, each: _Asked, reads: bool, ones: bool) -> bool:
     if each.plain and each.node.args[0].origin is Origin.PARAM and (reads or (ones and abs(each.demand.number) == 1)):
         return True
     sizes = [leaf for expr in each.exprs for leaf in leaves(expr) if isinstance(leaf, SizeRef)]
-    return any(abs(each.demand.number) == 1 or (leaf.value == 1 and not any(True for _ in _atoms(axes, leaf))) for leaf in sizes)
+    params = {v.id for v in axes.graph.params.values()}
+    return any(
+        leaf.value_id not in params and (abs(each.demand.number) == 1 or not any(True for _ in _atoms(axes, leaf))) for leaf in sizes
+    )
 
 
 def _given(axes: Axes) -> Atoms:
