@@ -16,7 +16,7 @@ import torch
 from autotp.axes import atoms
 from autotp.axes.atoms import Atom, Dim, Opaque
 from autotp.plan.spec import DistributedForm
-from autotp.trace.graph import Graph, Node, Pseudo, Value, outside
+from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value, outside
 from autotp.trace.ints import SizeRef, leaves
 
 
@@ -147,13 +147,13 @@ class Context:
         if isinstance(number, int):
             self.meaning.taken.append(Demand(int(number), value.id, (tuple(self.of(value)[index]),)))
 
-    def of_lengths(self, constant: Value) -> bool:
-        """True where operators made a constant of sizes of tensors."""
+    def of_calls(self, constant: Value) -> bool:
+        """True where a constant may be another one in another call: an argument, and what operators made of one, or of sizes."""
         node = self.made.get(constant.id)
         if node is None:
-            return False
+            return constant.origin is Origin.INPUT
         sized = any(isinstance(leaf, SizeRef) for expr in node.ints for leaf in leaves(expr))
-        return sized or any(self.of_lengths(v) for v in node.inputs())
+        return sized or any(self.of_calls(v) for v in node.inputs())
 
     def opaque(self, reason: str | None = None) -> None:
         """Forbids to shard any dim of any argument; results are fresh."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from autotp.axes.analysis import Axes, Demand
 from autotp.axes.atoms import Atom, flat, leaf_atoms
-from autotp.axes.operators.table import Is, is_a
+from autotp.axes.operators.table import Is, arg, dim_of, is_a
 from autotp.trace.graph import Node, Origin, Value
 from autotp.trace.ints import AttrRef, IntExpr, Literal, SizeRef, evaluate, leaves
 
@@ -98,6 +98,23 @@ def _asked(axes: Axes) -> Iterator[_Asked]:
             exprs = tuple(node.ints[p] for p in positions(node, demand.number, demand.at, demand.listed))
             if exprs or read:
                 yield _Asked(node, demand, exprs, demand in meaning.taken)
+        for number, dim in _counted(axes, node) if node.ints else ():
+            exprs = tuple(e for e in node.ints if e.value == number and any(isinstance(leaf, SizeRef) for leaf in leaves(e)))
+            if exprs:
+                yield _Asked(node, Demand(number, node.args[0].id, (tuple(dim),)), exprs, all=True)
+
+
+def _counted(axes: Axes, node: Node) -> Iterator[tuple[int, Sequence[Atom]]]:
+    """Yields the numbers of a node that are not sizes of pieces, with the dim that each is for: how many chunks, each how many-th row,
+    all rows of a parameter (`table[:n]`, which is no operator then).
+    """
+    dims = axes.dims[node.args[0].id] if node.args and isinstance(node.args[0], Value) else ()
+    if node.opname == "slice" and isinstance(step := arg(node, 4, "step", 1), int) and step > 1:
+        yield step, dims[dim_of(arg(node, 1, "dim", 0), node.args[0])]
+    elif node.opname in ("chunk", "unsafe_chunk", "tensor_split") and isinstance(node.args[1], int):
+        yield node.args[1], dims[dim_of(arg(node, 2, "dim", 0), node.args[0])]
+    elif node.opname == "alias" and node.args[0].origin is Origin.PARAM:
+        yield from zip(node.args[0].shape, dims, strict=True)
 
 
 def _cut_dim(axes: Axes, each: _Asked) -> Sequence[Atom] | None:

@@ -33,6 +33,11 @@ TAKES: dict[str, Callable[[Tensor, Tensor, nn.Module], Tensor]] = {
     "an item of data": lambda x, table, up: table[: (x[..., 0] > 0).sum().item() % 8 + 1].mean(0),
     "as many as are chosen": lambda x, table, up: table[: len((x[0, :3, 0] > 0).nonzero())].sum(0),
     "columns that data count": lambda x, table, up: up(x).relu()[..., : (x[..., 0] > 0).sum() % 8 + 1].mean(-1, keepdim=True),
+    "first rows, and tokens shifted by one": lambda x, table, up: table[: x.shape[1]] + torch.cat([x[:, 1:], x[:, :1]], 1),
+    "first rows, and those from the second": lambda x, table, up: table[: x.shape[1]] + table[1 : x.shape[1] + 1],
+    "a chunk of as many as the batch has": lambda x, table, up: table.chunk(x.shape[0])[0].mean(0),
+    "each row after a batch": lambda x, table, up: table[:: x.shape[0]].mean(0),
+    "the row of the last token": lambda x, table, up: table[torch.arange(x.shape[1])[-1:]],
     "rows by a list": lambda x, table, up: table[list(range(x.shape[1]))],
     "rows by numbers": lambda x, table, up: table[torch.arange(x.shape[1])],
     "columns of a product": lambda x, table, up: up(x).relu()[..., : x.shape[1]] @ x,
@@ -107,5 +112,5 @@ def test_other_lengths_are_equal(name: str) -> None:
 
 def test_without_the_rule_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placements, "varying", lambda axes: {})
-    for name in ("first rows", "narrow", "a length made plain", "rows from the second"):
+    for name in ("first rows", "narrow", "a length made plain", "rows from the second", "a chunk of as many as the batch has"):
         assert error(name, 5, "graph")[0] > 1e-3, name

@@ -28,12 +28,12 @@ def embedding(context: Context, node: Node) -> None:
 def _known_row(context: Context, node: Node, x: Value, d: int, where: Value) -> bool:
     """`x[..., [k], ...]` with a number k: a piece of size 1, where what is counted over to reach it is whole.
 
-    Of a parameter it may be a table's row for a length of one (`positions[list(range(n))]`), as is a number made of a length.
+    Of a parameter it may be a table's row for a length of one (`positions[list(range(n))]`), as is a number of this call.
     """
     known = context.graph.constants.get(where.id)
     if known is None or known.numel() != 1 or known.dim() != 1 or known.dtype == torch.bool:
         return False
-    if x.origin is Origin.PARAM or context.of_lengths(where):
+    if x.origin is Origin.PARAM or context.of_calls(where):
         return False
     k, n = int(known), x.shape[d]
     at = k % n
