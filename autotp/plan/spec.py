@@ -296,7 +296,7 @@ class PlanSpec:
     a module → its results that callers get gathered or summed, while code inside goes on with the part. settings: names of settings
     of the model's adapters that were traced beside the one that it has. tokens: where hidden states may stay in token
     parts. together: groups of Linears that read one tensor. least_scattered: bytes of a sum from which a SCATTER scatters it; a
-    smaller one is all-reduced.
+    smaller one is all-reduced. ones: path of an argument of the model → its dims, counted from the last, that no call makes longer.
     """
 
     model: str
@@ -319,6 +319,7 @@ class PlanSpec:
     tokens: Tokens = Tokens()
     together: tuple[tuple[str, ...], ...] = ()
     least_scattered: int = 0
+    ones: tuple[tuple[tuple[str | int, ...], tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         for name in _MAPPINGS:

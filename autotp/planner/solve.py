@@ -17,6 +17,7 @@ from autotp.planner.keys import Keys
 from autotp.planner.labelling import label
 from autotp.planner.local_ints import Hints, localise
 from autotp.planner.naming import Namer, pattern_of
+from autotp.planner.ones import find_ones
 from autotp.planner.placements import GraphIndex
 from autotp.planner.realise import Builder
 from autotp.planner.reductions import place
@@ -65,7 +66,14 @@ def solve(
             boundaries = find_boundaries(space, choice.labels, moves, joints, copied, space.graph.repeats, builder.gather)
             inside = find_inside(space, choice.labels, moves, boundaries, space.graph.repeats)
             graph = space.graph
-            plan = replace(plan, notes=(*plan.notes, *notes), boundaries=boundaries, inside=inside, swapped=graph.swapped)
+            plan = replace(
+                plan,
+                notes=(*plan.notes, *notes),
+                boundaries=boundaries,
+                inside=inside,
+                swapped=graph.swapped,
+                ones=find_ones(space, choice.labels),
+            )
             whole = {slot for slot, conversions in builder.slots.items() if any(c.op in (Op.GATHER, Op.REDUCE) for c in conversions)}
             copies = find_copies(space, whole, graph.repeats)
             plan = replace(plan, untrained=graph.untrained if plan.local_share < 1 else "", copies=copies)

@@ -26,6 +26,7 @@ from autotp.rewrite.guards.alone import Parts, install_alone
 from autotp.rewrite.guards.caches import mark_own, not_of_this_rank, refuse_trained
 from autotp.rewrite.guards.called import install_called
 from autotp.rewrite.guards.hooks import Watch, install_hooks
+from autotp.rewrite.guards.ones import install_ones
 from autotp.rewrite.guards.other_leaves import OtherLeaves
 from autotp.rewrite.guards.own_grad import mark_copied
 from autotp.rewrite.guards.saving import install_saving
@@ -253,6 +254,7 @@ def originals_of(model: nn.Module, plan: Plan) -> Originals:
 def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Originals, undo: Undo, follow: Follow | None = None) -> None:
     """Guard a model that `plan` was applied to; journalled in `undo`. `follow` is asked before a change is refused."""
     modules = [(path, m) for path, m in model.named_modules()]
+    install_ones(model, plan, comm, undo)
     install_called(model, plan, undo)
     places, floats = _places(plan), _floats(plan, [path for path, _ in modules])
     running = comm.running

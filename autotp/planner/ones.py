@@ -1,0 +1,60 @@
+"""Finds dims of arguments that have to stay of size 1: a mask of one head for all, a gate of one number for each token.
+
+A dim of size 1 has no axis. Where it meets a dim that is cut, it stands for each rank's part. With another size it would be whole, and
+would not fit the part, or would stretch a part of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from autotp.planner.placements import GraphIndex, Labels
+from autotp.trace.graph import Node, Origin, Pseudo, Value
+
+#: Path of an argument of the model → its dims, counted from the last.
+Ones = tuple[tuple[tuple[str | int, ...], tuple[int, ...]], ...]
+_RESHAPING = frozenset(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"))
+
+
+def find_ones(space: GraphIndex, labels: Labels) -> Ones:
+    """Returns the dims of the model's arguments that no call may make longer than 1."""
+    asked: dict[int, set[int]] = {}
+    found: dict[tuple[str | int, ...], set[int]] = {}
+    longer: dict[tuple[str | int, ...], set[int]] = {}  # in some call
+    for node in reversed(space.graph.nodes):
+        given = [v for v in space.inputs[node.index] if v.origin is Origin.INPUT or v.id in space.activations]
+        for out in node.outputs:
+            cut = labels.of(out)
+            met = {d for d in range(-len(out.shape), 0) if out.shape[d] > 1 and cut & space.leaves[out.id][d]} if cut else set()
+            for v in given:
+                for d in met:
+                    if -d <= len(v.shape) and v.shape[d] == 1:
+                        asked.setdefault(v.id, set()).add(d)
+                for d in asked.get(out.id, ()):
+                    asked.setdefault(v.id, set()).update(_before(node, v, out, d))
+        if node.op is Pseudo.ENTER and node.slot is not None and node.slot[0] == "":
+            for v in node.inputs():
+                if v.origin is Origin.INPUT:
+                    found.setdefault(node.slot[1], set()).update(asked.get(v.id, ()))
+                    longer.setdefault(node.slot[1], set()).update(d for d in range(-len(v.shape), 0) if v.shape[d] != 1)
+    kept = {path: tuple(sorted(dims - longer[path])) for path, dims in sorted(found.items(), key=repr)}
+    return tuple((path, dims) for path, dims in kept.items() if dims)
+
+
+def _before(node: Node, v: Value, out: Value, dim: int) -> Iterator[int]:
+    """Yields the dims of size 1 of an argument of a node that a dim of size 1 of its result comes from."""
+    if node.opname in _RESHAPING:
+        ahead = prod(out.shape[:dim])
+        yield from (d for d in range(-len(v.shape), 0) if v.shape[d] == 1 and prod(v.shape[:d]) == ahead)
+    elif node.opname in ("transpose", "permute", "t"):
+        dims = list(range(-len(v.shape), 0))
+        if node.opname == "permute":
+            order = [d % len(dims) - len(dims) for d in node.args[1]]
+        else:
+            order = list(dims)
+            a, b = node.args[1:3] if node.opname == "transpose" else (0, 1)
+            order[a], order[b] = order[b], order[a]
+        yield order[dim]
+    elif -dim <= len(v.shape) and v.shape[dim] == 1:
+        yield dim
