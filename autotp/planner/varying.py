@@ -66,7 +66,7 @@ def varying(axes: Axes) -> Mapping[Atom, Node]:
         if not own:
             continue
         lengths = {*(a for expr in each.exprs for a in _atoms(axes, expr)), *(each.axes if each.plain else ())} & unsettled
-        unknown = is_a(each.node, Is.CUTS) and _is_unknown(axes, each, reads, ones)
+        unknown = is_a(each.node, Is.CUTS) and _is_unknown(axes, each, given, reads, ones)
         if not lengths and not unknown:
             continue
         fixed = cut is not None and _size(cut, lengths, 1) == _size(cut, lengths, 0)
@@ -108,7 +108,7 @@ def _counted(axes: Axes, node: Node) -> Iterator[tuple[int, Sequence[Atom]]]:
     """Yields the numbers of a node that are not sizes of pieces, with the dim that each is for: how many chunks, each how many-th row,
     all rows of a parameter (`table[:n]`, which is no operator then).
     """
-    dims = axes.dims[node.args[0].id] if node.args and isinstance(node.args[0], Value) else ()
+    dims = axes.dims.get(node.args[0].id, ()) if node.args and isinstance(node.args[0], Value) else ()
     if node.opname == "slice" and isinstance(step := arg(node, 4, "step", 1), int) and step > 1:
         yield step, dims[dim_of(arg(node, 1, "dim", 0), node.args[0])]
     elif node.opname in ("chunk", "unsafe_chunk", "tensor_split") and isinstance(node.args[1], int):
@@ -127,7 +127,7 @@ def _cut_dim(axes: Axes, each: _Asked) -> Sequence[Atom] | None:
     return None
 
 
-def _is_unknown(axes: Axes, each: _Asked, reads: bool, ones: bool) -> bool:
+def _is_unknown(axes: Axes, each: _Asked, given: Atoms, reads: bool, ones: bool) -> bool:
     """True where a number that cuts was read from data, or is a size that no axis follows: that of one row, and one that was cut up into
     rows (`torch.cat([x[:, 1:], x[:, :1]], 1)`).
 
@@ -137,11 +137,13 @@ def _is_unknown(axes: Axes, each: _Asked, reads: bool, ones: bool) -> bool:
         return True
     if each.plain and each.node.args[0].origin is Origin.PARAM and (reads or (ones and abs(each.demand.number) == 1)):
         return True
-    sizes = [leaf for expr in each.exprs for leaf in leaves(expr) if isinstance(leaf, SizeRef)]
     params = {v.id for v in axes.graph.params.values()}
-    return any(
-        leaf.value_id not in params and (abs(each.demand.number) == 1 or not any(True for _ in _atoms(axes, leaf))) for leaf in sizes
-    )
+    for leaf in (leaf for expr in each.exprs for leaf in leaves(expr)):
+        if isinstance(leaf, SizeRef) and leaf.value_id not in params:
+            rows = {a for dim in _dims_of(axes, leaf) for a in flat(dim)}
+            if abs(each.demand.number) == 1 or not rows or (rows <= given and not any(True for _ in _atoms(axes, leaf))):
+                return True
+    return False
 
 
 def _given(axes: Axes) -> Atoms:
@@ -162,13 +164,28 @@ def _given(axes: Axes) -> Atoms:
             own = _axes_of(axes, v)
             if made:
                 activations.add(v.id)
-                found |= own - met
+                joined = frozenset() if node.opname != "cat" else _joined(axes, node, v, found)
+                found |= own - met - joined
             met |= own
     return frozenset(found)
 
 
+def _joined(axes: Axes, node: Node, out: Value, given: set[Atom]) -> Atoms:
+    """Returns the axes of a dim that `cat` makes of rows none of which is given: they may come from a buffer."""
+    for i, (dim, size) in enumerate(zip(axes.dims.get(out.id, ()), out.shape, strict=True)):
+        pieces = [v for v in node.inputs() if len(v.shape) == len(out.shape) and v.shape[i] != size]
+        brought = {a for v in pieces for piece in axes.dims[v.id][i : i + 1] for a in (*flat(piece), *leaf_atoms(piece))}
+        if pieces and not brought & given:
+            return frozenset(flat(dim))
+    return frozenset()
+
+
 def _axes_of(axes: Axes, value: Value) -> set[Atom]:
-    return {a for dim in axes.dims[value.id] for a in leaf_atoms(dim) if a.size}
+    """Returns the axes of a value, and those that were cut up into rows."""
+    found: set[Atom] = set()
+    for dim in axes.dims.get(value.id, ()):
+        found |= {a for a in leaf_atoms(dim) if a.size} | {a for a in flat(dim) if a.segments and not any(True for _ in leaf_atoms([a]))}
+    return found
 
 
 def _settled(axes: Axes, params: Sequence[Sequence[Atom]], asked: Sequence[_Asked], given: Atoms) -> set[Atom]:
@@ -197,9 +214,13 @@ def _settle(found: set[Atom], atoms: Atoms, given: Atoms = frozenset()) -> None:
 def _atoms(axes: Axes, expr: IntExpr) -> Iterator[Atom]:
     for leaf in leaves(expr):
         if isinstance(leaf, SizeRef):
-            dims = axes.dims.get(leaf.value_id, ())
-            for dim in dims[leaf.dim : leaf.dim + 1] if leaf.dim >= 0 else dims:
+            for dim in _dims_of(axes, leaf):
                 yield from leaf_atoms(dim)
+
+
+def _dims_of(axes: Axes, leaf: SizeRef) -> Sequence[Sequence[Atom]]:
+    dims = axes.dims.get(leaf.value_id, ())
+    return dims[leaf.dim : leaf.dim + 1] if leaf.dim >= 0 else dims
 
 
 def _follows(axes: Axes, each: _Asked, lengths: set[Atom], more: int) -> bool:
@@ -208,9 +229,8 @@ def _follows(axes: Axes, each: _Asked, lengths: set[Atom], more: int) -> bool:
     def value(leaf: AttrRef | SizeRef) -> int:
         if isinstance(leaf, AttrRef) or leaf.value_id not in axes.dims:
             return leaf.value
-        dims = axes.dims[leaf.value_id]
         size = 1
-        for dim in dims[leaf.dim : leaf.dim + 1] if leaf.dim >= 0 else dims:
+        for dim in _dims_of(axes, leaf):
             size *= _size(dim, lengths, more)
         return size
 
