@@ -132,7 +132,8 @@ class ModulePlan:
     during a call of this module. All but the last HOLD their partial sums, and the last one JOINs them
     (`autotp.planner.joint_reductions`). `uncalled`: no traced call runs the module, and its parameters are sharded for others; a
     call of it is an error. `stashed`: attributes in which its forward leaves a part or a summand of a value, for the model's own
-    code to read. `pairs`: it is called with the pairs of this rank's experts alone.
+    code to read. `pairs`: it is called with the pairs of this rank's experts alone. `unread`: its own parameters that no traced call
+    reads, where its code holds values that are not whole.
     """
 
     path: str
@@ -145,6 +146,7 @@ class ModulePlan:
     uncalled: bool = False
     stashed: tuple[str, ...] = ()
     pairs: Pairs | None = None
+    unread: tuple[str, ...] = ()
 
 
 class Shown(Enum):
@@ -292,11 +294,13 @@ class PlanSpec:
     boundaries: path of a module → its tensors that code outside of it does not get whole (`autotp.planner.boundaries`). inside:
     path of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is
     known. swapped: (path, class) of each module that a forward put in place of another while tracing. idle: modules that no traced
-    call ran, in modules that one did. untrained: why calls in training mode are refused, "" where they were traced. copies: path of
-    a module → its results that callers get gathered or summed, while code inside goes on with the part. settings: names of settings
-    of the model's adapters that were traced beside the one that it has. tokens: where hidden states may stay in token
-    parts. together: groups of Linears that read one tensor. least_scattered: bytes of a sum from which a SCATTER scatters it; a
-    smaller one is all-reduced. ones: path of an argument of the model → its dims, counted from the last, that no call makes longer.
+    call ran. holds: path of each module whose own code holds values that are not simply whole → the worst of them
+    (`autotp.planner.holding`), where modules or parameters are in no traced call. untrained: why calls in training mode are refused,
+    "" where they were traced. copies: path of a module → its results that callers get gathered or summed, while code inside goes on
+    with the part. settings: names of settings of the model's adapters that were traced beside the one that it has. tokens: where
+    hidden states may stay in token parts. together: groups of Linears that read one tensor. least_scattered: bytes of a sum from
+    which a SCATTER scatters it; a smaller one is all-reduced. ones: path of an argument of the model → its dims, counted from the
+    last, that no call makes longer.
     """
 
     model: str
@@ -313,6 +317,7 @@ class PlanSpec:
     inside: Mapping[str, Forms] = field(default_factory=dict)
     swapped: frozenset[tuple[str, str]] = frozenset()
     idle: frozenset[str] = frozenset()
+    holds: Mapping[str, Shown] = field(default_factory=dict)
     untrained: str = ""
     copies: Mapping[str, tuple[tuple[str | int, ...], ...]] = field(default_factory=dict)
     settings: frozenset[str] = frozenset()
@@ -357,4 +362,4 @@ class PlanSpec:
 
 
 #: Fields of a plan that nobody may write into.
-_MAPPINGS = ("params", "aliases", "boundaries", "inside", "copies")
+_MAPPINGS = ("params", "aliases", "boundaries", "inside", "holds", "copies")

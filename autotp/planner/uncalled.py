@@ -18,16 +18,20 @@ from autotp.plan.conversions import Op
 from autotp.plan.plan import Plan
 from autotp.plan.spec import ModulePlan
 from autotp.planner.assemble import Draft
+from autotp.planner.holding import find_holding
+from autotp.planner.repeats import traced
 from autotp.trace.graph import Pseudo
-from autotp.trace.reading import is_container, is_list
+from autotp.trace.reading import is_list
 
 _TABLES = frozenset(nn.Module().__dict__) - {"training"}
 
 
 def with_uncalled(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
-    """Returns `plan` with an entry for each module that owns a sharded parameter and that no traced call ran, and with all idle ones."""
+    """Returns `plan` with an entry for each module that owns a sharded parameter and that no traced call ran, with all idle modules, and
+    with what the code around them, and around parameters that no traced call read, holds.
+    """
     called = _called(draft, model)
-    plan = replace(plan, idle=frozenset(_idle(model, called)))
+    plan = _with_unread(replace(plan, idle=frozenset(_idle(model, called))), draft, model)
     plans = {m.path: m for m in plan.modules}
     complete = {path: module for path, module in called.items() if not module._modules and _complete(path, draft, plans)}
     more: list[ModulePlan] = []
@@ -47,15 +51,26 @@ def with_uncalled(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
 
 
 def _idle(model: nn.Module, called: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Yields the modules that no traced call ran though the module did whose code reaches them."""
-    for path, module in model.named_modules():
-        if not path or path in called or is_list(module):
-            continue
-        owner = path.rpartition(".")[0]
-        while owner and is_container(model.get_submodule(owner)):
-            owner = owner.rpartition(".")[0]
-        if owner in called:
-            yield path
+    """Yields the modules that no traced call ran."""
+    return (path for path, module in model.named_modules() if path and path not in called and not is_list(module))
+
+
+def _with_unread(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
+    """Returns `plan` with what code holds, where there are modules that no traced call ran or parameters that none read."""
+    graph = draft.space.graph
+    values = {name: graph.params.get(traced(name, graph.repeats)) for name, _ in model.named_parameters(remove_duplicate=False)}
+    unread = [name for name, value in values.items() if value is not None and value.id not in draft.space.users]
+    if not unread and not plan.idle:
+        return plan
+    holds = find_holding(draft, plan.boundaries)
+    names: dict[str, list[str]] = {}
+    for name in unread:
+        owner, _, leaf = name.rpartition(".")
+        if owner in holds:
+            names.setdefault(owner, []).append(leaf)
+    plans = {m.path: m for m in plan.modules}
+    plans |= {path: replace(plans.get(path, ModulePlan(path)), unread=tuple(leaves)) for path, leaves in names.items()}
+    return replace(plan, holds=holds, modules=tuple(plans.values()))
 
 
 def _join(path: str, name: str) -> str:
@@ -65,7 +80,7 @@ def _join(path: str, name: str) -> str:
 def _called(draft: Draft, model: nn.Module) -> dict[str, nn.Module]:
     """The modules that some traced call ran, by path; those inside of repeated blocks run as their templates do."""
     graph = draft.space.graph
-    ran = {n.module for n in graph.nodes} | {n.slot[0] for n in graph.nodes if n.slot is not None}
+    ran = {n.module for n in graph.nodes} | {n.slot[0] for n in graph.nodes if n.slot is not None} | {p for p, _ in graph.calls.values()}
     return {path: module for path, module in model.named_modules() if any(p in ran for p in _templates(path, graph.repeats))}
 
 

@@ -198,10 +198,11 @@ class _Rewriter:
         if problems:
             raise PlanError("the plan does not fit the model:\n  " + "\n  ".join(problems))
 
-    def _reads(self, sub: nn.Module, uses: Sequence[Use]) -> tuple[Read, ...]:
-        """Returns the reads of every own parameter, changed and extended by the plan's uses."""
+    def _reads(self, sub: nn.Module, uses: Sequence[Use], unread: Sequence[str]) -> tuple[Read, ...]:
+        """Returns the reads of every own parameter but `unread`, changed and extended by the plan's uses."""
         path = self.paths[id(sub)]
-        reads = {(id(sub), n): self._read(sub, Use(path, n)) for n, p in sub._parameters.items() if p is not None}
+        own = [n for n, p in sub._parameters.items() if p is not None and n not in unread]
+        reads = {(id(sub), n): self._read(sub, Use(path, n)) for n in own}
         for use in uses:
             try:
                 owner = self.model.get_submodule(use.owner)
@@ -219,7 +220,7 @@ class _Rewriter:
         return Read(owner, use.name, self.comm, layout, use.grad, use.conversions, use.written, held=use.held)
 
     def _rewrite(self, sub: nn.Module, plan: ModulePlan | None) -> None:
-        reads = self._reads(sub, plan.uses if plan is not None else ())
+        reads = self._reads(sub, *((plan.uses, plan.unread) if plan is not None else ((), ())))
         if plan is None and not reads:
             return
         where = self.paths[id(sub)] or type(sub).__name__
@@ -299,4 +300,5 @@ def _keep_hooks(old: nn.Parameter, new: LayoutDTensor, undo: Undo) -> None:
 
 
 def _without_path(plan: ModulePlan) -> tuple[object, ...]:
-    return plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint, plan.uncalled, plan.stashed, plan.pairs
+    changes = plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint
+    return *changes, plan.uncalled, plan.stashed, plan.pairs, plan.unread

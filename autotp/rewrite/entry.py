@@ -26,6 +26,7 @@ from autotp.rewrite.guards.alone import Parts, install_alone
 from autotp.rewrite.guards.caches import mark_own, not_of_this_rank, refuse_trained
 from autotp.rewrite.guards.called import install_called
 from autotp.rewrite.guards.hooks import Watch, install_hooks
+from autotp.rewrite.guards.idle import install_idle
 from autotp.rewrite.guards.ones import install_ones
 from autotp.rewrite.guards.other_leaves import OtherLeaves
 from autotp.rewrite.guards.own_grad import mark_copied
@@ -259,6 +260,7 @@ def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Origina
     places, floats = _places(plan), _floats(plan, [path for path, _ in modules])
     running = comm.running
     install_alone(model, plan, comm, undo)
+    install_idle(model, plan, running, undo)
     hooks = install_hooks(model, plan, running, undo)
     runs = [(p, m) for p, m in modules if p in places.runs or p in floats]
     reading = Reading()

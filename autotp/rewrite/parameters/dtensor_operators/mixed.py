@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 
+from autotp.errors import AutoTPError
+from autotp.plan.spec import Shown
+from autotp.rewrite.running_code import EXAMPLES, running_code
 from autotp.rewrite.parameters.compiled_grads import order_gradient
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
@@ -46,6 +50,36 @@ def keep_kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
                     _register(t, _Plain())  # type: ignore[no-untyped-call]
         elif isinstance(t, LayoutDTensor) and t.is_leaf:
             order_gradient(t)
+
+
+def refuse_on_parts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuses an operator on a parameter and plain tensors in code of a model that holds more than whole values.
+
+    What the plan knows of a forward reads local tensors instead of parameters. Here the plain tensors may be a rank's part or summand.
+
+    Raises:
+        AutoTPError: names the parameter.
+    """
+    tensors = [t for t in tree_iter((args, dict(kwargs))) if isinstance(t, Tensor)]
+    laid = next((t for t in tensors if isinstance(t, LayoutDTensor)), None)
+    if laid is None or isinstance(laid._local_tensor, FakeTensor) or not any(map(is_plain, tensors)):
+        return
+    if (found := running_code()) is None or (holding := found[0]).shown is None:
+        return
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if isinstance(t, LayoutDTensor))
+    if holding.shown is Shown.GRADIENT and not trains:
+        return
+    memory = _memory(laid)
+    names = (n for n, p in found[1].named_parameters() if isinstance(p, LayoutDTensor) and _memory(p) == memory)
+    name = next(names, f"a parameter of shape {tuple(laid.shape)}")
+    raise AutoTPError(
+        f"{name} is read by {holding}, and no traced call of the model read it there: the plan is not made for what it would compute. "
+        f"{EXAMPLES}"
+    )
+
+
+def _memory(x: LayoutDTensor) -> int:
+    return x._local_tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 def is_plain(x: Any) -> bool:
