@@ -17,9 +17,9 @@ from torch.compiler import is_dynamo_compiling
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
 from autotp.plan.spec import Shown
-from autotp.rewrite.running_code import EXAMPLES, HOLDING, Holding, running_code
 from autotp.rewrite.modules.classes import check_calls
 from autotp.rewrite.running import Running
+from autotp.rewrite.running_code import EXAMPLES, HOLDING, Holding, running_code
 from autotp.rewrite.undo import Undo
 from autotp.trace.reading import is_container
 

@@ -13,7 +13,7 @@ from autotp.rewrite.parameters.data_parallel import NO_DDP
 from autotp.rewrite.parameters.dtensor_operators.elements import known_order, on_elements
 from autotp.rewrite.parameters.dtensor_operators.fused import STEPS
 from autotp.rewrite.parameters.dtensor_operators.lists import in_step, is_on_each, on_each, on_lists
-from autotp.rewrite.parameters.dtensor_operators.mixed import keep_kinds, refuse_on_parts
+from autotp.rewrite.parameters.dtensor_operators.mixed import keep_kinds, mark_activations, refuse_on_parts
 from autotp.rewrite.parameters.dtensor_operators.sums import counts_once, norms_of, order_of, owned, summed, with_dims
 from autotp.rewrite.parameters.dtensor_operators.views import PartView
 from autotp.rewrite.parameters.dtensor_operators.wholes import on_whole
@@ -60,7 +60,14 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             f"{NO_DDP}. Other collectives ({func}) on a tensor that is laid out over tensor-parallel ranks: give them to_local(), this "
             "rank's part, over a group that does not hold other parts of it"
         )
-    refuse_on_parts(args, kwargs)
+    beside_plain = refuse_on_parts(args, kwargs)
+    result = _run(func, args, kwargs)
+    if beside_plain:
+        mark_activations(result)
+    return result
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if torch.is_grad_enabled():
         keep_kinds(args, kwargs)
     if func is _copy_:

@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_iter
 
 from autotp.errors import AutoTPError
 from autotp.plan.spec import Shown
-from autotp.rewrite.running_code import EXAMPLES, running_code
 from autotp.rewrite.parameters.compiled_grads import order_gradient
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
+from autotp.rewrite.running_code import EXAMPLES, running_code
 
 _register = torch.Tensor.register_hook
+_ACTIVATION = "_autotp_activation"
 
 
 class _Plain:
@@ -52,30 +53,41 @@ def keep_kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             order_gradient(t)
 
 
-def refuse_on_parts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def refuse_on_parts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Refuses an operator on a parameter and plain tensors in code of a model that holds more than whole values.
 
     What the plan knows of a forward reads local tensors instead of parameters. Here the plain tensors may be a rank's part or summand.
+
+    Returns:
+        True where there are plain tensors: then the result is an activation, as they are.
 
     Raises:
         AutoTPError: names the parameter.
     """
     tensors = [t for t in tree_iter((args, dict(kwargs))) if isinstance(t, Tensor)]
-    laid = next((t for t in tensors if isinstance(t, LayoutDTensor)), None)
-    if laid is None or isinstance(laid._local_tensor, FakeTensor) or not any(map(is_plain, tensors)):
-        return
+    if not any(is_plain(t) or _ACTIVATION in t.__dict__ for t in tensors):
+        return False
+    laid = [t for t in tensors if isinstance(t, LayoutDTensor) and _ACTIVATION not in t.__dict__]
+    if not laid or isinstance(laid[0]._local_tensor, FakeTensor):
+        return True
     if (found := running_code()) is None or (holding := found[0]).shown is None:
-        return
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if isinstance(t, LayoutDTensor))
-    if holding.shown is Shown.GRADIENT and not trains:
-        return
-    memory = _memory(laid)
+        return True
+    if holding.shown is Shown.GRADIENT and not (torch.is_grad_enabled() and any(t.requires_grad for t in laid)):
+        return True
+    memory = _memory(laid[0])
     names = (n for n, p in found[1].named_parameters() if isinstance(p, LayoutDTensor) and _memory(p) == memory)
-    name = next(names, f"a parameter of shape {tuple(laid.shape)}")
+    name = next(names, f"a parameter of shape {tuple(laid[0].shape)}")
     raise AutoTPError(
         f"{name} is read by {holding}, and no traced call of the model read it there: the plan is not made for what it would compute. "
         f"{EXAMPLES}"
     )
+
+
+def mark_activations(result: Any) -> None:
+    """Marks what an operator made of plain tensors, which may be laid out all the same."""
+    for t in result if isinstance(result, list | tuple) else (result,):
+        if isinstance(t, LayoutDTensor) and not getattr(t, "_is_param", False):
+            t.__dict__[_ACTIVATION] = True
 
 
 def _memory(x: LayoutDTensor) -> int:
