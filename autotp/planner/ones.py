@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
+import torch
+
 from autotp.planner.placements import GraphIndex, Labels
 from autotp.trace.graph import Node, Origin, Pseudo, Value
 
@@ -28,7 +30,7 @@ def find_ones(space: GraphIndex, labels: Labels) -> Ones:
             cut = labels.of(out)
             met = {d for d in range(-len(out.shape), 0) if out.shape[d] > 1 and cut & space.leaves[out.id][d]} if cut else set()
             for v in given:
-                for d in met:
+                for d in met if v.dtype.is_floating_point or v.dtype is torch.bool else ():  # ids name rows
                     if -d <= len(v.shape) and v.shape[d] == 1:
                         asked.setdefault(v.id, set()).add(d)
                 for d in asked.get(out.id, ()):

@@ -58,7 +58,7 @@ def varying(axes: Axes) -> Mapping[Atom, Node]:
     for dim in params:
         for atom in leaf_atoms(dim):
             dims_of.setdefault(atom, []).append(dim)
-    reads, ones = axes.graph.reads_data, any(1 in v.shape for n in axes.graph.nodes for v in n.inputs() if v.origin is Origin.INPUT)
+    ones = any(1 in v.shape for n in axes.graph.nodes for v in n.inputs() if v.origin is Origin.INPUT)
     found: dict[Atom, Node] = {}
     for each in asked:
         cut = _cut_dim(axes, each)
@@ -66,7 +66,7 @@ def varying(axes: Axes) -> Mapping[Atom, Node]:
         if not own:
             continue
         lengths = {*(a for expr in each.exprs for a in _atoms(axes, expr)), *(each.axes if each.plain else ())} & unsettled
-        unknown = is_a(each.node, Is.CUTS) and _is_unknown(axes, each, given, reads, ones)
+        unknown = is_a(each.node, Is.CUTS) and _is_unknown(axes, each, given, ones)
         if not lengths and not unknown:
             continue
         fixed = cut is not None and _size(cut, lengths, 1) == _size(cut, lengths, 0)
@@ -127,21 +127,25 @@ def _cut_dim(axes: Axes, each: _Asked) -> Sequence[Atom] | None:
     return None
 
 
-def _is_unknown(axes: Axes, each: _Asked, given: Atoms, reads: bool, ones: bool) -> bool:
+def _is_unknown(axes: Axes, each: _Asked, given: Atoms, ones: bool) -> bool:
     """True where a number that cuts was read from data, or is a size that no axis follows: that of one row, and one that was cut up into
     rows (`torch.cat([x[:, 1:], x[:, :1]], 1)`).
 
-    A plain number that cuts a parameter itself may be read, where code `reads` numbers, or one, where arguments have such.
+    A plain number that cuts a parameter itself may be made of what code reads from data, or one, where arguments have `ones`. One that
+    cuts an activation may be what code read.
     """
     if not each.exprs:
         return True
-    if each.plain and each.node.args[0].origin is Origin.PARAM and (reads or (ones and abs(each.demand.number) == 1)):
+    number, read = abs(each.demand.number), axes.graph.read
+    if each.plain and each.node.args[0].origin is Origin.PARAM and (read or (ones and number == 1)):
+        return True
+    if each.plain and number > 1 and number in read:
         return True
     params = {v.id for v in axes.graph.params.values()}
     for leaf in (leaf for expr in each.exprs for leaf in leaves(expr)):
         if isinstance(leaf, SizeRef) and leaf.value_id not in params:
             rows = {a for dim in _dims_of(axes, leaf) for a in flat(dim)}
-            if abs(each.demand.number) == 1 or not rows or (rows <= given and not any(True for _ in _atoms(axes, leaf))):
+            if number == 1 or not rows or (rows <= given and not any(True for _ in _atoms(axes, leaf))):
                 return True
     return False
 

@@ -220,7 +220,7 @@ class Graph:
     asks_dims: frozenset[str] = frozenset()  # modules whose code reads sizes or numbers of dims
     sized: frozenset[int] = frozenset()  # ids of the values whose sizes code has read
     compared: tuple[Compared, ...] = ()  # comparisons of ints in the model's code
-    reads_data: bool = False  # numbers that code has are made of data
+    read: frozenset[float] = frozenset()  # numbers that code had from data
     swapped: frozenset[tuple[str, str]] = frozenset()  # (path, class) of each module that a forward put in place of another
     untrained: str = ""  # why no path in training mode could be traced, where one was tried
 

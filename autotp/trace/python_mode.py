@@ -126,6 +126,8 @@ class PythonMode(TorchFunctionMode):
 
     def _number(self, func: Any, tensor: Tensor, plain: Any) -> Any:
         """Returns what code gets that reads a number from `tensor`, or tests it: where data may be others, conditions get both answers."""
+        if isinstance(plain, (int, float)) and not isinstance(plain, bool):
+            self.data.read.add(plain)
         chosen = self.data.along and self.values.is_drawn(tensor)
         if not chosen and self.values.real_of(tensor) is not None and not self.data.questions.data_vary:
             return plain

@@ -159,7 +159,7 @@ class Recorder:
             asks_dims=frozenset(calls.asks_dims),
             sized=frozenset(self._python.sized),
             compared=self.life.noted(),
-            reads_data=self.data.reads,
+            read=frozenset(self.data.read),
             swapped=frozenset(calls.swapped),
             untrained="" if any(result.training for result in results) else self.untrained,
         )

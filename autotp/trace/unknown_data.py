@@ -76,15 +76,16 @@ class UnknownData:
 
     ends: an unknown mask selects its last row too. number: the number that stands for an unknown one. guessed: code has read one in
     this call. chose: a shape was chosen in it. along: integers that operators make of unknown floats are drawn (`autotp.trace.draw`),
-    and computed with as if they were known. drawn: the real result of the last operator is made of such numbers. reads: data gave a
-    number, or a shape, in some call.
+    and computed with as if they were known. drawn: the real result of the last operator is made of such numbers. read: the numbers and
+    sizes that code had from data.
     """
 
     def __init__(self, fake: FakeTensorMode, memo: Memo, tape: Tape, values: Values, questions: Questions) -> None:
         self.ends = True
         self.number = 0
         self.guessed = self.chose = False
-        self.along = self.drawn = self.reads = False
+        self.along = self.drawn = False
+        self.read: set[float] = set()
         self._fake_mode, self._memo, self._tape, self._values, self.questions = fake, memo, tape, values, questions
 
     # running ------------------------------------------------------------------------------------------------------------------
@@ -115,15 +116,16 @@ class UnknownData:
         except DataDependentOutputException:
             if gives_tensors(func):
                 raise Unfolded from None
-            self.reads |= not (known and isinstance(real, bool))
             if not known:
                 return self._unknown_number(args[0]), None
+            if not isinstance(real, bool):
+                self.read.add(real)
             if (self.questions.data_vary or self.drawn) and isinstance(real, bool):
                 return self.questions.condition(real, self._tape.last()), None
             return real, None
         except DynamicOutputShapeException:
-            self.reads = True
             if known:
+                self.read.update(n for t in tensors_in(real if isinstance(real, (tuple, list)) else (real,)) for n in t.shape[:1])
                 return _fakes(args, real), real
             return self._chosen_shape(func, args, kwargs), self._chosen_rows(func, args[0])
 
@@ -198,9 +200,9 @@ class UnknownData:
             return [self._numbers(item) for item in items]
         if not isinstance(items, FakeTensor):
             return items
-        self.reads = True
         known = self._values.real_of(items)
         if known is not None:
+            self.read.update(known.flatten().tolist())
             return known.tolist()
         return self._unknown_number(items) if items.dim() == 0 else [0] * items.numel()
 
@@ -210,6 +212,7 @@ class UnknownData:
         dtype = tensor.dtype if isinstance(tensor, Tensor) else torch.bool
         if dtype is not torch.bool:
             self.guessed = True
+            self.read.add(self.number)
             return float(self.number) if dtype.is_floating_point else self.number
         well = node is not None and node.opname == "all"  # checks ask whether all is well
         return self.questions.condition(well, node)
@@ -227,6 +230,7 @@ class UnknownData:
 
     def _chosen_shape(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.chose = True
+        self.read.add(CHOSEN)
         name = func._schema.name.rsplit("::", 1)[-1]
         source = args[0]
         if name == "nonzero":
