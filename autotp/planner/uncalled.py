@@ -21,7 +21,7 @@ from autotp.planner.assemble import Draft
 from autotp.planner.holding import find_holding
 from autotp.planner.repeats import traced
 from autotp.trace.graph import Pseudo
-from autotp.trace.reading import is_list
+from autotp.trace.reading import is_container, is_list
 
 _TABLES = frozenset(nn.Module().__dict__) - {"training"}
 
@@ -66,7 +66,10 @@ def _with_unread(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
     names: dict[str, list[str]] = {}
     for name in unread:
         owner, _, leaf = name.rpartition(".")
-        if owner in holds:
+        code = owner
+        while code and is_container(model.get_submodule(code)):  # a list of parameters, which code of the module around it reads
+            code = code.rpartition(".")[0]
+        if code in holds:
             names.setdefault(owner, []).append(leaf)
     plans = {m.path: m for m in plan.modules}
     plans |= {path: replace(plans.get(path, ModulePlan(path)), unread=tuple(leaves)) for path, leaves in names.items()}
