@@ -24,6 +24,16 @@ from autotp.plan.expressions import Expr, fitted, is_free, notation, size
 from autotp.plan.layout import owned_runs, owners, runs
 from autotp.rewrite.collectives.comm import Comm
 
+#: What the place says that gets a tensor of another size.
+OTHER_PATH = (
+    "gets a tensor that no traced call gave it, a rank's part perhaps. Pass example_inputs of a call that takes this path (as many steps "
+    "or chunks, say) to parallelize as well (a list of several calls)"
+)
+
+
+class OtherSize(PlanError):
+    """A tensor has another size than the plan knows; whoever converts it says where."""
+
 
 class Dealing(Protocol):
     """The four maps of one dim; see the module."""
@@ -105,14 +115,14 @@ class Split:
         """[.., full, ..] → [.., local, ..]; a view where the part is one run without padding.
 
         Raises:
-            PlanError: if the dim has another size.
+            OtherSize: the dim has another size.
         """
         dim = self.dim
         length = x.shape[dim]
         if length != self.full:
             if length == 1:
                 return x
-            raise PlanError(
+            raise OtherSize(
                 f"cannot slice dim {dim} of a tensor of shape {tuple(x.shape)}: the plan wants {notation(self.expr)} of size "
                 f"{self.full} there"
             )

@@ -17,7 +17,7 @@ from autotp.plan.spec import Slot
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, bind_all
 from autotp.rewrite.collectives.conversions import copy as copy_to
-from autotp.rewrite.collectives.split import Split
+from autotp.rewrite.collectives.split import OTHER_PATH, OtherSize, Split
 from autotp.rewrite.logits.logits import Show
 from autotp.rewrite.sequence.scatter import Scatter
 from autotp.rewrite.sequence.tokens import ParallelTokens
@@ -98,16 +98,27 @@ class Binding:
 class InputSlots:
     """Converts at all input slots of one module."""
 
-    __slots__ = ("alike", "bindings")
+    __slots__ = ("alike", "bindings", "where")
 
     def __init__(self, slots: Sequence[Slot], forward: Callable[..., Any], comm: Comm, where: str) -> None:
+        self.where = where
         self.bindings = tuple(Binding(slot, forward, comm, where) for slot in slots)
         kinds = [slot.conversions for slot in slots]
         #: Bindings that convert as another one does: one tensor in two arguments stays one.
         self.alike = tuple(kinds.index(kind) if kinds.count(kind) > 1 else None for kind in kinds)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the call's arguments after conversion; the caller's containers stay as they are."""
+        """Returns the call's arguments after conversion; the caller's containers stay as they are.
+
+        Raises:
+            PlanError: one has not the size that the plan knows.
+        """
+        try:
+            return self._converted(args, kwargs)
+        except OtherSize as error:
+            raise PlanError(f"{self.where} {OTHER_PATH}: {error}") from error
+
+    def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         positional, keywords = list(args), dict(kwargs)
         made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # the argument is kept, so that its id stays its own
         for b, kind in zip(self.bindings, self.alike, strict=True):

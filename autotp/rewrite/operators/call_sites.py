@@ -21,6 +21,7 @@ from autotp.plan.layout import Layout
 from autotp.plan.spec import Site
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, bind_all
+from autotp.rewrite.collectives.split import OTHER_PATH, OtherSize
 from autotp.rewrite.operators.distributed import run_form
 from autotp.rewrite.operators.statistics import Across
 from autotp.rewrite.parameters.holders import now
@@ -125,8 +126,12 @@ class SiteMode(TorchFunctionMode):
         if site.ints or site.multiples:
             args, kwargs = self._localise(site, args, kwargs)
         if site.inputs:
-            converter = _Nth(site.inputs, self.table.comm)
-            args, kwargs = map_call(args, kwargs, converter)
+            try:
+                args, kwargs = map_call(args, kwargs, _Nth(site.inputs, self.table.comm))
+            except OtherSize as error:
+                raise PlanError(
+                    f"{self.table.where}: the call in {site.function} ({site.file}, function at line {site.line}) {OTHER_PATH}: {error}"
+                ) from error
         if site.kernel is None:
             result = self._called(site, func, args, kwargs) if site.ints or site.multiples else func(*args, **kwargs)
         else:

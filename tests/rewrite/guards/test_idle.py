@@ -189,6 +189,28 @@ def test_right_or_refused(name: str, grads: bool) -> None:
             assert isinstance(found, float) and found < 1e-9, found
 
 
+class Scan(nn.Module):
+    """Its state is whole before the first step, and a rank's part after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.decay = nn.Linear(8, 16), nn.Linear(16, 8), nn.Parameter(torch.randn(16))
+        self.examples = {"x": SHORT[:, :1]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, h, states = self.up(x), x.new_zeros(x.shape[0], 16), []
+        for i in range(x.shape[1]):
+            h = h * self.decay.sigmoid() + u[:, i]
+            states.append(h)
+        return self.down(torch.stack(states, 1))
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_more_steps_than_were_traced(grads: bool) -> None:
+    for found in on_ranks(Scan, grads):
+        assert isinstance(found, str) and "Scan: the call in Scan.forward (" in found and "Pass example_inputs of a call" in found
+
+
 def test_on_processes(pool: Pool) -> None:
     assert all("layers.2 (Sequential) is called" in str(found) for found in pool.run(outcome, Loop, True, world=2))
     assert all(isinstance(found, float) and found < 1e-9 for found in pool.run(outcome, Around, True, world=2))
