@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.utils._pytree import tree_leaves
 
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
@@ -32,11 +33,15 @@ _ON_ELEMENTS = (
 
 
 class Idle:
-    """Checks the calls of one module that no traced call ran. `around`: the nearest module around it that one ran."""
+    """Checks the calls of one module that no traced call ran.
 
-    __slots__ = ("around", "module", "running", "where")
+    around: the nearest module around it that one ran. picked: it is in a list, or has tensors: other modules may run in its place.
+    """
 
-    def __init__(self, path: str, module: nn.Module, around: Holding, running: Running) -> None:
+    __slots__ = ("around", "module", "picked", "running", "where")
+
+    def __init__(self, path: str, module: nn.Module, around: Holding, running: Running, *, listed: bool) -> None:
+        self.picked = listed or any(True for _ in (*module.parameters(), *module.buffers()))
         self.where = f"{path} ({type(module).__qualname__})"
         self.module, self.around, self.running = (module,), around, running
 
@@ -52,19 +57,26 @@ class Idle:
             return
         else:
             code = found[0] if (found := running_code()) is not None else None
-        if code is not None and code.shown is not None and _clashes(self.module[0], code.shown):
+        if code is not None and code.shown is not None and self._clashes(code.shown, (args, kwargs)):
             raise AutoTPError(
                 f"{self.where} is called, which no traced call of the model did, by {code}: the plan is not made for what it would compute "
                 f"there. {EXAMPLES}"
             )
 
+    def _clashes(self, shown: Shown, given: Any) -> bool:
+        """True where the module is not right for what code holds.
 
-def _clashes(module: nn.Module, shown: Shown) -> bool:
-    """True where a module is not right for what code holds. A gradient passes on rightly, but would be a summand in its parameters."""
-    if shown is Shown.GRADIENT:
-        return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
-    right = _PASS_ON if shown is Shown.SUM else (*_PASS_ON, *_ON_ELEMENTS)
-    return not all(isinstance(m, right) for m in module.modules() if type(m) is not nn.Sequential)
+        A gradient would be a summand in its parameters; or it may pass a whole one on where a summand is expected, as a module does
+        that is picked from a list of such ones.
+        """
+        module = self.module[0]
+        if shown is Shown.GRADIENT:
+            if not torch.is_grad_enabled():
+                return False
+            flows = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(given))
+            return any(p.requires_grad for p in module.parameters()) or (flows and self.picked)
+        right = _PASS_ON if shown is Shown.SUM else (*_PASS_ON, *_ON_ELEMENTS)
+        return not all(isinstance(m, right) for m in module.modules() if type(m) is not nn.Sequential)
 
 
 def install_idle(model: nn.Module, plan: Plan, running: Running, undo: Undo) -> None:
@@ -80,7 +92,8 @@ def install_idle(model: nn.Module, plan: Plan, running: Running, undo: Undo) -> 
         if path and (path in plan.idle or is_container(module)):
             around[path] = around[owner]
             if not is_container(module):
-                check_calls(module, "_autotp_idle", Idle(path, module, around[path], running), undo, compiled=True)
+                listed = is_container(model.get_submodule(owner))
+                check_calls(module, "_autotp_idle", Idle(path, module, around[path], running, listed=listed), undo, compiled=True)
         else:
             around[path] = Holding(path, plan.holds.get(path))
             undo.set_item(module.__dict__, HOLDING, around[path])

@@ -60,6 +60,18 @@ class Picked(Net):
         return self.head(self.layers[x.shape[1] // 2](x))
 
 
+class Skipping(nn.Module):
+    """Picks one of its layers, of which one does nothing: its gradient is whole where those of the others are summands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.examples = [{"x": LONG[:, :n]} for n in (2, 4)]
+        self.first, self.layers = mlp(), nn.ModuleList([mlp(), mlp(), mlp(), nn.Identity()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[x.shape[1] // 2](self.first(x))
+
+
 class Listed(nn.Module):
     """Takes its matrices from a list of parameters."""
 
@@ -165,7 +177,8 @@ def on_ranks(build: Callable[[], nn.Module], grads: bool, world: int = 2) -> lis
 #: name → model, and what is refused without gradients and with them; "" for nothing
 CASES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "loop": (Loop, "", "layers.2 (Sequential) is called"),
-    "frozen": (Frozen, "", ""),
+    "frozen": (Frozen, "", "layers.2 (Sequential) is called"),
+    "skipped": (Skipping, "", "layers.3 (Identity) is called"),
     "picked": (Picked, "layers.3 (Sequential) is called", "layers.3 (Sequential) is called"),
     "listed": (Listed, "up.2 is read by the code of the model", "up.2 is read by the code of the model"),
     "own parameter, gradients": (lambda: Scaled(False), "", "scale is read by the code of the model"),
@@ -216,10 +229,10 @@ def test_on_processes(pool: Pool) -> None:
     assert all(isinstance(found, float) and found < 1e-9 for found in pool.run(outcome, Around, True, world=2))
 
 
-@pytest.mark.parametrize("name", ["loop", "picked", "listed", "own parameter, gradients"])
+@pytest.mark.parametrize("name", ["loop", "picked", "skipped", "listed", "own parameter, gradients"])
 def test_what_is_refused_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: without the guards the numbers are others."""
-    monkeypatch.setattr(idle, "_clashes", lambda *_: False)
+    monkeypatch.setattr(idle.Idle, "_clashes", lambda *_: False)
     monkeypatch.setattr(dispatch, "refuse_on_parts", lambda *_: None)
     for found in on_ranks(CASES[name][0], True):
         assert isinstance(found, float) and found > 1e-3

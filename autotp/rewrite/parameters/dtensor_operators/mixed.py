@@ -72,7 +72,7 @@ def refuse_on_parts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         return True
     if (found := running_code()) is None or (holding := found[0]).shown is None:
         return True
-    if holding.shown is Shown.GRADIENT and not (torch.is_grad_enabled() and any(t.requires_grad for t in laid)):
+    if holding.shown is Shown.GRADIENT and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return True
     memory = _memory(laid[0])
     names = (n for n, p in found[1].named_parameters() if isinstance(p, LayoutDTensor) and _memory(p) == memory)
