@@ -60,9 +60,7 @@ def _with_unread(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
     graph = draft.space.graph
     values = {name: graph.params.get(traced(name, graph.repeats)) for name, _ in model.named_parameters(remove_duplicate=False)}
     unread = [name for name, value in values.items() if value is not None and value.id not in draft.space.users]
-    if any(n.op is Pseudo.BATCHED for n in graph.nodes):  # it is not recorded what a vmap reads
-        unread = []
-    if not unread and not plan.idle:
+    if (not unread and not plan.idle) or any(n.op is Pseudo.BATCHED for n in graph.nodes):  # what a vmap reads is not recorded
         return plan
     holds = find_holding(draft, plan.boundaries)
     names: dict[str, list[str]] = {}
