@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 
+from autotp.axes.operators.table import Is, is_a
 from autotp.planner.placements import GraphIndex, Labels
 from autotp.trace.graph import Node, Origin, Pseudo, Value
 
@@ -30,9 +31,8 @@ def find_ones(space: GraphIndex, labels: Labels) -> Ones:
             cut = labels.of(out)
             met = {d for d in range(-len(out.shape), 0) if out.shape[d] > 1 and cut & space.leaves[out.id][d]} if cut else set()
             for v in given:
-                for d in met if v.dtype.is_floating_point or v.dtype is torch.bool else ():  # ids name rows
-                    if -d <= len(v.shape) and v.shape[d] == 1:
-                        asked.setdefault(v.id, set()).add(d)
+                if _stretched(node, v, out) and (v.dtype.is_floating_point or v.dtype is torch.bool):  # ids name rows
+                    asked.setdefault(v.id, set()).update(d for d in met if -d <= len(v.shape) and v.shape[d] == 1)
                 for d in asked.get(out.id, ()):
                     asked.setdefault(v.id, set()).update(_before(node, v, out, d))
         if node.op is Pseudo.ENTER and node.slot is not None and node.slot[0] == "":
@@ -58,5 +58,12 @@ def _before(node: Node, v: Value, out: Value, dim: int) -> Iterator[int]:
             a, b = node.args[1:3] if node.opname == "transpose" else (0, 1)
             order[a], order[b] = order[b], order[a]
         yield order[dim]
-    elif -dim <= len(v.shape) and v.shape[dim] == 1:
+    elif -dim <= len(v.shape) and v.shape[dim] == 1 and (_stretched(node, v, out) or len(v.shape) == len(out.shape)):
         yield dim
+
+
+def _stretched(node: Node, v: Value, out: Value) -> bool:
+    """True where an argument of a node is broadcast to its result. Products sum over last dims, which are others."""
+    summed = 2 if is_a(node, Is.MATRIX_PRODUCT) or is_a(node, Is.MAKES_SCORES) else 1 if is_a(node, Is.ATTENTION) else 0
+    dims = range(-len(v.shape), -summed)
+    return len(v.shape) <= len(out.shape) and all(v.shape[d] in (1, out.shape[d]) for d in dims)
