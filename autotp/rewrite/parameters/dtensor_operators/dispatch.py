@@ -51,6 +51,10 @@ def _kind(func: Any) -> tuple[bool, bool]:
     return random, (torch.Tag.pointwise in func.tags and not random) or func.overloadpacket in _ON_ELEMENTS
 
 
+#: Whole layers of torch in evaluation without gradients. They take what their module got, which is whole at its boundary.
+_LAYERS = (torch.ops.aten._transformer_encoder_layer_fwd.default, torch.ops.aten._native_multi_head_attention.default)
+
+
 def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Runs `func(*args, **kwargs)`, some of whose arguments are laid out over ranks."""
     if func is _detach and type(args[0]) is not PartView:
@@ -60,7 +64,7 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             f"{NO_DDP}. Other collectives ({func}) on a tensor that is laid out over tensor-parallel ranks: give them to_local(), this "
             "rank's part, over a group that does not hold other parts of it"
         )
-    beside_plain = refuse_on_parts(args, kwargs)
+    beside_plain = func in _LAYERS or refuse_on_parts(args, kwargs)
     result = _run(func, args, kwargs)
     if beside_plain:
         mark_activations(result)
