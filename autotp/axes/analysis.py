@@ -59,6 +59,7 @@ class Meaning:
     blocked: list[Blocked] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
     taken: list[Demand] = field(default_factory=list)  # numbers that take all of a dim, or nothing, where another call may not
+    counted: list[Demand] = field(default_factory=list)  # numbers of chunks of a dim, of steps along it
     once: list[int] = field(default_factory=list)  # values added once to a partial sum (a bias)
     generates: bool = False  # the result's content does not depend on its position: it can be made sharded
 
@@ -146,6 +147,11 @@ class Context:
         """Records that the int `number` takes all of dim `index` of `value`, or nothing, in this call."""
         if isinstance(number, int):
             self.meaning.taken.append(Demand(int(number), value.id, (tuple(self.of(value)[index]),)))
+
+    def counts(self, number: Any, value: Value, index: int) -> None:
+        """Records that the int `number` says how many pieces are made of dim `index` of `value`, or each how many-th index is taken."""
+        if isinstance(number, int):
+            self.meaning.counted.append(Demand(int(number), value.id, (tuple(self.of(value)[index]),)))
 
     def of_calls(self, constant: Value) -> bool:
         """True where a constant may be another one in another call: an argument, and what operators made of one, or of sizes."""

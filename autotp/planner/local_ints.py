@@ -119,8 +119,7 @@ def _localised(space: GraphIndex, labels: Labels, every: list[Constraint], searc
         if not any(True for _ in leaves(c.expr)):
             literals.add(c.node.index)
         overrides.setdefault(c.node.index, []).append((c.position, got if got is not None else c.expr.value, c.local))
-    passed_on = {part for n in space.graph.nodes for expr in n.ints for part in parts(expr)}
-    passed_on |= {part for name, a, b in space.graph.compared if name not in (FLOAT, MADE) for part in (*parts(a), *parts(b))}
+    passed_on = _passed_on(space)
     for name, a, b in space.graph.compared:
         changes = search.value(a, solution) != a.value
         if name == FLOAT:
@@ -129,7 +128,7 @@ def _localised(space: GraphIndex, labels: Labels, every: list[Constraint], searc
                 raise Refusal(_changed_by(space, every, search, solution, (a,)), text)
         elif name == MADE:
             # An int that is another one for the traced lengths is met by the replay of the code. A float may be rounded there.
-            known = a in passed_on or (changes and isinstance(a.value, int))
+            known = id(a) in passed_on or (changes and isinstance(a.value, int))
             if not known and not search.same_for_other_lengths([a], solution, _itself):
                 text = f"the code makes {show(a)}, which for other lengths would be another number, and what it does with that is not known"
                 raise Refusal(_changed_by(space, every, search, solution, (a,)), text)
@@ -137,6 +136,15 @@ def _localised(space: GraphIndex, labels: Labels, every: list[Constraint], searc
             text = f"the code compares {show(a)} with {show(b)}, of which one would become local: for other lengths it would go another way"
             raise Refusal(_changed_by(space, every, search, solution, (a, b)), text)
     return Localised(_frozen(attributes), _frozen(overrides), _frozen(multiples), frozenset(literals))
+
+
+def _passed_on(space: GraphIndex) -> set[int]:
+    """Returns ids of the expressions that operators get or code compares, and of what they are made of."""
+    if not any(name == MADE for name, _, _ in space.graph.compared):
+        return set()
+    given = [expr for n in space.graph.nodes for expr in n.ints]
+    given += [side for name, *sides in space.graph.compared if name not in (FLOAT, MADE) for side in sides]
+    return {id(part) for expr in given for part in parts(expr)}
 
 
 def _frozen(lists: Mapping[Any, list[Any]]) -> dict[Any, tuple[Any, ...]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from autotp.axes.analysis import Axes, Demand
 from autotp.axes.atoms import Atom, flat, leaf_atoms
-from autotp.axes.operators.table import Is, arg, dim_of, is_a
+from autotp.axes.operators.table import Is, is_a
 from autotp.trace.graph import Node, Origin, Value
 from autotp.trace.ints import AttrRef, IntExpr, Literal, SizeRef, evaluate, leaves
 
@@ -26,27 +26,20 @@ MORE = (1, 2, 5)
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A number of the code that the size of dims of a value follows. `all`: it takes all of a dim, which may be longer, or nothing."""
+    """A number of the code that the size of dims of a value follows, as its code wrote it, in one or several expressions.
+
+    all: it takes all of a dim, which may be longer, or nothing. axes: of the dims. sizes: the axes of the sizes that it is made of.
+    plain: it is written in the code, or its origin is unknown, and it cuts the dim. sized: sizes of tensors are part of it.
+    """
 
     node: Node
     demand: Demand
     exprs: tuple[IntExpr, ...]
     all: bool
-
-    @property
-    def plain(self) -> bool:
-        """True where a number that is written in the code, or whose origin is unknown, cuts the dim."""
-        return is_a(self.node, Is.CUTS) and any(isinstance(expr, Literal) for expr in self.exprs)
-
-    @property
-    def sized(self) -> bool:
-        """True where sizes of tensors are part of one of the numbers."""
-        return any(isinstance(leaf, SizeRef) for expr in self.exprs for leaf in leaves(expr))
-
-    @property
-    def axes(self) -> Atoms:
-        """Returns the axes of the dims."""
-        return frozenset(a for dim in self.demand.dims for a in leaf_atoms(dim))
+    axes: Atoms
+    sizes: Atoms
+    plain: bool
+    sized: bool
 
 
 def varying(axes: Axes) -> Mapping[Atom, Node]:
@@ -59,14 +52,15 @@ def varying(axes: Axes) -> Mapping[Atom, Node]:
         for atom in leaf_atoms(dim):
             dims_of.setdefault(atom, []).append(dim)
     ones = any(1 in v.shape for n in axes.graph.nodes for v in n.inputs() if v.origin is Origin.INPUT)
+    names = {v.id for v in axes.graph.params.values()}
     found: dict[Atom, Node] = {}
     for each in asked:
         cut = _cut_dim(axes, each)
         own = [a for a in (each.axes if cut is None else frozenset(leaf_atoms(cut))) if a in dims_of]
         if not own:
             continue
-        lengths = {*(a for expr in each.exprs for a in _atoms(axes, expr)), *(each.axes if each.plain else ())} & unsettled
-        unknown = is_a(each.node, Is.CUTS) and _is_unknown(axes, each, given, ones)
+        lengths = (each.sizes | each.axes if each.plain else each.sizes) & unsettled
+        unknown = is_a(each.node, Is.CUTS) and _is_unknown(axes, each, given, names, ones)
         if not lengths and not unknown:
             continue
         fixed = cut is not None and _size(cut, lengths, 1) == _size(cut, lengths, 0)
@@ -93,28 +87,29 @@ def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
 
 def _asked(axes: Axes) -> Iterator[_Asked]:
     for node, meaning in zip(axes.graph.nodes, axes.meanings, strict=True):
-        read = is_a(node, Is.CUTS) and len(node.tensors) > 1  # a tensor is a number there (`x[:n]`)
+        cuts = is_a(node, Is.CUTS)
+        read = cuts and len(node.tensors) > 1  # a tensor is a number there (`x[:n]`)
         for demand in (*meaning.demands, *meaning.taken) if node.ints or read else ():
             exprs = tuple(node.ints[p] for p in positions(node, demand.number, demand.at, demand.listed))
             if exprs or read:
-                yield _Asked(node, demand, exprs, demand in meaning.taken)
-        for number, dim in _counted(axes, node) if node.ints else ():
-            exprs = tuple(e for e in node.ints if e.value == number and any(isinstance(leaf, SizeRef) for leaf in leaves(e)))
+                plain = cuts and any(isinstance(expr, Literal) for expr in exprs)
+                yield _of(axes, node, demand, exprs, demand in meaning.taken, plain)
+        for demand in (*meaning.counted, *_unseen(axes, node)) if node.ints else ():
+            exprs = tuple(e for e in node.ints if e.value == demand.number and any(isinstance(leaf, SizeRef) for leaf in leaves(e)))
             if exprs:
-                yield _Asked(node, Demand(number, node.args[0].id, (tuple(dim),)), exprs, all=True)
+                yield _of(axes, node, demand, exprs, True, False)
 
 
-def _counted(axes: Axes, node: Node) -> Iterator[tuple[int, Sequence[Atom]]]:
-    """Yields the numbers of a node that are not sizes of pieces, with the dim that each is for: how many chunks, each how many-th row,
-    all rows of a parameter (`table[:n]`, which is no operator then).
-    """
-    dims = axes.dims.get(node.args[0].id, ()) if node.args and isinstance(node.args[0], Value) else ()
-    if node.opname == "slice" and isinstance(step := arg(node, 4, "step", 1), int) and step > 1:
-        yield step, dims[dim_of(arg(node, 1, "dim", 0), node.args[0])]
-    elif node.opname in ("chunk", "unsafe_chunk", "tensor_split") and isinstance(node.args[1], int):
-        yield node.args[1], dims[dim_of(arg(node, 2, "dim", 0), node.args[0])]
-    elif node.opname == "alias" and node.args[0].origin is Origin.PARAM:
-        yield from zip(node.args[0].shape, dims, strict=True)
+def _of(axes: Axes, node: Node, demand: Demand, exprs: tuple[IntExpr, ...], all: bool, plain: bool) -> _Asked:
+    own = frozenset(a for dim in demand.dims for a in leaf_atoms(dim))
+    sized = any(isinstance(leaf, SizeRef) for expr in exprs for leaf in leaves(expr))
+    return _Asked(node, demand, exprs, all, own, frozenset(a for expr in exprs for a in _atoms(axes, expr)), plain, sized)
+
+
+def _unseen(axes: Axes, node: Node) -> Iterator[Demand]:
+    """Yields the numbers that take all rows of a parameter (`table[:n]`): that is no operator, the result is the parameter."""
+    if node.opname == "alias" and (x := node.args[0]).origin is Origin.PARAM:
+        yield from (Demand(n, x.id, (dim,)) for n, dim in zip(x.shape, axes.dims.get(x.id, ()), strict=False))
 
 
 def _cut_dim(axes: Axes, each: _Asked) -> Sequence[Atom] | None:
@@ -127,7 +122,7 @@ def _cut_dim(axes: Axes, each: _Asked) -> Sequence[Atom] | None:
     return None
 
 
-def _is_unknown(axes: Axes, each: _Asked, given: Atoms, ones: bool) -> bool:
+def _is_unknown(axes: Axes, each: _Asked, given: Atoms, params: set[int], ones: bool) -> bool:
     """True where a number that cuts was read from data, or is a size that no axis follows: that of one row, and one that was cut up into
     rows (`torch.cat([x[:, 1:], x[:, :1]], 1)`).
 
@@ -141,7 +136,6 @@ def _is_unknown(axes: Axes, each: _Asked, given: Atoms, ones: bool) -> bool:
         return True
     if each.plain and number > 1 and number in read:
         return True
-    params = {v.id for v in axes.graph.params.values()}
     for leaf in (leaf for expr in each.exprs for leaf in leaves(expr)):
         if isinstance(leaf, SizeRef) and leaf.value_id not in params:
             rows = {a for dim in _dims_of(axes, leaf) for a in flat(dim)}
@@ -155,16 +149,20 @@ def _given(axes: Axes) -> Atoms:
     found: set[Atom] = set()
     met: set[Atom] = set()
     activations: set[int] = set()
+    seen: set[int] = set()
     for node in axes.graph.nodes:
         inputs = list(node.inputs())
         for v in inputs:
-            own = _axes_of(axes, v)
-            met |= own
-            if v.origin is Origin.INPUT:
-                found |= own
-                activations.add(v.id)
+            if v.id not in seen:
+                seen.add(v.id)
+                own = _axes_of(axes, v)
+                met |= own
+                if v.origin is Origin.INPUT:
+                    found |= own
+                    activations.add(v.id)
         made = any(v.id in activations for v in inputs)
         for v in node.outputs:
+            seen.add(v.id)
             own = _axes_of(axes, v)
             if made:
                 activations.add(v.id)
@@ -202,7 +200,7 @@ def _settled(axes: Axes, params: Sequence[Sequence[Atom]], asked: Sequence[_Aske
         for atoms in said:
             _settle(found, atoms)
         for each in asked:
-            if not each.all and all(a in found for expr in each.exprs for a in _atoms(axes, expr)):
+            if not each.all and each.sizes <= found:
                 _settle(found, each.axes, given if each.plain else frozenset())
         if len(found) == before:
             return found
@@ -227,7 +225,7 @@ def _dims_of(axes: Axes, leaf: SizeRef) -> Sequence[Sequence[Atom]]:
     return dims[leaf.dim : leaf.dim + 1] if leaf.dim >= 0 else dims
 
 
-def _follows(axes: Axes, each: _Asked, lengths: set[Atom], more: int) -> bool:
+def _follows(axes: Axes, each: _Asked, lengths: Atoms, more: int) -> bool:
     """True where a number is the size of its dims for longer lengths, too."""
 
     def value(leaf: AttrRef | SizeRef) -> int:
@@ -242,7 +240,7 @@ def _follows(axes: Axes, each: _Asked, lengths: set[Atom], more: int) -> bool:
     return all(evaluate(expr, value) in (wanted, -wanted) for expr in each.exprs)
 
 
-def _size(dim: Sequence[Atom], lengths: set[Atom], more: int) -> int:
+def _size(dim: Sequence[Atom], lengths: Atoms, more: int) -> int:
     """Returns the size of a dim where lengths are `more` than they were traced with."""
     size = 1
     for atom in flat(dim):

@@ -255,7 +255,7 @@ def originals_of(model: nn.Module, plan: Plan) -> Originals:
 def install_entries(model: nn.Module, plan: Plan, comm: Comm, originals: Originals, undo: Undo, follow: Follow | None = None) -> None:
     """Guard a model that `plan` was applied to; journalled in `undo`. `follow` is asked before a change is refused."""
     modules = [(path, m) for path, m in model.named_modules()]
-    install_ones(model, plan, comm, undo)
+    install_ones(model, plan, undo)
     install_called(model, plan, undo)
     places, floats = _places(plan), _floats(plan, [path for path, _ in modules])
     running = comm.running

@@ -12,7 +12,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -43,12 +43,20 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class Arith:
-    """An arithmetic operation on two expressions; a rounding of `left` has no use for `right`. `value` is an int or a float."""
+    """An arithmetic operation on two expressions; a rounding of `left` has no use for `right`. `value` is an int or a float.
+
+    depth: how many operations stand on one another.
+    """
 
     op: str
     left: IntExpr
     right: IntExpr
     value: Any
+    depth: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        below = (part.depth for part in (self.left, self.right) if isinstance(part, Arith))
+        object.__setattr__(self, "depth", 1 + max(below, default=0))
 
 
 IntExpr = AttrRef | SizeRef | Literal | Arith
@@ -77,6 +85,8 @@ _OPS: dict[str, Callable[[Any, Any], Any]] = {
 }
 #: Exponents and shifts up to here are computed: the numbers are sizes.
 _FEW = 64
+#: From here on arithmetic gives plain numbers, whose origin is lost: code counts in a loop, and expressions are read recursively.
+_DEEPEST = 200
 
 
 def leaves(expr: IntExpr) -> Iterator[AttrRef | SizeRef]:
@@ -139,7 +149,7 @@ class Life:
         self.over, self.watches = False, watches
         self.quotients: dict[int, IntExpr] = {}
         self.compared: dict[Compared, None] = {}
-        self.made: dict[Arith, None] = {}
+        self.made: dict[int, Arith] = {}  # by id: most are made once
 
     def forget(self, values: Collection[int]) -> None:
         """Forgets the comparisons of sizes of these values, which are no longer in the trace, and what was made of them."""
@@ -148,18 +158,17 @@ class Life:
             return any(isinstance(leaf, SizeRef) and leaf.value_id in values for leaf in leaves(expr))
 
         self.compared = {item: None for item in self.compared if not (gone(item[1]) or gone(item[2]))}
-        self.made = {expr: None for expr in self.made if not gone(expr)}
+        self.made = {key: expr for key, expr in self.made.items() if not gone(expr)}
 
     def make(self, expr: Arith) -> None:
         """Notes what arithmetic makes."""
         for part in (expr.left, expr.right):
-            if isinstance(part, Arith):
-                self.made.pop(part, None)
-        self.made[expr] = None
+            self.made.pop(id(part), None)
+        self.made[id(expr)] = expr
 
     def noted(self) -> tuple[Compared, ...]:
         """Returns the comparisons, and what was made of a size and of something else."""
-        mixed = [e for e in self.made if len(found := set(leaves(e))) > 1 and any(isinstance(leaf, SizeRef) for leaf in found)]
+        mixed = [e for e in self.made.values() if len(found := set(leaves(e))) > 1 and any(isinstance(leaf, SizeRef) for leaf in found)]
         return *self.compared, *((MADE, expr, Literal(0)) for expr in mixed)
 
 
@@ -258,6 +267,8 @@ def _rounded(value: _Tagged, how: str) -> Any:
 
 
 def _made(value: Any, expr: Arith, life: Life) -> Any:
+    if expr.depth > _DEEPEST:
+        return value
     life.make(expr)
     return TaggedInt(value, expr, life) if isinstance(value, int) else TaggedFloat(value, expr, life)
 

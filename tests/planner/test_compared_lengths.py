@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -69,6 +70,7 @@ MADE: dict[str, tuple[Callable[[int, int, Tensor], Any], bool | None]] = {
     "numbers of the same types": (lambda t, h, q: 2.0 if type(t / h)(t) > type(h / 2)(h) else 1.0, False),
     "a mean of quotients": (lambda t, h, q: 2.0 if statistics.mean([t / h, 1.0]) > 1 else 1.0, False),
     "whether a quotient is whole": (lambda t, h, q: 2.0 if (t / h).is_integer() else 1.0, False),
+    "a count of many steps": (lambda t, h, q: functools.reduce(lambda n, _: n + 1, range(3000), t) / 3000, True),
     "a mean of lengths": (lambda t, h, q: statistics.mean([t / 3, t * 0.5]) * (t / 2 + Member.TWO), True),
     "a root of the width of a head": (lambda t, h, q: math.sqrt(q.shape[-1]) * t, True),
 }

@@ -41,6 +41,8 @@ def split(context: Context, node: Node) -> None:
     for out, piece in zip(node.outputs, pieces, strict=True):
         context.set(out, _with(context, x, d, piece))
     context.linear([x])
+    if node.opname in ("chunk", "unsafe_chunk", "tensor_split"):
+        context.counts(wanted, x, d)
     if node.opname == "tensor_split":
         if isinstance(arg(node, 1, "indices"), (list, tuple)):  # positions, from either end
             context.block(x, context.of(x)[d], "the dim is cut at positions")
@@ -134,6 +136,7 @@ def _negative(number: int, x: Value, dims: list[Dim]) -> Any:
 def _strided(context: Context, x: Value, out: Value, d: int, step: int) -> None:
     """Every `step`-th index: the minor factor is taken apart (an interleaved gate/up keeps its major factor)."""
     n = x.shape[d]
+    context.counts(step, x, d)
     if n % step or out.shape[d] * step != n:
         context.mix(x, d)
         context.set(out, _with(context, x, d, atoms.new(out.shape[d])))

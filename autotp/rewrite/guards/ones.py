@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
-from autotp.plan.spec import Slot
-from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.modules.boundaries import Binding, map_path
 from autotp.rewrite.modules.classes import check_calls
 from autotp.rewrite.undo import Undo
@@ -19,20 +17,15 @@ from autotp.rewrite.undo import Undo
 class Ones:
     """The arguments of the model that have such dims."""
 
-    __slots__ = ("bindings",)
+    __slots__ = ("checks",)
 
-    def __init__(self, model: nn.Module, plan: Plan, comm: Comm) -> None:
-        self.bindings = [Binding(Slot(path, ()), model.forward, comm, "the model") for path, _ in plan.ones]
-        for binding, (path, dims) in zip(self.bindings, plan.ones, strict=True):
-            binding.convert = _Checked(".".join(map(str, path)), dims)
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.checks = [(Binding(path, model.forward, "the model"), _Checked(".".join(map(str, path)), dims)) for path, dims in plan.ones]
 
     def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raises AutoTPError where such a dim is longer."""
-        for b in self.bindings:
-            if b.index is not None and b.index < len(args):
-                map_path(args[b.index], b.rest, b.convert)
-            elif b.name in kwargs:
-                map_path(kwargs[b.name], b.rest, b.convert)
+        for binding, checked in self.checks:
+            map_path(binding.given(args, kwargs), binding.rest, checked)
 
 
 class _Checked:
@@ -54,7 +47,7 @@ class _Checked:
         return x
 
 
-def install_ones(model: nn.Module, plan: Plan, comm: Comm, undo: Undo) -> None:
+def install_ones(model: nn.Module, plan: Plan, undo: Undo) -> None:
     """Have the model check such arguments; journalled in `undo`."""
     if plan.ones:
-        check_calls(model, "_autotp_ones", Ones(model, plan, comm), undo, compiled=False)
+        check_calls(model, "_autotp_ones", Ones(model, plan), undo, compiled=False)

@@ -60,14 +60,14 @@ def map_path(value: Any, path: Path, fn: Convert) -> Any:
 
 
 class Binding:
-    """Finds where an argument named in a slot stands in a call of `forward`."""
+    """Finds where an argument stands in a call of `forward`. rest: the path of a tensor inside of the argument."""
 
-    __slots__ = ("convert", "index", "name", "rest")
+    __slots__ = ("index", "name", "rest")
 
-    def __init__(self, slot: Slot, forward: Callable[..., Any], comm: Comm, where: str) -> None:
-        if not slot.path or not isinstance(slot.path[0], str):
-            raise PlanError(f"{where}: an input slot starts with an argument's name, got path {slot.path}")
-        name, rest = slot.path[0], slot.path[1:]
+    def __init__(self, path: Path, forward: Callable[..., Any], where: str) -> None:
+        if not path or not isinstance(path[0], str):
+            raise PlanError(f"{where}: an input slot starts with an argument's name, got path {path}")
+        name, rest = path[0], path[1:]
         parameters = list(inspect.signature(forward).parameters.values())
         if parameters and parameters[0].name == "self":
             parameters = parameters[1:]
@@ -76,7 +76,7 @@ class Binding:
         for i, p in enumerate(parameters):
             if p.kind is p.VAR_POSITIONAL and p.name == name:
                 if not rest or not isinstance(rest[0], int):
-                    raise PlanError(f"{where}: a slot in *{name} needs a position, got path {slot.path}")
+                    raise PlanError(f"{where}: a slot in *{name} needs a position, got path {path}")
                 index, rest = i + rest[0], rest[1:]
                 break
             if p.kind is p.VAR_KEYWORD:
@@ -91,18 +91,21 @@ class Binding:
         if index is None and not takes_any:
             raise PlanError(f"{where}: forward has no argument {name!r}; it takes {[p.name for p in parameters]}")
         self.index, self.name, self.rest = index, name, rest
-        dispatches = [c.op for c in slot.conversions] == [Op.DISPATCH]
-        self.convert = _dispatched(comm) if dispatches else bind_all(slot.conversions, comm)
+
+    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Returns the argument in a call, None where it is left out."""
+        return args[self.index] if self.index is not None and self.index < len(args) else kwargs.get(self.name)
 
 
 class InputSlots:
     """Converts at all input slots of one module."""
 
-    __slots__ = ("alike", "bindings", "where")
+    __slots__ = ("alike", "bindings", "converts", "where")
 
     def __init__(self, slots: Sequence[Slot], forward: Callable[..., Any], comm: Comm, where: str) -> None:
         self.where = where
-        self.bindings = tuple(Binding(slot, forward, comm, where) for slot in slots)
+        self.bindings = tuple(Binding(slot.path, forward, where) for slot in slots)
+        self.converts = tuple(_entering(slot.conversions, comm) for slot in slots)
         kinds = [slot.conversions for slot in slots]
         #: Bindings that convert as another one does: one tensor in two arguments stays one.
         self.alike = tuple(kinds.index(kind) if kinds.count(kind) > 1 else None for kind in kinds)
@@ -121,8 +124,8 @@ class InputSlots:
     def _converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         positional, keywords = list(args), dict(kwargs)
         made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # the argument is kept, so that its id stays its own
-        for b, kind in zip(self.bindings, self.alike, strict=True):
-            convert = b.convert if kind is None else _Once(b.convert, kind, made)
+        for b, own, kind in zip(self.bindings, self.converts, self.alike, strict=True):
+            convert = own if kind is None else _Once(own, kind, made)
             if b.index is not None and b.index < len(positional):
                 positional[b.index] = map_path(positional[b.index], b.rest, convert)
             elif b.name in keywords:
@@ -153,6 +156,10 @@ def _combined(sums: Convert) -> Convert:
 def _dispatched(comm: Comm) -> Convert:
     """What enters them: hidden states in token parts stay so until it is known who gets which (`autotp.rewrite.modules.pairs`)."""
     return lambda x: x if type(x) is ParallelTokens and not is_dynamo_compiling() else copy_to(x, comm)
+
+
+def _entering(conversions: Sequence[Conversion], comm: Comm) -> Convert:
+    return _dispatched(comm) if [c.op for c in conversions] == [Op.DISPATCH] else bind_all(conversions, comm)
 
 
 def _bound(conversions: Sequence[Conversion], comm: Comm, scatter: Scatter | None) -> Convert:

@@ -21,7 +21,7 @@ from torch.compiler import is_exporting
 from autotp.errors import AutoTPError
 from autotp.plan.expressions import size
 from autotp.plan.layout import intervals
-from autotp.plan.spec import Pairs, Slot
+from autotp.plan.spec import Pairs
 from autotp.rewrite.attributes import localised
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.in_parts.tensor import InParts, part
@@ -74,7 +74,7 @@ class PairsRun:
         self.running = comm.running  # code that is compiled around this opens no call of the model
         self.spans = tuple(next(iter(intervals(plan.experts, rank, comm.size)), (0, 0)) for rank in range(comm.size))
         self.span = self.spans[comm.rank]
-        self.arguments = tuple(Binding(Slot((name,), ()), forward, comm, where) for name in (plan.tokens, plan.index, plan.weights))
+        self.arguments = tuple(Binding((name,), forward, where) for name in (plan.tokens, plan.index, plan.weights))
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Returns `forward` as one that takes all tokens and gives this rank's summand of their results; tokens for tokens in parts."""
@@ -93,7 +93,7 @@ class PairsRun:
                     raise AutoTPError(f"{self.where}: its forward gave no row for each token, so its experts cannot be dealt whole")
                 return rows
 
-            tokens, index, weights = self._checked(*(self._given(b, args, kwargs) for b in self.arguments))
+            tokens, index, weights = self._checked(*(b.given(args, kwargs) for b in self.arguments))
             with self.running.opened(), localised(module, self.attributes, self.where):
                 if not self.dispatches or type(tokens) is not ParallelTokens:
                     return self._summand(module, run, tokens, index, weights)
@@ -120,11 +120,6 @@ class PairsRun:
         own = (module.__dict__.get(name, p) for name, p in module._parameters.items())
         of = (tokens, weights, *(p for p in own if p is not None and p.requires_grad))
         return _Dropped.apply(rows, len(tokens), *of)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _given(self, b: Binding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if b.index is not None and b.index < len(args):
-            return args[b.index]
-        return kwargs.get(b.name)
 
     def _checked(self, tokens: Any, index: Any, weights: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the arguments.

@@ -7,7 +7,7 @@ does not take; that of a weight comes out whole. Hooks on both put that right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,9 +64,9 @@ def refuse_on_parts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     Raises:
         AutoTPError: names the parameter.
     """
-    tensors = [t for t in tree_iter((args, dict(kwargs))) if isinstance(t, Tensor)]
-    if not any(is_plain(t) or _ACTIVATION in t.__dict__ for t in tensors):
+    if not _beside_plain(args) and not (kwargs and _beside_plain(kwargs.values())):
         return False
+    tensors = [t for t in tree_iter((args, dict(kwargs))) if isinstance(t, Tensor)]
     laid = [t for t in tensors if isinstance(t, LayoutDTensor) and _ACTIVATION not in t.__dict__]
     if not laid or isinstance(laid[0]._local_tensor, FakeTensor):
         return True
@@ -81,6 +81,20 @@ def refuse_on_parts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         f"{name} is read by {holding}, and no traced call of the model read it there: the plan is not made for what it would compute. "
         f"{EXAMPLES}"
     )
+
+
+def _beside_plain(items: Iterable[Any]) -> bool:
+    """True where there is a plain tensor, or one that was made of such. Every operator of an optimizer asks, most of parameters alone."""
+    for item in items:
+        if isinstance(item, DTensor):
+            if _ACTIVATION in item.__dict__:
+                return True
+        elif isinstance(item, list | tuple):
+            if _beside_plain(item):
+                return True
+        elif is_plain(item):
+            return True
+    return False
 
 
 def mark_activations(result: Any) -> None:
