@@ -72,25 +72,30 @@ def matmul(context: Context, node: Node) -> None:
     context.linear([a], [b])
 
 
-@rule("einsum", padded=Padded.PRODUCT, traits=Is.MAKES_SCORES | Is.PRODUCT)
-def einsum(context: Context, node: Node) -> None:
-    """Named dims: equal letters join, letters absent from the result are summed."""
+def letters(node: Node) -> tuple[list[tuple[Value, str]], str]:
+    """Returns the operands of an `einsum`, each with a letter for each of its dims, and the letters of its result."""
     equation: str = node.args[0].replace(" ", "")
     values = list(values_in(node.args[1]))
     if "->" not in equation:
-        letters = equation.replace(",", "")
-        equation += "->" + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c.isalpha()))
+        found = equation.replace(",", "")
+        equation += "->" + "".join(sorted(c for c in set(found) if found.count(c) == 1 and c.isalpha()))
     left, right = equation.split("->")
+    terms = left.split(",")
     if "..." in equation:
-        width = max(len(v.shape) - len(t.replace("...", "")) for v, t in zip(values, left.split(","), strict=True))
+        width = max(len(v.shape) - len(t.replace("...", "")) for v, t in zip(values, terms, strict=True))
         free = [c for c in "ZYXWVUTSRQPO" if c not in equation][:width]
-        terms = []
-        for v, term in zip(values, left.split(","), strict=True):
-            own = len(v.shape) - len(term.replace("...", ""))
-            terms.append(term.replace("...", "".join(free[width - own :])))
-        left, right = ",".join(terms), right.replace("...", "".join(free))
+        owns = [len(v.shape) - len(t.replace("...", "")) for v, t in zip(values, terms, strict=True)]
+        terms = [t.replace("...", "".join(free[width - own :])) for t, own in zip(terms, owns, strict=True)]
+        right = right.replace("...", "".join(free))
+    return list(zip(values, terms, strict=True)), right
+
+
+@rule("einsum", padded=Padded.PRODUCT, traits=Is.MAKES_SCORES | Is.PRODUCT)
+def einsum(context: Context, node: Node) -> None:
+    """Named dims: equal letters join, letters absent from the result are summed."""
+    terms, right = letters(node)
     named: dict[str, tuple[Value, Dim]] = {}
-    for value, term in zip(values, left.split(","), strict=True):
+    for value, term in terms:
         if len(set(term)) != len(term):
             context.opaque("einsum takes a diagonal")
             return
@@ -104,7 +109,7 @@ def einsum(context: Context, node: Node) -> None:
             if letter not in right:
                 context.contract(value, i)
     context.set(node.outputs[0], [named[c][1] if c in named else [] for c in right])
-    context.linear(*[[v] for v in values])
+    context.linear(*[[v] for v, _ in terms])
 
 
 @rule("bilinear", padded=Padded.PRODUCT, traits=Is.PRODUCT, at=3)

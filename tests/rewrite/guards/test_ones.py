@@ -21,11 +21,25 @@ HEADS, WIDTH = 2, 8
 MASK = (2, HEADS, 5, 5)
 
 
+#: What the model makes of its gate [batch, length, 1 or 16] before it meets the hidden states.
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reshaped": lambda g: g.unsqueeze(-1).squeeze(-1).reshape(g.shape),
+    "moved": lambda g: g.transpose(1, 2).permute(2, 1, 0).permute(2, 0, 1),
+    "the first of several": lambda g: torch.stack([g, 2 * g])[0],
+    "a mean": lambda g: torch.stack([g, 2 * g], -1).mean(-1),
+    "the first token's": lambda g: g[:, 0][:, None],
+    "of whole numbers": lambda g: g.ceil().long(),
+    "named": lambda g: torch.einsum("bnf->fbn", g).movedim(0, -1),
+    "rows by ids": lambda g: g[torch.arange(len(g))],
+}
+
+
 class Attention(nn.Module):
     """Attention with a mask, and an MLP with a gate."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str = "reshaped") -> None:
         super().__init__()
+        self.way = way
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
 
@@ -35,7 +49,7 @@ class Attention(nn.Module):
         mask = mask.to(x.dtype) if mask.dim() == 4 else mask[:, None]
         scores = q @ k.transpose(-2, -1) + mask
         x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(x)) * gate["all"].unsqueeze(-1).squeeze(-1))  # type: ignore[no-any-return]
+        return x + self.down(F.gelu(self.up(x)) * WAYS[self.way](gate["all"]))  # type: ignore[no-any-return]
 
 
 def call(batch: int = 2, length: int = 5, mask: tuple[int, ...] | None = None, gate: tuple[int, ...] | None = None) -> dict[str, Any]:
@@ -46,14 +60,14 @@ def call(batch: int = 2, length: int = 5, mask: tuple[int, ...] | None = None, g
     return {"x": x, "mask": others[0], "gate": {"all": others[1]}}
 
 
-def outcome(traced: list[dict[str, Any]], later: dict[str, Any]) -> str | float:
+def outcome(traced: list[dict[str, Any]], later: dict[str, Any], way: str = "reshaped") -> str | float:
     """How far a later call is from one device, or what it is refused with."""
 
     def work(_: Any) -> str | float:
         torch.manual_seed(0)
-        one = Attention().double().eval()
+        one = Attention(way).double().eval()
         torch.manual_seed(0)
-        model = Attention().double().eval()
+        model = Attention(way).double().eval()
         plan = autotp.plan(model, tp=2, example_inputs=traced, check="graph")
         assert len(traced) > 1 or plan.params["qkv.weight"].layout.dim == 0
         parallelize_as(model, mesh(), plan)
@@ -73,6 +87,14 @@ def outcome(traced: list[dict[str, Any]], later: dict[str, Any]) -> str | float:
 def test_what_would_be_longer_is_refused(later: dict[str, Any]) -> None:
     found = outcome([call()], later)
     assert isinstance(found, str) and found.startswith("the model is called with ") and "Pass example_inputs" in found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gate_is_followed_on_its_way(way: str) -> None:
+    found = outcome([call(1, 1)], call(gate=(2, 5, 16)), way)
+    assert isinstance(found, str) and "is called with gate.all of shape (2, 5, 16)" in found
+    right = outcome([call(1, 1)], call(3, 7), way)
+    assert isinstance(right, float) and right < 1e-9, right
 
 
 @pytest.mark.parametrize("later", [call(3, 7), call(1, 1), call(mask=(1, 1, 1, 5)), call(2, 5, mask=(2, 5, 5)), call(gate=(1, 1, 1))])
