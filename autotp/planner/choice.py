@@ -107,7 +107,8 @@ def choose(
         if isinstance(tried, Conflict) and tried.uncovered:
             segments = [[c for c in ranked if c.minor is None and c.major in set(leaf_atoms(s))] for s in tried.uncovered]
             for companions in islice(product(*segments), 32):
-                joint = _try(space, (cut, *companions), state, carriers)
+                both = tuple(sorted({cut, *companions}, key=ranked.index))  # the same ones are found from each of them
+                joint = _try(space, both, state, carriers)
                 if not isinstance(joint, Conflict):
                     tried = joint
                     break
@@ -214,7 +215,7 @@ def _tried(space: GraphIndex, cuts: tuple[Partition, ...], state: Taken, carrier
     labels = label(space, wanted, gathers, whole, state.labels)
     made = labels.generated - state.labels.generated
     if labels.conflicts and made:
-        again = label(space, wanted, gathers, whole | made, state.labels)
+        again = label(space, wanted, gathers, whole | made, state.labels, trial=True)
         if not again.conflicts:
             whole, labels = whole | made, again
     if labels.conflicts:
@@ -222,7 +223,7 @@ def _tried(space: GraphIndex, cuts: tuple[Partition, ...], state: Taken, carrier
         for cut in cuts:
             for slot in gather_slots(space, cut.major, labels, carriers[cut.major])[:GATHER_TRIES]:
                 trial = {**gathers, slot: gathers.get(slot, NONE) | cut.atoms}
-                again = label(space, wanted, trial, whole, state.labels)
+                again = label(space, wanted, trial, whole, state.labels, trial=True)
                 if not again.conflicts:
                     gathers, labels = trial, again
                     break

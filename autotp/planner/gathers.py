@@ -21,12 +21,12 @@ def gather_slots(space: GraphIndex, atom: Atom, labels: Labels, carriers: list[V
     reaching: set[int] = set()
     for result in space.graph.results:
         reaching |= {v.id for _, v in result.leaves if isinstance(v, Value) and atom in space.carried.get(v.id, NONE)}
-    for node in reversed(space.graph.nodes):
+    for node in reversed(space.meeting(atom)):
         if any(o.id in reaching for o in node.outputs):
             reaching |= {v.id for v in node.inputs() if atom in labels.of(v)}
     weights = {v.id for v in carriers}
     slots: dict[SlotKey, None] = {}
-    for node in space.graph.nodes:
+    for node in space.meeting(atom):
         if node.op is Pseudo.EXIT and node.slot is not None and node.outputs[0].id in reaching:
             (value,) = node.args
             if atom in labels.of(value) and value.id not in weights:
@@ -54,7 +54,7 @@ def head_gather(
     for slot in gather_slots(space, cut.major, labels, carriers):
         if slot[1] and slot[1] not in callers:
             trial = {**gathers, slot: gathers.get(slot, NONE) | cut.atoms}
-            again = label(space, wanted, trial, whole, labels)
+            again = label(space, wanted, trial, whole, labels, trial=True)
             if not again.conflicts and not returned(space, again, cut):
                 return trial, again
     return Conflict(cut.atoms, None, "no module of its own makes this result, and code that was not traced could take a part of it for all")
@@ -82,7 +82,7 @@ def whole_results(
             assert node.slot is not None
             key: SlotKey = (Pseudo.EXIT, *node.slot)
             trial[key] = trial.get(key, NONE) | cut.atoms
-        again = label(space, wanted, trial, whole, labels)
+        again = label(space, wanted, trial, whole, labels, trial=True)
         if not again.conflicts and not returned(space, again, cut):
             return trial, again
         conflict = again.conflicts[0] if again.conflicts else conflict

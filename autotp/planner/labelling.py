@@ -30,17 +30,21 @@ def label(
     gathers: Mapping[SlotKey, Atoms],
     whole: frozenset[int] = frozenset(),
     before: Labels | None = None,
+    *,
+    trial: bool = False,
 ) -> Labels:
     """Label every value with its placement, with the atoms of `cuts` sharded.
 
     `gathers`: results gathered at a module's EXIT; `whole`: nodes whose result is not made sharded. `before`: labels of some of the
-    cuts, from which these are found.
+    cuts, from which these are found. `trial`: labels in conflict are of no use, so the first conflict may end the search for them.
 
     Passes are repeated until it is known which parameters are added to partial sums. The result is remembered, and not to be changed.
     """
     decided = whole.intersection(i for atom in cuts for i in space.generators.get(atom, ()))  # the others make nothing of these axes
     key = tuple(cuts.items()), frozenset(gathers.items()), decided
     known = space.labelled.get(key)
+    if known is None and trial:
+        known = space.failed.get(key)
     if known is not None:
         return known
     once: set[int] = set()
@@ -48,7 +52,10 @@ def label(
     earlier = before.passes if before is not None else ()
     while True:
         start = earlier[min(len(passes), len(earlier) - 1)] if earlier else None
-        out = _pass(space, cuts, gathers, whole, once, start if start is not None and _within(start, cuts) else None)
+        out = _pass(space, cuts, gathers, whole, once, start if start is not None and _within(start, cuts) else None, trial)
+        if trial and out.conflicts:
+            space.failed[key] = out
+            return out
         passes.append(Pass(gathers, whole, frozenset(once), out))
         out.once = set().union(*out.adding.values())
         if out.once <= once:
@@ -65,9 +72,12 @@ def _within(start: Pass, cuts: Partitions) -> bool:
 
 
 def _pass(
-    space: GraphIndex, cuts: Partitions, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], once: set[int], start: Pass | None
-) -> Labels:
-    """Visit, in order, the nodes that a sharded or partial value reaches, or those that a change since `start` does."""
+    space: GraphIndex, cuts: Partitions, gathers: Mapping[SlotKey, Atoms], whole: frozenset[int], once: set[int], start: Pass | None,
+    trial: bool,
+) -> Labels:  # fmt: skip
+    """Visit, in order, the nodes that a sharded or partial value reaches, or those that a change since `start` does. A `trial` ends at the
+    first conflict.
+    """
     out, on = Labels(cuts), frozenset(cuts)
     seen: set[int] = set()
     if start is not None:
@@ -105,6 +115,8 @@ def _pass(
                 active |= out.shard.get(v.id, NONE)
             partial = [v for v in inputs if v.id in out.partial]
             _node(space, node, space.axes.meanings[index], inputs, active, partial, on, gathers, whole, out)
+        if trial and out.conflicts:
+            return out
         for at, o in enumerate(node.outputs):
             if start is None:
                 goes_on = o.id in out.shard or o.id in out.partial

@@ -76,6 +76,7 @@ class GraphIndex:
         self.form: dict[int, int] = {}  # value → a number, equal for values whose dims are the same
         self.faults: dict[Hashable, Faults] = {}  # what `_check_values` found: many values have the same dims, and it is asked often
         self.labelled: dict[Hashable, Labels] = {}  # what `label` gave
+        self.failed: dict[Hashable, Labels] = {}  # what it gave of trials in conflict, unfinished
         self.tried: dict[Hashable, Any] = {}  # what `autotp.planner.choice` found of candidates
         self._cache: dict[tuple[int, ...], Atoms] = {}
         forms: dict[tuple[tuple[int, ...], ...], int] = {}

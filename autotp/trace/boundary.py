@@ -126,11 +126,10 @@ def _walk(path: Path, item: Any, on_tensor: OnTensor, on_other: OnOther | None) 
             return item
         if type(item) in (dict, OrderedDict):
             return type(item)(changed)
-        if is_dataclass(item):  # an output of transformers
-            return type(item)(**changed)
-        other = copy.copy(item)
-        other.update(changed)
-        return other
+        made = copied(item)
+        for key, value in changed.items():
+            made[key] = value
+        return made
     if is_dataclass(item) and not isinstance(item, type):
         found = {name: _walk((*path, name), value, on_tensor, on_other) for name, value in fields_of(item).items()}
         if all(found[name] is value for name, value in fields_of(item).items()):
@@ -142,6 +141,19 @@ def _walk(path: Path, item: Any, on_tensor: OnTensor, on_other: OnOther | None) 
     if on_other is not None:
         on_other(path, item)
     return item
+
+
+def copied(mapping: Any) -> Any:
+    """Returns a copy of a mapping with its items in the same order.
+
+    A copy of an output of transformers has them in the order of its class's fields. But code adds items in an order of its own, and
+    reads them by their positions.
+    """
+    made = copy.copy(mapping)
+    if isinstance(made, OrderedDict) and list(made) != list(mapping):
+        for key in mapping:
+            made.move_to_end(key)
+    return made
 
 
 def fields_of(item: Any) -> dict[str, Any]:

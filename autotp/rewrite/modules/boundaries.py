@@ -21,6 +21,7 @@ from autotp.rewrite.collectives.split import OTHER_PATH, OtherSize, Split
 from autotp.rewrite.logits.logits import Show
 from autotp.rewrite.sequence.scatter import Scatter
 from autotp.rewrite.sequence.tokens import ParallelTokens
+from autotp.trace.boundary import copied
 
 Path = tuple[str | int, ...]
 
@@ -49,7 +50,7 @@ def map_path(value: Any, path: Path, fn: Convert) -> Any:
             key = list(value)[key]  # a transformers ModelOutput is also indexed by position
         if key not in value:
             return value
-        changed: Any = copy.copy(value)
+        changed: Any = copied(value)
         changed[key] = map_path(value[key], rest, fn)
         return changed
     if dataclasses.is_dataclass(value) and isinstance(key, str) and hasattr(value, key):
