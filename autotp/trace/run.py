@@ -35,10 +35,16 @@ from autotp.trace.values import small
 from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
 
-def to_fake(fake: Fakes, tree: Any, recorder: Recorder, name: str = "") -> Any:
-    """Returns `tree` with real tensors as fake inputs of the graph; small ones stay known."""
+def to_fake(fake: Fakes, tree: Any, recorder: Recorder, name: str = "", made: dict[int, Tensor] | None = None) -> Any:
+    """Returns `tree` with real tensors as fake inputs of the graph; small ones stay known. `made`: id of a tensor → its fake one."""
+    once = {} if made is None else made
 
     def convert(tensor: Tensor) -> Tensor:
+        if id(tensor) not in once:
+            once[id(tensor)] = converted(tensor)
+        return once[id(tensor)]
+
+    def converted(tensor: Tensor) -> Tensor:
         with fake:
             new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad)
         value = recorder.values.bind(new, Origin.INPUT, name)
@@ -46,8 +52,8 @@ def to_fake(fake: Fakes, tree: Any, recorder: Recorder, name: str = "") -> Any:
             recorder.values.know(value, tensor)
         return new
 
-    made = tree_map_only(Tensor, convert, tree)
-    return flatten_result(made, lambda _, t: t if isinstance(t, FakeTensor) else convert(t))  # in dataclasses too
+    found = tree_map_only(Tensor, convert, tree)
+    return flatten_result(found, lambda _, t: t if isinstance(t, FakeTensor) else convert(t))  # in dataclasses too
 
 
 #: How many answers to conditions are reversed because the code raises after the usual one.
@@ -317,7 +323,8 @@ def _call(
     model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Example, inputs: Mapping[str, Any], mode: _Mode
 ) -> tuple[Any, list[tuple[str, str, Value]]]:
     """Returns the result of the call, and the tensors that it left on modules and in its arguments."""
-    fresh = {k: v if recorder.values.known(v) is not None else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
+    made: dict[int, Tensor] = {}  # one tensor in two arguments stays one
+    fresh = {k: v if recorder.values.known(v) is not None else to_fake(fake, v, recorder, k, made) for k, v in inputs.items()}
     with recorder.recording(mode.grad, mode.inference, mode.contrary):
         result = example.call(model, fresh)
     opaque: dict[str, Any] = {}
