@@ -224,7 +224,7 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Exampl
                 if other not in modes:
                     left_out = path(other, optional=other.contrary)
                     while left_out is not None and not left_out.why and questions.turned:  # the answer that the code refuses is left alone
-                        questions.settled.add(questions.turned[-1])
+                        questions.settle(*left_out.raised)
                         left_out = path(other, optional=True)
                     if left_out is not None and left_out.why:
                         recorder.notes.append(f"the {left_out.name} path was not traced: {left_out.why}")
@@ -233,11 +233,15 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Exampl
 
 @dataclass(frozen=True, slots=True)
 class _LeftOut:
-    """A path that could not be run. `why` is "" where the code itself refuses. `decoding`: the call ran, what it decodes to did not."""
+    """A path that could not be run. `why` is "" where the code itself refuses. `decoding`: the call ran, what it decodes to did not.
+
+    `raised`: the file and the function that raised.
+    """
 
     name: str
     why: str
     decoding: bool
+    raised: tuple[str, str] = "", ""
 
 
 def _path(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Example, mode: _Mode) -> _LeftOut | None:
@@ -295,17 +299,21 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Examp
             raise failure from error.error
         recorder.rewind(mark, len(recorder.results.closed))
         why = "" if mode.contrary and (_own(error.error) or questions.swapped) else _explain(name, error, data.guessed)
-        return _LeftOut(example.name + "+decode" * ran, why, decoding=ran)
+        return _LeftOut(example.name + "+decode" * ran, why, ran, _raised(error.error))
     return None
+
+
+def _raised(error: BaseException) -> tuple[str, str]:
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].filename, frames[-1].name) if frames else ("", "")
 
 
 def _own(error: BaseException) -> bool:
     """True for an error that the model's code raises itself, or torch.distributions for it: a check that fails for such data fails
     on every rank.
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    file = frames[-1].filename if frames else ""
-    return bool(frames) and (is_model(file) or file.startswith(_DISTRIBUTIONS)) and not file.startswith(_HERE)
+    file, _ = _raised(error)
+    return bool(file) and (is_model(file) or file.startswith(_DISTRIBUTIONS)) and not file.startswith(_HERE)
 
 
 @contextmanager
