@@ -125,7 +125,7 @@ def _without_gradients(model: nn.Module, example: Example, precision: Precision,
         _keep(result, f"{example.name} without gradients", seen)
         more = example.decode(result) if example.decode is not None else None
         if more is not None:
-            _keep(model(**_cast_new(more, precision)), f"{example.name}+decode", seen)
+            _keep(example.call(model, _cast_new(more, precision)), f"{example.name}+decode", seen)
 
 
 def _cast_new(inputs: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
