@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -53,7 +53,7 @@ class Verdict:
     """`unknown`: why nothing was compared, "" where something was.
 
     `module`: path of the first module that differs, None where all are equal; `reason`: what differs there; `backward`: in gradients only.
-    `left`: how many of the calls were not run, as they take long.
+    `left`: how many of the calls were not run: they take long, or the model itself does not take them.
     """
 
     unknown: str = ""
@@ -95,7 +95,7 @@ def judge(model: nn.Module, examples: Sequence[Example], plan: Plan) -> Verdict:
 class _Subject:
     """The model on one device: `make` copies it, `wanted` is the record of a run, in the order in which modules ended.
 
-    `left`: how many calls are not among `examples`, as they take long.
+    `left`: how many calls are not among `examples`.
     """
 
     make: Callable[[], nn.Module]
@@ -108,13 +108,13 @@ class _Subject:
 
 def _subject(model: nn.Module, examples: tuple[Example, ...], tp: int) -> _Subject:
     problem: Exception | None = None
-    for precision in (DOUBLE, SINGLE):
+    for precision, calls in _attempts(model, examples):
         make = partial(copy_of, model, precision)
         original = make()
         started = time.thread_time()
         try:
             with watched(original) as order:
-                wanted = run(original, examples, precision, ENOUGH)
+                wanted = run(original, calls, precision, ENOUGH)
         except Exception as error:  # the model may refuse in any way
             problem = problem or error
             continue
@@ -134,6 +134,14 @@ def _subject(model: nn.Module, examples: tuple[Example, ...], tp: int) -> _Subje
     raise CannotRun(
         f"the model itself does not run on the example inputs ({type(problem).__name__}: {' '.join(str(problem).split())[:200]})"
     )
+
+
+def _attempts(model: nn.Module, examples: tuple[Example, ...]) -> Iterator[tuple[Precision, tuple[Example, ...]]]:
+    """Yields ways to run a model. The last is without the calls that it takes with unknown data, but not with the data that was made up."""
+    yield DOUBLE, examples
+    yield SINGLE, examples
+    if taken := tuple(e for e in examples if len(examples) > 1 and _runs(copy_of(model, DOUBLE), e, DOUBLE)):
+        yield DOUBLE, taken
 
 
 def _runs(model: nn.Module, example: Example, precision: Precision) -> bool:

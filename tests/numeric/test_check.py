@@ -270,3 +270,12 @@ def test_calls_that_take_long_are_left_out_but_for_one_in_training() -> None:
     calls = tuple(Example(n, lambda: {"input": torch.ones(1, 4)}, training="training" in n, method="inner") for n in names)
     assert [e.name for e in run(Apart().double(), calls, DOUBLE, 0.0).calls] == ["a", "c training"]
     assert run(Apart().double(), calls, DOUBLE).calls == calls
+
+
+def test_a_call_that_the_model_itself_turns_down_is_left_out(made) -> None:
+    model, examples = made
+    plan = autotp.plan(model, tp=2, example_inputs=examples[0].inputs, check="graph")
+    wrong = Example("of another width", lambda: {"x": torch.ones(2, 5, 3)})
+    verdict = judge(model, (wrong, *examples), plan)
+    assert not verdict.unknown and verdict.module is None and verdict.left == 1
+    assert "does not run on the example inputs" in judge(model, (wrong,), plan).unknown
