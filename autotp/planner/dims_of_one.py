@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from autotp.axes.operators.products import letters
-from autotp.axes.operators.table import Is, arg, is_a
+from autotp.axes.operators.table import Is, arg, dim_of, is_a
 from autotp.planner.partition import Atoms
 from autotp.trace.graph import Node, Value
 
@@ -58,6 +58,20 @@ def _order(node: Node, v: Value, out: Value) -> list[int | None] | None:
     if more < 0 and len(gone) == -more and all(isinstance(d, int) for d in gone):  # a sum, a mean, one of several rows
         return [d for d in order if d not in [g % rank - rank for g in gone]]
     return None
+
+
+def new_dims(node: Node, out: Value) -> tuple[int, ...]:
+    """Returns the dims of a node's result, counted from the last, that it makes of size 1 whatever its argument is."""
+    return (node.args[1] % len(out.shape) - len(out.shape),) if node.opname in ("unsqueeze", "unsqueeze_") else ()
+
+
+def summed_dims(node: Node) -> set[int]:
+    """Returns the dims that a node sums over, or takes a statistic of, and keeps as dims of size 1."""
+    gone = arg(node, 1, "dim")
+    gone = [gone] if isinstance(gone, int) else gone if isinstance(gone, (list, tuple)) else []
+    first = next(node.inputs(), None)
+    kept = first is not None and any(a is True for a in (*node.args[2:], node.kwargs.get("keepdim")))
+    return {dim_of(d, first) for d in gone if isinstance(d, int)} if kept and first is not None else set()
 
 
 def _ahead(leaves: Leaves, value: Value, dim: int) -> Atoms:

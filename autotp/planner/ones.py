@@ -28,7 +28,7 @@ def find_ones(space: GraphIndex, labels: Labels) -> Ones:
     for node in reversed(space.graph.nodes):
         given = [v for v in space.inputs[node.index] if v.origin is Origin.INPUT or v.id in space.activations]
         for v in given:
-            dims = set(_meets_a_cut(space, labels, node, v))
+            dims = set(meets_a_cut(space, labels, node, v))
             for out in node.outputs:
                 for d in asked.get(out.id, ()):
                     dims.update(ones_before(space.leaves, node, v, out, d))
@@ -43,7 +43,7 @@ def find_ones(space: GraphIndex, labels: Labels) -> Ones:
     return tuple((path, dims) for path, dims in kept.items() if dims)
 
 
-def _meets_a_cut(space: GraphIndex, labels: Labels, node: Node, v: Value) -> Iterator[int]:
+def meets_a_cut(space: GraphIndex, labels: Labels, node: Node, v: Value) -> Iterator[int]:
     """Yields the dims of size 1 of an argument of a node that are broadcast against a dim that is cut."""
     if node.opname == "einsum":
         terms, _ = letters(node)

@@ -18,7 +18,7 @@ from math import prod
 from autotp.axes.analysis import Axes
 from autotp.axes.atoms import Atom, flat, leaf_atoms
 from autotp.axes.operators.table import Is, arg, dim_of, is_a
-from autotp.planner.dims_of_one import Leaves, ones_before
+from autotp.planner.dims_of_one import Leaves, ones_before, summed_dims
 from autotp.planner.partition import Atoms
 from autotp.planner.varying import given_axes, positions, unsettled
 from autotp.trace.graph import Node, Origin, Pseudo, Value
@@ -84,7 +84,7 @@ class _Forms:
         brought = [v for v in node.inputs() if v.id in self.known]
         if not brought or (is_a(node, Is.CUTS) and node.op is not Pseudo.REPEAT):
             return
-        summed = _summed(node) if node.op is not Pseudo.REPEAT else ()
+        summed = summed_dims(node) if node.op is not Pseudo.REPEAT else ()
         for out in node.outputs:
             rank = len(out.shape)
             form = list(self.of(out.id))
@@ -255,15 +255,6 @@ def _other(lengths: Sequence[Factor]) -> Iterator[Sizes]:
         yield from ({factor: longer(factor, n)} for n in TIMES)
     if len(lengths) > 1:
         yield {factor: longer(factor, APART[i % len(APART)]) for i, factor in enumerate(lengths)}
-
-
-def _summed(node: Node) -> set[int]:
-    """Returns the dims that a node sums over, or takes a statistic of, and keeps as dims of size 1."""
-    gone = arg(node, 1, "dim")
-    gone = [gone] if isinstance(gone, int) else gone if isinstance(gone, (list, tuple)) else []
-    first = next(node.inputs(), None)
-    kept = first is not None and arg(node, 2, "keepdim") is True
-    return {dim_of(d, first) for d in gone if isinstance(d, int)} if kept and first is not None else set()
 
 
 def _groups(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> Iterator[tuple[range, range]]:
