@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from autotp.axes.operators.table import Is, arg, dim_of, is_a
 from autotp.plan.spec import Site
-from autotp.planner.dims_of_one import new_dims, ones_before, summed_dims
+from autotp.planner.dims_of_one import is_known, new_dims, ones_before, summed_dims
 from autotp.planner.ones import meets_a_cut
 from autotp.planner.placements import GraphIndex, Labels
 from autotp.planner.refusals import Refusal
@@ -81,20 +81,19 @@ class _Sure:
     def __init__(self, space: GraphIndex) -> None:
         self.space = space
         self.values = {v.id: v for n in space.graph.nodes for v in (*n.inputs(), *n.outputs)}
-        self.known: dict[tuple[int, int], bool] = {}
+        self.known: dict[tuple[int, int, bool], bool] = {}
 
-    def of(self, v: Value, dim: int) -> bool:
-        """True for a dim, counted from the last, that stays of size 1."""
-        key = (v.id, dim)
+    def of(self, v: Value, dim: int, given: bool = True) -> bool:
+        """True for a dim, counted from the last, that stays of size 1. `given`: those of arguments do, where tensors are made of them."""
+        key = (v.id, dim, given)
         if key not in self.known:
-            self.known[key] = True  # what depends on itself is as sure as the rest of it
-            self.known[key] = self._of(v, dim)
+            self.known[key] = self._of(v, dim, given)
         return self.known[key]
 
-    def _of(self, v: Value, dim: int) -> bool:
+    def _of(self, v: Value, dim: int, given: bool) -> bool:
         node = self.space.made.get(v.id)
         if node is None:
-            return v.origin is not Origin.CONST or not self.space.graph.read
+            return (v.origin is not Origin.CONST or not self.space.graph.read) and (v.origin is not Origin.INPUT or given)
         at = dim + len(v.shape)
         if not isinstance(node.op, Pseudo):
             if dim in new_dims(node, v) or at in summed_dims(node):
@@ -109,10 +108,15 @@ class _Sure:
                 return any(True for e in node.ints for _ in leaves(e)) and all(map(self._fixed, node.ints))
             if is_a(node, Is.CONVOLUTION) or (node.opname in ("linear", "mm", "addmm") and dim == -1):
                 return True  # as many as a parameter has
+        if node.opname == "flatten":
+            first, last = (dim_of(arg(node, i, n, default), node.args[0]) for i, n, default in ((1, "start_dim", 0), (2, "end_dim", -1)))
+            rank = len(node.args[0].shape)
+            dims = range(first, last + 1) if at == first else [at if at < first else at + last - first]
+            return all(self.of(node.args[0], d - rank, given) for d in dims)
         before = [(u, d) for u in node.inputs() for d in ones_before(self.space.leaves, node, u, v, dim)]
-        if node.opname == "cat":
-            return any(self.of(u, d) for u, d in before)
-        return bool(before) and all(self.of(u, d) for u, d in before)
+        if not before or not all(is_known(node, u, v) for u, _ in before):
+            return False
+        return (any if node.opname == "cat" else all)(self.of(u, d, given) for u, d in before)
 
     def _said(self, node: Node, at: int) -> bool | None:
         """True where a number that the code gives says so, None where none does."""
@@ -137,7 +141,7 @@ class _Sure:
         v = self.values.get(leaf.value_id)
         if v is None or leaf.dim < 0:
             return False
-        return self.space.is_parameter(v.id) or (v.shape[leaf.dim] == 1 and self.of(v, leaf.dim - len(v.shape)))
+        return self.space.is_parameter(v.id) or (v.shape[leaf.dim] == 1 and self.of(v, leaf.dim - len(v.shape), given=False))
 
     def _cut(self, node: Node, v: Value, dim: int) -> bool | None:
         """True where a number says that one is taken; None for the dims that are not cut."""

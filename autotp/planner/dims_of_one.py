@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from autotp.axes.analysis import is_pointwise
 from autotp.axes.operators.products import letters
 from autotp.axes.operators.table import Is, arg, dim_of, is_a
 from autotp.planner.partition import Atoms
-from autotp.trace.graph import Node, Value
+from autotp.trace.graph import Node, Pseudo, Value
 
 #: Value → the leaf axes of each of its dims.
 Leaves = Mapping[int, tuple[Atoms, ...]]
 _RESHAPING = frozenset(("view", "_unsafe_view", "reshape"))
+_SPREADS = Is.MATRIX_PRODUCT | Is.MAKES_SCORES | Is.ATTENTION
+_BROADCASTS = frozenset(("expand", "expand_as", "broadcast_to", "broadcast_tensors", "masked_fill", "where"))
 _OF_MATRICES = ("t", "mT", "mH", "adjoint", "matrix_H")
 
 
@@ -38,6 +41,14 @@ def ones_before(leaves: Leaves, node: Node, v: Value, out: Value, dim: int) -> I
         yield from here if len(here) != len(there) else (d for d, o in zip(here, there, strict=True) if o == dim)
 
 
+def is_known(node: Node, v: Value, out: Value) -> bool:
+    """True where it is known what a node does with the dims of an argument, which `ones_before` may guess."""
+    if node.opname == "einsum" or _order(node, v, out) is not None or isinstance(node.op, Pseudo):
+        return True
+    spreads = is_pointwise(node.op) or is_a(node, _SPREADS) or node.opname in _BROADCASTS
+    return node.opname not in _RESHAPING and (len(v.shape) == len(out.shape) or (spreads and stretched(node, v, out)))
+
+
 def _order(node: Node, v: Value, out: Value) -> list[int | None] | None:
     """Returns which dim of its argument each dim of a node's result is, counted from the last, None for a new one. None for other nodes."""
     rank, more = len(v.shape), len(out.shape) - len(v.shape)
@@ -53,7 +64,7 @@ def _order(node: Node, v: Value, out: Value) -> list[int | None] | None:
     if node.opname in ("unsqueeze", "stack"):
         order.insert(arg(node, 1, "dim", 0) % len(out.shape), None)
         return order
-    gone = arg(node, 1, "dim", 0 if node.opname == "unbind" else None)
+    gone = arg(node, 1, "dim", 0 if node.opname == "unbind" else None) if node.opname != "flatten" else None
     gone = [gone] if isinstance(gone, int) else gone if isinstance(gone, (list, tuple)) else []
     if more < 0 and len(gone) == -more and all(isinstance(d, int) for d in gone):  # a sum, a mean, one of several rows
         return [d for d in order if d not in [g % rank - rank for g in gone]]
