@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from autotp.axes.operators.table import Is, arg, dim_of, is_a
 from autotp.plan.spec import Site
-from autotp.planner.dims_of_one import is_known, new_dims, ones_before, summed_dims
+from autotp.planner.dims_of_one import is_known, new_dims, ones_before, ones_of, summed_dims
 from autotp.planner.ones import meets_a_cut
 from autotp.planner.placements import GraphIndex, Labels
 from autotp.planner.refusals import Refusal
@@ -50,13 +50,14 @@ def with_checks(space: GraphIndex, labels: Labels, sites: Mapping[str, list[Site
 
 def _found(space: GraphIndex, labels: Labels) -> Met:
     """Returns what each place has to check; a tensor that is longer there in another traced call is not checked."""
-    sure = _Sure(space)
+    sure: _Sure | None = None
     found: Met = {}
     for node, inputs in zip(space.graph.nodes, space.inputs, strict=True):
         for v in inputs:
             if v.origin in (Origin.PARAM, Origin.BUFFER, Origin.INPUT) or 1 not in v.shape:
                 continue
             for dim in meets_a_cut(space, labels, node, v):
+                sure = sure or _Sure(space)
                 if sure.of(v, dim):
                     continue
                 at = [i for i, key in enumerate(node.tensors) if key == v.id]
@@ -82,6 +83,11 @@ class _Sure:
         self.space = space
         self.values = {v.id: v for n in space.graph.nodes for v in (*n.inputs(), *n.outputs)}
         self.known: dict[tuple[int, int, bool], bool] = {}
+        for node in space.graph.nodes:  # in order: what is asked of a value asks what it is made of
+            for out in node.outputs:
+                for dim in ones_of(out):
+                    for given in (True, False):
+                        self.of(out, dim, given)
 
     def of(self, v: Value, dim: int, given: bool = True) -> bool:
         """True for a dim, counted from the last, that stays of size 1. `given`: those of arguments do, where tensors are made of them."""
