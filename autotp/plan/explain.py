@@ -124,6 +124,7 @@ def _explain_module(m: ModulePlan) -> list[str]:
     for s in m.sites:
         what = [f"int {a} → {b}" for _, a, b in s.ints] + [f"int {a} × n → {b} × n" for _, a, b in s.multiples]
         what += [s.kernel.value] if s.kernel else []
+        what += [f"dim {dim} of tensor {at} stays 1" for at, dim in s.ones]
         what += [c.op.value for _, cs in (*s.inputs, *s.outputs) for c in cs]
         out.append(f"  call in {s.function} ({s.file.rsplit('/', 1)[-1]}): {', '.join(what)}")
     return out

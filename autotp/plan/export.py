@@ -85,7 +85,7 @@ class _Exporter:
                 self.problems.append(f"{m.path}: the attribute {a.path} becomes local ({a.value} → {a.local})")
             if m.pairs is not None:
                 self.problems.append(f"{m.path}: its experts are dealt whole (experts='whole'): no style")
-            for s in m.sites:
+            for s in m.changed:
                 if s.kernel is not DistributedForm.LOOKUP:
                     self.problems.append(f"{m.path}: a call in {s.function} is changed")
             if m.path not in self.params or not any(layout.dim is not None for layout in self.params[m.path].values()):
@@ -150,7 +150,7 @@ class _Exporter:
         entering = {c.op for slot in module.inputs for c in slot.conversions}
         leaving = [[c.op for c in slot.conversions] for slot in module.outputs]
         tied = any(name.rpartition(".")[0] == path for pair in self.plan.aliases.items() for name in pair)
-        return entering == {Op.COPY} and leaving == [[Op.GATHER]] and not (module.sites or module.attributes or tied)
+        return entering == {Op.COPY} and leaving == [[Op.GATHER]] and not (module.changed or module.attributes or tied)
 
     def _word(self, module: ModulePlan) -> str:
         result = [c for s in module.outputs if not s.path for c in s.conversions]

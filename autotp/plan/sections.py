@@ -68,7 +68,7 @@ def sections(plan: PlanSpec, width: int = 116) -> Iterator[Section]:
         (f"in {path or '<root>'}: {held} (held), {last}{times(n)}" for path, (held, last), n in _fold(joint)),
     )
     yield from _listed("attributes made local:", (f"{name}: {a} → {b}{times(n)}" for name, (a, b), n in _fold(plan.attributes.items())))
-    if sites := sum(len(m.sites) for m in plan.modules):
+    if sites := sum(len(m.changed) for m in plan.modules):
         yield Section(f"{sites} operator calls run in a distributed form (see `autotp explain`)")
     last = [*(f"checked: {text}" for text in (plan.checked,) if text), *("note: " + n for n in plan.notes)]
     if last:

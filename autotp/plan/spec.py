@@ -89,6 +89,8 @@ class Site:
     statistic crosses. It is needed where that dim has padding or shared indices; where it is None, every local entry counts.
     `over_dim`: which dim of the kernel's input that is, counted from the right (negative). `sizes`: (position among the tensors, dim
     from the right, local size) that the call has where a number in the code is changed; a run raises an error where one is another.
+    `ones`: (position among the tensors, dim from the right) of dims of size 1 that meet a dim that is cut, and that the code counts; a
+    run raises an error where one is longer.
     """
 
     file: str
@@ -103,6 +105,12 @@ class Site:
     over_dim: int = -1
     sizes: tuple[tuple[int, int, int], ...] = ()
     multiples: tuple[tuple[int, int, int], ...] = ()
+    ones: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def checks(self) -> bool:
+        """True where the call is checked and nothing of it is changed."""
+        return bool(self.ones) and not (self.ints or self.inputs or self.outputs or self.kernel or self.sizes or self.multiples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +155,11 @@ class ModulePlan:
     stashed: tuple[str, ...] = ()
     pairs: Pairs | None = None
     unread: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> tuple[Site, ...]:
+        """Returns the calls that are changed, without those that are only checked."""
+        return tuple(s for s in self.sites if not s.checks)
 
 
 class Shown(Enum):

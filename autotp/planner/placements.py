@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autotp.axes.analysis import Axes
+from autotp.axes.analysis import Axes, Blocked
 from autotp.axes.atoms import Atom, leaf_atoms
 from autotp.axes.operators.table import Is, is_a
 from autotp.plan.spec import DistributedForm
@@ -22,6 +22,7 @@ from autotp.planner.faults import Faults
 from autotp.planner.flows import differentiable, made_of_arguments
 from autotp.planner.partition import Atoms, Partitions
 from autotp.planner.refusals import Conflict
+from autotp.planner.regrouped import regrouped
 from autotp.planner.varying import varying
 from autotp.trace.graph import Node, Pseudo, Value
 
@@ -112,7 +113,15 @@ class GraphIndex:
             if node.op is Pseudo.EXIT and node.slot is not None:
                 self.exits.setdefault((Pseudo.EXIT, *node.slot), []).append(node.index)
         self.varying = varying(axes)
+        self._mixed()
         self._meeting: dict[Atom, list[Node]] | None = None
+
+    def _mixed(self) -> None:
+        """Blocks the axes that views put together with lengths otherwise in other calls."""
+        for index, atoms in regrouped(self.axes, self.leaves, self.of_parameters, self.activations).items():
+            node = self.graph.nodes[index]
+            reason = f"{node.opname} would put it together with a length: for other lengths than the traced ones it takes other elements"
+            self.blocked[index].append((Blocked(node.args[0].id, tuple(atoms), reason), atoms))
 
     def meeting(self, atom: Atom) -> list[Node]:
         """Returns the nodes that have `atom` in a dim of an argument or a result, in order."""

@@ -15,6 +15,7 @@ from autotp.plan.layout import is_padded, shared
 from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Slot, Use, Written
 from autotp.planner.call_specs import CallSpec, sites_of
 from autotp.planner.choice import Choice
+from autotp.planner.counted import with_checks
 from autotp.planner.demands import is_length
 from autotp.planner.in_place import statistics, wrongly_changed
 from autotp.planner.joint_reductions import Joint, conversions_of, members
@@ -356,7 +357,7 @@ class Builder:
             plans[module] = replace(at(module), uses=(*at(module).uses, use))
         for module, attributes in self.local.attributes.items():
             plans[module] = replace(at(module), attributes=attributes)
-        for module, sites in sites_of(self.space, self.calls).items():
+        for module, sites in with_checks(self.space, self.labels, sites_of(self.space, self.calls)).items():
             plans[module] = replace(at(module), sites=tuple(sites))
         for module, groups in members(self.joints).items():
             plans[module] = replace(at(module), joint=groups)

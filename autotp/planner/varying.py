@@ -44,9 +44,8 @@ class _Asked:
 
 def varying(axes: Axes) -> Mapping[Atom, Node]:
     """Returns axes of parameters that the code sizes by a length, each with the node that does so."""
-    params: list[Sequence[Atom]] = [d for v in {v.id: v for v in axes.graph.params.values()}.values() for d in axes.dims.get(v.id, ())]
-    asked, given = list(_asked(axes)), _given(axes)
-    unsettled = given - _settled(axes, params, asked, given)
+    params, asked, given = _dims_of_parameters(axes), list(_asked(axes)), given_axes(axes)
+    free = given - _settled(axes, params, asked, given)
     dims_of: dict[Atom, list[Sequence[Atom]]] = {}
     for dim in params:
         for atom in leaf_atoms(dim):
@@ -59,7 +58,7 @@ def varying(axes: Axes) -> Mapping[Atom, Node]:
         own = [a for a in (each.axes if cut is None else frozenset(leaf_atoms(cut))) if a in dims_of]
         if not own:
             continue
-        lengths = (each.sizes | each.axes if each.plain else each.sizes) & unsettled
+        lengths = (each.sizes | each.axes if each.plain else each.sizes) & free
         unknown = is_a(each.node, Is.CUTS) and _is_unknown(axes, each, given, names, ones)
         if not lengths and not unknown:
             continue
@@ -69,6 +68,15 @@ def varying(axes: Axes) -> Mapping[Atom, Node]:
             if wrong or _size(dim, lengths, 1) != _size(dim, lengths, 0):
                 found.update((a, each.node) for a in leaf_atoms(dim) if a not in found)
     return found
+
+
+def unsettled(axes: Axes, given: Atoms) -> Atoms:
+    """Returns those of the axes that arguments bring whose size neither parameters nor numbers say."""
+    return given - _settled(axes, _dims_of_parameters(axes), list(_asked(axes)), given)
+
+
+def _dims_of_parameters(axes: Axes) -> list[Sequence[Atom]]:
+    return [d for v in {v.id: v for v in axes.graph.params.values()}.values() for d in axes.dims.get(v.id, ())]
 
 
 def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
@@ -144,7 +152,7 @@ def _is_unknown(axes: Axes, each: _Asked, given: Atoms, params: set[int], ones: 
     return False
 
 
-def _given(axes: Axes) -> Atoms:
+def given_axes(axes: Axes) -> Atoms:
     """Returns the axes that arguments of the model bring, and those that operators make of them first (the patches of an image)."""
     found: set[Atom] = set()
     met: set[Atom] = set()

@@ -236,7 +236,7 @@ class _Writer:
         slots = [c.expr for s in (*m.inputs, *m.outputs) for c in s.conversions if c.expr is not None]
         unusual = any(not self._usual(e) for e in slots)
         other_uses = any(u.held or u.owner != m.path or any(c.op is not Op.ONCE for c in u.conversions) for u in m.uses)
-        sites = any(s.kernel is not DistributedForm.LOOKUP or s.inputs or s.ints or s.multiples for s in m.sites)
+        sites = any(s.kernel is not DistributedForm.LOOKUP or s.inputs or s.ints or s.multiples for s in m.changed)
         return other_uses or sites or unusual
 
     def _arguments(self) -> Iterator[Boundary]:

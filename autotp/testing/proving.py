@@ -71,7 +71,7 @@ def features(plan: Plan) -> Iterator[str]:
         "fused": any(isinstance(e, Concat) for x in layouts for e in x.dims),
         "joint sum": any(m.joint for m in plan.modules),
         "local attribute": any(m.attributes for m in plan.modules),
-        "distributed call": any(m.sites for m in plan.modules),
+        "distributed call": any(m.changed for m in plan.modules),
         "nothing replicated": not plan.replicated_products,
     }
     yield from (name for name, there in found.items() if there)

@@ -121,6 +121,8 @@ class SiteMode(TorchFunctionMode):
         return self.held.get(id(now(leaf)), leaf) if isinstance(leaf, Tensor) else leaf
 
     def _intervene(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if site.ones:
+            self._ones(site, args, kwargs)
         if site.sizes:
             self._expect(site, args, kwargs)
         if site.ints or site.multiples:
@@ -153,8 +155,7 @@ class SiteMode(TorchFunctionMode):
             ) from error
 
     def _expect(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        found: list[Tensor] = []
-        map_call(args, kwargs, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None)
+        found = _tensors(args, kwargs)
         for at, dim, local in site.sizes:
             shape = found[at].shape if at < len(found) else ()
             if -dim > len(shape) or shape[dim] != local:
@@ -162,6 +163,17 @@ class SiteMode(TorchFunctionMode):
                     f"{self.table.where}: the call in {site.function} ({site.file}, function at line {site.line}) has a number in "
                     f"the code that was changed for a tensor with {local} in dim {dim}, and got one of shape {tuple(shape)}: no traced "
                     "call took this path. Pass example_inputs that do, or hold the number in an attribute"
+                )
+
+    def _ones(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        found = _tensors(args, kwargs)
+        for at, dim in site.ones:
+            shape = found[at].shape if at < len(found) else ()
+            if -dim <= len(shape) and shape[dim] != 1:
+                raise PlanError(
+                    f"{self.table.where}: the call in {site.function} ({site.file}, function at line {site.line}) got a tensor of shape "
+                    f"{tuple(shape)}; in the calls that were traced its dim {dim} had size 1, and stood for what each rank holds of a dim "
+                    "that is cut. Pass example_inputs of such a call to parallelize as well (a list of several calls)"
                 )
 
     def _localise(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -193,6 +205,12 @@ class SiteMode(TorchFunctionMode):
                 f"{count + 1} int arguments; the plan wants to change number {sorted(wanted)}"
             )
         return changed
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_call(args, kwargs, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None)
+    return found
 
 
 class _Nth:
