@@ -16,6 +16,7 @@ from typing import Any
 
 from autotp.plan.conversions import CollectiveKind, Conversion, When
 from autotp.plan.expressions import Expr
+from autotp.plan.items import Items
 from autotp.plan.layout import Layout
 
 
@@ -40,8 +41,8 @@ class Slot:
     """The conversions, in order, of one tensor at a module boundary.
 
     For an argument, `path` starts with the parameter name of `forward`; keys or indices into it follow. For a result, it has the
-    keys or indices into the returned structure, and is () for a bare tensor. "*" stands for every item of a list. The rewrite skips
-    a path that is absent in a call.
+    keys or indices into the returned structure, and is () for a bare tensor. A step may stand for all items of a list, or all keys that
+    count (`autotp.plan.items`). The rewrite skips a path that is absent in a call.
     """
 
     path: tuple[str | int, ...]
@@ -133,7 +134,7 @@ class ModulePlan:
     (`autotp.planner.joint_reductions`). `uncalled`: no traced call runs the module, and its parameters are sharded for others; a
     call of it is an error. `stashed`: attributes in which its forward leaves a part or a summand of a value, for the model's own
     code to read. `pairs`: it is called with the pairs of this rank's experts alone. `unread`: its own parameters that no traced call
-    reads, where its code holds values that are not whole.
+    reads, where its code holds values that are not whole. `items`: the containers that a call may only have as a traced one had them.
     """
 
     path: str
@@ -147,6 +148,7 @@ class ModulePlan:
     stashed: tuple[str, ...] = ()
     pairs: Pairs | None = None
     unread: tuple[str, ...] = ()
+    items: tuple[Items, ...] = ()
 
 
 class Shown(Enum):

@@ -78,18 +78,12 @@ def find_copies(
         if key is None or not isinstance(value, Value):
             continue
         leaves = node.op is Pseudo.EXIT
-        if value.id not in copies and not (leaves and any(_is_of(key, slot) for slot in converted) and _goes_on(space, node)):
+        if value.id not in copies and not (leaves and key in converted and _goes_on(space, node)):
             continue
         copies.update(o.id for o in node.outputs)
         if leaves:
             found.setdefault(key[1], {})[key[2]] = None
     return dict(with_copies([(path, tuple(places)) for path, places in found.items()], repeats))
-
-
-def _is_of(key: SlotKey, slot: SlotKey) -> bool:
-    """True where a crossing is that of `slot`, whose path may have `*` for every item of a list."""
-    same = key[:2] == slot[:2] and len(key[2]) == len(slot[2])
-    return same and all(a == b or (b == "*" and isinstance(a, int)) for a, b in zip(key[2], slot[2], strict=True))
 
 
 def _goes_on(space: GraphIndex, leaving: Node) -> bool:
