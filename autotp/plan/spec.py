@@ -85,7 +85,8 @@ class Site:
 
     `ints`: (position among the call's int arguments in order, global value, local value). A run raises an error where an int is not
     the global value. `multiples`: the same for ints that are a multiple of the global value (batch × heads), and become that multiple of
-    the local one. `inputs`/`outputs`: (position among the call's tensor arguments/results, conversions). `kernel`: the
+    the local one. `inputs`/`outputs`: (position among the call's tensor arguments/results, conversions), at `EVERY` for all of a list.
+    `given`/`made`: how many of them the call had where their positions matter, () where any number is right. `kernel`: the
     operator's distributed form, which runs instead and defines the result. `over`: the layout of the sharded dim that the kernel's
     statistic crosses. It is needed where that dim has padding or shared indices; where it is None, every local entry counts.
     `over_dim`: which dim of the kernel's input that is, counted from the right (negative). `sizes`: (position among the tensors, dim
@@ -104,6 +105,12 @@ class Site:
     over_dim: int = -1
     sizes: tuple[tuple[int, int, int], ...] = ()
     multiples: tuple[tuple[int, int, int], ...] = ()
+    given: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
+
+
+#: In place of a position among the tensors of a call: all of them.
+EVERY = -1
 
 
 @dataclass(frozen=True, slots=True)

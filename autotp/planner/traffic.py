@@ -11,7 +11,7 @@ from autotp.axes.operators.table import Is, is_a
 from autotp.plan.conversions import CollectiveKind, Conversion, When
 from autotp.plan.cost import summed
 from autotp.plan.items import Path, is_at
-from autotp.plan.spec import ModulePlan, ParamPlan, Traffic
+from autotp.plan.spec import EVERY, ModulePlan, ParamPlan, Traffic
 from autotp.planner.placements import SlotKey
 from autotp.planner.repeats import block_of, traced
 from autotp.rewrite.operators.distributed import FORMS
@@ -120,7 +120,8 @@ def _met(
     wanted: Sequence[tuple[int, tuple[Conversion, ...]]], keys: Sequence[int], values: Mapping[int, Value]
 ) -> Iterator[tuple[Value, tuple[Conversion, ...]]]:
     """The values at the positions that a site converts; a value at several positions once."""
-    found = {keys[i]: conversions for i, conversions in wanted if i < len(keys) and keys[i] in values}
+    every = {i: conversions for at, conversions in wanted for i in (range(len(keys)) if at == EVERY else (at,))}
+    found = {keys[i]: conversions for i, conversions in every.items() if i < len(keys) and keys[i] in values}
     return ((values[key], conversions) for key, conversions in found.items())
 
 
