@@ -33,6 +33,11 @@ def is_at(path: Path, slot: Path) -> bool:
     return len(path) == len(slot) and all(fits(step, (other,)) for step, other in zip(path, slot, strict=True))
 
 
+def slot_of(path: Path, slots: Collection[Path]) -> Path | None:
+    """Returns the one of `slots` that a path is at, or is one of several at."""
+    return path if path in slots else next((slot for slot in slots if stands_for_several(slot) and is_at(path, slot)), None)
+
+
 def stands_for_several(path: Path) -> bool:
     """True for a path with a step for several items."""
     return any(isinstance(step, str) and "*" in step for step in path)

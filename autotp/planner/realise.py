@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from autotp.plan.conversions import Conversion, Op, in_order
 from autotp.plan.expressions import Expr, freed, is_sharded
+from autotp.plan.items import Path
 from autotp.plan.layout import is_padded, shared
 from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Slot, Use, Written
 from autotp.planner.call_specs import CallSpec, sites_of
@@ -23,7 +24,7 @@ from autotp.planner.keys import AtPlace, AtSlot, Key, Keys, slot_key
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
 from autotp.planner.partition import Atoms, local_size
-from autotp.planner.placements import NONE, GraphIndex
+from autotp.planner.placements import NONE, GraphIndex, SlotKey
 from autotp.planner.reductions import Moves
 from autotp.planner.refusals import Refusal
 from autotp.planner.repeats import lift_modules
@@ -54,6 +55,7 @@ class Builder:
             for v in dict.fromkeys(node.inputs()):
                 self.users.setdefault(v.id, []).append(node)
         self.made = space.made
+        self.merged: dict[SlotKey, Path] = {}  # slot → the path that stands for it and its like
 
     def run(self) -> tuple[ModulePlan, ...]:
         """Returns the module plans of the traced modules, then of their repeats."""
@@ -323,6 +325,7 @@ class Builder:
     def _modules(self) -> tuple[ModulePlan, ...]:
         plans: dict[str, ModulePlan] = {}
         at_boundaries = Boundaries(self.space, Signatures(self.space, self.labels, self.moves, self.namer, self.slots).of)
+        self.merged = at_boundaries.merged
 
         def at(path: str) -> ModulePlan:
             return plans.get(path) or ModulePlan(path)
@@ -336,7 +339,7 @@ class Builder:
             every = self.graph.members.get((path, where), (where,)) if kind is Pseudo.ENTER else (where,)
             have = plan.inputs if kind is Pseudo.ENTER else plan.outputs
             known = {s.path for s in have}
-            paths = dict.fromkeys(at_boundaries.merged.get((kind, path, p), p) for p in every)
+            paths = dict.fromkeys(self.merged.get((kind, path, p), p) for p in every)
             have += tuple(Slot(p, ordered) for p in paths if p not in known)
             plans[path] = replace(plan, inputs=have) if kind is Pseudo.ENTER else replace(plan, outputs=have)
         for (module, _, _), use in self.uses.items():
