@@ -48,12 +48,14 @@ class Items:
     """A container at a module's boundary, in the argument or, if `result`, the result at `path`, that holds values which are not all
     alike: a call may only have it as a traced one did.
 
-    known: the lengths that it had, each with the steps at which there were tensors; `DICT` for a dict.
+    known: the lengths that it had, each with the steps at which there were tensors; `DICT` for a dict. unnamed: it always had fields with
+    names, and tensors that are not whole were so deep in it, with so many dims. In a tuple nobody tells which of them is there.
     """
 
     result: bool
     path: Path
-    known: tuple[tuple[int, tuple[Step, ...]], ...]
+    known: tuple[tuple[int, tuple[Step, ...]], ...] = ()
+    unnamed: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
         return f"{'result' if self.result else 'argument'} {'.'.join(map(str, self.path))}".strip()

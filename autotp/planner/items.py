@@ -9,7 +9,7 @@ container of whole values that nothing converts may be of any length.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autotp.plan.conversions import Conversion, Op
 from autotp.plan.expressions import Expr, Factor
@@ -39,11 +39,16 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor at a boundary: its path in a call that was traced, and what of it is still to go."""
+    """A tensor at a boundary: its path in a call that was traced, and what of it is still to go. dims: how many it has."""
 
     path: Path
     rest: Path
     signature: Signature
+    dims: frozenset[int]
+
+    def below(self) -> Place:
+        """Returns it as the container at its next step has it."""
+        return replace(self, rest=self.rest[1:])
 
 
 class Signatures:
@@ -99,9 +104,9 @@ class Boundaries:
         for key, nodes in crossings.items():
             kind, module, where = key
             if values := [n for n in nodes if isinstance(n.args[0], Value)]:
-                found = signature(key, values)
+                found, dims = signature(key, values), frozenset(len(n.outputs[0].shape) for n in values)
                 for path in self._graph.members.get((module, where), (where,)) if kind is Pseudo.ENTER else (where,):
-                    places.setdefault((kind, module), []).append(Place(path, path, found))
+                    places.setdefault((kind, module), []).append(Place(path, path, found, dims))
         for (kind, module), every in places.items():
             if not all(p.signature.is_whole for p in every):
                 self._walk(kind, module, (), every)
@@ -118,12 +123,13 @@ class Boundaries:
             own = {p.rest[0]: None for p in group}
             if known and _alike(group) and (len(own) > 1 or self._may_grow(kind, module, path, group)):
                 steps.update(dict.fromkeys(own, like))
-                self._walk(kind, module, (*path, like), [Place(p.path, p.rest[1:], p.signature) for p in group])
+                self._walk(kind, module, (*path, like), [p.below() for p in group])
                 continue
             for step in own:
-                self._walk(kind, module, (*path, step), [Place(p.path, p.rest[1:], p.signature) for p in group if p.rest[0] == step])
-        if lengths := _lengths(known, steps):
-            self.items.setdefault(module, []).append(Items(kind is Pseudo.EXIT, path, lengths))
+                self._walk(kind, module, (*path, step), [p.below() for p in group if p.rest[0] == step])
+        lengths, unnamed = _lengths(known, steps), () if known or (kind is Pseudo.ENTER and not path) else _named(below)
+        if lengths or unnamed:
+            self.items.setdefault(module, []).append(Items(kind is Pseudo.EXIT, path, lengths, unnamed))
 
     def _may_grow(self, kind: Pseudo, module: str, path: Path, group: list[Place]) -> bool:
         """True where blocks that were not traced add items like the one that a hook of their template added (attentions)."""
@@ -146,6 +152,12 @@ def _alike(places: list[Place]) -> bool:
         if p.signature.kept or found.setdefault(p.rest[1:], p.signature) != p.signature:
             return False
     return not any(rest[:n] in found for rest in found for n in range(len(rest)))
+
+
+def _named(places: Iterable[Place]) -> tuple[tuple[int, int], ...]:
+    """Returns where tensors are in fields that have names, as `Items.unnamed`."""
+    found = [p for p in places if isinstance(p.rest[0], str) and not p.signature.is_whole]
+    return tuple(sorted({(len(p.rest), dims) for p in found for dims in p.dims}))
 
 
 def _lengths(known: Iterable[Container], steps: Mapping[Step, Step]) -> tuple[tuple[int, tuple[Step, ...]], ...]:

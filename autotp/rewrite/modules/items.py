@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from autotp.errors import PlanError
 from autotp.plan.items import DICT, Items, Path, Step, fits
 from autotp.rewrite.modules.binding import Binding
@@ -19,11 +21,11 @@ _WHY = (
 class Known:
     """What the container at `path` of an argument or a result may be like."""
 
-    __slots__ = ("known", "path", "where")
+    __slots__ = ("known", "path", "unnamed", "where")
 
     def __init__(self, items: Items, path: Path, where: str) -> None:
         self.known: Mapping[int, tuple[Step, ...]] = dict(items.known)
-        self.path = path
+        self.path, self.unnamed = path, items.unnamed
         name = ".".join(map(str, items.path))
         self.where = f"{where} returns{f', at {name},' if name else ''}" if items.result else f"{where} is called with {name} as"
 
@@ -44,6 +46,12 @@ class Known:
         length = length_of(value)
         if length is None:
             return
+        if self.unnamed:
+            for depth, dims in _tensors(value):
+                if (depth, dims) in self.unnamed:
+                    kind = _described(length, ())
+                    raise PlanError(f"{self.where} {kind}; in the calls that were traced it had fields with names. {_WHY}")
+            return
         steps = [step for step, item in items_of(value) if holds_tensors(item)]
         known = self.known.get(length, ())
         if any(not fits(step, known) for step in steps):
@@ -55,7 +63,14 @@ class Known:
 
 def _described(length: int, steps: Sequence[Step]) -> str:
     kind = "a dict" if length == DICT else f"a list or tuple of {length}"
-    return f"{kind} with tensors at {', '.join(map(repr, steps))}"
+    return f"{kind} with tensors at {', '.join(map(repr, steps))}" if steps else kind
+
+
+def _tensors(value: Any, depth: int = 0) -> list[tuple[int, int]]:
+    """Returns how deep in a container each tensor is, and how many dims it has."""
+    if isinstance(value, Tensor):
+        return [(depth, value.dim())]
+    return [found for _, item in items_of(value) for found in _tensors(item, depth + 1)]
 
 
 class ArgumentItems:

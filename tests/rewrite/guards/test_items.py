@@ -140,6 +140,7 @@ UNLIKE: dict[str, Callable[[], nn.Module]] = {
     "one more behind": inside(lambda s, x: (*[s.summand(c) for c in pairs(x)], x * 2)),
     "one more behind in the root": root(lambda s, x: (*s.part(x).unbind(1), s.summand(x))),
     "a key that counts": root(lambda s, x: {f"of{x.shape[1]}": s.part(x), "y": s.summand(x)}),
+    "a tuple for named fields": root(lambda s, x: (Fields if x.shape[1] == 4 else lambda *of: of)([s.part(x)], s.summand(x))),
     "a list behind one": root(lambda s, x: {"y": [s.part(x), *x.unbind(1)], "z": s.summand(x)}),
     "a call on two kinds": root(lambda s, x: s.down(torch.cat([*[s.part(c) for c in pairs(x)], x.new_ones(2, 1, INNER)], 1))),
 }
