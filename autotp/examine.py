@@ -109,18 +109,21 @@ class _ByNumbers:
         self.model = model
         self.accused: list[Accused] = []
         self.run = False  # whether the last plan was
+        self.all = False  # whether all calls of it were
 
     def __call__(self, plan: Plan, examples: tuple[Example, ...]) -> Examined:
         """See `Examine`."""
         verdict = judge(self.model, examples, plan)
         self.run = not verdict.unknown
+        self.all = self.run and not verdict.left
         if verdict.unknown:
             return Examined(f"graph only: {verdict.unknown}")
+        text = NUMBERS + (f" ({len(examples) - verdict.left} of {len(examples)} calls)" if verdict.left else "")
         if verdict.module is None:
-            return Examined(NUMBERS, run=True)
+            return Examined(text, run=self.all)
         more = len(self.accused) < MOST_WRONG_PLANS
         self.accused.append(Accused(verdict.module if more else None, verdict.reason, verdict.backward))
-        return Examined(NUMBERS, (self.accused[-1],), run=True)
+        return Examined(text, (self.accused[-1],), run=self.all)
 
 
 class _ByTwin:
@@ -129,7 +132,7 @@ class _ByTwin:
     def __init__(self, model: nn.Module, twin: nn.Module, tp: int, apart: frozenset[str]) -> None:
         self.model, self.twin, self.tp, self.apart = model, twin, tp, apart
         self.planned: Plan | None = None
-        self.run = False  # whether the plan of the twin was
+        self.run = self.all = False  # whether the plan of the twin was, and all its calls
 
     def __call__(self, plan: Plan, examples: tuple[Example, ...]) -> Examined:
         """See `Examine`."""
@@ -140,12 +143,13 @@ class _ByTwin:
                 self.planned = make_plan(self.twin, self.tp, examine=examine, replayed=False, apart=self.apart)
             except AutoTPError as error:
                 return Examined(f"graph only: the model is too large to be run, and a smaller twin cannot be planned ({error})")
-            here, self.run = _same_places(self.model), examine.run
+            here, self.run, self.all = _same_places(self.model), examine.run, examine.all
             for a in examine.accused:
                 accused += [replace(a, module=path) for path in ([None] if a.module is None else here(a.module))]
         if not self.run:
             return Examined(f"{self.planned.checked} (a smaller twin)")
-        return Examined(TWIN + _but_for(plan, self.planned), tuple(accused), run=True)
+        text = TWIN + self.planned.checked.removeprefix(NUMBERS)
+        return Examined(text + _but_for(plan, self.planned), tuple(accused), run=self.all)
 
 
 def _but_for(plan: Plan, twin: Plan) -> str:

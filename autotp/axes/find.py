@@ -37,7 +37,9 @@ def rule_of(node: Node) -> Rule:
     ):
         return _empty
     found = entry(node)
-    return found.rule if found is not None else pointwise if is_pointwise(node.op) else _unknown
+    if found is not None:
+        return found.rule
+    return pointwise if is_pointwise(node.op) and node.outputs else _unknown  # torch calls `equal` pointwise: one answer for all elements
 
 
 def _empty(context: Context, node: Node) -> None:

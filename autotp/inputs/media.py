@@ -47,7 +47,7 @@ class Medium:
 IMAGES = Medium(
     "images",
     ("pixel_values",),
-    ("image_grid_thw", "image_sizes", "spatial_shapes", "pixel_attention_mask", "merge_sizes", "target_sizes"),
+    ("image_grid_thw", "image_sizes", "spatial_shapes", "pixel_attention_mask", "merge_sizes", "image_merge_sizes", "target_sizes"),
     "get_image_features",
     ("vision_start_token_id", "image_start_token_id", "boi_token_id", "image_begin_token_id"),
     ("vision_end_token_id", "image_end_token_id", "eoi_token_id"),

@@ -149,8 +149,8 @@ def _base(facts: Facts) -> list[str]:
 def _companions(facts: Facts, names: list[str]) -> Iterator[str]:
     """Keywords with a default of None without which one of `names` cannot be read."""
     wanted = {
-        "pixel_values": ("image_grid_thw", "grid_thw", "spatial_shapes", "merge_sizes", "target_sizes"),
-        "pixel_values_videos": ("video_grid_thw",),
+        "pixel_values": ("image_grid_thw", "grid_thw", "spatial_shapes", "merge_sizes", "image_merge_sizes", "target_sizes"),
+        "pixel_values_videos": ("video_grid_thw", "video_merge_sizes"),
         "past_values": ("past_time_features", "past_observed_mask", "future_values", "future_time_features"),
         "input_ids": ("bbox",),
     }

@@ -56,10 +56,29 @@ class Limits:
     seconds: float
 
 
+@dataclass(slots=True)
+class Stops:
+    """What stopped the calls of searches that found none: another search that comes to the same place does not go on from there."""
+
+    known: set[object] = field(default_factory=set)
+
+    def have(self, error: TraceError) -> bool:
+        """Whether calls of a search that found none stopped so."""
+        return _stop(error) in self.known
+
+
 def search(
-    model: nn.Module, error: TraceError, run: Run, start: Guess | None = None, name: str = "", limits: Limits | None = None
+    model: nn.Module,
+    error: TraceError,
+    run: Run,
+    start: Guess | None = None,
+    name: str = "",
+    limits: Limits | None = None,
+    stops: Stops | None = None,
 ) -> Guess:
     """The guess of a call that `run` runs to its end; `error` stopped that of `start`. `name`: of an example; the plain one if "".
+
+    `stops` of searches before; what stops this one is added where it finds none.
 
     Raises:
         TraceError: none was found; says how far the best call came, what it was made of and which keyword is to be given.
@@ -70,6 +89,8 @@ def search(
     tried = 0
     start = Guess() if start is None else start
     limits = Limits(MOST_TRIES, MOST_SECONDS) if limits is None else limits
+    stops = Stops() if stops is None else stops
+    met = {_stop(error)}
 
     def stopped(guess: Guess, failure: TraceError, inputs: Mapping[str, object]) -> None:
         given = len(guess.more) - ("use_cache" in guess.more)  # an argument that code missed brings it on, even to the same operator
@@ -101,8 +122,11 @@ def search(
         failure = run(replace(example, decode=None))
         if failure is None:
             return guess
-        if _further(failure, queue[0].error):
+        if _further(failure, queue[0].error) and not stops.have(failure):
+            met.add(_stop(failure))
             stopped(guess, failure, inputs)
+    if tried:
+        stops.known |= met
     raise _none_found(nearest, error, unmade, tried) from nearest.error.__cause__
 
 
@@ -120,6 +144,12 @@ def _progress(error: TraceError) -> int:
     """How many operators that the model's code called had run."""
     nodes: Any = getattr(error.partial, "nodes", ())
     return sum(node.place is not None for node in nodes)
+
+
+def _stop(error: TraceError) -> object:
+    """Where and why a call stopped, whatever the sizes."""
+    cause = error.__cause__
+    return error.module, type(cause), re.sub(r"\d+", "", str(cause))
 
 
 def _further(error: TraceError, other: TraceError) -> bool:

@@ -22,7 +22,7 @@ from autotp.hugging_face import is_hugging_face
 from autotp.inputs.by_name import why_not
 from autotp.inputs.facts import Facts, Guess
 from autotp.inputs.paths import internals
-from autotp.inputs.search import Limits, named, search
+from autotp.inputs.search import Limits, Stops, named, search
 from autotp.trace.example import Example
 from autotp.trace.graph import Graph
 
@@ -52,6 +52,7 @@ def calls_for_unread(model: nn.Module, guess: Guess, examples: Sequence[Example]
     facts = Facts(model, guess=guess)
     given = {name for e in examples if e.name in ran and not e.method for name in e.make()}
     keywords = [k for k in facts.keywords if k not in given and _may_read(facts, k)]
+    stops = Stops()
     along: tuple[str, ...] = ()  # what the model takes, and reads nothing more with: it may need another one beside
     for name, keyword in (*((name, "") for name in names), *(("", k) for k in keywords)):
         masks = tuple(m for m in facts.keywords if m not in given and "mask" in m and m.split("_")[0] == keyword.split("_")[0])
@@ -61,7 +62,7 @@ def calls_for_unread(model: nn.Module, guess: Guess, examples: Sequence[Example]
             if left <= 0 or not _worth(unread, graph):
                 return
             limits = Limits(MOST_TRIES if number == len(ways) else 0, left)
-            found = _found(model, replace(guess, more=(*guess.more, *more)), name, run, limits)
+            found = _found(model, replace(guess, more=(*guess.more, *more)), name, run, limits, stops)
             if found is None:
                 continue
             if reads := unread - _unread(found[1]):
@@ -75,8 +76,8 @@ def calls_for_unread(model: nn.Module, guess: Guess, examples: Sequence[Example]
             break
 
 
-def _found(model: nn.Module, start: Guess, name: str, run: Run, limits: Limits) -> tuple[Example, Graph] | None:
-    """A call of this name that runs, and its trace; the search for it begins with `start`."""
+def _found(model: nn.Module, start: Guess, name: str, run: Run, limits: Limits, stops: Stops) -> tuple[Example, Graph] | None:
+    """A call of this name that runs, and its trace; the search for it begins with `start`, and goes not where others stopped."""
     graphs: list[Graph] = []
 
     def stopped(example: Example) -> TraceError | None:
@@ -89,8 +90,10 @@ def _found(model: nn.Module, start: Guess, name: str, run: Run, limits: Limits) 
     try:
         example = named(model, start, name)
         failure = stopped(example)
+        if failure is not None and stops.have(failure):
+            return None
         if failure is not None:
-            example = named(model, search(model, failure, stopped, start, name, limits), name)
+            example = named(model, search(model, failure, stopped, start, name, limits, stops), name)
     except (TraceError, InputError):
         return None
     except Exception:  # values that do not go together, whatever their makers say

@@ -281,7 +281,7 @@ VALUES: dict[str, Callable[[Facts], object]] = {
     "grid_thw": grid_thw,
     "video_grid_thw": grid_thw,
     "pixel_position_ids": _patch_places,
-    "merge_sizes": lambda f: torch.ones(BATCH, dtype=torch.long),
+    **dict.fromkeys(("merge_sizes", "image_merge_sizes", "video_merge_sizes"), lambda f: torch.ones(BATCH, dtype=torch.long)),
     "target_sizes": lambda f: torch.tensor([grid(f)] * BATCH),
     "spatial_shapes": lambda f: torch.tensor([grid(f)] * BATCH),
     "flattened_patches": _patch_rows,

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,9 @@ MOST_ELEMENTS = 60_000_000
 MOST_RANKS = 16
 #: CPU seconds that the model and all ranks may take together, by what one run took; and how long ranks are waited for.
 SECONDS, MOST_WAITING = 20.0, 60.0
+#: CPU seconds of the model's run after which no further calls are compared. A large image takes long in each of six calls or so, which
+#: differ in little.
+ENOUGH = 1.0
 _NUDGES = 100.0  # times the model's own answer to a nudge that the ranks may differ by
 _LEAST = 1e-12  # values below this are rounding errors of zero
 _UNSTABLE = 1e-6
@@ -50,12 +53,14 @@ class Verdict:
     """`unknown`: why nothing was compared, "" where something was.
 
     `module`: path of the first module that differs, None where all are equal; `reason`: what differs there; `backward`: in gradients only.
+    `left`: how many of the calls were not run: they take long, or the model itself does not take them.
     """
 
     unknown: str = ""
     module: str | None = None
     reason: str = ""
     backward: bool = False
+    left: int = 0
 
 
 def too_large(model: nn.Module, tp: int, share: float = 0.0) -> str:
@@ -81,37 +86,43 @@ def judge(model: nn.Module, examples: Sequence[Example], plan: Plan) -> Verdict:
         warnings.simplefilter("ignore")
         try:
             subject = _subject(model, tuple(examples), plan.tp)
-            return _compare(subject, plan)
+            return replace(_compare(subject, plan), left=subject.left)
         except CannotRun as error:
             return Verdict(str(error))
 
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """The model on one device: `make` copies it, `wanted` is the record of a run, in the order in which modules ended."""
+    """The model on one device: `make` copies it, `wanted` is the record of a run, in the order in which modules ended.
+
+    `left`: how many calls are not among `examples`.
+    """
 
     make: Callable[[], nn.Module]
     examples: tuple[Example, ...]
     precision: Precision
     wanted: Seen
     order: Order
+    left: int
 
 
 def _subject(model: nn.Module, examples: tuple[Example, ...], tp: int) -> _Subject:
     problem: Exception | None = None
-    for precision in (DOUBLE, SINGLE):
+    for precision, calls in _attempts(model, examples):
         make = partial(copy_of, model, precision)
         original = make()
         started = time.thread_time()
         try:
             with watched(original) as order:
-                wanted = run(original, examples, precision)
+                wanted = run(original, calls, precision, ENOUGH)
         except Exception as error:  # the model may refuse in any way
             problem = problem or error
             continue
         took = time.thread_time() - started
         if took * (1 + tp) > SECONDS:
             raise CannotRun(f"one run of the model takes {took:.1f} seconds, too long for {tp} ranks")
+        left = len(examples) - len(wanted.calls)
+        examples = wanted.calls
         more = tuple(e for e in other_data(examples) if _runs(make(), e, precision))
         if more and took * (1 + len(more) / len(examples)) * (1 + tp) <= SECONDS:
             original, examples = make(), (*examples, *more)
@@ -119,10 +130,18 @@ def _subject(model: nn.Module, examples: tuple[Example, ...], tp: int) -> _Subje
                 wanted = run(original, examples, precision)
         if nothing := _nothing_finite(wanted):
             raise CannotRun(f"the model's {nothing} are not finite")
-        return _Subject(make, examples, precision, wanted, order)
+        return _Subject(make, examples, precision, wanted, order, left)
     raise CannotRun(
         f"the model itself does not run on the example inputs ({type(problem).__name__}: {' '.join(str(problem).split())[:200]})"
     )
+
+
+def _attempts(model: nn.Module, examples: tuple[Example, ...]) -> Iterator[tuple[Precision, tuple[Example, ...]]]:
+    """Yields ways to run a model. The last is without the calls that it takes with unknown data, but not with the data that was made up."""
+    yield DOUBLE, examples
+    yield SINGLE, examples
+    if taken := tuple(e for e in examples if len(examples) > 1 and _runs(copy_of(model, DOUBLE), e, DOUBLE)):
+        yield DOUBLE, taken
 
 
 def _runs(model: nn.Module, example: Example, precision: Precision) -> bool:

@@ -6,6 +6,7 @@ compared in float32, where sums in another order differ more and the tolerance i
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,9 @@ def relative_error(got: Tensor, wanted: Tensor, *, scale: float | None = None) -
         return 0.0
     if not wanted.is_floating_point() and not wanted.is_complex():
         return 0.0 if torch.equal(got, wanted) else float("inf")
+    apart = _most(got - wanted) if got.dtype is wanted.dtype else None
+    if apart is not None:  # then all of both is finite
+        return _over(apart, largest(wanted) if scale is None else scale)
     finite = wanted.isfinite()
     same_rest = (got == wanted) | (got.isnan() & wanted.isnan())
     if not bool((finite & got.isfinite() | same_rest).all()):
@@ -67,11 +71,23 @@ def relative_error(got: Tensor, wanted: Tensor, *, scale: float | None = None) -
     if not bool(finite.any()):
         return 0.0
     difference = (got[finite] - wanted[finite]).abs().max().item()
-    scale = wanted[finite].abs().max().item() if scale is None else scale
+    return _over(difference, wanted[finite].abs().max().item() if scale is None else scale)
+
+
+def _over(difference: float, scale: float) -> float:
     return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def _most(tensor: Tensor) -> float | None:
+    """Largest absolute value, None where some are not finite. One pass over the values: results may be logits of a whole vocabulary."""
+    least, most = torch.aminmax(tensor.abs() if tensor.is_complex() else tensor)
+    found = max(-least.item(), most.item(), 0.0)
+    return found if math.isfinite(least.item()) and math.isfinite(most.item()) else None
 
 
 def largest(tensor: Tensor) -> float:
     """Largest absolute value among the finite ones; 0 where there is none."""
+    if tensor.is_floating_point() and tensor.numel() and (found := _most(tensor)) is not None:
+        return found
     finite = tensor[tensor.isfinite()]
     return finite.abs().max().item() if finite.numel() else 0.0

@@ -5,6 +5,8 @@ Dropout does nothing, in training mode too, since a rank's part of a mask is not
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +32,14 @@ _WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.floa
 
 
 def in_precision(tree: Any, precision: Precision) -> Any:
-    """Fresh tensors on the CPU, floating-point ones in the precision's dtype."""
+    """Fresh tensors on the CPU, floating-point ones in the precision's dtype; one that is there twice stays one."""
+    made: dict[int, Tensor] = {}
+
+    def once(t: Tensor) -> Tensor:
+        if id(t) not in made:
+            made[id(t)] = cast(t)
+            made[id(made[id(t)])] = made[id(t)]
+        return made[id(t)]
 
     def cast(t: Tensor) -> Tensor:
         dtype = t.dtype
@@ -40,7 +49,7 @@ def in_precision(tree: Any, precision: Precision) -> Any:
             dtype = precision.dtype
         return t.detach().to(device="cpu", dtype=dtype, copy=True)
 
-    return flatten_result(tree_map_only(Tensor, cast, tree), lambda _, t: cast(t))  # in dataclasses too
+    return flatten_result(tree_map_only(Tensor, once, tree), lambda _, t: once(t))  # in dataclasses too
 
 
 _DROPOUTS = frozenset(
@@ -71,7 +80,9 @@ def without_dropout(precision: Precision) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Seen:
-    """The record of one run of a model, by path: results of its calls, gradients of arguments, and of parameters by name."""
+    """The record of one run of a model, by path: results of its `calls`, gradients of arguments, and of parameters by name."""
+
+    calls: tuple[Example, ...] = ()
 
     results: dict[str, Tensor] = field(default_factory=dict)
     arguments: dict[str, Tensor] = field(default_factory=dict)
@@ -79,11 +90,19 @@ class Seen:
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
-def run(model: nn.Module, examples: tuple[Example, ...], precision: Precision) -> Seen:
-    """Every example without gradients and with them; `model` is changed."""
+def run(model: nn.Module, examples: tuple[Example, ...], precision: Precision, seconds: float = math.inf) -> Seen:
+    """Every example without gradients and with them; `model` is changed.
+
+    `seconds`: of CPU time, after which nothing but the first call in training mode is made.
+    """
     seen = Seen()
+    until = time.thread_time() + seconds
     with without_dropout(precision):
         for at, example in enumerate(examples):
+            trained = not example.training or any(e.training for e in seen.calls)
+            if at and trained and time.thread_time() > until:
+                continue
+            seen.calls += (example,)
             model.train(example.training)
             if at == 0 or example.decode is not None:
                 _without_gradients(model, example, precision, seen)
@@ -106,7 +125,7 @@ def _without_gradients(model: nn.Module, example: Example, precision: Precision,
         _keep(result, f"{example.name} without gradients", seen)
         more = example.decode(result) if example.decode is not None else None
         if more is not None:
-            _keep(model(**_cast_new(more, precision)), f"{example.name}+decode", seen)
+            _keep(example.call(model, _cast_new(more, precision)), f"{example.name}+decode", seen)
 
 
 def _cast_new(inputs: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
@@ -133,11 +152,13 @@ def _called(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the inputs whose gradients are wanted, the results) of a call, by path."""
     leaves: dict[str, Tensor] = {}
+    given: dict[int, Tensor] = {}
 
     def leaf(where: tuple[str | int, ...], t: Tensor) -> Tensor:
         if of_inputs and t.is_floating_point():
             leaves[f"{'.'.join(map(str, where))} of {example.name}"] = t.requires_grad_()
-            return t * 1  # a leaf must not be changed in place
+            given[id(t)] = given[id(t)] if id(t) in given else t * 1  # a leaf must not be changed in place
+            return given[id(t)]
         return t
 
     inputs = flatten_result(dict(in_precision(example.make(), precision)), leaf)

@@ -299,7 +299,7 @@ class PlanSpec:
     traffic: the collectives before they are given a size. aliases: tied name → the first name of the same parameter. products:
     names of the parameters that are operands of products (Linear and expert weights). notes: remarks for the reader (paths that
     were not traced). checked: the checks that the plan passed besides its replay on fake tensors: `numbers` (the model and its
-    ranks were run and compared), `numbers of a smaller twin`, or `graph only: why`.
+    ranks were run and compared), `numbers of a smaller twin`, either with `(2 of 6 calls)`, or `graph only: why`.
     boundaries: path of a module → its tensors that code outside of it does not get whole (`autotp.planner.boundaries`). inside:
     path of each module whose own code computes on parts → the forms in which it was called while tracing, empty where none is
     known. swapped: (path, class) of each module that a forward put in place of another while tracing. idle: modules that no traced

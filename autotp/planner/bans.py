@@ -35,8 +35,12 @@ class Bans:
         return len(self.cuts) + len(self.whole)
 
     def blame(self, space: GraphIndex, choice: Choice, node: Node, reason: str) -> None:
-        """Ban what made `node` fail: first that its result is made sharded, then the axes that meet it."""
-        values = (*space.inputs[node.index], *node.outputs) if node.index >= 0 else ()
+        """Ban what made `node` fail: first that its result is made sharded, then the axes that meet it.
+
+        The same line does the same in other modules, so axes that meet it there are banned with them.
+        """
+        alike = [n for n in space.graph.nodes if n is node or _same_line(n, node)] if node.index >= 0 else []
+        values = [v for n in alike for v in (*space.inputs[n.index], *n.outputs)]
         generated = {n.index for n in space.graph.nodes if n.index in choice.labels.generated and (n is node or _feeds(n, node))}
         if generated - self.whole:
             self.whole |= generated
@@ -68,6 +72,17 @@ def _met(space: GraphIndex, choice: Choice, node: Node) -> frozenset[Atom]:
     """The axes on which values of a node are sharded."""
     values = (*space.inputs[node.index], *node.outputs)
     return frozenset().union(*(choice.labels.of(v) for v in values), NONE) & choice.on
+
+
+def _same_line(a: Node, b: Node) -> bool:
+    """True for one operator at one place in the code, with the same numbers and with tensors of the same shapes."""
+    if a.place is None or a.place != b.place or a.op is not b.op or _numbers(a) != _numbers(b):
+        return False
+    return [v.shape for v in (*a.inputs(), *a.outputs)] == [v.shape for v in (*b.inputs(), *b.outputs)]
+
+
+def _numbers(node: Node) -> list[object]:
+    return [x for x in node.args if isinstance(x, int | float)]
 
 
 def _feeds(source: Node, node: Node) -> bool:

@@ -47,8 +47,8 @@ MAX_REPLAYS = 64
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """The result of an examination of a plan: `checked` as in `Plan.checked`, the `wrong` modules, and whether the model or a twin
-    was `run`.
+    """The result of an examination of a plan: `checked` as in `Plan.checked`, the `wrong` modules, and whether all
+    calls of the model or a twin were `run`.
     """
 
     checked: str

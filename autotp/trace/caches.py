@@ -90,7 +90,7 @@ def _held(model: nn.Module) -> list[tuple[Any, str, Any]]:
             continue
         space = file.__dict__
         found += [(file, k, v) for k, v in space.items() if type(v) is _CACHED]
-        found += [each for v in space.values() if type(v) is FunctionType for each in _wrapped(v)]
+        found += [each for v in space.values() if type(v) is FunctionType and v.__closure__ for each in _wrapped(v)]
         if not _DECORATORS.isdisjoint(space):  # thousands of classes are not worth a look where no method can be cached
             classes = [v for v in space.values() if isinstance(v, type) and v.__module__ == name]
             found += [(c, k, v) for c in classes for k, v in c.__dict__.items() if type(_function(v)) is _CACHED]

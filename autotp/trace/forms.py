@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import partial
+from itertools import chain
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -26,6 +27,8 @@ from autotp.plan.spec import Forms
 from autotp.trace.ints import SizeRef, TaggedInt, expr_of, leaves
 
 TENSOR, NUMBER, SIZE = "a tensor", "a float", "a size"
+#: Among the kinds of the arguments of code that asks for it: which of them are one tensor.
+SAME = "arguments that are one tensor"
 _DIMS = frozenset(("dim", "ndim", "ndimension", "shape", "size"))
 _BY_VALUE = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, bytes, range, slice)
 _DEEPEST = 3  # objects in objects in objects
@@ -174,6 +177,14 @@ class Signature:
             found[self.rest] = kind_of(args[len(self.names) :], sizes, depth)
         found.update({n: kind_of(v, sizes, depth) for n, v in kwargs.items()})
         return found
+
+    def same(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """Says which arguments of a call are one tensor."""
+        names: dict[int, list[str]] = {}
+        for name, value in chain(zip(self.names, args, strict=False), kwargs.items()):
+            if isinstance(value, Tensor):
+                names.setdefault(id(value), []).append(name)
+        return "; ".join(sorted(" and ".join(sorted(each)) for each in names.values() if len(each) > 1)) or "none"
 
     def names_it(self, argument: str) -> bool:
         """True for an argument of its own, and for a keyword that goes into its `**kwargs` and is a word in its code."""

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from autotp.plan.spec import Call, Forms
 from autotp.trace.boundary import Handed, Path, argument_path, flatten_arguments, flatten_result
 from autotp.trace.containers import Container, containers
-from autotp.trace.forms import Signature, asks_dims, class_name
+from autotp.trace.forms import SAME, Signature, asks_dims, class_name
 from autotp.trace.graph import Node, Origin, Pseudo
 from autotp.trace.memo import Memo
+from autotp.trace.opened import runs_opened
 from autotp.trace.questions import Questions
 from autotp.trace.reading import Reading
 from autotp.trace.tape import AGAIN, Tape
@@ -117,8 +118,11 @@ class ModuleCalls:
         signature = Signature.of(inner)
         with torch._C.DisableTorchFunction():  # these are no questions of the model's code
             kinds = signature.kinds_of(args, kwargs, shallow=not self._questions.data_vary)
+        names = self._reading.of(type(module))
+        if names.identity or runs_opened(type(module)):
+            kinds[SAME] = signature.same(args, kwargs)
         self._forms.append((len(self._tape.nodes), path, kinds))
-        if asks_dims(self._reading.of(type(module)).read):
+        if asks_dims(names.read):
             self.asks_dims.add(path)
         self._note(path, *_containers_of(module, args, kwargs))
         try:

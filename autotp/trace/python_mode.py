@@ -26,10 +26,12 @@ from autotp.trace.values import Values
 from autotp.trace.watch import is_model
 
 _SHAPE, _SIZE, _NUMEL = torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel  # type: ignore[attr-defined]
+_BYTES = torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]
 _LEN, _FORMAT = torch.Tensor.__len__, torch.Tensor.__format__
-_SIZES = frozenset((_SHAPE, _SIZE, _NUMEL, _LEN))  # each access of a getter makes a new wrapper, equal to the others
+_SIZES = frozenset((_SHAPE, _SIZE, _NUMEL, _BYTES, _LEN))  # each access of a getter makes a new wrapper, equal to the others
 _READS = frozenset((torch.Tensor.tolist, torch.Tensor.item))
-_TESTS = frozenset((torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero))
+_COMPARE = frozenset((torch.equal, torch.Tensor.equal, torch.allclose, torch.Tensor.allclose))
+_TESTS = frozenset((torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero)) | _COMPARE
 _CASTS = frozenset((torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__))  # Python makes plain numbers of what they give
 _NUMBERS = _READS | _TESTS | _CASTS
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
@@ -112,8 +114,8 @@ class PythonMode(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             tape.caller, tape.apart = held, apart
-        if func in _NUMBERS and not tape.quiet and isinstance(args[0], Tensor) and args[0].dtype is not torch.bool:
-            return self._number(func, args[0], result)
+        if func in _NUMBERS and not tape.quiet and isinstance(args[0], Tensor) and (args[0].dtype is not torch.bool or func in _COMPARE):
+            return self._number(func, [a for a in args if isinstance(a, Tensor)], result)
         if chosen and isinstance(result, FakeTensor):  # `torch.tensor(counts)`: these numbers are no facts
             self.values.taint(result)
         if len(tape.nodes) > before:
@@ -124,12 +126,12 @@ class PythonMode(TorchFunctionMode):
             tape.python[number] = PythonCall(getattr(func, "__name__", str(func)), tuple(found))
         return result
 
-    def _number(self, func: Any, tensor: Tensor, plain: Any) -> Any:
-        """Returns what code gets that reads a number from `tensor`, or tests it: where data may be others, conditions get both answers."""
+    def _number(self, func: Any, tensors: list[Tensor], plain: Any) -> Any:
+        """Returns what code gets that reads a number from tensors, or tests them: where data may be others, conditions get both answers."""
         if isinstance(plain, (int, float)) and not isinstance(plain, bool):
             self.data.read.add(plain)
-        chosen = self.data.along and self.values.is_drawn(tensor)
-        if not chosen and self.values.real_of(tensor) is not None and not self.data.questions.data_vary:
+        chosen = self.data.along and any(map(self.values.is_drawn, tensors))
+        if not chosen and all(self.values.real_of(t) is not None for t in tensors) and not self.data.questions.data_vary:
             return plain
         if func in _READS:
             return drawn(plain, self._answer, strict=chosen)
@@ -152,5 +154,7 @@ class PythonMode(TorchFunctionMode):
             return TaggedSize(TaggedInt(n, SizeRef(value.id, i, n), self.life) for i, n in enumerate(plain))
         if func is _NUMEL:
             return TaggedInt(plain, SizeRef(value.id, -1, plain), self.life)
+        if func == _BYTES:
+            return tensor.element_size() * self._size(_NUMEL, tensor, (), {})
         dim = (rest[0] if rest else kwargs.get("dim", 0)) if func is _SIZE else 0
         return TaggedInt(plain, SizeRef(value.id, int(dim) % max(tensor.dim(), 1), plain), self.life)

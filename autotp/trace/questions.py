@@ -23,7 +23,7 @@ class Questions:
         self.swapped = False  # a number was the other one of 0 and 1 in this call
         self.data_vary = False
         self.turned: list[Where] = []  # where a condition got the contrary of the usual answer
-        self.settled: set[Where] = set()  # where it always gets the usual one
+        self.settled: set[Place | Where] = set()  # where it always gets the usual one
         self.conditions: list[Where] = []  # where a condition was asked in this call
         self.reversed: set[Place | Where] = set()  # places where the usual answer makes the code raise: the other one is usual there
         self._tape = tape
@@ -48,7 +48,7 @@ class Questions:
         where = self._tape.module, place
         self.conditions.append(where)
         usual = usual is not (self.check(where) in self.reversed)
-        if not self.contrary or where in self.turned or where in self.settled:
+        if not self.contrary or where in self.turned or not self.settled.isdisjoint((where, self.check(where))):
             return usual
         self.turned.append(where)
         return not usual
@@ -56,6 +56,16 @@ class Questions:
     def check(self, where: Where) -> Place | Where:
         """Returns the place in the code: one check is made by all modules of a class."""
         return where[1] or where
+
+    def settle(self, file: str, function: str) -> None:
+        """Always answers the last condition that was turned as usual: the code then raised in `function` of `file`.
+
+        Where that is what asked, all modules whose code it is make the check.
+        """
+        where = self.turned[-1]
+        place = where[1]
+        own = place is not None and (place.file, place.function.rpartition(".")[2]) == (file, function)
+        self.settled.add(self.check(where) if own else where)
 
     def number_at(self, usual: Any, place: Place | None) -> Any:
         """The usual number, or in the contrary case the other one of 0 and 1, where code makes a plain number of unknown data: what it

@@ -41,11 +41,13 @@ class Names:
     stored: that are stored or deleted, in other objects than the module itself. own: in the module itself. asked: that need not be
     there, because it uses `getattr` and its like, or expects an AttributeError. tested: that a condition is about, as far as can be
     told. classed: whose class is asked for (`isinstance(self.norm, nn.Identity)`). computed: there may be others, as the code computes
-    the name that it gives to `getattr`. sets: it may put attributes there by `setattr` and its like.
+    the name that it gives to `getattr`. sets: it may put attributes there by `setattr` and its like. identity: it asks of two variables
+    whether they are one object (`q is k`).
     """
 
     computed: bool
     sets: bool
+    identity: bool
     read: frozenset[str]
     stored: frozenset[str]
     own: frozenset[str]
@@ -122,6 +124,7 @@ class _Facts:
 
     computed: bool
     sets: bool
+    identity: bool
     read: tuple[str, ...]
     stored: tuple[str, ...]
     own: tuple[str, ...]
@@ -140,7 +143,7 @@ def _facts(code: CodeType) -> _Facts:
     asked: list[str] = []
     tested: list[str] = []
     of_class: list[str] = []
-    computed = sets = False
+    computed = sets = identity = False
     for inner in _codes(code):
         found = [i for i in dis.get_instructions(inner) if i.opname not in IGNORED]
         loads: list[str] = []
@@ -153,6 +156,9 @@ def _facts(code: CodeType) -> _Facts:
                 if _is_tested(found, at):
                     tested.append(i.argval)
                 variables += [(j.argval, i.argval) for j in found[at + 1 : at + 2] if j.opname == "STORE_FAST"]
+            elif i.opname == "IS_OP":
+                before = [j.opname for j in found[max(at - 2, 0) : at]]
+                identity = identity or all(map(_is_variable, before)) or before[-1:] == ["LOAD_FAST_LOAD_FAST"]
             elif i.opname in _STORES:
                 in_self = inner is code and at and (found[at - 1].opname, found[at - 1].argval) == _self_of(code)
                 (own if in_self else stored).append(i.argval)
@@ -175,7 +181,11 @@ def _facts(code: CodeType) -> _Facts:
         if "AttributeError" in inner.co_names:
             asked += loads
     each = [tuple(dict.fromkeys(names)) for names in (read, stored, own, called, asked, tested, of_class)]
-    return _Facts(computed, sets, *each)
+    return _Facts(computed, sets, identity, *each)
+
+
+def _is_variable(opname: str) -> bool:
+    return opname.startswith("LOAD_FAST") or opname == "LOAD_DEREF"
 
 
 def _is_tested(found: list[dis.Instruction], at: int) -> bool:
@@ -212,7 +222,7 @@ def _names(cls: type, todo: list[Any]) -> Names:
     own: set[str] = set()
     tested: set[str] = set()
     of_class: set[str] = set()
-    computed = sets = False
+    computed = sets = identity = False
     seen: set[CodeType] = set()
     while todo and len(seen) < _MOST:
         function = todo.pop()
@@ -227,11 +237,11 @@ def _names(cls: type, todo: list[Any]) -> Names:
                 if isinstance(found, FunctionType):  # a property, or a method: the condition is about what it reads
                     tested.update(_facts(found.__code__).read)
             of_class.update(facts.classed)
-            computed, sets = computed or facts.computed, sets or facts.sets
+            computed, sets, identity = computed or facts.computed, sets or facts.sets, identity or facts.identity
             stored.update(facts.stored)
             is_method = any(function is _function_of(f) for c in cls.__mro__ for f in (vars(c).get(function.__name__),) if f is not None)
             (own if is_method else stored).update(facts.own)
-    return Names(computed, sets, *map(frozenset, (read | asked, stored, own, asked, tested, of_class)))
+    return Names(computed, sets, identity, *map(frozenset, (read | asked, stored, own, asked, tested, of_class)))
 
 
 def _functions(function: FunctionType, cls: type, facts: _Facts) -> Iterator[Any]:

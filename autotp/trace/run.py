@@ -35,10 +35,16 @@ from autotp.trace.values import small
 from autotp.trace.watch import Question, Refused, has_backward_hooks, is_model
 
 
-def to_fake(fake: Fakes, tree: Any, recorder: Recorder, name: str = "") -> Any:
-    """Returns `tree` with real tensors as fake inputs of the graph; small ones stay known."""
+def to_fake(fake: Fakes, tree: Any, recorder: Recorder, name: str = "", made: dict[int, Tensor] | None = None) -> Any:
+    """Returns `tree` with real tensors as fake inputs of the graph; small ones stay known. `made`: id of a tensor → its fake one."""
+    once = {} if made is None else made
 
     def convert(tensor: Tensor) -> Tensor:
+        if id(tensor) not in once:
+            once[id(tensor)] = converted(tensor)
+        return once[id(tensor)]
+
+    def converted(tensor: Tensor) -> Tensor:
         with fake:
             new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad)
         value = recorder.values.bind(new, Origin.INPUT, name)
@@ -46,8 +52,8 @@ def to_fake(fake: Fakes, tree: Any, recorder: Recorder, name: str = "") -> Any:
             recorder.values.know(value, tensor)
         return new
 
-    made = tree_map_only(Tensor, convert, tree)
-    return flatten_result(made, lambda _, t: t if isinstance(t, FakeTensor) else convert(t))  # in dataclasses too
+    found = tree_map_only(Tensor, convert, tree)
+    return flatten_result(found, lambda _, t: t if isinstance(t, FakeTensor) else convert(t))  # in dataclasses too
 
 
 #: How many answers to conditions are reversed because the code raises after the usual one.
@@ -218,7 +224,7 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Exampl
                 if other not in modes:
                     left_out = path(other, optional=other.contrary)
                     while left_out is not None and not left_out.why and questions.turned:  # the answer that the code refuses is left alone
-                        questions.settled.add(questions.turned[-1])
+                        questions.settle(*left_out.raised)
                         left_out = path(other, optional=True)
                     if left_out is not None and left_out.why:
                         recorder.notes.append(f"the {left_out.name} path was not traced: {left_out.why}")
@@ -227,11 +233,15 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Exampl
 
 @dataclass(frozen=True, slots=True)
 class _LeftOut:
-    """A path that could not be run. `why` is "" where the code itself refuses. `decoding`: the call ran, what it decodes to did not."""
+    """A path that could not be run. `why` is "" where the code itself refuses. `decoding`: the call ran, what it decodes to did not.
+
+    `raised`: the file and the function that raised.
+    """
 
     name: str
     why: str
     decoding: bool
+    raised: tuple[str, str] = "", ""
 
 
 def _path(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Example, mode: _Mode) -> _LeftOut | None:
@@ -289,17 +299,21 @@ def _path(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Examp
             raise failure from error.error
         recorder.rewind(mark, len(recorder.results.closed))
         why = "" if mode.contrary and (_own(error.error) or questions.swapped) else _explain(name, error, data.guessed)
-        return _LeftOut(example.name + "+decode" * ran, why, decoding=ran)
+        return _LeftOut(example.name + "+decode" * ran, why, ran, _raised(error.error))
     return None
+
+
+def _raised(error: BaseException) -> tuple[str, str]:
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].filename, frames[-1].name) if frames else ("", "")
 
 
 def _own(error: BaseException) -> bool:
     """True for an error that the model's code raises itself, or torch.distributions for it: a check that fails for such data fails
     on every rank.
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    file = frames[-1].filename if frames else ""
-    return bool(frames) and (is_model(file) or file.startswith(_DISTRIBUTIONS)) and not file.startswith(_HERE)
+    file, _ = _raised(error)
+    return bool(file) and (is_model(file) or file.startswith(_DISTRIBUTIONS)) and not file.startswith(_HERE)
 
 
 @contextmanager
@@ -317,7 +331,8 @@ def _call(
     model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Example, inputs: Mapping[str, Any], mode: _Mode
 ) -> tuple[Any, list[tuple[str, str, Value]]]:
     """Returns the result of the call, and the tensors that it left on modules and in its arguments."""
-    fresh = {k: v if recorder.values.known(v) is not None else to_fake(fake, v, recorder, k) for k, v in inputs.items()}
+    made: dict[int, Tensor] = {}  # one tensor in two arguments stays one
+    fresh = {k: v if recorder.values.known(v) is not None else to_fake(fake, v, recorder, k, made) for k, v in inputs.items()}
     with recorder.recording(mode.grad, mode.inference, mode.contrary):
         result = example.call(model, fresh)
     opaque: dict[str, Any] = {}

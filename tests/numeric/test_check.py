@@ -15,8 +15,11 @@ import autotp
 from autotp.errors import InputError
 from autotp.inputs.paths import user_examples
 from autotp.numeric.check import MOST_ELEMENTS, judge
+from autotp.numeric.exact import DOUBLE
+from autotp.numeric.subject import run
 from autotp.plan.conversions import Conversion, Op
 from autotp.planner.make_plan import whole_plan
+from autotp.trace.example import Example
 
 
 class Unsteady(nn.Module):
@@ -241,3 +244,38 @@ def test_a_model_whose_own_runs_differ_is_not_judged() -> None:
     model = Unsteady()
     verdict = judge(model, user_examples(model, {"x": torch.randn(2, 4)}), whole_plan(model, "one rank"))
     assert verdict.unknown == "two runs of the model with one seed differ" and verdict.module is None
+
+
+class Apart(nn.Module):
+    """Takes two arguments; what generation calls is a module inside, which takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.inner(x) + y
+
+
+def test_a_second_call_goes_where_the_first_went() -> None:
+    call = Example("inner", lambda: {"input": torch.ones(1, 4)}, decode=lambda result: {"input": result}, method="inner")
+    model = Apart().double()
+    seen = run(model, (call,), DOUBLE)
+    wanted = model.inner(model.inner(torch.ones(1, 4, dtype=torch.float64)))
+    assert torch.equal(next(t for name, t in seen.results.items() if "+decode" in name), wanted)
+
+
+def test_calls_that_take_long_are_left_out_but_for_one_in_training() -> None:
+    names = ("a", "b", "c training", "d training")
+    calls = tuple(Example(n, lambda: {"input": torch.ones(1, 4)}, training="training" in n, method="inner") for n in names)
+    assert [e.name for e in run(Apart().double(), calls, DOUBLE, 0.0).calls] == ["a", "c training"]
+    assert run(Apart().double(), calls, DOUBLE).calls == calls
+
+
+def test_a_call_that_the_model_itself_turns_down_is_left_out(made) -> None:
+    model, examples = made
+    plan = autotp.plan(model, tp=2, example_inputs=examples[0].inputs, check="graph")
+    wrong = Example("of another width", lambda: {"x": torch.ones(2, 5, 3)})
+    verdict = judge(model, (wrong, *examples), plan)
+    assert not verdict.unknown and verdict.module is None and verdict.left == 1
+    assert "does not run on the example inputs" in judge(model, (wrong,), plan).unknown

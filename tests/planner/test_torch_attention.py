@@ -239,6 +239,59 @@ def test_a_mask_of_another_form_is_refused(name: str) -> None:
     assert all(f"self_attn (MultiheadAttention) is called with {MASKS[name][2]} as" in said for said in refusals(name))
 
 
+class Crossed(nn.Module):
+    """Attention of one sequence over another, which may be the same one."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own = own
+        self.attention, self.q, self.o = nn.MultiheadAttention(D, HEADS, batch_first=True), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self.own:
+            return self.attention(x, y, y)[0]
+        q = self.q(x)
+        return self.o(q.relu() + self._other(q, q if x is y else self.q(y)))
+
+    def _other(self, q: Tensor, k: Tensor) -> Tensor:
+        return q * 2 if q is k else q * k.mean(1, keepdim=True)
+
+
+Y = X[:, :3] * 2
+#: how a module of two arguments is traced, and whether calls with two tensors and with one are then right
+TWICE: dict[str, tuple[list[dict[str, Tensor]], tuple[bool, bool]]] = {
+    "apart": ([{"x": X, "y": Y}], (True, False)),
+    "one": ([{"x": X, "y": X}], (False, True)),
+    "both": ([{"x": X, "y": Y}, {"x": X, "y": X}], (True, True)),
+}
+
+
+def _twice(case: tuple[str, bool, str]) -> tuple[bool, bool]:
+    name, own, certificate = case
+    torch.manual_seed(0)
+    model, parallel = Crossed(own).double(), Crossed(own).double()
+    parallel.load_state_dict(model.state_dict())
+    made = autotp.parallelize(parallel, mesh(), example_inputs=TWICE[name][0], check=certificate)
+    assert autotp.plan_of(made).local_share < 0.9
+    found = []
+    for call in ({"x": X, "y": Y}, {"x": X, "y": X}):
+        try:
+            found.append(torch.allclose(made(**call), model(**call), rtol=0, atol=1e-9))
+            assert found[-1]
+        except autotp.AutoTPError as error:
+            assert "one tensor" in str(error) or "no tensor twice" in str(error)  # noqa: PT017
+            found.append(False)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("certificate", ["numbers", "graph"])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", TWICE)
+def test_arguments_that_are_one_tensor(name: str, own: bool, certificate: str) -> None:
+    """Code that asks `q is k` takes another path for them: torch's attention projects them together."""
+    assert list(run("local", _twice, (name, own, certificate), 2, 120.0)) == [TWICE[name][1]] * 2
+
+
 def test_without_the_check_torch_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control."""
     monkeypatch.setattr(called, "runs_opened", lambda cls: False)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
+from autotp.axes.operators.elementwise import pointwise
+from autotp.axes.operators.table import OPERATORS, Operator
 from autotp.testing import assert_equivalent
 from autotp.testing.ranks.threads import ThreadRanks
 from autotp.trace.python_mode import PythonMode
@@ -26,6 +28,8 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "list": lambda t: t.view(1).tolist()[0] > 0.5,
     "float": lambda t: float(t) > 0.5,
     "int": lambda t: int(t) == 1,
+    "equal": lambda t: torch.equal(t, torch.ones_like(t)),
+    "allclose": lambda t: t.allclose(torch.ones_like(t)),
 }
 
 
@@ -123,3 +127,54 @@ class Counts(nn.Module):
 
 def test_numbers_of_activations() -> None:
     assert_equivalent(Counts, tp=2, inputs=X, certificate="graph")
+
+
+class Compared(nn.Module):
+    """Asks of an activation, half of which is always positive, whether all of it is."""
+
+    def __init__(self, compare: str) -> None:
+        super().__init__()
+        self.a, self.b, self.compare = nn.Linear(12, 16), nn.Linear(16, 12), COMPARES[compare]
+        with torch.no_grad():
+            self.a.weight[:8], self.a.bias[:8], self.a.bias[8:] = 0, 2, -2
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h if self.compare(h) else h * 2)
+
+
+COMPARES: dict[str, Callable[[Tensor], bool]] = {
+    "equal": lambda h: torch.equal(h, h.abs()),
+    "method": lambda h: h.equal(h.abs()),
+    "allclose": lambda h: torch.allclose(h, h.abs()),
+}
+
+
+def _compared(names: tuple[str, ...]) -> list[float]:
+    errors = []
+    for name in names:
+        torch.manual_seed(0)
+        model, parallel = Compared(name).double(), Compared(name).double()
+        parallel.load_state_dict(model.state_dict())
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        autotp.parallelize(parallel, mesh, example_inputs={"x": X}, check="graph")
+        errors += [float((model(x) - parallel(x)).detach().abs().max()) for x in (X, X * 100, X * 0)]
+    return errors
+
+
+def _errors_of(names: tuple[str, ...]) -> list[float]:
+    ranks = ThreadRanks(2, 120.0, turns=True)
+    try:
+        return [max(found) for found in zip(*ranks.run(_compared, names), strict=True)]
+    finally:
+        ranks.stop()
+
+
+def test_one_answer_of_all_elements_is_asked_of_whole_values() -> None:
+    assert max(_errors_of(tuple(COMPARES))) < 1e-12
+
+
+def test_an_operator_without_a_result_is_not_elementwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: torch calls `equal` pointwise."""
+    monkeypatch.setitem(OPERATORS, "equal", Operator(pointwise))
+    assert max(_errors_of(("equal",))) > 1e-3

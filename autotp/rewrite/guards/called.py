@@ -15,7 +15,7 @@ from autotp.plan.plan import Plan
 from autotp.plan.spec import Call, Forms
 from autotp.rewrite.modules.classes import BASE, check_calls
 from autotp.rewrite.undo import Undo
-from autotp.trace.forms import NUMBER, TENSOR, Signature, any_dims, kind_of, switches
+from autotp.trace.forms import NUMBER, SAME, TENSOR, Signature, any_dims, kind_of, switches
 from autotp.trace.opened import runs_opened
 
 _MOST_KNOWN = 256
@@ -29,7 +29,7 @@ class Called:
     `only_switches`: only arguments that switch something on are checked, each by itself.
     """
 
-    __slots__ = ("forms", "kinds", "known", "only_switches", "signature", "token", "where")
+    __slots__ = ("forms", "identity", "kinds", "known", "only_switches", "signature", "token", "where")
 
     def __init__(self, where: str, signature: Signature, forms: Forms, *, only_switches: bool) -> None:
         self.where, self.signature, self.forms, self.only_switches = where, signature, forms, only_switches
@@ -39,6 +39,7 @@ class Called:
         for name, kind in (pair for call in forms for pair in call):
             kinds.setdefault(name, set()).add(kind)
         self.kinds: Mapping[str, frozenset[str]] = {name: frozenset(found) for name, found in kinds.items()}
+        self.identity = SAME in self.kinds
 
     def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AutoTPError | None:
         """Raise where an argument is of a kind that no traced call had, or where none had those of this call together.
@@ -51,7 +52,8 @@ class Called:
             AutoTPError: names the arguments.
         """
         token = self.token
-        call = (tuple([token(v) for v in args]), tuple([(n, token(v)) for n, v in kwargs.items()]))
+        same = self.signature.same(args, kwargs) if self.identity else ""
+        call = (tuple([token(v) for v in args]), tuple([(n, token(v)) for n, v in kwargs.items()]), same)
         if call in self.known:
             return None
         late = self._check(args, kwargs)
@@ -63,14 +65,16 @@ class Called:
         own = self.only_switches
         kinds = self.signature.kinds_of(args, kwargs, shallow=own)
         as_sizes = self.signature.kinds_of(args, kwargs, sizes=True, shallow=own)
+        if self.identity:
+            kinds[SAME] = as_sizes[SAME] = self.signature.same(args, kwargs)
         found: set[tuple[str, str]] = set()
         for name, kind in kinds.items():
             traced = self.kinds.get(name, frozenset())
             forms = (kind, as_sizes[name], any_dims(kind), *((NUMBER,) if kind.lstrip("-").isdigit() else ()))
             known = next((k for k in forms if k in traced), None)
             if known is None and (not own or (switches(kind) and self.signature.names_it(name))):
-                were = f"had {name} as {' or '.join(sorted(traced))}" if traced else f"did not have {name}"
-                refusal = self._refusal(f"with {name} as {kind}; the calls that were traced {were}")
+                were = f"had {' or '.join(_told(name, k) for k in sorted(traced))}" if traced else f"did not have {name}"
+                refusal = self._refusal(f"with {_told(name, kind)}; the calls that were traced {were}")
                 if name not in self.signature.kinds and kind.startswith(TENSOR) and _of_its_dims(kind, traced):
                     return refusal
                 raise refusal
@@ -81,7 +85,7 @@ class Called:
 
     def _not_together(self, call: Call) -> AutoTPError:
         nearest = min(self.forms, key=lambda form: (len(form ^ call), sorted(form)))
-        given = " and ".join(f"{name} as {kind}" for name, kind in sorted(call - nearest))
+        given = " and ".join(_told(name, kind) for name, kind in sorted(call - nearest))
         missing = " and ".join(sorted({name for name, _ in nearest} - {name for name, _ in call}))
         ways = [f"with {given}" if given else "", f"without {missing}" if missing else ""]
         return self._refusal(f"{' and '.join(filter(None, ways))}; each of its arguments was traced so, but not together with the others")
@@ -91,6 +95,12 @@ class Called:
             f"{self.where} is called {call}. Its code computes on a rank's part, and may take a path that the plan was not made for. "
             f"{_EXAMPLES}"
         )
+
+
+def _told(name: str, kind: str) -> str:
+    if name == SAME:
+        return "no tensor twice" if kind == "none" else f"{kind} as one tensor"
+    return f"{name} as {kind}"
 
 
 def _of_its_dims(kind: str, traced: frozenset[str]) -> bool:

@@ -116,7 +116,8 @@ class Values:
                 if name in one.wholes and is_equal(new, one.wholes[name]):  # the model's own value, of which this rank has a part
                     setattr(one.object, name, old)
                 elif new is MISSING or changed:
-                    raise ChangedError(_changed(one.told(name), _brief(old), "gone" if new is MISSING else _brief(new)))
+                    before = one.wholes.get(name, old)
+                    raise ChangedError(_changed(one.told(name), _brief(before), "gone" if new is MISSING else _brief(new)))
 
 
 def _brief(value: Any) -> str:

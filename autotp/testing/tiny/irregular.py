@@ -77,7 +77,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mllama_vision_model": {"vision_output_dim": 192},
     **{name: {"image_token_index": 100} for name in ("blip-2", "instructblip")},
     "instructblipvideo": {"video_token_index": 100},
-    "gemma3": {"mm_tokens_per_image": 4},
+    **{name: {"mm_tokens_per_image": 4} for name in ("gemma3", "t5gemma2_encoder")},
+    **{name: {"out_hidden_size": 256} for name in ("muse_spark", "muse_glimmer")},  # of four patches together
+    "hrm_text": {"num_layers_per_stack": 2},
+    "timesfm2_5": {"context_length": 128},  # its code goes over each patch of 32
     "llama4_vision_model": {"intermediate_size": 256},
     **{name: {"vision_start_token_id": 100, "vision_end_token_id": 101} for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
