@@ -16,6 +16,7 @@ from typing import Any
 
 from autotp.plan.conversions import CollectiveKind, Conversion, When
 from autotp.plan.expressions import Expr
+from autotp.plan.items import Items
 from autotp.plan.layout import Layout
 
 
@@ -40,8 +41,8 @@ class Slot:
     """The conversions, in order, of one tensor at a module boundary.
 
     For an argument, `path` starts with the parameter name of `forward`; keys or indices into it follow. For a result, it has the
-    keys or indices into the returned structure, and is () for a bare tensor. "*" stands for every item of a list. The rewrite skips
-    a path that is absent in a call.
+    keys or indices into the returned structure, and is () for a bare tensor. A step may stand for all items of a list, or all keys that
+    count (`autotp.plan.items`). The rewrite skips a path that is absent in a call.
     """
 
     path: tuple[str | int, ...]
@@ -84,7 +85,8 @@ class Site:
 
     `ints`: (position among the call's int arguments in order, global value, local value). A run raises an error where an int is not
     the global value. `multiples`: the same for ints that are a multiple of the global value (batch × heads), and become that multiple of
-    the local one. `inputs`/`outputs`: (position among the call's tensor arguments/results, conversions). `kernel`: the
+    the local one. `inputs`/`outputs`: (position among the call's tensor arguments/results, conversions), at `EVERY` for all of a list.
+    `given`/`made`: how many of them the call had where their positions matter, () where any number is right. `kernel`: the
     operator's distributed form, which runs instead and defines the result. `over`: the layout of the sharded dim that the kernel's
     statistic crosses. It is needed where that dim has padding or shared indices; where it is None, every local entry counts.
     `over_dim`: which dim of the kernel's input that is, counted from the right (negative). `sizes`: (position among the tensors, dim
@@ -105,12 +107,18 @@ class Site:
     over_dim: int = -1
     sizes: tuple[tuple[int, int, int], ...] = ()
     multiples: tuple[tuple[int, int, int], ...] = ()
+    given: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
     ones: tuple[tuple[int, int], ...] = ()
 
     @property
     def checks(self) -> bool:
         """True where the call is checked and nothing of it is changed."""
         return bool(self.ones) and not (self.ints or self.inputs or self.outputs or self.kernel or self.sizes or self.multiples)
+
+
+#: In place of a position among the tensors of a call: all of them.
+EVERY = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +149,7 @@ class ModulePlan:
     (`autotp.planner.joint_reductions`). `uncalled`: no traced call runs the module, and its parameters are sharded for others; a
     call of it is an error. `stashed`: attributes in which its forward leaves a part or a summand of a value, for the model's own
     code to read. `pairs`: it is called with the pairs of this rank's experts alone. `unread`: its own parameters that no traced call
-    reads, where its code holds values that are not whole.
+    reads, where its code holds values that are not whole. `items`: the containers that a call may only have as a traced one had them.
     """
 
     path: str
@@ -155,6 +163,7 @@ class ModulePlan:
     stashed: tuple[str, ...] = ()
     pairs: Pairs | None = None
     unread: tuple[str, ...] = ()
+    items: tuple[Items, ...] = ()
 
     @property
     def changed(self) -> tuple[Site, ...]:

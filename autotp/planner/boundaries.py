@@ -8,12 +8,14 @@ the one after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 
 from autotp.axes.operators.elementwise import pointwise
 from autotp.axes.operators.table import Is, entry, is_a
 from autotp.plan.conversions import Conversion, Op
+from autotp.plan.items import Path
 from autotp.plan.spec import Boundary, Forms, Shown
+from autotp.planner.items import sizes_of
 from autotp.planner.joint_reductions import Joint
 from autotp.planner.keys import AtSlot, slot_key
 from autotp.planner.placements import GraphIndex, Labels, SlotKey
@@ -34,14 +36,16 @@ def find_boundaries(
     copied: Collection[SlotKey],
     repeats: Mapping[str, str],
     gather: Callable[[Value], Conversion | None],
+    merged: Mapping[SlotKey, Path],
 ) -> dict[str, tuple[Boundary, ...]]:
     """Returns path of a module → its boundary values that are not whole; modules with none are left out.
 
     `copied`: the slots with a COPY. `repeats`: block → the block that was traced in its place. `gather`: what makes a part whole.
+    `merged`: slot → the path that stands for it and its like.
     """
     held, later = _held(space, joints), _taken_over(space, moves, copied)
     found: dict[str, dict[tuple[bool, tuple[str | int, ...]], Shown]] = {}
-    wholes: dict[tuple[str, tuple[str | int, ...]], set[Conversion | None]] = {}
+    wholes: dict[tuple[str, Path], dict[Hashable, Conversion | None]] = {}
     for node in space.graph.nodes:
         key = slot_key(node)
         if key is None or not key[1]:
@@ -52,13 +56,16 @@ def find_boundaries(
         _, path, where = key
         result = node.op is Pseudo.EXIT
         if result and shown in (Shown.PART, Shown.SUM):
-            wholes.setdefault((path, where), set()).add(Conversion(Op.REDUCE) if shown is Shown.SUM else gather(node.outputs[0]))
-        for each in (where,) if result else space.graph.members.get((path, where), (where,)):
+            whole = Conversion(Op.REDUCE) if shown is Shown.SUM else gather(node.outputs[0])
+            alike = whole and (whole.op, whole.dim, sizes_of(whole.expr))
+            wholes.setdefault((path, merged.get(key, where)), {}).setdefault(alike, whole)
+        members = (where,) if result else space.graph.members.get((path, where), (where,))
+        for each in dict.fromkeys(merged.get((key[0], path, member), member) for member in members):
             before = found.setdefault(path, {}).setdefault((result, each), shown)
             found[path][result, each] = min(before, shown, key=_ORDER.index)
-    alike = {key: next(iter(conversions)) for key, conversions in wholes.items() if len(conversions) == 1}
+    made = {key: next(iter(conversions.values())) for key, conversions in wholes.items() if len(conversions) == 1}
     every = {
-        path: tuple(Boundary(*place, shown, alike.get((path, place[1])) if place[0] else None) for place, shown in slots.items())
+        path: tuple(Boundary(*place, shown, made.get((path, place[1])) if place[0] else None) for place, shown in slots.items())
         for path, slots in found.items()
     }
     return dict(with_copies(every.items(), repeats))
@@ -78,18 +85,12 @@ def find_copies(
         if key is None or not isinstance(value, Value):
             continue
         leaves = node.op is Pseudo.EXIT
-        if value.id not in copies and not (leaves and any(_is_of(key, slot) for slot in converted) and _goes_on(space, node)):
+        if value.id not in copies and not (leaves and key in converted and _goes_on(space, node)):
             continue
         copies.update(o.id for o in node.outputs)
         if leaves:
             found.setdefault(key[1], {})[key[2]] = None
     return dict(with_copies([(path, tuple(places)) for path, places in found.items()], repeats))
-
-
-def _is_of(key: SlotKey, slot: SlotKey) -> bool:
-    """True where a crossing is that of `slot`, whose path may have `*` for every item of a list."""
-    same = key[:2] == slot[:2] and len(key[2]) == len(slot[2])
-    return same and all(a == b or (b == "*" and isinstance(a, int)) for a, b in zip(key[2], slot[2], strict=True))
 
 
 def _goes_on(space: GraphIndex, leaving: Node) -> bool:

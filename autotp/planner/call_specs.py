@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from autotp.plan.conversions import Conversion
 from autotp.plan.expressions import Expr
-from autotp.plan.spec import DistributedForm, Site
+from autotp.plan.spec import EVERY, DistributedForm, Site
 from autotp.planner.placements import GraphIndex
 from autotp.planner.refusals import Refusal
-from autotp.trace.graph import Node, Place, outside
+from autotp.trace.graph import Node, Place, Pseudo, outside, values_in
 
 
 @dataclass
 class CallSpec:
     """Changes at one operator call: its ints, its tensors by position, its distributed form and the dim that this crosses.
 
-    sizes, multiples: as in `Site`.
+    sizes, multiples, given, made: as in `Site`.
     """
 
     ints: list[tuple[int, int, int]] = field(default_factory=list)
@@ -28,6 +30,8 @@ class CallSpec:
     over_dim: int = -1
     sizes: set[tuple[int, int, int]] = field(default_factory=set)
     multiples: set[tuple[int, int, int]] = field(default_factory=set)
+    given: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
 
     def freeze(self) -> tuple[object, ...]:
         """Returns the fields of a `Site` after its place."""
@@ -40,6 +44,8 @@ class CallSpec:
             self.over_dim,
             tuple(sorted(self.sizes)),
             tuple(sorted(self.multiples)),
+            self.given,
+            self.made,
         )
 
 
@@ -63,8 +69,42 @@ def sites_of(space: GraphIndex, calls: Mapping[int, CallSpec]) -> dict[str, list
             found.append((node, CallSpec()))
     out: dict[str, list[Site]] = {}
     for (module, p), found in places.items():
-        out.setdefault(module, []).append(Site(p.file, p.function, p.line, p.offset, *_common(found).freeze()))  # type: ignore[arg-type]
+        spec = _of_lists(space, [node for node, _ in found], _common(found))
+        out.setdefault(module, []).append(Site(p.file, p.function, p.line, p.offset, *spec.freeze()))  # type: ignore[arg-type]
     return out
+
+
+def _of_lists(space: GraphIndex, calls: list[Node], spec: CallSpec) -> CallSpec:
+    """Returns the changes of calls that take or give a list of tensors for one of any length where all in it are converted alike.
+
+    Where they are not, their positions say nothing in a longer or a shorter list.
+    """
+    if spec.inputs and any(_takes_a_list(n, len(node.tensors)) for node in calls for n in space.calls.nodes(node)):
+        counts = {len(node.tensors) for node in calls}
+        alike = _alike(spec.inputs, range(max(counts)))
+        spec = replace(spec, given=tuple(sorted(counts))) if alike is None else replace(spec, inputs=alike)
+    if spec.outputs and any(_gives_a_list(n) for node in calls for n in space.calls.nodes(node)):
+        counts = {len(space.graph.python[node.call].results) for node in calls}
+        alike = _alike(spec.outputs, range(max(counts)))
+        spec = replace(spec, made=tuple(sorted(counts))) if alike is None else replace(spec, outputs=alike)
+    return spec
+
+
+def _alike(conversions: Mapping[int, list[Conversion]], positions: range) -> dict[int, list[Conversion]] | None:
+    """Returns the conversions of several positions as those of all, None where they are not all the same."""
+    first = conversions.get(0)
+    same = first is not None and len(positions) > 1 and all(conversions.get(i) == first for i in positions)
+    return {EVERY: first} if same and first is not None else None
+
+
+def _takes_a_list(node: Node, count: int) -> bool:
+    """True where a list of tensors is all that an operator takes of the `count` tensors of its call (`cat`)."""
+    lists = (list(values_in(a)) for a in node.args if isinstance(a, (tuple, list)))
+    return any(len(found) == count for found in lists)
+
+
+def _gives_a_list(node: Node) -> bool:
+    return not isinstance(node.op, Pseudo) and any(isinstance(r.type, torch.ListType) for r in node.op._schema.returns)
 
 
 def _common(calls: list[tuple[Node, CallSpec]]) -> CallSpec:

@@ -10,7 +10,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import replace
 
 from autotp.plan.conversions import Conversion, Op, in_order
-from autotp.plan.expressions import Expr, Factor, freed, is_sharded
+from autotp.plan.expressions import Expr, freed, is_sharded
+from autotp.plan.items import Path
 from autotp.plan.layout import is_padded, shared
 from autotp.plan.spec import DistributedForm, GradSum, ModulePlan, Slot, Use, Written
 from autotp.planner.call_specs import CallSpec, sites_of
@@ -18,12 +19,13 @@ from autotp.planner.choice import Choice
 from autotp.planner.counted import with_checks
 from autotp.planner.demands import is_length
 from autotp.planner.in_place import statistics, wrongly_changed
+from autotp.planner.items import Boundaries, Signatures
 from autotp.planner.joint_reductions import Joint, conversions_of, members
 from autotp.planner.keys import AtPlace, AtSlot, Key, Keys, slot_key
 from autotp.planner.local_ints import Localised
 from autotp.planner.naming import Namer
 from autotp.planner.partition import Atoms, local_size
-from autotp.planner.placements import NONE, GraphIndex
+from autotp.planner.placements import NONE, GraphIndex, SlotKey
 from autotp.planner.reductions import Moves
 from autotp.planner.refusals import Refusal
 from autotp.planner.repeats import lift_modules
@@ -54,6 +56,7 @@ class Builder:
             for v in dict.fromkeys(node.inputs()):
                 self.users.setdefault(v.id, []).append(node)
         self.made = space.made
+        self.merged: dict[SlotKey, Path] = {}  # slot → the path that stands for it and its like
 
     def run(self) -> tuple[ModulePlan, ...]:
         """Returns the module plans of the traced modules, then of their repeats."""
@@ -320,25 +323,10 @@ class Builder:
 
     # assembly -----------------------------------------------------------------------------------------------------------------
 
-    def _merge_result_slots(self) -> None:
-        """Merges the items of one list in a module's result that are all converted alike into one slot for every item.
-
-        Blocks that were not traced add items to such lists (attentions) that the trace does not have.
-        """
-        groups: dict[tuple[str, tuple[str | int, ...]], dict[tuple[str | int, ...], None]] = {}
-        for node in self.graph.nodes:
-            if node.op is Pseudo.EXIT and node.slot is not None and len(node.slot[1]) > 1 and isinstance(node.slot[1][-1], int):
-                groups.setdefault((node.slot[0], node.slot[1][:-1]), {})[node.slot[1]] = None
-        for (module, parent), paths in groups.items():
-            found = [self.slots.get((Pseudo.EXIT, module, p)) for p in paths]
-            if found[0] and all(f is not None and _alike(f, found[0]) for f in found):
-                for p in paths:
-                    del self.slots[Pseudo.EXIT, module, p]
-                self.slots[Pseudo.EXIT, module, (*parent, "*")] = found[0]
-
     def _modules(self) -> tuple[ModulePlan, ...]:
         plans: dict[str, ModulePlan] = {}
-        self._merge_result_slots()
+        at_boundaries = Boundaries(self.space, Signatures(self.space, self.labels, self.moves, self.namer, self.slots).of)
+        self.merged = at_boundaries.merged
 
         def at(path: str) -> ModulePlan:
             return plans.get(path) or ModulePlan(path)
@@ -348,11 +336,13 @@ class Builder:
             if kind is Pseudo.ENTER and len(where) > 1 and path in self.graph.refilled:
                 node = next(n for n in self.graph.nodes if n.slot == (path, where))
                 raise Refusal(node, "the call changes the list or dict in which it is given a tensor to convert")
-            if kind is Pseudo.ENTER:  # arguments that were one tensor in some call are converted alike, each by itself
-                slots = tuple(Slot(p, ordered) for p in self.graph.members.get((path, where), (where,)))
-                plans[path] = replace(plan, inputs=(*plan.inputs, *slots))
-            else:
-                plans[path] = replace(plan, outputs=(*plan.outputs, Slot(where, ordered)))
+            # arguments that were one tensor in some call are converted alike, each by itself
+            every = self.graph.members.get((path, where), (where,)) if kind is Pseudo.ENTER else (where,)
+            have = plan.inputs if kind is Pseudo.ENTER else plan.outputs
+            known = {s.path for s in have}
+            paths = dict.fromkeys(self.merged.get((kind, path, p), p) for p in every)
+            have += tuple(Slot(p, ordered) for p in paths if p not in known)
+            plans[path] = replace(plan, inputs=have) if kind is Pseudo.ENTER else replace(plan, outputs=have)
         for (module, _, _), use in self.uses.items():
             plans[module] = replace(at(module), uses=(*at(module).uses, use))
         for module, attributes in self.local.attributes.items():
@@ -361,6 +351,8 @@ class Builder:
             plans[module] = replace(at(module), sites=tuple(sites))
         for module, groups in members(self.joints).items():
             plans[module] = replace(at(module), joint=groups)
+        for module, items in at_boundaries.items.items():
+            plans[module] = replace(at(module), items=tuple(items))
         for (module, name), values in self.graph.left.items():
             if any(self.labels.of(v) or v.id in self.moves.partial for v in values):
                 plans[module] = replace(at(module), stashed=(*at(module).stashed, name))
@@ -369,17 +361,6 @@ class Builder:
 
 def _same(a: Conversion | None, b: Conversion) -> bool:
     return a is not None and a == b
-
-
-def _alike(a: list[Conversion], b: list[Conversion]) -> bool:
-    """Equal but for the names of factors."""
-    return [(c.op, c.dim, _sizes(c.expr)) for c in a] == [(c.op, c.dim, _sizes(c.expr)) for c in b]
-
-
-def _sizes(expr: Expr | None) -> object:
-    if expr is None or isinstance(expr, Factor):
-        return expr and (expr.size, expr.sharded, expr.pieces, bool(expr.of), expr.granule)
-    return (type(expr).__name__, tuple(_sizes(p) for p in expr.parts))
 
 
 def _has_repeats(expr: Expr, tp: int) -> bool:

@@ -63,7 +63,7 @@ def solve(
         else:
             plan = assemble(space, choice, modules, namer, tp, model)
             copied = {slot for slot, conversions in builder.slots.items() if any(c.op is Op.COPY for c in conversions)}
-            boundaries = find_boundaries(space, choice.labels, moves, joints, copied, space.graph.repeats, builder.gather)
+            boundaries = find_boundaries(space, choice.labels, moves, joints, copied, space.graph.repeats, builder.gather, builder.merged)
             inside = find_inside(space, choice.labels, moves, boundaries, space.graph.repeats)
             graph = space.graph
             plan = replace(

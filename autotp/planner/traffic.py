@@ -10,7 +10,9 @@ from math import prod
 from autotp.axes.operators.table import Is, is_a
 from autotp.plan.conversions import CollectiveKind, Conversion, When
 from autotp.plan.cost import summed
-from autotp.plan.spec import ModulePlan, ParamPlan, Traffic
+from autotp.plan.items import Path, is_at
+from autotp.plan.spec import EVERY, ModulePlan, ParamPlan, Traffic
+from autotp.planner.placements import SlotKey
 from autotp.planner.repeats import block_of, traced
 from autotp.rewrite.operators.distributed import FORMS
 from autotp.trace.graph import Graph, Node, Origin, Pseudo, Value, outside
@@ -41,12 +43,15 @@ class _Counted:
         self.nodes = graph.nodes[: graph.results[0].stop if graph.results else len(graph.nodes)]
         self.again = {(at, p) for (at, where), members in graph.members.items() for p in members if p != where}
         self.channels = _channels(graph)
-        self.width: dict[tuple[str, str], int] = {}
+        self.width: dict[SlotKey, int] = {}
+        self.crossed: dict[tuple[Pseudo, str], dict[Path, None]] = {}
         self.calls: dict[int, list[Node]] = {}
         for node in self.nodes:
             self.calls.setdefault(node.call, []).append(node)
             if node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
-                self.width.setdefault(_crossing(node), self._per_token(node))
+                key = _crossing(node)
+                self.width.setdefault(key, self._per_token(node))
+                self.crossed.setdefault(key[:2], {})[key[2]] = None
 
     def _per_token(self, crossing: Node) -> int:
         """Elements a token that cross a boundary; the tokens of an image are its positions."""
@@ -73,10 +78,11 @@ class _Counted:
             for slot in slots:
                 if kind is Pseudo.ENTER and (path, slot.path) in self.again:
                     continue  # the same tensor as another argument
-                crossed = (kind.value, ".".join(map(str, (path, *(0 if step == "*" else step for step in slot.path)))))
-                if crossed in self.width:  # only other calls ask for the others (attention weights)
-                    argument = ".".join(map(str, slot.path)) if kind is Pseudo.ENTER else ""
-                    yield from _run(path, slot.conversions, self.width[crossed], self.sources.entering.get(crossed), argument)
+                argument = ".".join(map(str, slot.path)) if kind is Pseudo.ENTER else ""
+                for crossed in self.crossed.get((kind, path), ()):  # only other calls ask for the others (attention weights)
+                    if is_at(crossed, slot.path):
+                        key = (kind, path, crossed)
+                        yield from _run(path, slot.conversions, self.width[key], self.sources.entering.get(key), argument)
 
     def _at_sites(self) -> Iterator[_Found]:
         sites = {(m.path, s.file, s.function, s.line, s.offset): s for m in self.modules for s in m.sites}
@@ -114,7 +120,8 @@ def _met(
     wanted: Sequence[tuple[int, tuple[Conversion, ...]]], keys: Sequence[int], values: Mapping[int, Value]
 ) -> Iterator[tuple[Value, tuple[Conversion, ...]]]:
     """The values at the positions that a site converts; a value at several positions once."""
-    found = {keys[i]: conversions for i, conversions in wanted if i < len(keys) and keys[i] in values}
+    every = {i: conversions for at, conversions in wanted for i in (range(len(keys)) if at == EVERY else (at,))}
+    found = {keys[i]: conversions for i, conversions in every.items() if i < len(keys) and keys[i] in values}
     return ((values[key], conversions) for key, conversions in found.items())
 
 
@@ -124,9 +131,9 @@ def _run(module: str, conversions: Iterable[Conversion], width: int, source: int
             yield _Found(Traffic(module, kind, when, width, argument=argument), source if when is When.BACKWARD else None)
 
 
-def _crossing(node: Node) -> tuple[str, str]:
+def _crossing(node: Node) -> SlotKey:
     assert node.slot is not None and isinstance(node.op, Pseudo)
-    return node.op.value, ".".join(map(str, (node.slot[0], *node.slot[1])))
+    return node.op, *node.slot
 
 
 class Sources:
@@ -137,13 +144,11 @@ class Sources:
 
     def __init__(self, graph: Graph, modules: Sequence[ModulePlan]) -> None:
         self._made = {o.id: n for n in graph.nodes for o in n.outputs}
-        self._converted = {
-            (kind, ".".join(map(str, (m.path, *s.path))))
-            for m in modules
-            for kind, slots in (("enter", m.inputs), ("exit", m.outputs))
-            for s in slots
-        }
-        self.entering: dict[tuple[str, str], int | None] = {}
+        self._converted: dict[tuple[Pseudo, str], list[Path]] = {}
+        for m in modules:
+            self._converted[Pseudo.ENTER, m.path] = [s.path for s in m.inputs]
+            self._converted[Pseudo.EXIT, m.path] = [s.path for s in m.outputs]
+        self.entering: dict[SlotKey, int | None] = {}
         for node in graph.nodes:
             if node.op is Pseudo.ENTER and node.slot is not None and isinstance(node.args[0], Value):
                 self.entering.setdefault(_crossing(node), self.of(node.args[0]))
@@ -151,7 +156,8 @@ class Sources:
     def of(self, value: Value) -> int | None:
         """Returns the id of the first value made among those that are one tensor; None for a tensor that is not shared."""
         while (node := self._made.get(value.id)) is not None and node.op in (Pseudo.ENTER, Pseudo.EXIT) and node.slot is not None:
-            if _crossing(node) in self._converted or not isinstance(node.args[0], Value):
+            key = _crossing(node)
+            if any(is_at(key[2], path) for path in self._converted.get(key[:2], ())) or not isinstance(node.args[0], Value):
                 break
             value = node.args[0]
         return None if value.origin is Origin.INPUT else value.id

@@ -254,8 +254,9 @@ class _Rewriter:
                     return found, embedding.make_forward
         if plan is None:
             return self._given_tokens(ModuleRun(sub, reads), sub, plan), module.make_forward
-        inputs = InputSlots(plan.inputs, sub.forward, self.comm, where) if plan.inputs else None
-        outputs = OutputSlots(plan.outputs, self.comm, self.scatter) if plan.outputs else None
+        taken, given = ([i for i in plan.items if i.result is result] for result in (False, True))
+        inputs = InputSlots(plan.inputs, sub.forward, self.comm, where, taken) if plan.inputs or taken else None
+        outputs = OutputSlots(plan.outputs, self.comm, where, self.scatter, given) if plan.outputs or given else None
         watched = plan.sites or any(r.held for r in reads)
         sites = SiteTable(plan.sites, self.comm, where) if watched else None
         dispatches = any(c.op is Op.DISPATCH for s in plan.inputs for c in s.conversions)
@@ -301,4 +302,4 @@ def _keep_hooks(old: nn.Parameter, new: LayoutDTensor, undo: Undo) -> None:
 
 def _without_path(plan: ModulePlan) -> tuple[object, ...]:
     changes = plan.inputs, plan.outputs, plan.uses, plan.attributes, plan.sites, plan.joint
-    return *changes, plan.uncalled, plan.stashed, plan.pairs, plan.unread
+    return *changes, plan.uncalled, plan.stashed, plan.pairs, plan.unread, plan.items

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from autotp.adapters import settings
 from autotp.errors import AutoTPError, ChangedError, LostRankError
 from autotp.hugging_face import is_hugging_face
+from autotp.plan.items import Path
 from autotp.plan.loss_parallel import logits_in_parts
 from autotp.plan.plan import Plan
 from autotp.plan.sequence_parallel import tokens_in_parts
@@ -35,7 +36,6 @@ from autotp.rewrite.guards.structure import Places, Structure
 from autotp.rewrite.guards.tables import Place, Tensors
 from autotp.rewrite.guards.values import Values, Watched, stored_names, watched
 from autotp.rewrite.in_parts.calls import whole_results
-from autotp.rewrite.modules.boundaries import Path
 from autotp.rewrite.modules.classes import BASE, wrap_forward
 from autotp.rewrite.rng import Dropouts, device_of, install_generate, sync_rng
 from autotp.rewrite.running import Running

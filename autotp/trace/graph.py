@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from autotp.plan.spec import Forms
+from autotp.trace.containers import Container
 from autotp.trace.ints import Compared, IntExpr
 
 
@@ -217,6 +218,7 @@ class Graph:
     refilled: frozenset[str] = frozenset()  # modules that change a list or dict that they are called with
     left: Mapping[tuple[str, str], tuple[Value, ...]] = field(default_factory=dict)  # (module, attribute) → what forwards leave there
     forms: Mapping[str, Forms] = field(default_factory=dict)  # module → how it was called
+    containers: Mapping[str, frozenset[Container]] = field(default_factory=dict)  # module → what it was called with or returned
     asks_dims: frozenset[str] = frozenset()  # modules whose code reads sizes or numbers of dims
     sized: frozenset[int] = frozenset()  # ids of the values whose sizes code has read
     compared: tuple[Compared, ...] = ()  # comparisons of ints in the model's code

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, GeneratorType
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from autotp.plan.spec import Call, Forms
-from autotp.trace.boundary import Handed, Path, flatten_arguments, flatten_result
+from autotp.trace.boundary import Handed, Path, argument_path, flatten_arguments, flatten_result
+from autotp.trace.containers import Container, containers
 from autotp.trace.forms import SAME, Signature, asks_dims, class_name
 from autotp.trace.graph import Node, Origin, Pseudo
 from autotp.trace.memo import Memo
@@ -69,6 +70,7 @@ class ModuleCalls:
         self._children = {path: dict(m._modules) for path, m in modules.items()}
         self._wrappers: dict[str, tuple[Any, Forward]] = {}  # module → the forward of its class, and the wrapper of that
         self._forms: list[tuple[int, str, dict[str, str]]] = []  # (number of nodes, module, kinds of its arguments) of each call
+        self._containers: list[tuple[int, str, Container]] = []  # (number of nodes, module, what it was called with or returned)
         self._same: dict[str, dict[Path, Path]] = {}  # module → argument path → a path that was the same tensor in some call
 
     # running ------------------------------------------------------------------------------------------------------------------
@@ -122,6 +124,7 @@ class ModuleCalls:
         self._forms.append((len(self._tape.nodes), path, kinds))
         if asks_dims(names.read):
             self.asks_dims.add(path)
+        self._note(path, *_containers_of(module, args, kwargs))
         try:
             given = args, kwargs
             args, kwargs = self._enter(module, path, args, kwargs)
@@ -131,11 +134,15 @@ class ModuleCalls:
                 self.refilled.add(path)
             if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
                 self._later.add(result)
+            self._note(path, *containers(result, result=True))
             return self._leave(path, result)
         except Untraceable:
             raise
         except Exception as error:
             raise Untraceable(path, type(module).__name__, self._tape.last(), error) from error
+
+    def _note(self, path: str, *found: Container) -> None:
+        self._containers += [(len(self._tape.nodes), path, container) for container in found]
 
     def _enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Returns `args`, `kwargs` with each tensor replaced by its alias inside the module."""
@@ -214,8 +221,9 @@ class ModuleCalls:
         return any(_frame_of(result) is frame for result in self._later)
 
     def rewind(self, mark: int) -> None:
-        """Forget the forms of the calls that were made after the first `mark` nodes."""
+        """Forget the forms and the containers of the calls that were made after the first `mark` nodes."""
         self._forms = [form for form in self._forms if form[0] < mark]
+        self._containers = [found for found in self._containers if found[0] < mark]
 
     # what was found -----------------------------------------------------------------------------------------------------------
 
@@ -232,6 +240,13 @@ class ModuleCalls:
         for _, path, kinds in self._forms:
             found.setdefault(path, set()).add(frozenset(kinds.items()))
         return {path: frozenset(calls) for path, calls in found.items()}
+
+    def containers(self) -> dict[str, frozenset[Container]]:
+        """Returns module → the lists, tuples and dicts that it was called with or returned."""
+        found: dict[str, set[Container]] = {}
+        for _, path, container in self._containers:
+            found.setdefault(path, set()).add(container)
+        return {path: frozenset(every) for path, every in found.items()}
 
     def one_slot(self, nodes: tuple[Node, ...]) -> tuple[tuple[Node, ...], dict[tuple[str, Path], tuple[Path, ...]]]:
         """Returns the nodes with one slot for all argument paths that were one tensor in some call, and the paths of each such slot."""
@@ -253,6 +268,19 @@ def _frame_of(result: GeneratorType[Any, Any, Any] | CoroutineType[Any, Any, Any
     if isinstance(result, GeneratorType):
         return result.gi_frame
     return result.cr_frame if isinstance(result, CoroutineType) else result.ag_frame
+
+
+def _containers_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Container]:
+    """Yields the containers in the arguments of a call, `*args` as one of them."""
+    given: dict[Path, Any] = {(name,): value for name, value in kwargs.items()}
+    for i, value in enumerate(args):
+        path = argument_path(module, i)
+        if len(path) > 1:
+            given[path[:1]] = (*given.get(path[:1], ()), value)
+        else:
+            given[path] = value
+    for path, value in given.items():
+        yield from containers(value, result=False, path=path)
 
 
 def _root(same: Mapping[Path, Path], path: Path) -> Path:

@@ -156,6 +156,7 @@ class Recorder:
             refilled=frozenset(calls.refilled),
             left={key: tuple(found.values()) for key, found in self.results.left.items()},
             forms=calls.forms(),
+            containers=calls.containers(),
             asks_dims=frozenset(calls.asks_dims),
             sized=frozenset(self._python.sized),
             compared=self.life.noted(),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autotp.errors import AutoTPError
 from autotp.plan.conversions import Op
+from autotp.plan.items import slot_of
 from autotp.plan.plan import Plan
 from autotp.plan.spec import Boundary, GradSum, Shown
 from autotp.rewrite.collectives.comm import Comm
@@ -81,7 +82,7 @@ class Parts:
         return flatten_arguments(module, args, kwargs, self._summed) if self.summed and _in_backward() == -1 else (args, kwargs)
 
     def _summed(self, path: tuple[str | int, ...], tensor: Tensor) -> Tensor:
-        return copy(tensor, self.comm) if path in self.summed else tensor
+        return copy(tensor, self.comm) if slot_of(path, self.summed) is not None else tensor
 
     def whole(self, result: Any) -> Any:
         """Returns the result of a call, made whole.
@@ -92,17 +93,18 @@ class Parts:
         return flatten_result(result, self._whole) if (self.named or self.counted) and _in_backward() == -1 else result
 
     def _whole(self, path: tuple[str | int, ...], tensor: Tensor) -> Tensor:
-        if path in self.counted:
+        if slot_of(path, self.counted) is not None:
             return taken_once(tensor, self.comm)
         if not self.named:
             return tensor
-        found = self.named.get(path)
+        slot = slot_of(path, self.named)
+        found = None if slot is None else self.named[slot]
         if found is None and not (path and isinstance(path[0], str)):
             found = next(iter(self.named.values()))
         if found is None:
             return tensor
-        if path in self.made:
-            return self.made[path](tensor)
+        if slot in self.made:
+            return self.made[slot](tensor)
         raise AutoTPError(_text(self.where, found))
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from autotp.errors import AutoTPError
 from autotp.plan.plan import Plan
-from autotp.rewrite.modules.boundaries import Binding, map_path
+from autotp.rewrite.modules.binding import Binding
+from autotp.rewrite.modules.boundaries import map_path
 from autotp.rewrite.modules.classes import check_calls
 from autotp.rewrite.undo import Undo
 

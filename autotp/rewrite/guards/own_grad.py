@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from autotp.errors import AutoTPError
-from autotp.rewrite.modules.boundaries import Path, map_path
+from autotp.plan.items import Path
+from autotp.rewrite.modules.boundaries import map_path
 
 _GRAD, _BACKWARD, _HOOK = torch.autograd.grad, torch.autograd.backward, Tensor.register_hook
 _ASKING = frozenset((Tensor.retain_grad, _HOOK, Tensor.backward, _GRAD, _BACKWARD))

@@ -21,10 +21,11 @@ from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import AutoTPError, PlanError
 from autotp.plan.conversions import Op
+from autotp.plan.items import Path
 from autotp.plan.spec import ModulePlan, Slot
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, copy, reduce
-from autotp.rewrite.modules.boundaries import Path, map_path
+from autotp.rewrite.modules.boundaries import map_path
 from autotp.rewrite.modules.classes import subclass, wrap_forward
 from autotp.rewrite.sequence.rows import Rows
 from autotp.rewrite.sequence.scatter import Scatter

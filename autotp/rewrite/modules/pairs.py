@@ -25,7 +25,7 @@ from autotp.plan.spec import Pairs
 from autotp.rewrite.attributes import localised
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.in_parts.tensor import InParts, part
-from autotp.rewrite.modules.boundaries import Binding
+from autotp.rewrite.modules.binding import Binding
 from autotp.rewrite.sequence.dispatch import Route
 from autotp.rewrite.sequence.tokens import ParallelTokens, tokens_of
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from autotp.errors import PlanError, sentence
 from autotp.plan.conversions import Conversion
 from autotp.plan.layout import Layout
-from autotp.plan.spec import Site
+from autotp.plan.spec import EVERY, Site
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, bind_all
 from autotp.rewrite.collectives.split import OTHER_PATH, OtherSize
@@ -128,6 +129,7 @@ class SiteMode(TorchFunctionMode):
         if site.ints or site.multiples:
             args, kwargs = self._localise(site, args, kwargs)
         if site.inputs:
+            self._count(site, site.given, (args, kwargs), "is given")
             try:
                 args, kwargs = map_call(args, kwargs, _Nth(site.inputs, self.table.comm))
             except OtherSize as error:
@@ -139,8 +141,18 @@ class SiteMode(TorchFunctionMode):
         else:
             result = run_form(site.kernel, func, args, dict(kwargs), self.table.comm, self.layouts, self.table.across[id(site)])
         if site.outputs:
+            self._count(site, site.made, result, "gives")
             result = map_leaves(result, _Nth(site.outputs, self.table.comm))
         return result
+
+    def _count(self, site: Site, known: tuple[int, ...], tensors: Any, how: str) -> None:
+        """Raises PlanError where a call is about another number of tensors than those that were traced, and their positions matter."""
+        if known and (count := sum(isinstance(leaf, Tensor) for leaf in tree_leaves(tensors))) not in known:
+            raise PlanError(
+                f"{self.table.where}: the call in {site.function} ({site.file}, function at line {site.line}) {how} {count} tensors, "
+                f"which are not all alike over the ranks; in the calls that were traced it was {' or '.join(map(str, known))}. Pass "
+                "example_inputs of such a call to parallelize as well (a list of several calls)"
+            )
 
     def _called(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         try:
@@ -218,11 +230,12 @@ class _Nth:
 
     def __init__(self, wanted: Sequence[tuple[int, tuple[Conversion, ...]]], comm: Comm) -> None:
         self.wanted: dict[int, Convert] = {i: bind_all(conversions, comm) for i, conversions in wanted}
+        self.every = self.wanted.get(EVERY)
         self.count = -1
 
     def __call__(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         self.count += 1
-        convert = self.wanted.get(self.count)
+        convert = self.wanted.get(self.count, self.every)
         return leaf if convert is None else convert(leaf)
