@@ -121,7 +121,7 @@ def results(heads: int, bias: Bias, traced: Any, later: Any, check: str) -> tupl
 def test_a_call_with_more_is_refused(name: str, heads: int, check: str) -> None:
     bias, traced, later = COUNTED[name]
     most, said, _ = results(heads, bias, traced, later(heads), check)
-    assert most < 1e-9 and "had size 1" in said, (most, said)
+    assert most < 1e-9 and ("had size 1" in said or "a list or tuple of" in said), (most, said)
 
 
 @pytest.mark.parametrize("name", SURE)
