@@ -166,6 +166,8 @@ class _Sure:
             return plain and ((start == -1 and stop >= x.shape[dim]) or ((start >= 0) == (stop >= 0) and stop - start == 1))
         if node.opname == "narrow":
             return bool(node.ints) and node.ints[-1] in one
+        plain = all(isinstance(e, (Literal, AttrRef)) for e in node.ints)
         if node.opname in ("split", "split_with_sizes", "unsafe_split"):
-            return x.shape[dim] != 1 and all(isinstance(e, (Literal, AttrRef)) for e in node.ints)
+            said = isinstance(node.args[1], (list, tuple)) and x.shape[dim] != 1
+            return plain and (said or node.args[1] == 1)  # the last piece of others is what is left
         return False

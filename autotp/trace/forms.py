@@ -181,14 +181,24 @@ class Signature:
     def same(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """Says which arguments of a call are one tensor."""
         names: dict[int, list[str]] = {}
-        for name, value in chain(zip(self.names, args, strict=False), kwargs.items()):
-            if isinstance(value, Tensor):
-                names.setdefault(id(value), []).append(name)
+        rest = ((f"{self.rest}[{i}]", value) for i, value in enumerate(args[len(self.names) :]))
+        for name, value in chain(zip(self.names, args, strict=False), rest, kwargs.items()):
+            for where, tensor in _tensors(name, value):
+                names.setdefault(id(tensor), []).append(where)
         return "; ".join(sorted(" and ".join(sorted(each)) for each in names.values() if len(each) > 1)) or "none"
 
     def names_it(self, argument: str) -> bool:
         """True for an argument of its own, and for a keyword that goes into its `**kwargs` and is a word in its code."""
         return argument in self.kinds or argument in self.names or argument in self.texts
+
+
+def _tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+    """Yields a tensor, or those in a list or dict."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _tensors(f"{name}[{key!r}]", item)
 
 
 def asks_dims(read: frozenset[str]) -> bool:

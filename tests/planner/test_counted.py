@@ -36,6 +36,7 @@ COUNTED: dict[str, tuple[Bias, Any, Callable[[int], Any]]] = {
     "each second": (lambda m, c: c[:, ::2], data(1, 2, 6, 6), lambda h: data(1, 2 * h, 6, 6)),
     "the second half": (lambda m, c: c[:, c.shape[1] // 2 :], data(1, 2, 6, 6), lambda h: data(1, 2 * h, 6, 6)),
     "a chunk": (lambda m, c: c.chunk(2, 1)[1], data(1, 2, 6, 6), lambda h: data(1, 2 * h, 6, 6)),
+    "what a split leaves": (lambda m, c: c.split(4, 1)[-1], data(1, 5, 6, 6), lambda h: data(1, 4 + h, 6, 6)),
     "gated": (lambda m, c: F.glu(c, 1), data(1, 2, 6, 6), lambda h: data(1, 2 * h, 6, 6)),
     "as long as an argument": (
         lambda m, c: torch.linspace(1, 2, c.shape[1], dtype=torch.float64).view(1, -1, 1, 1) * torch.arange(6),

@@ -239,17 +239,32 @@ def test_a_mask_of_another_form_is_refused(name: str) -> None:
     assert all(f"self_attn (MultiheadAttention) is called with {MASKS[name][2]} as" in said for said in refusals(name))
 
 
-class Crossed(nn.Module):
-    """Attention of one sequence over another, which may be the same one."""
+class Starred(nn.Module):
+    """Takes any number of sequences."""
 
-    def __init__(self, own: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.own = own
+        self.q, self.o = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, *every: Tensor) -> Tensor:
+        a, b = every
+        h = self.q(a).relu()
+        return self.o(h * 2 if a is b else h * self.q(b).mean(1, keepdim=True))
+
+
+class Crossed(nn.Module):
+    """Attention of one sequence over another, which may be the same one. `code`: torch's, that of the module, or that of another."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__()
+        self.code, self.inner = code, Starred()
         self.attention, self.q, self.o = nn.MultiheadAttention(D, HEADS, batch_first=True), nn.Linear(D, D), nn.Linear(D, D)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if not self.own:
+        if self.code == "torch":
             return self.attention(x, y, y)[0]
+        if self.code == "star":
+            return self.inner(x, y)
         q = self.q(x)
         return self.o(q.relu() + self._other(q, q if x is y else self.q(y)))
 
@@ -266,10 +281,10 @@ TWICE: dict[str, tuple[list[dict[str, Tensor]], tuple[bool, bool]]] = {
 }
 
 
-def _twice(case: tuple[str, bool, str]) -> tuple[bool, bool]:
-    name, own, certificate = case
+def _twice(case: tuple[str, str, str]) -> tuple[bool, bool]:
+    name, code, certificate = case
     torch.manual_seed(0)
-    model, parallel = Crossed(own).double(), Crossed(own).double()
+    model, parallel = Crossed(code).double(), Crossed(code).double()
     parallel.load_state_dict(model.state_dict())
     made = autotp.parallelize(parallel, mesh(), example_inputs=TWICE[name][0], check=certificate)
     assert autotp.plan_of(made).local_share < 0.9
@@ -285,11 +300,11 @@ def _twice(case: tuple[str, bool, str]) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize("certificate", ["numbers", "graph"])
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("code", ["torch", "own", "star"])
 @pytest.mark.parametrize("name", TWICE)
-def test_arguments_that_are_one_tensor(name: str, own: bool, certificate: str) -> None:
+def test_arguments_that_are_one_tensor(name: str, code: str, certificate: str) -> None:
     """Code that asks `q is k` takes another path for them: torch's attention projects them together."""
-    assert list(run("local", _twice, (name, own, certificate), 2, 120.0)) == [TWICE[name][1]] * 2
+    assert list(run("local", _twice, (name, code, certificate), 2, 120.0)) == [TWICE[name][1]] * 2
 
 
 def test_without_the_check_torch_raises(monkeypatch: pytest.MonkeyPatch) -> None:

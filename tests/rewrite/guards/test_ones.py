@@ -113,4 +113,5 @@ def test_without_the_guard_they_fail_in_torch(monkeypatch: pytest.MonkeyPatch) -
     guard: Callable[..., None] = lambda *_: None  # noqa: E731
     monkeypatch.setattr(entry, "install_ones", guard)
     for later in (call(mask=MASK), call(gate=(2, 5, 16))):
-        assert str(outcome([call()], later)).startswith("torch: ")  # a part of one head is stretched over two
+        said = str(outcome([call()], later))  # a part of one head is stretched over two
+        assert said.startswith("torch: ") or "the call in Attention.forward" in said  # what the call counts, it checks itself
