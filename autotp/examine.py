@@ -17,7 +17,7 @@ from torch import nn
 
 from autotp.errors import AutoTPError, InputError
 from autotp.hugging_face import is_hugging_face
-from autotp.numeric.check import judge, too_large
+from autotp.numeric.check import Verdict, judge, too_large
 from autotp.plan.layout import Layout
 from autotp.plan.names import folded
 from autotp.plan.plan import Plan
@@ -108,22 +108,19 @@ class _ByNumbers:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.accused: list[Accused] = []
-        self.run = False  # whether the last plan was
-        self.all = False  # whether all calls of it were
+        self.verdict = Verdict("no plan was run")  # on the last plan
 
     def __call__(self, plan: Plan, examples: tuple[Example, ...]) -> Examined:
         """See `Examine`."""
-        verdict = judge(self.model, examples, plan)
-        self.run = not verdict.unknown
-        self.all = self.run and not verdict.left
+        verdict = self.verdict = judge(self.model, examples, plan)
         if verdict.unknown:
             return Examined(f"graph only: {verdict.unknown}")
         text = NUMBERS + (f" ({len(examples) - verdict.left} of {len(examples)} calls)" if verdict.left else "")
         if verdict.module is None:
-            return Examined(text, run=self.all)
+            return Examined(text, run=verdict.all)
         more = len(self.accused) < MOST_WRONG_PLANS
         self.accused.append(Accused(verdict.module if more else None, verdict.reason, verdict.backward))
-        return Examined(text, (self.accused[-1],), run=self.all)
+        return Examined(text, (self.accused[-1],), run=verdict.all)
 
 
 class _ByTwin:
@@ -132,7 +129,7 @@ class _ByTwin:
     def __init__(self, model: nn.Module, twin: nn.Module, tp: int, apart: frozenset[str]) -> None:
         self.model, self.twin, self.tp, self.apart = model, twin, tp, apart
         self.planned: Plan | None = None
-        self.run = self.all = False  # whether the plan of the twin was, and all its calls
+        self.verdict = Verdict()  # on the plan of the twin
 
     def __call__(self, plan: Plan, examples: tuple[Example, ...]) -> Examined:
         """See `Examine`."""
@@ -143,13 +140,13 @@ class _ByTwin:
                 self.planned = make_plan(self.twin, self.tp, examine=examine, replayed=False, apart=self.apart)
             except AutoTPError as error:
                 return Examined(f"graph only: the model is too large to be run, and a smaller twin cannot be planned ({error})")
-            here, self.run, self.all = _same_places(self.model), examine.run, examine.all
+            here, self.verdict = _same_places(self.model), examine.verdict
             for a in examine.accused:
                 accused += [replace(a, module=path) for path in ([None] if a.module is None else here(a.module))]
-        if not self.run:
+        if self.verdict.unknown:
             return Examined(f"{self.planned.checked} (a smaller twin)")
         text = TWIN + self.planned.checked.removeprefix(NUMBERS)
-        return Examined(text + _but_for(plan, self.planned), tuple(accused), run=self.all)
+        return Examined(text + _but_for(plan, self.planned), tuple(accused), run=self.verdict.all)
 
 
 def _but_for(plan: Plan, twin: Plan) -> str:

@@ -62,6 +62,11 @@ class Verdict:
     backward: bool = False
     left: int = 0
 
+    @property
+    def all(self) -> bool:
+        """True where all calls were run."""
+        return not self.unknown and not self.left
+
 
 def too_large(model: nn.Module, tp: int, share: float = 0.0) -> str:
     """Why the numbers of a model are not run, "" where they can be. `share`: of its elements that a rank holds, 1/tp at least."""

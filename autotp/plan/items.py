@@ -18,6 +18,11 @@ DICT = -1
 _DIGITS = re.compile(r"\d+")
 
 
+def step_of(key: object) -> Step:
+    """Returns the step to what a dict has under a key: a text for keys of other kinds, as plans are written down."""
+    return key if isinstance(key, str | int) else repr(key)
+
+
 def each(step: Step) -> str:
     """Returns the step that stands for all items or entries like this one; a key without digits stands for itself."""
     return "*" if isinstance(step, int) else _DIGITS.sub("*", step)

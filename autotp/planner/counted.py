@@ -112,7 +112,8 @@ class _Sure:
                 return False
             if node.opname in ("arange", "linspace"):
                 return any(True for e in node.ints for _ in leaves(e)) and all(map(self._fixed, node.ints))
-            if is_a(node, Is.CONVOLUTION) or (node.opname in ("linear", "mm", "addmm") and dim == -1):
+            channels = 1 - len(node.args[1].shape) if is_a(node, Is.CONVOLUTION) else -1 if node.opname in ("linear", "mm", "addmm") else 0
+            if dim == channels:
                 return True  # as many as a parameter has
         if node.opname == "flatten":
             first, last = (dim_of(arg(node, i, n, default), node.args[0]) for i, n, default in ((1, "start_dim", 0), (2, "end_dim", -1)))

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Path = tuple[str | int, ...]
+from autotp.plan.items import Path, step_of
+
 OnTensor = Callable[[Path, Tensor], Tensor]
 OnOther = Callable[[Path, Any], None]
 
@@ -121,7 +122,7 @@ def _walk(path: Path, item: Any, on_tensor: OnTensor, on_other: OnOther | None) 
         parts = [_walk((*path, i), x, on_tensor, on_other) for i, x in enumerate(item)]
         return item if all(a is b for a, b in zip(parts, item, strict=True)) else parts
     if isinstance(item, dict):
-        changed = {k: _walk((*path, k), v, on_tensor, on_other) for k, v in item.items()}
+        changed = {k: _walk((*path, step_of(k)), v, on_tensor, on_other) for k, v in item.items()}
         if all(changed[k] is v for k, v in item.items()):
             return item
         if type(item) in (dict, OrderedDict):

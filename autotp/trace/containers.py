@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autotp.plan.items import DICT, Path, Step
+from autotp.plan.items import DICT, Path, Step, step_of
 from autotp.trace.boundary import fields_of
 
 
@@ -35,7 +35,7 @@ def items_of(value: Any) -> list[tuple[Step, Any]]:
     if isinstance(value, tuple) or type(value) is list:
         return list(enumerate(value))
     if isinstance(value, dict):
-        return list(value.items())
+        return [(step_of(key), item) for key, item in value.items()]
     return list(fields_of(value).items()) if is_dataclass(value) and not isinstance(value, type) else []
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp.plan.spec import Forms
+from autotp.trace.containers import items_of
 from autotp.trace.ints import SizeRef, TaggedInt, expr_of, leaves
 
 TENSOR, NUMBER, SIZE = "a tensor", "a float", "a size"
@@ -193,12 +194,11 @@ class Signature:
 
 
 def _tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
-    """Yields a tensor, or those in a list or dict."""
+    """Yields a tensor, or those inside of what holds some, each with where it is."""
     if isinstance(value, Tensor):
         yield name, value
-    elif isinstance(value, (list, tuple, Mapping)):
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _tensors(f"{name}[{key!r}]", item)
+    for key, item in items_of(value):
+        yield from _tensors(f"{name}[{key!r}]", item)
 
 
 def asks_dims(read: frozenset[str]) -> bool:

@@ -18,8 +18,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from autotp.plan.items import Path
 from autotp.plan.spec import Call, Forms
-from autotp.trace.boundary import Handed, Path, argument_path, flatten_arguments, flatten_result
+from autotp.trace.boundary import Handed, argument_path, flatten_arguments, flatten_result
 from autotp.trace.containers import Container, containers
 from autotp.trace.forms import SAME, Signature, asks_dims, class_name
 from autotp.trace.graph import Node, Origin, Pseudo

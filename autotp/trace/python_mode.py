@@ -114,8 +114,10 @@ class PythonMode(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             tape.caller, tape.apart = held, apart
-        if func in _NUMBERS and not tape.quiet and isinstance(args[0], Tensor) and (args[0].dtype is not torch.bool or func in _COMPARE):
-            return self._number(func, [a for a in args if isinstance(a, Tensor)], result)
+        if func in _NUMBERS and not tape.quiet:
+            read = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            if read and (func in _COMPARE or read[0].dtype is not torch.bool):
+                return self._number(func, read, result)
         if chosen and isinstance(result, FakeTensor):  # `torch.tensor(counts)`: these numbers are no facts
             self.values.taint(result)
         if len(tape.nodes) > before:

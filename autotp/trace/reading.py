@@ -157,8 +157,7 @@ def _facts(code: CodeType) -> _Facts:
                     tested.append(i.argval)
                 variables += [(j.argval, i.argval) for j in found[at + 1 : at + 2] if j.opname == "STORE_FAST"]
             elif i.opname == "IS_OP":
-                before = [j.opname for j in found[max(at - 2, 0) : at]]
-                identity = identity or all(map(_is_variable, before)) or before[-1:] == ["LOAD_FAST_LOAD_FAST"]
+                identity = identity or _of_variables([j.opname for j in found[max(at - 2, 0) : at]])
             elif i.opname in _STORES:
                 in_self = inner is code and at and (found[at - 1].opname, found[at - 1].argval) == _self_of(code)
                 (own if in_self else stored).append(i.argval)
@@ -184,8 +183,10 @@ def _facts(code: CodeType) -> _Facts:
     return _Facts(computed, sets, identity, *each)
 
 
-def _is_variable(opname: str) -> bool:
-    return opname.startswith("LOAD_FAST") or opname == "LOAD_DEREF"
+def _of_variables(before: list[str]) -> bool:
+    """True where both operands of an instruction are variables: one load each, or one of two."""
+    both = bool(before) and before[-1].count("LOAD_FAST") == 2
+    return both or all(name.startswith("LOAD_FAST") or name == "LOAD_DEREF" for name in before)
 
 
 def _is_tested(found: list[dis.Instruction], at: int) -> bool:

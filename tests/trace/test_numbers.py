@@ -145,6 +145,7 @@ class Compared(nn.Module):
 
 COMPARES: dict[str, Callable[[Tensor], bool]] = {
     "equal": lambda h: torch.equal(h, h.abs()),
+    "by keywords": lambda h: torch.equal(input=h, other=h.abs()),
     "method": lambda h: h.equal(h.abs()),
     "allclose": lambda h: torch.allclose(h, h.abs()),
 }

@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from autotp.errors import PlanError
 from autotp.plan.conversions import Conversion, Op
-from autotp.plan.items import Items, Path, each, stands_for_several
+from autotp.plan.items import Items, Path, fits, stands_for_several, step_of
 from autotp.plan.spec import Slot
 from autotp.rewrite.collectives.comm import Comm
 from autotp.rewrite.collectives.conversions import Convert, bind_all
@@ -44,7 +44,7 @@ def map_path(value: Any, path: Path, fn: Convert) -> Any:
     if isinstance(value, Mapping):
         if key not in value and isinstance(key, int) and 0 <= key < len(value):
             key = list(value)[key]  # a transformers ModelOutput is also indexed by position
-        keys = [key] if key in value else [k for k in value if each(k) == key]
+        keys = [key] if key in value else [k for k in value if fits(step_of(k), (key,))]
         if not keys:
             return value
         changed: Any = copied(value)
@@ -71,7 +71,7 @@ class InputSlots:
 
     def __init__(self, slots: Sequence[Slot], forward: Callable[..., Any], comm: Comm, where: str, items: Sequence[Items] = ()) -> None:
         self.where = where
-        self.check = ArgumentItems(items, forward, where)
+        self.check = ArgumentItems(items, forward, where) if items else None
         self.bindings = tuple(Binding(slot.path, forward, where) for slot in slots)
         self.converts = tuple(_entering(slot.conversions, comm) for slot in slots)
         kinds = [slot.conversions for slot in slots]
@@ -86,7 +86,8 @@ class InputSlots:
         Raises:
             PlanError: one has not the size, or the number of items, that the plan knows.
         """
-        self.check(args, kwargs)
+        if self.check is not None:
+            self.check(args, kwargs)
         try:
             return self._converted(args, kwargs)
         except OtherSize as error:
@@ -151,7 +152,7 @@ class OutputSlots:
     __slots__ = ("check", "slots")
 
     def __init__(self, slots: Sequence[Slot], comm: Comm, where: str, scatter: Scatter | None = None, items: Sequence[Items] = ()) -> None:
-        self.check = ResultItems(items, where)
+        self.check = ResultItems(items, where) if items else None
         self.slots = tuple((slot.path, _bound(slot.conversions, comm, scatter)) for slot in slots)
 
     def __call__(self, result: Any) -> Any:
@@ -160,7 +161,8 @@ class OutputSlots:
         Raises:
             PlanError: it has not the number of items that the plan knows.
         """
-        self.check(result)
+        if self.check is not None:
+            self.check(result)
         for path, convert in self.slots:
             result = map_path(result, path, convert)
         return result

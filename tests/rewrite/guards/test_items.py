@@ -125,6 +125,8 @@ ALIKE: dict[str, Callable[[], nn.Module]] = {
     "in a dataclass": inside(lambda s, x: Fields([s.summand(c) for c in pairs(x)], x)),
     "in a dict": inside(lambda s, x: {"a": [s.summand(c) for c in pairs(x)], "b": x}),
     "keys that are numbers": inside(lambda s, x: {i: s.summand(c) for i, c in enumerate(pairs(x))}),
+    "keys beside others": inside(lambda s, x: {(0, 1): x, None: x} | {f"c{i}": s.summand(c) for i, c in enumerate(pairs(x))}),
+    "keys of other kinds": root(lambda s, x: {(0, 1): s.summand(x), None: s.part(x), 2.5: [s.part(c) for c in pairs(x)]}),
     "with gaps": inside(lambda s, x: [None if i % 3 == 1 else s.summand(c) for i, c in enumerate(x.split(1, 1))]),
     "parts of the root": root(lambda s, x: ([s.part(c) for c in pairs(x)], s.summand(x))),
     "keys of the root": root(lambda s, x: {f"token{i}": s.part(x[:, i]) for i in range(x.shape[1])} | {"y": s.summand(x)}),

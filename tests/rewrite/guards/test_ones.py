@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import autotp
 from autotp.api import parallelize_as
 from autotp.errors import AutoTPError
+from autotp.planner import realise
 from autotp.rewrite import entry
 from autotp.testing.ranks.run import run
 from tests.support.ranks import mesh
@@ -112,6 +113,6 @@ def test_what_was_traced_both_ways_is_right() -> None:
 def test_without_the_guard_they_fail_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     guard: Callable[..., None] = lambda *_: None  # noqa: E731
     monkeypatch.setattr(entry, "install_ones", guard)
+    monkeypatch.setattr(realise, "with_checks", lambda space, labels, sites: sites)  # what is counted is checked at the call
     for later in (call(mask=MASK), call(gate=(2, 5, 16))):
-        said = str(outcome([call()], later))  # a part of one head is stretched over two
-        assert said.startswith("torch: ") or "the call in Attention.forward" in said  # what the call counts, it checks itself
+        assert str(outcome([call()], later)).startswith("torch: ")  # a part of one head is stretched over two
