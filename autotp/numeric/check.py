@@ -40,9 +40,9 @@ MOST_ELEMENTS = 60_000_000
 MOST_RANKS = 16
 #: CPU seconds that the model and all ranks may take together, by what one run took; and how long ranks are waited for.
 SECONDS, MOST_WAITING = 20.0, 60.0
-#: CPU seconds of the model's run after which no further calls are compared. A large image takes long in each of six calls or so, which
-#: differ in little.
-ENOUGH = 1.0
+#: CPU seconds of the model's run after which no further calls are compared, and those for each operator that was traced. A large image
+#: takes long in each of six calls or so, which differ in little; where many operators do, a replay of the calls would take as long.
+ENOUGH, FOR_EACH = 1.0, 5e-4
 _NUDGES = 100.0  # times the model's own answer to a nudge that the ranks may differ by
 _LEAST = 1e-12  # values below this are rounding errors of zero
 _UNSTABLE = 1e-6
@@ -119,7 +119,7 @@ def _subject(model: nn.Module, examples: tuple[Example, ...], tp: int) -> _Subje
         started = time.thread_time()
         try:
             with watched(original) as order:
-                wanted = run(original, calls, precision, ENOUGH)
+                wanted = run(original, calls, precision, max(ENOUGH, FOR_EACH * sum(e.operators for e in calls)))
         except Exception as error:  # the model may refuse in any way
             problem = problem or error
             continue

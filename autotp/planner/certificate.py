@@ -15,6 +15,7 @@ Where all calls are run with numbers too, some need not be replayed: see `replay
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -61,7 +62,10 @@ def traced(examples: Sequence[Example], graph: Graph) -> tuple[Example, ...]:
     """The examples that are in the trace, with the second calls that are."""
     names = {r.name for r in graph.results}
     drawn = {r.name for r in graph.results if r.drawn}
-    ran = (replace(e, optional=False, drawn=e.name in drawn) for e in examples if e.name in names)
+    operators: Counter[str] = Counter()
+    for result, start in zip(graph.results, (0, *(r.stop for r in graph.results)), strict=False):
+        operators[result.name.removesuffix("+decode")] += result.stop - start
+    ran = (replace(e, optional=False, drawn=e.name in drawn, operators=operators[e.name]) for e in examples if e.name in names)
     return tuple(e if e.name + "+decode" in names else replace(e, decode=None) for e in ran)
 
 

@@ -23,7 +23,7 @@ from autotp.planner.flows import differentiable, made_of_arguments
 from autotp.planner.partition import Atoms, Partitions
 from autotp.planner.refusals import Conflict
 from autotp.planner.regrouped import regrouped
-from autotp.planner.varying import varying
+from autotp.planner.varying import given_axes, varying
 from autotp.trace.graph import Node, Pseudo, Value
 
 NONE: Atoms = frozenset()
@@ -112,13 +112,14 @@ class GraphIndex:
         for node in self.graph.nodes:
             if node.op is Pseudo.EXIT and node.slot is not None:
                 self.exits.setdefault((Pseudo.EXIT, *node.slot), []).append(node.index)
-        self.varying = varying(axes)
-        self._mixed()
+        given = given_axes(axes)
+        self.varying = varying(axes, given)
+        self._mixed(given)
         self._meeting: dict[Atom, list[Node]] | None = None
 
-    def _mixed(self) -> None:
+    def _mixed(self, given: Atoms) -> None:
         """Blocks the axes that views put together with lengths otherwise in other calls."""
-        for index, atoms in regrouped(self.axes, self.leaves, self.of_parameters, self.activations).items():
+        for index, atoms in regrouped(self.axes, given, self.leaves, self.of_parameters, self.activations).items():
             node = self.graph.nodes[index]
             reason = f"{node.opname} would put it together with a length: for other lengths than the traced ones it takes other elements"
             self.blocked[index].append((Blocked(node.args[0].id, tuple(atoms), reason), atoms))

@@ -20,7 +20,7 @@ from autotp.axes.atoms import Atom, flat, leaf_atoms
 from autotp.axes.operators.table import Is, arg, dim_of, is_a
 from autotp.planner.dims_of_one import Leaves, ones_before, summed_dims
 from autotp.planner.partition import Atoms
-from autotp.planner.varying import given_axes, positions, unsettled
+from autotp.planner.varying import positions, unsettled
 from autotp.trace.graph import Node, Origin, Pseudo, Value
 from autotp.trace.ints import IntExpr, Literal, SizeRef, evaluate, leaves
 
@@ -44,9 +44,11 @@ Form = tuple[tuple[Factor, ...], ...]
 Sizes = Mapping[Factor, int]
 
 
-def regrouped(axes: Axes, by_dim: Leaves, of_parameters: Atoms, activations: Collection[int]) -> Mapping[int, Atoms]:
-    """Returns node → the axes of parameters that its view mixes with lengths in other calls. `activations`: made of arguments."""
-    forms = _Forms(axes, by_dim, of_parameters)
+def regrouped(axes: Axes, given: Atoms, by_dim: Leaves, of_parameters: Atoms, activations: Collection[int]) -> Mapping[int, Atoms]:
+    """Returns node → the axes of parameters that its view mixes with lengths in other calls. `given`: see `given_axes`; `activations`: made
+    of arguments.
+    """
+    forms = _Forms(axes, given, by_dim, of_parameters)
     found: dict[int, Atoms] = {}
     for node in axes.graph.nodes:
         for v in node.inputs():
@@ -63,11 +65,10 @@ def regrouped(axes: Axes, by_dim: Leaves, of_parameters: Atoms, activations: Col
 class _Forms:
     """The factors of the values' dims, as far as they are followed."""
 
-    def __init__(self, axes: Axes, by_dim: Leaves, of_parameters: Atoms) -> None:
+    def __init__(self, axes: Axes, given: Atoms, by_dim: Leaves, of_parameters: Atoms) -> None:
         self.axes, self.by_dim, self.of_parameters = axes, by_dim, of_parameters
         self.known: dict[int, Form] = {}  # of values with lengths of 1
         self.same: dict[Length, Length] = {}  # lengths that met: the first of them
-        given = given_axes(axes)
         self.long = (given - of_parameters) | _lengths_of_parameters(axes, of_parameters & given)
 
     def of(self, key: int) -> Form:

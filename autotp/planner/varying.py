@@ -42,9 +42,9 @@ class _Asked:
     sized: bool
 
 
-def varying(axes: Axes) -> Mapping[Atom, Node]:
-    """Returns axes of parameters that the code sizes by a length, each with the node that does so."""
-    params, asked, given = _dims_of_parameters(axes), list(_asked(axes)), given_axes(axes)
+def varying(axes: Axes, given: Atoms) -> Mapping[Atom, Node]:
+    """Returns axes of parameters that the code sizes by a length, each with the node that does so. `given`: see `given_axes`."""
+    params, asked = _dims_of_parameters(axes), list(_asked(axes))
     free = given - _settled(axes, params, asked, given)
     dims_of: dict[Atom, list[Sequence[Atom]]] = {}
     for dim in params:

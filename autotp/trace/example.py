@@ -60,6 +60,7 @@ class Example:
     setting: the model is called in this setting; None for the one that it has.
     sought: where the model turns this call down, one of other forms is looked for.
     drawn: its path was traced along numbers drawn for its data.
+    operators: how many its trace has.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Example:
     setting: Setting | None = None
     sought: bool = False
     drawn: bool = False
+    operators: int = 0
 
     @property
     def inputs(self) -> Inputs:
