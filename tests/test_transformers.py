@@ -131,7 +131,7 @@ DISTINCT = {
 }  # fmt: skip
 PROCESSES = {"phi3", "t5", "deepseek_v3", "mamba2"}
 #: The cases that `make test` has; the others run in `make sweeps`.
-FIRST = {"phi3": "local", "bloom": "local", "falcon_new": "local", "bert": "local", "gpt2_five_heads": "local", "t5": "gloo"}
+FIRST = {"phi3": "local", "bloom": "local", "gpt2_five_heads": "local", "t5": "gloo"}
 #: Families whose kinds of layers are many: at two ranks they show as much as at four, in half the time.
 MANY_KINDS = {"zamba2", "jamba", "nemotron_h", "qwen2_5_vl", "recurrent_gemma", "falcon_h1"}
 

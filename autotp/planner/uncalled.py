@@ -33,13 +33,14 @@ def with_uncalled(plan: Plan, draft: Draft, model: nn.Module) -> Plan:
     called = _called(draft, model)
     plan = _with_unread(replace(plan, idle=frozenset(_idle(model, called))), draft, model)
     plans = {m.path: m for m in plan.modules}
-    complete = {path: module for path, module in called.items() if not module._modules and _complete(path, draft, plans)}
+    leaves = {path: module for path, module in called.items() if not module._modules}
     more: list[ModulePlan] = []
     for path, module in model.named_modules():
-        sharded = [n for n, p in module._parameters.items() if p is not None and plan.params[_join(path, n)].layout.dim is not None]
-        if path in called or not path or not sharded:
+        if path in called or not path:
             continue
-        twin = next((other for other, candidate in complete.items() if _alike(module, candidate)), None)
+        if all(p is None or plan.params[_join(path, n)].layout.dim is None for n, p in module._parameters.items()):
+            continue
+        twin = next((other for other, leaf in leaves.items() if _alike(module, leaf) and _complete(other, draft, plans)), None)
         if twin is None or path in plans:
             more.append(replace(plans.get(path, ModulePlan(path)), uncalled=True))
         else:

@@ -89,8 +89,9 @@ def _held(model: nn.Module) -> list[tuple[Any, str, Any]]:
         if not isinstance(file, ModuleType) or (name != "__main__" and name.partition(".")[0] in _OTHERS):
             continue
         space = file.__dict__
-        found += [(file, k, v) for k, v in space.items() if type(v) is _CACHED]
-        found += [each for v in space.values() if type(v) is FunctionType and v.__closure__ for each in _wrapped(v)]
+        # one pass: hundreds of thousands of names are looked at for each trace
+        for k, v in [(k, v) for k, v in space.items() if (t := type(v)) is _CACHED or (t is FunctionType and v.__closure__)]:
+            found += [(file, k, v)] if type(v) is _CACHED else _wrapped(v)
         if not _DECORATORS.isdisjoint(space):  # thousands of classes are not worth a look where no method can be cached
             classes = [v for v in space.values() if isinstance(v, type) and v.__module__ == name]
             found += [(c, k, v) for c in classes for k, v in c.__dict__.items() if type(_function(v)) is _CACHED]

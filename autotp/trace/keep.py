@@ -15,6 +15,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -157,10 +158,15 @@ class _Keeper:
         return True
 
     def _table(self, table: dict[Any, Any]) -> None:
+        if not table:  # most tables of a module are empty, and stay so
+            self.undo.append(table.clear)
+            return
         self.undo.append(partial(_restore_dict, table, dict(table)))
 
 
 def _restore_dict(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+    if len(table) == len(before) and all(map(is_, table, before)) and all(map(is_, table.values(), before.values())):
+        return  # nearly always, so nothing of it is a loop of Python code
     if len(table) != len(before) or any(k not in table or table[k] is not v for k, v in before.items()):
         table.clear()
         table.update(before)

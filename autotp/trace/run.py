@@ -156,7 +156,9 @@ def _trace(
             for shown, name in recorder.accesses.weights.attributes.values():
                 recorder.values.shows(shown, name)
             recorder.watch(model, repeats)
+            hooked = has_backward_hooks(model)
             for example in examples:
+                recorder.questions.asked = {Question.GRAD} if hooked else set()
                 _run(model, recorder, fake, example)
                 if enough is not None and len(examples) > 1 and example is examples[0]:
                     first = of_every_block(recorder.graph(dict(repeats)))
@@ -203,7 +205,6 @@ def _run(model: nn.Module, recorder: BlockRecorder, fake: Fakes, example: Exampl
         return _path(model, recorder, fake, replace(example, name=mode.name(example), optional=optional), mode)
 
     questions = recorder.questions
-    questions.asked = {Question.GRAD} if has_backward_hooks(model) else set()
     modes = [_Mode(grad=example.training)]
     with in_mode(model, example.training):
         failed = path(modes[0], optional=example.optional or example.training)

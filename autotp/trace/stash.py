@@ -95,7 +95,7 @@ def _tensors(item: Any, depth: int, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(item, Tensor):
         yield item
         return
-    if depth == 0 or isinstance(item, (str, int, float, type, nn.Module)) or item is None or id(item) in seen:
+    if depth == 0 or item is None or isinstance(item, (str, int, float, type, nn.Module)) or id(item) in seen:
         return
     seen.add(id(item))
     if isinstance(item, (list, tuple, deque, set, frozenset, MappingView)):

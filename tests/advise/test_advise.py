@@ -26,6 +26,7 @@ from autotp.cli import commands
 from autotp.data_parallel import units
 from autotp.errors import InputError, TraceError
 from tests.support.families import transformer
+from tests.support.slow import swept
 
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 
@@ -122,7 +123,7 @@ def test_sequences_longer_than_the_model_are_noted() -> None:
     assert len(long) == len(short) + 1 and "more than the" in long[0] and "positions" in long[0]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", swept(["none", "full"], "full"))
 def test_hidden_states_in_parts_take_less_memory(checkpointing: str) -> None:
     """By the option or by a recipe. Blocks that run again in the backward scatter again."""
     work = {"tokens": 512, "seq": 64, "checkpointing": checkpointing}

@@ -32,13 +32,14 @@ def trained(kind: str, tp: int, when: str, options: dict[str, Any]) -> list[floa
     return [apart(models), train(models), apart(models)]
 
 
-@pytest.mark.parametrize(("kind", "when"), swept(CASES, ("padded", "before"), ("fused", "after")))
+@pytest.mark.parametrize(("kind", "when"), swept(CASES, ("padded", "before")))
 def test_trains(pool: Pool, kind: str, when: str) -> None:
     for found in pool.run(trained, kind, 2, when, {}):
         assert max(found) <= 1e-9, found
 
 
-@pytest.mark.parametrize(("kind", "when"), swept(CASES, ("shared", "after")))
+@pytest.mark.sweep
+@pytest.mark.parametrize(("kind", "when"), CASES)
 def test_trains_with_dora(pool: Pool, kind: str, when: str) -> None:
     for found in pool.run(trained, kind, 2, when, DORA):
         assert max(found) <= 1e-9, found
@@ -51,7 +52,8 @@ def test_trains_where_no_dim_divides(pool: Pool, kind: str, when: str) -> None:
         assert max(found) <= 1e-9, found
 
 
-@pytest.mark.parametrize("when", swept(WHEN, "after"))
+@pytest.mark.sweep
+@pytest.mark.parametrize("when", WHEN)
 def test_embeddings_and_whole_modules(pool: Pool, when: str) -> None:
     options = {"target_modules": ["embed_tokens", "q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
     for found in pool.run(trained, "padded", 2, when, options):
@@ -226,7 +228,8 @@ def other_kinds(tp: int, when: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("when", swept(WHEN, "after"))
+@pytest.mark.sweep
+@pytest.mark.parametrize("when", WHEN)
 def test_other_adapters(pool: Pool, when: str) -> None:
     for found in pool.run(other_kinds, 2, when):
         assert max(found.values()) <= 1e-9, found

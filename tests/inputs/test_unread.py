@@ -15,6 +15,7 @@ from autotp.inputs.search import named
 from autotp.planner.make_plan import traced_calls
 from autotp.testing.tiny.models import tiny_config, tiny_model
 from autotp.trace.repeats import alike_blocks
+from tests.support.slow import swept
 
 #: A model type → the share of its parameters on one of two ranks.
 READ = {
@@ -28,7 +29,7 @@ READ = {
 }
 
 
-@pytest.mark.parametrize("model_type", READ)
+@pytest.mark.parametrize("model_type", swept(READ, "voxtral", "canary_decoder", "instructblip_qformer"))
 def test_what_no_plain_call_reads_is_sharded(model_type: str) -> None:
     assert autotp.plan(tiny_model(tiny_config(model_type)), tp=2, check="graph").local_share < READ[model_type]
 

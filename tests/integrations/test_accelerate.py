@@ -84,9 +84,14 @@ def alone() -> dict[str, Any]:
     return {name: trained(name, None) for name in ("llama", "gpt2")}
 
 
-@pytest.mark.parametrize(("name", "world", "once", "split"), [
-    ("llama", 2, False, True), ("gpt2", 2, True, False), ("llama", 4, False, True), ("gpt2", 4, False, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "world", "once", "split"),
+    swept(
+        [("llama", 2, False, True), ("gpt2", 2, True, False), ("llama", 4, False, True), ("gpt2", 4, False, True)],
+        ("gpt2", 2, True, False),
+        ("llama", 4, False, True),
+    ),
+)
 def test_everything_is_prepared_in_one_call(pool, alone, name, world, once, split):
     results = pool.run(trained, name, 2, once, split, world=world)
     for result in results:

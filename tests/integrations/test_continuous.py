@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import autotp
 from tests.serving.served import PROMPTS, caught, models, new_tokens
+from tests.support.slow import swept
 
 
 def config(**options: Any) -> Any:
@@ -35,10 +36,10 @@ def tokens(name: str, sizes: tuple[int, ...]) -> Any:
 @pytest.mark.parametrize(
     ("name", "sizes", "world"),
     [
-        ("llama", (8, 4), 2),
+        pytest.param("llama", (8, 4), 2, marks=pytest.mark.sweep),
         ("llama", (6, 3), 2),
         ("llama", (8, 2), 4),
-        ("gpt2", (), 2),
+        pytest.param("gpt2", (), 2, marks=pytest.mark.sweep),
         pytest.param("gpt2", (), 4, marks=pytest.mark.slow),
     ],
 )
@@ -99,7 +100,7 @@ def statics(name: str, sizes: tuple[int, ...]) -> Any:
     return found
 
 
-@pytest.mark.parametrize(("name", "sizes", "world"), [("llama", (6, 3), 2), ("llama", (8, 2), 4), ("gpt2", (), 2)])
+@pytest.mark.parametrize(("name", "sizes", "world"), swept([("llama", (6, 3), 2), ("llama", (8, 2), 4), ("gpt2", (), 2)], ("gpt2", (), 2)))
 def test_a_static_cache_serves_several_requests(pool, name, sizes, world):
     for found in pool.run(statics, name, sizes, world=world):
         assert found == [True] * 12

@@ -13,11 +13,12 @@ from autotp.errors import InputError, PlanError, RecipeError
 from autotp.plan.conversions import Op
 from autotp.plan.sequence_parallel import AUTO_FROM, tokens_in_parts, with_tokens_in_parts, with_whole_tokens
 from tests.composition.training import build
+from tests.support.slow import halved
 
 planned = partial(autotp.plan, tp=2, check="graph")
 
 
-@pytest.mark.parametrize("kind", ["even", "fused", "joint", "padded", "experts"])
+@pytest.mark.parametrize("kind", halved(["even", "fused", "joint", "padded", "experts"]))
 def test_there_and_back(kind: str) -> None:
     model = build(kind)
     plain, parts = planned(model), planned(model, sequence_parallel=True)

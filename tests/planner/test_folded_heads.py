@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import autotp
 from autotp.planner import local_ints
 from autotp.testing.outcome import equal_or_refused
+from tests.support.slow import swept
 
 D, HEADS = 24, 6
 X = torch.randn(3, 5, D, dtype=torch.float64)
@@ -67,7 +68,9 @@ def two() -> nn.Module:
     return Torch(two=True)
 
 
-@pytest.mark.parametrize(("model", "tp"), [(Folded, 2), (Folded, 4), (Flat, 2), (ByLength, 3), (Torch, 2), (two, 3)])
+@pytest.mark.parametrize(
+    ("model", "tp"), swept([(Folded, 2), (Folded, 4), (Flat, 2), (ByLength, 3), (Torch, 2), (two, 3)], (Folded, 4), (ByLength, 3), (two, 3))
+)
 def test_another_batch(model: type[nn.Module], tp: int) -> None:
     more = {"of one row": {"x": X[:1]}, "of other steps": {"x": X[:2, :3]}}
     for x in (X, X[:1]):  # a batch of one has no axis that is folded with the heads

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import autotp
 from autotp.testing import NotEquivalent, assert_equivalent, sabotage
+from tests.support.slow import in_turns
 
 W = 16
 IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -157,8 +158,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "tp"), in_turns(CASES, (2, 3)))
 def test_is_cut_alone(name: str, tp: int) -> None:
     factory, inputs, weight = CASES[name]
     found = assert_equivalent(factory, tp=tp, inputs=inputs, steps=1, certificate="graph")

@@ -16,6 +16,7 @@ from autotp.rewrite.operators.call_sites import SiteMode
 from autotp.testing import assert_equivalent
 from autotp.testing.ranks.run import run
 from tests.support.ranks import mesh
+from tests.support.slow import in_turns
 
 WIDTH = 32
 
@@ -137,8 +138,7 @@ def outcome(make: type[nn.Module], check: str = "numbers") -> str:
     return str(first)
 
 
-@pytest.mark.parametrize("check", ["numbers", "graph"])
-@pytest.mark.parametrize("make", [m for m in CASES if m is not Branch])
+@pytest.mark.parametrize(("make", "check"), in_turns([m for m in CASES if m is not Branch], ("numbers", "graph")))
 def test_numbers_that_are_equal_by_chance(make: type[nn.Module], check: str) -> None:
     assert outcome(make, check) == "equal"
 
@@ -263,8 +263,7 @@ def others(make: type[nn.Module], tp: int) -> list[str]:
     return list(run("local", rank, None, tp, 120.0)[0])
 
 
-@pytest.mark.parametrize("tp", [2, 3, 4])
-@pytest.mark.parametrize("make", [OfTorch, Shaped])
+@pytest.mark.parametrize(("make", "tp"), in_turns([OfTorch, Shaped], (2, 3, 4)))
 def test_numbers_that_have_lengths_in_them_follow_these(make: type[nn.Module], tp: int) -> None:
     assert others(make, tp) == ["equal"] * len(OTHERS)
 

@@ -15,6 +15,7 @@ from autotp.api import parallelize_as
 from autotp.planner import placements
 from autotp.testing.ranks.run import run
 from tests.support.ranks import mesh
+from tests.support.slow import in_turns
 
 WIDTH, INNER, HEADS = 16, 64, 4
 
@@ -117,16 +118,14 @@ def found(how: Callable[[Layer, Tensor], Tensor], traced: tuple[int, int], check
     return result
 
 
-@pytest.mark.parametrize("check", ["numbers", "graph"])
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize(("name", "check"), in_turns(MIXES, ("numbers", "graph")))
 def test_what_a_view_mixes_with_lengths_stays_whole(name: str, check: str) -> None:
     most, cut, reasons = found(*MIXES[name], check)
     assert most < 1e-9 and not cut, most
     assert any("together with a length" in reason for reason in reasons), reasons
 
 
-@pytest.mark.parametrize("traced", [(2, 1), (1, 4), (1, 1), (2, 2)], ids=str)
-@pytest.mark.parametrize("name", KEEPS)
+@pytest.mark.parametrize(("name", "traced"), in_turns(KEEPS, ((2, 1), (1, 4), (1, 1), (2, 2))), ids=str)
 def test_what_it_does_not_mix_is_cut(name: str, traced: tuple[int, int]) -> None:
     most, cut, _ = found(KEEPS[name], traced, "graph")
     assert most < 1e-9 and cut, most

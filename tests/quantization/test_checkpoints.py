@@ -90,11 +90,11 @@ def loaded(kind: str, name: str, folder: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "name", "world"),
     [
-        ("even", "int8", 2),
+        pytest.param("even", "int8", 2, marks=pytest.mark.sweep),
         ("concatenated", "int4 in groups", 2),
         ("padded", "int4 asymmetric", 3),
-        ("shared", "fp8", 2),
-        ("tied", "int8 in groups", 2),
+        pytest.param("shared", "fp8", 2, marks=pytest.mark.sweep),
+        pytest.param("tied", "int8 in groups", 2, marks=pytest.mark.sweep),
         pytest.param("biased", "int4 rows dynamic", 2, marks=pytest.mark.slow),
     ],
 )

@@ -27,6 +27,7 @@ from tests.quantization.models import (
     states_differing,
 )
 from tests.support.ranks import Pool, mesh
+from tests.support.slow import in_turns
 
 pytest.importorskip("torchao")
 
@@ -62,8 +63,7 @@ def test_every_config(pool: Pool, name: str, order: str) -> None:
         assert found["share"] < 0.53
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("kind", [k for k in MODELS if k != "even"])
+@pytest.mark.parametrize(("kind", "world"), in_turns([k for k in MODELS if k != "even"], (2, 3)))
 def test_every_layout(pool: Pool, kind: str, world: int) -> None:
     for name, order in (("int8", "before"), ("int4 asymmetric", "after")):
         for found in pool.run(beside_one_device, kind, name, order, world=world):

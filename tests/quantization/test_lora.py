@@ -11,6 +11,7 @@ from torch import nn
 import autotp
 from tests.quantization.models import apart, build, config, failure, ids, quantized
 from tests.support.ranks import Pool, mesh
+from tests.support.slow import in_turns
 
 pytest.importorskip("torchao")
 pytest.importorskip("peft")
@@ -72,9 +73,11 @@ def beside_one_device(kind: str, name: str, order: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize(("kind", "name"), [("even", "int8"), ("padded", "int4 asymmetric"), ("concatenated", "fp8")])
-def test_lora_trains(pool: Pool, kind: str, name: str, order: str) -> None:
+@pytest.mark.parametrize(
+    ("of", "order"), in_turns([("even", "int8"), ("padded", "int4 asymmetric"), ("concatenated", "fp8")], ("before", "after"))
+)
+def test_lora_trains(pool: Pool, of: tuple[str, str], order: str) -> None:
+    kind, name = of
     for found in pool.run(beside_one_device, kind, name, order, world=3 if kind == "padded" else 2):
         assert order == "before" or "on a quantized weight of a parallel model" in found["merge"]
         assert found["names"] and found["quantized"] >= 8

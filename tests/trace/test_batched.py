@@ -14,6 +14,7 @@ import autotp
 from autotp.errors import AutoTPError
 from autotp.testing import assert_equivalent
 from autotp.trace.graph import Pseudo
+from tests.support.slow import in_turns
 
 X = torch.randn(3, 5, 8, dtype=torch.float64)
 
@@ -56,8 +57,7 @@ def with_a_whole_tensor(model: Any, h: Tensor) -> Tensor:
     return torch.vmap(lambda t, u: t * u.sum(0), in_dims=(0, None))(h, h[0])
 
 
-@pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("function", [attention, in_parts, of_a_tree, nested, of_parameters, with_a_whole_tensor])
+@pytest.mark.parametrize(("function", "tp"), in_turns([attention, in_parts, of_a_tree, nested, of_parameters, with_a_whole_tensor], (2, 3)))
 def test_what_is_around_is_cut(function: Callable[[nn.Module, Tensor], Tensor], tp: int) -> None:
     found = assert_equivalent(lambda: Around(function), tp=tp, inputs={"x": X}, steps=1)
     assert {"up.weight", "down.weight"} <= found.sharded

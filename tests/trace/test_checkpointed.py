@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import autotp
 from autotp.errors import TraceError
 from autotp.testing import assert_equivalent
+from tests.support.slow import in_turns
 
 X = {"x": torch.linspace(-1, 1, 2 * 3 * 16, dtype=torch.float64).sin().view(2, 3, 16)}
 
@@ -81,8 +82,7 @@ class Around(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", FORWARDS)
+@pytest.mark.parametrize(("name", "reentrant"), in_turns(FORWARDS, (False, True)))
 @pytest.mark.parametrize("kind", [Around, Inside, Checkpointed])
 def test_checkpointed_functions(kind: Any, name: str, reentrant: bool) -> None:
     if kind is Inside and name in ("a method that reads parameters", "a method between"):  # the root's own: no subclass sees to it

@@ -36,7 +36,7 @@ from tests.models.backward import (
     hooked,
 )
 from tests.support.modes import same_in_every_mode
-from tests.support.slow import few
+from tests.support.slow import few, in_turns
 
 X = {"x": torch.randn(2, 6, OUTER, dtype=torch.float64, generator=torch.Generator().manual_seed(3))}
 WHOLE = 1.0
@@ -104,14 +104,12 @@ KEPT = {  # nothing can be sharded
 @pytest.mark.filterwarnings(
     "ignore:None of the inputs have requires_grad", "ignore:Full backward hook is firing"
 )  # torch's, of one device too
-@pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize(("name", "tp"), in_turns(SHARDED, (2, 3)))
 def test_sharded(name: str, tp: int) -> None:
     assert same_in_every_mode(SHARDED[name], X, tp) < 0.7
 
 
-@pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize(("name", "tp"), in_turns(KEPT, (2, 3)))
 def test_kept(name: str, tp: int) -> None:
     assert same_in_every_mode(KEPT[name], X, tp) == WHOLE
 

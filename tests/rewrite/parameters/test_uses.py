@@ -63,7 +63,7 @@ def check(pool: Pool, kind: str, world: int) -> None:
             assert not said, "\n".join(said)
 
 
-@pytest.mark.parametrize("kind", swept(KINDS, "fused", "padded"))
+@pytest.mark.parametrize("kind", swept(KINDS, "padded"))
 def test_uses(pool: Pool, kind: str) -> None:
     check(pool, kind, 2)
 
