@@ -7,6 +7,7 @@ import json
 import pytest
 
 from autotp import targets
+from tests.support.slow import halved
 from tools.known_models import TOLERANCE, Cell, Row, config_of, configs, facts, main, row, survey, table
 
 NAMES = list(configs())
@@ -16,7 +17,7 @@ def test_there_are_enough_of_them() -> None:
     assert len(NAMES) >= 30
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", halved(NAMES))
 def test_a_config_has_the_published_number_of_parameters(name: str) -> None:
     entry = configs()[name]
     model = targets.build(config_of(entry), device="meta")

@@ -1,6 +1,6 @@
 """Try autotp on models of other libraries, tiny, and say how many come out equal.
 
-    pip install --no-deps -r tools/third_party.txt                   # beside autotp
+    pip install --no-deps -r tools/third_party.txt                   # beside autotp[dev]
     python tools/third_party.py --out third_party.jsonl              # all of them, two ranks
     python tools/third_party.py --only timm/vit diffusers            # some: models, or all of a library
     python tools/third_party.py --plan-only                          # no comparison

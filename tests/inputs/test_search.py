@@ -16,6 +16,7 @@ from autotp.inputs.missing import missing_keywords
 from autotp.inputs.paths import calls_with
 from autotp.planner.make_plan import plain_call
 from autotp.testing.tiny.models import tiny_config, tiny_model
+from tests.support.slow import halved
 
 #: A model type → a keyword that its plain call needs beside what is required, or in another form, and what is told by its value.
 FOUND = {
@@ -33,7 +34,7 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize("model_type", FOUND)
+@pytest.mark.parametrize("model_type", halved(FOUND))
 def test_a_call_is_found_and_runs(model_type: str) -> None:
     model = tiny_model(tiny_config(model_type))
     call = plain_call(model)

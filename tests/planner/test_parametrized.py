@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+import autotp
+from autotp.api import parallelize_as
 from autotp.axes.operators.table import OPERATORS, Padded
 from autotp.plan.kinds import Kind, kinds
 from autotp.testing import Equivalence, NotEquivalent, assert_equivalent
+from autotp.testing.ranks.run import run
 from tests.axes.test_rules import no_contracts
 from tests.support.pooled import PLAIN, equivalent
-from tests.support.ranks import Pool
+from tests.support.ranks import Pool, mesh
 from tests.support.rules import give_rule
 from tests.support.slow import in_turns
 
@@ -151,3 +155,54 @@ def test_a_power_iteration_keeps_the_weight_whole(name: str) -> None:
     assert not found.sharded
     weight = "weight_orig" if name == "hooks" else W
     assert "it is part of normalize, which has no distributed form" in found.plan.params[f"up.{weight}"].reason
+
+
+class Doubled(nn.Module):
+    """A weight that is read as twice its parameter, and can be assigned."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        return w / 2
+
+
+ASSIGNED: dict[str, Normed] = {
+    "doubled": by(Doubled),
+    "doubled twice": lambda layer: by(Doubled)(by(Doubled)(layer)),
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.parametrize(("name", "by_name"), in_turns(ASSIGNED, (True, False)))
+def test_a_computed_weight_is_assigned(name: str, by_name: bool) -> None:
+    torch.manual_seed(0)
+    one = nn.Sequential(ASSIGNED[name](nn.Linear(WIDTH, HIDDEN)), nn.ReLU(), nn.Linear(HIDDEN, WIDTH)).double()
+    new = torch.randn(HIDDEN, WIDTH, dtype=torch.float64)
+
+    def trained(model: Any) -> list[Tensor]:
+        if by_name:
+            model[0].weight = new.clone()
+        else:
+            model[0].parametrizations.weight.right_inverse(new.clone())
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        first = model(X)
+        first.square().mean().backward()
+        optimizer.step()
+        return [first.detach(), model.eval()(X).detach()]
+
+    before, wanted = copy.deepcopy(one)(X).detach(), trained(copy.deepcopy(one))
+    plan = autotp.plan(one, tp=2, example_inputs={"input": X}, check="graph")
+    assert (before - wanted[0]).abs().max() > 1e-3
+
+    def work(_: Any) -> list[Tensor]:
+        model: Any = copy.deepcopy(one)
+        parallelize_as(model, mesh(), plan)
+        with pytest.raises(autotp.AutoTPError, match="right_inverse gives"):
+            model[0].weight = new[:3]
+        return trained(model)
+
+    for found in run("local", work, None, 2, 60):
+        for got, expected in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)

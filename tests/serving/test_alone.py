@@ -12,6 +12,7 @@ from autotp.agree import raise_lost
 from autotp.errors import LostRankError
 from autotp.parallel_state import state_of
 from tests.serving.served import GREEDY, caught, ids, masked, models
+from tests.support.slow import halved
 
 CALLS = ("generate", "generate_batch", "forward", "forward, inputs not compared", "broadcast")
 
@@ -37,7 +38,7 @@ def alone(kind: str, on: int) -> Any:
     return both, found
 
 
-@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("kind", halved(CALLS))
 def test_a_call_on_one_rank_alone_is_noticed(pool, kind):
     on = 1 if kind == "broadcast" else 0  # who sends does not wait
     answers = pool.run(alone, kind, on, world=2)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import autotp
 from tests.serving.served import PROMPTS, apart, caught, ids, models, new_tokens
+from tests.support.slow import swept
 
 
 def config(**sizes: int) -> Any:
@@ -67,7 +68,9 @@ def batches(name: str, sizes: tuple[int, ...]) -> Any:
     }
 
 
-@pytest.mark.parametrize(("name", "sizes", "world"), [("llama", (6, 3), 2), ("gpt2", (), 2), ("llama", (8, 4), 3)])
+@pytest.mark.parametrize(
+    ("name", "sizes", "world"), swept([("llama", (6, 3), 2), ("gpt2", (), 2), ("llama", (8, 4), 3)], ("llama", (8, 4), 3))
+)
 def test_eight_requests_at_once(pool, name, sizes, world):
     found = pool.run(batches, name, sizes, world=world)[0]
     assert found.pop("apart") < 1e-9

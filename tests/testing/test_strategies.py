@@ -90,7 +90,7 @@ def test_configs_are_valid_and_odd(model_type: str) -> None:
     heads: set[int] = set()
     switched: set[Any] = set()
 
-    @settings(QUICK, max_examples=25, phases=[Phase.generate])
+    @settings(QUICK, max_examples=16, phases=[Phase.generate])
     @given(tps.configs(model_type))
     def draw(config: Any) -> None:
         assert config.model_type == model_type

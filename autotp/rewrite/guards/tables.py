@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from autotp.errors import AutoTPError, ChangedError
 from autotp.rewrite.parameters.data_parallel import NO_DDP
@@ -24,6 +25,8 @@ from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 _TABLES = ("_parameters", "_buffers")
 _ADVICE = "Make the change before parallelize (build the model again), or take it back"
 _NUMBER = "a number"
+#: What may become None in a batch norm: how it averages its statistics (None, as `update_bn` sets it: over all batches) mixes no channels.
+_FREE = frozenset(("momentum",))
 #: what is there under a name: the shape of a tensor, a number, nothing
 Held = torch.Size | str | None
 
@@ -73,8 +76,9 @@ class Place:
 
     def __init__(self, path: str, module: nn.Module, read: frozenset[str]) -> None:
         self.where, self.module, self.read = f"{path}." if path else "", module, read
-        found = (n for n, v in module.__dict__.items() if n in read and (type(v) is float or isinstance(v, Tensor)))
-        self.names = tuple(n for n in found if not hasattr(inspect.getattr_static(type(module), n, None), "__set__"))  # see `stash`
+        found = [n for n, v in module.__dict__.items() if n in read and (type(v) is float or isinstance(v, Tensor))]
+        guarded = {n for n in found if hasattr(inspect.getattr_static(type(module), n, None), "__set__")}  # see `stash`
+        self.names = tuple(n for n in found if n not in guarded and not (n in _FREE and isinstance(module, _BatchNorm)))
         self.laid = frozenset(n for n, p in module._parameters.items() if isinstance(p, LayoutDTensor))
         self.held = self._look()
 
@@ -91,7 +95,10 @@ class Place:
             if old == new or (name in self.laid and new is not None) or (_NUMBER in (old, new) and (_is_one(old) or _is_one(new))):
                 continue
             if new is None and isinstance(self.module.__dict__.get(name), DTensor):
-                raise AutoTPError(f"{NO_DDP} ({self.where}{name} is no parameter of its module any more)")
+                raise AutoTPError(
+                    f"{self.where}{name} is no parameter of its module any more, but an attribute. Write its values into the parameter "
+                    f"instead (with torch.no_grad(): parameter.copy_(values)), or change the module before parallelize. {NO_DDP}"
+                )
             raise ChangedError(
                 f"{self.where}{name} was {_told(old)} when the model was made parallel and is {_told(new)} now; the code that reads it "
                 f"runs on a rank's part, by a plan made for what was there. {_ADVICE}"

@@ -20,6 +20,7 @@ import torch.nn.utils.parametrize
 import torch.utils.checkpoint
 from torch import nn
 from torch.compiler import is_dynamo_compiling
+from torch.nn.utils.parametrize import ParametrizationList
 
 from autotp.errors import AutoTPError
 from autotp.rewrite.parameters.quantized_form import is_quantized, refuse_quantized
@@ -109,6 +110,27 @@ def _is_parametrized(cls: type[nn.Module]) -> bool:
     return any(getattr(get, "__module__", "") == torch.nn.utils.parametrize.__name__ for get in found)
 
 
+def _right_inverse(self: ParametrizationList, value: Any) -> None:
+    """As torch's own, which swaps new tensors in: those would have no layout. Their values are written into the parameters instead.
+
+    Raises:
+        AutoTPError: they have other shapes or dtypes than the parameters, or are of another number.
+    """
+    with torch.no_grad():
+        parametrizations: list[Any] = list(self)
+        for module in reversed(parametrizations):
+            if not hasattr(module, "right_inverse"):
+                raise AutoTPError(f"a parametrized weight was assigned, and its {type(module).__name__} has no right_inverse")
+            value = module.right_inverse(value)
+        new = [value] if self.is_tensor else [*value]
+        held = [self.original] if self.is_tensor else [getattr(self, f"original{at}") for at in range(self.ntensors)]
+        forms, wanted = [(tuple(x.shape), x.dtype) for x in new], [(tuple(x.shape), x.dtype) for x in held]
+        if forms != wanted:
+            raise AutoTPError(f"a parametrized weight was assigned, whose right_inverse gives {forms} for parameters of {wanted}")
+        for parameter, values in zip(held, new, strict=True):
+            parameter.copy_(values)
+
+
 MakeForward = Callable[[type[nn.Module]], Callable[..., Any]]
 
 
@@ -126,6 +148,8 @@ def _subclass(base: type[nn.Module], names: tuple[str, ...], make_forward: MakeF
     forward.__doc__ = base.forward.__doc__
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # inspect.signature shows the model's own arguments
     body.update(forward=forward, __module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
+    if issubclass(base, ParametrizationList):
+        body["right_inverse"] = _right_inverse
     kind: Any = _Parametrized if type(base) is type and _is_parametrized(base) else type(base)
     return kind(base.__name__, (base,), body)  # type: ignore[no-any-return]
 
