@@ -27,6 +27,8 @@ from autotp.trace.ints import IntExpr, Literal, SizeRef, evaluate, leaves
 #: How many times as long as the traced ones the lengths are that are tried: each alone, and each another one.
 TIMES = (2, 3)
 APART = (2, 3, 5, 7, 11, 13)
+#: Operators whose dims after the channels are as long as those of what they slide over say.
+_SLIDES = ("conv", "max_pool", "avg_pool")
 _VIEWS = frozenset(("view", "_unsafe_view", "reshape", "view_copy", "flatten", "unflatten"))
 
 
@@ -58,6 +60,8 @@ def regrouped(axes: Axes, given: Atoms, by_dim: Leaves, of_parameters: Atoms, ac
             if node.args[0].id in activations and (mixed := forms.view(node)):
                 found[node.index] = mixed
         else:
+            if node.opname.startswith(_SLIDES):
+                forms.slides(node)
             forms.passes(node)
     return found
 
@@ -69,7 +73,7 @@ class _Forms:
         self.axes, self.by_dim, self.of_parameters = axes, by_dim, of_parameters
         self.known: dict[int, Form] = {}  # of values with lengths of 1
         self.same: dict[Length, Length] = {}  # lengths that met: the first of them
-        self.long = (given - of_parameters) | _lengths_of_parameters(axes, of_parameters & given)
+        self.long = {*(given - of_parameters), *_lengths_of_parameters(axes, of_parameters & given)}
 
     def of(self, key: int) -> Form:
         """Returns the factors of each dim of a value."""
@@ -79,6 +83,14 @@ class _Forms:
         """Notes the dims of size 1 of an argument of the model."""
         if v.id not in self.known:
             self.known[v.id] = tuple(d or (Length(v.id, i),) for i, d in enumerate(self.of(v.id)))
+
+    def slides(self, node: Node) -> None:
+        """Notes that the lengths of a result are those of a parameter where the lengths that the operator slides over are."""
+        for out in node.outputs:
+            for before, after in zip(self.axes.dims.get(node.args[0].id, ())[2:], self.axes.dims.get(out.id, ())[2:], strict=False):
+                over = {*leaf_atoms(before)}
+                if over and self.long.isdisjoint(over):
+                    self.long -= {*leaf_atoms(after)}
 
     def passes(self, node: Node) -> None:
         """Follows the dims of a node that is no view."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import autotp
 from autotp.api import parallelize_as
 from autotp.planner import placements
+from autotp.testing.outcome import equal_or_refused
 from autotp.testing.ranks.run import run
 from tests.support.ranks import mesh
 from tests.support.slow import in_turns
@@ -129,6 +130,31 @@ def test_what_a_view_mixes_with_lengths_stays_whole(name: str, check: str) -> No
 def test_what_it_does_not_mix_is_cut(name: str, traced: tuple[int, int]) -> None:
     most, cut, _ = found(KEEPS[name], traced, "graph")
     assert most < 1e-9 and cut, most
+
+
+class Channels(nn.Module):
+    """Attention of channels first, behind learned positions, if `positions`: they say the lengths, behind a convolution too."""
+
+    def __init__(self, positions: bool) -> None:
+        super().__init__()
+        self.patches, self.qkv, self.out = nn.Conv2d(3, WIDTH, 2, 2), nn.Conv2d(WIDTH, 3 * WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+        self.positions = nn.Parameter(torch.randn(1, WIDTH, 3, 2)) if positions else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x) if self.positions is None else self.patches(x) + self.positions
+        b, _, h, w = x.shape
+        q, k, v = self.qkv(x).reshape(b, 3, HEADS, WIDTH // HEADS, -1).permute(1, 0, 2, 4, 3).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, -1, h, w)
+        return self.out(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_lengths_that_a_parameter_says_stay_as_they_are(positions: bool) -> None:
+    image = torch.randn(2, 3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    more = {"of one": {"x": image[:1]}}
+    found = equal_or_refused(lambda: Channels(positions), inputs={"x": image}, tp=2, more=more, steps=1)
+    assert found.equal is not None, found.refused
+    assert {"qkv.weight", "out.weight"} <= found.equal.sharded
 
 
 def test_without_the_rule_they_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
