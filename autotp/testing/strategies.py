@@ -105,26 +105,30 @@ def geometries(draw: st.DrawFn, *, heads: int = 12, even_size: bool = False) -> 
     return Geometry(kv, group, draw(st.sampled_from(sizes)), draw(st.integers(2, 21)), draw(st.integers(4, 40)))
 
 
+#: The longest dim that is drawn.
+_LONGEST = 2048
+
+
 @st.composite
 def exprs(draw: st.DrawFn, *, depth: int = 2, sharded: bool = True) -> Expr:
     """Draws one dim of a layout: at most one sharded factor on each index path, of any size (padded where tp does not divide it).
 
-    Some have the form that attention with few key/value heads gives: a factor cut together with a minor one, in pieces. No dim is
-    longer than 2,048: products of products would else be a million long now and then.
+    Some have the form that attention with few key/value heads gives: a factor cut together with a minor one, in pieces. None is longer
+    than 2,048: products of products would be a million long now and then.
 
     Raises:
         InputError: `depth` is no whole number of at least 0.
     """
     whole_number("exprs: depth", depth, least=0)
-    return draw(_nested(depth, sharded, 2048) | _in_pieces() if sharded else _nested(depth, False, 2048))
+    return draw(_nested(depth, sharded, _LONGEST) | _in_pieces() if sharded else _nested(depth, False, _LONGEST))
 
 
 @st.composite
 def _nested(draw: st.DrawFn, depth: int, sharded: bool, most: int) -> Expr:
     kind = draw(st.sampled_from(["factor", "product", "concat"] if depth else ["factor"]))
     if kind == "factor":
-        return Factor("f", draw(st.integers(1, max(1, min(7, most)))), sharded and draw(st.booleans()))
-    number = draw(st.integers(1, 3))
+        return Factor("f", draw(st.integers(1, min(7, most))), sharded and draw(st.booleans()))
+    number = draw(st.integers(1, min(3, most)))
     if kind == "concat":
         return Concat(tuple(draw(_nested(depth - 1, sharded, most // number)) for _ in range(number)))
     at = draw(st.integers(0, number - 1))

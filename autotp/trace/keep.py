@@ -165,9 +165,8 @@ class _Keeper:
 
 
 def _restore_dict(table: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if len(table) == len(before) and all(map(is_, table, before)) and all(map(is_, table.values(), before.values())):
-        return  # nearly always, so nothing of it is a loop of Python code
-    if len(table) != len(before) or any(k not in table or table[k] is not v for k, v in before.items()):
+    # no loop of Python code: a trace leaves nearly all of the thousands of tables as they were
+    if table.keys() != before.keys() or not all(map(is_, map(table.get, before), before.values())):
         table.clear()
         table.update(before)
 

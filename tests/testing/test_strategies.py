@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 
 from autotp.errors import InputError
+from autotp.plan.expressions import Expr, size
 from autotp.plan.layout import Layout
 from autotp.plan.notation import parse, spelled
 from autotp.testing import strategies as tps
@@ -40,9 +41,15 @@ def test_geometries_divide_nothing_in_particular() -> None:
 
 
 @QUICK
+@given(tps.exprs(depth=5) | tps.exprs(depth=5, sharded=False))
+def test_dims_are_short(expr: Expr) -> None:
+    assert 1 <= size(expr) <= 2048  # so a test that goes through every piece takes no minutes
+
+
+@QUICK
 @given(tps.layouts())
 def test_layouts(layout: Layout) -> None:
-    assert max(layout.shape) <= 2048  # so a test that goes through every piece takes no minutes
+    assert max(layout.shape) <= 2048
     full = torch.arange(prod(layout.shape)).reshape(layout.shape)
     assert torch.equal(layout.unshard([layout.shard(full, rank) for rank in range(layout.tp)]), full)
 
