@@ -16,17 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from autotp.errors import AutoTPError, ChangedError
+from autotp.rewrite.guards.averages import averaging
 from autotp.rewrite.parameters.data_parallel import NO_DDP
 from autotp.rewrite.parameters.layout_dtensor import LayoutDTensor
 
 _TABLES = ("_parameters", "_buffers")
 _ADVICE = "Make the change before parallelize (build the model again), or take it back"
 _NUMBER = "a number"
-#: What may become None in a batch norm: how it averages its statistics (None, as `update_bn` sets it: over all batches) mixes no channels.
-_FREE = frozenset(("momentum",))
 #: what is there under a name: the shape of a tensor, a number, nothing
 Held = torch.Size | str | None
 
@@ -76,9 +74,9 @@ class Place:
 
     def __init__(self, path: str, module: nn.Module, read: frozenset[str]) -> None:
         self.where, self.module, self.read = f"{path}." if path else "", module, read
-        found = [n for n, v in module.__dict__.items() if n in read and (type(v) is float or isinstance(v, Tensor))]
-        guarded = {n for n in found if hasattr(inspect.getattr_static(type(module), n, None), "__set__")}  # see `stash`
-        self.names = tuple(n for n in found if n not in guarded and not (n in _FREE and isinstance(module, _BatchNorm)))
+        names = read - averaging(module)
+        found = (n for n, v in module.__dict__.items() if n in names and (type(v) is float or isinstance(v, Tensor)))
+        self.names = tuple(n for n in found if not hasattr(inspect.getattr_static(type(module), n, None), "__set__"))  # see `stash`
         self.laid = frozenset(n for n, p in module._parameters.items() if isinstance(p, LayoutDTensor))
         self.held = self._look()
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from autotp.digest import is_log
 from autotp.errors import ChangedError
+from autotp.rewrite.guards.averages import averaging
 from autotp.rewrite.guards.functions import kept_by
 from autotp.rewrite.guards.methods import below, code_of, methods_of, of_classes
 from autotp.rewrite.guards.plain import MOST, has_slots, is_equal, is_method_of_module, is_plain
@@ -226,7 +227,7 @@ class _Look:
         yield from self.classes[cls, called]
         own = {n for n in _own_names(module, names) if is_plain(attributes[n], n in tested)} - {"forward"}
         guarded = {n for n in _own_names(module, names) if hasattr(inspect.getattr_static(cls, n, None), "__set__")}  # by itself (`stash`)
-        own -= guarded
+        own -= guarded | averaging(module)
         own |= self._defaults(cls, names, tested) - attributes.keys()
         if own:
             yield One(where, module, sorted(own), {n: wholes[n] for n in own & wholes.keys()})
