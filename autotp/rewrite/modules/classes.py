@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.utils.parametrize
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -114,21 +114,29 @@ def _right_inverse(self: ParametrizationList, value: Any) -> None:
     """As torch's own, which swaps new tensors in: those would have no layout. Their values are written into the parameters instead.
 
     Raises:
-        AutoTPError: they have other shapes or dtypes than the parameters, or are of another number.
+        AutoTPError: there is no inverse, or it gives something else than tensors of the parameters' shapes and dtypes.
     """
+    parametrizations: list[Any] = list(self)
+    assigned = f"a weight that {', '.join(type(p).__name__ for p in parametrizations)} computes was assigned"
+    if not isinstance(value, Tensor):
+        raise AutoTPError(f"{assigned}: got a {type(value).__name__}, wanted a tensor")
     with torch.no_grad():
-        parametrizations: list[Any] = list(self)
-        for module in reversed(parametrizations):
-            if not hasattr(module, "right_inverse"):
-                raise AutoTPError(f"a parametrized weight was assigned, and its {type(module).__name__} has no right_inverse")
-            value = module.right_inverse(value)
-        new = [value] if self.is_tensor else [*value]
+        for each in reversed(parametrizations):
+            if not hasattr(each, "right_inverse"):
+                raise AutoTPError(f"{assigned}, and {type(each).__name__} has no right_inverse: write into its parameters themselves")
+            value = each.right_inverse(value)
+        new = [*value] if isinstance(value, (tuple, list)) else [value]
         held = [self.original] if self.is_tensor else [getattr(self, f"original{at}") for at in range(self.ntensors)]
-        forms, wanted = [(tuple(x.shape), x.dtype) for x in new], [(tuple(x.shape), x.dtype) for x in held]
-        if forms != wanted:
-            raise AutoTPError(f"a parametrized weight was assigned, whose right_inverse gives {forms} for parameters of {wanted}")
+        if [_form(x) for x in new] != [_form(x) for x in held]:
+            raise AutoTPError(
+                f"{assigned}, and right_inverse gives {', '.join(map(_form, new))} for parameters of {', '.join(map(_form, held))}"
+            )
         for parameter, values in zip(held, new, strict=True):
             parameter.copy_(values)
+
+
+def _form(item: Any) -> str:
+    return f"{tuple(item.shape)} ({item.dtype})" if isinstance(item, Tensor) else type(item).__name__
 
 
 MakeForward = Callable[[type[nn.Module]], Callable[..., Any]]
