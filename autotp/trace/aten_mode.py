@@ -22,12 +22,12 @@ from autotp.trace.graph import Origin, Pseudo, Random
 from autotp.trace.ints import IntExpr, Life
 from autotp.trace.lengths import BY_LENGTH, with_tensors
 from autotp.trace.provenance import gather
-from autotp.trace.tape import Tape
+from autotp.trace.tape import Caller, Tape
 from autotp.trace.unknown_data import Unfolded, UnknownData
 from autotp.trace.values import Values, small
 from autotp.trace.watch import FUNCTION
 
-_VIEW, _ALIAS = torch.ops.aten.view.default, torch.ops.aten.alias.default
+_VIEW, _ALIAS, _STRIDED = torch.ops.aten.view.default, torch.ops.aten.alias.default, torch.ops.aten.as_strided_.default
 
 
 class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
@@ -53,7 +53,11 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         tape, values = self.tape, self.values
         place = tape.caller.place if tape.caller else None
-        if tape.quiet or (place is not None and tape.hidden(place.file)):
+        if (
+            tape.quiet
+            or (place is not None and tape.hidden(place.file))
+            or (tape.caller is not None and _is_as_it_was(func, args, tape.caller))
+        ):
             return func(*args, **kwargs)
         if func._schema.name == "aten::set_" and values.of(args[0]).origin in (Origin.PARAM, Origin.BUFFER):
             self.accesses.replaced("`set_`")
@@ -135,6 +139,16 @@ class AtenMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
         gather(caller.args, ints, tensors, self.values, self.life)
         gather(tuple(caller.kwargs.values()), ints, tensors, self.values, self.life)
         return {"place": caller.place, "ints": tuple(ints), "tensors": tuple(tensors), "call": self.tape.number}
+
+
+def _is_as_it_was(func: Any, args: tuple[Any, ...], caller: Caller | None) -> bool:
+    """True where torch itself gives a result the strides of another memory format (a pool to one place does): no element is another one."""
+    if func is not _STRIDED or len(args) != 3 or caller is None:
+        return False
+    if any(list(args[1]) == list(a) for a in (*caller.args, *caller.kwargs.values()) if isinstance(a, (list, tuple))):
+        return False  # the code says them
+    x, size, stride = args
+    return tuple(size) == x.shape and all(n == 1 or a == b for n, a, b in zip(size, stride, x.stride(), strict=True))
 
 
 @custom_function_call.py_impl(AtenMode)
