@@ -18,6 +18,7 @@ from autotp.axes.operators.table import Is, is_a
 from autotp.plan.spec import DistributedForm
 from autotp.planner.aliases import Storage
 from autotp.planner.calls import Calls
+from autotp.planner.dims_of_one import Sure
 from autotp.planner.faults import Faults
 from autotp.planner.flows import differentiable, made_of_arguments
 from autotp.planner.partition import Atoms, Partitions
@@ -112,14 +113,14 @@ class GraphIndex:
         for node in self.graph.nodes:
             if node.op is Pseudo.EXIT and node.slot is not None:
                 self.exits.setdefault((Pseudo.EXIT, *node.slot), []).append(node.index)
-        given = given_axes(axes)
-        self.varying = varying(axes, given)
-        self._mixed(given)
+        self.sure = Sure(axes, self.made, self.leaves)
+        self.varying = varying(axes, given_axes(axes))
+        self._mixed()
         self._meeting: dict[Atom, list[Node]] | None = None
 
-    def _mixed(self, given: Atoms) -> None:
+    def _mixed(self) -> None:
         """Blocks the axes that views put together with lengths otherwise in other calls."""
-        for index, atoms in regrouped(self.axes, given, self.leaves, self.of_parameters, self.activations).items():
+        for index, atoms in regrouped(self.axes, self.leaves, self.of_parameters, self.activations, self.sure).items():
             node = self.graph.nodes[index]
             reason = f"{node.opname} would put it together with a length: for other lengths than the traced ones it takes other elements"
             self.blocked[index].append((Blocked(node.args[0].id, tuple(atoms), reason), atoms))

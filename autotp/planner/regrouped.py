@@ -17,24 +17,23 @@ from math import prod
 
 from autotp.axes.analysis import Axes
 from autotp.axes.atoms import Atom, flat, leaf_atoms
-from autotp.axes.operators.table import Is, arg, dim_of, is_a
-from autotp.planner.dims_of_one import Leaves, ones_before, summed_dims
+from autotp.axes.operators.table import arg, dim_of
+from autotp.planner.dims_of_one import Leaves, Sure, ones_before
+from autotp.planner.free_lengths import free_lengths
 from autotp.planner.partition import Atoms
-from autotp.planner.varying import positions, unsettled
-from autotp.trace.graph import Node, Origin, Pseudo, Value
+from autotp.planner.varying import positions
+from autotp.trace.graph import Node, Origin, Value
 from autotp.trace.ints import IntExpr, Literal, SizeRef, evaluate, leaves
 
 #: How many times as long as the traced ones the lengths are that are tried: each alone, and each another one.
 TIMES = (2, 3)
 APART = (2, 3, 5, 7, 11, 13)
-#: Operators whose dims after the channels are as long as those of what they slide over say.
-_SLIDES = ("conv", "max_pool", "avg_pool")
 _VIEWS = frozenset(("view", "_unsafe_view", "reshape", "view_copy", "flatten", "unflatten"))
 
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """A dim of an argument of the model that is of size 1 in the traced call."""
+    """A dim that is of size 1 in the traced call and may be longer in others: of an argument of the model, or what code left of one."""
 
     value: int
     dim: int
@@ -46,11 +45,9 @@ Form = tuple[tuple[Factor, ...], ...]
 Sizes = Mapping[Factor, int]
 
 
-def regrouped(axes: Axes, given: Atoms, by_dim: Leaves, of_parameters: Atoms, activations: Collection[int]) -> Mapping[int, Atoms]:
-    """Returns node → the axes of parameters that its view mixes with lengths in other calls. `given`: see `given_axes`; `activations`: made
-    of arguments.
-    """
-    forms = _Forms(axes, given, by_dim, of_parameters)
+def regrouped(axes: Axes, by_dim: Leaves, of_parameters: Atoms, activations: Collection[int], sure: Sure) -> Mapping[int, Atoms]:
+    """Returns node → the axes of parameters that its view mixes with lengths in other calls. `activations`: values made of arguments."""
+    forms = _Forms(axes, by_dim, of_parameters, activations, sure)
     found: dict[int, Atoms] = {}
     for node in axes.graph.nodes:
         for v in node.inputs():
@@ -59,9 +56,7 @@ def regrouped(axes: Axes, given: Atoms, by_dim: Leaves, of_parameters: Atoms, ac
         if node.opname in _VIEWS and len(node.outputs) == 1:
             if node.args[0].id in activations and (mixed := forms.view(node)):
                 found[node.index] = mixed
-        else:
-            if node.opname.startswith(_SLIDES):
-                forms.slides(node)
+        elif any(v.id in activations for v in node.outputs):
             forms.passes(node)
     return found
 
@@ -69,11 +64,11 @@ def regrouped(axes: Axes, given: Atoms, by_dim: Leaves, of_parameters: Atoms, ac
 class _Forms:
     """The factors of the values' dims, as far as they are followed."""
 
-    def __init__(self, axes: Axes, given: Atoms, by_dim: Leaves, of_parameters: Atoms) -> None:
-        self.axes, self.by_dim, self.of_parameters = axes, by_dim, of_parameters
+    def __init__(self, axes: Axes, by_dim: Leaves, of_parameters: Atoms, activations: Collection[int], sure: Sure) -> None:
+        self.axes, self.by_dim, self.of_parameters, self.sure = axes, by_dim, of_parameters, sure
         self.known: dict[int, Form] = {}  # of values with lengths of 1
         self.same: dict[Length, Length] = {}  # lengths that met: the first of them
-        self.long = {*(given - of_parameters), *_lengths_of_parameters(axes, of_parameters & given)}
+        self.long = free_lengths(axes, of_parameters, activations)
 
     def of(self, key: int) -> Form:
         """Returns the factors of each dim of a value."""
@@ -84,34 +79,23 @@ class _Forms:
         if v.id not in self.known:
             self.known[v.id] = tuple(d or (Length(v.id, i),) for i, d in enumerate(self.of(v.id)))
 
-    def slides(self, node: Node) -> None:
-        """Notes that the lengths of a result are those of a parameter where the lengths that the operator slides over are."""
-        for out in node.outputs:
-            for before, after in zip(self.axes.dims.get(node.args[0].id, ())[2:], self.axes.dims.get(out.id, ())[2:], strict=False):
-                over = {*leaf_atoms(before)}
-                if over and self.long.isdisjoint(over):
-                    self.long -= {*leaf_atoms(after)}
-
     def passes(self, node: Node) -> None:
-        """Follows the dims of a node that is no view."""
+        """Follows the dims of a node that is no view. One of size 1 that need not stay so is a length."""
         brought = [v for v in node.inputs() if v.id in self.known]
-        if not brought or (is_a(node, Is.CUTS) and node.op is not Pseudo.REPEAT):
-            return
-        summed = summed_dims(node) if node.op is not Pseudo.REPEAT else ()
         for out in node.outputs:
             rank = len(out.shape)
             form = list(self.of(out.id))
             for v in brought:
                 own = self.known[v.id]
                 hidden = {_atoms(d): d for d in own if len(d) > 1 and len(_atoms(d)) < len(d)}
-                for i, dim in enumerate(form):
-                    if not dim and len(v.shape) == rank and i in summed:
-                        continue
-                    if out.shape[i] == 1:
-                        for d in ones_before(self.by_dim, node, v, out, i - rank):
-                            form[i] = self._joined(form[i], own[d])
-                    elif hidden:
-                        form[i] = hidden.get(_atoms(dim), dim)
+                form = [dim if n == 1 else hidden.get(_atoms(dim), dim) for dim, n in zip(form, out.shape, strict=True)]
+            for i, n in enumerate(out.shape):
+                if n != 1 or self.sure.of(out, i - rank, given=False):
+                    continue
+                for v in brought:
+                    for d in ones_before(self.by_dim, node, v, out, i - rank):
+                        form[i] = self._joined(form[i], self.known[v.id][d])
+                form[i] = form[i] or (Length(out.id, i),)
             if any(len(_atoms(d)) < len(d) for d in form):
                 self.known[out.id] = tuple(form)
 
@@ -282,12 +266,3 @@ def _groups(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> 
             i, j = a, stop
     if i or j:
         yield range(i), range(j)
-
-
-def _lengths_of_parameters(axes: Axes, given: Atoms) -> Atoms:
-    """Returns axes of parameters that are lengths of arguments: a view of the traced call puts a length into a dim of a parameter."""
-    inputs = {v.id: v for n in axes.graph.nodes for v in n.inputs() if v.origin is Origin.INPUT}
-    whole = {tuple(flat(d)) for v in axes.graph.params.values() for d in axes.dims.get(v.id, ())}
-    dims = [tuple(flat(d)) for v in inputs for d in axes.dims.get(v, ())]
-    found = frozenset(d[0] for d in dims if d and d not in whole) & given
-    return unsettled(axes, found) if found else found

@@ -75,6 +75,11 @@ def unsettled(axes: Axes, given: Atoms) -> Atoms:
     return given - _settled(axes, _dims_of_parameters(axes), list(_asked(axes)), given)
 
 
+def written(axes: Axes) -> Atoms:
+    """Returns the axes whose size numbers of the code say."""
+    return frozenset(_settled(axes, (), list(_asked(axes)), frozenset()))
+
+
 def _dims_of_parameters(axes: Axes) -> list[Sequence[Atom]]:
     return [d for v in {v.id: v for v in axes.graph.params.values()}.values() for d in axes.dims.get(v.id, ())]
 

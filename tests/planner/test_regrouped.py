@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -29,7 +29,9 @@ class Layer(nn.Module):
         self.how = how
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.up, self.down, self.conv = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH), nn.Conv1d(INNER, WIDTH, 1)
-        self.heads = HEADS
+        self.strided, self.spread = nn.Conv1d(WIDTH, INNER, 2, 2), nn.ConvTranspose1d(WIDTH, INNER, 2, 2)
+        self.norm, self.high = nn.LayerNorm(WIDTH), nn.Parameter(torch.randn(2, INNER))
+        self.heads, self.positions = HEADS, nn.Parameter(torch.randn(2, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.how(self, x)
@@ -39,6 +41,13 @@ def _attend(layer: Layer, x: Tensor, heads: Callable[[Tensor], Tensor], back: Ca
     return layer.o(back(F.scaled_dot_product_attention(*(heads(each(x)) for each in (layer.q, layer.k, layer.v)))))  # type: ignore[no-any-return]
 
 
+def _mixed(layer: Layer, y: Tensor) -> Tensor:
+    """Takes channels for places of [batch, INNER, places]."""
+    return layer.down(y.relu().reshape(y.shape[0], -1, INNER))  # type: ignore[no-any-return]
+
+
+#: Batches and lengths of the calls of a layer.
+ANY, EVEN = ((2, 4), (1, 3), (3, 1), (1, 1), (4, 2)), ((2, 8), (1, 4), (3, 6), (1, 2), (4, 2))
 #: name → (what views do otherwise for other lengths, batch and length while tracing)
 MIXES: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = {
     "heads before tokens": (
@@ -58,6 +67,32 @@ MIXES: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = {
     "a batch of one moved": (lambda m, x: m.down(m.up(x).relu().permute(1, 2, 0).reshape(*x.shape[:2], INNER)), (1, 4)),
     "a batch and a length of one": (lambda m, x: m.down((m.up(x) * 2 + 1).relu().permute(1, 2, 0).reshape(*x.shape[:2], INNER)), (1, 1)),
     "one token without its dim": (lambda m, x: m.down(m.up(x).relu().flatten(0, 1).view(x.shape[0], INNER, -1).transpose(1, 2)), (2, 1)),
+}
+#: name → (what makes of [batch, length, WIDTH] a tensor [batch, INNER, the length or a part of it], batch and length while tracing)
+LENGTHS: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = {
+    "a convolution": (lambda m, x: m.strided(x.mT), (2, 2)),
+    "a convolution of more": (lambda m, x: m.strided(x.mT), (2, 4)),
+    "a convolution of halves": (lambda m, x: m.strided(F.pad(x, (0, 0, 0, x.shape[1])).reshape(-1, x.shape[1], WIDTH).mT), (1, 2)),
+    "a convolution behind positions of two": (lambda m, x: m.strided((x + m.positions if x.shape[1] == 2 else x).mT), (2, 2)),
+    "a transposed convolution": (lambda m, x: m.spread(x.mT)[..., ::4], (1, 2)),
+    "positions, if there are as many": (lambda m, x: m.up(x + m.positions if x.shape[1:] == m.positions.shape else x).mT, (2, 2)),
+    "positions behind a product": (lambda m, x: (m.up(x) + (m.high if len(x[0]) == 2 else m.high[:1])).mT, (1, 2)),
+    "as many of the positions": (lambda m, x: m.up(x + torch.cat([m.positions] * 4)[: x.shape[1]]).mT, (2, 4)),
+    "positions of that size": (lambda m, x: m.up(x + F.interpolate(m.positions.mT[None], size=x.shape[1]).mT).mT, (2, 2)),
+    "positions behind a convolution": (
+        lambda m, x: F.conv1d((m.norm(x) + (m.positions if x.shape[1] == 2 else 0)).mT, m.up.weight[..., None], m.up.bias),
+        (2, 2),
+    ),
+    "a maximum": (lambda m, x: F.max_pool1d(m.up(x).mT, 2), (2, 2)),
+    "an average": (lambda m, x: F.avg_pool1d(m.up(x).mT, 2), (1, 2)),
+    "an average of so many": (lambda m, x: F.adaptive_avg_pool1d(m.up(x).mT, x.shape[1] // 2), (2, 4)),
+    "an interpolation": (lambda m, x: F.interpolate(m.up(x).mT, scale_factor=0.5), (2, 4)),
+    "each second": (lambda m, x: m.up(x)[:, ::2].mT, (2, 2)),
+    "the first half": (lambda m, x: m.up(x)[:, : x.shape[1] // 2].mT, (2, 2)),
+    "a piece": (lambda m, x: m.up(x).chunk(2, 1)[0].mT, (2, 2)),
+    "the largest": (lambda m, x: m.up(x).topk(x.shape[1] // 2, 1).values.mT, (2, 2)),
+    "means of pairs": (lambda m, x: m.up(x).view(x.shape[0], -1, 2, INNER).mean(2).mT, (2, 2)),
+    "windows": (lambda m, x: m.up(x).unfold(1, 2, 2).sum(-1).mT, (2, 2)),
 }
 #: name → views that do the same for all lengths
 KEEPS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
@@ -85,11 +120,16 @@ KEEPS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
     "windows": lambda m, x: m.down(m.up(F.pad(x, (0, 0, 0, -x.shape[1] % 2)).view(x.shape[0], -1, 2, WIDTH)).relu()).flatten(1, 2)[
         :, : x.shape[1]
     ],
+    "a window of two": lambda m, x: m.down(m.strided(F.pad(x, (0, 0, 0, x.shape[1])).view(-1, 2, WIDTH).mT).relu().view(-1, INNER)).view(
+        x.shape
+    ),
     "several": lambda m, x: m.down(torch.stack([m.up(x), m.up(x).relu()], 2).view(*x.shape[:2], 2, -1)).sum(2),
 }
 
 
-def found(how: Callable[[Layer, Tensor], Tensor], traced: tuple[int, int], check: str) -> tuple[float, bool, set[str]]:
+def found(
+    how: Callable[[Layer, Tensor], Tensor], traced: tuple[int, int], check: str, shapes: Iterable[tuple[int, int]] = ANY
+) -> tuple[float, bool, set[str]]:
     """The largest error of results and gradients of calls of other lengths, whether something is cut, and why parameters are not."""
 
     def build() -> nn.Module:
@@ -104,10 +144,10 @@ def found(how: Callable[[Layer, Tensor], Tensor], traced: tuple[int, int], check
         plan = autotp.plan(model, tp=2, example_inputs={"x": x(*traced)}, check=check)
         parallelize_as(model, mesh(), plan)
         most = 0.0
-        for training, shape in ((False, traced), (True, (2, 4)), (False, (1, 3)), (True, (3, 1)), (False, (1, 1)), (False, (4, 2))):
+        for i, shape in enumerate((traced, *shapes)):
             for each in (one, model):
                 each.zero_grad()
-                each.train(training)(x(*shape)).sin().sum().backward()
+                each.train(i in (1, 3))(x(*shape)).sin().sum().backward()
             grads = autotp.full_grads(model)
             pairs = [(grads[n], p.grad) for n, p in one.named_parameters() if p.grad is not None]
             with torch.no_grad():
@@ -133,26 +173,32 @@ def test_what_it_does_not_mix_is_cut(name: str, traced: tuple[int, int]) -> None
 
 
 class Channels(nn.Module):
-    """Attention of channels first, behind learned positions, if `positions`: they say the lengths, behind a convolution too."""
+    """Attention of channels first, over the places that a convolution leaves."""
 
-    def __init__(self, positions: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.patches, self.qkv, self.out = nn.Conv2d(3, WIDTH, 2, 2), nn.Conv2d(WIDTH, 3 * WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1)
-        self.positions = nn.Parameter(torch.randn(1, WIDTH, 3, 2)) if positions else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x) if self.positions is None else self.patches(x) + self.positions
+        x = self.patches(x)
         b, _, h, w = x.shape
         q, k, v = self.qkv(x).reshape(b, 3, HEADS, WIDTH // HEADS, -1).permute(1, 0, 2, 4, 3).unbind(0)
         x = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, -1, h, w)
         return self.out(x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("positions", [True, False])
-def test_lengths_that_a_parameter_says_stay_as_they_are(positions: bool) -> None:
+@pytest.mark.parametrize(("name", "check"), in_turns(LENGTHS, ("numbers", "graph")))
+def test_what_it_mixes_with_a_length_or_a_part_of_one_stays_whole(name: str, check: str) -> None:
+    left, traced = LENGTHS[name]
+    most, cut, _ = found(lambda m, x: _mixed(m, left(m, x)), traced, check, EVEN)
+    assert most < 1e-9 and not cut, most
+    most, cut, _ = found(lambda m, x: m.down(left(m, x).relu().mT), traced, check, EVEN)
+    assert most < 1e-9 and cut, most
+
+
+def test_heads_of_channels_first_are_cut() -> None:
     image = torch.randn(2, 3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    more = {"of one": {"x": image[:1]}}
-    found = equal_or_refused(lambda: Channels(positions), inputs={"x": image}, tp=2, more=more, steps=1)
+    found = equal_or_refused(Channels, inputs={"x": image}, tp=2, more={"of one": {"x": image[:1]}}, steps=1)
     assert found.equal is not None, found.refused
     assert {"qkv.weight", "out.weight"} <= found.equal.sharded
 
@@ -161,3 +207,5 @@ def test_without_the_rule_they_are_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(placements, "regrouped", lambda *of: {})
     for name in MIXES.keys() - {"channels before one token, by steps"}:  # whose number in the code is refused otherwise
         assert found(*MIXES[name], "graph")[0] > 1e-3, name
+    for left, traced in LENGTHS.values():
+        assert found(lambda m, x, left=left: _mixed(m, left(m, x)), traced, "graph", EVEN)[0] > 1e-3  # type: ignore[misc]

@@ -143,7 +143,7 @@ def grouped_mm(context: Context, node: Node) -> None:
 @rule("conv1d", "conv2d", "conv3d", padded=Padded.PRODUCT, traits=Is.CONVOLUTION, at=2)
 @rule("convolution", "_convolution", padded=Padded.PRODUCT, at=2)
 def conv(context: Context, node: Node) -> None:
-    """Channels: contracted (groups 1) or parallel (depthwise); positions are mixed."""
+    """Channels: contracted (groups 1) or parallel (depthwise); positions are mixed, but for those that a kernel of 1 passes over."""
     x, w, out = node.args[0], node.args[1], node.outputs[0]
     groups = arg(node, 6, "groups", 1) if node.opname.startswith("conv") and node.opname[4:5].isdigit() else 0
     spatial = len(w.shape) - 2
@@ -152,6 +152,9 @@ def conv(context: Context, node: Node) -> None:
     if out.id in context.dims:
         dims[channel + 1 :] = context.dims[out.id][channel + 1 :]
     for i in range(channel + 1, len(x.shape)):
+        if _passes(node, i - channel - 1):
+            dims[i] = context.of(x)[i]
+            continue
         context.mix(x, i)
         context.mix(w, i - channel + 1)
     if groups == 1:
@@ -174,6 +177,17 @@ def conv(context: Context, node: Node) -> None:
         context.opaque("a grouped convolution")
         return
     _summed(context, node, channel, dims)
+
+
+def _passes(node: Node, i: int) -> bool:
+    """True for the `i`-th of the positions of a convolution that takes each of them alone: a kernel, a stride of 1, and no padding."""
+
+    def number(at: int, name: str, default: int) -> object:
+        found = arg(node, at, name, default)
+        return found[i if len(found) > 1 else 0] if isinstance(found, (list, tuple)) and found else found
+
+    kernel, padding = node.args[1].shape[2 + i], number(4, "padding", 0)
+    return kernel == 1 and number(3, "stride", 1) == 1 and (padding == 0 or isinstance(padding, str))
 
 
 def _group_by_group(context: Context, x: Value, split: tuple[Dim, Dim], w: Value, of_weight: tuple[Dim, Dim], each: Dim) -> None:
