@@ -30,6 +30,7 @@ UNREAD = "no traced call reads it"
 #: the parameters; those of LED (16,384) and Longformer (4098) are 0.08 and 0.02 of them, and the hashes of CANINE (16,384 each) 0.1.
 LONG = 4096
 HEAD_WIDTH = "it is the width of one attention head, which is not cut"
+BY_LENGTH = "the code sizes the dim by a length, which the next call may have otherwise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def choose(
     unread = {atom for value in space.graph.params.values() if value.id not in space.users for atom in space.carried[value.id]}
     refused.update(dict.fromkeys(unread, Reason(UNREAD)))
     by_length = {atom: space.varying[atom] for atom in carriers if atom in space.varying}
-    refused.update((atom, Reason(f"a length says how much of the parameter is used: {node}")) for atom, node in by_length.items())
+    refused.update((atom, Reason(f"{BY_LENGTH}: {node}")) for atom, node in by_length.items())
     if nothing:
         refused.update((atom, Reason(nothing)) for atom in carriers if atom not in refused)
     free = {atom for atom in carriers if not nothing and atom not in widths and atom not in unread and atom not in by_length}
