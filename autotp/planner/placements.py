@@ -21,10 +21,12 @@ from autotp.planner.calls import Calls
 from autotp.planner.dims_of_one import Sure
 from autotp.planner.faults import Faults
 from autotp.planner.flows import differentiable, made_of_arguments
+from autotp.planner.free_lengths import free_lengths
 from autotp.planner.partition import Atoms, Partitions
 from autotp.planner.refusals import Conflict
 from autotp.planner.regrouped import regrouped
 from autotp.planner.varying import given_axes, varying
+from autotp.planner.weight_axes import weight_axes
 from autotp.trace.graph import Node, Pseudo, Value
 
 NONE: Atoms = frozenset()
@@ -113,14 +115,15 @@ class GraphIndex:
         for node in self.graph.nodes:
             if node.op is Pseudo.EXIT and node.slot is not None:
                 self.exits.setdefault((Pseudo.EXIT, *node.slot), []).append(node.index)
+        weights = weight_axes(axes, self.activations)
         self.sure = Sure(axes, self.made, self.leaves)
-        self.varying = varying(axes, given_axes(axes))
-        self._mixed()
+        self.varying = varying(axes, given_axes(axes), weights)
+        self._mixed(free_lengths(axes, self.of_parameters, weights))
         self._meeting: dict[Atom, list[Node]] | None = None
 
-    def _mixed(self) -> None:
+    def _mixed(self, long: Atoms) -> None:
         """Blocks the axes that views put together with lengths otherwise in other calls."""
-        for index, atoms in regrouped(self.axes, self.leaves, self.of_parameters, self.activations, self.sure).items():
+        for index, atoms in regrouped(self.axes, self.leaves, self.of_parameters, self.activations, long, self.sure).items():
             node = self.graph.nodes[index]
             reason = f"{node.opname} would put it together with a length: for other lengths than the traced ones it takes other elements"
             self.blocked[index].append((Blocked(node.args[0].id, tuple(atoms), reason), atoms))

@@ -19,7 +19,6 @@ from autotp.axes.analysis import Axes
 from autotp.axes.atoms import Atom, flat, leaf_atoms
 from autotp.axes.operators.table import arg, dim_of
 from autotp.planner.dims_of_one import Leaves, Sure, ones_before
-from autotp.planner.free_lengths import free_lengths
 from autotp.planner.partition import Atoms
 from autotp.planner.varying import positions
 from autotp.trace.graph import Node, Origin, Value
@@ -45,9 +44,13 @@ Form = tuple[tuple[Factor, ...], ...]
 Sizes = Mapping[Factor, int]
 
 
-def regrouped(axes: Axes, by_dim: Leaves, of_parameters: Atoms, activations: Collection[int], sure: Sure) -> Mapping[int, Atoms]:
-    """Returns node → the axes of parameters that its view mixes with lengths in other calls. `activations`: values made of arguments."""
-    forms = _Forms(axes, by_dim, of_parameters, activations, sure)
+def regrouped(
+    axes: Axes, by_dim: Leaves, of_parameters: Atoms, activations: Collection[int], long: Atoms, sure: Sure
+) -> Mapping[int, Atoms]:
+    """Returns node → the axes of parameters that its view mixes with lengths in other calls. `activations`: values made of arguments;
+    `long`: see `free_lengths`.
+    """
+    forms = _Forms(axes, by_dim, of_parameters, long, sure)
     found: dict[int, Atoms] = {}
     for node in axes.graph.nodes:
         for v in node.inputs():
@@ -64,11 +67,10 @@ def regrouped(axes: Axes, by_dim: Leaves, of_parameters: Atoms, activations: Col
 class _Forms:
     """The factors of the values' dims, as far as they are followed."""
 
-    def __init__(self, axes: Axes, by_dim: Leaves, of_parameters: Atoms, activations: Collection[int], sure: Sure) -> None:
-        self.axes, self.by_dim, self.of_parameters, self.sure = axes, by_dim, of_parameters, sure
+    def __init__(self, axes: Axes, by_dim: Leaves, of_parameters: Atoms, long: Atoms, sure: Sure) -> None:
+        self.axes, self.by_dim, self.of_parameters, self.long, self.sure = axes, by_dim, of_parameters, long, sure
         self.known: dict[int, Form] = {}  # of values with lengths of 1
         self.same: dict[Length, Length] = {}  # lengths that met: the first of them
-        self.long = free_lengths(axes, of_parameters, activations)
 
     def of(self, key: int) -> Form:
         """Returns the factors of each dim of a value."""

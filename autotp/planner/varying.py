@@ -42,10 +42,12 @@ class _Asked:
     sized: bool
 
 
-def varying(axes: Axes, given: Atoms) -> Mapping[Atom, Node]:
-    """Returns axes of parameters that the code sizes by a length, each with the node that does so. `given`: see `given_axes`."""
+def varying(axes: Axes, given: Atoms, weights: Atoms) -> Mapping[Atom, Node]:
+    """Returns axes of parameters that the code sizes by a length, each with the node that does so. `given`: see `given_axes`; `weights`:
+    see `weight_axes`.
+    """
     params, asked = _dims_of_parameters(axes), list(_asked(axes))
-    free = given - _settled(axes, params, asked, given)
+    free = given - _settled(axes, params, asked, given, weights)
     dims_of: dict[Atom, list[Sequence[Atom]]] = {}
     for dim in params:
         for atom in leaf_atoms(dim):
@@ -70,14 +72,14 @@ def varying(axes: Axes, given: Atoms) -> Mapping[Atom, Node]:
     return found
 
 
-def unsettled(axes: Axes, given: Atoms) -> Atoms:
+def unsettled(axes: Axes, given: Atoms, weights: Atoms) -> Atoms:
     """Returns those of the axes that arguments bring whose size neither parameters nor numbers say."""
-    return given - _settled(axes, _dims_of_parameters(axes), list(_asked(axes)), given)
+    return given - _settled(axes, _dims_of_parameters(axes), list(_asked(axes)), given, weights)
 
 
 def written(axes: Axes) -> Atoms:
     """Returns the axes whose size numbers of the code say."""
-    return frozenset(_settled(axes, (), list(_asked(axes)), frozenset()))
+    return frozenset(_settled(axes, (), list(_asked(axes)), frozenset(), frozenset()))
 
 
 def _dims_of_parameters(axes: Axes) -> list[Sequence[Atom]]:
@@ -203,10 +205,11 @@ def _axes_of(axes: Axes, value: Value) -> set[Atom]:
     return found
 
 
-def _settled(axes: Axes, params: Sequence[Sequence[Atom]], asked: Sequence[_Asked], given: Atoms) -> set[Atom]:
+def _settled(axes: Axes, params: Sequence[Sequence[Atom]], asked: Sequence[_Asked], given: Atoms, weights: Atoms) -> set[Atom]:
     """Returns the axes whose size parameters and plain numbers say."""
     longer = {each.axes for each in asked if each.all and (each.sized or each.plain) and each.axes & given}
-    said = [atoms for atoms in map(frozenset, map(leaf_atoms, params)) if atoms not in longer]
+    own = [frozenset(leaf_atoms(dim)) for dim in params]
+    said = [atoms for atoms in own if atoms not in longer and not (len(atoms) == 1 and atoms <= given - weights)]
     found: set[Atom] = set()
     while True:
         before = len(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -57,13 +58,32 @@ def equal_or_refused(
     Raises:
         NotEquivalent: neither. InputError: the model itself does not run on these inputs.
     """
-    with torch.random.fork_rng(devices=()):
-        subject = with_one_row_more(make_subject(factory, inputs, torch.float64, 0, more or {}))
-        training = Training(steps, adamw)
-        wanted = observe_model(subject, training)
+    compare = further(factory, inputs, tp, more or {}, steps, backend, timeout, certificate)
     try:
-        return Outcome(check(subject, wanted, training, tp, backend, timeout, certificate=certificate))
+        return Outcome(compare())
     except NotEquivalent:
         raise
     except AutoTPError as error:
         return Outcome(None, f"{type(error).__name__}: {error}")
+
+
+def further(
+    factory: Callable[[], nn.Module],
+    inputs: Inputs,
+    tp: int,
+    more: Mapping[str, Changes],
+    steps: int,
+    backend: str,
+    timeout: float,
+    certificate: str,
+) -> Callable[[], Equivalence]:
+    """Returns a function that compares as `assert_equivalent` does, with calls of other arguments too: see `equal_or_refused`.
+
+    Raises:
+        InputError: the model itself does not run on these inputs.
+    """
+    with torch.random.fork_rng(devices=()):
+        subject = with_one_row_more(make_subject(factory, inputs, torch.float64, 0, more))
+        training = Training(steps, adamw)
+        wanted = observe_model(subject, training)
+    return partial(check, subject, wanted, training, tp, backend, timeout, certificate=certificate)

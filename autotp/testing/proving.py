@@ -9,9 +9,10 @@ from enum import Enum
 from autotp.plan.expressions import Concat, factors
 from autotp.plan.plan import Plan
 from autotp.testing.architectures.architecture import Architecture
-from autotp.testing.equivalence.check import Equivalence, NotEquivalent, assert_equivalent
+from autotp.testing.equivalence.check import Equivalence, NotEquivalent
 from autotp.testing.idioms.idioms import Idioms
 from autotp.testing.idioms.lines import KINDS
+from autotp.testing.outcome import further
 
 
 class TrapSprung(NotEquivalent):
@@ -21,14 +22,13 @@ class TrapSprung(NotEquivalent):
 def prove(
     architecture: Architecture, tp: int, *, steps: int = 3, backend: str = "local", timeout: float = 120.0, certificate: str = "numbers"
 ) -> Equivalence:
-    """The model of `architecture` is the same over `tp` ranks: forward, backward and after `steps` steps; its trap is not sharded.
+    """The model of `architecture` is the same over `tp` ranks: forward, backward, after `steps` steps and with other lengths; its trap is
+    not sharded.
 
     Raises:
         NotEquivalent: it is not. TrapSprung: it is for these numbers, and sharded what it must not. AutoTPError: autotp refuses it.
     """
-    result = assert_equivalent(
-        architecture.build, inputs=architecture.inputs(), tp=tp, steps=steps, backend=backend, timeout=timeout, certificate=certificate
-    )
+    result = further(architecture.build, architecture.inputs(), tp, {}, steps, backend, timeout, certificate)()
     for name, dim in architecture.kept():
         if result.plan.params[name].layout.dim == dim:
             raise TrapSprung(f"{name} is sharded along dim {dim}, where {architecture.trap.value} has no exact sharding\n{result.plan}")

@@ -205,6 +205,7 @@ def test_heads_of_channels_first_are_cut() -> None:
 
 def test_without_the_rule_they_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placements, "regrouped", lambda *of: {})
+    monkeypatch.setattr(placements, "varying", lambda *of: {})
     for name in MIXES.keys() - {"channels before one token, by steps"}:  # whose number in the code is refused otherwise
         assert found(*MIXES[name], "graph")[0] > 1e-3, name
     for left, traced in LENGTHS.values():

@@ -112,6 +112,6 @@ def test_shorter_ones_than_all_rows_are_equal(name: str) -> None:
 
 
 def test_without_the_rule_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placements, "varying", lambda axes, given: {})
+    monkeypatch.setattr(placements, "varying", lambda *of: {})
     for name in ("first rows", "narrow", "a length made plain", "rows from the second", "a chunk of as many as the batch has"):
         assert error(name, 5, "graph")[0] > 1e-3, name

@@ -43,6 +43,8 @@ FOUND = (
         ),
         2,
     ),
+    # as many tokens as learned positions that are added, and a view that mixes tokens and width: the tokens were taken for a part of it
+    (Architecture(kv=4, group=1, width=10, extras=frozenset({Extra.VIEW}), hidden=7, mlp=Mlp.PLAIN, position=Position.LEARNED_FEW), 2),
 )  # fmt: skip
 
 

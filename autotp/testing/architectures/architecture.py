@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from autotp.testing.architectures import source
 from autotp.testing.architectures.build import built
-from autotp.testing.architectures.spec import ArchitectureSpec
+from autotp.testing.architectures.spec import TOKENS, ArchitectureSpec
 
 
 @final
@@ -30,7 +30,7 @@ class Architecture(ArchitectureSpec):
         """Keyword arguments of one call: 2 rows of 5 tokens."""
         made = torch.Generator().manual_seed(seed)
         names = ("ids", "targets") if self.loss else ("ids",)
-        return {name: torch.randint(self.vocab, (2, 5), generator=made) for name in names}
+        return {name: torch.randint(self.vocab, (2, TOKENS), generator=made) for name in names}
 
     def kept(self) -> tuple[tuple[str, int], ...]:
         """(parameter of the first block, dim of it) that must not be sharded, because of the trap."""

@@ -34,6 +34,7 @@ def mlp_forward(a: ArchitectureSpec) -> list[str]:
         lines.append(TRAPS[a.trap].format(width=a.width - 1))
     lines += ["h = self.@conv(h.transpose(-1, -2))[..., : h.shape[-2]].transpose(-1, -2)"] if Extra.CONV in a.extras else []
     lines += ["h = h - h.mean(-1, keepdim=True)"] if Extra.MEAN in a.extras else []
+    lines += ["h = h.transpose(-1, -2).reshape(h.shape)"] if Extra.VIEW in a.extras else []
     return [*lines, "z = self.@drop2(self.@down(h))" if Extra.DROPOUT in a.extras else "z = self.@down(h)"]
 
 

@@ -9,7 +9,7 @@ from textwrap import indent
 from autotp.testing.architectures.attention import attention_forward, attention_init, turning
 from autotp.testing.architectures.mlp import experts_forward, experts_init, mlp_forward, mlp_init
 from autotp.testing.architectures.parts import module, slopes, steps, takes_far
-from autotp.testing.architectures.spec import ArchitectureSpec, Experts, Extra, Norms, Position, Projection, Sizes, Trap
+from autotp.testing.architectures.spec import TOKENS, ArchitectureSpec, Experts, Extra, Norms, Position, Projection, Sizes, Trap
 
 _HEAD = """\
 import torch
@@ -118,11 +118,13 @@ def _block(a: ArchitectureSpec) -> str:
 def _model(a: ArchitectureSpec) -> str:
     init = [f"self.@embed = nn.Embedding({a.vocab}, {a.embedding})"]
     init += [f"self.@place = nn.Embedding(8, {a.embedding})"] if a.position is Position.LEARNED else []
+    init += [f"self.@few = nn.Parameter(torch.randn({TOKENS}, {a.embedding}))"] if a.position is Position.LEARNED_FEW else []
     init += [f"self.@blocks = nn.ModuleList(@Block() for _ in range({a.layers}))", f"self.@last = @Norm({a.embedding})"]
     init.append(f"self.@head = nn.Linear({a.embedding}, {a.vocab}, bias={Extra.HEAD_BIAS in a.extras})")
     init += ["self.@head.weight = self.@embed.weight"] if a.tied else []
     forward = ["x = self.@embed(ids)", "t = ids.shape[1]"]
     forward += ["x = x + self.@place(torch.arange(t, device=ids.device))"] if a.position is Position.LEARNED else []
+    forward += [f"x = x + self.@few if t == {TOKENS} else x"] if a.position is Position.LEARNED_FEW else []
     if takes_far(a):
         heads = str(a.heads) if a.sizes is not Sizes.ATTRIBUTES else "self.@heads"
         init += [f"self.@heads = {a.heads}"] if a.sizes is Sizes.ATTRIBUTES else []

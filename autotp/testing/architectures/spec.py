@@ -29,6 +29,7 @@ class Position(Enum):
 
     NONE = "none"
     LEARNED = "learned"
+    LEARNED_FEW = "learned_few"  # added where there are as many tokens as positions, which is so in the traced call
     ROTARY = "rotary"  # halves
     ROTARY_PAIRS = "rotary_pairs"  # neighbours
     ALIBI = "alibi"  # slopes made where they are used
@@ -133,6 +134,7 @@ class Extra(Enum):
     LORA = "lora"  # a narrow second way to the queries; with separate projections
     CONV = "conv"  # a causal convolution over time, one for each entry of the mlp's width; without experts
     MEAN = "mean"  # the mean over the mlp's width is subtracted
+    VIEW = "view"  # a view takes the mlp's width before the tokens for tokens and width
     DROPOUT = "dropout"
     CAP = "cap"  # the logits pass a tanh
     HEAD_BIAS = "head_bias"  # the head has a bias
@@ -142,6 +144,8 @@ class Extra(Enum):
 
 
 ACTIVATIONS = {"gelu": "F.gelu", "relu": "F.relu", "sigmoid": "torch.sigmoid", "silu": "F.silu"}
+#: Tokens of the calls that are traced.
+TOKENS = 5
 ROTARY = (Position.ROTARY, Position.ROTARY_PAIRS)
 ALIBI = (Position.ALIBI, Position.ALIBI_MODEL)
 
