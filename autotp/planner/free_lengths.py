@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from autotp.axes.analysis import Axes
 from autotp.axes.atoms import Atom, flat, leaf_atoms
 from autotp.planner.partition import Atoms
-from autotp.planner.varying import unsettled
+from autotp.planner.varying import unsettled, written
 from autotp.trace.graph import Origin
+from autotp.trace.ints import SizeRef, leaves
 
 
-def free_lengths(axes: Axes, of_parameters: Atoms, weights: Atoms) -> Atoms:
+def free_lengths(axes: Axes, weights: Atoms, activations: Collection[int]) -> Atoms:
     """Returns the axes that no parameter or buffer brings: lengths of arguments, what operators make of them, rows of other tensors.
 
-    A parameter says the size of one that is among `weights`, see `weight_axes`. One that a view puts into a dim of a parameter, as a
-    factor, may be longer, if nothing says its size.
+    A parameter says the size of one that is among `weights`, see `weight_axes`. One that only a view makes of
+    others is no length where a number of the code, or a dim of a parameter without lengths, says its size.
     """
-    found = _brought(axes)
+    found, pieces = _brought(axes, activations)
     dims = [flat(d) for v in axes.graph.params.values() for d in axes.dims.get(v.id, ())]
-    whole = frozenset(d[0] for d in dims if len(d) == 1 and d[0] in found)
-    factors = frozenset(a for d in dims if len(d) > 1 for a in d if a in found) - whole
-    asked = factors | (whole & weights)
-    return (found - of_parameters) | (whole - weights) | (unsettled(axes, asked, weights) if asked else asked)
+    own = frozenset(d[0] for d in dims if len(d) == 1) & found & weights
+    fixed = own - unsettled(axes, own, weights)
+    whole = found - pieces - fixed
+    inside = pieces & frozenset(a for d in dims for a in leaf_atoms(d))
+    return (found - fixed) - (inside & written(axes, [d for d in dims if whole.isdisjoint(leaf_atoms(d))], pieces))
 
 
-def _brought(axes: Axes) -> Atoms:
-    """Returns the axes that are met in an argument of the model, a constant or a result of an operator first."""
+def _brought(axes: Axes, activations: Collection[int]) -> tuple[Atoms, Atoms]:
+    """Returns the axes that are met in an argument of the model, a constant or a result of an operator first, and those of them that are
+    only a part of a dim there.
+    """
     held: set[Atom] = set()
     found: set[Atom] = set()
+    pieces: set[Atom] = set()
     for node in axes.graph.nodes:
-        for v in node.inputs():
-            own = {a for dim in axes.dims.get(v.id, ()) for a in leaf_atoms(dim)}
-            (found if v.origin in (Origin.INPUT, Origin.CONST) else held).update(own - found - held)
-        for v in node.outputs:
-            found.update(a for dim in axes.dims.get(v.id, ()) for a in leaf_atoms(dim) if a not in held)
-    return frozenset(found)
+        sized = any(isinstance(leaf, SizeRef) for expr in node.ints for leaf in leaves(expr))
+        values = [(v, v.origin in (Origin.INPUT, Origin.CONST)) for v in node.inputs()]
+        for v, new in (*values, *((v, sized or v.id in activations) for v in node.outputs)):
+            for dim in map(flat, axes.dims.get(v.id, ())):
+                for atom in dim:
+                    own = set(leaf_atoms([atom])) or ({atom} if atom.segments else set())  # cut up into rows: as one
+                    own -= held
+                    own -= found
+                    if new and len(dim) > 1:
+                        pieces |= own
+                    (found if new else held).update(own)
+    return frozenset(found), frozenset(pieces)

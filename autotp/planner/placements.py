@@ -118,7 +118,7 @@ class GraphIndex:
         weights = weight_axes(axes, self.activations)
         self.sure = Sure(axes, self.made, self.leaves)
         self.varying = varying(axes, given_axes(axes), weights)
-        self._mixed(free_lengths(axes, self.of_parameters, weights))
+        self._mixed(free_lengths(axes, weights, self.activations))
         self._meeting: dict[Atom, list[Node]] | None = None
 
     def _mixed(self, long: Atoms) -> None:

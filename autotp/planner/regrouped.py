@@ -17,7 +17,7 @@ from math import prod
 
 from autotp.axes.analysis import Axes
 from autotp.axes.atoms import Atom, flat, leaf_atoms
-from autotp.axes.operators.table import arg, dim_of
+from autotp.axes.operators.table import arg, dim_of, dims_of
 from autotp.planner.dims_of_one import Leaves, Sure, ones_before
 from autotp.planner.partition import Atoms
 from autotp.planner.varying import positions
@@ -91,6 +91,8 @@ class _Forms:
                 own = self.known[v.id]
                 hidden = {_atoms(d): d for d in own if len(d) > 1 and len(_atoms(d)) < len(d)}
                 form = [dim if n == 1 else hidden.get(_atoms(dim), dim) for dim, n in zip(form, out.shape, strict=True)]
+            if node.opname == "squeeze" and len(brought) == 1:
+                form = self._squeezed(node, brought[0])
             for i, n in enumerate(out.shape):
                 if n != 1 or self.sure.of(out, i - rank, given=False):
                     continue
@@ -100,6 +102,17 @@ class _Forms:
                 form[i] = form[i] or (Length(out.id, i),)
             if any(len(_atoms(d)) < len(d) for d in form):
                 self.known[out.id] = tuple(form)
+
+    def _squeezed(self, node: Node, v: Value) -> list[tuple[Factor, ...]]:
+        """Keeps a length whose dim is gone beside the dim before it: the order of elements is the same, and other calls have that dim."""
+        gone = [d for d in dims_of(arg(node, 1, "dim"), v) if v.shape[d] == 1]
+        found: list[tuple[Factor, ...]] = [()]
+        for i, dim in enumerate(self.known[v.id]):
+            if i in gone:
+                found[-1] = (*found[-1], *dim)
+            else:
+                found.append(dim)
+        return [(*found[0], *found[1]), *found[2:]] if len(found) > 1 else found[1:]
 
     def _joined(self, here: tuple[Factor, ...], there: tuple[Factor, ...]) -> tuple[Factor, ...]:
         """Two dims of size 1 that meet are one length."""
@@ -123,29 +136,36 @@ class _Forms:
         if _atoms(factors) != tuple(a for d in target for a in d):
             return frozenset()  # the traced call mixes them already
         wanted = self._wanted(node, x, out)
-        said = {a for d, expr in zip(target, wanted, strict=True) if _plain(expr) and len(d) == 1 for a in d}
+        said = {a for d, expr in zip(target, wanted, strict=True) if _plain(expr) and len(d) == 1 for a in leaf_atoms(_atoms(d))}
         lengths = sorted({self._first(f) for f in factors for f in self._lengths_in(f) if f not in said}, key=_order)
         if not lengths:
             return frozenset()
-        tried: list[tuple[list[int], list[int], Sizes]] = []
-        for sizes in ({}, *_other(lengths)):
+        tried: list[tuple[list[int], list[int], Sizes]] = [(list(x.shape), list(out.shape), {})]
+        unknown: set[Factor] = set()
+        for sizes in _other(lengths):
             before = [self._size(d, sizes) for d in source]
             after = self._after(wanted, prod(before), sizes, set(lengths))
-            if after is None and not sizes:
-                return frozenset()
-            if after is not None:
+            if after is None:
+                unknown.update(sizes)
+            elif after:
                 tried.append((before, after, sizes))
-        form, mixed = target, set[Atom]()
+        form, mixed = target, self._before(source, unknown)
         for left, right in _groups([t[0] for t in tried], [t[1] for t in tried]):
             rest = [f for d in source[left.start : left.stop] for f in d]
             placed = self._placed(rest, [[t[1][j] for t in tried] for j in right], [t[2] for t in tried])
-            if placed is None:
+            regrouped = len(left) > 1 and not unknown.isdisjoint(self._first(a) for f in rest for a in self._lengths_in(f))
+            if placed is None or regrouped:
                 mixed |= {a for f in rest if isinstance(f, Atom) for a in leaf_atoms([f])} & self.of_parameters
             else:
                 form[right.start : right.stop] = placed
         if any(len(_atoms(d)) < len(d) for d in form):
             self.known[out.id] = tuple(form)
         return frozenset(mixed)
+
+    def _before(self, source: Form, unknown: set[Factor]) -> set[Atom]:
+        """Returns the axes of parameters in dims before a length of 1 that other calls put somewhere else, nobody knows where."""
+        ones = [i for i, d in enumerate(source) if any(isinstance(f, Length) and self._first(f) in unknown for f in d)]
+        return {a for d in source[: max(ones, default=0)] for a in leaf_atoms(_atoms(d))} & self.of_parameters
 
     def _placed(self, rest: list[Factor], wanted: list[list[int]], tried: list[Sizes]) -> list[tuple[Factor, ...]] | None:
         """Deals factors, in order, to dims of the sizes that are wanted in each call; None where they don't make these in all."""
@@ -165,7 +185,7 @@ class _Forms:
         return found if all(self._size(rest[at:], call) == 1 for call in tried) else None
 
     def _lengths_in(self, factor: Factor) -> Iterator[Factor]:
-        if isinstance(factor, Length):
+        if isinstance(factor, Length) or factor in self.long:
             yield factor
         else:
             yield from (a for a in leaf_atoms([factor]) if a in self.long)
@@ -175,7 +195,7 @@ class _Forms:
         for factor in dim:
             if isinstance(factor, Length):
                 size *= sizes.get(self._first(factor), 1)
-            elif factor.segments is None:
+            elif factor.segments is None or factor in sizes:
                 size *= sizes.get(factor, factor.size)
             else:
                 size *= sum(self._size(flat(segment), sizes) for segment in factor.segments)
@@ -187,11 +207,20 @@ class _Forms:
         if node.opname == "flatten":
             first, last = (dim_of(arg(node, i, name, default), x) for i, name, default in ((1, "start_dim", 0), (2, "end_dim", -1)))
             return [*source[:first], tuple(f for d in source[first : last + 1] for f in d), *source[last + 1 :]]
+        if (
+            not node.ints
+            and len(node.tensors) == 2
+            and node.tensors[1] in self.axes.dims
+            and len(self.of(node.tensors[1])) == len(out.shape)
+        ):
+            return list(self.of(node.tensors[1]))  # `view_as`, `reshape_as`
         sizes = list(arg(node, 2 if node.opname == "unflatten" else 1, "sizes" if node.opname == "unflatten" else "size"))
         found = [self._expr(node, n, i, len(sizes)) for i, n in enumerate(sizes)]
         if node.opname == "unflatten":
             d = dim_of(node.args[1], x)
             return [*source[:d], *found, *source[d + 1 :]]
+        if x.shape == out.shape:  # a 1 of unknown origin in the place of a dim of size 1 is that dim: `reshape(len(x), c, -1)`
+            return [d if e is None and n == 1 else e for e, d, n in zip(found, source, x.shape, strict=True)]
         return list(found)
 
     def _expr(self, node: Node, number: int, at: int, listed: int) -> IntExpr | None:
@@ -202,7 +231,7 @@ class _Forms:
     def _after(
         self, wanted: Sequence[IntExpr | tuple[Factor, ...] | None], elements: int, sizes: Sizes, lengths: set[Factor]
     ) -> list[int] | None:
-        """Returns the sizes of a view's result in a call; None where there is no such call, or more than one size is not known."""
+        """Returns the sizes of a view's result in a call; [] where there is no such call, None where more than one size is not known."""
         found: list[int] = []
         for each in wanted:
             if isinstance(each, tuple):
@@ -211,8 +240,10 @@ class _Forms:
                 value = None if each is None or self._of_others(each, lengths) else evaluate(each, lambda leaf: self._leaf(leaf, sizes))
                 found.append(-1 if value is None else value)
         others = prod(n for n in found if n != -1)
-        if found.count(-1) > 1 or others <= 0 or elements % others or (-1 not in found and others != elements):
+        if found.count(-1) > 1:
             return None
+        if others <= 0 or elements % others or (-1 not in found and others != elements):
+            return []
         return [elements // others if n == -1 else n for n in found]
 
     def _of_others(self, expr: IntExpr, lengths: set[Factor]) -> bool:

@@ -77,9 +77,16 @@ def unsettled(axes: Axes, given: Atoms, weights: Atoms) -> Atoms:
     return given - _settled(axes, _dims_of_parameters(axes), list(_asked(axes)), given, weights)
 
 
-def written(axes: Axes) -> Atoms:
-    """Returns the axes whose size numbers of the code say."""
-    return frozenset(_settled(axes, (), list(_asked(axes)), frozenset(), frozenset()))
+def written(axes: Axes, params: Sequence[Sequence[Atom]] = (), pieces: Atoms = frozenset()) -> Atoms:
+    """Returns the axes whose size numbers of the code say, and those dims of parameters. `pieces`: a number that says what several of these
+    are together says each.
+    """
+    asked = list(_asked(axes))
+    found = _settled(axes, params, asked, frozenset(), frozenset())
+    said = [*map(frozenset, map(leaf_atoms, params)), *(each.axes for each in asked if not each.all and each.sizes <= found)]
+    while more := [atoms for atoms in said if not atoms <= found and atoms - found <= pieces]:
+        found.update(*more)
+    return frozenset(found)
 
 
 def _dims_of_parameters(axes: Axes) -> list[Sequence[Atom]]:
@@ -171,6 +178,8 @@ def given_axes(axes: Axes) -> Atoms:
             if v.id not in seen:
                 seen.add(v.id)
                 own = _axes_of(axes, v)
+                if v.origin is Origin.CONST:  # rows of indices, which nobody says the number of
+                    found |= own - met
                 met |= own
                 if v.origin is Origin.INPUT:
                     found |= own

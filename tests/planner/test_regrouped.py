@@ -83,6 +83,11 @@ LENGTHS: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = 
         lambda m, x: F.conv1d((m.norm(x) + (m.positions if x.shape[1] == 2 else 0)).mT, m.up.weight[..., None], m.up.bias),
         (2, 2),
     ),
+    "a length twice": (lambda m, x: torch.cat([m.up(x).mT] * 2, 2), (2, 2)),
+    "a length and positions": (lambda m, x: m.up(torch.cat([x, m.positions.expand(x.shape[0], -1, -1)], 1)).mT, (2, 2)),
+    "a shift": (lambda m, x: torch.cat([m.up(x)[:, 1:], m.up(x)[:, :1]], 1).mT, (2, 4)),
+    "differences": (lambda m, x: (m.up(F.pad(x, (0, 0, 0, 1)))[:, 1:] - m.up(x)).mT, (2, 2)),
+    "one repeated": (lambda m, x: m.up(x).mT.repeat(1, 1, 2), (2, 1)),
     "a maximum": (lambda m, x: F.max_pool1d(m.up(x).mT, 2), (2, 2)),
     "an average": (lambda m, x: F.avg_pool1d(m.up(x).mT, 2), (1, 2)),
     "an average of so many": (lambda m, x: F.adaptive_avg_pool1d(m.up(x).mT, x.shape[1] // 2), (2, 4)),
@@ -93,6 +98,17 @@ LENGTHS: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = 
     "the largest": (lambda m, x: m.up(x).topk(x.shape[1] // 2, 1).values.mT, (2, 2)),
     "means of pairs": (lambda m, x: m.up(x).view(x.shape[0], -1, 2, INNER).mean(2).mT, (2, 2)),
     "windows": (lambda m, x: m.up(x).unfold(1, 2, 2).sum(-1).mT, (2, 2)),
+}
+#: name → (views [batch, length, INNER] that mix otherwise than the traced ones, batch and length while tracing)
+VIEWS: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = {
+    "a dim that only one token lacks": (lambda m, x: m.up(x).mT.squeeze(-1).reshape(-1, INNER), (2, 1)),
+    "as many groups as tokens": (
+        lambda m, x: m.up(x).unflatten(-1, (2, -1)).permute(0, 2, 3, 1).reshape(x.shape[0], x.shape[1], -1),
+        (2, 2),
+    ),
+    "the sizes of another": (lambda m, x: m.up(x).mT.reshape_as(m.up(x)), (2, 2)),
+    "the sizes of another, of one token": (lambda m, x: m.up(x).mT.contiguous().view_as(m.up(x)), (2, 1)),
+    "a root": (lambda m, x: m.up(x).mT.reshape(x.shape[0], int(x.shape[1] ** 0.5), -1, INNER), (2, 1)),
 }
 #: name → views that do the same for all lengths
 KEEPS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
@@ -170,6 +186,13 @@ def test_what_a_view_mixes_with_lengths_stays_whole(name: str, check: str) -> No
 def test_what_it_does_not_mix_is_cut(name: str, traced: tuple[int, int]) -> None:
     most, cut, _ = found(KEEPS[name], traced, "graph")
     assert most < 1e-9 and cut, most
+
+
+@pytest.mark.parametrize(("name", "check"), in_turns(VIEWS, ("numbers", "graph")))
+def test_what_it_mixes_in_other_ways_stays_whole(name: str, check: str) -> None:
+    how, traced = VIEWS[name]
+    most, cut, _ = found(lambda m, x: m.down(how(m, x)), traced, check, ((2, 4), (1, 1), (3, 16), (1, 9)) if name == "a root" else EVEN)
+    assert most < 1e-9 and not cut, most
 
 
 class Channels(nn.Module):
