@@ -1,31 +1,18 @@
-"""Says which dims of size 1 of a node's arguments a dim of size 1 of its result comes from, and which stay of size 1: no axis follows
-these.
-"""
+"""Says which dims of size 1 of a node's arguments a dim of size 1 of its result comes from: no axis follows these."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
-from math import prod
 
-from autotp.axes.analysis import Axes, is_pointwise
+from autotp.axes.analysis import is_pointwise
 from autotp.axes.operators.products import letters
 from autotp.axes.operators.table import Is, arg, dim_of, is_a
 from autotp.planner.partition import Atoms
-from autotp.planner.varying import positions, written
-from autotp.trace.graph import Node, Origin, Pseudo, Value
-from autotp.trace.ints import AttrRef, IntExpr, Literal, SizeRef, leaves
+from autotp.trace.graph import Node, Pseudo, Value
 
 #: Value → the leaf axes of each of its dims.
 Leaves = Mapping[int, tuple[Atoms, ...]]
-#: Position of the list of sizes among the arguments of operators that have one.
-_SIZED = {
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "view_copy", "expand", "broadcast_to"), 1),
-    **dict.fromkeys(("zeros", "ones", "empty", "full"), 0),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), 1),
-}
-_POOLS = ("max_pool", "avg_pool", "lp_pool")
-_RESHAPING = frozenset(("view", "_unsafe_view", "reshape"))
+RESHAPING = frozenset(("view", "_unsafe_view", "reshape"))
 _SPREADS = Is.MATRIX_PRODUCT | Is.MAKES_SCORES | Is.ATTENTION
 _BROADCASTS = frozenset(("expand", "expand_as", "broadcast_to", "broadcast_tensors", "masked_fill", "where"))
 _OF_MATRICES = ("t", "mT", "mH", "adjoint", "matrix_H")
@@ -46,7 +33,7 @@ def ones_before(leaves: Leaves, node: Node, v: Value, out: Value, dim: int) -> I
         yield from (d for u, term in terms if u is v for d in ones_of(v) if term[d] == right[dim])
     elif (order := _order(node, v, out)) is not None:
         yield from (d for d in ones_of(v) if d == order[dim])
-    elif stretched(node, v, out) or (len(v.shape) == len(out.shape) and node.opname not in _RESHAPING):
+    elif stretched(node, v, out) or (len(v.shape) == len(out.shape) and node.opname not in RESHAPING):
         yield from (d for d in ones_of(v) if d == dim)
     else:
         common = frozenset().union(*leaves[v.id]) & frozenset().union(*leaves[out.id])
@@ -59,7 +46,7 @@ def is_known(node: Node, v: Value, out: Value) -> bool:
     if node.opname == "einsum" or _order(node, v, out) is not None or isinstance(node.op, Pseudo):
         return True
     spreads = is_pointwise(node.op) or is_a(node, _SPREADS) or node.opname in _BROADCASTS
-    return node.opname not in _RESHAPING and (len(v.shape) == len(out.shape) or (spreads and stretched(node, v, out)))
+    return node.opname not in RESHAPING and (len(v.shape) == len(out.shape) or (spreads and stretched(node, v, out)))
 
 
 def _order(node: Node, v: Value, out: Value) -> list[int | None] | None:
@@ -107,118 +94,3 @@ def stretched(node: Node, v: Value, out: Value) -> bool:
     summed = 2 if is_a(node, Is.MATRIX_PRODUCT) or is_a(node, Is.MAKES_SCORES) else 1 if is_a(node, Is.ATTENTION) else 0
     dims = range(-len(v.shape), -summed)
     return len(v.shape) <= len(out.shape) and all(v.shape[d] in (1, out.shape[d]) for d in dims)
-
-
-class Sure:
-    """Which dims are of size 1 in every call that the guards let pass."""
-
-    def __init__(self, axes: Axes, made: Mapping[int, Node], leaves: Leaves) -> None:
-        self.axes, self.graph, self.made, self.leaves = axes, axes.graph, made, leaves
-        self.values = {v.id: v for n in self.graph.nodes for v in (*n.inputs(), *n.outputs)}
-        self.known: dict[tuple[int, int, bool], bool] = {}
-        for node in self.graph.nodes:  # in order: what is asked of a value asks what it is made of
-            for out in node.outputs:
-                for dim in ones_of(out):
-                    self.of(out, dim)
-
-    def of(self, v: Value, dim: int, given: bool = True) -> bool:
-        """True for a dim, counted from the last, that stays of size 1. `given`: those of arguments do, where tensors are made of them."""
-        key = (v.id, dim, given)
-        if key not in self.known:
-            self.known[key] = (given and self.of(v, dim, given=False)) or self._of(v, dim, given)
-        return self.known[key]
-
-    def _of(self, v: Value, dim: int, given: bool) -> bool:
-        node = self.made.get(v.id)
-        if node is None:
-            return (v.origin is not Origin.CONST or not self.graph.read) and (v.origin is not Origin.INPUT or given)
-        at = dim + len(v.shape)
-        if not isinstance(node.op, Pseudo):
-            if dim in new_dims(node, v) or at in summed_dims(node):  # pooling to one place is such a mean too, for a 1 made of a length
-                return not any(e.value == 1 and any(isinstance(leaf, SizeRef) for leaf in leaves(e)) for e in node.ints)
-            if (said := self._said(node, at)) is not None:
-                return said
-            if is_a(node, Is.CUTS) and (cut := self._cut(node, v, dim)) is not None:
-                return cut
-            if node.opname in ("stack", "cat") and at == dim_of(arg(node, 1, "dim", 0), v):
-                return False
-            if node.opname in ("arange", "linspace"):
-                return any(True for e in node.ints for _ in leaves(e)) and all(map(self._fixed, node.ints))
-            channels = 1 - len(node.args[1].shape) if is_a(node, Is.CONVOLUTION) else -1 if node.opname in ("linear", "mm", "addmm") else 0
-            if dim == channels:
-                return True  # as many as a parameter has
-            if (is_a(node, Is.CONVOLUTION) or node.opname.startswith(_POOLS)) and node.args[0].shape[dim] > 1:
-                return self._written(node.args[0], dim) and all(map(self._fixed, node.ints))
-        if node.opname == "flatten":
-            first, last = (dim_of(arg(node, i, n, default), node.args[0]) for i, n, default in ((1, "start_dim", 0), (2, "end_dim", -1)))
-            rank = len(node.args[0].shape)
-            dims = range(first, last + 1) if at == first else [at if at < first else at + last - first]
-            return all(self.of(node.args[0], d - rank, given) for d in dims)
-        before = [(u, d) for u in node.inputs() for d in ones_before(self.leaves, node, u, v, dim)]
-        if not before or not all(is_known(node, u, v) for u, _ in before):
-            return False
-        return (any if node.opname == "cat" else all)(self.of(u, d, given) for u, d in before)
-
-    @cached_property
-    def written(self) -> Atoms:
-        """Axes whose size a number of the code says; none that an argument brings as it is. One that a parameter has may be a length that
-        only happens to be its own.
-        """
-        brought = (v for n in self.graph.nodes for v in n.inputs() if v.origin is Origin.INPUT)
-        return written(self.axes) - {dim[0] for v in brought for dim in self.axes.dims.get(v.id, ()) if len(dim) == 1}
-
-    def _written(self, v: Value, dim: int) -> bool:
-        atoms = self.leaves[v.id][dim]
-        return prod(a.size for a in atoms) == v.shape[dim] and atoms <= self.written
-
-    def _said(self, node: Node, at: int) -> bool | None:
-        """True where a number that the code gives says so, None where none does."""
-        where = _SIZED.get(node.opname)
-        sizes = node.args[where] if where is not None and where < len(node.args) else None
-        if node.opname == "unflatten":
-            first = dim_of(node.args[1], node.args[0])
-            sizes, at = node.args[2], at - first
-        if node.opname.startswith("adaptive"):
-            sizes = arg(node, 1, "output_size")
-            sizes = [sizes] * int(node.opname[-2]) if isinstance(sizes, int) else sizes
-            at -= len(node.args[0].shape) - len(sizes)
-        if not isinstance(sizes, (list, tuple)) or not 0 <= at < len(sizes) or sizes[at] == -1:
-            return None
-        exprs = [node.ints[p] for p in positions(node, sizes[at], at, len(sizes))]
-        return all(map(self._fixed, exprs)) if exprs else None
-
-    def _fixed(self, expr: IntExpr) -> bool:
-        if isinstance(expr, (Literal, AttrRef)):
-            return True
-        if isinstance(expr, SizeRef):
-            return self._size(expr)
-        return all(self._size(leaf) for leaf in leaves(expr) if isinstance(leaf, SizeRef))
-
-    def _size(self, leaf: SizeRef) -> bool:
-        v = self.values.get(leaf.value_id)
-        if v is None or leaf.dim < 0:
-            return False
-        return v.origin is Origin.PARAM or (v.shape[leaf.dim] == 1 and self.of(v, leaf.dim - len(v.shape), given=False))
-
-    def _cut(self, node: Node, v: Value, dim: int) -> bool | None:
-        """True where a number says that one is taken; None for the dims that are not cut."""
-        x, one = node.args[0], (Literal(1), Literal(-1))
-        if not isinstance(x, Value) or len(x.shape) != len(v.shape):
-            return None
-        d = dim_of(arg(node, 1 if node.opname in ("slice", "narrow") else 2, "dim", 0), x) - len(x.shape)
-        if d != dim:
-            return None
-        if node.opname == "slice":
-            start, stop = arg(node, 2, "start"), arg(node, 3, "end")
-            start, stop = start or 0, x.shape[dim] if stop is None else stop
-            if start == 0 and stop >= x.shape[dim]:
-                return None  # all of it
-            plain = not any(isinstance(leaf, SizeRef) for e in node.ints for leaf in leaves(e))
-            return plain and ((start == -1 and stop >= x.shape[dim]) or ((start >= 0) == (stop >= 0) and stop - start == 1))
-        if node.opname == "narrow":
-            return bool(node.ints) and node.ints[-1] in one
-        plain = all(isinstance(e, (Literal, AttrRef)) for e in node.ints)
-        if node.opname in ("split", "split_with_sizes", "unsafe_split"):
-            said = isinstance(node.args[1], (list, tuple)) and x.shape[dim] != 1
-            return plain and (said or node.args[1] == 1)  # the last piece of others is what is left
-        return False

@@ -18,14 +18,14 @@ from autotp.axes.operators.table import Is, is_a
 from autotp.plan.spec import DistributedForm
 from autotp.planner.aliases import Storage
 from autotp.planner.calls import Calls
-from autotp.planner.dims_of_one import Sure
 from autotp.planner.faults import Faults
 from autotp.planner.flows import differentiable, made_of_arguments
 from autotp.planner.free_lengths import free_lengths
 from autotp.planner.partition import Atoms, Partitions
 from autotp.planner.refusals import Conflict
 from autotp.planner.regrouped import regrouped
-from autotp.planner.varying import given_axes, varying
+from autotp.planner.staying_ones import Sure
+from autotp.planner.varying import asked_sizes, given_axes, varying
 from autotp.planner.weight_axes import weight_axes
 from autotp.trace.graph import Node, Pseudo, Value
 
@@ -115,10 +115,10 @@ class GraphIndex:
         for node in self.graph.nodes:
             if node.op is Pseudo.EXIT and node.slot is not None:
                 self.exits.setdefault((Pseudo.EXIT, *node.slot), []).append(node.index)
-        weights = weight_axes(axes, self.activations)
-        self.sure = Sure(axes, self.made, self.leaves)
-        self.varying = varying(axes, given_axes(axes), weights)
-        self._mixed(free_lengths(axes, weights, self.activations))
+        asked, weights = asked_sizes(axes), weight_axes(axes, self.activations)
+        self.sure = Sure(axes, asked, self.made, self.leaves)
+        self.varying = varying(axes, asked, given_axes(axes), weights)
+        self._mixed(free_lengths(axes, asked, weights, self.activations))
         self._meeting: dict[Atom, list[Node]] | None = None
 
     def _mixed(self, long: Atoms) -> None:

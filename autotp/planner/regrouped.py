@@ -18,8 +18,9 @@ from math import prod
 from autotp.axes.analysis import Axes
 from autotp.axes.atoms import Atom, flat, leaf_atoms
 from autotp.axes.operators.table import arg, dim_of, dims_of
-from autotp.planner.dims_of_one import Leaves, Sure, ones_before
+from autotp.planner.dims_of_one import Leaves, ones_before
 from autotp.planner.partition import Atoms
+from autotp.planner.staying_ones import Sure
 from autotp.planner.varying import positions
 from autotp.trace.graph import Node, Origin, Value
 from autotp.trace.ints import IntExpr, Literal, SizeRef, evaluate, leaves
@@ -207,13 +208,10 @@ class _Forms:
         if node.opname == "flatten":
             first, last = (dim_of(arg(node, i, name, default), x) for i, name, default in ((1, "start_dim", 0), (2, "end_dim", -1)))
             return [*source[:first], tuple(f for d in source[first : last + 1] for f in d), *source[last + 1 :]]
-        if (
-            not node.ints
-            and len(node.tensors) == 2
-            and node.tensors[1] in self.axes.dims
-            and len(self.of(node.tensors[1])) == len(out.shape)
-        ):
-            return list(self.of(node.tensors[1]))  # `view_as`, `reshape_as`
+        if not node.ints and len(node.tensors) == 2:  # `view_as`, `reshape_as`
+            other = self.of(node.tensors[1])
+            if tuple(self._size(d, {}) for d in other) == out.shape:
+                return list(other)
         sizes = list(arg(node, 2 if node.opname == "unflatten" else 1, "sizes" if node.opname == "unflatten" else "size"))
         found = [self._expr(node, n, i, len(sizes)) for i, n in enumerate(sizes)]
         if node.opname == "unflatten":

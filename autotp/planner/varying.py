@@ -25,7 +25,7 @@ MORE = (1, 2, 5)
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """A number of the code that the size of dims of a value follows, as its code wrote it, in one or several expressions.
 
     all: it takes all of a dim, which may be longer, or nothing. axes: of the dims. sizes: the axes of the sizes that it is made of.
@@ -42,12 +42,12 @@ class _Asked:
     sized: bool
 
 
-def varying(axes: Axes, given: Atoms, weights: Atoms) -> Mapping[Atom, Node]:
-    """Returns axes of parameters that the code sizes by a length, each with the node that does so. `given`: see `given_axes`; `weights`:
-    see `weight_axes`.
+def varying(axes: Axes, asked: Sequence[Asked], given: Atoms, weights: Atoms) -> Mapping[Atom, Node]:
+    """Returns axes of parameters that the code sizes by a length, each with the node that does so. `asked`: see `asked_sizes`; `given`: see
+    `given_axes`; `weights`: see `weight_axes`.
     """
-    params, asked = _dims_of_parameters(axes), list(_asked(axes))
-    free = given - _settled(axes, params, asked, given, weights)
+    params = _dims_of_parameters(axes)
+    free = given - _settled(params, asked, given, weights)
     dims_of: dict[Atom, list[Sequence[Atom]]] = {}
     for dim in params:
         for atom in leaf_atoms(dim):
@@ -72,17 +72,16 @@ def varying(axes: Axes, given: Atoms, weights: Atoms) -> Mapping[Atom, Node]:
     return found
 
 
-def unsettled(axes: Axes, given: Atoms, weights: Atoms) -> Atoms:
-    """Returns those of the axes that arguments bring whose size neither parameters nor numbers say."""
-    return given - _settled(axes, _dims_of_parameters(axes), list(_asked(axes)), given, weights)
+def unsettled(axes: Axes, asked: Sequence[Asked], weights: Atoms) -> Atoms:
+    """Returns those of the axes of weights that arguments bring whose size neither parameters nor numbers say."""
+    return weights - _settled(_dims_of_parameters(axes), asked, weights, weights)
 
 
-def written(axes: Axes, params: Sequence[Sequence[Atom]] = (), pieces: Atoms = frozenset()) -> Atoms:
+def written(asked: Sequence[Asked], params: Sequence[Sequence[Atom]] = (), pieces: Atoms = frozenset()) -> Atoms:
     """Returns the axes whose size numbers of the code say, and those dims of parameters. `pieces`: a number that says what several of these
     are together says each.
     """
-    asked = list(_asked(axes))
-    found = _settled(axes, params, asked, frozenset(), frozenset())
+    found = _settled(params, asked, frozenset(), frozenset())
     said = [*map(frozenset, map(leaf_atoms, params)), *(each.axes for each in asked if not each.all and each.sizes <= found)]
     while more := [atoms for atoms in said if not atoms <= found and atoms - found <= pieces]:
         found.update(*more)
@@ -107,7 +106,12 @@ def positions(node: Node, number: int, at: int, listed: int) -> list[int]:
     return [i for i, v in enumerate(values) if v == number]
 
 
-def _asked(axes: Axes) -> Iterator[_Asked]:
+def asked_sizes(axes: Axes) -> list[Asked]:
+    """Returns the numbers of the code that say sizes of dims."""
+    return list(_asked(axes))
+
+
+def _asked(axes: Axes) -> Iterator[Asked]:
     for node, meaning in zip(axes.graph.nodes, axes.meanings, strict=True):
         cuts = is_a(node, Is.CUTS)
         read = cuts and len(node.tensors) > 1  # a tensor is a number there (`x[:n]`)
@@ -122,10 +126,10 @@ def _asked(axes: Axes) -> Iterator[_Asked]:
                 yield _of(axes, node, demand, exprs, True, False)
 
 
-def _of(axes: Axes, node: Node, demand: Demand, exprs: tuple[IntExpr, ...], all: bool, plain: bool) -> _Asked:
+def _of(axes: Axes, node: Node, demand: Demand, exprs: tuple[IntExpr, ...], all: bool, plain: bool) -> Asked:
     own = frozenset(a for dim in demand.dims for a in leaf_atoms(dim))
     sized = any(isinstance(leaf, SizeRef) for expr in exprs for leaf in leaves(expr))
-    return _Asked(node, demand, exprs, all, own, frozenset(a for expr in exprs for a in _atoms(axes, expr)), plain, sized)
+    return Asked(node, demand, exprs, all, own, frozenset(a for expr in exprs for a in _atoms(axes, expr)), plain, sized)
 
 
 def _unseen(axes: Axes, node: Node) -> Iterator[Demand]:
@@ -134,7 +138,7 @@ def _unseen(axes: Axes, node: Node) -> Iterator[Demand]:
         yield from (Demand(n, x.id, (dim,)) for n, dim in zip(x.shape, axes.dims.get(x.id, ()), strict=False))
 
 
-def _cut_dim(axes: Axes, each: _Asked) -> Sequence[Atom] | None:
+def _cut_dim(axes: Axes, each: Asked) -> Sequence[Atom] | None:
     """Returns the dim that a cut takes a piece of: a piece of one index has no axis."""
     if is_a(each.node, Is.CUTS) and not each.all:
         x, out = each.node.args[0], each.node.outputs[0]
@@ -144,7 +148,7 @@ def _cut_dim(axes: Axes, each: _Asked) -> Sequence[Atom] | None:
     return None
 
 
-def _is_unknown(axes: Axes, each: _Asked, given: Atoms, params: set[int], ones: bool) -> bool:
+def _is_unknown(axes: Axes, each: Asked, given: Atoms, params: set[int], ones: bool) -> bool:
     """True where a number that cuts was read from data, or is a size that no axis follows: that of one row, and one that was cut up into
     rows (`torch.cat([x[:, 1:], x[:, :1]], 1)`).
 
@@ -214,8 +218,10 @@ def _axes_of(axes: Axes, value: Value) -> set[Atom]:
     return found
 
 
-def _settled(axes: Axes, params: Sequence[Sequence[Atom]], asked: Sequence[_Asked], given: Atoms, weights: Atoms) -> set[Atom]:
-    """Returns the axes whose size parameters and plain numbers say."""
+def _settled(params: Sequence[Sequence[Atom]], asked: Sequence[Asked], given: Atoms, weights: Atoms) -> set[Atom]:
+    """Returns the axes whose size parameters and plain numbers say. A dim of a parameter that is an axis of `given` alone does not, unless
+    it is one of `weights`.
+    """
     longer = {each.axes for each in asked if each.all and (each.sized or each.plain) and each.axes & given}
     own = [frozenset(leaf_atoms(dim)) for dim in params]
     said = [atoms for atoms in own if atoms not in longer and not (len(atoms) == 1 and atoms <= given - weights)]
@@ -250,7 +256,7 @@ def _dims_of(axes: Axes, leaf: SizeRef) -> Sequence[Sequence[Atom]]:
     return dims[leaf.dim : leaf.dim + 1] if leaf.dim >= 0 else dims
 
 
-def _follows(axes: Axes, each: _Asked, lengths: Atoms, more: int) -> bool:
+def _follows(axes: Axes, each: Asked, lengths: Atoms, more: int) -> bool:
     """True where a number is the size of its dims for longer lengths, too."""
 
     def value(leaf: AttrRef | SizeRef) -> int:

@@ -108,6 +108,10 @@ VIEWS: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = {
     ),
     "the sizes of another": (lambda m, x: m.up(x).mT.reshape_as(m.up(x)), (2, 2)),
     "the sizes of another, of one token": (lambda m, x: m.up(x).mT.contiguous().view_as(m.up(x)), (2, 1)),
+    "cuts by what is left of a length": (
+        lambda m, x: (lambda y: torch.cat(y.flatten(1).chunk(y.shape[2], 1)))(F.interpolate(m.up(x).mT, size=x.shape[1] // 2)),
+        (2, 4),
+    ),
     "a root": (lambda m, x: m.up(x).mT.reshape(x.shape[0], int(x.shape[1] ** 0.5), -1, INNER), (2, 1)),
 }
 #: name → views that do the same for all lengths
