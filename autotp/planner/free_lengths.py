@@ -24,7 +24,15 @@ def free_lengths(axes: Axes, asked: Sequence[Asked], weights: Atoms, activations
     fixed = own - unsettled(axes, asked, own)
     whole = found - pieces - fixed
     inside = pieces & frozenset(a for d in dims for a in leaf_atoms(d))
-    return (found - fixed) - (inside & written(asked, [d for d in dims if whole.isdisjoint(leaf_atoms(d))], pieces))
+    said = written(asked, [d for d in dims if whole.isdisjoint(leaf_atoms(d))], pieces)
+    alone = {a for each in asked if len(each.axes) == 1 and not each.sized for a in each.axes}
+    return (found - fixed) - (inside & said - (_of_arguments(axes) - alone))
+
+
+def _of_arguments(axes: Axes) -> Atoms:
+    """Returns the axes that are factors of a dim of an argument: one of them at least is as long as the argument."""
+    given = (v for node in axes.graph.nodes for v in node.inputs() if v.origin is Origin.INPUT)
+    return frozenset(a for v in given for dim in map(flat, axes.dims.get(v.id, ())) if len(dim) > 1 for a in leaf_atoms(dim))
 
 
 def _brought(axes: Axes, activations: Collection[int]) -> tuple[Atoms, Atoms]:

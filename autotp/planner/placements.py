@@ -117,8 +117,9 @@ class GraphIndex:
                 self.exits.setdefault((Pseudo.EXIT, *node.slot), []).append(node.index)
         asked, weights = asked_sizes(axes), weight_axes(axes, self.activations)
         self.sure = Sure(axes, asked, self.made, self.leaves)
-        self.varying = varying(axes, asked, given_axes(axes), weights)
-        self._mixed(free_lengths(axes, asked, weights, self.activations))
+        long = free_lengths(axes, asked, weights, self.activations)
+        self.varying = varying(axes, asked, given_axes(axes), weights, long)
+        self._mixed(long)
         self._meeting: dict[Atom, list[Node]] | None = None
 
     def _mixed(self, long: Atoms) -> None:

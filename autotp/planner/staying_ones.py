@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
@@ -128,13 +129,13 @@ class Sure:
             return None
         if node.opname == "slice":
             start, stop = arg(node, 2, "start"), arg(node, 3, "end")
-            start, stop = start or 0, x.shape[dim] if stop is None else stop
+            start, stop = start or 0, sys.maxsize if stop is None else stop
             if start == 0 and stop >= x.shape[dim]:
                 return None  # all of it
-            plain = not any(isinstance(leaf, SizeRef) for e in node.ints for leaf in leaves(e))
+            plain = bool(node.ints) and not any(isinstance(leaf, SizeRef) for e in node.ints for leaf in leaves(e))
             return plain and ((start == -1 and stop >= x.shape[dim]) or ((start >= 0) == (stop >= 0) and stop - start == 1))
         if node.opname == "narrow":
-            return bool(node.ints) and node.ints[-1] in one
+            return len(node.ints) == 3 and node.ints[-1] in one  # others are those of an operator that is made of it (`diff`)
         plain = all(isinstance(e, (Literal, AttrRef)) for e in node.ints)
         if node.opname in ("split", "split_with_sizes", "unsafe_split"):
             said = isinstance(node.args[1], (list, tuple)) and x.shape[dim] != 1

@@ -42,9 +42,9 @@ class Asked:
     sized: bool
 
 
-def varying(axes: Axes, asked: Sequence[Asked], given: Atoms, weights: Atoms) -> Mapping[Atom, Node]:
+def varying(axes: Axes, asked: Sequence[Asked], given: Atoms, weights: Atoms, long: Atoms) -> Mapping[Atom, Node]:
     """Returns axes of parameters that the code sizes by a length, each with the node that does so. `asked`: see `asked_sizes`; `given`: see
-    `given_axes`; `weights`: see `weight_axes`.
+    `given_axes`; `weights`: see `weight_axes`; `long`: see `free_lengths`.
     """
     params = _dims_of_parameters(axes)
     free = given - _settled(params, asked, given, weights)
@@ -62,6 +62,9 @@ def varying(axes: Axes, asked: Sequence[Asked], given: Atoms, weights: Atoms) ->
             continue
         lengths = (each.sizes | each.axes if each.plain else each.sizes) & free
         unknown = is_a(each.node, Is.CUTS) and _is_unknown(axes, each, given, names, ones)
+        if each.demand in axes.meanings[each.node.index].counted:  # how many pieces
+            lengths |= each.sizes & long
+            unknown |= not all(any(True for _ in leaf_atoms(d)) for expr in each.exprs for d in _dims_in(axes, expr))
         if not lengths and not unknown:
             continue
         fixed = cut is not None and _size(cut, lengths, 1) == _size(cut, lengths, 0)
@@ -245,10 +248,14 @@ def _settle(found: set[Atom], atoms: Atoms, given: Atoms = frozenset()) -> None:
 
 
 def _atoms(axes: Axes, expr: IntExpr) -> Iterator[Atom]:
+    for dim in _dims_in(axes, expr):
+        yield from leaf_atoms(dim)
+
+
+def _dims_in(axes: Axes, expr: IntExpr) -> Iterator[Sequence[Atom]]:
     for leaf in leaves(expr):
         if isinstance(leaf, SizeRef):
-            for dim in _dims_of(axes, leaf):
-                yield from leaf_atoms(dim)
+            yield from _dims_of(axes, leaf)
 
 
 def _dims_of(axes: Axes, leaf: SizeRef) -> Sequence[Sequence[Atom]]:

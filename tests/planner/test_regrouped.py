@@ -46,6 +46,11 @@ def _mixed(layer: Layer, y: Tensor) -> Tensor:
     return layer.down(y.relu().reshape(y.shape[0], -1, INNER))  # type: ignore[no-any-return]
 
 
+def _shuffled(y: Tensor) -> Tensor:
+    """Takes the places of [batch, channels, places] for groups of channels."""
+    return y.reshape(y.shape[0], -1, 2, y.shape[2]).transpose(1, 2).reshape(y.shape[0], y.shape[2], -1)
+
+
 #: Batches and lengths of the calls of a layer.
 ANY, EVEN = ((2, 4), (1, 3), (3, 1), (1, 1), (4, 2)), ((2, 8), (1, 4), (3, 6), (1, 2), (4, 2))
 #: name → (what views do otherwise for other lengths, batch and length while tracing)
@@ -86,6 +91,7 @@ LENGTHS: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = 
     "a length twice": (lambda m, x: torch.cat([m.up(x).mT] * 2, 2), (2, 2)),
     "a length and positions": (lambda m, x: m.up(torch.cat([x, m.positions.expand(x.shape[0], -1, -1)], 1)).mT, (2, 2)),
     "a shift": (lambda m, x: torch.cat([m.up(x)[:, 1:], m.up(x)[:, :1]], 1).mT, (2, 4)),
+    "differences of one": (lambda m, x: m.up(x).mT.diff(dim=-1, append=m.up(x).mT[..., -1:]), (2, 1)),
     "differences": (lambda m, x: (m.up(F.pad(x, (0, 0, 0, 1)))[:, 1:] - m.up(x)).mT, (2, 2)),
     "one repeated": (lambda m, x: m.up(x).mT.repeat(1, 1, 2), (2, 1)),
     "a maximum": (lambda m, x: F.max_pool1d(m.up(x).mT, 2), (2, 2)),
@@ -112,6 +118,23 @@ VIEWS: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = {
         lambda m, x: (lambda y: torch.cat(y.flatten(1).chunk(y.shape[2], 1)))(F.interpolate(m.up(x).mT, size=x.shape[1] // 2)),
         (2, 4),
     ),
+    "cuts by as many rows as are indexed": (
+        lambda m, x: (lambda y: torch.cat(y.flatten(1).chunk(y.shape[2], 1)))(m.up(x).mT[..., torch.arange(x.shape[1]).flip(0)]),
+        (1, 2),
+    ),
+    "cuts by one token repeated": (
+        lambda m, x: (lambda y: torch.cat(y.flatten(1).chunk(y.shape[2], 1)))(m.up(x).mT.repeat_interleave(2, -1)),
+        (2, 1),
+    ),
+    "cuts by a token more": (
+        lambda m, x: (lambda y: torch.cat(y.flatten(1).chunk(y.shape[2], 1)))(m.up(F.pad(x, (0, 0, 1, 0))).mT),
+        (1, 1),
+    ),
+    "as many groups as each second token": (
+        lambda m, x: _shuffled(m.up(x).mT[..., ::2]),
+        (4, 4),
+    ),
+    "as many groups as pairs": (lambda m, x: _shuffled(m.up(x).mT.reshape(x.shape[0], INNER, -1, 2).sum(-1)), (4, 4)),
     "a root": (lambda m, x: m.up(x).mT.reshape(x.shape[0], int(x.shape[1] ** 0.5), -1, INNER), (2, 1)),
 }
 #: name → views that do the same for all lengths
