@@ -84,6 +84,17 @@ def leaf_atoms(dim: Sequence[Atom]) -> Iterator[Atom]:
                 yield from leaf_atoms(segment)
 
 
+def axes_in(dim: Sequence[Atom]) -> Iterator[Atom]:
+    """Yields the leaf atoms of a dim, in order, and as one each that was cut up into single rows."""
+    for atom in flat(dim):
+        if atom.segments is None:
+            yield atom
+        elif inside := [a for segment in atom.segments for a in axes_in(segment)]:
+            yield from inside
+        else:
+            yield atom
+
+
 def dim_size(dim: Sequence[Atom]) -> int:
     """Returns the number of indices of a dim."""
     size = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from autotp.axes.analysis import Axes
-from autotp.axes.atoms import Atom, flat, leaf_atoms
+from autotp.axes.atoms import Atom, axes_in, flat, leaf_atoms
 from autotp.planner.partition import Atoms
 from autotp.planner.varying import Asked, unsettled, written
 from autotp.trace.graph import Origin
@@ -52,9 +52,7 @@ def _brought(axes: Axes, activations: Collection[int]) -> tuple[Atoms, Atoms]:
             seen.add(v.id)
             for dim in map(flat, axes.dims.get(v.id, ())):
                 for atom in dim:
-                    own = set(leaf_atoms([atom])) or ({atom} if atom.segments else set())  # cut up into rows: as one
-                    own -= held
-                    own -= found
+                    own = set(axes_in([atom])) - held - found
                     if new and len(dim) > 1:
                         pieces |= own
                     (found if new else held).update(own)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autotp.axes.analysis import Axes, Demand
-from autotp.axes.atoms import Atom, flat, leaf_atoms
+from autotp.axes.atoms import Atom, axes_in, flat, leaf_atoms
 from autotp.axes.operators.table import Is, is_a
 from autotp.trace.graph import Node, Origin, Value
 from autotp.trace.ints import AttrRef, IntExpr, Literal, SizeRef, evaluate, leaves
@@ -215,10 +215,7 @@ def _joined(axes: Axes, node: Node, out: Value, given: set[Atom]) -> Atoms:
 
 def _axes_of(axes: Axes, value: Value) -> set[Atom]:
     """Returns the axes of a value, and those that were cut up into rows."""
-    found: set[Atom] = set()
-    for dim in axes.dims.get(value.id, ()):
-        found |= {a for a in leaf_atoms(dim) if a.size} | {a for a in flat(dim) if a.segments and not any(True for _ in leaf_atoms([a]))}
-    return found
+    return {a for dim in axes.dims.get(value.id, ()) for a in axes_in(dim) if a.size}
 
 
 def _settled(params: Sequence[Sequence[Atom]], asked: Sequence[Asked], given: Atoms, weights: Atoms) -> set[Atom]:

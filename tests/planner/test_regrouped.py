@@ -37,6 +37,10 @@ class Layer(nn.Module):
         return self.how(self, x)
 
 
+def _turned(pairs: Tensor) -> Tensor:
+    return torch.cat([-pairs[..., 1:], pairs[..., :1]], -1) * pairs.sigmoid()
+
+
 def _attend(layer: Layer, x: Tensor, heads: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
     return layer.o(back(F.scaled_dot_product_attention(*(heads(each(x)) for each in (layer.q, layer.k, layer.v)))))  # type: ignore[no-any-return]
 
@@ -167,6 +171,9 @@ KEEPS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
         x.shape
     ),
     "several": lambda m, x: m.down(torch.stack([m.up(x), m.up(x).relu()], 2).view(*x.shape[:2], 2, -1)).sum(2),
+    "turned pairs of one half": lambda m, x: m.down(
+        torch.cat([_turned(y.view(*x.shape[:2], -1, 2)).flatten(2) for y in m.up(x).chunk(2, -1)], -1)
+    ),
 }
 
 
