@@ -13,7 +13,7 @@ from autotp.planner.dims_of_one import RESHAPING, Leaves, is_known, new_dims, on
 from autotp.planner.partition import Atoms
 from autotp.planner.varying import Asked, positions, written
 from autotp.trace.graph import Node, Origin, Pseudo, Value
-from autotp.trace.ints import AttrRef, IntExpr, Literal, SizeRef, leaves
+from autotp.trace.ints import IntExpr, Literal, SizeRef, leaves, parts
 
 #: Position of the list of sizes among the arguments of operators that have one.
 _SIZED = {
@@ -107,11 +107,14 @@ class Sure:
         return all(map(self._fixed, exprs)) if exprs else None
 
     def _fixed(self, expr: IntExpr) -> bool:
-        if isinstance(expr, (Literal, AttrRef)):
-            return True
-        if isinstance(expr, SizeRef):
-            return self._size(expr)
+        """True for a number that is the same in other calls."""
+        if not self.graph.chosen.isdisjoint(parts(expr)):
+            return False
         return all(self._size(leaf) for leaf in leaves(expr) if isinstance(leaf, SizeRef))
+
+    def _plain(self, node: Node) -> bool:
+        """True where no size is part of a call's numbers, nor was in the choice of one."""
+        return all(self.graph.chosen.isdisjoint(parts(e)) and not any(isinstance(leaf, SizeRef) for leaf in leaves(e)) for e in node.ints)
 
     def _size(self, leaf: SizeRef) -> bool:
         v = self.values.get(leaf.value_id)
@@ -121,7 +124,7 @@ class Sure:
 
     def _cut(self, node: Node, v: Value, dim: int) -> bool | None:
         """True where a number says that one is taken; None for the dims that are not cut."""
-        x, one = node.args[0], (Literal(1), Literal(-1))
+        x, one = node.args[0], {Literal(1), Literal(-1)} - self.graph.chosen
         if not isinstance(x, Value) or len(x.shape) != len(v.shape):
             return None
         d = dim_of(arg(node, 1 if node.opname in ("slice", "narrow") else 2, "dim", 0), x) - len(x.shape)
@@ -132,11 +135,11 @@ class Sure:
             start, stop = start or 0, sys.maxsize if stop is None else stop
             if start == 0 and stop >= x.shape[dim]:
                 return None  # all of it
-            plain = bool(node.ints) and not any(isinstance(leaf, SizeRef) for e in node.ints for leaf in leaves(e))
+            plain = bool(node.ints) and self._plain(node)
             return plain and ((start == -1 and stop >= x.shape[dim]) or ((start >= 0) == (stop >= 0) and stop - start == 1))
         if node.opname == "narrow":
             return len(node.ints) == 3 and node.ints[-1] in one  # others are those of an operator that is made of it (`diff`)
-        plain = all(isinstance(e, (Literal, AttrRef)) for e in node.ints)
+        plain = self._plain(node)
         if node.opname in ("split", "split_with_sizes", "unsafe_split"):
             said = isinstance(node.args[1], (list, tuple)) and x.shape[dim] != 1
             return plain and (said or node.args[1] == 1)  # the last piece of others is what is left

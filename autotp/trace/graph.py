@@ -223,6 +223,7 @@ class Graph:
     sized: frozenset[int] = frozenset()  # ids of the values whose sizes code has read
     compared: tuple[Compared, ...] = ()  # comparisons of ints in the model's code
     read: frozenset[float] = frozenset()  # numbers that code had from data
+    chosen: frozenset[IntExpr] = frozenset()  # numbers that code may have had in the place of one made of sizes
     swapped: frozenset[tuple[str, str]] = frozenset()  # (path, class) of each module that a forward put in place of another
     untrained: str = ""  # why no path in training mode could be traced, where one was tried
 

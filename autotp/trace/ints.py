@@ -8,6 +8,7 @@ it (in a cache, in a dict) counts as a plain number in the next one.
 
 from __future__ import annotations
 
+import dis
 import math
 import operator
 import sys
@@ -64,6 +65,7 @@ IntExpr = AttrRef | SizeRef | Literal | Arith
 #: makes the first, and no other number of it.
 Compared = tuple[str, IntExpr, IntExpr]
 FLOAT, MADE = "float", "made"
+_ORDER = ("lt", "le", "gt", "ge")
 _OPS: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -141,14 +143,16 @@ class Life:
     `quotients`: the last exact division in floats that gave a number, by that number. `int(width / heads)` is a plain int.
     `compared`: (operator, left, right) of each comparison in code that `watches` the name of its file.
     `made`: what arithmetic made and made nothing else of.
+    `chosen`: numbers without sizes that a function compared with one of sizes, as `max(1, x.shape[1] // 2)` does: it gives back either.
     """
 
-    __slots__ = ("compared", "made", "over", "quotients", "watches")
+    __slots__ = ("chosen", "compared", "made", "over", "quotients", "watches")
 
     def __init__(self, watches: Callable[[str], bool] = lambda file: True) -> None:
         self.over, self.watches = False, watches
         self.quotients: dict[int, IntExpr] = {}
         self.compared: dict[Compared, None] = {}
+        self.chosen: set[IntExpr] = set()
         self.made: dict[int, Arith] = {}  # by id: most are made once
 
     def forget(self, values: Collection[int]) -> None:
@@ -286,8 +290,15 @@ def _plain(value: Any) -> Any:
 
 def _note(value: _Tagged, name: str, other: float, depth: int) -> None:
     """Notes what the code `depth` frames above compares."""
-    if not value.life.over and value.life.watches(sys._getframe(depth).f_code.co_filename):
-        value.life.compared[name, value.expr, _expr(other)] = None
+    frame = sys._getframe(depth)
+    if value.life.over or not value.life.watches(frame.f_code.co_filename):
+        return
+    sides = value.expr, _expr(other)
+    value.life.compared[name, *sides] = None
+    if name in _ORDER and dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("CALL"):
+        sized = [expr for expr in sides if any(isinstance(leaf, SizeRef) for leaf in leaves(expr))]
+        if sized:
+            value.life.chosen.update(set(sides).difference(sized))
 
 
 def _method(symbol: str, name: str, reflected: bool) -> Callable[[Any, Any], Any]:
@@ -368,7 +379,7 @@ def _truth(self: _Tagged) -> bool:
 
 
 for _class, _kind in ((TaggedInt, int), (TaggedFloat, float)):
-    for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    for _name in (*_ORDER, "eq", "ne"):
         setattr(_class, f"__{_name}__", _comparison(_kind, _name))
     setattr(_class, "__bool__", _truth)  # noqa: B010
     setattr(_class, "__hash__", _kind.__hash__)  # noqa: B010

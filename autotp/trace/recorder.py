@@ -161,6 +161,7 @@ class Recorder:
             sized=frozenset(self._python.sized),
             compared=self.life.noted(),
             read=frozenset(self.data.read),
+            chosen=frozenset(self.life.chosen),
             swapped=frozenset(calls.swapped),
             untrained="" if any(result.training for result in results) else self.untrained,
         )

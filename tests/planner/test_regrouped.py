@@ -104,6 +104,8 @@ LENGTHS: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = 
     "an interpolation": (lambda m, x: F.interpolate(m.up(x).mT, scale_factor=0.5), (2, 4)),
     "each second": (lambda m, x: m.up(x)[:, ::2].mT, (2, 2)),
     "the first half": (lambda m, x: m.up(x)[:, : x.shape[1] // 2].mT, (2, 2)),
+    "a half, at least one": (lambda m, x: m.up(x)[:, : max(1, x.shape[1] // 2)].mT, (2, 2)),
+    "a half, at least as many as a setting": (lambda m, x: m.up(x)[:, : max(x.shape[1] // 2, m.conv.stride[0])].mT, (1, 1)),
     "a piece": (lambda m, x: m.up(x).chunk(2, 1)[0].mT, (2, 2)),
     "the largest": (lambda m, x: m.up(x).topk(x.shape[1] // 2, 1).values.mT, (2, 2)),
     "means of pairs": (lambda m, x: m.up(x).view(x.shape[0], -1, 2, INNER).mean(2).mT, (2, 2)),
