@@ -2,7 +2,8 @@
 
 A cache that is keyed by sizes would answer with the result of another trace, or of other tensors of the same size: ints with the
 tags of those, fake tensors. So while a model is traced, calls with tagged ints, tensors or modules among their arguments run the
-function itself. Entries that other calls left in a cache are dropped afterwards, unless they are plain data.
+function itself, and so do calls that the cache would answer with tensors. Entries that other calls left in a cache are dropped
+afterwards, unless they are plain data.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autotp.trace.ints import TaggedInt
 
@@ -61,8 +63,11 @@ def _twin(cached: Any, used: dict[int, Any]) -> Any:
             return function(*args, **kwargs)
         before = cached.cache_info().misses
         result = cached(*args, **kwargs)
-        if cached.cache_info().misses != before and not _plain(result):
-            used[id(cached)] = cached
+        if cached.cache_info().misses != before:
+            if not _plain(result):
+                used[id(cached)] = cached
+        elif any(isinstance(x, Tensor) for x in tree_leaves(result)):  # an earlier path's, or a real one
+            return function(*args, **kwargs)
         return result
 
     call.cache_info, call.cache_clear, call.cache_parameters = cached.cache_info, cached.cache_clear, cached.cache_parameters  # type: ignore[attr-defined]

@@ -310,11 +310,11 @@ def _raised(error: BaseException) -> tuple[str, str]:
 
 
 def _own(error: BaseException) -> bool:
-    """True for an error that the model's code raises itself, or torch.distributions for it: a check that fails for such data fails
-    on every rank.
+    """True for an error that the model's code raises itself, or torch for it (its distributions, `torch._check`): a check that fails for
+    such data fails on every rank.
     """
     file, _ = _raised(error)
-    return bool(file) and (is_model(file) or file.startswith(_DISTRIBUTIONS)) and not file.startswith(_HERE)
+    return bool(file) and (is_model(file) or file.startswith(_DISTRIBUTIONS) or file == torch.__file__) and not file.startswith(_HERE)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from autotp.trace.values import SMALL, Values, small
 CHOSEN = 2
 #: Function → where among its arguments the data are.
 _OF_LISTS = {torch.tensor: 0, torch.as_tensor: 0, Tensor.new_tensor: 1}
-_CREATE = {"arange", "zeros", "ones", "full", "eye", "scalar_tensor", "linspace", "tril_indices", "triu_indices"}
+_CREATE = {"arange", "empty", "zeros", "ones", "full", "eye", "scalar_tensor", "linspace", "tril_indices", "triu_indices"}
 
 
 class Unfolded(Exception):
@@ -162,6 +162,8 @@ class UnknownData:
         try:
             with unset_fake_temporarily(), torch.no_grad():
                 result = func(*new_args, **new_kwargs)
+                if name == "empty":  # which numbers it has is not for code to ask, but they are the same ones in each trace
+                    result.zero_()
         except (RuntimeError, TypeError, IndexError, NotImplementedError):
             self._forget_written(func, args)
             return False, None
@@ -214,7 +216,7 @@ class UnknownData:
             self.guessed = True
             self.read.add(self.number)
             return float(self.number) if dtype.is_floating_point else self.number
-        well = node is not None and node.opname == "all"  # checks ask whether all is well
+        well = node is not None and node.opname in ("all", "_is_all_true")  # checks ask whether all is well
         return self.questions.condition(well, node)
 
     # shapes -------------------------------------------------------------------------------------------------------------------

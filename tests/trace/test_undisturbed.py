@@ -258,9 +258,15 @@ class Cached(nn.Module):
     def scale(n: int) -> Tensor:
         return torch.ones(n) * 0.25
 
+    @staticmethod
+    @remembering
+    def shift(n: int, heads: int) -> Tensor:
+        """Its ints are plain ones in a replay: a second path would get the tensor of the first."""
+        return torch.arange(0.25, n) / heads
+
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[1]
-        x = x * (places(n) + self.bias(n) + self.scale(n))[:, None]
+        x = x * (places(n) + self.bias(n) + self.scale(n) + self.shift(int(n), self.heads))[:, None]
         q, k, v = (f(x).view(parts(f(x).shape, self.heads)).transpose(1, 2) for f in (self.q, self.k, self.v))
         if (n, n) not in self.memo:
             self.memo[n, n] = torch.ones(n, n).tril()

@@ -49,6 +49,16 @@ def mean_so_far(m: Any, h: Tensor) -> Tensor:
     return h - m.seen
 
 
+def by_filled_sizes(m: Any, h: Tensor) -> Tensor:
+    """Fills uninitialized memory with sizes and reads them, as detection models do with those of their levels."""
+    sizes = torch.empty((2, 2), dtype=torch.long)
+    for i, n in enumerate((2, 4)):
+        sizes[i, 0], sizes[i, 1] = n, h.shape[0]
+    torch._check_tensor_all_with(ValueError, sizes.prod(1).sum() == h.shape[:2].numel(), lambda: "the sizes are not those of the pieces")
+    torch._check_tensor_all_with(ValueError, m.seen < 1e9, lambda: "too large")
+    return torch.cat([piece.flip(1) for piece in h.split(sizes[:, 0].tolist(), dim=1)], dim=1)
+
+
 def by_logarithm(m: Any, h: Tensor) -> Tensor:
     if m.training:
         m.n.add_(1)
@@ -61,7 +71,7 @@ def built(between: Any, first: type[nn.Linear] = nn.Linear) -> nn.Module:
     return Two(between, first).double()
 
 
-@pytest.mark.parametrize("between", [cumulative_norm, by_logarithm])
+@pytest.mark.parametrize("between", [cumulative_norm, by_logarithm, by_filled_sizes])
 @pytest.mark.parametrize("tp", [2, 3])
 def test_unknown_numbers_that_are_divided_by(between: Any, tp: int) -> None:
     assert autotp.plan(built(between), tp=tp, example_inputs={"x": X}, check="graph").local_share < 0.6

@@ -56,7 +56,7 @@ def statistic(context: Context, node: Node) -> None:
 
 @rule("amax", "amin", padded=Padded.MOVED)
 @rule("max", "min", padded=Padded.MOVED, traits=Is.MIXES)
-@rule("argmax", "argmin", "any", "all", "logsumexp", "count_nonzero", padded=Padded.FINITE)
+@rule("argmax", "argmin", "any", "all", "_is_any_true", "_is_all_true", "logsumexp", "count_nonzero", padded=Padded.FINITE)
 @rule("prod", "median", "mode", "nanmedian", "kthvalue", "aminmax")
 def extreme(context: Context, node: Node) -> None:
     """Reductions that are not sums; `max(a, b)` is elementwise."""
