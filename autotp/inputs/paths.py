@@ -131,7 +131,7 @@ def _base(facts: Facts) -> list[str]:
     """The keywords of the plain forward: what is required, what the model calls its main input, what must go along."""
     names = [k.name for k in facts.keywords.values() if k.required]
     main = getattr(facts.model, "main_input_name", "input_ids")
-    if main not in VALUES and facts.is_encoder_decoder and callable(getattr(facts.model, "get_encoder", None)):
+    if isinstance(main, str) and main not in VALUES and facts.is_encoder_decoder and callable(getattr(facts.model, "get_encoder", None)):
         main = getattr(facts.model.get_encoder(), "main_input_name", main)  # of a model that is put together of two
     candidates = [main] if isinstance(main, str) else list(main or [])
     two_towers = facts.takes("input_ids", "pixel_values") and not facts.generates and facts.image_token is None

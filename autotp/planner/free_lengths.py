@@ -52,7 +52,8 @@ def _brought(axes: Axes, activations: Collection[int]) -> tuple[Atoms, Atoms]:
             seen.add(v.id)
             for dim in map(flat, axes.dims.get(v.id, ())):
                 for atom in dim:
-                    own = set(axes_in([atom])) - held - found
+                    own = set(leaf_atoms([atom])) or ({atom} if atom.segments else set())  # cut up into rows: as one
+                    own = own - held - found if new else own.union(axes_in([atom])) - found
                     if new and len(dim) > 1:
                         pieces |= own
                     (found if new else held).update(own)

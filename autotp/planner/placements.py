@@ -21,6 +21,7 @@ from autotp.planner.calls import Calls
 from autotp.planner.faults import Faults
 from autotp.planner.flows import differentiable, made_of_arguments
 from autotp.planner.free_lengths import free_lengths
+from autotp.planner.kept_lengths import kept_lengths
 from autotp.planner.partition import Atoms, Partitions
 from autotp.planner.refusals import Conflict
 from autotp.planner.regrouped import regrouped
@@ -118,13 +119,15 @@ class GraphIndex:
         asked, weights = asked_sizes(axes), weight_axes(axes, self.activations)
         self.sure = Sure(axes, asked, self.made, self.leaves)
         long = free_lengths(axes, asked, weights, self.activations)
-        self.varying = varying(axes, asked, given_axes(axes), weights, long)
-        self._mixed(long)
+        kept = kept_lengths(axes)
+        self.varying = varying(axes, asked, given_axes(axes), weights, long, kept)
+        self._mixed(long, kept)
         self._meeting: dict[Atom, list[Node]] | None = None
 
-    def _mixed(self, long: Atoms) -> None:
+    def _mixed(self, long: Atoms, kept: Mapping[Atom, Atom]) -> None:
         """Blocks the axes that views put together with lengths otherwise in other calls."""
-        for index, atoms in regrouped(self.axes, self.leaves, self.of_parameters, self.activations, long, self.sure).items():
+        found = regrouped(self.axes, self.leaves, self.of_parameters, self.activations, long, self.sure, kept)
+        for index, atoms in found.items():
             node = self.graph.nodes[index]
             reason = f"{node.opname} would put it together with a length: for other lengths than the traced ones it takes other elements"
             self.blocked[index].append((Blocked(node.args[0].id, tuple(atoms), reason), atoms))

@@ -5,8 +5,8 @@ the order of elements. So it treats an axis alike for all lengths where the fact
 in the same order. The sizes of the result are known for other lengths by the expressions that the code made them of. What is behind a
 size of 1 is followed from the arguments of the model (`Length`), as no axis does that.
 
-Where the origin of a size is not known, it is taken to be what the other sizes leave of the elements. Where this says nothing, the view
-is taken to be as it was traced.
+Where the origin of a size is not known, it is taken to be what the other sizes leave of the elements, and so are several sizes together
+that stand side by side. Where this says nothing, the view is taken to be as it was traced.
 """
 
 from __future__ import annotations
@@ -46,12 +46,18 @@ Sizes = Mapping[Factor, int]
 
 
 def regrouped(
-    axes: Axes, by_dim: Leaves, of_parameters: Atoms, activations: Collection[int], long: Atoms, sure: Sure
+    axes: Axes,
+    by_dim: Leaves,
+    of_parameters: Atoms,
+    activations: Collection[int],
+    long: Atoms,
+    sure: Sure,
+    kept: Mapping[Atom, Atom],
 ) -> Mapping[int, Atoms]:
     """Returns node → the axes of parameters that its view mixes with lengths in other calls. `activations`: values made of arguments;
-    `long`: see `free_lengths`.
+    `long`: see `free_lengths`; `kept`: see `kept_lengths`.
     """
-    forms = _Forms(axes, by_dim, of_parameters, long, sure)
+    forms = _Forms(axes, by_dim, of_parameters, long, sure, kept)
     found: dict[int, Atoms] = {}
     for node in axes.graph.nodes:
         for v in node.inputs():
@@ -68,10 +74,10 @@ def regrouped(
 class _Forms:
     """The factors of the values' dims, as far as they are followed."""
 
-    def __init__(self, axes: Axes, by_dim: Leaves, of_parameters: Atoms, long: Atoms, sure: Sure) -> None:
+    def __init__(self, axes: Axes, by_dim: Leaves, of_parameters: Atoms, long: Atoms, sure: Sure, kept: Mapping[Atom, Atom]) -> None:
         self.axes, self.by_dim, self.of_parameters, self.long, self.sure = axes, by_dim, of_parameters, long, sure
         self.known: dict[int, Form] = {}  # of values with lengths of 1
-        self.same: dict[Length, Length] = {}  # lengths that met: the first of them
+        self.same: dict[Factor, Factor] = dict(kept.items())  # lengths that are one: the first of them
 
     def of(self, key: int) -> Form:
         """Returns the factors of each dim of a value."""
@@ -124,7 +130,7 @@ class _Forms:
         return here or there
 
     def _first(self, factor: Factor) -> Factor:
-        while isinstance(factor, Length) and factor in self.same:
+        while factor in self.same:
             factor = self.same[factor]
         return factor
 
@@ -141,16 +147,18 @@ class _Forms:
         lengths = sorted({self._first(f) for f in factors for f in self._lengths_in(f) if f not in said}, key=_order)
         if not lengths:
             return frozenset()
-        tried: list[tuple[list[int], list[int], Sizes]] = [(list(x.shape), list(out.shape), {})]
+        runs = self._runs(wanted, target, set(lengths))
+        together = [wanted[run.start] if len(run) == 1 else None for run in runs]
+        tried: list[tuple[list[int], list[int], Sizes]] = [(list(x.shape), [prod(out.shape[i] for i in run) for run in runs], {})]
         unknown: set[Factor] = set()
         for sizes in _other(lengths):
             before = [self._size(d, sizes) for d in source]
-            after = self._after(wanted, prod(before), sizes, set(lengths))
+            after = self._after(together, prod(before), sizes, set(lengths))
             if after is None:
                 unknown.update(sizes)
             elif after:
                 tried.append((before, after, sizes))
-        form, mixed = target, self._before(source, unknown)
+        form, mixed = [tuple(f for i in run for f in target[i]) for run in runs], self._before(source, unknown)
         for left, right in _groups([t[0] for t in tried], [t[1] for t in tried]):
             rest = [f for d in source[left.start : left.stop] for f in d]
             placed = self._placed(rest, [[t[1][j] for t in tried] for j in right], [t[2] for t in tried])
@@ -159,9 +167,34 @@ class _Forms:
                 mixed |= {a for f in rest if isinstance(f, Atom) for a in leaf_atoms([f])} & self.of_parameters
             else:
                 form[right.start : right.stop] = placed
-        if any(len(_atoms(d)) < len(d) for d in form):
-            self.known[out.id] = tuple(form)
+        for run, dim in zip(runs, form, strict=True):
+            if len(run) == 1:
+                target[run.start] = dim or self._said_length(wanted[run.start])
+        if any(len(_atoms(d)) < len(d) for d in target):
+            self.known[out.id] = tuple(target)
         return frozenset(mixed)
+
+    def _runs(
+        self, wanted: Sequence[IntExpr | tuple[Factor, ...] | None], target: Sequence[tuple[Factor, ...]], lengths: set[Factor]
+    ) -> list[range]:
+        """Returns the dims of a view's result: as one those side by side of unknown sizes and without axes of parameters."""
+        unknown = [
+            (each is None or (not isinstance(each, tuple) and self._of_others(each, lengths)))
+            and self.of_parameters.isdisjoint(leaf_atoms(_atoms(dim)))
+            for each, dim in zip(wanted, target, strict=True)
+        ]
+        found: list[range] = []
+        for i, is_unknown in enumerate(unknown):
+            if i and is_unknown and unknown[i - 1]:
+                found[-1] = range(found[-1].start, i + 1)
+            else:
+                found.append(range(i, i + 1))
+        return found
+
+    def _said_length(self, size: IntExpr | tuple[Factor, ...] | None) -> tuple[Factor, ...]:
+        """Returns the length of 1 that a dim of size 1 has, where the code gives that of another value as its size."""
+        dim = self._dim(size) if isinstance(size, SizeRef) else ()
+        return dim if len(dim) == 1 and isinstance(dim[0], Length) else ()
 
     def _before(self, source: Form, unknown: set[Factor]) -> set[Atom]:
         """Returns the axes of parameters in dims before a length of 1 that other calls put somewhere else, nobody knows where."""
@@ -197,7 +230,7 @@ class _Forms:
             if isinstance(factor, Length):
                 size *= sizes.get(self._first(factor), 1)
             elif factor.segments is None or factor in sizes:
-                size *= sizes.get(factor, factor.size)
+                size *= sizes.get(self._first(factor), factor.size)
             else:
                 size *= sum(self._size(flat(segment), sizes) for segment in factor.segments)
         return size
@@ -217,9 +250,9 @@ class _Forms:
         if node.opname == "unflatten":
             d = dim_of(node.args[1], x)
             return [*source[:d], *found, *source[d + 1 :]]
-        if x.shape == out.shape:  # a 1 of unknown origin in the place of a dim of size 1 is that dim: `reshape(len(x), c, -1)`
-            return [d if e is None and n == 1 else e for e, d, n in zip(found, source, x.shape, strict=True)]
-        return list(found)
+        kept = next((i for i, (n, m) in enumerate(zip(x.shape, out.shape, strict=False)) if n != m), min(len(source), len(found)))
+        # a 1 of unknown origin in the place of a dim of size 1 is that dim: `reshape(len(x), c, -1)`
+        return [source[i] if e is None and i < kept and x.shape[i] == 1 else e for i, e in enumerate(found)]
 
     def _expr(self, node: Node, number: int, at: int, listed: int) -> IntExpr | None:
         exprs = {node.ints[p] for p in positions(node, number, at, listed)} if number != -1 else set()

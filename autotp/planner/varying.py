@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autotp.axes.analysis import Axes, Demand
-from autotp.axes.atoms import Atom, axes_in, flat, leaf_atoms
+from autotp.axes.atoms import Atom, flat, leaf_atoms
 from autotp.axes.operators.table import Is, is_a
+from autotp.planner.kept_lengths import with_kept
 from autotp.trace.graph import Node, Origin, Value
 from autotp.trace.ints import AttrRef, IntExpr, Literal, SizeRef, evaluate, leaves
 
@@ -42,9 +43,11 @@ class Asked:
     sized: bool
 
 
-def varying(axes: Axes, asked: Sequence[Asked], given: Atoms, weights: Atoms, long: Atoms) -> Mapping[Atom, Node]:
+def varying(
+    axes: Axes, asked: Sequence[Asked], given: Atoms, weights: Atoms, long: Atoms, kept: Mapping[Atom, Atom]
+) -> Mapping[Atom, Node]:
     """Returns axes of parameters that the code sizes by a length, each with the node that does so. `asked`: see `asked_sizes`; `given`: see
-    `given_axes`; `weights`: see `weight_axes`; `long`: see `free_lengths`.
+    `given_axes`; `weights`: see `weight_axes`; `long`: see `free_lengths`; `kept`: see `kept_lengths`.
     """
     params = _dims_of_parameters(axes)
     free = given - _settled(params, asked, given, weights)
@@ -67,6 +70,7 @@ def varying(axes: Axes, asked: Sequence[Asked], given: Atoms, weights: Atoms, lo
             unknown |= not all(any(True for _ in leaf_atoms(d)) for expr in each.exprs for d in _dims_in(axes, expr))
         if not lengths and not unknown:
             continue
+        lengths = with_kept(lengths, kept)
         fixed = cut is not None and _size(cut, lengths, 1) == _size(cut, lengths, 0)
         wrong = unknown or fixed or each.all or not all(_follows(axes, each, lengths, more) for more in MORE)
         for dim in {id(d): d for a in own for d in dims_of[a]}.values():
@@ -215,7 +219,10 @@ def _joined(axes: Axes, node: Node, out: Value, given: set[Atom]) -> Atoms:
 
 def _axes_of(axes: Axes, value: Value) -> set[Atom]:
     """Returns the axes of a value, and those that were cut up into rows."""
-    return {a for dim in axes.dims.get(value.id, ()) for a in axes_in(dim) if a.size}
+    found: set[Atom] = set()
+    for dim in axes.dims.get(value.id, ()):
+        found |= {a for a in leaf_atoms(dim) if a.size} | {a for a in flat(dim) if a.segments and not any(True for _ in leaf_atoms([a]))}
+    return found
 
 
 def _settled(params: Sequence[Sequence[Atom]], asked: Sequence[Asked], given: Atoms, weights: Atoms) -> set[Atom]:

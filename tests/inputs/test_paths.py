@@ -202,6 +202,13 @@ class Open(nn.Module):
         return x, more
 
 
+def test_a_model_may_name_several_main_inputs():
+    """As oneformer does, whose encoder-decoder counterparts name theirs by a method."""
+    model = build("bart")
+    model.main_input_name = ["input_ids", "decoder_input_ids"]
+    assert {"input_ids", "decoder_input_ids"} <= set(named(model)["forward"].make())
+
+
 def test_a_plain_module_needs_inputs_of_the_caller():
     with pytest.raises(InputError, match=r"Plain is not a transformers model.*example_inputs=.*'x', 'gate'"):
         example_inputs(Plain())

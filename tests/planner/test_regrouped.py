@@ -136,6 +136,10 @@ VIEWS: dict[str, tuple[Callable[[Layer, Tensor], Tensor], tuple[int, int]]] = {
         lambda m, x: (lambda y: torch.cat(y.flatten(1).chunk(y.shape[2], 1)))(m.up(F.pad(x, (0, 0, 1, 0))).mT),
         (1, 1),
     ),
+    "differences in a row": (
+        lambda m, x: (lambda y: torch.cat([y, y], 2).reshape(len(x), -1, INNER))(m.up(x).mT.diff(dim=-1, append=m.up(x).mT[..., -1:])),
+        (4, 4),
+    ),
     "as many groups as each second token": (
         lambda m, x: _shuffled(m.up(x).mT[..., ::2]),
         (4, 4),
@@ -173,6 +177,12 @@ KEEPS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
         x.shape
     ),
     "several": lambda m, x: m.down(torch.stack([m.up(x), m.up(x).relu()], 2).view(*x.shape[:2], 2, -1)).sum(2),
+    "more places out of channels": lambda m, x: m.down(
+        F.conv1d(x.mT, m.strided.weight, m.strided.bias, 1, 1, 2)
+        .mT.reshape(x.shape[0], x.shape[1] * m.heads, -1)
+        .relu()
+        .view(*x.shape[:2], -1)
+    ),
     "turned pairs of one half": lambda m, x: m.down(
         torch.cat([_turned(y.view(*x.shape[:2], -1, 2)).flatten(2) for y in m.up(x).chunk(2, -1)], -1)
     ),
