@@ -150,10 +150,10 @@ class UnknownData:
         if not tensors:
             usable = usable and name in _CREATE
         if not usable:
-            self._forget_written(func, args)
+            self._forget_written(func, args, kwargs)
             return False, None
         if self.drawn:
-            for target in self._written(func, args):
+            for target in self._written(func, args, kwargs):
                 self._values.taint(target)
         flat, spec = tree_flatten((args, kwargs))
         pending = iter(reals)
@@ -162,24 +162,25 @@ class UnknownData:
         try:
             with unset_fake_temporarily(), torch.no_grad():
                 result = func(*new_args, **new_kwargs)
-                if name == "empty":  # which numbers it has is not for code to ask, but they are the same ones in each trace
-                    result.zero_()
         except (RuntimeError, TypeError, IndexError, NotImplementedError):
-            self._forget_written(func, args)
+            self._forget_written(func, args, kwargs)
             return False, None
         if any(isinstance(t, Tensor) and not small(t) for t in tree_flatten(result)[0]):
             return False, None
+        if name == "empty":  # of sizes that code fills in: which numbers it has is not for code to ask, but each trace has the same ones
+            return not result.is_floating_point(), None if result.is_floating_point() else result.zero_()
         return True, result
 
-    def _forget_written(self, func: Any, args: Any) -> None:
+    def _forget_written(self, func: Any, args: Any, kwargs: Any) -> None:
         """Forgets the numbers of the tensors that `func` writes into."""
-        for target in self._written(func, args):
+        for target in self._written(func, args, kwargs):
             self._values.forget(target)
 
-    def _written(self, func: Any, args: Any) -> Iterator[Tensor]:
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
         for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info and argument.alias_info.is_write and i < len(args) and isinstance(args[i], Tensor):
-                yield args[i]
+            target = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.alias_info and argument.alias_info.is_write and isinstance(target, Tensor):
+                yield target
 
     # numbers ------------------------------------------------------------------------------------------------------------------
 

@@ -194,6 +194,17 @@ def test_what_is_made_of_drawn_numbers_is_no_constant() -> None:
     assert not any(value.tolist() in ([1, 1, 0], [1, 1]) for value in known)
 
 
+def test_what_an_operator_writes_by_out_is_no_constant() -> None:
+    def between(m: Any, h: Tensor) -> Tensor:
+        largest = torch.zeros(2, dtype=torch.long)
+        torch.argmax(h.detach().flatten(1), 1, out=largest)
+        return h * (largest + 1)[:, None, None]
+
+    model = built(between)
+    graph = trace(model, user_examples(model, {"x": X}), keep)
+    assert not any(value.tolist() == [0, 0] for value in graph.constants.values())
+
+
 def test_numbers_that_cannot_be_drawn_are_said() -> None:
     def between(m: Any, h: Tensor) -> Tensor:
         first = int(h.abs().sum() * 0) + 6  # what code makes of a float itself is not drawn
